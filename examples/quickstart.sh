@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Text in, encoder out: tokenizer, corpus, MLM -> causal detour -> MLM decay, Hugging Face folder, report.
+#
+#   examples/quickstart.sh                   on the project's own sample, in minutes on two CPU cores
+#   examples/quickstart.sh my_corpus.jsonl   on a corpus of yours: .jsonl (key "text"), .jsonl.gz or .txt
+#
+# Everything lands in runs/quickstart, or runs/quickstart-NAME for a corpus of yours. Started again, it goes on where it
+# stopped. RANKS=N sets the number of processes.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+[ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
+corpus=${1:-}
+vocabulary=4096
+began=$SECONDS
+
+step() { printf '\n== %s (%ds)\n' "$*" $((SECONDS - began)); }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+command -v deepspeed >/dev/null || fail "deepspeed is not installed; run make install"
+
+if [ -z "$corpus" ]; then
+  work=runs/quickstart
+  step "generating the sample: $work/data"
+  [ -e "$work/data/probes.jsonl" ] || python "$root/examples/sample/generate.py" --output "$work/data"
+  [ -e "$work/data/train.jsonl" ] || cp "$work/data/sample.jsonl" "$work/data/train.jsonl"
+  train=$work/data/train.jsonl heldout=$work/data/heldout.jsonl probes=(--probes "$work/data/probes.jsonl")
+else
+  [ -f "$corpus" ] || fail "$corpus: there is no such input file"
+  case $corpus in
+    *.jsonl|*.jsonl.gz) kind=jsonl ;;
+    *.txt) kind=txt ;;
+    *) fail "$corpus: a corpus must end in .jsonl, .jsonl.gz or .txt" ;;
+  esac
+  name=$(basename "$corpus") && work=runs/quickstart-${name%%.*}
+  train=$work/data/train.$kind heldout=$work/data/heldout.$kind probes=(--from-corpus "$heldout" --count 10)
+  step "setting every 50th document aside: $heldout"
+  mkdir -p "$work/data"
+  read_corpus() { case $corpus in *.gz) gzip -dc "$corpus" ;; *) cat "$corpus" ;; esac; }
+  if [ ! -e "$train" ]; then
+    read_corpus | awk -v held="$heldout" 'NR % 50 ? 1 : (print > held) && 0' > "$train.part"
+    mv "$train.part" "$train"
+  fi
+fi
+
+step "training a tokenizer of $vocabulary pieces: $work/data/tokenizer"
+[ -e "$work/data/tokenizer" ] || python "$root/tools/train_tokenizer.py" \
+  --input "$train" --output "$work/data/tokenizer" --vocab-size $vocabulary
+
+step "building the corpora: $work/data/train, $work/data/heldout"
+for part in train heldout; do
+  [ -e "$work/data/$part.manifest.json" ] || python "$root/tools/preprocess_data.py" \
+    --input "${!part}" --output-prefix "$work/data/$part" --tokenizer "$work/data/tokenizer" --workers 2
+done
+
+step "training under DeepSpeed ZeRO-2: $work/run"
+if [ -z "${RANKS:-}" ]; then
+  cores=$(getconf _NPROCESSORS_ONLN) && RANKS=$((cores < 2 ? 1 : 2))
+  command -v nvidia-smi >/dev/null && RANKS=1
+fi
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} deepspeed --log_level warning --num_gpus "$RANKS" --master_port $((20000 + RANDOM % 20000)) \
+  "$root/examples/pretrain_base.sh" --run-file "$root/examples/recipes/quickstart.yaml" \
+  folder="$work/run" model.tokenizer="$work/data/tokenizer" \
+  data.corpora.0.prefix="$work/data/train" validation.corpora.0.prefix="$work/data/heldout"
+
+step "converting to a Hugging Face folder: $work/model"
+[ -e "$work/model" ] || python "$root/tools/convert_to_hf.py" --checkpoint "$work/run" --output "$work/model" --dtype fp32
+
+step "filling masks, before and after"
+python "$root/tools/fill_mask.py" "${probes[@]}" \
+  --model "$work/run/checkpoints/step-00000000" --label before --model "$work/model" --label after
+
+step "done"
+printf 'model    %s\nreport   %s\nmetrics  %s\n' "$work/model" "$work/run/report.html" "$work/run/metrics.jsonl"

@@ -1,0 +1,212 @@
+"""Hugging Face folders in and out: config.json, safetensors, the tokenizer's files; and a run's state beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_detour.checkpoint.state import TrainingState
+from megatron_detour.data.vocabulary import ROLES, Vocabulary, find_tokenizer, hub_file
+from megatron_detour.errors import DetourError, nearest
+from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.parallel.state import ParallelState
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run_state.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+EMBEDDING, DECODER = "model.embeddings.tok_embeddings.weight", "decoder.weight"
+OLD_CONFIG_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face model: a folder, or a hub id whose files are taken from the local cache or, if allowed, fetched."""
+
+    name: str
+    download: bool = False
+
+    def file(self, name: str) -> Path:
+        """Raises DetourError when there is no such file."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return hub_file(self.name, name, self.download, "model")
+        if not (folder / name).is_file():
+            raise DetourError(f"{folder}: the folder has no {name}, so it is not a Hugging Face model")
+        return folder / name
+
+    def config(self) -> dict[str, Any]:
+        path = self.file("config.json")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise DetourError(f"{path}: not a JSON file") from None
+        if not isinstance(config, dict):
+            raise DetourError(f"{path}: not a model's configuration")
+        return config
+
+    def has(self, name: str) -> bool:
+        try:
+            return self.file(name).is_file()
+        except DetourError:
+            return False
+
+
+class Weights:
+    """Tensors by name out of a model's safetensors files, read one by one. Use as a context manager."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._stack = ExitStack()
+        self._where: dict[str, Any] = {}
+
+    def __enter__(self) -> Weights:
+        files = [WEIGHTS]
+        if self.source.has(WEIGHTS_INDEX) and not self.source.has(WEIGHTS):
+            index = json.loads(self.source.file(WEIGHTS_INDEX).read_text(encoding="utf-8"))
+            files = sorted(set(index["weight_map"].values()))
+        for name in files:
+            path = self.source.file(name)
+            try:
+                opened = self._stack.enter_context(safe_open(path, "pt"))
+            except SafetensorError as error:
+                raise DetourError(f"{path}: not a safetensors file: {error}") from None
+            self._where.update(dict.fromkeys(opened.keys(), opened))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The tensor in fp32."""
+        return self._where[name].get_tensor(name).to(torch.float32)
+
+    def check(self, sizes: dict[str, tuple[int, ...]]) -> None:
+        """Raises DetourError unless every parameter is there in its size."""
+        for name, size in sizes.items():
+            if name not in self._where:
+                raise DetourError(f"{self.source.name}: the weights have no {name}; a masked language model is needed")
+            found = tuple(self._where[name].get_slice(name).get_shape())
+            if found != size:
+                raise DetourError(f"{self.source.name}: {name} is {found} where the configuration means {size}")
+
+
+def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """A config.json for a new model: transformers' defaults, the tokenizer's ids, and what the run file gives."""
+    from transformers import ModernBertConfig
+
+    known = [*ModernBertConfig().to_dict(), *OLD_CONFIG_KEYS]
+    for key in given:
+        if key not in known:
+            raise DetourError(
+                f"model.config.{key}: transformers' ModernBertConfig has no such key{nearest(key, known)}"
+            )
+    ids = {
+        "vocab_size": vocabulary.size,
+        "pad_token_id": vocabulary.pad,
+        "cls_token_id": vocabulary.cls,
+        "sep_token_id": vocabulary.sep,
+        "bos_token_id": vocabulary.cls,
+        "eos_token_id": vocabulary.sep,
+    }
+    return ModernBertConfig(**{**ids, **given}).to_dict()
+
+
+def write_model(
+    folder: Path,
+    config: dict[str, Any],
+    tokenizer: Source,
+    vocabulary: Vocabulary,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes config.json, model.safetensors and the tokenizer's files into a folder. `weights` are full tensors."""
+    described = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "_name_or_path")}
+    described |= {"architectures": ["ModernBertForMaskedLM"], "dtype": str(dtype).removeprefix("torch.")}
+    _write_json(folder / "config.json", described)
+    save_file(
+        {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    copy_tokenizer(tokenizer, vocabulary, folder)
+
+
+def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
+    """Copies a tokenizer's files byte by byte, and makes the small ones that a bare tokenizer.json lacks."""
+    shutil.copyfile(find_tokenizer(source.name, source.download), folder / "tokenizer.json")
+    if Path(source.name).is_file() or not source.has("tokenizer_config.json"):
+        present = {role: name for role, name in _special_tokens(folder / "tokenizer.json").items()}
+        described = {f"{role}_token": token for role, token in present.items()}
+        _write_json(folder / "special_tokens_map.json", described)
+        named = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+        _write_json(folder / "tokenizer_config.json", described | named)
+        return
+    for name in TOKENIZER_FILES[1:]:
+        if source.has(name):
+            shutil.copyfile(source.file(name), folder / name)
+
+
+def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str, Any]) -> None:
+    """Writes the optimiser's and the run's state beside a model's files."""
+    flat = {f"{kind}.{name}": t for kind, by_name in training.moments.items() for name, t in by_name.items()}
+    save_file(flat, folder / OPTIMIZER, metadata={"adam_steps": str(training.adam_steps)})
+    _write_json(folder / RUN_STATE, run_state | {"adam_steps": training.adam_steps})
+
+
+def read_run_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
+
+
+def open_moments(folder: Path, stack: ExitStack) -> Callable[[str, str], torch.Tensor]:
+    """A reader of Adam's moments by kind and parameter name, open as long as `stack`."""
+    opened = stack.enter_context(safe_open(folder / OPTIMIZER, "pt"))
+    return lambda kind, name: opened.get_tensor(f"{kind}.{name}")
+
+
+@torch.no_grad()
+def compare_with_transformers(folder: Path, model: ModernBert, seed: int = 0) -> float:
+    """The greatest difference between our fp32 logits and those of transformers' model of `folder`.
+
+    The documents are random ids, shorter and longer than the local window, so that every kind of layer is exercised.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    theirs = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    generator = torch.Generator().manual_seed(seed)
+    longest = min(4 * model.shape.window + 7, model.shape.max_positions)
+    worst = 0.0
+    for length in {2, model.shape.window // 2 + 1, longest}:
+        ids = torch.randint(model.shape.vocabulary, (length,), generator=generator)
+        ours = model.logits(ids, torch.arange(length), (length,))
+        difference = (theirs(input_ids=ids[None]).logits[0] - ours).abs().max()
+        worst = max(worst, float(difference)) if torch.isfinite(difference) else float("inf")
+    return worst
+
+
+def load_model(source: Source, shape, state: ParallelState | None = None) -> ModernBert:
+    """A whole fp32 model out of a folder, for checks on one process."""
+    model = ModernBert(shape, state or ParallelState())
+    with Weights(source) as weights:
+        weights.check(model.full_sizes())
+        model.load_state_dict({name: weights(name) for name in model.full_sizes()})
+    return model.eval()
+
+
+def _special_tokens(tokenizer_json: Path) -> dict[str, str]:
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(tokenizer_json)).get_vocab()
+    return {role: name for role, name in ROLES.items() if name in ids}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,82 @@
+"""Folders that are there whole or not at all: written aside, flushed, listed in a manifest, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from megatron_detour.data.manifest import file_facts
+from megatron_detour.files import flush
+
+LISTING = "files.json"
+
+
+class Broken(Exception):
+    """A folder that does not hold what its listing says; the message says what is wrong."""
+
+
+def publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder beside `folder`, then gives it its name. On any error nothing is left behind."""
+    aside = folder.parent / f".{folder.name}.writing-{os.getpid()}"
+    aside.mkdir(parents=True)
+    try:
+        write(aside)
+        facts = {path.name: file_facts(path) for path in sorted(aside.iterdir())}
+        (aside / LISTING).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        for path in [*aside.iterdir(), aside]:
+            flush(path)
+        aside.rename(folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def verify(folder: Path, *, content: bool = True) -> None:
+    """Checks a published folder against its listing, sizes first. Raises Broken."""
+    try:
+        listing = json.loads((folder / LISTING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise Broken(f"{folder / LISTING} is missing or unreadable") from None
+    for name, facts in listing.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            raise Broken(f"{path} is missing or has the wrong size")
+        if content and file_facts(path) != facts:
+            raise Broken(f"{path} has changed since it was written")
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def find_checkpoints(checkpoints: Path) -> list[Path]:
+    """Published checkpoints, oldest first. What a killed run left half-written has another name."""
+    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
+
+
+def latest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; a broken one is passed over with a warning."""
+    for folder in reversed(find_checkpoints(checkpoints)):
+        try:
+            verify(folder)
+            return folder
+        except Broken as fault:
+            warn(f"{folder} is passed over: {fault}")
+    return None
+
+
+def prune(checkpoints: Path, keep: int, boundaries: Iterable[int]) -> None:
+    """Removes all but the `keep` newest checkpoints and those at phase boundaries, and what killed runs left behind."""
+    protected = set(boundaries)
+    for folder in find_checkpoints(checkpoints)[:-keep]:
+        if step_of(folder) not in protected:
+            shutil.rmtree(folder)
+    for leftover in checkpoints.glob(".step-*.writing-*"):
+        shutil.rmtree(leftover)

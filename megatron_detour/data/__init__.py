@@ -1,0 +1,1 @@
+"""Corpora: building, reading, order, packing and batches."""

@@ -1,0 +1,69 @@
+"""What a corpus is: PREFIX.manifest.json says which text, which tokenizer, how much, and what the two files must be.
+
+It is written last, so that a corpus without one is a corpus that was never finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.errors import DetourError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    documents: int
+    tokens: int
+    empty: int  # lines without text
+    bad_lines: int  # lines left out by --skip-bad-lines
+    sources: list[dict[str, Any]]  # path, bytes
+    tokenizer: dict[str, Any]  # Vocabulary.to_dict()
+    files: dict[str, dict[str, Any]]  # "bin" and "idx": bytes, sha256
+    created: str
+    version: str
+    format: int = FORMAT
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.manifest.json")
+
+
+def read_manifest(prefix: str | Path) -> Manifest:
+    """Reads a corpus's manifest and checks the sizes of its files. Raises DetourError."""
+    path = manifest_path(prefix)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DetourError(
+            f"{path}: there is no such corpus; build it with tools/preprocess_data.py --output-prefix {prefix}"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise DetourError(f"{path}: not a JSON file; build the corpus again") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise DetourError(f"{path}: not a corpus manifest of format {FORMAT}; build the corpus again")
+    try:
+        manifest = Manifest(**raw)
+    except TypeError:
+        raise DetourError(f"{path}: keys are missing or unknown; build the corpus again") from None
+    for kind, facts in manifest.files.items():
+        file = Path(f"{prefix}.{kind}")
+        actual = file.stat().st_size if file.exists() else None
+        if actual != facts["bytes"]:
+            found = "is missing" if actual is None else f"has {actual:,} bytes"
+            raise DetourError(f"{file}: {found} where the manifest says {facts['bytes']:,}; build the corpus again")
+    return manifest
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,0 +1,114 @@
+"""Tokenizers: loading one from a file, a folder or a hub id, and the facts about it that training needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_detour.errors import DetourError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ROLES = {"mask": "[MASK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
+FALLBACKS = {"mask": "<mask>", "pad": "<pad>", "cls": "<s>", "sep": "</s>", "unk": "<unk>"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as training sees it: its size, its special ids and a fingerprint of what decides on ids."""
+
+    size: int  # one more than the greatest id
+    special_ids: tuple[int, ...]
+    mask: int | None
+    pad: int | None
+    cls: int | None
+    sep: int | None
+    unk: int | None
+    sha256: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder()
+        roles = {role: ids.get(name, ids.get(FALLBACKS[role])) for role, name in ROLES.items()}
+        special = {i for i, token in added.items() if token.special} | {i for i in roles.values() if i is not None}
+        return cls(max(ids.values()) + 1, tuple(sorted(special)), **roles, sha256=fingerprint(tokenizer))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Vocabulary:
+        return cls(**{**raw, "special_ids": tuple(raw["special_ids"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def special(self) -> np.ndarray:
+        """bool [size]: true for ids that stand for no text."""
+        flags = np.zeros(self.size, dtype=bool)
+        flags[list(self.special_ids)] = True
+        return flags
+
+    def ordinary(self) -> np.ndarray:
+        """int32 [size - specials]: the ids that stand for text, from which random replacements are drawn."""
+        return np.flatnonzero(~self.special()).astype(np.int32)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 of what decides on ids; truncation, padding and the spelling of merges in the file do not."""
+    whole = json.loads(tokenizer.to_str())
+    for key in ("version", "truncation", "padding"):
+        whole.pop(key, None)
+    model = whole["model"]
+    if "merges" in model:
+        model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def find_tokenizer(name: str | Path, download: bool = False) -> Path:
+    """The tokenizer.json of a file, a folder or a hub id. Raises DetourError when there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / "tokenizer.json").is_file():
+            return path / "tokenizer.json"
+        raise DetourError(f"{path}: the folder has no tokenizer.json; save a fast tokenizer into it with transformers")
+    return hub_file(str(name), "tokenizer.json", download, "tokenizer")
+
+
+def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
+    """Loads a tokenizer with truncation and padding off. Raises DetourError."""
+    from tokenizers import Tokenizer
+
+    path = find_tokenizer(name, download)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every fault of a file
+        raise DetourError(f"{path}: not a tokenizer.json: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def hub_file(name: str, file: str, download: bool, what: str) -> Path:
+    """A file of a hub repository, from the local cache unless `download`. Raises DetourError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=not download))
+    except HFValidationError:
+        raise DetourError(f"{name}: there is no such {what} file or folder") from None
+    except Exception as error:
+        if download:
+            raise DetourError(f"{name}: {file} could not be fetched from the hub: {error}") from None
+        raise DetourError(
+            f"{name}: there is no such {what} folder, and the hub's local cache does not hold {file}; give a folder, "
+            "or allow the download (model.download=true in a run file, --download for a tool)"
+        ) from None

@@ -1,0 +1,1 @@
+"""ModernBERT: its shape, rotary positions, attention and layers."""

@@ -1,0 +1,1 @@
+"""Tensor parallelism: process groups, conjugate collectives, sharded layers and the vocabulary-parallel loss."""

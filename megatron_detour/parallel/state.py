@@ -1,0 +1,62 @@
+"""Who computes what: one ParallelState is made at start and passed to whatever needs it. DeepSpeed takes it as `mpu`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Ranks of one tensor-parallel group are neighbours; data-parallel ranks are `tensor_size` apart.
+
+    Groups are None in a single process without torch.distributed.
+    """
+
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    data_rank: int = 0
+    data_size: int = 1
+    tensor_group: dist.ProcessGroup | None = None
+    data_group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def create(cls, tensor_size: int) -> ParallelState:
+        """Makes the groups; every rank of an initialised torch.distributed must call it. Raises ValueError."""
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if world % tensor_size:
+            raise ValueError(f"{world} ranks do not divide into tensor-parallel groups of {tensor_size}")
+        data_size = world // tensor_size
+        tensor_groups = [dist.new_group(list(range(i * tensor_size, (i + 1) * tensor_size))) for i in range(data_size)]
+        data_groups = [dist.new_group(list(range(i, world, tensor_size))) for i in range(tensor_size)]
+        data_rank, tensor_rank = divmod(rank, tensor_size)
+        return cls(tensor_rank, tensor_size, data_rank, data_size, tensor_groups[data_rank], data_groups[tensor_rank])
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.data_rank == 0 and self.tensor_rank == 0
+
+    # The names that DeepSpeed asks its `mpu` for.
+    def get_model_parallel_rank(self) -> int:
+        return self.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tensor_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.tensor_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.data_group

@@ -1,0 +1,133 @@
+"""DeepSpeed: process groups, ZeRO-2 around the model, and the checks of its configuration file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from megatron_detour.config import RunConfig
+from megatron_detour.errors import DetourError
+from megatron_detour.parallel.state import ParallelState
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+FROM_RUN_FILE = {
+    "train_batch_size": "batch.sequences",
+    "train_micro_batch_size_per_gpu": "batch.micro_sequences",
+    "gradient_accumulation_steps": "batch",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "phases",
+}
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """Reads a file of ds_configs/. Raises DetourError where it says what the run file has to say, or is not ZeRO-2."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DetourError(f"deepspeed: {path}: there is no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DetourError(f"{path}: not a JSON file: {error}") from None
+    for key, home in FROM_RUN_FILE.items():
+        if key in raw:
+            raise DetourError(f"{path}: remove {key}; it follows from {home} in the run file")
+    stage = raw.get("zero_optimization", {}).get("stage")
+    if stage != 2:
+        raise DetourError(f"{path}: zero_optimization.stage is {stage}; this recipe runs under ZeRO-2")
+    if raw.get("fp16", {}).get("enabled"):
+        raise DetourError(f"{path}: fp16 is not supported; use bf16 or fp32")
+    if raw["zero_optimization"].get("round_robin_gradients"):
+        raise DetourError(f"{path}: round_robin_gradients changes how partitions are laid out; remove it")
+    return raw
+
+
+def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
+    """Joins the ranks and makes the groups. Raises DetourError when the ranks do not fit the run file."""
+    ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    _check_ranks(config, ranks)
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        os.environ.setdefault(name, default)
+    _quiet_deepspeed()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    return ParallelState.create(config.parallel.tensor), device
+
+
+def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[str, Any], state: ParallelState):
+    """Wraps the model in ZeRO-2 with AdamW; fp32 gradients are summed and clipped over all ranks."""
+    import deepspeed
+
+    micro = config.batch.micro_sequences
+    settings = deepspeed_config | {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation(config, state.data_size),
+        "gradient_clipping": config.optimizer.clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optimizer.weight_decay),
+        lr=0.0,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        fused=torch.cuda.is_available() or None,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=settings, mpu=state, dist_init_required=False
+    )
+    return engine
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def accumulation(config: RunConfig, data_size: int) -> int:
+    """Microbatches a rank and step."""
+    return config.batch.sequences // (config.batch.micro_sequences * data_size)
+
+
+def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _check_ranks(config: RunConfig, ranks: int) -> None:
+    tensor, batch = config.parallel.tensor, config.batch
+    if ranks % tensor:
+        raise DetourError(f"parallel.tensor: {tensor} does not divide the {ranks} ranks that were started")
+    data_size = ranks // tensor
+    if batch.sequences % (data_size * batch.micro_sequences):
+        raise DetourError(
+            f"batch: {batch.sequences} sequences a step do not divide into microbatches of {batch.micro_sequences} on "
+            f"{data_size} data-parallel ranks; change batch.micro_sequences or the number of ranks"
+        )
+
+
+def _quiet_deepspeed() -> None:
+    """DeepSpeed says at length what nobody asked; errors still come through."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # Without this the first start compiles a shared-memory collective for half a minute; gloo serves as well.
+        __compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,40 @@
+"""Installation of megatron-detour; versions that ran together stand in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "megatron_detour/__init__.py").read_text())[1]
+
+setup(
+    name="megatron-detour",
+    version=version,
+    description="Continued pretraining of encoders with a causal language modelling detour",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_detour", "megatron_detour.*"]),
+    package_data={"megatron_detour.observe": ["report.html.j2"]},
+    install_requires=[
+        "torch>=2.11",
+        # Versions up to 0.19.3 gave wrong ZeRO-2 gradients for a tied embedding, and checkpoint/state.py reads how
+        # ZeRO-2 lays out its partitions: tests/training/test_zero2.py checks both for this range.
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "numpy>=1.26",
+        "PyYAML>=6",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "jinja2>=3.1",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"],
+    },
+)
