@@ -10,7 +10,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 [ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
 corpus=${1:-}
-vocabulary=4096
+vocabulary=2048
 began=$SECONDS
 
 step() { printf '\n== %s (%ds)\n' "$*" $((SECONDS - began)); }

@@ -8,6 +8,7 @@ or "3 steps".
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 from dataclasses import dataclass, field
@@ -141,12 +142,14 @@ class RunConfig:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a run file and applies overrides such as ``phases.detour.tokens=1B``. Raises DetourError with all faults."""
+    """Reads a run file and applies overrides such as ``phases.detour.tokens=1B``. Raises DetourError."""
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DetourError(f"{path}: there is no such run file") from None
+    except OSError as error:
+        raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DetourError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -354,11 +357,12 @@ class _Reader:
     def _scalar(self, hint: type, raw: Any, key: str) -> Any:
         if hint is float and not isinstance(raw, bool):
             try:  # YAML 1.1 reads 2e-4 as a string
-                return float(raw)
-            except (TypeError, ValueError):
+                number = float(raw)
+            except (TypeError, ValueError, OverflowError):
                 return self._fault(key, f"a number is needed, it is {raw!r}")
+            return number if math.isfinite(number) else self._fault(key, f"a finite number is needed, it is {raw!r}")
         if type(raw) is not hint:
-            wanted = {int: "a whole number", bool: "true or false", str: "a text"}[hint]
+            wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
             return self._fault(key, f"{wanted} is needed, it is {raw!r}")
         return raw
 
@@ -392,7 +396,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _position(items: list, part: str, override: str) -> int:
-    if part.isdigit() and int(part) < len(items):
+    if part.isdecimal() and int(part) < len(items):
         return int(part)
     names = [str(item.get("name", item.get("prefix"))) if isinstance(item, dict) else str(item) for item in items]
     if part in names:

@@ -141,7 +141,7 @@ class Plan:
 
 
 def learning_rate(phase: PlannedPhase, done: int) -> float:
-    """The rate of the step that brings the phase to `done` tokens: the first one is above zero, the last one is the end.
+    """The rate of the step that brings the phase to `done` tokens: above zero at the first, the end at the last.
 
     1-sqrt (recipe of ModernBERT's decay): end + (peak - end) * (1 - sqrt(x)), x the share of the phase after warm-up.
     """

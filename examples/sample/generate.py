@@ -50,20 +50,8 @@ _DRUGS = (
     ("alendronate", "osteoporosis", "alendronate", "m", "ostéoporose", "f"),
     ("sumatriptan", "migraine", "sumatriptan", "m", "migraine", "f"),
     ("omeprazole", "reflux", "oméprazole", "m", "reflux", "m"),
-    ("amoxicillin", "pneumonia", "amoxicilline", "f", "pneumonie", "f"),
-    ("isoniazid", "tuberculosis", "isoniazide", "m", "tuberculose", "f"),
-    ("donepezil", "dementia", "donépézil", "m", "démence", "f"),
-    ("levodopa", "parkinsonism", "lévodopa", "f", "parkinsonisme", "m"),
-    ("lithium", "mania", "lithium", "m", "manie", "f"),
     ("latanoprost", "glaucoma", "latanoprost", "m", "glaucome", "m"),
     ("methotrexate", "arthritis", "méthotrexate", "m", "arthrite", "f"),
-    ("cetirizine", "allergy", "cétirizine", "f", "allergie", "f"),
-    ("atorvastatin", "dyslipidaemia", "atorvastatine", "f", "dyslipidémie", "f"),
-    ("hydroxychloroquine", "lupus", "hydroxychloroquine", "f", "lupus", "m"),
-    ("artemether", "malaria", "artéméther", "m", "paludisme", "m"),
-    ("oseltamivir", "influenza", "oseltamivir", "m", "grippe", "f"),
-    ("aciclovir", "shingles", "aciclovir", "m", "zona", "m"),
-    ("warfarin", "thrombosis", "warfarine", "f", "thrombose", "f"),
 )
 
 # English finding and diagnosis, French finding, diagnosis and its gender
@@ -73,17 +61,9 @@ _FINDINGS = (
     ("neck stiffness with photophobia", "meningitis", "une raideur de la nuque", "méningite", "f"),
     ("Koplik spots in the mouth", "measles", "des taches de Koplik", "rougeole", "f"),
     ("silvery scaly plaques", "psoriasis", "des plaques squameuses argentées", "psoriasis", "m"),
-    ("flank pain with bloody urine", "lithiasis", "une douleur du flanc avec hématurie", "lithiase", "f"),
     ("yellow sclerae", "hepatitis", "des sclérotiques jaunes", "hépatite", "f"),
-    ("a barking cough", "laryngitis", "une toux aboyante", "laryngite", "f"),
     ("a strawberry tongue", "scarlatina", "une langue framboisée", "scarlatine", "f"),
-    ("a pulsatile abdominal mass", "aneurysm", "une masse abdominale pulsatile", "anévrisme", "m"),
     ("belt-like epigastric pain", "pancreatitis", "une douleur épigastrique en ceinture", "pancréatite", "f"),
-    ("honey-coloured crusts", "impetigo", "des croûtes couleur de miel", "impétigo", "m"),
-    ("low haemoglobin with pallor", "anaemia", "une hémoglobine basse avec pâleur", "anémie", "f"),
-    ("swollen purulent tonsils", "tonsillitis", "des amygdales purulentes", "angine", "f"),
-    ("burning on passing urine", "cystitis", "des brûlures à la miction", "cystite", "f"),
-    ("splinter haemorrhages with a murmur", "endocarditis", "un souffle avec signes emboliques", "endocardite", "f"),
 )
 
 DRUG_FACTS: dict[str, tuple[DrugFact, ...]] = {
@@ -699,6 +679,14 @@ def _signs(writer: Writer) -> list[str]:
     return [writer.frame("question opening"), *stated, writer.frame("note closing")]
 
 
+def _card(writer: Writer) -> list[str]:
+    """One fact by itself, as on a revision card."""
+    rng, lang = writer.rng, writer.lang
+    if rng.random() < 0.4:
+        return [writer.finding(rng.choice(("finding", "finding question")), rng.choice(FINDING_FACTS[lang]))]
+    return [writer.drug(rng.choice(("patient", "general", "question")), rng.choice(DRUG_FACTS[lang]))]
+
+
 _KINDS: tuple[Callable[[Writer], list[str]], ...] = (
     _note,
     _note,
@@ -709,16 +697,18 @@ _KINDS: tuple[Callable[[Writer], list[str]], ...] = (
     _questions,
     _signs,
 )
-_MIN_WORDS, _MAX_WORDS = 30, 200
+_CARDS = 0.75  # share of documents; a third of the words
+_MOST_WORDS = 200
 
 
 def document(lang: str, rng: random.Random) -> str:
-    """One invented document of 30 to 200 words that states one to three facts."""
+    """One invented document: a card, or up to 200 words that state up to three facts and say they are invented."""
     while True:
         writer = Writer(lang, rng)
-        sentences = [*rng.choice(_KINDS)(writer), writer.frame("invented")]
-        text = " ".join(sentences)
-        if _MIN_WORDS <= len(text.split()) <= _MAX_WORDS:
+        if rng.random() < _CARDS:
+            return " ".join(_card(writer))
+        text = " ".join([*rng.choice(_KINDS)(writer), writer.frame("invented")])
+        if len(text.split()) <= _MOST_WORDS:
             return text
 
 

@@ -29,7 +29,7 @@ OLD_CONFIG_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face model: a folder, or a hub id whose files are taken from the local cache or, if allowed, fetched."""
+    """A Hugging Face model: a folder, or a hub id in the local cache, or fetched where that is allowed."""
 
     name: str
     download: bool = False
@@ -144,7 +144,7 @@ def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None
     """Copies a tokenizer's files byte by byte, and makes the small ones that a bare tokenizer.json lacks."""
     shutil.copyfile(find_tokenizer(source.name, source.download), folder / "tokenizer.json")
     if Path(source.name).is_file() or not source.has("tokenizer_config.json"):
-        present = {role: name for role, name in _special_tokens(folder / "tokenizer.json").items()}
+        present = _special_tokens(folder / "tokenizer.json")
         described = {f"{role}_token": token for role, token in present.items()}
         _write_json(folder / "special_tokens_map.json", described)
         named = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
@@ -179,7 +179,9 @@ def compare_with_transformers(folder: Path, model: ModernBert, seed: int = 0) ->
     The documents are random ids, shorter and longer than the local window, so that every kind of layer is exercised.
     """
     from transformers import AutoModelForMaskedLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     theirs = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     generator = torch.Generator().manual_seed(seed)
     longest = min(4 * model.shape.window + 7, model.shape.max_positions)

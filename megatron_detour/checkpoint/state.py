@@ -111,7 +111,7 @@ def _all_gather(part: torch.Tensor, group: dist.ProcessGroup | None, size: int) 
     if size == 1:
         return part
     whole = part.new_empty(size * len(part))
-    dist.all_gather_into_tensor(whole, part, group=group)
+    dist.all_gather(list(whole.chunk(size)), part, group=group)
     return whole
 
 

@@ -19,8 +19,12 @@ class Broken(Exception):
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder beside `folder`, then gives it its name. On any error nothing is left behind."""
+    """Lets `write` fill a folder beside `folder`, then gives it its name, replacing a folder that has it already.
+
+    On any error nothing is left behind.
+    """
     aside = folder.parent / f".{folder.name}.writing-{os.getpid()}"
+    replaced = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
     aside.mkdir(parents=True)
     try:
         write(aside)
@@ -28,10 +32,13 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
         (aside / LISTING).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for path in [*aside.iterdir(), aside]:
             flush(path)
+        if folder.exists():
+            folder.rename(replaced)
         aside.rename(folder)
         flush(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def verify(folder: Path, *, content: bool = True) -> None:
@@ -78,5 +85,5 @@ def prune(checkpoints: Path, keep: int, boundaries: Iterable[int]) -> None:
     for folder in find_checkpoints(checkpoints)[:-keep]:
         if step_of(folder) not in protected:
             shutil.rmtree(folder)
-    for leftover in checkpoints.glob(".step-*.writing-*"):
+    for leftover in checkpoints.glob(".step-*-*"):
         shutil.rmtree(leftover)

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -235,7 +236,7 @@ def _owned(file: BinaryIO, part: Part) -> Iterator[bytes]:
                 return
             position += len(line)
             yield line
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise DetourError(f"{part.path}: cannot be read to its end: {error}") from None
 
 
@@ -249,8 +250,10 @@ def _report(count: int) -> None:
 
 
 def _lines_before(part: Part) -> int:
+    if not part.start:
+        return 0
     with Path(part.path).open("rb") as file:
-        left, lines = part.start, 0
+        left, lines = part.start - 1, 1  # the line that holds the byte before the part is another part's
         while left and (block := file.read(min(left, 1 << 20))):
             lines += block.count(b"\n")
             left -= len(block)
@@ -267,7 +270,7 @@ def _text_of(line: bytes, path: str, text_key: str) -> str:
         return text
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: JSON's own, and numbers of thousands of digits
         raise BadLine(f"not JSON ({error})") from None
     if not isinstance(record, dict) or text_key not in record:
         raise BadLine(f"not a JSON object with the key {text_key!r}")

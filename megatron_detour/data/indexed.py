@@ -60,10 +60,11 @@ class IndexedCorpus:
         self.lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
         self.offsets = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
         self.documents = np.frombuffer(index, "<i8", boundaries, HEADER.size + 12 * sequences)
-        self._bin = np.frombuffer(_mapped(bin_path(prefix), prefix), self.dtype)
-        needed = int(self.offsets[-1]) // self.dtype.itemsize + int(self.lengths[-1]) if sequences else 0
-        if needed != len(self._bin):
-            raise DetourError(f"{bin_path(prefix)}: holds {len(self._bin):,} tokens where the index means {needed:,}")
+        content = _mapped(bin_path(prefix), prefix)
+        needed = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if needed != len(content):
+            raise DetourError(f"{bin_path(prefix)}: has {len(content):,} bytes where the index means {needed:,}")
+        self._bin = np.frombuffer(content, self.dtype)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -59,7 +59,9 @@ def _feistel(numbers: np.ndarray, half: int, key: int) -> np.ndarray:
 
 def _mix(values: np.ndarray, key: int, turn: int) -> np.ndarray:
     """splitmix64's finaliser (Steele, Lea and Flood, 2014) over value, key and round."""
-    salt = (key * 0x9E3779B97F4A7C15 + (turn + 1) * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
+    # Keys are longer than 64 bits: what is above them must count as well.
+    salt = key * 0x9E3779B97F4A7C15 + (key >> 64) * 0xA24BAED4963EE407 + (turn + 1) * 0xD1B54A32D192ED03
+    salt &= 0xFFFFFFFFFFFFFFFF
     x = values + np.uint64(salt)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -86,6 +86,7 @@ def write_report(run_folder: Path) -> Path:
     run_folder = Path(run_folder)
     run = read_run(run_folder)
     plots = []
+    (run_folder / "plots").mkdir(exist_ok=True)
     for plot in _plots():
         path = run_folder / "plots" / plot.file
         figure = plot.draw(run)
@@ -97,7 +98,7 @@ def write_report(run_folder: Path) -> Path:
         plot.image = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
         plots.append(plot)
     page = run_folder / "report.html"
-    write_whole(page, _page(run, plots).encode("utf-8"))
+    write_whole(page, _page(run, plots))
     return page
 
 

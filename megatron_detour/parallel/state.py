@@ -1,4 +1,4 @@
-"""Who computes what: one ParallelState is made at start and passed to whatever needs it. DeepSpeed takes it as `mpu`."""
+"""Who computes what: one ParallelState is made at start and passed on; DeepSpeed takes it as its `mpu`."""
 
 from __future__ import annotations
 

@@ -127,9 +127,8 @@ class Trainer:
     def _finite(self, what: str, value: float, step: Step) -> float:
         if not math.isfinite(value):
             raise DetourError(
-                f"the {what} is {value} at step {step.number} (phase {step.phase.name}); nothing was saved since the last "
-                "checkpoint: start the same command again with a lower learning rate in another folder, or look at the "
-                "data of this step"
+                f"the {what} is {value} at step {step.number} (phase {step.phase.name}); nothing was saved since the "
+                "last checkpoint: lower the learning rate and start in another folder, or look at this step's data"
             )
         return value
 
@@ -137,7 +136,7 @@ class Trainer:
         unequal = unequal_replicas(self.engine.module, self.state)
         if unequal:
             raise DetourError(
-                f"tensor-parallel copies of {', '.join(unequal[:3])} differ at step {step.number}; the state is not saved"
+                f"tensor-parallel copies of {', '.join(unequal[:3])} differ at step {step.number}; nothing is saved"
             )
 
 

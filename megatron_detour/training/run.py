@@ -1,18 +1,15 @@
-"""The command that starts or resumes a run: arguments, run file, plan, and the folder that it takes."""
+"""The command that starts or resumes a run: arguments, run file, plan."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
-import yaml
-
-from megatron_detour.config import RunConfig, as_control, from_dict, load
+from megatron_detour.config import as_control, load
 from megatron_detour.errors import DetourError
-from megatron_detour.files import write_whole
 from megatron_detour.plan import Plan
+from megatron_detour.training.folder import refuse_another_run
 
 
 def main(default_run_file: str | Path | None = None, arguments: list[str] | None = None) -> None:
@@ -29,37 +26,11 @@ def main(default_run_file: str | Path | None = None, arguments: list[str] | None
         return
     folder = Path(config.folder)
     if first:
-        claim(folder, config, plan)
+        refuse_another_run(folder, config)
     # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
     from megatron_detour.training.session import run_session
 
     run_session(config, plan, folder)
-
-
-def claim(folder: Path, config: RunConfig, plan: Plan) -> None:
-    """Takes the folder for this run. Raises DetourError when it holds another one, or anything else."""
-    run_file = folder / "run.yaml"
-    if run_file.exists():
-        _refuse_another(run_file, config)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DetourError(f"{folder}: holds files but no run; choose another folder=... or empty it")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "plan.json", json.dumps(plan.to_dict(), indent=1))
-    write_whole(run_file, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
-
-
-def _refuse_another(run_file: Path, config: RunConfig) -> None:
-    try:
-        there = from_dict(yaml.safe_load(run_file.read_text(encoding="utf-8")), str(run_file)).trajectory()
-    except yaml.YAMLError:
-        raise DetourError(f"{run_file}: not a YAML file; choose another folder=...") from None
-    here = config.trajectory()
-    for key in [*here, *there]:
-        if here.get(key) != there.get(key):
-            raise DetourError(
-                f"{run_file.parent}: this folder holds another run: {key} is {there.get(key)!r} there and "
-                f"{here.get(key)!r} here; choose another folder=... or the same settings to resume"
-            )
 
 
 def _parse(default_run_file: str | Path | None, arguments: list[str] | None) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from megatron_detour.config import Corpus, RunConfig
 from megatron_detour.data.batches import Sequences
 from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
 from megatron_detour.errors import DetourError
-from megatron_detour.files import write_whole
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
@@ -29,6 +27,7 @@ from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
 from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
+from megatron_detour.training.folder import add_session, take
 from megatron_detour.training.loop import Trainer
 from megatron_detour.training.validation import Validation
 
@@ -104,6 +103,8 @@ class Session:
         self.validation = None
         if config.validation.corpora:
             self.validation = Validation(config, encoder.vocabulary, state, device)
+        if state.is_first:
+            take(folder, config, plan)
         self.sinks: list[Sink] = []
         self.progress: Progress | None = None
 
@@ -206,8 +207,6 @@ class Session:
 
     def _describe(self, engine: DeepSpeedEngine, done: int) -> None:
         """Adds this session to environment.json, with what it runs on and what it reads."""
-        path = self.folder / "environment.json"
-        earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "step": done,
@@ -220,14 +219,13 @@ class Session:
         weights = [corpus.weight for corpus in self.config.data.corpora]
         sizes = engine.module.full_sizes().values()
         facts = {
-            "sessions": [*earlier, session],
             "versions": meter.versions(),
             "model": {"parameters": sum(torch.Size(size).numel() for size in sizes), **_sizes(self.encoder.config)},
             "corpora": _corpora(self.config.data.corpora, self.sequences),
             "validation_corpora": _corpora(self.config.validation.corpora, validation.sequences) if validation else [],
             "unigram_loss": validation.unigram_loss(self.sequences, weights) if validation else None,
         }
-        write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        add_session(self.folder, session, facts)
         if validation:
             self._say(
                 f"unigram distribution of the corpus on the masked held-out tokens: {facts['unigram_loss']:.3f} nats"

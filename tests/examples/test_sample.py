@@ -72,8 +72,8 @@ def test_same_arguments_give_the_same_bytes(tmp_path):
 def test_facts_are_a_function_with_distinct_answers():
     for lang in ("en", "fr"):
         pairs = _pairs(lang)
-        assert len(pairs) == 40
-        assert len({subject for subject, _ in pairs}) == len({answer for _, answer in pairs}) == 40
+        assert len(pairs) == 20
+        assert len({subject for subject, _ in pairs}) == len({answer for _, answer in pairs}) == 20
         assert all(re.fullmatch(r"[^\W\d_]+", answer) for _, answer in pairs)
 
 
@@ -98,8 +98,8 @@ def test_each_fact_is_in_many_documents_and_none_dominates(records, lang):
     counts = Counter(
         number for record in records if record["lang"] == lang for number in _mentioned(subjects, record["text"])
     )
-    assert min(counts[number] for number in range(40)) >= 30
-    assert max(counts.values()) < 0.06 * sum(counts.values())
+    assert min(counts[number] for number in range(20)) >= 30
+    assert max(counts.values()) < 0.10 * sum(counts.values())
 
 
 def test_a_fact_has_several_phrasings(records):
@@ -119,8 +119,9 @@ def test_records_size_lengths_and_languages(folder, records):
     for record in records:
         assert record.keys() == {"text", "source", "lang", "license"}
         assert (record["source"], record["license"]) == ("generated", "Apache-2.0")
-        assert 30 <= len(record["text"].split()) <= 200
-        assert re.search(r"\b[Ii]nvent(ed|é|és)\b", record["text"]), record["text"]
+        words = len(record["text"].split())
+        assert words <= 200
+        assert words < 40 or re.search(r"\b[Ii]nvent(ed|é|és)\b", record["text"]), record["text"]
         assert not re.search(r"[{}]|\b(le|la|de|que) [aeéiouêœ]\w*(ine|ol|one|ie|me)\b", record["text"])
     langs = Counter(record["lang"] for record in records)
     assert abs(langs["en"] - langs["fr"]) <= 1

@@ -1,0 +1,49 @@
+"""A run's folder belongs to one run: the one that its run.yaml describes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_detour.config import RunConfig, from_dict
+from megatron_detour.errors import DetourError
+from megatron_detour.files import write_whole
+from megatron_detour.plan import Plan
+
+
+def refuse_another_run(folder: Path, config: RunConfig) -> None:
+    """Raises DetourError when the folder holds another run, or anything but a run."""
+    run_file = folder / "run.yaml"
+    if not run_file.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DetourError(f"{folder}: holds files but no run; choose another folder=... or empty it")
+        return
+    try:
+        there = from_dict(yaml.safe_load(run_file.read_text(encoding="utf-8")), str(run_file)).trajectory()
+    except yaml.YAMLError:
+        raise DetourError(f"{run_file}: not a YAML file; choose another folder=...") from None
+    here = config.trajectory()
+    for key in [*here, *there]:
+        if here.get(key) != there.get(key):
+            raise DetourError(
+                f"{folder}: this folder holds another run: {key} is {there.get(key)!r} there and {here.get(key)!r} "
+                "here; choose another folder=... or the same settings to resume"
+            )
+
+
+def take(folder: Path, config: RunConfig, plan: Plan) -> None:
+    """Makes the folder this run's, once everything that the run needs is known to be there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "plan.json", json.dumps(plan.to_dict(), indent=1) + "\n")
+    write_whole(folder / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def add_session(folder: Path, session: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Writes environment.json: the list of sessions, one longer, and the facts of this one."""
+    path = folder / "environment.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+    content = {"sessions": [*earlier, session], **facts}
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,60 @@
+"""What several tests share: a tiny tokenizer and a corpus built with it."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_detour.data.build import build_corpus
+from megatron_detour.data.train_tokenizer import train_tokenizer
+
+WORDS = {
+    "who": ("the patient", "the nurse", "a child", "the surgeon", "la patiente", "le médecin", "an old man"),
+    "does": ("takes", "refuses", "reports", "describes", "observe", "prescrit", "measures"),
+    "what": ("metformin", "amlodipine", "a fever of 38.5 °C", "some pain", "une toux sèche", "the dose", "an œdema"),
+    "when": ("today", "since Monday", "after surgery", "twice a day", "depuis hier", "without any reason"),
+}
+VOCABULARY = 400
+LONG_DOCUMENT = 150  # sentences; far more than 128 tokens
+
+
+@dataclass(frozen=True)
+class BuiltCorpus:
+    prefix: str
+    jsonl: Path
+    tokenizer: Path
+
+
+def sentences(rng: random.Random, count: int) -> str:
+    return " ".join(" ".join(rng.choice(group) for group in WORDS.values()).capitalize() + "." for _ in range(count))
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A byte-level BPE of 400 ids with ModernBERT's special tokens and template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    rng = random.Random(1)
+    texts = write_jsonl(folder / "texts.jsonl", [sentences(rng, 3) for _ in range(300)])
+    train_tokenizer([texts], folder / "tokenizer", VOCABULARY)
+    return folder / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def corpus(tokenizer_folder, tmp_path_factory) -> BuiltCorpus:
+    """300 documents of 1 to 8 sentences, one of them far longer than 128 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(2)
+    counts = [rng.randint(1, 8) for _ in range(300)]
+    counts[137] = LONG_DOCUMENT
+    jsonl = write_jsonl(folder / "texts.jsonl", [sentences(rng, count) for count in counts])
+    build_corpus([str(jsonl)], str(folder / "corpus"), str(tokenizer_folder))
+    return BuiltCorpus(str(folder / "corpus"), jsonl, tokenizer_folder)

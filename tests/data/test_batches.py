@@ -1,0 +1,142 @@
+"""Microbatches: the same text under the same masks for every number of ranks and every micro-batch size."""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_detour.config import Corpus
+from megatron_detour.data.batches import MicroBatch, Sequences, positions_of, rank_batch, rank_numbers
+from megatron_detour.data.build import build_corpus
+from megatron_detour.data.indexed import IndexedCorpus
+from megatron_detour.data.train_tokenizer import train_tokenizer
+from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
+from megatron_detour.errors import DetourError
+from megatron_detour.objectives import IGNORE, make
+from tests.conftest import sentences, write_jsonl
+
+LENGTH, STEP = 128, 8
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer_folder) -> Vocabulary:
+    return Vocabulary.of(load_tokenizer(tokenizer_folder))
+
+
+@pytest.fixture(scope="module")
+def second(tokenizer_folder, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("second")
+    texts = write_jsonl(folder / "texts.jsonl", [sentences(random.Random(i), 2) for i in range(40)])
+    build_corpus([str(texts)], str(folder / "corpus"), str(tokenizer_folder))
+    return str(folder / "corpus")
+
+
+@pytest.fixture
+def open_sequences(corpus, second, vocabulary):
+    """A fresh reader, as each rank has its own."""
+    corpora = (Corpus(corpus.prefix, 0.75), Corpus(second, 0.25))
+    return lambda seed=42: Sequences(corpora, LENGTH, seed, vocabulary)
+
+
+def joined(batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
+    names = ("input_ids", "labels", "positions")
+    whole = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    return whole | {"lengths": torch.tensor([length for batch in batches for length in batch.lengths])}
+
+
+@pytest.mark.parametrize(("name", "mask_rate"), [("mlm", 0.3), ("clm", None)])
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (2, 3)])
+def test_a_step_is_the_same_however_it_is_split(open_sequences, vocabulary, name, mask_rate, ranks, micro):
+    objective, first = make(name, mask_rate, vocabulary), 5 * STEP
+    reference = rank_batch(open_sequences(), range(first, first + STEP), 2, objective, 17)
+    shares = [
+        rank_batch(open_sequences(), rank_numbers(first, STEP, rank, ranks), micro, objective, 17)
+        for rank in range(ranks)
+    ]
+    whole = joined([batch for share in shares for batch in share.micro_batches])
+    for key, expected in joined(reference.micro_batches).items():
+        assert torch.equal(whole[key], expected), key
+    assert sum(share.crc for share in shares) == reference.crc
+    assert sum(share.labelled for share in shares) == reference.labelled > 0
+    assert sum(share.padding for share in shares) == reference.padding
+    assert {batch.causal for share in shares for batch in share.micro_batches} == {name == "clm"}
+    assert all(len(share.micro_batches) == -(-STEP // ranks // micro) for share in shares)
+
+
+def test_figures_of_a_share(open_sequences, vocabulary):
+    sequences = open_sequences()
+    batch = rank_batch(sequences, range(3, 3 + STEP), 2, make("clm", None, vocabulary), 17)
+    whole = joined(batch.micro_batches)
+    assert batch.labelled == int((whole["labels"] != IGNORE).sum())
+    assert batch.padding == int((whole["input_ids"] == vocabulary.pad).sum()) > 0
+    assert batch.crc == sum(zlib.crc32(sequences[i].tokens.tobytes()) for i in range(3, 3 + STEP))
+    assert all(len(micro.input_ids) == 2 * LENGTH for micro in batch.micro_batches)
+
+
+def test_the_checksum_is_of_the_text_and_not_of_the_masks(open_sequences, vocabulary):
+    numbers, masked = range(STEP), make("mlm", 0.3, vocabulary)
+    one, two = (rank_batch(open_sequences(), numbers, 2, masked, seed) for seed in (17, 18))
+    causal = rank_batch(open_sequences(), numbers, 2, make("clm", None, vocabulary), 17)
+    assert one.crc == two.crc == causal.crc
+    assert not torch.equal(joined(one.micro_batches)["input_ids"], joined(two.micro_batches)["input_ids"])
+    other = rank_batch(open_sequences(43), numbers, 2, masked, 17)
+    assert other.crc != one.crc
+
+
+def test_positions_restart_at_each_document(open_sequences, vocabulary):
+    batch = rank_batch(open_sequences(), range(4), 4, make("clm", None, vocabulary), 17).micro_batches[0]
+    expected = [position for length in batch.lengths for position in range(length)]
+    assert batch.positions.tolist() == expected
+    assert len(batch.lengths) > 8
+    assert sum(batch.lengths) == len(batch.input_ids)
+
+
+def test_positions_of():
+    assert positions_of(np.array([3, 1, 2])).tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_a_sequence_holds_whole_documents_of_one_corpus(open_sequences, corpus, second, vocabulary):
+    """Every piece is a document as it is on disk, cut at LENGTH only; all come, and the corpora keep their shares."""
+    pieces = []
+    for stored in (IndexedCorpus(corpus.prefix), IndexedCorpus(second)):
+        documents = [stored.tokens(i).tolist() for i in range(len(stored))]
+        pieces.append({tuple(ids[i : i + LENGTH]) for ids in documents for i in range(0, len(ids), LENGTH)})
+    assert not pieces[0] & pieces[1]
+    sequences, drawn, seen = open_sequences(), [0, 0], set()
+    for number in range(400):
+        sequence = sequences[number]
+        assert len(sequence.tokens) == sequence.lengths.sum() == LENGTH
+        parts = [tuple(part.tolist()) for part in np.split(sequence.tokens, np.cumsum(sequence.lengths)[:-1])]
+        if sequence.padding:
+            assert parts.pop() == (vocabulary.pad,) * sequence.padding
+        which = 0 if parts[0] in pieces[0] else 1
+        assert set(parts) <= pieces[which]
+        drawn[which] += 1
+        seen |= set(parts)
+    assert drawn == [300, 100]
+    assert seen == pieces[0] | pieces[1]
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(corpus, tmp_path):
+    train_tokenizer([corpus.jsonl], tmp_path / "other", 390)
+    other = Vocabulary.of(load_tokenizer(tmp_path / "other"))
+    with pytest.raises(DetourError) as caught:
+        Sequences((Corpus(corpus.prefix),), LENGTH, 42, other)
+    message = str(caught.value)
+    assert message.startswith(f"{corpus.prefix}: this corpus was built with another tokenizer")
+    assert "400 ids" in message
+    assert "390 ids" in message
+    assert message.endswith("set model.tokenizer to the corpus's")
+
+
+def test_moving_a_microbatch_keeps_what_it_holds(open_sequences, vocabulary):
+    batch = rank_batch(open_sequences(), range(2), 2, make("mlm", 0.3, vocabulary), 17).micro_batches[0]
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.input_ids, batch.input_ids)
+    assert torch.equal(moved.labels, batch.labels)
+    assert torch.equal(moved.positions, batch.positions)
+    assert (moved.lengths, moved.causal) == (batch.lengths, batch.causal)

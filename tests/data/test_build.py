@@ -1,0 +1,303 @@
+"""Building a corpus: the tokenizer's ids, the same bytes for any number of workers, and nothing after a failure."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from megatron_detour.data import build
+from megatron_detour.data.build import build_corpus, plan_parts
+from megatron_detour.data.indexed import IndexedCorpus
+from megatron_detour.data.manifest import read_manifest
+from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
+from megatron_detour.errors import DetourError
+from tests.conftest import sentences, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT / "../shared/data"
+ODD = ["naïve Œdème à 38,5 °C", "two\nlines\r\nand a tab\t.", "漢字 🧬", "  spaces around  ", "a", "[MASK] in text"]
+
+
+@pytest.fixture
+def prefix(tmp_path) -> Path:
+    """Where a test builds; the folder holds nothing else."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out/c"
+
+
+def texts_of(jsonl: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in jsonl.read_text(encoding="utf-8").splitlines()]
+
+
+def ids_at(prefix: str | Path) -> list[list[int]]:
+    corpus = IndexedCorpus(prefix)
+    return [corpus.tokens(i).tolist() for i in range(len(corpus))]
+
+
+def encoded(tokenizer_folder: Path, texts: list[str]) -> list[list[int]]:
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    return [tokenizer.encode(text).ids for text in texts]
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def bytes_at(prefix: Path) -> list[bytes]:
+    return [prefix.with_suffix(suffix).read_bytes() for suffix in (".bin", ".idx")]
+
+
+def failure(inputs: list[Path], prefix: Path, tokenizer: Path, **options) -> str:
+    """The sentence of a failing build, after which the folder is as it was before."""
+    before = {path.name: path.read_bytes() for path in prefix.parent.iterdir()}
+    with pytest.raises(DetourError) as caught:
+        build_corpus([str(path) for path in inputs], str(prefix), str(tokenizer), **options)
+    assert {path.name: path.read_bytes() for path in prefix.parent.iterdir()} == before
+    return str(caught.value)
+
+
+def test_ids_are_the_tokenizers_own(corpus):
+    texts = texts_of(corpus.jsonl)
+    ids = ids_at(corpus.prefix)
+    assert ids == encoded(corpus.tokenizer, texts)
+    assert len(ids) == 300
+    assert max(map(len, ids)) > 128
+
+
+def test_the_manifest_tells_the_numbers(corpus):
+    manifest = read_manifest(corpus.prefix)
+    ids = ids_at(corpus.prefix)
+    assert (manifest.documents, manifest.tokens) == (len(ids), sum(map(len, ids)))
+    assert (manifest.empty, manifest.bad_lines) == (0, 0)
+    assert manifest.sources == [{"path": str(corpus.jsonl), "bytes": corpus.jsonl.stat().st_size}]
+    for kind, facts in manifest.files.items():
+        content = Path(f"{corpus.prefix}.{kind}").read_bytes()
+        assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert set(manifest.files) == {"bin", "idx"}
+    vocabulary = Vocabulary.of(load_tokenizer(corpus.tokenizer))
+    assert Vocabulary.from_dict(manifest.tokenizer) == vocabulary
+    assert names_in(Path(corpus.prefix).parent) == {"texts.jsonl", "corpus.bin", "corpus.idx", "corpus.manifest.json"}
+
+
+def test_kinds_of_files_and_empty_lines(tmp_path, prefix, tokenizer_folder):
+    """.jsonl, .jsonl.gz and .txt, in the order given; blank lines and blank texts are counted and left out."""
+    records = "".join(json.dumps({"body": text, "id": i}) + "\n" for i, text in enumerate(ODD))
+    blank = "\n" + json.dumps({"body": "  \n "}) + "\n   \n"
+    (tmp_path / "a.jsonl").write_bytes((records + blank).encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(records.encode()) + gzip.compress(blank.encode()))
+    (tmp_path / "c.txt").write_bytes("first line\r\n\r\n second one \nlast, without an end of line é".encode())
+    inputs = [str(tmp_path / name) for name in ("c.txt", "b.jsonl.gz", "a.jsonl")]
+    manifest = build_corpus(inputs, str(prefix), str(tokenizer_folder), text_key="body")
+    lines = ["first line", " second one ", "last, without an end of line é"]
+    assert ids_at(prefix) == encoded(tokenizer_folder, lines + ODD + ODD)
+    assert (manifest.documents, manifest.empty, manifest.bad_lines) == (3 + 2 * len(ODD), 1 + 3 + 3, 0)
+    assert json.loads(json.dumps(dataclasses.asdict(manifest))) == dataclasses.asdict(read_manifest(prefix))
+
+
+@pytest.mark.parametrize("stride", [1, 7, 100, 1 << 20])
+def test_every_line_belongs_to_one_part(tmp_path, monkeypatch, stride):
+    content = b"one\n\ntwo two two two two\r\n" + b"x" * 250 + b"\nlast"
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    monkeypatch.setattr(build, "RANGE_BYTES", stride)
+    monkeypatch.setattr(build, "_report", lambda count: None)
+    parts = plan_parts([str(path)])
+    assert [part.number for part in parts] == list(range(len(parts)))
+    lines = [line for part in parts for line in build._lines(part)]
+    assert lines == content.replace(b"\r\n", b"\n").split(b"\n")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("mixed")
+    rng = random.Random(3)
+    texts = [sentences(rng, rng.randint(1, 6)) for _ in range(200)]
+    write_jsonl(folder / "a.jsonl", texts[:120])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(write_jsonl(folder / "b", texts[120:160]).read_bytes()))
+    (folder / "c.txt").write_text("\n".join(texts[160:]), encoding="utf-8")
+    return [str(folder / name) for name in ("a.jsonl", "b.jsonl.gz", "c.txt")]
+
+
+def test_the_bytes_depend_on_neither_workers_nor_parts(tmp_path, mixed, tokenizer_folder, monkeypatch):
+    manifests = []
+    for name, workers, stride in (("whole", 1, 1 << 25), ("one", 1, 3_001), ("three", 3, 3_001)):
+        monkeypatch.setattr(build, "RANGE_BYTES", stride)
+        assert (len(plan_parts(mixed)) > 10) == (stride == 3_001)
+        manifests.append(build_corpus(mixed, str(tmp_path / name), str(tokenizer_folder), workers=workers))
+    assert bytes_at(tmp_path / "whole") == bytes_at(tmp_path / "one") == bytes_at(tmp_path / "three")
+    assert [(m.documents, m.tokens, m.files) for m in manifests] == [(200, manifests[0].tokens, manifests[0].files)] * 3
+
+
+BAD_LINES = {
+    "not JSON": (b"{'text': 'x'}", "not JSON"),
+    "a number of 5,000 digits": (b'{"text": "x", "n": ' + b"1" * 5_000 + b"}", "not JSON"),
+    "deep": (b"[" * 200_000, "not JSON"),
+    "no object": (b'["text"]', "not a JSON object with the key 'text'"),
+    "no key": (b'{"txet": "x"}', "not a JSON object with the key 'text'"),
+    "no text": (b'{"text": null}', "the value of 'text' is not a text"),
+    "half a surrogate pair": (b'{"text": "x \\ud83e"}', "holds half a surrogate pair"),
+    "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_is_no_document(case):
+    line, why = BAD_LINES[case]
+    with pytest.raises(build.BadLine, match=why):
+        build._text_of(line, "a.jsonl", "text")
+
+
+@pytest.mark.parametrize("stride", [1, 64, 65, 300, 1_000, 1 << 20])
+def test_a_bad_line_is_named_in_whatever_part(tmp_path, monkeypatch, stride):
+    """Each line in turn is bad; the number told is its own, wherever the parts begin."""
+    monkeypatch.setattr(build, "RANGE_BYTES", stride)
+    monkeypatch.setattr(build, "_report", lambda count: None)
+    path = tmp_path / "a.jsonl"
+    for bad in range(1, 13):
+        lines = [json.dumps({"text": "x" * (17 * i)}).encode() for i in range(1, 13)]
+        lines[bad - 1] = b"oops"
+        path.write_bytes(b"\n".join(lines))
+        job = build._Job("", None, "text", False, tmp_path)
+        with pytest.raises(DetourError, match=f"line {bad}: not JSON"):
+            for part in plan_parts([str(path)]):
+                list(build._batches(part, job))
+
+
+def test_bad_lines_stop_a_build_or_are_counted(tmp_path, prefix, tokenizer_folder, monkeypatch):
+    good = [json.dumps({"text": text}).encode() for text in ODD * 4]
+    bad = [line for line, _ in BAD_LINES.values()]
+    lines = good[:20] + bad + good[20:]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    monkeypatch.setattr(build, "RANGE_BYTES", 500)
+    message = failure([path], prefix, tokenizer_folder)
+    assert f"{path}, line 21: not JSON" in message
+    assert "--skip-bad-lines" in message
+    manifest = build_corpus([str(path)], str(prefix), str(tokenizer_folder), skip_bad_lines=True)
+    assert (manifest.documents, manifest.bad_lines, manifest.empty) == (len(good), len(bad), 0)
+    assert ids_at(prefix) == encoded(tokenizer_folder, ODD * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("none.jsonl", None, "there is no such input file"),
+        ("a.csv", b"x\n", "an input file must end in .jsonl, .jsonl.gz, .txt"),
+        ("a.jsonl", b"", "no line holds text"),
+        ("a.txt", b" \n\n", "no line holds text"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "some text"}\n' * 50)[:-20], "cannot be read to its end"),
+        ("plain.jsonl.gz", b'{"text": "x"}\n', "cannot be read to its end"),
+        ("damaged.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 40, "cannot be read to its end"),
+    ],
+    ids=["missing", "kind", "empty", "blank", "cut", "not compressed", "damaged"],
+)
+def test_inputs_that_cannot_be_built(tmp_path, prefix, tokenizer_folder, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = failure([tmp_path / name], prefix, tokenizer_folder)
+    assert str(tmp_path / name) in message
+    assert says in message
+
+
+def test_options_that_cannot_be(corpus, prefix, tmp_path):
+    assert "--workers" in failure([corpus.jsonl], prefix, corpus.tokenizer, workers=0)
+    assert "no tokenizer.json" in failure([corpus.jsonl], prefix, tmp_path)
+
+
+def test_a_corpus_is_replaced_only_when_asked(tmp_path, prefix, tokenizer_folder):
+    first, second, bad = (tmp_path / name for name in ("first.txt", "second.txt", "bad.jsonl"))
+    first.write_text("one text\n", encoding="utf-8")
+    second.write_text("another\nand one more\n", encoding="utf-8")
+    bad.write_text("oops\n", encoding="utf-8")
+    build_corpus([str(first)], str(prefix), str(tokenizer_folder))
+    assert names_in(prefix.parent) == {"c.bin", "c.idx", "c.manifest.json"}
+    message = failure([second], prefix, tokenizer_folder)
+    assert "c.manifest.json: a corpus is already there" in message
+    assert "--overwrite" in message
+    failure([bad], prefix, tokenizer_folder, overwrite=True)  # the old one stays, whole
+    assert ids_at(prefix) == encoded(tokenizer_folder, ["one text"])
+    assert build_corpus([str(second)], str(prefix), str(tokenizer_folder), overwrite=True).documents == 2
+    assert ids_at(prefix) == encoded(tokenizer_folder, ["another", "and one more"])
+    assert read_manifest(prefix).documents == 2
+
+
+def test_the_tool(tmp_path, prefix, tokenizer_folder):
+    path = tmp_path / "a.txt"
+    path.write_text("one text\n\nanother\n", encoding="utf-8")
+
+    def run(*options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path)]
+        command += ["--output-prefix", str(prefix), "--tokenizer", str(tokenizer_folder), *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    tokens = sum(map(len, encoded(tokenizer_folder, ["one text", "another"])))
+    assert done.stdout.splitlines()[-1] == f"{prefix}: 2 documents, {tokens} tokens (1 empty lines)"
+    again = run()
+    assert again.returncode == 1
+    assert again.stderr.startswith(f"error: {prefix}.manifest.json: a corpus is already there")
+    assert "Traceback" not in again.stderr
+
+
+def copy_of(corpus, folder: Path) -> Path:
+    for suffix in (".bin", ".idx", ".manifest.json"):
+        (folder / f"c{suffix}").write_bytes(Path(f"{corpus.prefix}{suffix}").read_bytes())
+    return folder / "c"
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+@pytest.mark.parametrize("change", [-1, 2, None])
+def test_a_damaged_corpus_is_refused(corpus, tmp_path, suffix, change):
+    prefix = copy_of(corpus, tmp_path)
+    file = prefix.with_suffix(suffix)
+    size = file.stat().st_size
+    if change is None:
+        file.unlink()
+    else:
+        os.truncate(file, size + change)
+    found = "is missing" if change is None else f"has {size + change:,} bytes"
+    with pytest.raises(DetourError) as caught:
+        read_manifest(prefix)
+    assert str(caught.value) == f"{file}: {found} where the manifest says {size:,}; build the corpus again"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "there is no such corpus; build it with tools/preprocess_data.py"),
+        (b"{", "not a JSON file"),
+        (b"\xff", "not a JSON file"),
+        (b"[]", "not a corpus manifest of format 1"),
+        (b'{"format": 2}', "not a corpus manifest of format 1"),
+        (b'{"format": 1, "documents": 3}', "keys are missing or unknown"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(corpus, tmp_path, content, says):
+    prefix = copy_of(corpus, tmp_path)
+    path = Path(f"{prefix}.manifest.json")
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(DetourError, match=says) as caught:
+        read_manifest(prefix)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there; the same is tested on generated text")
+def test_real_text_and_modernberts_vocabulary(tmp_path, prefix):
+    tokenizer = Tokenizer.from_file(str(SHARED / "tokenizers/modernbert_rebuilt.tokenizer.json"))
+    source = next((SHARED / "corpora").glob("fr_biomed*heldout*.jsonl.gz"))
+    with gzip.open(source, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    build_corpus([str(source)], str(prefix), str(SHARED / "tokenizers/modernbert_rebuilt.tokenizer.json"))
+    assert ids_at(prefix) == [tokenizer.encode(text).ids for text in texts if text.strip()]

@@ -1,0 +1,56 @@
+"""A tiny ModernBERT for tests: five layers, local and global, short windows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_detour.data.batches import MicroBatch, positions_of
+from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.model.shape import Shape
+from megatron_detour.parallel.shard import cut, spec_of
+from megatron_detour.parallel.state import ParallelState
+
+CONFIG = {
+    "model_type": "modernbert",
+    "vocab_size": 301,  # odd: no tensor-parallel size divides it
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "local_attention": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny(
+    state: ParallelState | None = None, dtype: torch.dtype = torch.float32, seed: int = 3, **changes
+) -> ModernBert:
+    """A fresh tiny model with weights large enough to matter, the same for every tensor-parallel size."""
+    state = state or ParallelState()
+    model = ModernBert(Shape.of(CONFIG | changes, "tests"), state).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            full = model.initial_weight(name, seed).to(dtype)
+            full = full * 5 + (0.1 * torch.sin(torch.arange(full.numel()).view_as(full)) if full.dim() == 1 else 0)
+            parameter.copy_(cut(full, spec_of(parameter), state.tensor_rank, state.tensor_size))
+    return model
+
+
+def microbatch(lengths: tuple[int, ...], causal: bool, labelled: float = 0.5, seed: int = 0) -> MicroBatch:
+    """Random documents of these lengths, a share of their positions labelled."""
+    generator = np.random.default_rng(seed)
+    total = sum(lengths)
+    ids = generator.integers(3, CONFIG["vocab_size"], total)
+    labels = np.where(generator.random(total) < labelled, generator.integers(3, CONFIG["vocab_size"], total), -100)
+    tensors = (torch.from_numpy(x) for x in (ids, labels, positions_of(np.array(lengths))))
+    return MicroBatch(*tensors, lengths, causal)
+
+
+def loss_of(model: ModernBert, batch: MicroBatch):
+    return model(batch.input_ids, batch.labels, batch.positions, batch.lengths, batch.causal)

@@ -1,0 +1,441 @@
+"""The run file: amounts, overrides, every fault with its key, the control twin, and the recipes that ship."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_detour.config import Corpus, RunConfig, as_control, from_dict, load, parse_tokens
+from megatron_detour.errors import DetourError
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
+PAPER = {  # name: (start, detour, decay)
+    "english_base_10b": ("answerdotai/ModernBERT-base", 10 * 10**9, 10**9),
+    "english_base_50b": ("answerdotai/ModernBERT-base", 50 * 10**9, 5 * 10**9),
+    "english_large_50b": ("answerdotai/ModernBERT-large", 50 * 10**9, 5 * 10**9),
+    "french_base_10b": ("almanach/moderncamembert-base", 10 * 10**9, 10**9),
+    "french_large_25b": ("almanach/moderncamembert-large", 25 * 10**9, 25 * 10**8),
+}
+MIXTURES = {"english": [0.6, 0.2, 0.2], "french": [0.7, 0.2, 0.06, 0.04]}
+
+SMALL = {
+    "name": "small",
+    "folder": "runs/small",
+    "model": {"start": "somewhere/encoder"},
+    "data": {"corpora": [{"prefix": "a", "weight": 0.75}, {"prefix": "b", "weight": 0.25}], "sequence_length": 128},
+    "batch": {"sequences": 8, "micro_sequences": 2},
+    "phases": [
+        {"name": "detour", "objective": "clm", "tokens": "4k", "learning_rate": {"peak": "2e-4", "warmup": "1 step"}},
+        {
+            "name": "decay",
+            "objective": "mlm",
+            "mask_rate": 0.15,
+            "tokens": "2 steps",
+            "learning_rate": {"peak": 2.0e-4, "shape": "1-sqrt", "end": 2.0e-5},
+        },
+    ],
+    "deepspeed": "zero2.json",
+}
+
+
+def small(**changes) -> dict:
+    """SMALL with changes at dotted keys, ``__`` for the dot."""
+    raw = copy.deepcopy(SMALL)
+    for key, value in changes.items():
+        here = raw
+        *way, last = [int(part) if part.isdigit() else part for part in key.split("__")]
+        for part in way:
+            here = here[part] if isinstance(here, list) else here.setdefault(part, {})
+        here[last] = value
+    return raw
+
+
+def without(*keys: str) -> dict:
+    return {key: value for key, value in copy.deepcopy(SMALL).items() if key not in keys}
+
+
+def written(folder: Path, raw: dict) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return path
+
+
+def fault(raw: dict) -> str:
+    with pytest.raises(DetourError) as caught:
+        from_dict(raw)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        (3_145_728, 3_145_728),
+        ("3_145_728", 3_145_728),
+        ("3,145,728", 3_145_728),
+        ("200k", 200_000),
+        ("100M", 10**8),
+        ("50B", 50 * 10**9),
+        ("2.5B", 25 * 10**8),
+        (".5M", 500_000),
+        ("1T", 10**12),
+        (" 7 B ", 7 * 10**9),
+        ("1e9", 10**9),
+        (2.5e9, 25 * 10**8),
+        ("1 step", 1_024),
+        ("3 steps", 3_072),
+        ("0.5 steps", 512),
+    ],
+)
+def test_amounts_of_tokens(text, tokens):
+    assert parse_tokens(text, 1_024) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "B", "50 G", "50b", "-5", "1.5", "0.0001k", "ten", True, None, [1], float("inf")])
+def test_what_is_no_amount_of_tokens(text):
+    with pytest.raises(ValueError, match="amount of tokens"):
+        parse_tokens(text, 1_024)
+
+
+def test_steps_need_the_batch():
+    with pytest.raises(ValueError, match=r"batch\.sequences and data\.sequence_length"):
+        parse_tokens("3 steps")
+    message = fault(small(batch={}))
+    assert "batch.sequences: this key is missing" in message
+    assert "phases.1.tokens: steps need batch.sequences" in message
+
+
+def test_values_arrive():
+    config = from_dict(SMALL)
+    assert config.tokens_per_step == 1_024
+    detour, decay = config.phases
+    assert (detour.tokens, detour.learning_rate.peak, detour.learning_rate.warmup) == (4_000, 2e-4, 1_024)
+    assert (decay.tokens, decay.mask_rate, decay.learning_rate.end) == (2_048, 0.15, 2e-5)
+    assert config.data.corpora == (Corpus("a", 0.75), Corpus("b", 0.25))
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("phases.0.tokens=1M", lambda c: c.phases[0].tokens == 10**6),
+        ("phases.decay.tokens=1M", lambda c: c.phases[1].tokens == 10**6),
+        ("phases.detour.learning_rate.peak=1e-5", lambda c: c.phases[0].learning_rate.peak == 1e-5),
+        ("data.corpora.b.weight=3", lambda c: c.data.corpora[1].weight == 3.0),
+        ("checkpoint.every=5 steps", lambda c: c.checkpoint.every == 5_120),
+        ("validation.corpora=[{prefix: h}]", lambda c: c.validation.corpora == (Corpus("h"),)),
+        ("model={config: {hidden_size: 8}, tokenizer: t}", lambda c: c.model.config == {"hidden_size": 8}),
+        ("optimizer.betas=[0.8, 0.9]", lambda c: c.optimizer.betas == (0.8, 0.9)),
+        ("tensorboard=false", lambda c: c.tensorboard is False),
+        ("name=a=b", lambda c: c.name == "a=b"),
+    ],
+)
+def test_overrides(tmp_path, override, read):
+    path = written(tmp_path, SMALL)
+    assert not read(load(path))
+    assert read(load(path, [override]))
+
+
+def test_later_overrides_win(tmp_path):
+    assert load(written(tmp_path, SMALL), ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("phases.detour.tokens", "write it as key=value"),
+        ("=3", "write it as key=value"),
+        ("phases.2.tokens=1B", "'2' is neither a number below 2 nor one of ['detour', 'decay']"),
+        ("phases.detuor.tokens=1B", "'detuor' is neither"),
+        ("phases.²=1", "'²' is neither"),
+        ("name.first=x", "name has no keys of its own"),
+        ("name=[", "the value is not YAML"),
+        ("batch.sequence=9", "batch.sequence: there is no such key (did you mean 'sequences'?)"),
+        ("checkpoint.evry=9", "checkpoint.evry: there is no such key (did you mean 'every'?)"),
+    ],
+)
+def test_bad_overrides(tmp_path, override, says):
+    with pytest.raises(DetourError) as caught:
+        load(written(tmp_path, SMALL), [override])
+    assert says in str(caught.value)
+
+
+def test_an_unknown_key_names_the_nearest():
+    raw = small(phases__0__learning_rate__warm_up="1k")
+    assert "phases.0.learning_rate.warm_up: there is no such key (did you mean 'warmup'?)" in fault(raw)
+    assert "did you mean" not in fault(small(zzzzzz=1))
+
+
+def test_all_faults_of_form_are_told_at_once():
+    raw = small(nam="x", seed="one", batch__sequences=None, phases__0__tokens="many", optimizer__betas=[0.9])
+    raw.pop("name")
+    message = fault(raw)
+    for line in (
+        "nam: there is no such key (did you mean 'name'?)",
+        "name: this key is missing",
+        "seed: a whole number is needed, it is 'one'",
+        "batch.sequences: a whole number is needed, it is None",
+        "phases.0.tokens: an amount of tokens",
+        "optimizer.betas: 2 values are needed, there are 1",
+    ):
+        assert f"\n  - {line}" in message
+    assert "8 faults" in message  # two amounts in steps cannot be read either
+    assert message.count("steps need batch.sequences") == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (small(data=None), "data: a mapping with corpora, sequence_length, order_seed is needed, it is None"),
+        (small(phases={}), "phases: a list is needed, it is {}"),
+        (small(phases__0="x"), "phases.0: a mapping with name"),
+        (small(model__config=3), "model.config: a mapping is needed, it is 3"),
+        (small(name=3), "name: a text is needed, it is 3"),
+        (small(tensorboard="yes"), "tensorboard: true or false is needed, it is 'yes'"),
+        (small(seed=True), "seed: a whole number is needed, it is True"),
+        (small(seed=1.0), "seed: a whole number is needed, it is 1.0"),
+        (small(optimizer__eps="tiny"), "optimizer.eps: a number is needed, it is 'tiny'"),
+        (small(optimizer__eps=True), "optimizer.eps: a number is needed, it is True"),
+        (small(optimizer__clip=float("nan")), "optimizer.clip: a finite number is needed, it is nan"),
+        (small(data__corpora__0__weight=float("inf")), "data.corpora.0.weight: a finite number is needed, it is inf"),
+    ],
+)
+def test_values_of_the_wrong_kind(raw, says):
+    assert says in fault(raw)
+
+
+CHECKS = {
+    "no model": (small(model={}), "model: give either start"),
+    "two models": (small(model__config={}), "model: give either start"),
+    "no tokenizer": (small(model={"config": {}}), "model.tokenizer: a model made from model.config needs"),
+    "no corpus": (small(data__corpora=[]), "data.corpora: at least one corpus is needed"),
+    "weight": (small(data__corpora__1__weight=0), "data.corpora.1.weight: must be above 0, it is 0"),
+    "held-out weight": (
+        small(validation__corpora=[{"prefix": "h", "weight": -1}]),
+        "validation.corpora.0.weight: must be above 0, it is -1",
+    ),
+    "sequence length": (
+        small(data__sequence_length=0, phases__1__tokens=2_048),
+        "data.sequence_length: must be above 0, it is 0",
+    ),
+    "sequences": (small(batch__sequences=0, phases__1__tokens=2_048), "batch.sequences: must be above 0, it is 0"),
+    "micro": (small(batch__micro_sequences=0), "batch.micro_sequences: must be above 0, it is 0"),
+    "micro divides": (small(batch__micro_sequences=3), "batch.micro_sequences: 3 does not divide batch.sequences, 8"),
+    "tensor": (small(parallel__tensor=0), "parallel.tensor: must be above 0, it is 0"),
+    "keep": (small(checkpoint__keep=0), "checkpoint.keep: must be above 0, it is 0"),
+    "checkpoint.every": (small(checkpoint__every=0), "checkpoint.every: must be above 0, it is 0"),
+    "validation.every": (small(validation__every=-1), "validation.every: must be above 0, it is -1"),
+    "validation.sequences": (small(validation__sequences=0), "validation.sequences: must be above 0, it is 0"),
+    "clip": (small(optimizer__clip=0), "optimizer.clip: must be above 0, it is 0"),
+    "seed": (small(seed=-1), "seed: must lie in [0, 2**31), it is -1"),
+    "order seed": (small(data__order_seed=2**31), f"data.order_seed: must lie in [0, 2**31), it is {2**31}"),
+    "validation seed": (small(validation__seed=2**40), "validation.seed: must lie in [0, 2**31)"),
+    "weight decay": (small(optimizer__weight_decay=-0.1), "optimizer.weight_decay: must not be negative, it is -0.1"),
+    "held-out mask rate": (small(validation__mask_rate=1), "validation.mask_rate: must lie between 0 and 1, it is 1"),
+    "betas": (small(optimizer__betas=[0.9, 1.0]), "optimizer.betas: both must lie in [0, 1), they are [0.9, 1.0]"),
+    "no phase": (small(phases=[]), "phases: at least one phase is needed"),
+    "same name": (small(phases__1__name="detour"), "phases: the name 'detour' is used twice"),
+    "zero tokens": (
+        small(phases__1__tokens=0),
+        "phases.1.tokens: phase 'decay' has 0 tokens; give it some or remove it",
+    ),
+    "objective": (
+        small(phases__0__objective="clmm"),
+        "phases.0.objective: 'clmm' is not one of clm, mlm (did you mean 'clm'?)",
+    ),
+    "no mask rate": (
+        small(phases__1__mask_rate=None),
+        "phases.1.mask_rate: an mlm phase needs a rate between 0 and 1, it is None",
+    ),
+    "mask rate": (small(phases__1__mask_rate=1.0), "phases.1.mask_rate: an mlm phase needs a rate between 0 and 1"),
+    "masked clm": (small(phases__0__mask_rate=0.3), "phases.0.mask_rate: a clm phase masks nothing; remove the key"),
+    "peak": (small(phases__0__learning_rate__peak=0), "phases.0.learning_rate.peak: must be above 0, it is 0"),
+    "warm-up": (
+        small(phases__0__learning_rate__warmup="4001"),
+        "phases.0.learning_rate.warmup: 4001 tokens do not fit into the phase's 4000",
+    ),
+    "shape": (
+        small(phases__1__learning_rate__shape="1-sqr"),
+        "phases.1.learning_rate.shape: '1-sqr' is not one of constant, 1-sqrt (did you mean '1-sqrt'?)",
+    ),
+    "no end": (
+        small(phases__1__learning_rate__end=None),
+        "phases.1.learning_rate.end: 1-sqrt needs an end between 0 and the peak, it is None",
+    ),
+    "end above peak": (small(phases__1__learning_rate__end=1), "phases.1.learning_rate.end: 1-sqrt needs an end"),
+    "end of a constant": (
+        small(phases__0__learning_rate__end=1.0e-5),
+        "phases.0.learning_rate.end: a constant rate has no end",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHECKS)
+def test_checks(case):
+    raw, says = CHECKS[case]
+    message = fault(raw)
+    assert message.startswith(f"run file: {says}"), message  # the only fault, or the text would begin with a number
+
+
+def test_all_faults_of_sense_are_told_at_once():
+    message = fault(small(seed=-1, data__corpora=[], phases__0__objective="x", phases__1__tokens=0))
+    assert message.startswith("run file: 4 faults:")
+    assert message.count("\n  - ") == 4
+
+
+def test_edges_that_are_allowed():
+    config = from_dict(small(seed=2**31 - 1, phases__0__learning_rate__warmup="4k", phases__1__learning_rate__end=0))
+    assert config.phases[0].learning_rate.warmup == config.phases[0].tokens
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a: [", "not a YAML file"),
+        (b"name: \xff", "not a YAML file"),
+        (b"- a\n", "a run file is a YAML mapping"),
+        (b"", "a run file is a YAML mapping"),
+    ],
+)
+def test_files_that_are_no_run_file(tmp_path, content, says):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(DetourError, match=says) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_missing_run_file_and_a_folder(tmp_path):
+    with pytest.raises(DetourError, match="there is no such run file"):
+        load(tmp_path / "none.yaml")
+    with pytest.raises(DetourError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_the_deepspeed_file_is_found_beside_the_run_file(tmp_path, monkeypatch):
+    path = written(tmp_path, SMALL)
+    assert load(path).deepspeed == "zero2.json"  # nowhere: left as it was written
+    (tmp_path / "zero2.json").write_text("{}", encoding="utf-8")
+    assert load(path).deepspeed == str(tmp_path / "zero2.json")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "zero2.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(elsewhere)
+    assert load(path).deepspeed == "zero2.json"  # the current folder comes first
+
+
+def test_the_control_twin_changes_causal_phases_only():
+    config = from_dict(small(folder="runs/small/"))
+    twin = as_control(config, 0.3)
+    assert (twin.name, twin.folder) == ("small-control", "runs/small-control")
+    assert (twin.phases[0].objective, twin.phases[0].mask_rate) == ("mlm", 0.3)
+    back = dataclasses.replace(twin.phases[0], objective="clm", mask_rate=None)
+    assert dataclasses.replace(twin, name=config.name, folder=config.folder, phases=(back, twin.phases[1])) == config
+    assert from_dict(twin.to_dict()) == twin
+
+
+@pytest.mark.parametrize("mask_rate", [0, 1, -0.1, 1.5])
+def test_the_control_twin_needs_a_mask_rate(mask_rate):
+    with pytest.raises(DetourError, match="--control: the mask rate must lie between 0 and 1"):
+        as_control(from_dict(SMALL), mask_rate)
+
+
+def test_a_run_without_a_detour_has_no_control():
+    with pytest.raises(DetourError, match="no clm phase"):
+        as_control(from_dict(small(phases=SMALL["phases"][1:])), 0.3)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        SMALL,
+        small(model={"config": {"layers": [1, 2], "nested": {"a": 1}}, "tokenizer": "t"}),
+        small(validation__corpora=[{"prefix": "h"}], validation__every="5 steps", checkpoint__every="1M"),
+    ],
+)
+def test_plain_form_reads_back(raw):
+    config = from_dict(raw)
+    plain = config.to_dict()
+    assert from_dict(plain) == config
+    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch__micro_sequences": 4},
+        {"checkpoint__every": "1M", "checkpoint__keep": 5},
+        {"tensorboard": False},
+        {"validation__corpora": [{"prefix": "h"}]},
+        {"parallel__tensor": 2},
+        {"model__download": True},
+        {"deepspeed": "other.json"},
+        {"name": "x", "folder": "y"},
+        {"phases__1__tokens": 2_048},  # another spelling of 2 steps
+    ],
+)
+def test_trajectory_ignores(change):
+    raw = small(**change)
+    assert raw != SMALL
+    assert from_dict(raw).trajectory() == from_dict(SMALL).trajectory()
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        ({"seed": 18}, {"seed"}),
+        ({"model__start": "other/encoder"}, {"model.start"}),
+        ({"data__order_seed": 43}, {"data.order_seed"}),
+        ({"data__corpora__0__weight": 0.5}, {"data.corpora.0.weight"}),
+        ({"data__corpora__1__prefix": "c"}, {"data.corpora.1.prefix"}),
+        ({"batch__sequences": 16, "phases__1__tokens": 2_048, "phases__0__learning_rate__warmup": 1_024},
+         {"batch.sequences"}),
+        ({"phases__0__objective": "mlm", "phases__0__mask_rate": 0.3}, {"phases.0.objective", "phases.0.mask_rate"}),
+        ({"phases__0__tokens": "5k"}, {"phases.0.tokens"}),
+        ({"phases__1__learning_rate__end": 0}, {"phases.1.learning_rate.end"}),
+        ({"optimizer__clip": 2}, {"optimizer.clip"}),
+    ],
+)  # fmt: skip
+def test_trajectory_sees(change, keys):
+    before, after = from_dict(SMALL).trajectory(), from_dict(small(**change)).trajectory()
+    assert before.keys() == after.keys()
+    assert {key for key in before if before[key] != after[key]} == keys
+
+
+def test_trajectory_sees_phases_and_corpora_that_are_gone():
+    whole = from_dict(SMALL).trajectory()
+    fewer = from_dict(small(phases=SMALL["phases"][:1], data__corpora=SMALL["data"]["corpora"][:1])).trajectory()
+    gone = whole.keys() - fewer.keys()
+    assert {"phases.1.tokens", "data.corpora.1.prefix"} <= gone
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load(path):
+    config = load(path)
+    assert isinstance(config, RunConfig)
+    assert Path(config.deepspeed).resolve().is_file()
+    assert [phase.objective for phase in as_control(config, 0.3).phases] == ["mlm"] * len(config.phases)
+
+
+def test_all_of_the_papers_recipes_are_there():
+    assert {path.stem for path in RECIPES} >= {*PAPER, "quickstart"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_numbers(name):
+    start, detour_tokens, decay_tokens = PAPER[name]
+    config = load(ROOT / f"examples/recipes/{name}.yaml")
+    assert config.model.start == start
+    assert config.tokens_per_step == 3_145_728
+    assert (config.data.sequence_length, config.seed, config.data.order_seed) == (8_192, 17, 42)
+    assert [corpus.weight for corpus in config.data.corpora] == MIXTURES[name.split("_")[0]]
+    optimizer = config.optimizer
+    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.98), 1e-6, 0.05)
+    detour, decay = config.phases
+    assert (detour.objective, detour.tokens, detour.mask_rate) == ("clm", detour_tokens, None)
+    assert dataclasses.astuple(detour.learning_rate) == (2e-4, 10**8, "constant", None)
+    assert (decay.objective, decay.tokens, decay.mask_rate) == ("mlm", decay_tokens, 0.15)
+    assert dataclasses.astuple(decay.learning_rate) == (2e-4, 0, "1-sqrt", 2e-5)

@@ -1,0 +1,234 @@
+"""Imports point one way. ALLOWED is the architecture; any arrow that it does not name is a fault."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "megatron_detour"
+
+# A module or a package -> what of the package it may import; then which libraries. The longest name that fits rules.
+ALLOWED = {
+    "": ("", ""),
+    "errors": ("", ""),
+    "files": ("", ""),
+    "config": ("errors", "yaml"),
+    "plan": ("config errors", ""),
+    "objectives": ("data.vocabulary model.attention", "numpy"),
+    "parallel": ("parallel", "torch"),
+    "model": ("parallel model errors", "torch"),
+    "data": ("data errors files", "numpy"),
+    "data.vocabulary": ("data errors files", "numpy tokenizers huggingface_hub"),
+    "data.build": ("data errors files", "numpy tokenizers rich"),
+    "data.train_tokenizer": ("data errors files", "tokenizers"),
+    "data.batches": ("data errors files objectives config", "numpy torch"),
+    "checkpoint": ("parallel model checkpoint data.manifest data.vocabulary errors files", "torch safetensors"),
+    "checkpoint.huggingface": (
+        "parallel model checkpoint data.manifest data.vocabulary errors files",
+        "torch safetensors tokenizers transformers",
+    ),
+    "checkpoint.state": ("parallel model checkpoint data.manifest data.vocabulary errors files", "torch deepspeed"),
+    "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),
+    "observe.meter": ("observe errors files", "torch"),
+    "observe.sinks": ("observe errors files", "torch"),
+    "evaluation": (
+        "evaluation data.train_tokenizer errors files",
+        "numpy torch safetensors transformers rich",
+    ),
+    "training": (
+        "training checkpoint data model observe parallel config errors files objectives plan",
+        "numpy torch yaml",
+    ),
+    "training.engine": ("training parallel config errors files", "torch deepspeed"),
+}
+# These load only when a function needs them, so that the rest of the module works fast and without them.
+LAZY = {
+    "data.vocabulary": "tokenizers huggingface_hub",
+    "data.build": "tokenizers rich",
+    "checkpoint.huggingface": "tokenizers transformers",
+    "checkpoint.state": "deepspeed",
+    "training.engine": "deepspeed",
+    "observe.sinks": "torch",
+}
+TYPES_ONLY = {"training": "deepspeed"}  # under TYPE_CHECKING, beyond what ALLOWED names
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # absolute, for instance megatron_detour.data.pack or torch.nn
+    line: int
+    at_load: bool
+    for_types: bool
+
+
+def imports_of(source: str, modules: set[str], module: str = "") -> list[Import]:
+    """All imports of a module; `modules` are those of the package, to tell a submodule from a name."""
+    return list(_walk(ast.parse(source), modules, module, at_load=True, for_types=False))
+
+
+def _walk(node: ast.AST, modules: set[str], module: str, at_load: bool, for_types: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        yield from (Import(alias.name, node.lineno, at_load, for_types) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            # One dot is the module's package; the caller gives a package its own name with ".__init__".
+            parents = [PACKAGE, *module.split(".")][: -node.level]
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+        for alias in node.names:
+            inner = f"{base}.{alias.name}"
+            yield Import(inner if inner in modules else base, node.lineno, at_load, for_types)
+    elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        for child in node.body:
+            yield from _walk(child, modules, module, at_load=False, for_types=True)
+        for child in node.orelse:
+            yield from _walk(child, modules, module, at_load, for_types)
+    else:
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from _walk(child, modules, module, at_load and not inside, for_types)
+
+
+def within(name: str, places: str) -> bool:
+    """Whether a dotted name is one of these places or lies in one."""
+    return any(name == place or name.startswith(f"{place}.") for place in places.split())
+
+
+def rule_for(module: str) -> tuple[str, str]:
+    """The row of the longest name that fits; a new top-level module needs a row of its own."""
+    fitting = [place for place in ALLOWED if place and within(module, place)]
+    if not fitting and module:
+        raise KeyError(f"{module}: ALLOWED has no row for it")
+    return ALLOWED[max(fitting, key=len, default="")]
+
+
+def forbidden(module: str, found: Import) -> str | None:
+    """Why `module`, without the package's name, must not have this import; None if it may."""
+    own, libraries = rule_for(module)
+    top, _, rest = found.module.partition(".")
+    if top in sys.stdlib_module_names:
+        return None
+    where = f"{module or PACKAGE}, line {found.line}: "
+    if top == PACKAGE:
+        return None if not rest or within(rest, own) else f"{where}may not import {found.module}"
+    types = " ".join(names for place, names in TYPES_ONLY.items() if within(module, place))
+    if found.for_types and top in types.split():
+        return None
+    if top not in libraries.split():
+        return f"{where}may not import {found.module}"
+    if found.at_load and top in LAZY.get(module, "").split():
+        return f"{where}may import {found.module} inside functions only"
+    return None
+
+
+def modules_of(folder: Path) -> dict[str, Path]:
+    """Modules by their names without the package's, which is itself ""."""
+    result = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        result[".".join(part for part in parts if part != "__init__")] = path
+    return result
+
+
+MODULES = modules_of(ROOT / PACKAGE)
+FULL_NAMES = {f"{PACKAGE}.{name}" if name else PACKAGE for name in MODULES}
+
+
+def check(module: str, source: str, package: bool = False) -> list[str]:
+    here = f"{module}.__init__" if package else module
+    reasons = (forbidden(module, found) for found in imports_of(source, FULL_NAMES, here))
+    return [reason for reason in reasons if reason]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda name: name or PACKAGE)
+def test_every_arrow_is_allowed(module):
+    path = MODULES[module]
+    assert check(module, path.read_text(encoding="utf-8"), path.name == "__init__.py") == []
+
+
+def test_the_table_names_what_exists():
+    for place in [*ALLOWED, *LAZY, *TYPES_ONLY]:
+        assert place in MODULES, f"ALLOWED names {place}, which is no module"
+
+
+def test_libraries_are_kept_to_their_places():
+    """The promises of the design, read off the table itself, so that a row is not widened by mistake."""
+
+    def places(library: str) -> set[str]:
+        return {place for place, (_, libraries) in ALLOWED.items() if library in libraries.split()}
+
+    assert places("deepspeed") == {"training.engine", "checkpoint.state"}
+    assert places("transformers") == {"checkpoint.huggingface", "evaluation"}
+    assert {place for place in places("torch") if place.startswith("data")} == {"data.batches"}
+    assert {place for place in places("tokenizers") if place.startswith("data")} == {
+        "data.vocabulary",
+        "data.build",
+        "data.train_tokenizer",
+    }
+    assert ALLOWED["parallel"] == ("parallel", "torch")
+    assert {place.split(".")[0] for place, (own, _) in ALLOWED.items() if within("training", own)} == {"training"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "why"),
+    [
+        ("config", "from megatron_detour.plan import Plan", "may not import megatron_detour.plan"),
+        ("config", "from megatron_detour import plan", "may not import megatron_detour.plan"),
+        ("config", "from . import plan", "may not import megatron_detour.plan"),
+        ("config", "from .plan import Plan", "may not import megatron_detour.plan"),
+        ("plan", "def f():\n    import megatron_detour.data.pack", "may not import megatron_detour.data.pack"),
+        ("errors", "from megatron_detour.files import flush", "may not import megatron_detour.files"),
+        ("parallel.state", "import numpy", "may not import numpy"),
+        ("parallel.state", "from ..model import shape", "may not import megatron_detour.model.shape"),
+        ("model.shape", "from megatron_detour.config import load", "may not import megatron_detour.config"),
+        ("objectives", "from megatron_detour.data.pack import Piece", "may not import megatron_detour.data.pack"),
+        ("objectives", "from megatron_detour.data import pack", "may not import megatron_detour.data.pack"),
+        ("data.pack", "def f():\n    import torch", "may not import torch"),
+        ("data.pack", "from megatron_detour.config import Corpus", "may not import megatron_detour.config"),
+        ("data.indexed", "from tokenizers import Tokenizer", "may not import tokenizers"),
+        ("data.build", "from tokenizers import Tokenizer", "inside functions only"),
+        ("data.build", "if x:\n    import tokenizers", "inside functions only"),
+        ("data.batches", "import megatron_detour.model.shape", "may not import megatron_detour.model.shape"),
+        ("checkpoint.store", "import megatron_detour.data.build", "may not import megatron_detour.data.build"),
+        ("checkpoint.store", "import deepspeed", "may not import deepspeed"),
+        ("checkpoint.huggingface", "class A:\n    import transformers", "inside functions only"),
+        ("observe.report", "import torch", "may not import torch"),
+        ("evaluation.probes", "import megatron_detour.training.run", "may not import megatron_detour.training.run"),
+        ("training.loop", "def f():\n    import deepspeed", "may not import deepspeed"),
+        ("training.loop", "if not TYPE_CHECKING:\n    pass\nelse:\n    pass\nimport transformers", "transformers"),
+    ],
+)
+def test_a_forbidden_arrow_is_found(module, source, why):
+    (reason,) = check(module, source)
+    assert reason.startswith(f"{module}, line ")
+    assert why in reason
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("config", "import json, os.path\nfrom megatron_detour.errors import DetourError\nfrom .errors import nearest"),
+        ("data.build", "from megatron_detour import __version__\nfrom . import pack\nfrom ..files import flush"),
+        ("data.build", "if TYPE_CHECKING:\n    from tokenizers import Tokenizer\ndef f():\n    import tokenizers"),
+        ("training.loop", "if TYPE_CHECKING:\n    from deepspeed import DeepSpeedEngine"),
+        ("parallel.state", "import torch.distributed as dist"),
+    ],
+)
+def test_an_allowed_arrow_is_left_alone(module, source):
+    assert check(module, source) == []
+
+
+def test_a_package_may_import_its_own_modules():
+    assert check("data", "from .pack import Piece", package=True) == []
+    assert check("data", "from ..plan import Plan", package=True) != []
+
+
+def test_a_new_package_needs_a_row():
+    with pytest.raises(KeyError, match="analysis: ALLOWED has no row"):
+        check("analysis", "import torch")

@@ -1,0 +1,145 @@
+"""The plan: the paper's steps, and every step's phase and learning rate as a function of tokens."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_detour.config import from_dict, load
+from megatron_detour.plan import Plan
+
+RECIPES = Path(__file__).parents[1] / "examples/recipes"
+TOKENS_PER_STEP = 384 * 8_192
+
+
+def small(phases: list[dict]) -> Plan:
+    raw = {
+        "name": "small",
+        "folder": "runs/small",
+        "model": {"start": "x"},
+        "data": {"corpora": [{"prefix": "a"}], "sequence_length": 10},
+        "batch": {"sequences": 4},
+        "phases": phases,
+        "deepspeed": "x.json",
+    }
+    return Plan.of(from_dict(raw))
+
+
+def phase(name: str, tokens: int, **rate) -> dict:
+    return {"name": name, "objective": "clm", "tokens": tokens, "learning_rate": {"peak": 1.0} | rate}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("english_base_50b", [15_895, 1_590]),
+        ("english_large_50b", [15_895, 1_590]),
+        ("english_base_10b", [3_179, 318]),
+        ("french_base_10b", [3_179, 318]),
+        ("french_large_25b", [7_948, 795]),
+    ],
+)
+def test_the_papers_steps(name, steps):
+    plan = Plan.of(load(RECIPES / f"{name}.yaml"))
+    assert plan.tokens_per_step == TOKENS_PER_STEP
+    assert [phase.steps for phase in plan.phases] == steps
+    assert plan.total_steps == sum(steps)
+    assert plan.total_tokens == sum(steps) * TOKENS_PER_STEP
+
+
+def test_every_step_of_english_base_10b():
+    """The table follows recipe.md: tokens counted once the step is done, x the share of the phase's tokens done."""
+    warmup, peak, floor = 100_000_000, 2e-4, 0.1
+    table = []
+    for step in range(1, 3_180):
+        done = step * TOKENS_PER_STEP
+        table.append(("detour", peak * min(1, done / warmup)))
+    for step in range(1, 319):
+        x = step / 318
+        table.append(("decay", peak * (floor + (1 - floor) * (1 - math.sqrt(x)))))
+    plan = Plan.of(load(RECIPES / "english_base_10b.yaml"))
+    steps = [plan.at(i * TOKENS_PER_STEP) for i in range(plan.total_steps)]
+    assert [step.phase.name for step in steps] == [name for name, _ in table]
+    assert [step.learning_rate for step in steps] == pytest.approx([rate for _, rate in table], rel=1e-12)
+    assert [step.number for step in steps] == list(range(1, 3_498))
+    assert [step.tokens for step in steps] == [i * TOKENS_PER_STEP for i in range(1, 3_498)]
+    assert [step.first_sequence for step in steps] == [i * 384 for i in range(3_497)]
+    assert {step.sequences for step in steps} == {384}
+    assert [step.number for step in steps if step.ends_phase] == [3_179, 3_497]
+    assert sum(step.learning_rate < peak for step in steps[:3_179]) == 31  # the 32nd passes 100M tokens
+    assert steps[-1].learning_rate == pytest.approx(2e-5, rel=1e-12)
+    assert all(step.learning_rate > 0 for step in steps)
+
+
+def test_phases_are_rounded_up_to_whole_steps():
+    plan = small([phase("one", 1), phase("exact", 80), phase("more", 81)])
+    assert [(p.first_step, p.steps, p.start, p.tokens, p.end) for p in plan.phases] == [
+        (1, 1, 0, 40, 40),
+        (2, 2, 40, 80, 120),
+        (4, 3, 120, 120, 240),
+    ]
+    names = [plan.at(tokens).phase.name for tokens in range(0, 240, 40)]
+    assert names == ["one", "exact", "exact", "more", "more", "more"]
+    assert [plan.at(tokens).ends_phase for tokens in range(0, 240, 40)] == [True, False, True, False, False, True]
+
+
+def test_warm_up_starts_anew_in_each_phase_and_1_sqrt_begins_after_it():
+    plan = small(
+        [
+            phase("first", 160, warmup=100),
+            phase("second", 400, warmup=80, shape="1-sqrt", end=0.5),
+        ]
+    )
+    rates = [plan.at(tokens).learning_rate for tokens in range(0, plan.total_tokens, 40)]
+    assert rates[:4] == pytest.approx([0.4, 0.8, 1, 1])
+    shares = [(done - 80) / 320 for done in range(80, 401, 40)]
+    assert rates[4:] == pytest.approx([0.5, *(0.5 + 0.5 * (1 - math.sqrt(x)) for x in shares)])
+    assert rates[-1] == 0.5
+
+
+def test_at_does_not_depend_on_what_was_asked_before():
+    phases = [phase("a", 400, warmup=100), phase("b", 200, shape="1-sqrt", end=0.0)]
+    plan, other = small(phases), small(phases)
+    forwards = [plan.at(tokens) for tokens in range(0, 600, 40)]
+    backwards = [other.at(tokens) for tokens in reversed(range(0, 600, 40))]
+    assert forwards == backwards[::-1]
+    assert plan == other
+
+
+def test_a_longer_run_begins_like_a_shorter_one():
+    short, long = small([phase("a", 400, warmup=100)]), small([phase("a", 4_000, warmup=100)])
+    for tokens in range(0, 400, 40):
+        first, second = short.at(tokens), long.at(tokens)
+        assert (first.learning_rate, first.first_sequence) == (second.learning_rate, second.first_sequence)
+
+
+@pytest.mark.parametrize("tokens", [-40, 1, 39, 41, 120, 160])
+def test_at_refuses_what_begins_no_step(tokens):
+    with pytest.raises(ValueError, match=f"no step begins at {tokens} tokens"):
+        small([phase("a", 120)]).at(tokens)
+
+
+def test_the_table_holds_the_numbers():
+    table = Plan.of(load(RECIPES / "english_base_50b.yaml")).table()
+    summary, head, detour, decay = table.splitlines()
+    assert "15,895 + 1,590 = 17,485 steps of 3,145,728 tokens (384 sequences of 8,192)" in summary
+    assert f"{17_485 * TOKENS_PER_STEP:,} tokens in all" in summary
+    assert head.split()[:4] == ["phase", "objective", "steps", "tokens"]
+    assert detour.split()[:6] == ["detour", "clm", "15,895", f"{15_895 * TOKENS_PER_STEP:,}", "1", "15,895"]
+    assert "0 to 0.0002 over 100,000,000 tokens, then 0.0002 constant" in detour
+    assert decay.split()[:3] == ["decay", "mlm", "15%"]
+    assert decay.split()[3:7] == ["1,590", f"{1_590 * TOKENS_PER_STEP:,}", "15,896", "17,485"]
+    assert "0.0002 to 2e-05 1-sqrt" in decay
+
+
+def test_the_plain_form_holds_the_same_numbers():
+    plan = Plan.of(load(RECIPES / "english_base_10b.yaml"))
+    plain = plan.to_dict()
+    assert (plain["total_steps"], plain["total_tokens"]) == (3_497, 3_497 * TOKENS_PER_STEP)
+    assert [(p["first_step"], p["steps"], p["start_tokens"], p["end_tokens"]) for p in plain["phases"]] == [
+        (1, 3_179, 0, 3_179 * TOKENS_PER_STEP),
+        (3_180, 318, 3_179 * TOKENS_PER_STEP, 3_497 * TOKENS_PER_STEP),
+    ]
+    assert plain["phases"][1]["learning_rate"] == {"peak": 2e-4, "warmup_tokens": 0, "shape": "1-sqrt", "end": 2e-5}

@@ -1,0 +1,298 @@
+"""Whole runs of a tiny model through the launchers: what they write, how they resume, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megatron_detour.checkpoint import store
+from megatron_detour.checkpoint.export import export
+from megatron_detour.errors import DetourError
+from megatron_detour.observe.sinks import read_metrics
+from tests.harness import ROOT, free_port
+
+SCRIPT = ROOT / "examples" / "pretrain_large.sh"
+BIN = Path(sys.executable).parent
+STEPS = (3, 3)
+
+
+@pytest.fixture(scope="module")
+def run_file(corpus, tmp_path_factory) -> Path:
+    """A run file of two phases for a model of three layers."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    content = {
+        "name": "tiny",
+        "folder": "set by the test",
+        "model": {
+            "config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "local_attention": 32,
+                "max_position_embeddings": 128,
+            },
+            "tokenizer": str(corpus.tokenizer),
+        },
+        "data": {"corpora": [{"prefix": corpus.prefix}], "sequence_length": 64},
+        "batch": {"sequences": 8, "micro_sequences": 2},
+        "phases": [
+            {"name": "detour", "objective": "clm", "tokens": f"{STEPS[0]} steps", "learning_rate": {"peak": 1e-2}},
+            {
+                "name": "decay",
+                "objective": "mlm",
+                "mask_rate": 0.15,
+                "tokens": f"{STEPS[1]} steps",
+                "learning_rate": {"peak": 1e-2, "shape": "1-sqrt", "end": 1e-3},
+            },
+        ],
+        "deepspeed": str(ROOT / "ds_configs" / "zero2_fp32_cpu.json"),
+        "validation": {"corpora": [{"prefix": corpus.prefix}], "sequences": 4},
+        "checkpoint": {"every": "1 step", "keep": 2},
+        "tensorboard": False,
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(ranks: int, *arguments: str, launcher: str = "torchrun") -> list[str]:
+    port = str(free_port())
+    if launcher == "torchrun":
+        return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port, str(SCRIPT), *arguments]
+    return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, str(SCRIPT), *arguments]
+
+
+def start(ranks: int, *arguments: str, launcher: str = "torchrun", cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(ranks, *arguments, launcher=launcher),
+        env=environment(),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def finished(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def unbroken(run_file, tmp_path_factory) -> Path:
+    """The folder of a run of two data-parallel ranks under DeepSpeed's launcher."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    result = finished(start(2, "--run-file", str(run_file), f"folder={folder}", launcher="deepspeed"))
+    for name in ("step-00000006", "report.html", "metrics.jsonl"):
+        assert str(folder) in result.stdout and name in result.stdout
+    return folder
+
+
+def losses(folder: Path) -> list[tuple]:
+    return [(r["step"], r["loss"], r["grad_norm"], r["data_crc"]) for r in read_metrics(folder / "metrics.jsonl")[1:]]
+
+
+def test_a_run_writes_what_it_promises(unbroken):
+    records = read_metrics(unbroken / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(sum(STEPS) + 1))
+    assert [r["objective"] for r in records[1:]] == ["clm"] * STEPS[0] + ["mlm"] * STEPS[1]
+    assert records[-1]["tokens"] == sum(STEPS) * 8 * 64
+    assert records[-1]["lr"] == pytest.approx(1e-3)
+    for record in records[1:]:
+        keys = {"step", "tokens", "phase", "objective", "loss", "lr", "grad_norm", "tokens_per_second"}
+        assert keys <= record.keys()
+    assert [r["step"] for r in records if "val_mlm_loss" in r] == [0, 3, 6]
+    assert records[3]["val_clm_loss"] < records[0]["val_clm_loss"]
+    assert (unbroken / "report.html").stat().st_size > 10_000
+    assert len(list((unbroken / "plots").glob("*.png"))) >= 3
+    assert json.loads((unbroken / "environment.json").read_text())["sessions"][0]["ranks"] == 2
+    names = [path.name for path in store.find_checkpoints(unbroken / "checkpoints")]
+    assert names == ["step-00000000", "step-00000003", "step-00000005", "step-00000006"]
+    for path in store.find_checkpoints(unbroken / "checkpoints"):
+        store.verify(path)
+
+
+def test_a_checkpoint_opens_in_transformers_with_equal_logits(unbroken, tmp_path):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    checkpoint = unbroken / "checkpoints" / "step-00000006"
+    difference = export(str(checkpoint), str(tmp_path / "fp32"), "fp32")
+    assert difference < 1e-4
+    assert export(str(unbroken), str(tmp_path / "bf16"), "bf16") < 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "fp32")
+    assert tokenizer.mask_token == "[MASK]"
+    inputs = tokenizer("The patient takes [MASK] since Monday.", return_tensors="pt")
+    with torch.no_grad():
+        logits = [
+            AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()(**inputs).logits
+            for folder in (checkpoint, tmp_path / "fp32")
+        ]
+    assert torch.equal(*logits)
+    assert load_file(tmp_path / "bf16" / "model.safetensors")["head.dense.weight"].dtype == torch.bfloat16
+
+
+def test_export_refuses_what_differs_and_what_is_there(unbroken, tmp_path, monkeypatch):
+    from megatron_detour.checkpoint import huggingface
+
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(DetourError, match="already there"):
+        export(str(unbroken), str(tmp_path / "taken"), "fp32")
+    with pytest.raises(DetourError, match="neither a checkpoint"):
+        export(str(tmp_path), str(tmp_path / "out"), "fp32")
+    honest = huggingface.write_model
+
+    def perturbed(folder, config, tokenizer, vocabulary, weights, dtype):
+        wrong = weights | {"decoder.bias": weights["decoder.bias"] + 0.5}
+        honest(folder, config, tokenizer, vocabulary, wrong, dtype)
+
+    monkeypatch.setattr(huggingface, "write_model", perturbed)
+    with pytest.raises(DetourError, match=r"differ from transformers' by 5\.00e-01"):
+        export(str(unbroken), str(tmp_path / "out"), "fp32")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_one_rank_and_another_micro_batch_give_the_same_run(unbroken, run_file, tmp_path):
+    finished(start(1, "--run-file", str(run_file), f"folder={tmp_path / 'one'}", "batch.micro_sequences=8"))
+    two, one = losses(unbroken), losses(tmp_path / "one")
+    assert [record[3] for record in one] == [record[3] for record in two]
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours[1:3] == pytest.approx(theirs[1:3], rel=1e-4)
+
+
+def test_the_control_sees_the_same_documents(unbroken, run_file, tmp_path):
+    finished(start(2, "--run-file", str(run_file), "--control", f"folder={tmp_path / 'twin'}"))
+    records = read_metrics(tmp_path / "twin-control" / "metrics.jsonl")
+    assert {record["objective"] for record in records[1:]} == {"mlm"}
+    assert [record["data_crc"] for record in records[1:]] == [record[3] for record in losses(unbroken)]
+    plan = json.loads((tmp_path / "twin-control" / "plan.json").read_text())
+    assert [phase["mask_rate"] for phase in plan["phases"]] == [0.3, 0.15]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(unbroken, run_file, tmp_path):
+    folder = tmp_path / "killed"
+    arguments = ("--run-file", str(run_file), f"folder={folder}")
+    process = subprocess.Popen(
+        command(2, *arguments),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step-00000002").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "report.html").exists()
+    finished(start(2, *arguments))
+    assert losses(folder) == losses(unbroken)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        final = Path("checkpoints") / "step-00000006" / name
+        ours, theirs = load_file(folder / final), load_file(unbroken / final)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert len(json.loads((folder / "environment.json").read_text())["sessions"]) == 2
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_another_split_resumes(unbroken, run_file, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    weights = folder / "checkpoints" / "step-00000006" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    result = finished(start(1, "--run-file", str(run_file), f"folder={folder}", "parallel.tensor=1"))
+    assert "step-00000006 is passed over" in result.stdout
+    assert "resuming from" in result.stdout and "step-00000005" in result.stdout
+    for ours, theirs in zip(losses(folder), losses(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_tensor_parallel_ranks_train_the_same_model(unbroken, run_file, tmp_path):
+    finished(start(2, "--run-file", str(run_file), f"folder={tmp_path / 'tp'}", "parallel.tensor=2"))
+    for ours, theirs in zip(losses(tmp_path / "tp"), losses(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_start_model_is_continued(unbroken, run_file, tmp_path):
+    start_model = tmp_path / "start"
+    export(str(unbroken), str(start_model), "fp32")
+    arguments = ("model.config=null", "model.tokenizer=null", f"model.start={start_model}", f"folder={tmp_path / 'on'}")
+    finished(start(1, "--run-file", str(run_file), *arguments))
+    first, last = read_metrics(tmp_path / "on" / "metrics.jsonl")[0], read_metrics(unbroken / "metrics.jsonl")[-1]
+    assert first["val_mlm_loss"] == pytest.approx(last["val_mlm_loss"], rel=1e-5)
+
+
+def refused(run_file: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--run-file", str(run_file), *arguments],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_what_cannot_be_run_is_told_in_one_sentence(unbroken, run_file, tmp_path, tokenizer_folder):
+    from megatron_detour.data.train_tokenizer import train_tokenizer
+    from tests.conftest import write_jsonl
+
+    new = f"folder={tmp_path / 'new'}"
+    told = refused(run_file, new, "bacth.sequences=3")
+    assert "bacth" in told and "'batch'" in told
+    assert "phases.0.tokens" in refused(run_file, new, "phases.detour.tokens=0")
+    told = refused(run_file, f"folder={unbroken}", "seed=18")
+    assert "another run" in told and "seed is 17 there and 18 here" in told
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    told = refused(run_file, new, "model.config=null", f"model.start={tmp_path / 'bert'}")
+    assert "not a ModernBERT but a 'bert' model" in told
+    assert "preprocess_data.py" in refused(run_file, new, "data.corpora.0.prefix=nowhere/corpus")
+    texts = write_jsonl(tmp_path / "other.jsonl", [f"quite another text, number {i}" for i in range(500)])
+    train_tokenizer([texts], tmp_path / "other", 300)
+    assert "another tokenizer" in refused(run_file, new, f"model.tokenizer={tmp_path / 'other'}")
+    assert "does not divide the 1 ranks" in refused(run_file, new, "parallel.tensor=2")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("way", [["bash"], []])
+def test_the_example_runs_as_a_shell_script(way, run_file):
+    result = subprocess.run(
+        [*way, str(SCRIPT), "--plan"],
+        env=environment() | {"RANKS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "15,895 + 1,590 = 17,485 steps of 3,145,728 tokens" in result.stdout
+
+
+def test_the_example_is_valid_bash_and_python():
+    for script in sorted((ROOT / "examples").glob("*.sh")):
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        if script.name.startswith("pretrain"):
+            compile(script.read_text(), str(script), "exec")
