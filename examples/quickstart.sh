@@ -48,7 +48,7 @@ step "training a tokenizer of $vocabulary pieces: $work/data/tokenizer"
 step "building the corpora: $work/data/train, $work/data/heldout"
 for part in train heldout; do
   [ -e "$work/data/$part.manifest.json" ] || python "$root/tools/preprocess_data.py" \
-    --input "${!part}" --output-prefix "$work/data/$part" --tokenizer "$work/data/tokenizer" --workers 2
+    --input "${!part}" --output-prefix "$work/data/$part" --tokenizer "$work/data/tokenizer" --workers 2 --overwrite
 done
 
 step "training under DeepSpeed ZeRO-2: $work/run"

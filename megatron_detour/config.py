@@ -242,6 +242,7 @@ def _check_data(config: RunConfig) -> list[str]:
         "checkpoint.keep": config.checkpoint.keep,
         "validation.sequences": config.validation.sequences,
         "optimizer.clip": config.optimizer.clip,
+        "optimizer.eps": config.optimizer.eps,
     } | {
         key: amount
         for key, amount in (

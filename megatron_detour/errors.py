@@ -32,4 +32,10 @@ def command_line(main: Callable[[], int | None]) -> None:
         status = 1
     except KeyboardInterrupt:
         status = 130
+    if "RANK" in os.environ:
+        # A gloo thread that lets go of its last tensor while the interpreter ends aborts the process (seen with torch
+        # 2.13): a rank that has done its work leaves at once.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
     sys.exit(status or 0)

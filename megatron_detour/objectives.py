@@ -54,8 +54,8 @@ class MaskedLM:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Causal; a position's label is the next token of its document, and the last one has none. Padding is a document
-    whose tokens are no targets."""
+    """Causal; a position's label is the next token of its document, and the last one has none. [CLS] is never a
+    target, nor is padding, which is a document of its own."""
 
     vocabulary: Vocabulary
     causal = True
@@ -63,8 +63,7 @@ class CausalLM:
     def apply(self, tokens: np.ndarray, lengths: np.ndarray, seed: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.roll(tokens, -1)
         labels[np.cumsum(lengths) - 1] = IGNORE
-        if self.vocabulary.pad is not None:
-            labels[labels == self.vocabulary.pad] = IGNORE
+        labels[(labels == self.vocabulary.pad) | (labels == self.vocabulary.cls)] = IGNORE
         return tokens, labels
 
 

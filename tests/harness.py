@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_detour.errors import command_line
+
 ROOT = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 180
 
@@ -62,10 +64,8 @@ def _main() -> None:
     module, function = target.split(":")
     arguments = pickle.loads((folder / "arguments.pkl").read_bytes())
     result = getattr(importlib.import_module(module), function)(*arguments)
-    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-        sys.modules["torch"].distributed.destroy_process_group()  # else gloo's threads may abort the exit
     (folder / f"rank{os.environ['RANK']}.pkl").write_bytes(pickle.dumps(result))
 
 
 if __name__ == "__main__":
-    _main()
+    command_line(_main)

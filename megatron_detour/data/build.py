@@ -83,8 +83,9 @@ def build_corpus(
     if workers < 1:
         raise DetourError(f"--workers: at least one is needed, it is {workers}")
     parts = plan_parts(inputs)
-    if manifest_path(prefix).exists() and not overwrite:
-        raise DetourError(f"{manifest_path(prefix)}: a corpus is already there; choose another prefix or --overwrite")
+    for path in (manifest_path(prefix), bin_path(prefix), idx_path(prefix)):
+        if path.exists() and not overwrite:
+            raise DetourError(f"{path}: a corpus is already there; choose another prefix or --overwrite")
     tokenizer_file = find_tokenizer(tokenizer, download)
     vocabulary = Vocabulary.of(load_tokenizer(tokenizer_file))
     work = Path(prefix).parent / f".{Path(prefix).name}.building-{os.getpid()}"
@@ -92,7 +93,7 @@ def build_corpus(
     try:
         job = _Job(str(tokenizer_file), token_type(vocabulary.size), text_key, skip_bad_lines, work)
         counts = _run(parts, job, workers)
-        if not counts.documents:
+        if not counts.tokens:
             raise DetourError(f"{', '.join(inputs)}: no line holds text, so there is no corpus to build")
         return _publish(parts, job, prefix, counts, vocabulary, inputs)
     finally:

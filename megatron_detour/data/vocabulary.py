@@ -25,7 +25,7 @@ class Vocabulary:
     """A tokenizer as training sees it: its size, its special ids and a fingerprint of what decides on ids."""
 
     size: int  # one more than the greatest id
-    special_ids: tuple[int, ...]
+    special_ids: tuple[int, ...]  # with the ids below `size` that no token has
     mask: int | None
     pad: int | None
     cls: int | None
@@ -38,8 +38,10 @@ class Vocabulary:
         ids = tokenizer.get_vocab(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
         roles = {role: ids.get(name, ids.get(FALLBACKS[role])) for role, name in ROLES.items()}
+        size = max(ids.values()) + 1
         special = {i for i, token in added.items() if token.special} | {i for i in roles.values() if i is not None}
-        return cls(max(ids.values()) + 1, tuple(sorted(special)), **roles, sha256=fingerprint(tokenizer))
+        special |= set(range(size)) - set(ids.values())
+        return cls(size, tuple(sorted(special)), **roles, sha256=fingerprint(tokenizer))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Vocabulary:

@@ -104,7 +104,7 @@ def test_kinds_of_files_and_empty_lines(tmp_path, prefix, tokenizer_folder):
     assert json.loads(json.dumps(dataclasses.asdict(manifest))) == dataclasses.asdict(read_manifest(prefix))
 
 
-@pytest.mark.parametrize("stride", [1, 7, 100, 1 << 20])
+@pytest.mark.parametrize("stride", [1, 4, 5, 7, 100, 1 << 20])  # lines begin at bytes 4 and 5
 def test_every_line_belongs_to_one_part(tmp_path, monkeypatch, stride):
     content = b"one\n\ntwo two two two two\r\n" + b"x" * 250 + b"\nlast"
     path = tmp_path / "a.txt"
