@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint install clean
 
 demo: $(INSTALLED)
-	examples/quickstart.sh
+	@examples/quickstart.sh
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -m "not gpu"
@@ -17,10 +17,12 @@ lint: $(INSTALLED)
 install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else 0'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or later is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "installing into $(VENV): a few minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

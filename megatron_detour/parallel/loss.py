@@ -56,7 +56,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 probabilities[here.nonzero()[:, 0], target[here]] -= 1
                 slope = probabilities.to(hidden.dtype)
                 grad_hidden[part] = slope @ weight_real
-                grad_weight[:rows] += slope.T @ hidden[part]
+                if slope.dtype == exact:
+                    grad_weight[:rows].addmm_(slope.T, hidden[part])
+                else:
+                    grad_weight[:rows] += slope.T @ hidden[part]
                 grad_bias[:rows] += probabilities.sum(0)
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
