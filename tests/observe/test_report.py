@@ -11,14 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_detour.errors import DetourError
-from megatron_detour.observe import report
-from megatron_detour.observe.report import (
-    byte_size,
-    compact,
-    rate_words,
-    read_run,
-    write_report,
-)
+from megatron_detour.observe import plots
+from megatron_detour.observe.report import write_report
+from megatron_detour.observe.run_folder import byte_size, compact, rate_words, read_run
 
 TOKENS_PER_STEP = 65_536
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -169,6 +164,7 @@ def words(page: Path) -> str:
 
 def test_a_finished_run_of_three_phases(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
+    assert not (folder / "plots").exists()
     page = write_report(folder)
     assert page == folder / "report.html"
     assert plot_names(folder) == ALL_PLOTS
@@ -262,7 +258,7 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_the_plots_show_what_they_should(tmp_path: Path) -> None:
-    figure = report._draw_validation(read_run(make_run(tmp_path)))
+    figure = plots._draw_validation(read_run(make_run(tmp_path)))
     loss, accuracy = figure.axes[1:]
     labels = loss.get_legend_handles_labels()[1]
     assert "unigram distribution of the corpus" in labels
@@ -278,10 +274,10 @@ def test_the_plots_show_what_they_should(tmp_path: Path) -> None:
 
 
 def test_colour_follows_the_objective(tmp_path: Path) -> None:
-    figure = report._draw_loss(read_run(make_run(tmp_path)))
+    figure = plots._draw_loss(read_run(make_run(tmp_path)))
     colours = {line.get_label(): line.get_color() for line in figure.axes[1].lines}
-    assert colours["MLM loss"] == report.COLOURS["mlm"]
-    assert colours["CLM loss"] == report.COLOURS["clm"]
+    assert colours["MLM loss"] == plots.COLOURS["mlm"]
+    assert colours["CLM loss"] == plots.COLOURS["clm"]
 
 
 def test_the_first_outliers_do_not_set_the_range(tmp_path: Path) -> None:
@@ -290,7 +286,7 @@ def test_the_first_outliers_do_not_set_the_range(tmp_path: Path) -> None:
     spoilt = [json.loads(line) for line in lines]
     spoilt[1]["loss"] = 500.0
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in spoilt))
-    figure = report._draw_loss(read_run(folder))
+    figure = plots._draw_loss(read_run(folder))
     axes = figure.axes[1]
     assert 5 < axes.get_ylim()[1] < 12
     assert any("1 step above the range shown" in text.get_text() for text in axes.texts)
@@ -298,7 +294,7 @@ def test_the_first_outliers_do_not_set_the_range(tmp_path: Path) -> None:
 
 def test_a_steady_fall_is_shown_whole(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path, [("detour", "clm", None, 600)], validate_every=0))
-    axes = report._draw_loss(run).axes[1]
+    axes = plots._draw_loss(run).axes[1]
     assert axes.get_ylim()[1] > max(record["loss"] for record in run.records)
     assert not axes.texts
 
@@ -310,7 +306,7 @@ def test_names_of_phases_stay_inside_their_bands(tmp_path: Path) -> None:
         ("a narrow cooldown", "mlm", 0.15, 4),
     ]
     run = read_run(make_run(tmp_path, phases))
-    strip = report._draw_loss(run).axes[0]
+    strip = plots._draw_loss(run).axes[0]
     bounds = strip.get_window_extent()
     for phase, text in zip(run.phases, strip.texts, strict=True):
         extent = text.get_window_extent()
@@ -324,8 +320,8 @@ def test_names_of_phases_stay_inside_their_bands(tmp_path: Path) -> None:
 
 
 def test_smoothing_keeps_a_straight_line_and_damps_noise() -> None:
-    assert report._smoothed([float(value) for value in range(200)])[:-3] == pytest.approx(range(197))
-    noisy = report._smoothed([(-1.0) ** step for step in range(600)])
+    assert plots._smoothed([float(value) for value in range(200)])[:-3] == pytest.approx(range(197))
+    noisy = plots._smoothed([(-1.0) ** step for step in range(600)])
     assert max(map(abs, noisy[20:-20])) < 0.1
 
 
