@@ -3,14 +3,19 @@
 #
 #   examples/quickstart.sh                   on the project's own sample, in minutes on two CPU cores
 #   examples/quickstart.sh my_corpus.jsonl   on a corpus of yours: .jsonl (key "text"), .jsonl.gz or .txt
+#   examples/quickstart.sh my_corpus.jsonl phases.detour.tokens=2M   with keys of recipes/quickstart.yaml changed
 #
 # Everything lands in runs/quickstart, or runs/quickstart-NAME for a corpus of yours. Started again, it goes on where it
-# stopped. RANKS=N sets the number of processes.
+# stopped. RANKS=N sets the number of processes, VOCABULARY=N the size of the tokenizer.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 [ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
-corpus=${1:-}
-vocabulary=2048
+corpus=
+case ${1:-} in
+  ''|*=*) ;;
+  *) corpus=$1 && shift ;;
+esac
+vocabulary=${VOCABULARY:-2048}
 began=$SECONDS
 
 step() { printf '\n== %s (%ds)\n' "$*" $((SECONDS - began)); }
@@ -34,10 +39,15 @@ else
   train=$work/data/train.$kind heldout=$work/data/heldout.$kind probes=(--from-corpus "$heldout" --count 10)
   step "setting every 50th document aside: $heldout"
   mkdir -p "$work/data"
+  source="$(cd "$(dirname "$corpus")" && pwd)/$(basename "$corpus") $(cksum < "$corpus")"
+  [ "$source" = "$(cat "$work/data/source" 2>/dev/null || printf %s "$source")" ] ||
+    fail "$work: was made from another corpus of this name; remove it or rename yours"
+  printf '%s\n' "$source" > "$work/data/source"
   read_corpus() { case $corpus in *.gz) gzip -dc "$corpus" ;; *) cat "$corpus" ;; esac; }
   if [ ! -e "$train" ]; then
-    read_corpus | awk -v held="$heldout" 'NR % 50 ? 1 : (print > held) && 0' > "$train.part"
-    mv "$train.part" "$train"
+    read_corpus | awk -v held="$heldout.part" 'NR % 50 == 0 { print > held; next } { print }' > "$train.part"
+    [ -e "$heldout.part" ] || fail "$corpus: fewer than 50 documents; a corpus needs more"
+    mv "$heldout.part" "$heldout" && mv "$train.part" "$train"
   fi
 fi
 
@@ -56,10 +66,11 @@ if [ -z "${RANKS:-}" ]; then
   cores=$(getconf _NPROCESSORS_ONLN) && RANKS=$((cores < 2 ? 1 : 2))
   command -v nvidia-smi >/dev/null && RANKS=1
 fi
+command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu  # spares a warning
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} deepspeed --log_level warning --num_gpus "$RANKS" --master_port $((20000 + RANDOM % 20000)) \
   "$root/examples/pretrain_base.sh" --run-file "$root/examples/recipes/quickstart.yaml" \
   folder="$work/run" model.tokenizer="$work/data/tokenizer" \
-  data.corpora.0.prefix="$work/data/train" validation.corpora.0.prefix="$work/data/heldout"
+  data.corpora.0.prefix="$work/data/train" validation.corpora.0.prefix="$work/data/heldout" "$@"
 
 step "converting to a Hugging Face folder: $work/model"
 [ -e "$work/model" ] || python "$root/tools/convert_to_hf.py" --checkpoint "$work/run" --output "$work/model" --dtype fp32

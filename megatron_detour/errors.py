@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import time
 from collections.abc import Callable
+
+SECONDS_OF_GRACE = 10  # a launcher ends the other ranks well before
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
 
 class DetourError(Exception):
@@ -22,20 +27,31 @@ def nearest(word: str, known: list[str]) -> str:
 def command_line(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits with its status; a DetourError becomes one sentence on stderr and exit status 1.
 
-    Under a launcher every rank meets the same fault; rank 0 alone speaks.
+    Under a launcher every rank usually meets the same fault: the first one speaks, the others wait until the launcher
+    has ended them, and speak only if the fault was theirs alone.
     """
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        status = main()
+        status = main() or 0
     except DetourError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        status = 1
+        status = _tell(str(error), rank)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        status = _tell(f"{error.filename or 'a file'}: {error.strerror}", rank)
     except KeyboardInterrupt:
         status = 130
     if "RANK" in os.environ:
         # A gloo thread that lets go of its last tensor while the interpreter ends aborts the process (seen with torch
-        # 2.13): a rank that has done its work leaves at once.
+        # 2.13), and NCCL may wait for ranks that are gone: a rank that has done its work leaves at once.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status or 0)
-    sys.exit(status or 0)
+        os._exit(status)
+    sys.exit(status)
+
+
+def _tell(sentence: str, rank: int) -> int:
+    if rank:
+        time.sleep(SECONDS_OF_GRACE)
+    print(f"error: {sentence}" if not rank else f"error (rank {rank}): {sentence}", file=sys.stderr, flush=True)
+    return 1

@@ -17,6 +17,12 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 180
 
 
+def environment() -> dict[str, str]:
+    """This process's environment with the interpreter's folder in front and one thread a rank."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -30,19 +36,17 @@ def run_ranks(ranks: int, function: str, folder: Path, *arguments: Any) -> list[
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "arguments.pkl").write_bytes(pickle.dumps(arguments))
-    shared = os.environ | {
+    shared = environment() | {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
     }
     processes = []
     for rank in range(ranks):
         log = (folder / f"rank{rank}.log").open("wb")
-        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-m", "tests.harness", function, str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
+        processes.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=log, stderr=log))
     try:
         codes = [process.wait(TIMEOUT_SECONDS) for process in processes]
     finally:

@@ -28,17 +28,17 @@ ALLOWED = {
     "data.build": ("data errors files", "numpy tokenizers rich"),
     "data.train_tokenizer": ("data errors files", "tokenizers"),
     "data.batches": ("data errors files objectives config", "numpy torch"),
-    "checkpoint": ("parallel model checkpoint data.manifest data.vocabulary errors files", "torch safetensors"),
+    "checkpoint": ("parallel model checkpoint data.vocabulary errors files", "torch safetensors"),
     "checkpoint.huggingface": (
-        "parallel model checkpoint data.manifest data.vocabulary errors files",
+        "parallel model checkpoint data.vocabulary errors files",
         "torch safetensors tokenizers transformers",
     ),
-    "checkpoint.state": ("parallel model checkpoint data.manifest data.vocabulary errors files", "torch deepspeed"),
+    "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
     "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe errors files", "torch"),
     "observe.sinks": ("observe errors files", "torch"),
     "evaluation": (
-        "evaluation data.train_tokenizer errors files",
+        "evaluation data.documents errors files",
         "numpy torch safetensors transformers rich",
     ),
     "training": (

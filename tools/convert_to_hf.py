@@ -15,8 +15,11 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the weights (bf16)")
     options = parser.parse_args()
-    difference = export(options.checkpoint, options.output, options.dtype)
-    print(f"{options.output}: logits equal transformers' within {difference:.1e}")
+    exported = export(options.checkpoint, options.output, options.dtype)
+    step, steps = exported.run_state["step"], exported.run_state["total_steps"]
+    print(f"{options.output}: step {step:,} of {steps:,}, logits equal transformers' within {exported.difference:.1e}")
+    if step < steps:
+        print(f"warning: the run is not done; {exported.checkpoint} is in phase {exported.run_state['phase']!r}")
 
 
 if __name__ == "__main__":

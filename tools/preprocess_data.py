@@ -3,7 +3,8 @@
 
 import argparse
 
-from megatron_detour.data.build import KINDS, build_corpus
+from megatron_detour.data.build import build_corpus
+from megatron_detour.data.documents import KINDS
 from megatron_detour.errors import command_line
 
 

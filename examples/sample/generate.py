@@ -43,13 +43,9 @@ _DRUGS = (
     ("metformin", "diabetes", "metformine", "f", "diabète", "m"),
     ("amlodipine", "hypertension", "amlodipine", "f", "hypertension", "f"),
     ("salbutamol", "asthma", "salbutamol", "m", "asthme", "m"),
-    ("levothyroxine", "hypothyroidism", "lévothyroxine", "f", "hypothyroïdie", "f"),
     ("allopurinol", "gout", "allopurinol", "m", "goutte", "f"),
     ("sertraline", "depression", "sertraline", "f", "dépression", "f"),
     ("lamotrigine", "epilepsy", "lamotrigine", "f", "épilepsie", "f"),
-    ("alendronate", "osteoporosis", "alendronate", "m", "ostéoporose", "f"),
-    ("sumatriptan", "migraine", "sumatriptan", "m", "migraine", "f"),
-    ("omeprazole", "reflux", "oméprazole", "m", "reflux", "m"),
     ("latanoprost", "glaucoma", "latanoprost", "m", "glaucome", "m"),
     ("methotrexate", "arthritis", "méthotrexate", "m", "arthrite", "f"),
 )
@@ -57,13 +53,9 @@ _DRUGS = (
 # English finding and diagnosis, French finding, diagnosis and its gender
 _FINDINGS = (
     ("crushing chest pain", "infarction", "une douleur thoracique constrictive", "infarctus", "m"),
-    ("rebound tenderness on the right", "appendicitis", "une défense de la fosse iliaque", "appendicite", "f"),
     ("neck stiffness with photophobia", "meningitis", "une raideur de la nuque", "méningite", "f"),
-    ("Koplik spots in the mouth", "measles", "des taches de Koplik", "rougeole", "f"),
     ("silvery scaly plaques", "psoriasis", "des plaques squameuses argentées", "psoriasis", "m"),
-    ("yellow sclerae", "hepatitis", "des sclérotiques jaunes", "hépatite", "f"),
     ("a strawberry tongue", "scarlatina", "une langue framboisée", "scarlatine", "f"),
-    ("belt-like epigastric pain", "pancreatitis", "une douleur épigastrique en ceinture", "pancréatite", "f"),
 )
 
 DRUG_FACTS: dict[str, tuple[DrugFact, ...]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,15 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_detour.checkpoint.state import TrainingState
-from megatron_detour.data.vocabulary import ROLES, Vocabulary, find_tokenizer, hub_file
+from megatron_detour.data.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, hub_file
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.state import ParallelState
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run_state.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-EMBEDDING, DECODER = "model.embeddings.tok_embeddings.weight", "decoder.weight"
+TOLERANCE = 1e-4  # of fp32 logits, as a share of the greatest
 OLD_CONFIG_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
 
 
@@ -117,7 +119,10 @@ def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any
         "bos_token_id": vocabulary.cls,
         "eos_token_id": vocabulary.sep,
     }
-    return ModernBertConfig(**{**ids, **given}).to_dict()
+    try:
+        return ModernBertConfig(**{**ids, **given}).to_dict()
+    except Exception as error:  # transformers' validators raise kinds of their own
+        raise DetourError(f"model.config: {' '.join(str(error).split())}") from None
 
 
 def write_model(
@@ -142,10 +147,13 @@ def write_model(
 
 def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
     """Copies a tokenizer's files byte by byte, and makes the small ones that a bare tokenizer.json lacks."""
+    from tokenizers import Tokenizer
+
     shutil.copyfile(find_tokenizer(source.name, source.download), folder / "tokenizer.json")
     if Path(source.name).is_file() or not source.has("tokenizer_config.json"):
-        present = _special_tokens(folder / "tokenizer.json")
-        described = {f"{role}_token": token for role, token in present.items()}
+        token_of = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token
+        ids = {role: getattr(vocabulary, role) for role in SPELLINGS}
+        described = {f"{role}_token": token_of(i) for role, i in ids.items() if i is not None}
         _write_json(folder / "special_tokens_map.json", described)
         named = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
         _write_json(folder / "tokenizer_config.json", described | named)
@@ -173,41 +181,38 @@ def open_moments(folder: Path, stack: ExitStack) -> Callable[[str, str], torch.T
 
 
 @torch.no_grad()
-def compare_with_transformers(folder: Path, model: ModernBert, seed: int = 0) -> float:
-    """The greatest difference between our fp32 logits and those of transformers' model of `folder`.
+def compare_with_transformers(name: str | Path, model: ModernBert) -> float:
+    """The greatest difference of our fp32 logits to those of transformers' model, as a share of the greatest logit.
 
     The documents are random ids, shorter and longer than the local window, so that every kind of layer is exercised.
+    A greatest logit below 1 counts as 1. Raises DetourError when they are not equal within TOLERANCE.
     """
     from transformers import AutoModelForMaskedLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    theirs = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    generator = torch.Generator().manual_seed(seed)
+    theirs = AutoModelForMaskedLM.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval()
+    generator = torch.Generator().manual_seed(0)
     longest = min(4 * model.shape.window + 7, model.shape.max_positions)
     worst = 0.0
     for length in {2, model.shape.window // 2 + 1, longest}:
         ids = torch.randint(model.shape.vocabulary, (length,), generator=generator)
         ours = model.logits(ids, torch.arange(length), (length,))
-        difference = (theirs(input_ids=ids[None]).logits[0] - ours).abs().max()
-        worst = max(worst, float(difference)) if torch.isfinite(difference) else float("inf")
+        reference = theirs(input_ids=ids[None]).logits[0]
+        share = float((reference - ours).abs().max() / reference.abs().max().clamp(min=1))
+        worst = max(worst, share) if math.isfinite(share) else math.inf
+    if not worst <= TOLERANCE:
+        raise DetourError(f"{name}: the logits differ from transformers' by {worst:.1e} of the greatest one")
     return worst
 
 
-def load_model(source: Source, shape, state: ParallelState | None = None) -> ModernBert:
+def load_model(source: Source, shape: Shape) -> ModernBert:
     """A whole fp32 model out of a folder, for checks on one process."""
-    model = ModernBert(shape, state or ParallelState())
+    model = ModernBert(shape, ParallelState())
     with Weights(source) as weights:
         weights.check(model.full_sizes())
         model.load_state_dict({name: weights(name) for name in model.full_sizes()})
     return model.eval()
-
-
-def _special_tokens(tokenizer_json: Path) -> dict[str, str]:
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_file(str(tokenizer_json)).get_vocab()
-    return {role: name for role, name in ROLES.items() if name in ids}
 
 
 def _write_json(path: Path, value: Any) -> None:

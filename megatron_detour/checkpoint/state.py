@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_detour.errors import DetourError
+from megatron_detour.parallel.replicas import unequal_replicas
 from megatron_detour.parallel.shard import cut, join, spec_of
 from megatron_detour.parallel.state import ParallelState
 
@@ -32,7 +34,10 @@ class TrainingState:
 
 
 def gather(engine: DeepSpeedEngine, state: ParallelState) -> TrainingState | None:
-    """The state of a run, on the first rank; None on the others. Every rank must call it."""
+    """The state of a run, on the first rank; None on the others. Every rank must call it.
+
+    Raises DetourError when tensor ranks hold unequal copies of a replicated parameter or of its moments.
+    """
     zero = engine.optimizer
     adam_steps = 0
     if _adam_state(zero, 0):
@@ -93,8 +98,10 @@ def _gather_kind(
         flat = _all_gather(partition_of(group), state.data_group, state.data_size)
         if state.data_rank:
             continue
-        for name, parameter, offset in parameters:
-            local = flat[offset : offset + parameter.numel()].view_as(parameter)
+        local_of = {name: flat[offset : offset + p.numel()].view_as(p) for name, p, offset in parameters}
+        _check_replicas({name: local_of[name] for name, p, _ in parameters if spec_of(p) is None}, state)
+        for name, parameter, _ in parameters:
+            local = local_of[name]
             spec = spec_of(parameter)
             shards = [local]
             if spec is not None and state.tensor_size > 1:
@@ -103,6 +110,12 @@ def _gather_kind(
             if state.is_first:
                 full[name] = join(shards, spec).to("cpu", copy=True)
     return full
+
+
+def _check_replicas(values: dict[str, torch.Tensor], state: ParallelState) -> None:
+    unequal = unequal_replicas(values, state)
+    if unequal:
+        raise DetourError(f"tensor-parallel copies of {', '.join(unequal[:3])} differ between ranks; nothing is saved")
 
 
 def _all_gather(part: torch.Tensor, group: dist.ProcessGroup | None, size: int) -> torch.Tensor:

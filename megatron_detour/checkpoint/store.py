@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from megatron_detour.data.manifest import file_facts
-from megatron_detour.files import flush
+from megatron_detour.files import file_facts, flush
 
 LISTING = "files.json"
 
@@ -25,6 +25,8 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
     """
     aside = folder.parent / f".{folder.name}.writing-{os.getpid()}"
     replaced = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
+    for leftover in (aside, replaced):  # of a killed writer that had the same process number
+        shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         write(aside)
@@ -41,7 +43,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def verify(folder: Path, *, content: bool = True) -> None:
+def verify(folder: Path) -> None:
     """Checks a published folder against its listing, sizes first. Raises Broken."""
     try:
         listing = json.loads((folder / LISTING).read_text(encoding="utf-8"))
@@ -51,7 +53,7 @@ def verify(folder: Path, *, content: bool = True) -> None:
         path = folder / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise Broken(f"{path} is missing or has the wrong size")
-        if content and file_facts(path) != facts:
+        if file_facts(path) != facts:
             raise Broken(f"{path} has changed since it was written")
 
 
@@ -65,7 +67,7 @@ def step_of(folder: Path) -> int:
 
 def find_checkpoints(checkpoints: Path) -> list[Path]:
     """Published checkpoints, oldest first. What a killed run left half-written has another name."""
-    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
+    return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def latest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:

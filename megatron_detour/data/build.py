@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -26,18 +25,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from megatron_detour import __version__
+from megatron_detour.data.documents import BadLine, check_kind, document_of
 from megatron_detour.data.indexed import bin_path, concatenate, idx_path, token_type, write_index
-from megatron_detour.data.manifest import Manifest, file_facts, manifest_path
-from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_tokenizer
+from megatron_detour.data.manifest import Manifest, manifest_path
+from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.errors import DetourError
-from megatron_detour.files import flush
+from megatron_detour.files import file_facts, flush
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 RANGE_BYTES = 32 << 20
 BATCH_CHARACTERS = 1 << 20
-KINDS = (".jsonl", ".jsonl.gz", ".txt")
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,6 @@ class Counts:
         return (self.documents, self.tokens, self.empty, self.bad_lines)
 
 
-class BadLine(Exception):
-    """A line that is no document; the message says why."""
-
-
 def build_corpus(
     inputs: list[str],
     prefix: str,
@@ -87,8 +82,10 @@ def build_corpus(
         if path.exists() and not overwrite:
             raise DetourError(f"{path}: a corpus is already there; choose another prefix or --overwrite")
     tokenizer_file = find_tokenizer(tokenizer, download)
-    vocabulary = Vocabulary.of(load_tokenizer(tokenizer_file))
+    vocabulary = load_vocabulary(tokenizer_file)
+    _check_template(tokenizer_file, vocabulary)
     work = Path(prefix).parent / f".{Path(prefix).name}.building-{os.getpid()}"
+    shutil.rmtree(work, ignore_errors=True)  # of a killed build that had the same process number
     work.mkdir(parents=True)
     try:
         job = _Job(str(tokenizer_file), token_type(vocabulary.size), text_key, skip_bad_lines, work)
@@ -100,16 +97,23 @@ def build_corpus(
         shutil.rmtree(work, ignore_errors=True)
 
 
+def _check_template(tokenizer_file: Path, vocabulary: Vocabulary) -> None:
+    """Raises DetourError for a tokenizer that knows [CLS] and [SEP] and does not put them around a text."""
+    ids = load_tokenizer(tokenizer_file).encode("a").ids
+    for role, found in (("cls", ids[0]), ("sep", ids[-1])):
+        if getattr(vocabulary, role) not in (None, found):
+            raise DetourError(
+                f"{tokenizer_file}: the tokenizer adds no [{role.upper()}] to a text; give its post_processor the "
+                "template [CLS] $A [SEP]"
+            )
+
+
 def plan_parts(inputs: list[str]) -> list[Part]:
     """Cuts input files into parts. Raises DetourError for a file that is missing or of an unknown kind."""
     parts: list[Part] = []
     for name in inputs:
-        path = Path(name)
-        if not path.is_file():
-            raise DetourError(f"{name}: there is no such input file")
-        if not name.endswith(KINDS):
-            raise DetourError(f"{name}: an input file must end in {', '.join(KINDS)}")
-        size = path.stat().st_size
+        check_kind(name)
+        size = Path(name).stat().st_size
         stride = size if name.endswith(".gz") else RANGE_BYTES
         for start in range(0, size, max(stride, 1)):
             parts.append(Part(len(parts), name, start, min(start + stride, size)))
@@ -190,7 +194,7 @@ def _batches(part: Part, job: _Job) -> Iterator[tuple[list[str], int, int]]:
     characters = empty = bad = 0
     for number, line in enumerate(_lines(part)):
         try:
-            text = _text_of(line, part.path, job.text_key)
+            text = document_of(line, part.path, job.text_key)
         except BadLine as reason:
             if not job.skip_bad_lines:
                 where = f"{part.path}, line {_lines_before(part) + number + 1:,}"
@@ -259,30 +263,6 @@ def _lines_before(part: Part) -> int:
             lines += block.count(b"\n")
             left -= len(block)
     return lines
-
-
-def _text_of(line: bytes, path: str, text_key: str) -> str:
-    """The document on a line. Raises BadLine."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadLine("not UTF-8") from None
-    if path.endswith(".txt") or not text.strip():
-        return text
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: JSON's own, and numbers of thousands of digits
-        raise BadLine(f"not JSON ({error})") from None
-    if not isinstance(record, dict) or text_key not in record:
-        raise BadLine(f"not a JSON object with the key {text_key!r}")
-    document = record[text_key]
-    if not isinstance(document, str):
-        raise BadLine(f"the value of {text_key!r} is not a text")
-    try:
-        document.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadLine(f"the text of {text_key!r} holds half a surrogate pair") from None
-    return document
 
 
 def _publish(

@@ -5,7 +5,6 @@ It is written last, so that a corpus without one is a corpus that was never fini
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +60,3 @@ def read_manifest(prefix: str | Path) -> Manifest:
             found = "is missing" if actual is None else f"has {actual:,} bytes"
             raise DetourError(f"{file}: {found} where the manifest says {facts['bytes']:,}; build the corpus again")
     return manifest
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megatron_detour.errors import DetourError, nearest
+from megatron_detour.data.documents import read_documents
+from megatron_detour.errors import DetourError
 
 SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
@@ -23,45 +22,6 @@ SPECIAL_TOKENS = {
 }
 MODEL_MAX_LENGTH = 8192
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-
-
-def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
-    """Yields the documents of a .jsonl, .jsonl.gz or .txt file (one a line); blank lines are skipped.
-
-    Raises DetourError with file and line number for a missing file, another kind of file, a line that is not UTF-8 or
-    not a JSON object, and a missing or non-text `text_key`.
-    """
-    name = path.name
-    if not name.endswith((".jsonl", ".jsonl.gz", ".txt")):
-        raise DetourError(f"{path}: unknown kind of file, give .jsonl, .jsonl.gz or .txt")
-    if not path.is_file():
-        raise DetourError(f"{path}: no such file")
-    number = 0
-    try:
-        with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = line.decode("utf-8").strip()
-                if text:
-                    yield text if name.endswith(".txt") else _text_of(text, text_key, path, number)
-    except UnicodeDecodeError as error:
-        raise DetourError(f"{path} line {number}: not UTF-8 text ({error.reason}), convert the file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DetourError(f"{path} line {number + 1}: cannot be read ({error})") from None
-
-
-def _text_of(line: str, text_key: str, path: Path, number: int) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DetourError(f"{path} line {number}: not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise DetourError(f'{path} line {number}: not a JSON object, each line must be one such as {{"text": ...}}')
-    if text_key not in record:
-        hint = nearest(text_key, list(record))
-        raise DetourError(f"{path} line {number}: no key {text_key!r}{hint}, name the key with --text-key")
-    if not isinstance(record[text_key], str):
-        raise DetourError(f"{path} line {number}: the value of {text_key!r} is not text")
-    return record[text_key]
 
 
 def train_tokenizer(inputs: Sequence[Path], output: Path, vocab_size: int, text_key: str = "text") -> None:

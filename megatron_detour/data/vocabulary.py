@@ -16,8 +16,13 @@ from megatron_detour.errors import DetourError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ROLES = {"mask": "[MASK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
-FALLBACKS = {"mask": "<mask>", "pad": "<pad>", "cls": "<s>", "sep": "</s>", "unk": "<unk>"}
+SPELLINGS = {
+    "mask": ("[MASK]", "<mask>"),
+    "pad": ("[PAD]", "<pad>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "unk": ("[UNK]", "<unk>"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,15 @@ class Vocabulary:
     sha256: str
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
+    def of(cls, tokenizer: Tokenizer, names: dict[str, str] | None = None) -> Vocabulary:
+        """`names` are the special tokens by role ("mask", ...) where the usual spellings do not serve."""
         ids = tokenizer.get_vocab(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
-        roles = {role: ids.get(name, ids.get(FALLBACKS[role])) for role, name in ROLES.items()}
+        names = names or {}
+        roles = {
+            role: next((ids[name] for name in (names.get(role), *usual) if name in ids), None)
+            for role, usual in SPELLINGS.items()
+        }
         size = max(ids.values()) + 1
         special = {i for i, token in added.items() if token.special} | {i for i in roles.values() if i is not None}
         special |= set(range(size)) - set(ids.values())
@@ -96,6 +106,19 @@ def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def load_vocabulary(name: str | Path, download: bool = False) -> Vocabulary:
+    """The vocabulary of a tokenizer; tokenizer_config.json beside it names the special tokens. Raises DetourError."""
+    file = find_tokenizer(name, download)
+    described = file.parent / "tokenizer_config.json"
+    try:
+        config = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
+    except ValueError:
+        raise DetourError(f"{described}: not a JSON file") from None
+    tokens = {role: config.get(f"{role}_token") for role in SPELLINGS}
+    names = {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items() if token}
+    return Vocabulary.of(load_tokenizer(file), names)
 
 
 def hub_file(name: str, file: str, download: bool, what: str) -> Path:

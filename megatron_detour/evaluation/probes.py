@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from megatron_detour.data.train_tokenizer import read_documents
+from megatron_detour.data.documents import read_documents
 from megatron_detour.errors import DetourError
 
 PLACEHOLDER = "[MASK]"
@@ -162,6 +163,7 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Opens a Hugging Face folder in float32 on the CPU; raises DetourError if it lacks files, weights or a mask."""
     if not (folder / "config.json").is_file():
         raise DetourError(f"{folder}: no config.json there, give the folder of a Hugging Face model")
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, loading = AutoModelForMaskedLM.from_pretrained(

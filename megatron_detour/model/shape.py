@@ -98,5 +98,7 @@ def _theta(config: dict[str, Any], layer_type: str, old_key: str, default: float
     parameters = (config.get("rope_parameters") or {}).get(layer_type) or {}
     if parameters.get("rope_type", "default") != "default":
         raise DetourError(f"{origin}: rope_type {parameters['rope_type']!r} is not supported, only 'default'")
-    old = config.get(old_key)
-    return float(parameters.get("rope_theta", default if old is None else old))
+    old = config.get(old_key, default)
+    if old is None:  # transformers 4: a local theta of null means the global one
+        old = config.get("global_rope_theta") or default
+    return float(parameters.get("rope_theta", old))

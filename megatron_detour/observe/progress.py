@@ -164,7 +164,6 @@ class _Bars:
         self._figures = ""
         self._validation = ""
         self._shown_at = float("-inf")
-        # No refreshing thread: data workers may be forked from this process while it runs.
         self._live = Live(console=Console(file=stream), auto_refresh=False, get_renderable=self._render)
 
     def open(self) -> None:

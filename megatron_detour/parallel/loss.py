@@ -28,17 +28,16 @@ def linear_cross_entropy(
     labels: int64 [n], all of them below `vocabulary`; returns two scalars, the first in fp32 (fp64 for fp64 input).
     """
     hidden = copy_to_tensor_parallel(hidden, state)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary, state)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary, state, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, vocabulary, state):
+    def forward(ctx, hidden, weight, bias, labels, vocabulary, state, needs_grad):
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         first_id = state.tensor_rank * weight.shape[0]
         rows = max(min(weight.shape[0], vocabulary - first_id), 0)  # without padding
         weight_real, bias_real = weight[:rows], bias[:rows].to(exact)
-        needs_grad = any(ctx.needs_input_grad[:3])
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
         grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if needs_grad else None
         grad_bias = torch.zeros(bias.shape, dtype=exact, device=bias.device) if needs_grad else None
@@ -62,14 +61,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight[:rows] += slope.T @ hidden[part]
                 grad_bias[:rows] += probabilities.sum(0)
         if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.types = (hidden.dtype, weight.dtype, bias.dtype)
         ctx.mark_non_differentiable(right)
         return loss, right
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        scaled = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*scaled, None, None, None)
+        # In fp32 and rounded once: a scale rounded to bf16 would change with the split of a batch.
+        pairs = zip(ctx.saved_tensors, ctx.types, strict=True)
+        scaled = ((grad.to(grad_loss.dtype) * grad_loss).to(dtype) for grad, dtype in pairs)
+        return (*scaled, None, None, None, None)
 
 
 def _softmax_cross_entropy(logits, target, state):

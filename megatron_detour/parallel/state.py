@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
+
+PATIENCE = timedelta(hours=1)  # ranks wait while the first one writes a checkpoint to a slow disk
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class ParallelState:
         if world % tensor_size:
             raise ValueError(f"{world} ranks do not divide into tensor-parallel groups of {tensor_size}")
         data_size = world // tensor_size
-        tensor_groups = [dist.new_group(list(range(i * tensor_size, (i + 1) * tensor_size))) for i in range(data_size)]
-        data_groups = [dist.new_group(list(range(i, world, tensor_size))) for i in range(tensor_size)]
+        tensor_groups = [_group(range(i * tensor_size, (i + 1) * tensor_size)) for i in range(data_size)]
+        data_groups = [_group(range(i, world, tensor_size)) for i in range(tensor_size)]
         data_rank, tensor_rank = divmod(rank, tensor_size)
         return cls(tensor_rank, tensor_size, data_rank, data_size, tensor_groups[data_rank], data_groups[tensor_rank])
 
@@ -60,3 +63,7 @@ class ParallelState:
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         return self.data_group
+
+
+def _group(ranks: range) -> dist.ProcessGroup:
+    return dist.new_group(list(ranks), timeout=PATIENCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from megatron_detour.config import RunConfig
 from megatron_detour.errors import DetourError
-from megatron_detour.parallel.state import ParallelState
+from megatron_detour.parallel.state import PATIENCE, ParallelState
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -26,6 +27,11 @@ FROM_RUN_FILE = {
     "optimizer": "optimizer",
     "scheduler": "phases",
 }
+REFUSED = {
+    "round_robin_gradients": "checkpoints are read from partitions in the parameters' order",
+    "overlap_comm": "it has given wrong gradients in several releases",
+    "offload_optimizer": "checkpoints are read from the optimiser on the device",
+}
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
@@ -34,18 +40,23 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DetourError(f"deepspeed: {path}: there is no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise DetourError(f"{path}: not a JSON file: {error}") from None
+    if not isinstance(raw, dict):
+        raise DetourError(f"{path}: a DeepSpeed file is a JSON object")
     for key, home in FROM_RUN_FILE.items():
         if key in raw:
             raise DetourError(f"{path}: remove {key}; it follows from {home} in the run file")
-    stage = raw.get("zero_optimization", {}).get("stage")
-    if stage != 2:
-        raise DetourError(f"{path}: zero_optimization.stage is {stage}; this recipe runs under ZeRO-2")
+    zero = raw.get("zero_optimization", {})
+    if zero.get("stage") != 2:
+        raise DetourError(f"{path}: zero_optimization.stage is {zero.get('stage')}; this recipe runs under ZeRO-2")
+    for key, why in REFUSED.items():
+        if zero.get(key):
+            raise DetourError(f"{path}: remove zero_optimization.{key}: {why}")
     if raw.get("fp16", {}).get("enabled"):
         raise DetourError(f"{path}: fp16 is not supported; use bf16 or fp32")
-    if raw["zero_optimization"].get("round_robin_gradients"):
-        raise DetourError(f"{path}: round_robin_gradients changes how partitions are laid out; remove it")
+    if raw.get("bf16", {}).get("enabled") and not raw["bf16"].get("check_grad_overflow"):
+        raise DetourError(f"{path}: set bf16.check_grad_overflow to true, or gradients that are no numbers are applied")
     return raw
 
 
@@ -61,9 +72,12 @@ def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= devices:
+            raise DetourError(f"more than {devices} ranks were started on a machine of {devices} GPUs; start one a GPU")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=PATIENCE)
     return ParallelState.create(config.parallel.tensor), device
 
 
@@ -128,6 +142,7 @@ def _quiet_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if not torch.cuda.is_available():
         # Without this the first start compiles a shared-memory collective for half a minute; gloo serves as well.
         __compatible_ops__["deepspeed_shm_comm"] = False

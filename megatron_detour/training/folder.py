@@ -37,8 +37,8 @@ def refuse_another_run(folder: Path, config: RunConfig) -> None:
 def take(folder: Path, config: RunConfig, plan: Plan) -> None:
     """Makes the folder this run's, once everything that the run needs is known to be there."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "plan.json", json.dumps(plan.to_dict(), indent=1) + "\n")
     write_whole(folder / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    write_whole(folder / "plan.json", json.dumps(plan.to_dict(), indent=1) + "\n")
 
 
 def add_session(folder: Path, session: dict[str, Any], facts: dict[str, Any]) -> None:

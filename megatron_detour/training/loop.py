@@ -17,7 +17,6 @@ from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.errors import DetourError
 from megatron_detour.objectives import make
 from megatron_detour.observe.meter import memory_bytes
-from megatron_detour.parallel.replicas import unequal_replicas
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
 from megatron_detour.training.engine import set_learning_rate
@@ -67,7 +66,6 @@ class Trainer:
                 figures |= self.validate(self.engine.module)
             self.record(figures)
             if step.ends_phase or _passes(self.config.checkpoint.every, step, self.plan):
-                self._check_replicas(step)
                 self.save(step)
 
     def train_step(self, step: Step, batch: RankBatch) -> dict[str, Any]:
@@ -125,19 +123,12 @@ class Trainer:
         return totals.tolist()
 
     def _finite(self, what: str, value: float, step: Step) -> float:
-        if not math.isfinite(value):
+        if not math.isfinite(value) or value < 0:  # DeepSpeed tells an invalid norm by -1
             raise DetourError(
                 f"the {what} is {value} at step {step.number} (phase {step.phase.name}); nothing was saved since the "
                 "last checkpoint: lower the learning rate and start in another folder, or look at this step's data"
             )
         return value
-
-    def _check_replicas(self, step: Step) -> None:
-        unequal = unequal_replicas(self.engine.module, self.state)
-        if unequal:
-            raise DetourError(
-                f"tensor-parallel copies of {', '.join(unequal[:3])} differ at step {step.number}; nothing is saved"
-            )
 
 
 def _passes(every: int | None, step: Step, plan: Plan) -> bool:

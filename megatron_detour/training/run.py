@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_detour.config import as_control, load
 from megatron_detour.errors import DetourError
@@ -12,8 +13,13 @@ from megatron_detour.plan import Plan
 from megatron_detour.training.folder import refuse_another_run
 
 
-def main(default_run_file: str | Path | None = None, arguments: list[str] | None = None) -> None:
-    """Runs what the command line says: [RUN.yaml] [--control] [--plan] [key=value ...]. Raises DetourError."""
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise DetourError(f"{message}; --help lists what there is")
+
+
+def main(default_run_file: str | Path, arguments: list[str] | None = None) -> None:
+    """Runs what the command line says: [--run-file F] [--control] [--plan] [key=value ...]. Raises DetourError."""
     options = _parse(default_run_file, arguments)
     config = load(options.run_file, options.overrides)
     if options.control is not None:
@@ -33,15 +39,12 @@ def main(default_run_file: str | Path | None = None, arguments: list[str] | None
     run_session(config, plan, folder)
 
 
-def _parse(default_run_file: str | Path | None, arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
         description="Continued pretraining with a causal detour. Started again in the same folder, a run goes on.",
         epilog="key=value changes a key of the run file, for instance phases.detour.tokens=1B or folder=runs/mine.",
     )
-    if default_run_file is None:
-        parser.add_argument("run_file", metavar="RUN.yaml")
-    else:
-        parser.add_argument("--run-file", default=str(default_run_file), metavar="RUN.yaml", help="%(default)s")
+    parser.add_argument("--run-file", default=str(default_run_file), metavar="RUN.yaml", help="%(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--control",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,8 @@ from megatron_detour.checkpoint.huggingface import Source
 from megatron_detour.checkpoint.state import gather, scatter
 from megatron_detour.config import Corpus, RunConfig
 from megatron_detour.data.batches import Sequences
-from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
 from megatron_detour.errors import DetourError
 from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
 from megatron_detour.observe.progress import Progress
 from megatron_detour.observe.report import write_report
@@ -29,61 +26,23 @@ from megatron_detour.plan import Plan, Step
 from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
 from megatron_detour.training.folder import add_session, take
 from megatron_detour.training.loop import Trainer
+from megatron_detour.training.start import StartModel
 from megatron_detour.training.validation import Validation
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """What a run trains: the configuration and where weights and tokenizer come from."""
-
-    config: dict[str, Any]
-    shape: Shape
-    weights: Source | None  # None: initialised from the seed
-    tokenizer: Source
-    vocabulary: Vocabulary
-
-    @classmethod
-    def of(cls, config: RunConfig) -> Encoder:
-        """Raises DetourError for a model that is no ModernBERT or a tokenizer that does not fit it."""
-        model = config.model
-        tokenizer = Source(model.tokenizer or model.start, model.download)
-        weights = Source(model.start, model.download) if model.start else None
-        described = weights.config() if weights else None
-        if described is not None:
-            Shape.of(described, model.start)  # before the tokenizer: the model's own fault is the one to tell
-        vocabulary = Vocabulary.of(load_tokenizer(tokenizer.name, tokenizer.download))
-        if vocabulary.mask is None or vocabulary.pad is None:
-            raise DetourError(f"{tokenizer.name}: the tokenizer has no [MASK] or no [PAD]; masked training needs both")
-        described = described or huggingface.fresh_config(model.config, vocabulary)
-        shape = Shape.of(described, model.start or "model.config")
-        if vocabulary.size > shape.vocabulary:
-            raise DetourError(
-                f"{tokenizer.name}: the tokenizer has {vocabulary.size:,} ids, the model's embedding only "
-                f"{shape.vocabulary:,}; they do not belong together"
-            )
-        if config.data.sequence_length > shape.max_positions:
-            raise DetourError(
-                f"data.sequence_length: {config.data.sequence_length:,} is more than the model's "
-                f"{shape.max_positions:,} positions"
-            )
-        shape.check_tensor_parallel(config.parallel.tensor)
-        return cls(described, shape, weights, tokenizer, vocabulary)
-
-
 def run_session(config: RunConfig, plan: Plan, folder: Path) -> None:
     """Trains from the newest whole checkpoint of `folder`, or from the start, to the end of the plan."""
     deepspeed_config = read_deepspeed_config(config.deepspeed)
-    encoder = Encoder.of(config)
-    sequences = Sequences(config.data.corpora, config.data.sequence_length, config.data.order_seed, encoder.vocabulary)
+    start = StartModel.of(config)
+    sequences = Sequences(config.data.corpora, config.data.sequence_length, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
-    try:
-        session = Session(config, plan, folder, encoder, sequences, state, device)
-        session.train(create_engine(ModernBert(encoder.shape, state), config, deepspeed_config, state))
-    finally:
-        dist.destroy_process_group()
+    session = Session(config, plan, folder, start, sequences, state, device)
+    session.train(create_engine(ModernBert(start.shape, state), config, deepspeed_config, state))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 class Session:
@@ -92,17 +51,17 @@ class Session:
         config: RunConfig,
         plan: Plan,
         folder: Path,
-        encoder: Encoder,
+        start: StartModel,
         sequences: Sequences,
         state: ParallelState,
         device: torch.device,
     ) -> None:
-        self.config, self.plan, self.folder, self.encoder = config, plan, folder, encoder
+        self.config, self.plan, self.folder, self.start = config, plan, folder, start
         self.sequences, self.state, self.device = sequences, state, device
         self.checkpoints = folder / "checkpoints"
         self.validation = None
         if config.validation.corpora:
-            self.validation = Validation(config, encoder.vocabulary, state, device)
+            self.validation = Validation(config, start.vocabulary, state, device)
         if state.is_first:
             take(folder, config, plan)
         self.sinks: list[Sink] = []
@@ -124,9 +83,9 @@ class Session:
                 self.state,
                 self.device,
                 self.sequences,
-                self.encoder.vocabulary,
+                self.start.vocabulary,
                 validate=self.validation,
-                save=lambda step: self._save(engine, step.number, step.tokens, step),
+                save=lambda step: self._save(engine, step),
                 record=self._record,
             )
             trainer.run(tokens)
@@ -138,46 +97,71 @@ class Session:
         found = [store.latest(self.checkpoints, self._say) if self.state.is_first else None]
         dist.broadcast_object_list(found, src=0)
         checkpoint, model = found[0], engine.module
-        if checkpoint is None and self.encoder.weights is None:
+        if checkpoint is None and self.start.weights is None:
             scatter(engine, self.state, lambda name: model.initial_weight(name, self.config.seed))
             return 0
         with ExitStack() as stack:
-            source = self.encoder.weights if checkpoint is None else Source(str(checkpoint))
+            source = self.start.weights if checkpoint is None else Source(str(checkpoint))
             weights = stack.enter_context(huggingface.Weights(source))
             weights.check(model.full_sizes())
             if checkpoint is None:
+                self._compare(source)
                 scatter(engine, self.state, weights)
                 return 0
             run_state = huggingface.read_run_state(checkpoint)
+            self._check_corpora(run_state, checkpoint)
             moments = huggingface.open_moments(checkpoint, stack)
             scatter(engine, self.state, weights, moments, run_state["adam_steps"])
             self._say(f"resuming from {checkpoint} at {run_state['tokens']:,} tokens")
             return run_state["tokens"]
 
+    def _compare(self, source: Source) -> None:
+        """A start model has to be the same function here as in transformers: better told now than after the run."""
+        if self.state.is_first:
+            difference = huggingface.compare_with_transformers(
+                source.name, huggingface.load_model(source, self.start.shape)
+            )
+            self._say(f"{source.name}: logits equal transformers' within {difference:.1e}")
+
+    def _identities(self) -> dict[str, str]:
+        corpora = zip(self.config.data.corpora, self.sequences.manifests, strict=True)
+        return {corpus.prefix: manifest.files["bin"]["sha256"] for corpus, manifest in corpora}
+
+    def _check_corpora(self, run_state: dict[str, Any], checkpoint: Path) -> None:
+        for prefix, sha256 in self._identities().items():
+            if run_state["corpora"].get(prefix) != sha256:
+                raise DetourError(
+                    f"{prefix}: the corpus has changed since {checkpoint} was saved; bring the old one back, or start "
+                    "in another folder=..."
+                )
+
     def _begin(self, engine: DeepSpeedEngine) -> None:
         """Step 0: the figures before training, and a checkpoint where no folder holds these weights yet."""
         if self.validation:
             self._record({"step": 0, "tokens": 0} | self.validation(engine.module))
-        if self.encoder.weights is None:
-            self._save(engine, 0, 0, None)
+        if self.start.weights is None:
+            self._save(engine, None)
 
-    def _save(self, engine: DeepSpeedEngine, step: int, tokens: int, planned: Step | None) -> None:
+    def _save(self, engine: DeepSpeedEngine, done: Step | None) -> None:
+        """Publishes a checkpoint after step `done`, or of the start."""
         training = gather(engine, self.state)
         if not self.state.is_first:
             return
-        encoder = self.encoder
+        start, step = self.start, done.number if done else 0
         run_state = {
             "step": step,
-            "tokens": tokens,
-            "phase": planned.phase.name if planned else None,
+            "total_steps": self.plan.total_steps,
+            "tokens": done.tokens if done else 0,
+            "phase": done.phase.name if done else None,
             "ranks": dist.get_world_size(),
             "tensor_parallel": self.state.tensor_size,
             "trajectory": self.config.trajectory(),
+            "corpora": self._identities(),
             "versions": meter.versions(),
         }
 
         def write(aside: Path) -> None:
-            huggingface.write_model(aside, encoder.config, encoder.tokenizer, encoder.vocabulary, training.weights)
+            huggingface.write_model(aside, start.config, start.tokenizer, start.vocabulary, training.weights)
             huggingface.write_checkpoint(aside, training, run_state)
 
         target = store.checkpoint_folder(self.checkpoints, step)
@@ -220,7 +204,7 @@ class Session:
         sizes = engine.module.full_sizes().values()
         facts = {
             "versions": meter.versions(),
-            "model": {"parameters": sum(torch.Size(size).numel() for size in sizes), **_sizes(self.encoder.config)},
+            "model": {"parameters": sum(torch.Size(size).numel() for size in sizes), **_sizes(self.start.config)},
             "corpora": _corpora(self.config.data.corpora, self.sequences),
             "validation_corpora": _corpora(self.config.validation.corpora, validation.sequences) if validation else [],
             "unigram_loss": validation.unigram_loss(self.sequences, weights) if validation else None,
@@ -249,6 +233,7 @@ def _corpora(corpora: tuple[Corpus, ...], sequences: Sequences) -> list[dict[str
             "weight": corpus.weight,
             "documents": manifest.documents,
             "tokens": manifest.tokens,
+            "sha256": manifest.files["bin"]["sha256"],
             "tokenizer_sha256": manifest.tokenizer["sha256"],
             "sources": manifest.sources,
         }

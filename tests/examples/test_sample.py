@@ -72,8 +72,8 @@ def test_same_arguments_give_the_same_bytes(tmp_path):
 def test_facts_are_a_function_with_distinct_answers():
     for lang in ("en", "fr"):
         pairs = _pairs(lang)
-        assert len(pairs) == 20
-        assert len({subject for subject, _ in pairs}) == len({answer for _, answer in pairs}) == 20
+        assert len(pairs) == 12
+        assert len({subject for subject, _ in pairs}) == len({answer for _, answer in pairs}) == 12
         assert all(re.fullmatch(r"[^\W\d_]+", answer) for _, answer in pairs)
 
 
@@ -98,8 +98,8 @@ def test_each_fact_is_in_many_documents_and_none_dominates(records, lang):
     counts = Counter(
         number for record in records if record["lang"] == lang for number in _mentioned(subjects, record["text"])
     )
-    assert min(counts[number] for number in range(20)) >= 30
-    assert max(counts.values()) < 0.10 * sum(counts.values())
+    assert min(counts[number] for number in range(12)) >= 30
+    assert max(counts.values()) < 0.16 * sum(counts.values())
 
 
 def test_a_fact_has_several_phrasings(records):

@@ -1,0 +1,79 @@
+"""What a run starts from: the configuration, and where weights and tokenizer come from, checked against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_detour.checkpoint.huggingface import TOKENIZER_FILES, Source, fresh_config
+from megatron_detour.config import Model, RunConfig
+from megatron_detour.data.vocabulary import Vocabulary, load_vocabulary
+from megatron_detour.errors import DetourError
+from megatron_detour.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class StartModel:
+    config: dict[str, Any]  # config.json
+    shape: Shape
+    weights: Source | None  # None: initialised from the seed
+    tokenizer: Source
+    vocabulary: Vocabulary
+
+    @classmethod
+    def of(cls, config: RunConfig) -> StartModel:
+        """Raises DetourError for a model that is no ModernBERT, or that does not fit tokenizer or run file."""
+        model = config.model
+        weights = Source(model.start, model.download) if model.start else None
+        described = weights.config() if weights else None
+        if described is not None:
+            Shape.of(described, model.start)  # before the tokenizer: the model's own fault is the one to tell
+        vocabulary = _vocabulary(model, weights)
+        described = described or fresh_config(model.config, vocabulary)
+        shape = Shape.of(described, model.start or "model.config")
+        _check_fit(config, vocabulary, shape)
+        return cls(described, shape, _fetched(weights), _fetched(_tokenizer(model)), vocabulary)
+
+
+def _tokenizer(model: Model) -> Source:
+    return Source(model.tokenizer or model.start, model.download)
+
+
+def _vocabulary(model: Model, weights: Source | None) -> Vocabulary:
+    source = _tokenizer(model)
+    vocabulary = load_vocabulary(source.name, source.download)
+    if vocabulary.mask is None or vocabulary.pad is None:
+        raise DetourError(f"{source.name}: the tokenizer has no [MASK] or no [PAD]; masked training needs both")
+    if model.tokenizer and weights and weights.has("tokenizer.json"):
+        own = load_vocabulary(weights.name, weights.download)
+        if own.sha256 != vocabulary.sha256:
+            raise DetourError(
+                f"model.tokenizer: {model.tokenizer} is not the tokenizer that {model.start} was trained with; remove "
+                "the key to use the model's own"
+            )
+    return vocabulary
+
+
+def _check_fit(config: RunConfig, vocabulary: Vocabulary, shape: Shape) -> None:
+    name = _tokenizer(config.model).name
+    if vocabulary.size > shape.vocabulary:
+        raise DetourError(
+            f"{name}: the tokenizer has {vocabulary.size:,} ids, the model's embedding only {shape.vocabulary:,}; "
+            "they do not belong together"
+        )
+    length = config.data.sequence_length
+    if length > shape.max_positions:
+        raise DetourError(
+            f"data.sequence_length: {length:,} is more than the model's {shape.max_positions:,} positions"
+        )
+    shape.check_tensor_parallel(config.parallel.tensor)
+
+
+def _fetched(source: Source | None) -> Source | None:
+    """The same source, its small files fetched: from here on only the local cache is read."""
+    if source is None:
+        return None
+    for name in TOKENIZER_FILES:
+        source.has(name)
+    return dataclasses.replace(source, download=False)

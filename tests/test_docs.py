@@ -1,0 +1,63 @@
+"""What the README and the guide name is there: files, flags, keys."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from megatron_detour.config import load
+from tests.harness import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:tools|examples)/\w+\.(?:py|sh)[^\n`|]*(?:\\\n[^\n`]*)*")
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+
+
+def help_of(script: str) -> str:
+    command = [sys.executable, str(ROOT / script), "--help"]  # of an example it runs the Python half
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    named = re.findall(r"\b(?:tools|examples|docs|ds_configs|megatron_detour|tests)/[\w./-]*\w", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_flags_in_the_pages_are_flags_of_the_tools():
+    helps: dict[str, str] = {}
+    checked = 0
+    for page in PAGES:
+        for command in COMMAND.findall(page.read_text()):
+            script = command.split()[0]
+            if script == "examples/quickstart.sh":
+                continue
+            helps.setdefault(script, help_of(script))
+            for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", command):
+                assert flag in helps[script], f"{page.name}: {script} {flag}"
+                checked += 1
+    assert checked >= 10
+
+
+def test_overrides_in_the_readme_are_keys_of_the_run_file():
+    block = re.search(
+        r"deepspeed examples/pretrain_base.sh model\.start=.*?```", (ROOT / "README.md").read_text(), re.S
+    )
+    overrides = [part.strip("'") for part in re.findall(r"'[^']+'|[\w.]+=\S+", block[0])]
+    config = load(ROOT / "examples/recipes/english_base_10b.yaml", overrides)
+    assert (config.folder, config.model.start) == ("runs/notes", "models/ModernBERT-base")
+    assert [corpus.prefix for corpus in config.data.corpora + config.validation.corpora] == [
+        "data/notes",
+        "data/heldout",
+    ]
+    assert config.phases[0].tokens == 2_000_000_000
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_tools_are_thin(tool):
+    lines = [line for line in tool.read_text().splitlines() if line.strip()]
+    assert len(lines) < 60
+    assert "usage:" in help_of(f"tools/{tool.name}")
