@@ -17,6 +17,8 @@ from megatron_detour.plan import Plan
 def refuse_another_run(folder: Path, config: RunConfig) -> None:
     """Raises DetourError when the folder holds another run, or anything but a run."""
     run_file = folder / "run.yaml"
+    if run_file.exists() and not (folder / "metrics.jsonl").exists():
+        return  # it never began
     if not run_file.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DetourError(f"{folder}: holds files but no run; choose another folder=... or empty it")

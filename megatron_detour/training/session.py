@@ -70,25 +70,26 @@ class Session:
     def train(self, engine: DeepSpeedEngine) -> None:
         tokens = self._restore(engine)
         done = tokens // self.plan.tokens_per_step
-        with ExitStack() as stack:
-            if self.state.is_first:
-                self._describe(engine, done)
-                self._open_sinks(stack, done)
-            if tokens == 0:
-                self._begin(engine)
-            trainer = Trainer(
-                self.config,
-                self.plan,
-                engine,
-                self.state,
-                self.device,
-                self.sequences,
-                self.start.vocabulary,
-                validate=self.validation,
-                save=lambda step: self._save(engine, step),
-                record=self._record,
-            )
-            trainer.run(tokens)
+        trainer = Trainer(
+            self.config,
+            self.plan,
+            engine,
+            self.state,
+            self.device,
+            self.sequences,
+            self.start.vocabulary,
+            validate=self.validation,
+            save=lambda step: self._save(engine, step),
+            record=self._record,
+        )
+        if tokens < self.plan.total_tokens:
+            with ExitStack() as stack:
+                if self.state.is_first:
+                    self._describe(engine, done)
+                    self._open_sinks(stack, done)
+                if tokens == 0:
+                    self._begin(engine)
+                trainer.run(tokens)
         if self.state.is_first:
             self._finish()
 
