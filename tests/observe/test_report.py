@@ -115,6 +115,7 @@ ENVIRONMENT = {
             "weight": 0.7,
             "documents": 1_204_113,
             "tokens": 983_120_442,
+            "sha256": "cd" * 32,
             "tokenizer_sha256": "ab" * 32,
             "sources": [{"path": "web-<b>0</b>.jsonl.gz", "bytes": 2_400_112_221}, {"path": "web-1.jsonl", "bytes": 7}],
         },
@@ -183,7 +184,7 @@ def test_a_finished_run_of_three_phases(tmp_path: Path) -> None:
     assert "decay MLM 15% 60 3.93M 15.7M – 19.7M rises to 0.0005 over 655k tokens" in text
     assert "149,655,232" in text and "2026-03-02T18:40:51+00:00 (resumed) 100" in text
     assert "deepspeed 0.19.4" in text and "seed: 17" in text and "7.420" in text
-    assert "2.24 GiB" in text and "abababababab" in text
+    assert "2.24 GiB" in text and "abababababab" in text and "cdcdcdcdcdcd" in text
     assert not list(folder.rglob("*.part"))
 
 
