@@ -25,4 +25,4 @@ $(INSTALLED): setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info

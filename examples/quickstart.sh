@@ -11,15 +11,17 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 [ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
 corpus=
-case ${1:-} in
-  ''|*=*) ;;
-  *) corpus=$1 && shift ;;
-esac
+if [ -f "${1:-}" ] || [[ ${1:-=} != *=* ]]; then corpus=$1 && shift; fi
 vocabulary=${VOCABULARY:-2048}
 began=$SECONDS
 
 step() { printf '\n== %s (%ds)\n' "$*" $((SECONDS - began)); }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+for override in "$@"; do
+  case $override in
+    folder=*|model.start=*) fail "$override: this script has its own folders; use examples/pretrain_base.sh instead" ;;
+  esac
+done
 command -v deepspeed >/dev/null || fail "deepspeed is not installed; run make install"
 
 if [ -z "$corpus" ]; then
@@ -41,19 +43,22 @@ else
   mkdir -p "$work/data"
   source="$(cd "$(dirname "$corpus")" && pwd)/$(basename "$corpus") $(cksum < "$corpus")"
   [ "$source" = "$(cat "$work/data/source" 2>/dev/null || printf %s "$source")" ] ||
-    fail "$work: was made from another corpus of this name; remove it or rename yours"
-  printf '%s\n' "$source" > "$work/data/source"
+    fail "$corpus has changed, or $work was made from another file of this name; remove $work to start again"
   read_corpus() { case $corpus in *.gz) gzip -dc "$corpus" ;; *) cat "$corpus" ;; esac; }
   if [ ! -e "$train" ]; then
     read_corpus | awk -v held="$heldout.part" 'NR % 50 == 0 { print > held; next } { print }' > "$train.part"
     [ -e "$heldout.part" ] || fail "$corpus: fewer than 50 documents; a corpus needs more"
     mv "$heldout.part" "$heldout" && mv "$train.part" "$train"
+    printf '%s\n' "$source" > "$work/data/source"
   fi
 fi
 
-step "training a tokenizer of $vocabulary pieces: $work/data/tokenizer"
+step "training a tokenizer of $vocabulary pieces (VOCABULARY=N for another size): $work/data/tokenizer"
+[ "$vocabulary" = "$(cat "$work/data/vocabulary" 2>/dev/null || echo "$vocabulary")" ] ||
+  fail "$work has a tokenizer of $(cat "$work/data/vocabulary") pieces; remove $work to start again with $vocabulary"
 [ -e "$work/data/tokenizer" ] || python "$root/tools/train_tokenizer.py" \
-  --input "$train" --output "$work/data/tokenizer" --vocab-size $vocabulary
+  --input "$train" --output "$work/data/tokenizer" --vocab-size "$vocabulary"
+echo "$vocabulary" > "$work/data/vocabulary"
 
 step "building the corpora: $work/data/train, $work/data/heldout"
 for part in train heldout; do
@@ -66,7 +71,7 @@ if [ -z "${RANKS:-}" ]; then
   cores=$(getconf _NPROCESSORS_ONLN) && RANKS=$((cores < 2 ? 1 : 2))
   command -v nvidia-smi >/dev/null && RANKS=1
 fi
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu  # spares a warning
+[ -n "$(command -v nvidia-smi)" ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=cpu  # spares a warning
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} deepspeed --log_level warning --num_gpus "$RANKS" --master_port $((20000 + RANDOM % 20000)) \
   "$root/examples/pretrain_base.sh" --run-file "$root/examples/recipes/quickstart.yaml" \
   folder="$work/run" model.tokenizer="$work/data/tokenizer" \

@@ -19,7 +19,8 @@ def main() -> None:
     step, steps = exported.run_state["step"], exported.run_state["total_steps"]
     print(f"{options.output}: step {step:,} of {steps:,}, logits equal transformers' within {exported.difference:.1e}")
     if step < steps:
-        print(f"warning: the run is not done; {exported.checkpoint} is in phase {exported.run_state['phase']!r}")
+        where = f"in phase {exported.run_state['phase']!r}" if step else "before the first step"
+        print(f"warning: the run is not done; {exported.checkpoint} is {where}")
 
 
 if __name__ == "__main__":

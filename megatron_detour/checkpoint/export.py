@@ -47,6 +47,7 @@ def export(checkpoint: str, output: str, dtype: str) -> Exported:
         nonlocal difference
         huggingface.write_model(aside, config, source, vocabulary, rounded, DTYPES[dtype])
         difference = huggingface.compare_with_transformers(aside, model)
+        huggingface.refuse_difference(difference, str(folder))
 
     store.publish(target, write)
     return Exported(folder, huggingface.read_run_state(folder), difference)

@@ -81,10 +81,14 @@ def latest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(checkpoints: Path, keep: int, boundaries: Iterable[int]) -> None:
-    """Removes all but the `keep` newest checkpoints and those at phase boundaries, and what killed runs left behind."""
+def prune(checkpoints: Path, newest: int, keep: int, boundaries: Iterable[int]) -> None:
+    """Removes what killed runs left behind, and checkpoints older than the `keep` up to step `newest`.
+
+    Those at phase boundaries stay.
+    """
     protected = set(boundaries)
-    for folder in find_checkpoints(checkpoints)[:-keep]:
+    known = [folder for folder in find_checkpoints(checkpoints) if step_of(folder) <= newest]  # a later one is broken
+    for folder in known[:-keep]:
         if step_of(folder) not in protected:
             shutil.rmtree(folder)
     for leftover in checkpoints.glob(".step-*-*"):

@@ -82,7 +82,7 @@ def build_corpus(
         if path.exists() and not overwrite:
             raise DetourError(f"{path}: a corpus is already there; choose another prefix or --overwrite")
     tokenizer_file = find_tokenizer(tokenizer, download)
-    vocabulary = load_vocabulary(tokenizer_file)
+    vocabulary = load_vocabulary(tokenizer, download)
     _check_template(tokenizer_file, vocabulary)
     work = Path(prefix).parent / f".{Path(prefix).name}.building-{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)  # of a killed build that had the same process number
@@ -99,12 +99,13 @@ def build_corpus(
 
 def _check_template(tokenizer_file: Path, vocabulary: Vocabulary) -> None:
     """Raises DetourError for a tokenizer that knows [CLS] and [SEP] and does not put them around a text."""
-    ids = load_tokenizer(tokenizer_file).encode("a").ids
-    for role, found in (("cls", ids[0]), ("sep", ids[-1])):
-        if getattr(vocabulary, role) not in (None, found):
+    tokenizer = load_tokenizer(tokenizer_file)
+    ids = tokenizer.encode("a").ids
+    for expected, found in ((vocabulary.cls, ids[:1]), (vocabulary.sep, ids[-1:])):
+        if expected is not None and [expected] != found:
             raise DetourError(
-                f"{tokenizer_file}: the tokenizer adds no [{role.upper()}] to a text; give its post_processor the "
-                "template [CLS] $A [SEP]"
+                f"{tokenizer_file}: the tokenizer does not put {tokenizer.id_to_token(expected)} around a text; give "
+                "its post_processor the template [CLS] $A [SEP]"
             )
 
 

@@ -110,15 +110,26 @@ def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
 
 def load_vocabulary(name: str | Path, download: bool = False) -> Vocabulary:
     """The vocabulary of a tokenizer; tokenizer_config.json beside it names the special tokens. Raises DetourError."""
-    file = find_tokenizer(name, download)
-    described = file.parent / "tokenizer_config.json"
-    try:
-        config = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
-    except ValueError:
-        raise DetourError(f"{described}: not a JSON file") from None
+    config = _tokenizer_config(name, download)
     tokens = {role: config.get(f"{role}_token") for role in SPELLINGS}
-    names = {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items() if token}
-    return Vocabulary.of(load_tokenizer(file), names)
+    names = {role: t.get("content") if isinstance(t, dict) else t for role, t in tokens.items()}
+    return Vocabulary.of(load_tokenizer(name, download), names)
+
+
+def _tokenizer_config(name: str | Path, download: bool) -> dict[str, Any]:
+    file = find_tokenizer(name, download).parent / "tokenizer_config.json"
+    if not Path(name).exists():
+        try:
+            file = hub_file(str(name), file.name, download, "tokenizer")
+        except DetourError:
+            return {}  # not every tokenizer has one
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise DetourError(f"{file}: not a JSON object")
+    return config
 
 
 def hub_file(name: str, file: str, download: bool, what: str) -> Path:

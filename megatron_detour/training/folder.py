@@ -17,7 +17,7 @@ from megatron_detour.plan import Plan
 def refuse_another_run(folder: Path, config: RunConfig) -> None:
     """Raises DetourError when the folder holds another run, or anything but a run."""
     run_file = folder / "run.yaml"
-    if run_file.exists() and not (folder / "metrics.jsonl").exists():
+    if run_file.exists() and not (folder / "metrics.jsonl").exists() and not (folder / "checkpoints").exists():
         return  # it never began
     if not run_file.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -110,7 +110,8 @@ class Session:
                 scatter(engine, self.state, weights)
                 return 0
             run_state = huggingface.read_run_state(checkpoint)
-            self._check_corpora(run_state, checkpoint)
+            if run_state["tokens"] < self.plan.total_tokens:
+                self._check_corpora(run_state, checkpoint)
             moments = huggingface.open_moments(checkpoint, stack)
             scatter(engine, self.state, weights, moments, run_state["adam_steps"])
             self._say(f"resuming from {checkpoint} at {run_state['tokens']:,} tokens")
@@ -122,6 +123,7 @@ class Session:
             difference = huggingface.compare_with_transformers(
                 source.name, huggingface.load_model(source, self.start.shape)
             )
+            huggingface.refuse_difference(difference, source.name)
             self._say(f"{source.name}: logits equal transformers' within {difference:.1e}")
 
     def _identities(self) -> dict[str, str]:
@@ -130,7 +132,7 @@ class Session:
 
     def _check_corpora(self, run_state: dict[str, Any], checkpoint: Path) -> None:
         for prefix, sha256 in self._identities().items():
-            if run_state["corpora"].get(prefix) != sha256:
+            if run_state.get("corpora", {}).get(prefix) != sha256:
                 raise DetourError(
                     f"{prefix}: the corpus has changed since {checkpoint} was saved; bring the old one back, or start "
                     "in another folder=..."
@@ -168,7 +170,7 @@ class Session:
         target = store.checkpoint_folder(self.checkpoints, step)
         store.publish(target, write)
         boundaries = {0, *(phase.end // self.plan.tokens_per_step for phase in self.plan.phases)}
-        store.prune(self.checkpoints, self.config.checkpoint.keep, boundaries)
+        store.prune(self.checkpoints, step, self.config.checkpoint.keep, boundaries)
         self._say(f"saved {target}")
 
     def _open_sinks(self, stack: ExitStack, done: int) -> None:
@@ -212,9 +214,7 @@ class Session:
         }
         add_session(self.folder, session, facts)
         if validation:
-            self._say(
-                f"unigram distribution of the corpus on the masked held-out tokens: {facts['unigram_loss']:.3f} nats"
-            )
+            self._say(f"always guessing by token frequency, the validation MLM loss is {facts['unigram_loss']:.3f}")
 
     def _finish(self) -> None:
         report = write_report(self.folder)

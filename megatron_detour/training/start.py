@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_detour.checkpoint.huggingface import TOKENIZER_FILES, Source, fresh_config
@@ -33,7 +34,7 @@ class StartModel:
         described = described or fresh_config(model.config, vocabulary)
         shape = Shape.of(described, model.start or "model.config")
         _check_fit(config, vocabulary, shape)
-        return cls(described, shape, _fetched(weights), _fetched(_tokenizer(model)), vocabulary)
+        return cls(described, shape, weights, _fetched(_tokenizer(model)), vocabulary)
 
 
 def _tokenizer(model: Model) -> Source:
@@ -70,10 +71,9 @@ def _check_fit(config: RunConfig, vocabulary: Vocabulary, shape: Shape) -> None:
     shape.check_tensor_parallel(config.parallel.tensor)
 
 
-def _fetched(source: Source | None) -> Source | None:
-    """The same source, its small files fetched: from here on only the local cache is read."""
-    if source is None:
-        return None
-    for name in TOKENIZER_FILES:
-        source.has(name)
-    return dataclasses.replace(source, download=False)
+def _fetched(tokenizer: Source) -> Source:
+    """The same tokenizer with its small files fetched: checkpoints copy them from the local cache."""
+    if not Path(tokenizer.name).exists():
+        for name in TOKENIZER_FILES:
+            tokenizer.has(name)
+    return dataclasses.replace(tokenizer, download=False)

@@ -184,7 +184,7 @@ def test_a_killed_run_resumes_to_the_same_bits(unbroken, run_file, tmp_path):
     folder = tmp_path / "killed"
     arguments = ("--run-file", str(run_file), f"folder={folder}")
     process = subprocess.Popen(
-        command(2, *arguments),
+        command(2, *arguments, launcher="deepspeed"),  # its ranks are of its process group; torchrun's are not
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -195,8 +195,11 @@ def test_a_killed_run_resumes_to_the_same_bits(unbroken, run_file, tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (folder / "report.html").exists()
-    finished(start(2, *arguments))
+    left = [path.name for path in store.find_checkpoints(folder / "checkpoints")]
+    assert "step-00000002" in left and "step-00000006" not in left
+    time.sleep(2)
+    assert [path.name for path in store.find_checkpoints(folder / "checkpoints")] == left  # no orphan goes on
+    assert "resuming from" in finished(start(2, *arguments)).stdout
     assert losses(folder) == losses(unbroken)
     for name in ("model.safetensors", "optimizer.safetensors"):
         final = Path("checkpoints") / "step-00000006" / name
@@ -228,6 +231,7 @@ def test_a_changed_corpus_is_not_resumed(unbroken, run_file, corpus, tmp_path):
     for kind in ("bin", "idx", "manifest.json"):
         shutil.copy(f"{corpus.prefix}.{kind}", f"{prefix}.{kind}")
     shutil.copytree(unbroken, tmp_path / "run")
+    shutil.rmtree(store.checkpoint_folder(tmp_path / "run" / "checkpoints", 6))
     for file in (tmp_path / "run" / "run.yaml", *(tmp_path / "run" / "checkpoints").glob("*/run_state.json")):
         file.write_text(file.read_text().replace(corpus.prefix, str(prefix)))
     for folder in store.find_checkpoints(tmp_path / "run" / "checkpoints"):

@@ -1,0 +1,76 @@
+"""Where a run's model and tokenizer come from: folders, and a hub that is never asked unless it may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_detour.checkpoint import huggingface
+from megatron_detour.config import Model
+from megatron_detour.data import vocabulary
+from megatron_detour.errors import DetourError
+from megatron_detour.training.start import StartModel
+from tests.models import CONFIG
+from tests.training.test_zero2 import run_config
+
+
+def config_with(**model):
+    return dataclasses.replace(run_config(1), model=Model(**model))
+
+
+@pytest.fixture
+def hub(tokenizer_folder, tmp_path, monkeypatch) -> list[tuple[str, bool]]:
+    """A hub of one repository, org/model; returns what was asked of it: (file, whether a download was allowed)."""
+    files = tmp_path / "hub"
+    shutil.copytree(tokenizer_folder, files)
+    size = vocabulary.load_vocabulary(tokenizer_folder).size
+    (files / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": size}))
+    (files / "model.safetensors").write_bytes(b"")
+    asked: list[tuple[str, bool]] = []
+
+    def hub_file(name: str, file: str, download: bool, what: str) -> Path:
+        asked.append((file, download))
+        if name != "org/model" or not (files / file).is_file():
+            raise DetourError(f"{name}: no {file}")
+        return files / file
+
+    monkeypatch.setattr(vocabulary, "hub_file", hub_file)
+    monkeypatch.setattr(huggingface, "hub_file", hub_file)
+    return asked
+
+
+def test_a_hub_id_is_fetched_only_when_allowed(hub):
+    start = StartModel.of(config_with(start="org/model", download=True))
+    assert start.weights.download and start.weights.has("model.safetensors")
+    assert not start.tokenizer.download and start.vocabulary.mask is not None
+    assert {allowed for _, allowed in hub} == {True}
+    hub.clear()
+    StartModel.of(config_with(start="org/model"))
+    assert hub and {allowed for _, allowed in hub} == {False}
+
+
+def test_another_tokenizer_than_the_models_is_refused(hub, tokenizer_folder, tmp_path):
+    other = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    other["normalizer"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(DetourError, match="is not the tokenizer that org/model was trained with"):
+        StartModel.of(config_with(start="org/model", tokenizer=str(tmp_path / "tokenizer.json")))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"hidden_size": "abc"}, r"model\.config: "),
+        ({"hiden_size": 64}, r"model\.config\.hiden_size: .*'hidden_size'"),
+        ({"vocab_size": 100}, "do not belong together"),
+        ({"max_position_embeddings": 8}, r"data\.sequence_length: 50 is more"),
+        ({"hidden_act": "relu", "hidden_activation": "relu"}, r"hidden_act"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused(tokenizer_folder, config, told):
+    with pytest.raises(DetourError, match=told):
+        StartModel.of(config_with(config=config, tokenizer=str(tokenizer_folder)))
