@@ -5,31 +5,42 @@
 #   examples/quickstart.sh my_corpus.jsonl   on a corpus of yours: .jsonl (key "text"), .jsonl.gz or .txt
 #   examples/quickstart.sh my_corpus.jsonl phases.detour.tokens=2M   with keys of recipes/quickstart.yaml changed
 #
-# Everything lands in runs/quickstart, or runs/quickstart-NAME for a corpus of yours. Started again, it goes on where it
-# stopped. RANKS=N sets the number of processes, VOCABULARY=N the size of the tokenizer.
+# Everything lands in runs/quickstart, or runs/quickstart-NAME for a corpus of yours. Started again, it goes on from the
+# last checkpoint. RANKS=N sets the number of processes, VOCABULARY=N the size of the tokenizer, TEXT_KEY=key the key of
+# the text in JSON lines.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 [ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
-corpus=
-if [ -f "${1:-}" ] || [[ ${1:-=} != *=* ]]; then corpus=$1 && shift; fi
-vocabulary=${VOCABULARY:-2048}
+vocabulary=${VOCABULARY:-2048} text_key=${TEXT_KEY:-text}
 began=$SECONDS
 
 step() { printf '\n== %s (%ds)\n' "$*" $((SECONDS - began)); }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+case ${1:-} in -h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit ;; esac
+corpus=
+if [ -f "${1:-}" ] || [[ ${1:-=} != *=* ]]; then corpus=$1 && shift; fi
+name=
+[ -z "$corpus" ] || name=-$(basename "$corpus" | sed 's/\..*//')
+work=runs/quickstart$name
 for override in "$@"; do
   case $override in
-    folder=*|model.start=*) fail "$override: this script has its own folders; use examples/pretrain_base.sh instead" ;;
+    folder=*|model.start=*) fail "$override: this script writes into $work; examples/pretrain_base.sh takes any folder" ;;
+    *=*) ;;
+    *) fail "$override: the corpus comes first, then key=value arguments" ;;
   esac
 done
 command -v deepspeed >/dev/null || fail "deepspeed is not installed; run make install"
+recipe=(--run-file "$root/examples/recipes/quickstart.yaml"
+  folder="$work/run" model.tokenizer="$work/data/tokenizer"
+  data.corpora.0.prefix="$work/data/train" validation.corpora.0.prefix="$work/data/heldout" "$@")
+python "$root/examples/pretrain_base.sh" --plan "${recipe[@]}" >/dev/null  # a misspelled key is told first
 
 if [ -z "$corpus" ]; then
-  work=runs/quickstart
   step "generating the sample: $work/data"
   [ -e "$work/data/probes.jsonl" ] || python "$root/examples/sample/generate.py" --output "$work/data"
-  [ -e "$work/data/train.jsonl" ] || cp "$work/data/sample.jsonl" "$work/data/train.jsonl"
-  train=$work/data/train.jsonl heldout=$work/data/heldout.jsonl probes=(--probes "$work/data/probes.jsonl")
+  corpus=$work/data/sample.jsonl train=$work/data/sample.jsonl heldout=$work/data/heldout.jsonl
+  probes=(--probes "$work/data/probes.jsonl")
 else
   [ -f "$corpus" ] || fail "$corpus: there is no such input file"
   case $corpus in
@@ -37,33 +48,37 @@ else
     *.txt) kind=txt ;;
     *) fail "$corpus: a corpus must end in .jsonl, .jsonl.gz or .txt" ;;
   esac
-  name=$(basename "$corpus") && work=runs/quickstart-${name%%.*}
-  train=$work/data/train.$kind heldout=$work/data/heldout.$kind probes=(--from-corpus "$heldout" --count 10)
-  step "setting every 50th document aside: $heldout"
-  mkdir -p "$work/data"
+  train=$work/data/train.$kind heldout=$work/data/heldout.$kind
+  probes=(--from-corpus "$heldout" --count 10 --text-key "$text_key")
   source="$(cd "$(dirname "$corpus")" && pwd)/$(basename "$corpus") $(cksum < "$corpus")"
   [ "$source" = "$(cat "$work/data/source" 2>/dev/null || printf %s "$source")" ] ||
     fail "$corpus has changed, or $work was made from another file of this name; remove $work to start again"
-  read_corpus() { case $corpus in *.gz) gzip -dc "$corpus" ;; *) cat "$corpus" ;; esac; }
-  if [ ! -e "$train" ]; then
-    read_corpus | awk -v held="$heldout.part" 'NR % 50 == 0 { print > held; next } { print }' > "$train.part"
-    [ -e "$heldout.part" ] || fail "$corpus: fewer than 50 documents; a corpus needs more"
-    mv "$heldout.part" "$heldout" && mv "$train.part" "$train"
-    printf '%s\n' "$source" > "$work/data/source"
-  fi
 fi
 
-step "training a tokenizer of $vocabulary pieces (VOCABULARY=N for another size): $work/data/tokenizer"
+step "training a tokenizer of $vocabulary pieces: $work/data/tokenizer"
 [ "$vocabulary" = "$(cat "$work/data/vocabulary" 2>/dev/null || echo "$vocabulary")" ] ||
   fail "$work has a tokenizer of $(cat "$work/data/vocabulary") pieces; remove $work to start again with $vocabulary"
-[ -e "$work/data/tokenizer" ] || python "$root/tools/train_tokenizer.py" \
-  --input "$train" --output "$work/data/tokenizer" --vocab-size "$vocabulary"
+[ -e "$work/data/tokenizer" ] || python "$root/tools/train_tokenizer.py" --input "$corpus" \
+  --output "$work/data/tokenizer" --vocab-size "$vocabulary" --text-key "$text_key" ||
+  fail "no tokenizer was made (VOCABULARY=N in front of this command sets its size, TEXT_KEY=key the key of the text)"
 echo "$vocabulary" > "$work/data/vocabulary"
+
+if [ "$train" != "$corpus" ]; then
+  step "setting every 50th document aside: $heldout"
+  read_corpus() { case $corpus in *.gz) gzip -dc "$corpus" ;; *) cat "$corpus" ;; esac; }
+  if [ ! -e "$train" ]; then
+    rm -f "$heldout.part"
+    read_corpus | awk -v held="$heldout.part" 'NR % 50 == 0 { print > held; next } { print }' > "$train.part"
+    [ -e "$heldout.part" ] || { rm -r "$work/data"; fail "$corpus: fewer than 50 documents; a corpus needs more"; }
+    mv "$heldout.part" "$heldout" && mv "$train.part" "$train"
+  fi
+  printf '%s\n' "$source" > "$work/data/source"
+fi
 
 step "building the corpora: $work/data/train, $work/data/heldout"
 for part in train heldout; do
-  [ -e "$work/data/$part.manifest.json" ] || python "$root/tools/preprocess_data.py" \
-    --input "${!part}" --output-prefix "$work/data/$part" --tokenizer "$work/data/tokenizer" --workers 2 --overwrite
+  [ -e "$work/data/$part.manifest.json" ] || python "$root/tools/preprocess_data.py" --input "${!part}" \
+    --output-prefix "$work/data/$part" --tokenizer "$work/data/tokenizer" --text-key "$text_key" --workers 2 --overwrite
 done
 
 step "training under DeepSpeed ZeRO-2: $work/run"
@@ -72,13 +87,15 @@ if [ -z "${RANKS:-}" ]; then
   command -v nvidia-smi >/dev/null && RANKS=1
 fi
 [ -n "$(command -v nvidia-smi)" ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=cpu  # spares a warning
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} deepspeed --log_level warning --num_gpus "$RANKS" --master_port $((20000 + RANDOM % 20000)) \
-  "$root/examples/pretrain_base.sh" --run-file "$root/examples/recipes/quickstart.yaml" \
-  folder="$work/run" model.tokenizer="$work/data/tokenizer" \
-  data.corpora.0.prefix="$work/data/train" validation.corpora.0.prefix="$work/data/heldout" "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} deepspeed --log_level error --num_gpus "$RANKS" \
+  --master_port $((20000 + RANDOM % 20000)) "$root/examples/pretrain_base.sh" "${recipe[@]}" ||
+  fail "training has stopped; started again, this command goes on from the last checkpoint (to start anew, remove $work)"
 
 step "converting to a Hugging Face folder: $work/model"
-[ -e "$work/model" ] || python "$root/tools/convert_to_hf.py" --checkpoint "$work/run" --output "$work/model" --dtype fp32
+if [ ! -e "$work/model" ] || [ "$work/run/checkpoints" -nt "$work/model" ]; then
+  rm -rf "$work/model"
+  python "$root/tools/convert_to_hf.py" --checkpoint "$work/run" --output "$work/model" --dtype fp32
+fi
 
 step "filling masks, before and after"
 python "$root/tools/fill_mask.py" "${probes[@]}" \

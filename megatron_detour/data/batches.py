@@ -14,7 +14,7 @@ import torch
 
 from megatron_detour.config import Corpus
 from megatron_detour.data.indexed import IndexedCorpus
-from megatron_detour.data.manifest import read_manifest
+from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.data.order import Mixture
 from megatron_detour.data.pack import PackedCorpus
 from megatron_detour.data.vocabulary import Vocabulary
@@ -68,7 +68,7 @@ class Sequences:
     def __init__(self, corpora: tuple[Corpus, ...], sequence_length: int, seed: int, vocabulary: Vocabulary) -> None:
         self.sequence_length = sequence_length
         self.vocabulary = vocabulary
-        self.manifests = [read_manifest(corpus.prefix) for corpus in corpora]
+        self.manifests = _manifests(corpora)
         for corpus, manifest in zip(corpora, self.manifests, strict=True):
             _check_tokenizer(corpus.prefix, Vocabulary.from_dict(manifest.tokenizer), vocabulary)
         self.corpora = [IndexedCorpus(corpus.prefix) for corpus in corpora]
@@ -135,6 +135,19 @@ def rank_numbers(first: int, count: int, rank: int, ranks: int) -> range:
     """The sequence numbers of a data-parallel rank: its contiguous share of a step's `count` from `first` on."""
     share = count // ranks
     return range(first + rank * share, first + (rank + 1) * share)
+
+
+def _manifests(corpora: tuple[Corpus, ...]) -> list[Manifest]:
+    """Raises one DetourError that names every corpus that is not there or not whole."""
+    manifests, faults = [], []
+    for corpus in corpora:
+        try:
+            manifests.append(read_manifest(corpus.prefix))
+        except DetourError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise DetourError(faults[0] if len(faults) == 1 else "\n  - ".join([f"{len(faults)} faults:", *faults]))
+    return manifests
 
 
 def _check_tokenizer(prefix: str, built_with: Vocabulary, used: Vocabulary) -> None:

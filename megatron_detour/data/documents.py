@@ -40,7 +40,7 @@ def document_of(line: bytes, name: str, text_key: str) -> str:
     if not isinstance(record, dict):
         raise BadLine('not a JSON object such as {"text": "..."}')
     if text_key not in record:
-        raise BadLine(f"no key {text_key!r}{nearest(text_key, list(record))}")
+        raise BadLine(f"no key {text_key!r}{nearest(text_key, list(record))}; --text-key names the key of the text")
     document = record[text_key]
     if not isinstance(document, str):
         raise BadLine(f"the value of {text_key!r} is not a text")

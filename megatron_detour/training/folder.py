@@ -31,9 +31,18 @@ def refuse_another_run(folder: Path, config: RunConfig) -> None:
     for key in [*here, *there]:
         if here.get(key) != there.get(key):
             raise DetourError(
-                f"{folder}: this folder holds another run: {key} is {there.get(key)!r} there and {here.get(key)!r} "
-                "here; choose another folder=... or the same settings to resume"
+                f"{folder}: this folder holds another run: {_spoken(key, config)} is {there.get(key)!r} there and {here.get(key)!r} "
+                "here; give the same settings to resume it, choose another folder=..., or remove this one"
             )
+
+
+def _spoken(key: str, config: RunConfig) -> str:
+    """phases.1.tokens as users write it: phases.decay.tokens."""
+    first, _, rest = key.partition(".")
+    number, _, last = rest.partition(".")
+    if first == "phases" and int(number) < len(config.phases):
+        return f"phases.{config.phases[int(number)].name}.{last}"
+    return key
 
 
 def take(folder: Path, config: RunConfig, plan: Plan) -> None:

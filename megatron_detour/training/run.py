@@ -29,6 +29,8 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> No
     if first:
         print(plan.table(), flush=True)
     if options.plan:
+        if first:
+            print("only the run file was read: a start looks for the model, the corpora and the machine as well")
         return
     folder = Path(config.folder)
     if first:

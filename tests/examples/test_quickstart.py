@@ -43,6 +43,9 @@ def test_a_corpus_of_the_user_becomes_a_model(tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
     assert (work / "model" / "model.safetensors").stat().st_mtime_ns == written
 
+    longer = quickstart(tmp_path, *arguments[:-2], "phases.decay.tokens=3 steps", arguments[-1])
+    assert longer.returncode == 1 and "phases.decay.tokens is" in longer.stderr
+
     write_jsonl(tmp_path / "mine.jsonl", ["quite another text"] * 60)
     other = quickstart(tmp_path, *arguments)
     assert other.returncode == 1 and "mine.jsonl has changed" in other.stderr
@@ -53,7 +56,9 @@ def test_a_corpus_of_the_user_becomes_a_model(tmp_path):
     [
         ("absent.jsonl", None, "there is no such input file"),
         ("a.csv", "x", "must end in .jsonl"),
-        ("few.txt", "one\ntwo\n", "fewer than 50 documents"),
+        ("small.txt", "one\ntwo\n", "VOCABULARY=N"),
+        ("broken.jsonl", '{"text": "a"}\n' * 60 + "{\n", "broken.jsonl, line 61: not JSON"),
+        ("key.jsonl", '{"note": "a"}\n' * 60, "TEXT_KEY"),
     ],
 )
 def test_what_is_no_corpus_is_refused(tmp_path, name, content, told):
@@ -62,3 +67,16 @@ def test_what_is_no_corpus_is_refused(tmp_path, name, content, told):
     result = quickstart(tmp_path, name)
     assert result.returncode == 1
     assert told in result.stderr
+
+
+def test_arguments_are_checked_before_anything_is_made(tmp_path):
+    (tmp_path / "a.txt").write_text("text\n" * 100)
+    for arguments, told in (
+        (["a.txt", "phases.dekay.tokens=1k"], "dekay"),
+        (["batch.sequences=4", "a.txt"], "the corpus comes first"),
+        (["a.txt", "folder=elsewhere"], "runs/quickstart-a"),
+    ):
+        result = quickstart(tmp_path, *arguments)
+        assert result.returncode == 1 and told in result.stderr, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert "VOCABULARY=N" in quickstart(tmp_path, "--help").stdout
