@@ -31,8 +31,8 @@ def refuse_another_run(folder: Path, config: RunConfig) -> None:
     for key in [*here, *there]:
         if here.get(key) != there.get(key):
             raise DetourError(
-                f"{folder}: this folder holds another run: {_spoken(key, config)} is {there.get(key)!r} there and {here.get(key)!r} "
-                "here; give the same settings to resume it, choose another folder=..., or remove this one"
+                f"{folder}: this folder holds another run: {_spoken(key, config)} is {there.get(key)!r} there and "
+                f"{here.get(key)!r} here; give the same settings to resume, choose another folder=... or remove it"
             )
 
 
