@@ -1,7 +1,7 @@
 """Writes the sample corpus: short invented clinical texts, half English, half French, whose facts repeat.
 
 Every fact (a drug and its indication, a finding and its diagnosis) returns in many documents and many phrasings, so a
-tiny encoder can learn it from a million tokens and the probes can show it. All texts are invented and hold no personal
+tiny encoder can learn it from two million tokens and probes can show it. All texts are invented and hold no personal
 data; nothing in them is medical advice.
 
     python examples/sample/generate.py --output FOLDER [--megabytes 3] [--seed 0]

@@ -247,14 +247,15 @@ def test_a_changed_corpus_is_not_resumed(unbroken, run_file, corpus, tmp_path):
     assert "the corpus has changed since" in result.stderr
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_another_split_resumes(unbroken, run_file, tmp_path):
+@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (2, 2)])
+def test_a_damaged_checkpoint_is_passed_over_and_another_split_resumes(unbroken, run_file, tmp_path, ranks, tensor):
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
     weights = folder / "checkpoints" / "step-00000006" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    result = finished(start(1, "--run-file", str(run_file), f"folder={folder}", "parallel.tensor=1"))
+    result = finished(start(ranks, "--run-file", str(run_file), f"folder={folder}", f"parallel.tensor={tensor}"))
     assert "step-00000006 is passed over" in result.stdout
     assert "resuming from" in result.stdout and "step-00000005" in result.stdout
     for ours, theirs in zip(losses(folder), losses(unbroken), strict=True):
