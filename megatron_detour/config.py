@@ -24,6 +24,9 @@ Tokens = Annotated[int, "tokens"]
 
 OBJECTIVES = ("clm", "mlm")
 SHAPES = ("constant", "1-sqrt")
+ATTENTION = ("auto", "flash4", "flash3", "flash2", "varlen", "sdpa")
+KERNELS = ("auto", "triton", "plain")
+RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,17 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Parallel:
-    tensor: int = 1
+    tensor: int = 1  # ranks that hold a layer together
+    sequence: bool = False  # whether they share out the positions between their layers
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How it is computed; what is computed does not depend on it, but for rounding."""
+
+    attention: str = "auto"
+    kernels: str = "auto"
+    recompute: str = "none"  # what the backward pass computes again instead of keeping it
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,9 @@ class RunConfig:
     deepspeed: str  # a file of ds_configs/
     seed: int = 17  # corruption and initialisation
     optimizer: Optimizer = field(default_factory=Optimizer)
+    z_loss: float = 0.0  # times the squared log-sum-exp of the logits, added to the loss; 0: none
     parallel: Parallel = field(default_factory=Parallel)
+    compute: Compute = field(default_factory=Compute)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tensorboard: bool = True
@@ -135,7 +150,7 @@ class RunConfig:
     def trajectory(self) -> dict[str, Any]:
         """The part of the run file that the weights depend on, flat: two runs that differ here are different runs."""
         whole = self.to_dict()
-        chosen = {key: whole[key] for key in ("seed", "model", "data", "phases", "optimizer")}
+        chosen = {key: whole[key] for key in ("seed", "model", "data", "phases", "optimizer", "z_loss")}
         chosen["model"].pop("download")
         chosen["batch"] = {"sequences": self.batch.sequences}
         return dict(_flatten(chosen))
@@ -176,6 +191,7 @@ def check(config: RunConfig) -> list[str]:
     return [
         *_check_model(config.model),
         *_check_data(config),
+        *_check_compute(config),
         *(fault for i, phase in enumerate(config.phases) for fault in _check_phase(phase, f"phases.{i}")),
         *_check_names(config.phases),
     ]
@@ -270,16 +286,30 @@ def _check_data(config: RunConfig) -> list[str]:
     return faults
 
 
+def _check_compute(config: RunConfig) -> list[str]:
+    compute, parallel, length = config.compute, config.parallel, config.data.sequence_length
+    faults = _check_choice("compute.attention", compute.attention, ATTENTION)
+    faults += _check_choice("compute.kernels", compute.kernels, KERNELS)
+    faults += _check_choice("compute.recompute", compute.recompute, RECOMPUTE)
+    if parallel.sequence and parallel.tensor > 0 and length % parallel.tensor:
+        faults.append(f"parallel.sequence: data.sequence_length, {length}, does not divide by {parallel.tensor} ranks")
+    if config.z_loss < 0:
+        faults.append(f"z_loss: must not be negative, it is {config.z_loss:g}")
+    return faults
+
+
+def _check_choice(key: str, value: str, known: tuple[str, ...]) -> list[str]:
+    if value in known:
+        return []
+    return [f"{key}: {value!r} is not one of {', '.join(known)}{nearest(value, list(known))}"]
+
+
 def _check_phase(phase: Phase, key: str) -> list[str]:
     faults = []
     rate = phase.learning_rate
     if phase.tokens <= 0:
         faults.append(f"{key}.tokens: phase {phase.name!r} has {phase.tokens} tokens; give it some or remove it")
-    if phase.objective not in OBJECTIVES:
-        known = list(OBJECTIVES)
-        faults.append(
-            f"{key}.objective: {phase.objective!r} is not one of {', '.join(known)}{nearest(phase.objective, known)}"
-        )
+    faults += _check_choice(f"{key}.objective", phase.objective, OBJECTIVES)
     if phase.objective == "mlm" and (phase.mask_rate is None or not 0 < phase.mask_rate < 1):
         faults.append(f"{key}.mask_rate: an mlm phase needs a rate between 0 and 1, it is {phase.mask_rate}")
     if phase.objective == "clm" and phase.mask_rate is not None:
@@ -288,11 +318,7 @@ def _check_phase(phase: Phase, key: str) -> list[str]:
         faults.append(f"{key}.learning_rate.peak: must be above 0, it is {rate.peak:g}")
     if not 0 <= rate.warmup <= max(phase.tokens, 0):
         faults.append(f"{key}.learning_rate.warmup: {rate.warmup} tokens do not fit into the phase's {phase.tokens}")
-    if rate.shape not in SHAPES:
-        known = list(SHAPES)
-        faults.append(
-            f"{key}.learning_rate.shape: {rate.shape!r} is not one of {', '.join(known)}{nearest(rate.shape, known)}"
-        )
+    faults += _check_choice(f"{key}.learning_rate.shape", rate.shape, SHAPES)
     if rate.shape == "1-sqrt" and (rate.end is None or not 0 <= rate.end <= rate.peak):
         faults.append(f"{key}.learning_rate.end: 1-sqrt needs an end between 0 and the peak, it is {rate.end}")
     if rate.shape == "constant" and rate.end is not None:

@@ -8,6 +8,7 @@ import torch
 from megatron_detour.data.batches import MicroBatch, positions_of
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
+from megatron_detour.parallel.loss import LossSum
 from megatron_detour.parallel.shard import cut, spec_of
 from megatron_detour.parallel.state import ParallelState
 
@@ -47,10 +48,11 @@ def microbatch(lengths: tuple[int, ...], causal: bool, labelled: float = 0.5, se
     generator = np.random.default_rng(seed)
     total = sum(lengths)
     ids = generator.integers(3, CONFIG["vocab_size"], total)
-    labels = np.where(generator.random(total) < labelled, generator.integers(3, CONFIG["vocab_size"], total), -100)
-    tensors = (torch.from_numpy(x) for x in (ids, labels, positions_of(np.array(lengths))))
-    return MicroBatch(*tensors, lengths, causal)
+    where = np.flatnonzero(generator.random(total) < labelled)
+    labels = generator.integers(3, CONFIG["vocab_size"], len(where))
+    ids, positions, where, labels = (torch.from_numpy(x) for x in (ids, positions_of(np.array(lengths)), where, labels))
+    return MicroBatch(ids, positions, lengths, causal, where, labels)
 
 
-def loss_of(model: ModernBert, batch: MicroBatch):
-    return model(batch.input_ids, batch.labels, batch.positions, batch.lengths, batch.causal)
+def loss_of(model: ModernBert, batch: MicroBatch) -> LossSum:
+    return model(*batch.arguments)

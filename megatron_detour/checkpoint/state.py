@@ -77,6 +77,16 @@ def scatter(
             zero.optimizer.state[partition] = {"step": step, **adam}
 
 
+def refuse_unequal_replicas(values: dict[str, torch.Tensor], state: ParallelState) -> None:
+    """Raises DetourError unless all tensor ranks hold the same bits; every tensor rank must call it."""
+    unequal = unequal_replicas(values, state)
+    if unequal:
+        raise DetourError(
+            f"tensor-parallel copies of {', '.join(unequal[:3])} differ between ranks, which only a fault of a machine "
+            "or a library can do; nothing was saved since the last checkpoint, and starting again goes on from there"
+        )
+
+
 def _layout(engine: DeepSpeedEngine) -> Iterator[list[tuple[str, torch.nn.Parameter, int]]]:
     """For each parameter group: (name, parameter, offset in the group's flat vector)."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -99,7 +109,7 @@ def _gather_kind(
         if state.data_rank:
             continue
         local_of = {name: flat[offset : offset + p.numel()].view_as(p) for name, p, offset in parameters}
-        _check_replicas({name: local_of[name] for name, p, _ in parameters if spec_of(p) is None}, state)
+        refuse_unequal_replicas({name: local_of[name] for name, p, _ in parameters if spec_of(p) is None}, state)
         for name, parameter, _ in parameters:
             local = local_of[name]
             spec = spec_of(parameter)
@@ -110,12 +120,6 @@ def _gather_kind(
             if state.is_first:
                 full[name] = join(shards, spec).to("cpu", copy=True)
     return full
-
-
-def _check_replicas(values: dict[str, torch.Tensor], state: ParallelState) -> None:
-    unequal = unequal_replicas(values, state)
-    if unequal:
-        raise DetourError(f"tensor-parallel copies of {', '.join(unequal[:3])} differ between ranks; nothing is saved")
 
 
 def _all_gather(part: torch.Tensor, group: dist.ProcessGroup | None, size: int) -> torch.Tensor:

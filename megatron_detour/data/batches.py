@@ -7,7 +7,7 @@ a run is the same pack with the same corruption for any number of ranks and any 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -38,18 +38,26 @@ class Sequence:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Flat tensors: input_ids, labels, positions int64 [T]; the documents' lengths stay on the host as well."""
+    """Flat int64 tensors, in the order of ModernBert.forward's arguments.
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor  # within the document
+    Which positions have labels is known here, before anything is on a GPU that would have to be waited for.
+    """
+
+    input_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T], within the document
     lengths: tuple[int, ...]  # of the documents
     causal: bool
+    labelled: torch.Tensor  # [L], the positions in the microbatch that have labels
+    labels: torch.Tensor  # [L]
 
     def to(self, device: torch.device) -> MicroBatch:
-        tensors = (self.input_ids, self.labels, self.positions)
-        moved = (t.to(device, non_blocking=True) for t in tensors)
-        return MicroBatch(*moved, self.lengths, self.causal)
+        return MicroBatch(
+            *(v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in self.arguments)
+        )
+
+    @property
+    def arguments(self) -> tuple:
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def rank_batch(
         chosen = numbers[first : first + micro_sequences]
         micro_batch, packs = micro_batch_of(sequences, chosen, objective, seed)
         micro_batches.append(micro_batch)
-        labelled += int((micro_batch.labels != IGNORE).sum())
+        labelled += len(micro_batch.labels)
         padding += sum(pack.padding for pack in packs)
         crc += sum(pack.crc for pack in packs)
     return RankBatch(micro_batches, labelled, padding, crc)
@@ -115,12 +123,14 @@ def micro_batch_of(
     ]
     inputs, labels = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
     lengths = np.concatenate([pack.lengths for pack in packs])
+    labelled = np.flatnonzero(labels != IGNORE)
     micro_batch = MicroBatch(
         torch.from_numpy(inputs),
-        torch.from_numpy(labels),
         torch.from_numpy(positions_of(lengths)),
         tuple(lengths.tolist()),
         objective.causal,
+        torch.from_numpy(labelled),
+        torch.from_numpy(labels[labelled]),
     )
     return micro_batch, packs
 

@@ -6,12 +6,12 @@ them, those within `window` on both sides, and under a causal objective only tho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn import functional
-
-BLOCK = 128  # queries at a time in a local layer: enough to fill a matrix product, few enough to waste little
 
 
 @dataclass(frozen=True)
@@ -19,43 +19,106 @@ class AttentionPattern:
     """`lengths` of the documents (they sum to T), direction, and keys on each side for a local layer.
 
     A causal local query sees window + 1 keys with its own, as FlashAttention's window (window, 0) does.
+    One pattern serves all layers of a kind in a forward pass, and with it what is derived from it.
     """
 
     lengths: tuple[int, ...]
     causal: bool
-    window: int | None = None
+    window: int | None
+    device: torch.device
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """Where each document starts and the last one ends: int32 [documents + 1]."""
+        return functional.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.device, torch.int32)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def documents(self) -> torch.Tensor:
+        """The document's number of each position, int64 [T]."""
+        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.device)
+
+    @cached_property
+    def bands(self) -> torch.Tensor:
+        """For blocks of `window` queries and the keys of the blocks around them, which keys each sees.
+
+        bool [blocks, 1, window, 3 window], or 2 window keys where no query sees those after its own block.
+        """
+        window = self.window
+        query = torch.arange(window, device=self.device)[:, None]
+        key = torch.arange(-window, window if self.causal else 2 * window, device=self.device)
+        near = (key - query).abs() <= window
+        if self.causal:
+            near &= key <= query
+        # Padding after the last document is one of its own, and what lies outside the blocks belongs to none.
+        blocks = _blocks(self.documents, window, fill=-1)
+        around = _around(blocks, self.causal, fill=-2)
+        return (near & (blocks[:, :, None] == around[:, None, :]))[:, None]
+
+    def visible(self) -> torch.Tensor:
+        """Which of all positions each sees, bool [T, T]: for checks only."""
+        position = torch.arange(sum(self.lengths), device=self.device)
+        distance = position[:, None] - position
+        seen = self.documents[:, None] == self.documents
+        if self.window is not None:
+            seen &= distance.abs() <= self.window
+        return seen & (distance >= 0) if self.causal else seen
 
 
-def attention(q_THD: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    """softmax(q k / sqrt(D)) v under the pattern, [T, H, D]: one call of SDPA a document, or a block of a long one."""
-    outputs = []
-    start = 0
-    for length in pattern.lengths:
-        here = slice(start, start + length)
-        outputs += _document(q_THD[here], k_THD[here], v_THD[here], pattern)
-        start += length
+# qkv [T, 3, H, D] -> softmax(q k / sqrt(D)) v under the pattern, [T, H, D]
+Attention = Callable[[torch.Tensor, AttentionPattern], torch.Tensor]
+
+
+def sdpa_attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    """On any device: a call of SDPA a document, or for local layers one call for all blocks of `window` queries.
+
+    A local layer's cost grows with the window and not with the square of the document.
+    """
+    if pattern.window is None or pattern.longest <= pattern.window + 1:
+        return _by_document(qkv_T3HD, pattern)
+    return _by_block(qkv_T3HD, pattern)
+
+
+def dense_attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    """The definition, with all T x T scores: the reference of every other form."""
+    q, k, v = qkv_T3HD.transpose(0, 2).unbind(1)
+    scores_HTT = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    return (scores_HTT.masked_fill(~pattern.visible(), float("-inf")).softmax(-1) @ v).transpose(0, 1)
+
+
+def _by_document(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    # Split and not sliced: the gradient of a slice is as large as the whole.
+    outputs = [_sdpa(*document.unbind(1), causal=pattern.causal) for document in qkv.split(pattern.lengths)]
     return torch.cat(outputs)
 
 
-def _document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> list[torch.Tensor]:
-    length, window = len(q), pattern.window
-    if window is None or length <= window + 1:
-        return [_sdpa(q, k, v, causal=pattern.causal)]
-    outputs = []
-    for first in range(0, length, BLOCK):
-        last = min(first + BLOCK, length)
-        keys = slice(max(first - window, 0), last if pattern.causal else min(last + window, length))
-        mask = _band(first, last, keys.start, keys.stop, window, pattern.causal, q.device)
-        outputs.append(_sdpa(q[first:last], k[keys], v[keys], mask=mask))
-    return outputs
-
-
-def _band(first: int, last: int, key_first: int, key_last: int, window: int, causal: bool, device) -> torch.Tensor:
-    distance = torch.arange(first, last, device=device)[:, None] - torch.arange(key_first, key_last, device=device)
-    return (distance <= window) & (distance >= (0 if causal else -window))
-
-
-def _sdpa(q, k, v, mask=None, causal=False) -> torch.Tensor:
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return out[0].transpose(0, 1)
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)[0].transpose(0, 1)
+
+
+def _by_block(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    q, k, v = (_blocks(x, pattern.window) for x in qkv.unbind(1))
+    k, v = (_around(x, pattern.causal) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=pattern.bands)
+    return out.transpose(1, 2).flatten(0, 1)[: len(qkv)]
+
+
+def _blocks(x: torch.Tensor, size: int, fill: int = 0) -> torch.Tensor:
+    """[T, ...] -> [blocks, size, ...], filled up at the end."""
+    missing = -len(x) % size
+    padded = functional.pad(x, (0, 0) * (x.dim() - 1) + (0, missing), value=fill) if missing else x
+    return padded.unflatten(0, (-1, size))
+
+
+def _around(blocks: torch.Tensor, causal: bool, fill: int = 0) -> torch.Tensor:
+    """[blocks, size, ...] -> each with the block before it and, unless causal, the one after: [blocks, 2 or 3 size, ...]."""
+    edge = torch.full_like(blocks[:1], fill)
+    before = torch.cat([edge, blocks[:-1]])
+    if causal:
+        return torch.cat([before, blocks], 1)
+    return torch.cat([before, blocks, torch.cat([blocks[1:], edge])], 1)

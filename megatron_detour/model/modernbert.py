@@ -1,6 +1,7 @@
 """ModernBERT (Warner et al., 2024) on flat, packed microbatches, cut over tensor ranks, under Hugging Face's names.
 
 T positions, E hidden size, H local heads, D head size, I local width of the gated unit, L labelled positions.
+S positions are T, or this tensor rank's share of them under sequence parallelism.
 One body serves both objectives: the direction of attention comes with the microbatch.
 """
 
@@ -13,115 +14,154 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from megatron_detour.model.attention import AttentionPattern, attention
-from megatron_detour.model.rotary import rotary_tables, rotate
+from megatron_detour.kernels.choose import PLAIN, Kernels
+from megatron_detour.model.attention import Attention, AttentionPattern, sdpa_attention
+from megatron_detour.model.rotary import rotary_tables
 from megatron_detour.model.shape import FULL, Shape
+from megatron_detour.parallel.collectives import gather_from_sequence_parallel, whole_weight
 from megatron_detour.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron_detour.parallel.loss import linear_cross_entropy
+from megatron_detour.parallel.loss import LossSum, linear_cross_entropy
 from megatron_detour.parallel.shard import ShardSpec, declare, spec_of
 from megatron_detour.parallel.state import ParallelState
 
 
 @dataclass(frozen=True)
-class LossSum:
-    """Scalars summed over the labelled positions: the loss in nats, how many labels, how many right arg-maxes."""
+class Compute:
+    """How it is computed, and not what.
 
-    loss: torch.Tensor
-    labelled: int
-    right: torch.Tensor
+    `recompute` is what the backward pass computes again instead of keeping: "none"; "selective", normalised inputs and
+    the gated unit's product, which are cheap; "full", all of a layer but its inputs.
+    """
+
+    attention: Attention = sdpa_attention
+    kernels: Kernels = PLAIN
+    recompute: str = "none"
+
+    def again(self, when: str, function, *arguments):
+        """Calls the function; where `recompute` is `when`, nothing but its arguments is kept."""
+        if self.recompute != when:
+            return function(*arguments)
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with a weight and no bias."""
+    """Layer normalisation with a weight and no bias; `sharing` tells whether tensor ranks share out the positions."""
 
-    def __init__(self, features: int, eps: float) -> None:
+    def __init__(self, shape: Shape, compute: Compute, sharing: ParallelState | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(features))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(shape.hidden))
+        self.eps, self.kernels, self.sharing = shape.norm_eps, compute.kernels, sharing
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
+    def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
+        return self.kernels.layer_norm(x_SE, self._weight(), self.eps)
+
+    def of_sum(self, x_SE: torch.Tensor, change_SE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum, and the sum normalised."""
+        return self.kernels.add_layer_norm(x_SE, change_SE, self._weight(), self.eps)
+
+    def _weight(self) -> torch.Tensor:
+        return self.weight if self.sharing is None else whole_weight(self.weight, self.sharing)
 
 
 class Embeddings(nn.Module):
-    def __init__(self, shape: Shape, state: ParallelState) -> None:
+    def __init__(self, shape: Shape, state: ParallelState, compute: Compute) -> None:
         super().__init__()
         self.tok_embeddings = VocabParallelEmbedding(shape.vocabulary, shape.hidden, state)
-        self.norm = LayerNorm(shape.hidden, shape.norm_eps)
+        self.norm = LayerNorm(shape, compute, state)
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
         return self.norm(self.tok_embeddings(ids_T))
 
 
-class Attention(nn.Module):
-    def __init__(self, shape: Shape, state: ParallelState) -> None:
+class SelfAttention(nn.Module):
+    def __init__(self, shape: Shape, state: ParallelState, compute: Compute) -> None:
         super().__init__()
-        self.head_dim = shape.head_dim
+        self.head_dim, self.compute = shape.head_dim, compute
         self.Wqkv = ColumnParallelLinear(shape.hidden, 3 * shape.hidden, state, parts=3)
         self.Wo = RowParallelLinear(shape.hidden, shape.hidden, state)
 
-    def forward(self, x_TE: torch.Tensor, rotary, pattern: AttentionPattern) -> torch.Tensor:
-        qkv = self.Wqkv(x_TE).view(len(x_TE), 3, -1, self.head_dim)
-        q_THD, k_THD = rotate(qkv[:, :2], rotary).unbind(1)
-        mixed_THD = attention(q_THD, k_THD, qkv[:, 2], pattern)
-        return self.Wo(mixed_THD.reshape(len(x_TE), -1))
+    def forward(self, qkv: torch.Tensor, rotary, pattern: AttentionPattern) -> torch.Tensor:
+        """From the output of Wqkv, [T, 3 H D], to the change of the residual stream."""
+        qkv_T3HD = self.compute.kernels.rotate_(qkv, *rotary).view(len(qkv), 3, -1, self.head_dim)
+        return self.Wo(self.compute.attention(qkv_T3HD, pattern).flatten(1))
 
 
 class GatedUnit(nn.Module):
     """GeGLU (Shazeer, 2020): Wo(gelu(a) * b), a and b the halves of Wi."""
 
-    def __init__(self, shape: Shape, state: ParallelState) -> None:
+    def __init__(self, shape: Shape, state: ParallelState, compute: Compute) -> None:
         super().__init__()
+        self.compute = compute
         self.Wi = ColumnParallelLinear(shape.hidden, 2 * shape.intermediate, state, parts=2)
         self.Wo = RowParallelLinear(shape.intermediate, shape.hidden, state)
 
-    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        a_TI, b_TI = self.Wi(x_TE).chunk(2, dim=-1)
-        return self.Wo(functional.gelu(a_TI) * b_TI)
+    def forward(self, ab: torch.Tensor) -> torch.Tensor:
+        """From the output of Wi, [T, 2 I], to the change of the residual stream."""
+        return self.compute.again("selective", lambda ab: self.Wo(self.compute.kernels.geglu(ab)), ab)
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: Shape, state: ParallelState, index: int) -> None:
-        super().__init__()
-        self.attn_norm = LayerNorm(shape.hidden, shape.norm_eps) if index else nn.Identity()  # the embedding's serves
-        self.attn = Attention(shape, state)
-        self.mlp_norm = LayerNorm(shape.hidden, shape.norm_eps)
-        self.mlp = GatedUnit(shape, state)
+    """Takes and gives the residual stream and what is still to be added to it: sum and norm are one kernel."""
 
-    def forward(self, x_TE: torch.Tensor, rotary, pattern: AttentionPattern) -> torch.Tensor:
-        x_TE = x_TE + self.attn(self.attn_norm(x_TE), rotary, pattern)
-        return x_TE + self.mlp(self.mlp_norm(x_TE))
+    def __init__(self, shape: Shape, state: ParallelState, compute: Compute, index: int) -> None:
+        super().__init__()
+        self.compute = compute
+        self.attn_norm = LayerNorm(shape, compute, state) if index else nn.Identity()  # the embedding's serves
+        self.attn = SelfAttention(shape, state, compute)
+        self.mlp_norm = LayerNorm(shape, compute, state)
+        self.mlp = GatedUnit(shape, state, compute)
+
+    def forward(
+        self, x_SE: torch.Tensor, change_SE: torch.Tensor | None, rotary, pattern: AttentionPattern
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_SE, qkv = self._enter(self.attn_norm, self.attn.Wqkv, x_SE, change_SE)
+        change_SE = self.attn(qkv, rotary, pattern)
+        x_SE, ab = self._enter(self.mlp_norm, self.mlp.Wi, x_SE, change_SE)
+        return x_SE, self.mlp(ab)
+
+    def _enter(self, norm, linear, x_SE, change_SE) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream with its change, and the linear layer of its norm."""
+        if change_SE is None:
+            return x_SE, linear(x_SE)
+        if self.compute.recompute == "selective":
+            x_SE = x_SE + change_SE
+            return x_SE, self.compute.again("selective", lambda x: linear(norm(x)), x_SE)
+        x_SE, normed_SE = norm.of_sum(x_SE, change_SE)
+        return x_SE, linear(normed_SE)
 
 
 class Encoder(nn.Module):
     """ids and positions [T] -> hidden states [T, E]."""
 
-    def __init__(self, shape: Shape, state: ParallelState) -> None:
+    def __init__(self, shape: Shape, state: ParallelState, compute: Compute) -> None:
         super().__init__()
-        self.shape = shape
-        self.embeddings = Embeddings(shape, state)
-        self.layers = nn.ModuleList(Layer(shape, state, i) for i in range(shape.layers))
-        self.final_norm = LayerNorm(shape.hidden, shape.norm_eps)
+        self.shape, self.state, self.compute = shape, state, compute
+        self.embeddings = Embeddings(shape, state, compute)
+        self.layers = nn.ModuleList(Layer(shape, state, compute, i) for i in range(shape.layers))
+        self.final_norm = LayerNorm(shape, compute, state)
 
     def forward(
         self, ids_T: torch.Tensor, positions_T: torch.Tensor, lengths: tuple[int, ...], causal: bool
     ) -> torch.Tensor:
-        wide = AttentionPattern(lengths, causal)
-        local = AttentionPattern(lengths, causal, self.shape.window)
+        wide = AttentionPattern(lengths, causal, None, ids_T.device)
+        local = AttentionPattern(lengths, causal, self.shape.window, ids_T.device)
         rotary_wide = rotary_tables(positions_T, self.shape.head_dim, self.shape.global_theta)
         rotary_local = rotary_tables(positions_T, self.shape.head_dim, self.shape.local_theta)
-        x_TE = self.embeddings(ids_T)
+        x_SE, change_SE = self.embeddings(ids_T), None
         for layer, kind in zip(self.layers, self.shape.layer_types, strict=True):
-            x_TE = layer(x_TE, *((rotary_wide, wide) if kind == FULL else (rotary_local, local)))
-        return self.final_norm(x_TE)
+            rotary, pattern = (rotary_wide, wide) if kind == FULL else (rotary_local, local)
+            x_SE, change_SE = self.compute.again("full", layer, x_SE, change_SE, rotary, pattern)
+        _, normed_SE = self.final_norm.of_sum(x_SE, change_SE)
+        return gather_from_sequence_parallel(normed_SE, self.state)
 
 
 class PredictionHead(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, compute: Compute) -> None:
         super().__init__()
         self.dense = nn.Linear(shape.hidden, shape.hidden, bias=False)
-        self.norm = LayerNorm(shape.hidden, shape.norm_eps)
+        self.norm = LayerNorm(shape, compute)
 
     def forward(self, x_LE: torch.Tensor) -> torch.Tensor:
         return self.norm(functional.gelu(self.dense(x_LE)))
@@ -139,39 +179,39 @@ class Decoder(nn.Module):
 class ModernBert(nn.Module):
     """The encoder with its head: the same parameters for masked and causal language modelling."""
 
-    def __init__(self, shape: Shape, state: ParallelState) -> None:
+    def __init__(self, shape: Shape, state: ParallelState, compute: Compute | None = None, z_loss: float = 0.0) -> None:
         super().__init__()
-        self.shape, self.state = shape, state
-        self.model = Encoder(shape, state)
-        self.head = PredictionHead(shape)
+        self.shape, self.state, self.compute, self.z_loss = shape, state, compute or Compute(), z_loss
+        self.model = Encoder(shape, state, self.compute)
+        self.head = PredictionHead(shape, self.compute)
         self.decoder = Decoder(shape, state)
 
     def forward(
         self,
         input_ids: torch.Tensor,
-        labels: torch.Tensor,
         positions: torch.Tensor,
         lengths: tuple[int, ...],
         causal: bool,
+        labelled: torch.Tensor,
+        labels: torch.Tensor,
     ) -> LossSum:
-        """The loss of a microbatch: int64 tensors [T], labels below zero where there is none."""
+        """The loss of a microbatch: int64 input_ids and positions [T]; `labels` [L] of the positions `labelled` [L]."""
         hidden_TE = self.model(input_ids, positions, lengths, causal)
-        labelled = (labels >= 0).nonzero()[:, 0]
-        features_LE = self.head(hidden_TE[labelled])
-        loss, right = linear_cross_entropy(
-            features_LE,
+        return linear_cross_entropy(
+            self.head(hidden_TE[labelled]),
             self.model.embeddings.tok_embeddings.weight,
             self.decoder.bias,
-            labels[labelled],
+            labels,
             self.shape.vocabulary,
             self.state,
+            self.compute.kernels.softmax_,
+            self.z_loss,
         )
-        return LossSum(loss, len(labelled), right)
 
     def logits(
         self, input_ids: torch.Tensor, positions: torch.Tensor, lengths: tuple[int, ...], causal: bool = False
     ) -> torch.Tensor:
-        """Logits [T, rows]: this tensor rank's slice of the vocabulary. For checks; training never makes them whole."""
+        """Logits [T, V]: this tensor rank's slice of the vocabulary. For checks; training never makes them whole."""
         features_TE = self.head(self.model(input_ids, positions, lengths, causal))
         return functional.linear(features_TE, self.model.embeddings.tok_embeddings.weight, self.decoder.bias)
 

@@ -82,6 +82,8 @@ class Shape:
         for what, count in (("attention heads", self.heads), ("intermediate size", self.intermediate)):
             if count % size:
                 raise DetourError(f"parallel.tensor: {size} does not divide the model's {what}, {count}")
+        if self.vocabulary < size**2:  # or the last rank's rows might all be padding
+            raise DetourError(f"parallel.tensor: {size} is too much for a vocabulary of {self.vocabulary}")
 
 
 def _layer_types(config: dict[str, Any], layers: int, origin: str) -> tuple[str, ...]:

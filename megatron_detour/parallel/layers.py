@@ -1,6 +1,7 @@
 """Megatron's three layers: an embedding cut by vocabulary, linear layers cut by output (column) and by input (row).
 
 T positions, E input features, F output features, n tensor ranks. No layer has a bias, as in ModernBERT.
+S positions are T, or T / n with sequence parallelism: what lies between the layers.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_detour.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
+from megatron_detour.parallel.collectives import (
+    reduce_from_tensor_parallel,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 from megatron_detour.parallel.shard import ShardSpec, declare
 from megatron_detour.parallel.state import ParallelState
 
 
 class VocabParallelEmbedding(nn.Module):
-    """ids [T] -> embeddings [T, E], the same on every rank; a rank holds ceil(vocabulary / n) rows."""
+    """ids [T] -> embeddings [S, E]; a rank holds ceil(vocabulary / n) rows."""
 
     def __init__(self, vocabulary: int, features: int, state: ParallelState) -> None:
         super().__init__()
@@ -34,7 +40,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """x [T, E], whole on every rank -> [T, F / n]. `parts` fused outputs are cut one by one."""
+    """x [S, E] -> [T, F / n]. `parts` fused outputs are cut one by one."""
 
     def __init__(self, inputs: int, outputs: int, state: ParallelState, parts: int = 1) -> None:
         super().__init__()
@@ -43,11 +49,13 @@ class ColumnParallelLinear(nn.Module):
         self.weight = declare(nn.Parameter(torch.empty(spec.local(state.tensor_size), inputs)), spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(copy_to_tensor_parallel(x, self.state), self.weight)
+        if self.state.tensor_size == 1:
+            return functional.linear(x, self.weight)
+        return _ColumnLinear.apply(x, self.weight, self.state)
 
 
 class RowParallelLinear(nn.Module):
-    """x [T, E / n] -> [T, F], whole on every rank."""
+    """x [T, E / n] -> [S, F]."""
 
     def __init__(self, inputs: int, outputs: int, state: ParallelState) -> None:
         super().__init__()
@@ -57,3 +65,28 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return reduce_from_tensor_parallel(functional.linear(x, self.weight), self.state)
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """A product of whole inputs with a rank's rows. Backward, the sum of the input's gradients over the ranks travels
+    while the weight's is computed; with sequence parallelism only this rank's share of the inputs is kept till then.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, state: ParallelState) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.state = state
+        whole = start_all_gather(x, state).wait() if state.sequence_parallel else x
+        return functional.linear(whole, weight)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (whole, weight), state = ctx.saved_tensors, ctx.state
+        if state.sequence_parallel:
+            gathering = start_all_gather(whole, state)
+            summing = start_reduce_scatter(grad @ weight, state)
+            whole = gathering.wait()
+        else:
+            summing = start_all_reduce(grad @ weight, state)
+        grad_weight = grad.T @ whole
+        return summing.wait(), grad_weight, None

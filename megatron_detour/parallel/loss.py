@@ -1,9 +1,13 @@
 """Linear layer and cross-entropy in one, cut by vocabulary: a (positions x vocabulary) matrix never exists whole.
 
 The gradient is computed chunk by chunk together with the loss, as the logits of a chunk are at hand only then.
+L labelled positions, E features, V rows of the vocabulary on this tensor rank.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,7 +15,24 @@ import torch.distributed as dist
 from megatron_detour.parallel.collectives import copy_to_tensor_parallel
 from megatron_detour.parallel.state import ParallelState
 
-CHUNK_ELEMENTS = 1 << 24  # logits at a time: 64 MiB in fp32
+# Logits at a time. Much of a small chunk's time goes into adding to the weight's gradient, [V, E] of fp32.
+CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
+
+# products [n, V], written over by softmax(products + bias [V]) -> log of the sum of exponentials [n], greatest sum [n]
+Softmax = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Sums over the labelled positions, scalars in fp32 (fp64 for fp64 input) but for the counts.
+
+    `loss` is what is minimised: the cross-entropy in nats, and the z-loss where there is one.
+    """
+
+    loss: torch.Tensor
+    cross_entropy: torch.Tensor
+    right: torch.Tensor  # int64: labels that are the arg-max
+    labelled: int
 
 
 def linear_cross_entropy(
@@ -21,73 +42,105 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     vocabulary: int,
     state: ParallelState,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the cross-entropies in nats of softmax(hidden @ weight.T + bias), and how many labels are its arg-max.
+    softmax_: Softmax,
+    z_loss: float = 0.0,
+) -> LossSum:
+    """Cross-entropies of softmax(hidden @ weight.T + bias), plus z_loss * log(sum of exponentials)^2 (PaLM, 2022).
 
-    hidden: [n, E], the same on every tensor rank; weight: [rows, E] and bias: [rows], this rank's shard;
-    labels: int64 [n], all of them below `vocabulary`; returns two scalars, the first in fp32 (fp64 for fp64 input).
+    hidden: [L, E], the same on every tensor rank; weight: [V, E] and bias: [V], this rank's shard, rows beyond
+    `vocabulary` being padding; labels: int64 [L], in [0, vocabulary).
     """
     hidden = copy_to_tensor_parallel(hidden, state)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, vocabulary, state, torch.is_grad_enabled())
+    figures = _LinearCrossEntropy.apply(
+        hidden, weight, bias, labels, vocabulary, state, softmax_, z_loss, torch.is_grad_enabled()
+    )
+    return LossSum(*figures, len(labels))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, vocabulary, state, needs_grad):
+    def forward(ctx, hidden, weight, bias, labels, vocabulary, state, softmax_, z_loss, needs_grad):
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         first_id = state.tensor_rank * weight.shape[0]
-        rows = max(min(weight.shape[0], vocabulary - first_id), 0)  # without padding
-        weight_real, bias_real = weight[:rows], bias[:rows].to(exact)
-        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if needs_grad else None
-        grad_bias = torch.zeros(bias.shape, dtype=exact, device=bias.device) if needs_grad else None
-        loss = torch.zeros((), dtype=exact, device=hidden.device)
+        rows = min(weight.shape[0], vocabulary - first_id)  # without padding
+        weight_real, bias_real = weight[:rows], bias[:rows]
+        grads = _Gradients(hidden, weight, bias, rows, exact) if needs_grad else None
+        chunk = max(min(CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0], len(labels)), 1)
+        room = hidden.new_empty(chunk, rows)  # used again: on a CPU new pages cost as much as what is written to them
+        cross_entropy = torch.zeros((), dtype=exact, device=hidden.device)
+        penalty = torch.zeros_like(cross_entropy)
         right = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        for start in range(0, len(labels), max(CHUNK_ELEMENTS // weight.shape[0], 1)):
-            part = slice(start, start + max(CHUNK_ELEMENTS // weight.shape[0], 1))
-            logits = (hidden[part] @ weight_real.T).to(exact).add_(bias_real)
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
             target = labels[part] - first_id
-            chunk_loss, chunk_right, probabilities = _softmax_cross_entropy(logits, target, state)
-            loss += chunk_loss
-            right += chunk_right
-            if needs_grad:
-                here = (target >= 0) & (target < rows)
-                probabilities[here.nonzero()[:, 0], target[here]] -= 1
-                slope = probabilities.to(hidden.dtype)
-                grad_hidden[part] = slope @ weight_real
-                if slope.dtype == exact:
-                    grad_weight[:rows].addmm_(slope.T, hidden[part])
-                else:
-                    grad_weight[:rows] += slope.T @ hidden[part]
-                grad_bias[:rows] += probabilities.sum(0)
-        if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-            ctx.types = (hidden.dtype, weight.dtype, bias.dtype)
-        ctx.mark_non_differentiable(right)
-        return loss, right
+            logits = torch.mm(hidden[part], weight_real.T, out=room[: len(target)])
+            here = (target >= 0) & (target < rows)
+            at_target = torch.arange(len(target), device=target.device), target.clamp(0, rows - 1)
+            of_target = logits[at_target].to(exact) + bias_real[at_target[1]].to(exact)
+            of_target.masked_fill_(~here, float("-inf"))
+            log_sum, greatest = softmax_(logits, bias_real)
+            whole_log_sum, of_target, greatest = _over_ranks(log_sum, of_target, greatest, state)
+            cross_entropy += (whole_log_sum - of_target).sum()
+            penalty += z_loss * whole_log_sum.square().sum()
+            right += (of_target == greatest).sum()
+            if grads:
+                # d loss / d logit = p (1 + 2 z log_sum) - [label]; the softmax was over this rank's rows alone.
+                factor = 1 + 2 * z_loss * whole_log_sum
+                p_of_target = torch.exp(of_target - whole_log_sum)
+                if state.tensor_size > 1 or z_loss:
+                    logits *= (factor * torch.exp(log_sum - whole_log_sum)).to(logits.dtype)[:, None]
+                # From the fp32 figures: a probability near 1 in bf16 would lose what is missing to 1.
+                logits[at_target] = torch.where(here, (p_of_target * factor - 1).to(logits.dtype), logits[at_target])
+                grads.add(part, logits)
+        ctx.grads = grads
+        ctx.mark_non_differentiable(cross_entropy, right)
+        return cross_entropy + penalty, cross_entropy, right
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        # In fp32 and rounded once: a scale rounded to bf16 would change with the split of a batch.
-        pairs = zip(ctx.saved_tensors, ctx.types, strict=True)
-        scaled = ((grad.to(grad_loss.dtype) * grad_loss).to(dtype) for grad, dtype in pairs)
-        return (*scaled, None, None, None, None)
+    def backward(ctx, grad_loss, *_):
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of this loss were used up by its first backward pass")
+        grads, ctx.grads = ctx.grads, None
+        return (*grads.scaled(grad_loss), None, None, None, None, None, None)
 
 
-def _softmax_cross_entropy(logits, target, state):
-    """Summed loss, number of right arg-maxes and probabilities (written over `logits`, [n, rows]) of a chunk."""
-    rows = logits.shape[1]
-    here = (target >= 0) & (target < rows)
-    greatest = logits.amax(1) if rows else logits.new_full((len(logits),), float("-inf"))
-    of_target = logits.gather(1, target.clamp(0, max(rows - 1, 0))[:, None])[:, 0] if rows else greatest
-    of_target = of_target.masked_fill(~here, float("-inf"))
-    if state.tensor_size > 1:
-        both = torch.stack([greatest, of_target])
-        dist.all_reduce(both, dist.ReduceOp.MAX, group=state.tensor_group)
-        greatest, of_target = both
-    right = (of_target == greatest).sum()
-    total = logits.sub_(greatest[:, None]).exp_().sum(1)
-    if state.tensor_size > 1:
-        dist.all_reduce(total, group=state.tensor_group)
-    loss = (total.log() + greatest - of_target).sum()
-    return loss, right, logits.div_(total[:, None])
+class _Gradients:
+    """Of hidden, in its own type; of weight and bias, summed over chunks in `exact`."""
+
+    def __init__(self, hidden, weight, bias, rows: int, exact: torch.dtype) -> None:
+        self.hidden, self.weight, self.rows = hidden, weight, rows
+        self.types = (hidden.dtype, weight.dtype, bias.dtype)
+        self.grad_hidden = torch.zeros_like(hidden)
+        self.grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
+        self.grad_bias = torch.zeros(bias.shape, dtype=exact, device=bias.device)
+
+    def add(self, part: slice, slope: torch.Tensor) -> None:
+        torch.mm(slope, self.weight[: self.rows], out=self.grad_hidden[part])
+        real = self.grad_weight[: self.rows]
+        if slope.dtype == real.dtype:
+            real.addmm_(slope.T, self.hidden[part])
+        else:
+            real += slope.T @ self.hidden[part]
+        # As a product: a sum in another type would first make a copy in that type.
+        self.grad_bias[: self.rows] += (slope.new_ones(1, len(slope)) @ slope)[0]
+
+    def scaled(self, scale: torch.Tensor) -> list[torch.Tensor]:
+        """In place where the type allows it; in fp32 and rounded once, as a rounded scale would change with the split
+        of a batch."""
+        grads = zip((self.grad_hidden, self.grad_weight, self.grad_bias), self.types, strict=True)
+        return [
+            grad.mul_(scale) if grad.dtype == dtype == scale.dtype else (grad.to(scale.dtype) * scale).to(dtype)
+            for grad, dtype in grads
+        ]
+
+
+def _over_ranks(log_sum, of_target, greatest, state):
+    """The same figures for the whole vocabulary."""
+    if state.tensor_size == 1:
+        return log_sum, of_target, greatest
+    both = torch.stack([greatest, of_target])
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=state.tensor_group)
+    greatest, of_target = both
+    total = torch.exp(log_sum - greatest)
+    dist.all_reduce(total, group=state.tensor_group)
+    return total.log() + greatest, of_target, greatest

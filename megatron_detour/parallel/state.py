@@ -14,7 +14,8 @@ PATIENCE = timedelta(hours=1)  # ranks wait while the first one writes a checkpo
 class ParallelState:
     """Ranks of one tensor-parallel group are neighbours; data-parallel ranks are `tensor_size` apart.
 
-    Groups are None in a single process without torch.distributed.
+    Groups are None in a single process without torch.distributed. `sequence_parallel` says whether positions are
+    shared out between tensor-parallel layers; with one tensor rank there is nothing to share.
     """
 
     tensor_rank: int = 0
@@ -23,9 +24,10 @@ class ParallelState:
     data_size: int = 1
     tensor_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
+    sequence_parallel: bool = False
 
     @classmethod
-    def create(cls, tensor_size: int) -> ParallelState:
+    def create(cls, tensor_size: int, sequence_parallel: bool = False) -> ParallelState:
         """Makes the groups; every rank of an initialised torch.distributed must call it. Raises ValueError."""
         world, rank = dist.get_world_size(), dist.get_rank()
         if world % tensor_size:
@@ -34,7 +36,15 @@ class ParallelState:
         tensor_groups = [_group(range(i * tensor_size, (i + 1) * tensor_size)) for i in range(data_size)]
         data_groups = [_group(range(i, world, tensor_size)) for i in range(tensor_size)]
         data_rank, tensor_rank = divmod(rank, tensor_size)
-        return cls(tensor_rank, tensor_size, data_rank, data_size, tensor_groups[data_rank], data_groups[tensor_rank])
+        return cls(
+            tensor_rank,
+            tensor_size,
+            data_rank,
+            data_size,
+            tensor_groups[data_rank],
+            data_groups[tensor_rank],
+            sequence_parallel and tensor_size > 1,
+        )
 
     @property
     def is_first(self) -> bool:

@@ -78,7 +78,7 @@ def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=PATIENCE)
-    return ParallelState.create(config.parallel.tensor), device
+    return ParallelState.create(config.parallel.tensor, config.parallel.sequence), device
 
 
 def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[str, Any], state: ParallelState):

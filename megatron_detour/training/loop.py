@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_detour.checkpoint.state import refuse_unequal_replicas
 from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import RankBatch, Sequences, rank_batch, rank_numbers
 from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.errors import DetourError
 from megatron_detour.objectives import make
 from megatron_detour.observe.meter import memory_bytes
+from megatron_detour.parallel.shard import spec_of
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
 from megatron_detour.training.engine import set_learning_rate
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+REPLICA_STEPS = 100  # between checks of the parameters that every tensor rank holds whole
 
 
 class Trainer:
@@ -65,6 +69,9 @@ class Trainer:
             if self.validate and (step.ends_phase or _passes(self.config.validation.every, step, self.plan)):
                 figures |= self.validate(self.engine.module)
             self.record(figures)
+            if step.number % REPLICA_STEPS == 0:
+                whole = {name: p for name, p in self.engine.module.named_parameters() if spec_of(p) is None}
+                refuse_unequal_replicas(whole, self.state)
             if step.ends_phase or _passes(self.config.checkpoint.every, step, self.plan):
                 self.save(step)
 
@@ -77,10 +84,9 @@ class Trainer:
         set_learning_rate(self.engine, step.learning_rate)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, micro_batch in enumerate(batch.micro_batches, start=1):
-            micro = micro_batch.to(self.device)
-            out = self.engine(micro.input_ids, micro.labels, micro.positions, micro.lengths, micro.causal)
+            out = self.engine(*micro_batch.to(self.device).arguments)
             self.engine.backward(out.loss * scale)
-            loss_sum += out.loss.detach().double()
+            loss_sum += out.cross_entropy.double()
             if number == len(batch.micro_batches):
                 dist.all_reduce(loss_sum, group=self.state.data_group)
                 loss = self._finite("loss", float(loss_sum) / max(labelled, 1), step)

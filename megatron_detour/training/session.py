@@ -23,6 +23,7 @@ from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
+from megatron_detour.training.compute import Choice, choose_compute, training_dtype
 from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
 from megatron_detour.training.folder import add_session, take
 from megatron_detour.training.loop import Trainer
@@ -39,8 +40,10 @@ def run_session(config: RunConfig, plan: Plan, folder: Path) -> None:
     start = StartModel.of(config)
     sequences = Sequences(config.data.corpora, config.data.sequence_length, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
-    session = Session(config, plan, folder, start, sequences, state, device)
-    session.train(create_engine(ModernBert(start.shape, state), config, deepspeed_config, state))
+    choice = choose_compute(config, start.shape.head_dim, device, training_dtype(deepspeed_config))
+    session = Session(config, plan, folder, start, sequences, state, device, choice)
+    model = ModernBert(start.shape, state, choice.compute, config.z_loss)
+    session.train(create_engine(model, config, deepspeed_config, state))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -55,8 +58,9 @@ class Session:
         sequences: Sequences,
         state: ParallelState,
         device: torch.device,
+        choice: Choice,
     ) -> None:
-        self.config, self.plan, self.folder, self.start = config, plan, folder, start
+        self.config, self.plan, self.folder, self.start, self.choice = config, plan, folder, start, choice
         self.sequences, self.state, self.device = sequences, state, device
         self.checkpoints = folder / "checkpoints"
         self.validation = None
@@ -201,7 +205,11 @@ class Session:
             "tensor_parallel": self.state.tensor_size,
             "device": meter.device_name(self.device),
             "host_cores": meter.host_cores(),
+            "attention": self.choice.attention,
+            "kernels": self.choice.kernels,
+            "recompute": self.choice.compute.recompute,
         }
+        self._say(str(self.choice))
         validation = self.validation
         weights = [corpus.weight for corpus in self.config.data.corpora]
         sizes = engine.module.full_sizes().values()

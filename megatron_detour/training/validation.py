@@ -42,9 +42,8 @@ class Validation:
         mine = range(self.state.data_rank, self.count, self.state.data_size)
         for first in range(0, len(mine), self.micro):
             batch, _ = micro_batch_of(self.sequences, mine[first : first + self.micro], objective, self.seed)
-            batch = batch.to(self.device)
-            out = model(batch.input_ids, batch.labels, batch.positions, batch.lengths, batch.causal)
-            totals += torch.stack([out.loss.double(), out.right.double(), totals.new_tensor(out.labelled)])
+            out = model(*batch.to(self.device).arguments)
+            totals += torch.stack([out.cross_entropy.double(), out.right.double(), totals.new_tensor(out.labelled)])
         dist.all_reduce(totals, group=self.state.data_group)
         loss, right, labelled = totals.tolist()
         return loss / max(labelled, 1), right / max(labelled, 1)

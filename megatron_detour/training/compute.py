@@ -1,0 +1,40 @@
+"""What this machine offers and the run file asks for, as the model's Compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_detour.config import RunConfig
+from megatron_detour.kernels.choose import choose_kernels
+from megatron_detour.model.backends import choose_attention
+from megatron_detour.model.modernbert import Compute
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The compute of a run with the names of its parts, and why faster ones were passed over."""
+
+    compute: Compute
+    attention: str
+    kernels: str
+    passed_over: list[str]
+
+    def __str__(self) -> str:
+        chosen = f"attention {self.attention}, kernels {self.kernels}, recompute {self.compute.recompute}"
+        return "\n  passed over: ".join([chosen, *self.passed_over])
+
+
+def choose_compute(config: RunConfig, head_dim: int, device: torch.device, dtype: torch.dtype) -> Choice:
+    """Raises DetourError when what the run file names is not there or computes something else here."""
+    attention, function, passed_over = choose_attention(config.compute.attention, device, dtype, head_dim)
+    kernels, implementations, fault = choose_kernels(config.compute.kernels, device, dtype)
+    compute = Compute(function, implementations, config.compute.recompute)
+    return Choice(compute, attention, kernels, [*passed_over, *([fault] if fault else [])])
+
+
+def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
+    """The type that weights and activations have under this DeepSpeed file."""
+    return torch.bfloat16 if deepspeed_config.get("bf16", {}).get("enabled") else torch.float32
