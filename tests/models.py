@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megatron_detour.data.batches import MicroBatch, positions_of
-from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.model.modernbert import Compute, ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.loss import LossSum
 from megatron_detour.parallel.shard import cut, spec_of
@@ -30,15 +30,21 @@ CONFIG = {
 
 
 def tiny(
-    state: ParallelState | None = None, dtype: torch.dtype = torch.float32, seed: int = 3, **changes
+    state: ParallelState | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 3,
+    compute: Compute | None = None,
+    z_loss: float = 0.0,
+    scale: float = 5.0,
+    **changes,
 ) -> ModernBert:
     """A fresh tiny model with weights large enough to matter, the same for every tensor-parallel size."""
     state = state or ParallelState()
-    model = ModernBert(Shape.of(CONFIG | changes, "tests"), state).to(dtype)
+    model = ModernBert(Shape.of(CONFIG | changes, "tests"), state, compute, z_loss).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             full = model.initial_weight(name, seed).to(dtype)
-            full = full * 5 + (0.1 * torch.sin(torch.arange(full.numel()).view_as(full)) if full.dim() == 1 else 0)
+            full = full * scale + (0.1 * torch.sin(torch.arange(full.numel()).view_as(full)) if full.dim() == 1 else 0)
             parameter.copy_(cut(full, spec_of(parameter), state.tensor_rank, state.tensor_size))
     return model
 
@@ -52,6 +58,19 @@ def microbatch(lengths: tuple[int, ...], causal: bool, labelled: float = 0.5, se
     labels = generator.integers(3, CONFIG["vocab_size"], len(where))
     ids, positions, where, labels = (torch.from_numpy(x) for x in (ids, positions_of(np.array(lengths)), where, labels))
     return MicroBatch(ids, positions, lengths, causal, where, labels)
+
+
+def together(batches: list[MicroBatch]) -> MicroBatch:
+    """One microbatch after the other as one."""
+    starts = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])
+    return MicroBatch(
+        torch.cat([batch.input_ids for batch in batches]),
+        torch.cat([batch.positions for batch in batches]),
+        tuple(length for batch in batches for length in batch.lengths),
+        batches[0].causal,
+        torch.cat([batch.labelled + int(start) for batch, start in zip(batches, starts, strict=False)]),
+        torch.cat([batch.labels for batch in batches]),
+    )
 
 
 def loss_of(model: ModernBert, batch: MicroBatch) -> LossSum:

@@ -51,9 +51,8 @@ class MicroBatch:
     labels: torch.Tensor  # [L]
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(
-            *(v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in self.arguments)
-        )
+        move = {"device": device, "non_blocking": True}
+        return MicroBatch(*(v.to(**move) if isinstance(v, torch.Tensor) else v for v in self.arguments))
 
     @property
     def arguments(self) -> tuple:

@@ -86,7 +86,7 @@ def check(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
             difference = float((mine.detach().float() - reference).abs().max() / reference.detach().abs().max())
             if not difference <= allowed:
                 raise DetourError(
-                    f"compute.kernels: {field.name} differs from its plain form by {difference:.1e} of the greatest value"
+                    f"compute.kernels: {field.name} is {difference:.1e} of the greatest value away from its plain form"
                 )
 
 

@@ -116,7 +116,7 @@ def _blocks(x: torch.Tensor, size: int, fill: int = 0) -> torch.Tensor:
 
 
 def _around(blocks: torch.Tensor, causal: bool, fill: int = 0) -> torch.Tensor:
-    """[blocks, size, ...] -> each with the block before it and, unless causal, the one after: [blocks, 2 or 3 size, ...]."""
+    """[blocks, size, ...] -> [blocks, 2 or 3 size, ...]: a block, the one before and, unless causal, after."""
     edge = torch.full_like(blocks[:1], fill)
     before = torch.cat([edge, blocks[:-1]])
     if causal:

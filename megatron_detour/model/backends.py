@@ -75,10 +75,8 @@ def choose_attention(
     Raises DetourError when the one that was asked for is not there or computes something else.
     """
     passed_over = []
-    if name == "auto":
-        candidates = list(FLASH) if device.type == "cuda" else []
-    else:
-        candidates = [] if name == "sdpa" else [name]
+    available = list(FLASH) if device.type == "cuda" else []
+    candidates = {"auto": available, "sdpa": []}.get(name, [name])
     for candidate in candidates:
         try:
             function = _load(candidate, device, dtype)

@@ -72,7 +72,7 @@ def copy_to_tensor_parallel(x: torch.Tensor, state: ParallelState) -> torch.Tens
 
 
 def reduce_from_tensor_parallel(x: torch.Tensor, state: ParallelState) -> torch.Tensor:
-    """Leaves the parallel region: partial sums [T, ...] become their sum, whole or (sequence parallelism) [T / n, ...]."""
+    """Leaves the parallel region: partial sums [T, ...] become their sum, or a share of it [T / n, ...]."""
     if state.tensor_size == 1:
         return x
     return (_ReduceScatter if state.sequence_parallel else _Reduce).apply(x, state)

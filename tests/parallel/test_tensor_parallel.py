@@ -2,53 +2,103 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from megatron_detour.model.modernbert import Compute
 from megatron_detour.parallel.shard import ShardSpec, cut, join, spec_of
+from megatron_detour.parallel.state import ParallelState
 from tests.harness import run_ranks, start_gloo
 from tests.models import loss_of, microbatch, tiny
 
+CASES = [  # vocabulary, causal, recompute, z-loss
+    *itertools.product([50_368, 32_768, 301], [False, True], ["none"], [0.0]),
+    (301, False, "selective", 1e-2),
+    (304, True, "full", 1e-2),
+]
+LENGTHS = (30, 49, 1)  # 80 positions
 
-def loss_and_gradients(vocabulary: int, causal: bool):
-    """On every rank: the loss and the full gradient of each parameter, joined from all ranks."""
+
+def compare_with_one_rank() -> int:
+    """On every rank: the function of all ranks together against that of one; the number of cases compared."""
+    import torch.distributed as dist
+
+    start_gloo()
+    for sequence in (False, True):
+        state = ParallelState.create(dist.get_world_size(), sequence)
+        assert state.sequence_parallel == sequence
+        for vocabulary, causal, recompute, z_loss in CASES:
+            _compare(state, causal, z_loss, recompute, vocabulary)
+    return 2 * len(CASES)
+
+
+def _compare(state: ParallelState, causal: bool, z_loss: float, recompute: str, vocabulary: int) -> None:
+    import torch.distributed as dist
+
+    batch = microbatch(LENGTHS, causal)
+    reference = tiny(dtype=torch.float64, z_loss=z_loss, vocab_size=vocabulary)
+    expected = loss_of(reference, batch)
+    expected.loss.backward()
+    model = tiny(state, torch.float64, compute=Compute(recompute=recompute), z_loss=z_loss, vocab_size=vocabulary)
+    logits = model.logits(batch.input_ids, batch.positions, batch.lengths, causal)[:, : model.decoder.bias.numel()]
+    rows = [torch.empty_like(logits) for _ in range(state.tensor_size)]
+    dist.all_gather(rows, logits.detach().contiguous())
+    whole = torch.cat(rows, 1)[:, :vocabulary]
+    torch.testing.assert_close(
+        whole, reference.logits(batch.input_ids, batch.positions, batch.lengths, causal), rtol=1e-10, atol=1e-10
+    )
+    found = loss_of(model, batch)
+    found.loss.backward()
+    for kind in ("loss", "cross_entropy", "right"):
+        torch.testing.assert_close(getattr(found, kind), getattr(expected, kind), rtol=1e-10, atol=0, msg=kind)
+    for (name, parameter), whole in zip(model.named_parameters(), reference.parameters(), strict=True):
+        shards = [torch.empty_like(parameter.grad) for _ in range(state.tensor_size)]
+        dist.all_gather(shards, parameter.grad)
+        spec = spec_of(parameter)
+        for copy in [join(shards, spec)] if spec else shards:
+            torch.testing.assert_close(copy, whole.grad, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_outputs_loss_and_gradients_agree(tmp_path, ranks):
+    results = run_ranks(ranks, "tests.parallel.test_tensor_parallel:compare_with_one_rank", tmp_path)
+    assert results == [2 * len(CASES)] * ranks
+
+
+def find_unequal_replicas() -> list[list[str]]:
     import torch.distributed as dist
 
     from megatron_detour.parallel.replicas import unequal_replicas
-    from megatron_detour.parallel.state import ParallelState
 
     start_gloo()
     state = ParallelState.create(dist.get_world_size())
-    model = tiny(state, torch.float64, vocab_size=vocabulary)
-    out = loss_of(model, microbatch((30, 50), causal))
-    out.loss.backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        shards = [torch.empty_like(parameter.grad) for _ in range(state.tensor_size)]
-        dist.all_gather(shards, parameter.grad)
-        gradients[name] = join(shards if spec_of(parameter) else shards[:1], spec_of(parameter))
-    replicated = {name: p.detach() for name, p in model.named_parameters() if spec_of(p) is None}
-    assert unequal_replicas(replicated, state) == []
-    replicated["head.norm.weight"][3] += 1e-15 * state.tensor_rank
-    assert unequal_replicas(replicated, state) == ["head.norm.weight"]
-    return out.loss.item(), int(out.right), gradients
+    replicated = {name: p.detach() for name, p in tiny(state).named_parameters() if spec_of(p) is None}
+    before = unequal_replicas(replicated, state)
+    value = replicated["head.norm.weight"]
+    if state.tensor_rank == 1:
+        value[3] = torch.nextafter(value[3], torch.tensor(2.0))
+    return [before, unequal_replicas(replicated, state)]
 
 
-@pytest.mark.parametrize("vocabulary", [301, 304])
-@pytest.mark.parametrize("causal", [False, True])
-def test_loss_and_gradients_agree(tmp_path, vocabulary, causal):
-    model = tiny(dtype=torch.float64, vocab_size=vocabulary)
-    out = loss_of(model, microbatch((30, 50), causal))
-    out.loss.backward()
-    for ranks in (2, 4):
-        results = run_ranks(
-            ranks, "tests.parallel.test_tensor_parallel:loss_and_gradients", tmp_path / str(ranks), vocabulary, causal
-        )
-        for loss, right, gradients in results:
-            assert loss == pytest.approx(out.loss.item(), rel=1e-10)
-            assert right == int(out.right)
-            for name, parameter in model.named_parameters():
-                torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-10, msg=name)
+def test_copies_that_differ_by_a_bit_are_found(tmp_path):
+    results = run_ranks(2, "tests.parallel.test_tensor_parallel:find_unequal_replicas", tmp_path)
+    assert results == [[[], ["head.norm.weight"]]] * 2
+
+
+def uneven_share() -> str:
+    from megatron_detour.parallel.collectives import start_reduce_scatter
+
+    start_gloo()
+    with pytest.raises(ValueError) as fault:
+        start_reduce_scatter(torch.zeros(5, 2), ParallelState.create(2, sequence_parallel=True))
+    return str(fault.value)
+
+
+def test_positions_that_cannot_be_shared_out_are_refused(tmp_path):
+    told = run_ranks(2, "tests.parallel.test_tensor_parallel:uneven_share", tmp_path)
+    assert told == ["5 positions do not divide into shares for 2 tensor ranks"] * 2
 
 
 @pytest.mark.parametrize("spec", [ShardSpec(0, 12, 3), ShardSpec(1, 8, 2), ShardSpec(0, 7), ShardSpec(0, 301), None])

@@ -9,51 +9,57 @@ import pytest
 import torch
 
 from megatron_detour.config import from_dict
+from megatron_detour.data.batches import MicroBatch
 from tests.harness import ROOT, run_ranks
-from tests.models import loss_of, microbatch, tiny
+from tests.models import loss_of, microbatch, tiny, together
 
-LEARNING_RATE, STEPS = 1e-3, 3
+LEARNING_RATE, STEPS = 2e-4, 3  # the recipe's peak
 MICROBATCHES = [((30, 20), 0.5), ((50,), 0.0), ((11, 39), 0.3), ((50,), 0.9)]  # (lengths, share labelled) of a step
 
 
-def run_config(tensor: int):
+def run_config(tensor: int, sequence: bool, micro: int):
     return from_dict(
         {
             "name": "zero2",
             "folder": "unused",
             "model": {"config": {}, "tokenizer": "unused"},
             "data": {"corpora": [{"prefix": "unused"}], "sequence_length": 50},
-            "batch": {"sequences": len(MICROBATCHES)},
+            "batch": {"sequences": len(MICROBATCHES), "micro_sequences": micro},
             "phases": [{"name": "a", "objective": "clm", "tokens": 200, "learning_rate": {"peak": 1.0}}],
             "deepspeed": str(ROOT / "ds_configs" / "zero2_fp32_cpu.json"),
-            "parallel": {"tensor": tensor},
+            "parallel": {"tensor": tensor, "sequence": sequence},
             "optimizer": {"clip": 1.0, "weight_decay": 0.1},
         }
     )
 
 
-def microbatches(step: int):
+def microbatches(step: int) -> list[MicroBatch]:
+    """Of 50 positions each."""
     return [
         microbatch(lengths, causal=step % 2 == 1, labelled=labelled, seed=10 * step + i)
         for i, (lengths, labelled) in enumerate(MICROBATCHES)
     ]
 
 
-def zero2_steps(tensor: int, folder: str):
-    """On every rank: norms of the steps and the full weights and moments (first rank), through the project's engine."""
-    from megatron_detour.checkpoint.state import gather, scatter
+def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
+    """On every rank, through the project's engine: norms of the steps, and (first rank) the full state after the first
+    and after the last one."""
+    from megatron_detour.checkpoint.state import gather, refuse_unequal_replicas, scatter
+    from megatron_detour.parallel.shard import spec_of
     from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
 
-    config = run_config(tensor)
+    config = run_config(tensor, sequence, micro)
     state, _ = start_distributed(config)
     model = tiny(state)
     reference = dict(tiny().named_parameters())
     engine = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)
     scatter(engine, state, lambda name: reference[name].detach())
-    norms = []
-    for step in range(STEPS):
+    whole = {name: p for name, p in model.named_parameters() if spec_of(p) is None}
+    norms, first = [], None
+    for step in range(steps):
         batches = microbatches(step)
         labelled = sum(len(b.labels) for b in batches)
+        batches = [together(batches[i : i + micro]) for i in range(0, len(batches), micro)]
         share = len(batches) // state.data_size
         mine = batches[state.data_rank * share : (state.data_rank + 1) * share]
         for group in engine.optimizer.param_groups:
@@ -62,17 +68,21 @@ def zero2_steps(tensor: int, folder: str):
             engine.backward(loss_of(engine, batch).loss * state.data_size * share / labelled)
             engine.step()
         norms.append(float(engine.get_global_grad_norm()))
-    return norms, gather(engine, state)
+        refuse_unequal_replicas(whole, state)
+        if step == 0:
+            first = gather(engine, state)
+    return norms, first, gather(engine, state)
 
 
-def plain_steps():
+def plain_steps(steps: int):
+    """Norms, weights after the first step, and weights and Adam's states after the last."""
     model = tiny()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6)
-    norms = []
-    for step in range(STEPS):
+    norms, first = [], None
+    for step in range(steps):
         batches = microbatches(step)
         labelled = sum(len(b.labels) for b in batches)
         for batch in batches:
@@ -80,18 +90,35 @@ def plain_steps():
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
         optimizer.zero_grad()
+        first = first or {name: p.detach().clone() for name, p in model.named_parameters()}
     states = {name: optimizer.state[p] for name, p in model.named_parameters()}
-    return norms, dict(model.named_parameters()), states
+    return norms, first, dict(model.named_parameters()), states
 
 
-@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (2, 1), (2, 2), (4, 2)])
-def test_steps_equal_plain_torch(tmp_path, ranks, tensor):
-    norms, weights, states = plain_steps()
+SPLITS = [  # ranks, tensor-parallel size, sequence parallelism, sequences in a microbatch
+    (1, 1, False, 1),
+    (1, 1, False, 4),
+    (2, 1, False, 2),
+    (4, 1, False, 1),  # one rank without a label
+    (2, 2, False, 1),
+    (2, 2, True, 2),
+    (4, 2, False, 1),
+    (4, 2, True, 2),
+]
+
+
+@pytest.mark.parametrize(("ranks", "tensor", "sequence", "micro"), SPLITS)
+def test_steps_equal_plain_torch_for_every_split(tmp_path, ranks, tensor, sequence, micro):
+    norms, first, weights, states = plain_steps(STEPS)
     assert min(norms) > 1.0  # clipping is active
-    results = run_ranks(ranks, "tests.training.test_zero2:zero2_steps", tmp_path, tensor, str(tmp_path))
-    for rank_norms, _ in results:
+    results = run_ranks(ranks, "tests.training.test_zero2:zero2_steps", tmp_path, tensor, sequence, micro, STEPS)
+    for rank_norms, *_ in results:
         assert rank_norms == pytest.approx(norms, rel=1e-5)
-    training = results[0][1]
+    for name, weight in first.items():
+        torch.testing.assert_close(
+            results[0][1].weights[name], weight, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    training = results[0][2]
     assert training.adam_steps == STEPS
     assert training.weights.keys() == weights.keys()
     for name, weight in weights.items():
@@ -100,6 +127,14 @@ def test_steps_equal_plain_torch(tmp_path, ranks, tensor):
         )
         for kind, by_name in training.moments.items():
             torch.testing.assert_close(by_name[name], states[name][kind], rtol=1e-3, atol=1e-6, msg=f"{kind} {name}")
+
+
+def test_copies_stay_bit_equal_over_many_steps(tmp_path):
+    """Each rank compares its copies with the other tensor ranks' after every step."""
+    steps = 20
+    norms, *_ = plain_steps(steps)
+    for rank_norms, *_ in run_ranks(4, "tests.training.test_zero2:zero2_steps", tmp_path, 2, True, 1, steps):
+        assert rank_norms == pytest.approx(norms, rel=1e-3)
 
 
 @pytest.mark.parametrize(

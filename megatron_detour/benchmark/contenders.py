@@ -1,0 +1,180 @@
+"""Who is measured: this project's model, and transformers' as its users run it and at its best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_detour.benchmark.workload import Document, Workload
+from megatron_detour.data.batches import MicroBatch, positions_of
+from megatron_detour.model.attention import AttentionPattern
+from megatron_detour.model.flops import training_flops
+from megatron_detour.model.modernbert import Compute, ModernBert
+from megatron_detour.model.shape import Shape
+from megatron_detour.objectives import IGNORE
+from megatron_detour.parallel.shard import cut, spec_of
+from megatron_detour.parallel.state import ParallelState
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`passes` run forward and backward over a microbatch each; together they see every document once."""
+
+    name: str
+    passes: list[Callable[[], None]]
+    parameters: list[torch.nn.Parameter]
+    positions: int  # that are computed, padding included
+
+    def step(self) -> None:
+        for run in self.passes:
+            run()
+
+
+def ours(
+    config: dict[str, Any], work: Workload, micro: int, compute: Compute, state: ParallelState, device, dtype
+) -> tuple[Contender, int]:
+    """This project's model on packs, padded to the sequence length as in training; and the FLOPs of a step."""
+    shape = Shape.of(config, "benchmark")
+    shape.check_tensor_parallel(state.tensor_size)
+    with torch.device(device):
+        model = ModernBert(shape, state, compute).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            full = model.initial_weight(name, seed=0)
+            parameter.copy_(cut(full, spec_of(parameter), state.tensor_rank, state.tensor_size))
+    batches = [_flat(rows, work).to(device) for rows in _groups(work.packs(), micro)]
+    labelled = sum(len(batch.labels) for batch in batches)
+
+    def run(batch: MicroBatch) -> None:
+        (model(*batch.arguments).loss / labelled).backward()
+
+    # Padding is work that training does not need: it does not count.
+    flops = sum(
+        training_flops(shape, (len(d.inputs),), work.causal, int((d.labels != IGNORE).sum())) for d in work.documents
+    )
+    passes = [lambda batch=batch: run(batch) for batch in batches]
+    positions = sum(len(batch.input_ids) for batch in batches)
+    return Contender("megatron_detour", passes, list(model.parameters()), positions), flops
+
+
+def transformers_padded(config: dict[str, Any], work: Workload, batch: int, attention: str, device, dtype) -> Contender:
+    """Batches of documents as they come, padded to the longest of each: what its users' data collators make."""
+    model = _peer(config, work.causal, attention, device, dtype)
+    passes, positions = [], 0
+    for documents in _groups(work.documents, batch):
+        longest = max(len(d.inputs) for d in documents)
+        ids = _rows([d.inputs for d in documents], longest, work.vocabulary.pad)
+        mask = _rows([np.ones_like(d.inputs) for d in documents], longest, 0)
+        labels = _peer_labels([[d] for d in documents], longest, work.causal)
+        given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        passes.append(_peer_pass(model, {k: v.to(device) for k, v in given.items()}))
+        positions += ids.numel()
+    return Contender("transformers, padded", passes, list(model.parameters()), positions)
+
+
+def transformers_packed(config: dict[str, Any], work: Workload, micro: int, attention: str, device, dtype) -> Contender:
+    """Packs with positions and masks that keep documents apart, and the head on masked positions alone.
+
+    With SDPA a mask of every pair of positions serves; with FlashAttention transformers finds the documents from the
+    positions, in one flat row.
+    """
+    flash = attention.startswith("flash")
+    model = _peer(config | {"sparse_prediction": True}, work.causal, attention, device, dtype)
+    window = Shape.of(config, "benchmark").window - (1 if work.causal else 0)  # its decoder sees one key fewer
+    passes, positions = [], 0
+    for packs in _groups(work.packs(), micro):
+        length = sum(len(d.inputs) for pack in packs for d in pack) if flash else work.sequence_length
+        rows = [[d for pack in packs for d in pack]] if flash else packs
+        lengths = [_lengths(row, length) for row in rows]
+        given = {
+            "input_ids": _rows([np.concatenate([d.inputs for d in row]) for row in rows], length, work.vocabulary.pad),
+            "position_ids": torch.from_numpy(np.stack([positions_of(np.array(row)) for row in lengths])),
+            "labels": _peer_labels(rows, length, work.causal),
+        }
+        if not flash:
+            given["attention_mask"] = {
+                "full_attention": _masks(lengths, work.causal, None),
+                "sliding_attention": _masks(lengths, work.causal, window),
+            }
+        passes.append(_peer_pass(model, _moved(given, device)))
+        positions += given["input_ids"].numel()
+    return Contender("transformers, packed", passes, list(model.parameters()), positions)
+
+
+def _peer(config: dict[str, Any], causal: bool, attention: str, device, dtype) -> torch.nn.Module:
+    from transformers import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+    from transformers import ModernBertForMaskedLM as MaskedModel
+
+    given = {key: value for key, value in config.items() if key != "model_type"}
+    torch.manual_seed(0)
+    if causal:
+        given.pop("sparse_prediction", None)
+        chosen = ModernBertDecoderConfig(**given, attn_implementation=attention)
+        model = ModernBertDecoderForCausalLM(chosen)
+    else:
+        model = MaskedModel(ModernBertConfig(**given, attn_implementation=attention))
+    return model.to(device, dtype).train()
+
+
+def _peer_pass(model: torch.nn.Module, given: dict[str, Any]) -> Callable[[], None]:
+    def run() -> None:
+        model(**given).loss.backward()
+
+    return run
+
+
+def _peer_labels(rows: list[list[Document]], length: int, causal: bool) -> torch.Tensor:
+    """transformers' causal models shift the labels themselves: the label of a document's first token is none."""
+    labels = []
+    for row in rows:
+        arrays = [np.concatenate([[IGNORE], d.labels[:-1]]) if causal else d.labels for d in row]
+        labels.append(np.concatenate(arrays))
+    return _rows(labels, length, IGNORE)
+
+
+def _flat(packs: list[list[Document]], work: Workload) -> MicroBatch:
+    inputs, labels, lengths = [], [], []
+    for pack in packs:
+        lengths += _lengths(pack, work.sequence_length)
+        missing = work.sequence_length - sum(len(d.inputs) for d in pack)
+        inputs += [*(d.inputs for d in pack), np.full(missing, work.vocabulary.pad)]
+        labels += [*(d.labels for d in pack), np.full(missing, IGNORE)]
+    inputs, labels = np.concatenate(inputs), np.concatenate(labels)
+    where = np.flatnonzero(labels != IGNORE)
+    positions = positions_of(np.array(lengths))
+    ids, positions, where, labels = (torch.from_numpy(x) for x in (inputs, positions, where, labels[where]))
+    return MicroBatch(ids, positions, tuple(lengths), work.causal, where, labels)
+
+
+def _lengths(row: list[Document], length: int) -> list[int]:
+    """Of the documents of a row, the last one being padding."""
+    lengths = [len(document.inputs) for document in row]
+    missing = length - sum(lengths)
+    return [*lengths, missing] if missing else lengths
+
+
+def _masks(lengths: list[list[int]], causal: bool, window: int | None) -> torch.Tensor:
+    """Who sees whom, bool [rows, 1, T, T]."""
+    cpu = torch.device("cpu")
+    return torch.stack([AttentionPattern(tuple(row), causal, window, cpu).visible()[None] for row in lengths])
+
+
+def _rows(arrays: list[np.ndarray], length: int, fill: int) -> torch.Tensor:
+    rows = np.full((len(arrays), length), fill, dtype=np.int64)
+    for row, array in zip(rows, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(rows)
+
+
+def _groups(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value.to(device)

@@ -1,0 +1,237 @@
+"""The Triton kernels against their plain forms, and which of both a run uses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from megatron_detour import config
+from megatron_detour.errors import DetourError
+from megatron_detour.kernels import choose
+from megatron_detour.kernels.choose import PLAIN, Kernels, check, choose_kernels, load_triton
+from tests.harness import ROOT, environment
+from tests.kernels.compare import SHAPES, TYPES, Comparison
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NAMES = [field.name for field in fields(Kernels)]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def in_fp32(kernel):
+    """As the fused kernels compute: rounded at the end alone."""
+
+    @functools.wraps(kernel)
+    def accurate(*arguments):
+        dtype = arguments[0].dtype
+        out = kernel(*(x.float() if isinstance(x, torch.Tensor) else x for x in arguments))
+        return tuple(x.to(dtype) for x in out) if isinstance(out, tuple) else out.to(dtype)
+
+    return accurate
+
+
+# On a CPU torch sums a norm's bf16 gradients in bf16, which is more than the check lets pass.
+RIGHT = replace(PLAIN, layer_norm=in_fp32(PLAIN.layer_norm), add_layer_norm=in_fp32(PLAIN.add_layer_norm))
+
+
+def printed_by(module: str, *arguments: str, **changes: str) -> dict:
+    variables = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"} | changes
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def interpreted() -> dict[str, list[str]]:
+    return printed_by("tests.kernels.compare", TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_computes_what_its_plain_form_does(name, dtype):
+    expected = [f"{shape}: equal" for shape in SHAPES[name]]
+    if name == "softmax_":
+        expected += ["extremes 301: equal", "extremes 5003: equal"]
+    assert interpreted()[f"{name} {dtype}"] == expected
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_kernels_pass_the_check_before_use(dtype):
+    assert interpreted()[f"check {dtype}"] == ["equal"]
+
+
+# ModernBERT-base's sizes and ones that divide by nothing: T, E, I, H, V.
+@pytest.mark.parametrize("sizes", [(32, 768, 1152, 12, 50_368), (1, 96, 33, 1, 301)], ids=["base", "odd"])
+def test_every_kernel_compiles_for_gpus(sizes, tmp_path):
+    compiled = printed_by("tests.kernels.compile_all", *map(str, sizes), TRITON_CACHE_DIR=str(tmp_path))
+    assert list(compiled) == ["sm_80 fp32", "sm_80 bf16", "sm_90 fp32", "sm_90 bf16"]
+    # Norm, sum and norm, gated unit: each way. Then rotation and its inverse, and the softmax.
+    launched = [*["_forward", "_backward"] * 3, "_turn", "_turn", "_softmax"]
+    for target, kernels in compiled.items():
+        assert [name for name, _ in kernels] == launched, target
+        assert all(size > 0 for _, size in kernels), target
+
+
+def test_the_run_file_knows_the_names():
+    assert config.KERNELS == choose.NAMES
+
+
+@pytest.mark.parametrize("name", ["plain", "auto"])
+def test_a_cpu_gets_the_plain_kernels(name):
+    assert choose_kernels(name, CPU, torch.bfloat16) == ("plain", PLAIN, None)
+
+
+def test_plain_is_plain_on_a_gpu_too(monkeypatch):
+    monkeypatch.setattr(choose, "triton_kernels", lambda device: pytest.fail("asked for Triton"))
+    assert choose_kernels("plain", CUDA, torch.bfloat16) == ("plain", PLAIN, None)
+
+
+def test_triton_on_a_cpu_is_refused():
+    with pytest.raises(DetourError, match=r"^compute\.kernels: triton needs a GPU; use auto or plain$"):
+        choose_kernels("triton", CPU, torch.bfloat16)
+
+
+def test_triton_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DetourError, match="triton is not installed"):
+        choose_kernels("triton", CUDA, torch.bfloat16)
+    name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16)
+    assert (name, kernels) == ("plain", PLAIN) and "not installed" in fault
+
+
+@pytest.mark.parametrize("name", ["auto", "triton"])
+def test_kernels_that_pass_the_check_are_used(monkeypatch, name):
+    checked = []
+    monkeypatch.setattr(choose, "triton_kernels", lambda device: RIGHT)
+    monkeypatch.setattr(choose, "check", lambda *arguments: checked.append(arguments))
+    assert choose_kernels(name, CUDA, torch.bfloat16) == ("triton", RIGHT, None)
+    assert checked == [(RIGHT, CUDA, torch.bfloat16)]
+
+
+def test_kernels_that_fail_the_check_are_not_used(monkeypatch):
+    wrong = replace(RIGHT, geglu=wrong_output(RIGHT.geglu))
+    monkeypatch.setattr(choose, "triton_kernels", lambda device: wrong)
+    monkeypatch.setattr(choose, "check", lambda kernels, device, dtype: check(kernels, CPU, dtype))
+    name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16)
+    assert (name, kernels) == ("plain", PLAIN)
+    assert fault.startswith("compute.kernels: geglu")
+    with pytest.raises(DetourError, match=r"^compute\.kernels: geglu"):
+        choose_kernels("triton", CUDA, torch.bfloat16)
+
+
+def wrong_output(kernel):
+    """Off by 5 % in a single column of what the kernel returns, or writes where it returns row sums."""
+
+    @functools.wraps(kernel)
+    def wrong(*arguments):
+        out = kernel(*arguments)
+        last = out[-1] if isinstance(out, tuple) else out
+        worst = last if last.dim() == 2 else arguments[0]
+        factor = torch.ones_like(worst)
+        factor[:, worst.detach().abs().amax(0).argmax()] = 1.05
+        if last.dim() == 1:
+            arguments[0].mul_(factor)
+            return out
+        return (*out[:-1], last * factor) if isinstance(out, tuple) else last * factor
+
+    return wrong
+
+
+def wrong_gradient(kernel):
+    @functools.wraps(kernel)
+    def wrong(*arguments):
+        out = kernel(*arguments)
+        last = out[-1] if isinstance(out, tuple) else out
+        if last.requires_grad:
+            last.register_hook(lambda gradient: gradient * 1.05)
+        return out
+
+    return wrong
+
+
+def wrong_sums(kernel):
+    """Right probabilities, but for their log-sum-exp."""
+
+    @functools.wraps(kernel)
+    def wrong(logits, bias):
+        log_sum, greatest = kernel(logits, bias)
+        return log_sum * 1.05, greatest
+
+    return wrong
+
+
+def not_a_number(kernel):
+    @functools.wraps(kernel)
+    def wrong(*arguments):
+        out = kernel(*arguments)
+        return tuple(x * float("nan") for x in out) if isinstance(out, tuple) else out * float("nan")
+
+    return wrong
+
+
+def failing(kernel):
+    @functools.wraps(kernel)
+    def wrong(*arguments):
+        raise RuntimeError("no such instruction")
+
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+def test_right_kernels_pass_the_check(dtype):
+    check(RIGHT, CPU, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spoil", [wrong_output, wrong_gradient, not_a_number, failing])
+def test_the_check_names_the_kernel_that_is_wrong(name, spoil, dtype):
+    if name == "softmax_" and spoil is wrong_gradient:  # it has none
+        spoil = wrong_sums
+    told = "fails on this device: no such instruction" if spoil is failing else "plain form"
+    with pytest.raises(DetourError, match=rf"^compute\.kernels: {name} .*{told}"):
+        check(replace(RIGHT, **{name: spoil(getattr(RIGHT, name))}), CPU, dtype)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+def test_the_kernels_pass_the_check_on_a_gpu(dtype):
+    check(load_triton(), CUDA, dtype)
+    assert choose_kernels("auto", CUDA, dtype)[0] == "triton"
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("layer_norm", (8_192, 768)),
+        ("layer_norm", (4_099, 1024)),
+        ("add_layer_norm", (8_192, 768)),
+        ("add_layer_norm", (4_099, 1024)),
+        ("geglu", (8_192, 1152)),
+        ("geglu", (4_099, 2624)),
+        ("rotate_", (8_192, 12, 64)),
+        ("rotate_", (4_099, 16, 64)),
+        ("softmax_", (2_048, 50_368)),
+        ("softmax_", (1_023, 32_005)),
+    ],
+)
+def test_sizes_of_real_models_on_a_gpu(name, shape):
+    # A GPU rounds to the nearest, and what it rounds is off by its fp32 arithmetic.
+    comparison = Comparison(getattr(load_triton(), name), torch.bfloat16, "cuda", rounding=1.01 * 2**-8)
+    getattr(comparison, name)(*shape)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+def test_extreme_logits_on_a_gpu(dtype):
+    Comparison(load_triton().softmax_, dtype, "cuda").extreme_softmax_(50_368)
