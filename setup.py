@@ -35,6 +35,14 @@ setup(
         "tensorboard>=2.16",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.14",
+            # torch's CUDA builds bring the triton that fits them, which is why constraints.txt pins none; beside a CPU
+            # build it runs the fused kernels in its interpreter.
+            "triton>=3.6; platform_system == 'Linux'",
+        ],
     },
 )

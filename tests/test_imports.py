@@ -43,6 +43,10 @@ ALLOWED = {
         "evaluation data.documents errors files",
         "numpy torch safetensors transformers rich",
     ),
+    "benchmark": (
+        "benchmark data model observe parallel kernels errors files objectives",
+        "numpy torch transformers",
+    ),
     "training": (
         "training checkpoint data model observe parallel kernels config errors files objectives plan",
         "numpy torch yaml",
@@ -51,6 +55,7 @@ ALLOWED = {
 }
 # These load only when a function needs them, so that the rest of the module works fast and without them.
 LAZY = {
+    "benchmark.contenders": "transformers",
     "data.vocabulary": "tokenizers huggingface_hub",
     "data.build": "tokenizers rich",
     "checkpoint.huggingface": "tokenizers transformers",
@@ -166,7 +171,8 @@ def test_libraries_are_kept_to_their_places():
         return {place for place, (_, libraries) in ALLOWED.items() if library in libraries.split()}
 
     assert places("deepspeed") == {"training.engine", "checkpoint.state"}
-    assert places("transformers") == {"checkpoint.huggingface", "evaluation"}
+    assert places("transformers") == {"checkpoint.huggingface", "evaluation", "benchmark"}
+    assert places("triton") == {"kernels.fused"}
     assert {place for place in places("torch") if place.startswith("data")} == {"data.batches"}
     assert {place for place in places("tokenizers") if place.startswith("data")} == {
         "data.vocabulary",

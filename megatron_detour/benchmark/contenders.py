@@ -22,16 +22,17 @@ from megatron_detour.parallel.state import ParallelState
 
 @dataclass(frozen=True)
 class Contender:
-    """`passes` run forward and backward over a microbatch each; together they see every document once."""
+    """`loss` is the mean over a batch's labelled positions; the batches together hold every document once."""
 
     name: str
-    passes: list[Callable[[], None]]
-    parameters: list[torch.nn.Parameter]
+    model: torch.nn.Module
+    batches: list[Any]
+    loss: Callable[[Any], torch.Tensor]
     positions: int  # that are computed, padding included
 
     def step(self) -> None:
-        for run in self.passes:
-            run()
+        for batch in self.batches:
+            self.loss(batch).backward()
 
 
 def ours(
@@ -47,33 +48,31 @@ def ours(
             full = model.initial_weight(name, seed=0)
             parameter.copy_(cut(full, spec_of(parameter), state.tensor_rank, state.tensor_size))
     batches = [_flat(rows, work).to(device) for rows in _groups(work.packs(), micro)]
-    labelled = sum(len(batch.labels) for batch in batches)
 
-    def run(batch: MicroBatch) -> None:
-        (model(*batch.arguments).loss / labelled).backward()
+    def loss(batch: MicroBatch) -> torch.Tensor:
+        return model(*batch.arguments).loss / len(batch.labels)
 
     # Padding is work that training does not need: it does not count.
     flops = sum(
         training_flops(shape, (len(d.inputs),), work.causal, int((d.labels != IGNORE).sum())) for d in work.documents
     )
-    passes = [lambda batch=batch: run(batch) for batch in batches]
     positions = sum(len(batch.input_ids) for batch in batches)
-    return Contender("megatron_detour", passes, list(model.parameters()), positions), flops
+    return Contender("megatron_detour", model, batches, loss, positions), flops
 
 
 def transformers_padded(config: dict[str, Any], work: Workload, batch: int, attention: str, device, dtype) -> Contender:
     """Batches of documents as they come, padded to the longest of each: what its users' data collators make."""
     model = _peer(config, work.causal, attention, device, dtype)
-    passes, positions = [], 0
+    batches, positions = [], 0
     for documents in _groups(work.documents, batch):
         longest = max(len(d.inputs) for d in documents)
         ids = _rows([d.inputs for d in documents], longest, work.vocabulary.pad)
         mask = _rows([np.ones_like(d.inputs) for d in documents], longest, 0)
         labels = _peer_labels([[d] for d in documents], longest, work.causal)
         given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        passes.append(_peer_pass(model, {k: v.to(device) for k, v in given.items()}))
+        batches.append(_moved(given, device))
         positions += ids.numel()
-    return Contender("transformers, padded", passes, list(model.parameters()), positions)
+    return Contender("transformers, padded", model, batches, lambda given: model(**given).loss, positions)
 
 
 def transformers_packed(config: dict[str, Any], work: Workload, micro: int, attention: str, device, dtype) -> Contender:
@@ -85,7 +84,7 @@ def transformers_packed(config: dict[str, Any], work: Workload, micro: int, atte
     flash = attention.startswith("flash")
     model = _peer(config | {"sparse_prediction": True}, work.causal, attention, device, dtype)
     window = Shape.of(config, "benchmark").window - (1 if work.causal else 0)  # its decoder sees one key fewer
-    passes, positions = [], 0
+    batches, positions = [], 0
     for packs in _groups(work.packs(), micro):
         length = sum(len(d.inputs) for pack in packs for d in pack) if flash else work.sequence_length
         rows = [[d for pack in packs for d in pack]] if flash else packs
@@ -100,9 +99,9 @@ def transformers_packed(config: dict[str, Any], work: Workload, micro: int, atte
                 "full_attention": _masks(lengths, work.causal, None),
                 "sliding_attention": _masks(lengths, work.causal, window),
             }
-        passes.append(_peer_pass(model, _moved(given, device)))
+        batches.append(_moved(given, device))
         positions += given["input_ids"].numel()
-    return Contender("transformers, packed", passes, list(model.parameters()), positions)
+    return Contender("transformers, packed", model, batches, lambda given: model(**given).loss, positions)
 
 
 def _peer(config: dict[str, Any], causal: bool, attention: str, device, dtype) -> torch.nn.Module:
@@ -118,13 +117,6 @@ def _peer(config: dict[str, Any], causal: bool, attention: str, device, dtype) -
     else:
         model = MaskedModel(ModernBertConfig(**given, attn_implementation=attention))
     return model.to(device, dtype).train()
-
-
-def _peer_pass(model: torch.nn.Module, given: dict[str, Any]) -> Callable[[], None]:
-    def run() -> None:
-        model(**given).loss.backward()
-
-    return run
 
 
 def _peer_labels(rows: list[list[Document]], length: int, causal: bool) -> torch.Tensor:

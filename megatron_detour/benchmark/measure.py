@@ -43,7 +43,7 @@ def take_turns(contenders: list[Contender], rounds: int, device: torch.device, s
 
 
 def _step(contender: Contender, device: torch.device) -> tuple[float, int | None]:
-    for parameter in contender.parameters:
+    for parameter in contender.model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # there already, as in training
     gc.collect()
     before = _start_watching(device)
@@ -53,7 +53,7 @@ def _step(contender: Contender, device: torch.device) -> tuple[float, int | None
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     held = _most_held(device)
-    for parameter in contender.parameters:
+    for parameter in contender.model.parameters():
         parameter.grad = None
     return seconds, None if held is None or before is None else max(held - before, 0)
 

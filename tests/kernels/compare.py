@@ -11,12 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_detour.errors import DetourError
 from megatron_detour.kernels import plain
 from megatron_detour.kernels.choose import check, load_triton
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-EPS = 1e-5
+EPS = 0.1  # large enough to tell beside a variance of 4
 PROGRAMS = 8  # of the norm's backward pass in the interpreter, so that few rows suffice to give a program several
 # T and E; T and I; T, H and D; n and V. No rows at all is what the head gets of a microbatch without labels.
 SHAPES = {
@@ -193,17 +192,15 @@ def found_by_the_interpreter() -> dict[str, list[str]]:
                 cases |= {f"extremes {n}": lambda c=comparison, n=n: c.extreme_softmax_(n) for n in (301, 5003)}
             found[f"{name} {type_name}"] = [f"{case}: {outcome(compare)}" for case, compare in cases.items()]
     for type_name, dtype in TYPES.items():
-        found[f"check {type_name}"] = [
-            outcome(lambda d=dtype: check(kernels, torch.device("cpu"), d), refused=DetourError)
-        ]
+        found[f"check {type_name}"] = [outcome(lambda d=dtype: check(kernels, torch.device("cpu"), d))]
     return found
 
 
-def outcome(compare: Callable[[], None], refused: type[Exception] = AssertionError) -> str:
+def outcome(compare: Callable[[], None]) -> str:
     try:
         compare()
-    except refused as fault:
-        return str(fault)
+    except Exception as fault:  # of one kernel: the others are compared all the same
+        return f"{type(fault).__name__}: {fault}"
     return "equal"
 
 
