@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from megatron_detour.objectives import make
 
 # As of the released English ModernBERTs, where no corpus is given: the first ids are special.
 INVENTED = Vocabulary(50_368, (0, 1, 2, 3, 4), mask=0, pad=1, cls=2, sep=3, unk=4, sha256="")
+POOL = 16  # times the documents that are used
 MEDIAN_LENGTH, SPREAD = 260, 0.8  # of the log-normal lengths of invented documents: those of abstracts and paragraphs
 
 
@@ -50,31 +52,37 @@ class Workload:
 def make_workload(
     corpus: str | None, objective: str, mask_rate: float, sequence_length: int, tokens: int, full: bool, seed: int
 ) -> Workload:
-    """About `tokens` tokens, drawn from a corpus that tools/preprocess_data.py built, or invented.
+    """Documents that fill about `tokens` positions of packs, drawn from a corpus or invented. Raises DetourError.
 
-    Longer documents lose their end; `full` makes every document as long as the sequence. Raises DetourError.
+    `corpus` is a prefix that tools/preprocess_data.py wrote. Longer documents lose their end; `full` makes every
+    document as long as the sequence.
     """
     generator = np.random.default_rng(seed)
     vocabulary = Vocabulary.from_dict(read_manifest(corpus).tokenizer) if corpus else INVENTED
+    count = max(round(tokens / sequence_length), 1)
+    texts = _texts(corpus, sequence_length, full, vocabulary, generator)
+    # As many as fill packs as training does; of those packs, some.
+    pool = list(itertools.islice(texts, POOL * count * (1 if full else sequence_length // MEDIAN_LENGTH + 1)))
+    packs = best_fit_decreasing([Piece(i, 0, len(ids)) for i, ids in enumerate(pool)], sequence_length)
+    chosen = [piece.document for pack in generator.permutation(len(packs))[:count] for piece in packs[pack]]
     corruption = make(objective, mask_rate, vocabulary)
-    texts = _drawn(IndexedCorpus(corpus), sequence_length, generator) if corpus else None
-    documents, total = [], 0
-    while total < tokens:
-        if full or texts is None:
-            length = sequence_length if full else int(generator.lognormal(np.log(MEDIAN_LENGTH), SPREAD))
-            ids = _invented(min(max(length, 8), sequence_length), vocabulary, generator)
-        else:
-            ids = next(texts)
-        inputs, labels = corruption.apply(ids, np.array([len(ids)]), seed, len(documents))
-        documents.append(Document(inputs, labels))
-        total += len(ids)
+    documents = []
+    for number in sorted(chosen):
+        ids = pool[number]
+        documents.append(Document(*corruption.apply(ids, np.array([len(ids)]), seed, number)))
     return Workload(documents, sequence_length, objective, vocabulary)
 
 
-def _drawn(corpus: IndexedCorpus, sequence_length: int, generator: np.random.Generator):
+def _texts(corpus: str | None, sequence_length: int, full: bool, vocabulary: Vocabulary, generator):
+    """Token ids of documents without end, int64."""
+    source = IndexedCorpus(corpus) if corpus else None
     while True:
-        document = int(generator.integers(len(corpus)))
-        yield corpus.tokens(document, 0, min(int(corpus.lengths[document]), sequence_length)).astype(np.int64)
+        if source is not None and not full:
+            document = int(generator.integers(len(source)))
+            yield source.tokens(document, 0, min(int(source.lengths[document]), sequence_length)).astype(np.int64)
+        else:
+            length = sequence_length if full else int(generator.lognormal(np.log(MEDIAN_LENGTH), SPREAD))
+            yield _invented(min(max(length, 8), sequence_length), vocabulary, generator)
 
 
 def _invented(length: int, vocabulary: Vocabulary, generator: np.random.Generator) -> np.ndarray:
