@@ -30,7 +30,11 @@ class AttentionPattern:
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """Where each document starts and the last one ends: int32 [documents + 1]."""
-        return functional.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.device, torch.int32)
+        return (
+            functional.pad(torch.tensor(self.lengths).cumsum(0), (1, 0))
+            .to(torch.int32)
+            .to(self.device, non_blocking=True)
+        )
 
     @cached_property
     def longest(self) -> int:
@@ -39,7 +43,8 @@ class AttentionPattern:
     @cached_property
     def documents(self) -> torch.Tensor:
         """The document's number of each position, int64 [T]."""
-        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.device)
+        numbers = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        return numbers.to(self.device, non_blocking=True)
 
     @cached_property
     def bands(self) -> torch.Tensor:

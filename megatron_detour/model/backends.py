@@ -7,6 +7,7 @@ differ in what a window means and in which hardware they serve.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -15,8 +16,8 @@ from megatron_detour.errors import DetourError
 from megatron_detour.model.attention import Attention, AttentionPattern, dense_attention, sdpa_attention
 
 
-def flash_attention(varlen: Callable) -> Attention:
-    """From `flash_attn_varlen_func` of FlashAttention 2, 3 or 4."""
+def flash_attention(varlen: Callable, unlimited: int | None = -1) -> Attention:
+    """From `flash_attn_varlen_func` of FlashAttention 2, 3 or 4; `unlimited` is its word for a window without end."""
 
     def attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
         q, k, v = qkv_T3HD.unbind(1)
@@ -29,7 +30,7 @@ def flash_attention(varlen: Callable) -> Attention:
             max_seqlen_q=pattern.longest,
             max_seqlen_k=pattern.longest,
             causal=pattern.causal,
-            window_size=_window(pattern),
+            window_size=_window(pattern, unlimited),
         )
         return out[0] if isinstance(out, tuple) else out  # 4, and some releases of 3, return log-sum-exps as well
 
@@ -42,24 +43,22 @@ def varlen_attention(varlen: Callable) -> Attention:
     def attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
         q, k, v = qkv_T3HD.unbind(1)
         ends, longest = pattern.cu_seqlens, pattern.longest
-        left, right = _window(pattern)
-        if pattern.causal:
-            right = 0
-        return varlen(q, k, v, ends, ends, longest, longest, window_size=(left, right))
+        left, right = _window(pattern, -1)
+        return varlen(q, k, v, ends, ends, longest, longest, window_size=(left, 0 if pattern.causal else right))
 
     return attention
 
 
-def _window(pattern: AttentionPattern) -> tuple[int, int]:
-    """Keys to the left and right, -1 for all: FlashAttention's convention."""
+def _window(pattern: AttentionPattern, unlimited: int | None) -> tuple[int | None, int | None]:
+    """Keys to the left and right."""
     if pattern.window is None:
-        return -1, -1
+        return unlimited, unlimited
     return pattern.window, 0 if pattern.causal else pattern.window
 
 
 # In order of preference: name -> module, function, form. FlashAttention 4 is newest where it runs.
 FLASH = {
-    "flash4": ("flash_attn.cute", "flash_attn_varlen_func", flash_attention),
+    "flash4": ("flash_attn.cute", "flash_attn_varlen_func", partial(flash_attention, unlimited=None)),
     "flash3": ("flash_attn_interface", "flash_attn_varlen_func", flash_attention),
     "flash2": ("flash_attn", "flash_attn_varlen_func", flash_attention),
     "varlen": ("torch.nn.attention.varlen", "varlen_attn", varlen_attention),
@@ -98,6 +97,8 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
         return form(getattr(import_module(module), function))
     except (ImportError, AttributeError) as error:
         raise DetourError(f"compute.attention: {name} is not installed: {error}") from None
+    except Exception as error:  # a library that is there and broken
+        raise DetourError(f"compute.attention: {name} cannot be loaded: {error}") from error
 
 
 def check(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:

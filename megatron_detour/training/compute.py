@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_detour.config import RunConfig
+from megatron_detour.errors import DetourError
 from megatron_detour.kernels.choose import choose_kernels
 from megatron_detour.model.backends import choose_attention
 from megatron_detour.model.modernbert import Compute
@@ -28,9 +30,17 @@ class Choice:
 
 
 def choose_compute(config: RunConfig, head_dim: int, device: torch.device, dtype: torch.dtype) -> Choice:
-    """Raises DetourError when what the run file names is not there or computes something else here."""
+    """Every rank must call it. Raises DetourError when what the run file names is not there or computes something else
+    here, or when ranks would compute in different ways."""
     attention, function, passed_over = choose_attention(config.compute.attention, device, dtype, head_dim)
     kernels, implementations, fault = choose_kernels(config.compute.kernels, device, dtype)
+    chosen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(chosen, (attention, kernels))
+    if len(set(chosen)) > 1:
+        raise DetourError(
+            f"compute: the ranks' machines offer different things, {' and '.join(sorted(map(str, set(chosen))))}; name "
+            "compute.attention and compute.kernels in the run file"
+        )
     compute = Compute(function, implementations, config.compute.recompute)
     return Choice(compute, attention, kernels, [*passed_over, *([fault] if fault else [])])
 

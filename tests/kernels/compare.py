@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 
 from megatron_detour.kernels import plain
-from megatron_detour.kernels.choose import check, load_triton
+from megatron_detour.kernels.check import check
+from megatron_detour.kernels.choose import load_triton
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EPS = 0.1  # large enough to tell beside a variance of 4
@@ -192,7 +193,7 @@ def found_by_the_interpreter() -> dict[str, list[str]]:
                 cases |= {f"extremes {n}": lambda c=comparison, n=n: c.extreme_softmax_(n) for n in (301, 5003)}
             found[f"{name} {type_name}"] = [f"{case}: {outcome(compare)}" for case, compare in cases.items()]
     for type_name, dtype in TYPES.items():
-        found[f"check {type_name}"] = [outcome(lambda d=dtype: check(kernels, torch.device("cpu"), d))]
+        found[f"check {type_name}"] = [outcome(lambda d=dtype: check(kernels.by_name(), torch.device("cpu"), d))]
     return found
 
 

@@ -14,7 +14,8 @@ import torch
 from megatron_detour import config
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels import choose
-from megatron_detour.kernels.choose import PLAIN, Kernels, check, choose_kernels, load_triton
+from megatron_detour.kernels.check import check
+from megatron_detour.kernels.choose import PLAIN, Kernels, choose_kernels, load_triton
 from tests.harness import ROOT, environment
 from tests.kernels.compare import SHAPES, TYPES, Comparison
 
@@ -111,7 +112,7 @@ def test_kernels_that_pass_the_check_are_used(monkeypatch, name):
     monkeypatch.setattr(choose, "triton_kernels", lambda device: RIGHT)
     monkeypatch.setattr(choose, "check", lambda *arguments: checked.append(arguments))
     assert choose_kernels(name, CUDA, torch.bfloat16) == ("triton", RIGHT, None)
-    assert checked == [(RIGHT, CUDA, torch.bfloat16)]
+    assert checked == [(RIGHT.by_name(), CUDA, torch.bfloat16)]
 
 
 def test_kernels_that_fail_the_check_are_not_used(monkeypatch):
@@ -155,6 +156,18 @@ def wrong_gradient(kernel):
     return wrong
 
 
+def gradient_of_the_first_row(kernel):
+    @functools.wraps(kernel)
+    def wrong(*arguments):
+        out = kernel(*arguments)
+        last = out[-1] if isinstance(out, tuple) else out
+        if last.requires_grad:
+            last.register_hook(lambda gradient: gradient[:1].expand_as(gradient))
+        return out
+
+    return wrong
+
+
 def wrong_sums(kernel):
     """Right probabilities, but for their log-sum-exp."""
 
@@ -185,25 +198,44 @@ def failing(kernel):
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 def test_right_kernels_pass_the_check(dtype):
-    check(RIGHT, CPU, dtype)
+    check(RIGHT.by_name(), CPU, dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("spoil", [wrong_output, wrong_gradient, not_a_number, failing])
+@pytest.mark.parametrize("spoil", [wrong_output, wrong_gradient, gradient_of_the_first_row, not_a_number, failing])
 def test_the_check_names_the_kernel_that_is_wrong(name, spoil, dtype):
-    if name == "softmax_" and spoil is wrong_gradient:  # it has none
+    if name == "softmax_" and spoil in (wrong_gradient, gradient_of_the_first_row):  # it has none
         spoil = wrong_sums
     told = "fails on this device: no such instruction" if spoil is failing else "plain form"
     with pytest.raises(DetourError, match=rf"^compute\.kernels: {name} .*{told}"):
-        check(replace(RIGHT, **{name: spoil(getattr(RIGHT, name))}), CPU, dtype)
+        check(RIGHT.by_name() | {name: spoil(getattr(RIGHT, name))}, CPU, dtype)
+
+
+def test_another_type_and_a_copy_are_found():
+    in_double = RIGHT.by_name() | {"geglu": lambda ab: RIGHT.geglu(ab).double()}
+    with pytest.raises(DetourError, match=r"geglu fails on this device: a result is torch\.float64"):
+        check(in_double, CPU, torch.float32)
+    copying = RIGHT.by_name() | {"rotate_": lambda qkv, cos, sin: RIGHT.rotate_(qkv.clone(), cos, sin)}
+    with pytest.raises(DetourError, match=r"rotate_ is .* away from its plain form"):
+        check(copying, CPU, torch.float32)
+
+
+def test_a_triton_that_cannot_be_loaded_is_passed_over(monkeypatch):
+    def broken():
+        raise OSError("libtriton.so: cannot open shared object file")
+
+    monkeypatch.setattr(choose, "load_triton", broken)
+    name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16)
+    assert (name, kernels) == ("plain", PLAIN)
+    assert fault.startswith("compute.kernels: triton cannot be loaded: libtriton.so")
 
 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 def test_the_kernels_pass_the_check_on_a_gpu(dtype):
-    check(load_triton(), CUDA, dtype)
+    check(load_triton().by_name(), CUDA, dtype)
     assert choose_kernels("auto", CUDA, dtype)[0] == "triton"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 BLOCK = 1024
 
@@ -50,6 +51,7 @@ class _Geglu(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         (ab,) = ctx.saved_tensors
         rows, width = ab.shape[0], ab.shape[1] // 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 PROGRAMS = 512  # of the backward pass: each sums the weight's gradient over many rows into a row of its own
 
@@ -107,6 +108,7 @@ class _LayerNorm(torch.autograd.Function):
         return (total, normed) if ctx.add else normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         total, weight, means, inverse_deviations = ctx.saved_tensors
         rows, features = total.shape

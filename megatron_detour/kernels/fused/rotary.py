@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 
 @triton.jit
@@ -35,11 +36,14 @@ class _Rotate(torch.autograd.Function):
         return _launch(qkv, cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         return _launch(grad.clone(memory_format=torch.contiguous_format), *ctx.saved_tensors, -1), None, None
 
 
 def _launch(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    if not (qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError("the rotation reads and writes its operands as contiguous ones")
     half = cos.shape[1]
     heads = qkv.shape[1] // (6 * half)
     _turn[(len(qkv), 2)](
