@@ -225,6 +225,17 @@ CHECKS = {
     "micro": (small(batch__micro_sequences=0), "batch.micro_sequences: must be above 0, it is 0"),
     "micro divides": (small(batch__micro_sequences=3), "batch.micro_sequences: 3 does not divide batch.sequences, 8"),
     "tensor": (small(parallel__tensor=0), "parallel.tensor: must be above 0, it is 0"),
+    "sequence parallelism": (
+        small(parallel={"tensor": 3, "sequence": True}, data__sequence_length=64),
+        "parallel.sequence: data.sequence_length, 64, does not divide by parallel.tensor, 3",
+    ),
+    "attention": (
+        small(compute__attention="flash"),
+        "compute.attention: 'flash' is not one of auto, flash4, flash3, flash2, varlen, sdpa (did you mean 'flash4'?)",
+    ),
+    "kernels": (small(compute__kernels="apex"), "compute.kernels: 'apex' is not one of auto, triton, plain"),
+    "recompute": (small(compute__recompute="all"), "compute.recompute: 'all' is not one of none, selective, full"),
+    "z-loss": (small(z_loss=-1e-4), "z_loss: must not be negative, it is -0.0001"),
     "keep": (small(checkpoint__keep=0), "checkpoint.keep: must be above 0, it is 0"),
     "checkpoint.every": (small(checkpoint__every=0), "checkpoint.every: must be above 0, it is 0"),
     "validation.every": (small(validation__every=-1), "validation.every: must be above 0, it is -1"),

@@ -97,6 +97,8 @@ ENVIRONMENT = {
             "tensor_parallel": 2,
             "device": "NVIDIA H200",
             "host_cores": 64,
+            "attention": "flash2",
+            "kernels": "triton",
         },
         {
             "started": "2026-03-02T18:40:51+00:00",
@@ -105,6 +107,8 @@ ENVIRONMENT = {
             "tensor_parallel": 2,
             "device": "NVIDIA H200",
             "host_cores": 64,
+            "attention": "flash2",
+            "kernels": "triton",
         },
     ],
     "versions": {"torch": "2.11.0", "deepspeed": "0.19.4", "transformers": "5.0.1", "numpy": "2.2.0"},

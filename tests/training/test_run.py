@@ -262,8 +262,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_split_resumes(unbroken,
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_tensor_parallel_ranks_train_the_same_model(unbroken, run_file, tmp_path):
-    finished(start(2, "--run-file", str(run_file), f"folder={tmp_path / 'tp'}", "parallel.tensor=2"))
+@pytest.mark.parametrize("more", [[], ["parallel.sequence=true", "compute.recompute=selective"]], ids=["plain", "more"])
+def test_tensor_parallel_ranks_train_the_same_model(unbroken, run_file, tmp_path, more):
+    finished(start(2, "--run-file", str(run_file), f"folder={tmp_path / 'tp'}", "parallel.tensor=2", *more))
+    session = json.loads((tmp_path / "tp" / "environment.json").read_text())["sessions"][0]
+    assert (session["attention"], session["kernels"]) == ("sdpa", "plain")
+    assert session["recompute"] == ("selective" if more else "none")
     for ours, theirs in zip(losses(tmp_path / "tp"), losses(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
