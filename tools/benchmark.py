@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_detour.benchmark.train import DTYPES, SIZES, Settings, measure, table, write_json
+from megatron_detour.benchmark.train import DTYPES, SIZES, Settings, measure_all, table, write_json
 from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
 from megatron_detour.errors import command_line
 
@@ -37,6 +37,7 @@ def main() -> None:
     add("--sequence-parallel", action="store_true", help="share out positions between tensor-parallel layers")
     add("--against", choices=["transformers"], help="a peer, measured in turns on the same documents")
     add("--peer-attention", default="sdpa", help="the peer's attn_implementation")
+    add("--peer-compile", action="store_true", help="put torch.compile around the peer's model")
     add("--peer-batch", type=int, default=8, help="documents in a padded batch of the peer")
     add("--rounds", type=int, default=3, help="steps of each after a first one that does not count")
     add("--seed", type=int, default=0, help="of documents and masks")
@@ -47,10 +48,8 @@ def main() -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    results = [
-        measure(Settings(objective=objective, dtype=dtype, **options), say)
-        for objective, dtype in itertools.product(objectives, dtypes)
-    ]
+    chosen = itertools.product(objectives, dtypes)
+    results = measure_all([Settings(objective=objective, dtype=dtype, **options) for objective, dtype in chosen], say)
     if os.environ.get("RANK", "0") == "0":
         print(table(results))
         if target:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_detour.benchmark.workload import Document, Workload
 from megatron_detour.data.batches import MicroBatch, positions_of
+from megatron_detour.errors import DetourError
 from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.flops import training_flops
 from megatron_detour.model.modernbert import Compute, ModernBert
@@ -33,6 +34,35 @@ class Contender:
     def step(self) -> None:
         for batch in self.batches:
             self.loss(batch).backward()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How transformers computes: its attn_implementation, and whether torch.compile is put around its model."""
+
+    attention: str
+    compile: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def model(self, config: dict[str, Any], causal: bool) -> torch.nn.Module:
+        """With random weights. Raises DetourError where transformers has no such attention."""
+        from transformers import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+        from transformers import ModernBertForMaskedLM as MaskedModel
+
+        given = {key: value for key, value in config.items() if key != "model_type"}
+        torch.manual_seed(0)
+        try:
+            if causal:
+                given.pop("sparse_prediction", None)
+                chosen = ModernBertDecoderConfig(**given, attn_implementation=self.attention)
+                model = ModernBertDecoderForCausalLM(chosen)
+            else:
+                model = MaskedModel(ModernBertConfig(**given, attn_implementation=self.attention))
+        except (ImportError, ValueError) as error:
+            raise DetourError(f"--peer-attention: {' '.join(str(error).split())}") from None
+        model = model.to(self.device, self.dtype).train()
+        return torch.compile(model, dynamic=True) if self.compile else model
 
 
 def ours(
@@ -60,9 +90,9 @@ def ours(
     return Contender("megatron_detour", model, batches, loss, positions), flops
 
 
-def transformers_padded(config: dict[str, Any], work: Workload, batch: int, attention: str, device, dtype) -> Contender:
+def transformers_padded(config: dict[str, Any], work: Workload, batch: int, peer: Peer) -> Contender:
     """Batches of documents as they come, padded to the longest of each: what its users' data collators make."""
-    model = _peer(config, work.causal, attention, device, dtype)
+    model = peer.model(config, work.causal)
     batches, positions = [], 0
     for documents in _groups(work.documents, batch):
         longest = max(len(d.inputs) for d in documents)
@@ -70,19 +100,18 @@ def transformers_padded(config: dict[str, Any], work: Workload, batch: int, atte
         mask = _rows([np.ones_like(d.inputs) for d in documents], longest, 0)
         labels = _peer_labels([[d] for d in documents], longest, work.causal)
         given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        batches.append(_moved(given, device))
+        batches.append(_moved(given, peer.device))
         positions += ids.numel()
     return Contender("transformers, padded", model, batches, lambda given: model(**given).loss, positions)
 
 
-def transformers_packed(config: dict[str, Any], work: Workload, micro: int, attention: str, device, dtype) -> Contender:
+def transformers_packed(config: dict[str, Any], work: Workload, micro: int, peer: Peer) -> Contender:
     """Packs with positions and masks that keep documents apart, and the head on masked positions alone.
 
-    With SDPA a mask of every pair of positions serves; with FlashAttention transformers finds the documents from the
-    positions, in one flat row.
+    With SDPA a mask of every pair of positions serves; FlashAttention gets one flat row and where documents start.
     """
-    flash = attention.startswith("flash")
-    model = _peer(config | {"sparse_prediction": True}, work.causal, attention, device, dtype)
+    flash = peer.attention.startswith("flash")
+    model = peer.model(config | {"sparse_prediction": True}, work.causal)
     window = Shape.of(config, "benchmark").window - (1 if work.causal else 0)  # its decoder sees one key fewer
     batches, positions = [], 0
     for packs in _groups(work.packs(), micro):
@@ -94,29 +123,19 @@ def transformers_packed(config: dict[str, Any], work: Workload, micro: int, atte
             "position_ids": torch.from_numpy(np.stack([positions_of(np.array(row)) for row in lengths])),
             "labels": _peer_labels(rows, length, work.causal),
         }
-        if not flash:
+        if flash:
+            (row,) = lengths
+            ends = torch.tensor([0, *np.cumsum(row)], dtype=torch.int32)
+            given |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+            given |= {"max_length_q": max(row), "max_length_k": max(row)}
+        else:
             given["attention_mask"] = {
                 "full_attention": _masks(lengths, work.causal, None),
                 "sliding_attention": _masks(lengths, work.causal, window),
             }
-        batches.append(_moved(given, device))
+        batches.append(_moved(given, peer.device))
         positions += given["input_ids"].numel()
     return Contender("transformers, packed", model, batches, lambda given: model(**given).loss, positions)
-
-
-def _peer(config: dict[str, Any], causal: bool, attention: str, device, dtype) -> torch.nn.Module:
-    from transformers import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM
-    from transformers import ModernBertForMaskedLM as MaskedModel
-
-    given = {key: value for key, value in config.items() if key != "model_type"}
-    torch.manual_seed(0)
-    if causal:
-        given.pop("sparse_prediction", None)
-        chosen = ModernBertDecoderConfig(**given, attn_implementation=attention)
-        model = ModernBertDecoderForCausalLM(chosen)
-    else:
-        model = MaskedModel(ModernBertConfig(**given, attn_implementation=attention))
-    return model.to(device, dtype).train()
 
 
 def _peer_labels(rows: list[list[Document]], length: int, causal: bool) -> torch.Tensor:
@@ -169,4 +188,4 @@ def _groups(items: list, size: int) -> list[list]:
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
-    return value.to(device)
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -19,9 +19,7 @@ from megatron_detour.benchmark.measure import Figures, matrix_rate, take_turns
 from megatron_detour.benchmark.workload import make_workload
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
-from megatron_detour.kernels.choose import choose_kernels
-from megatron_detour.model.backends import choose_attention
-from megatron_detour.model.modernbert import Compute
+from megatron_detour.model.choose import choose_compute
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
 
@@ -53,17 +51,26 @@ class Settings:
     sequence_parallel: bool
     against: str | None
     peer_attention: str
+    peer_compile: bool
     peer_batch: int
     rounds: int
     seed: int
 
 
-def measure(settings: Settings, say) -> dict[str, Any]:
-    """The figures of one measurement, as plain values. Raises DetourError for what does not fit or is not there."""
-    _check(settings)
-    state, device = _join(settings)
-    if not state.is_first:
-        say = _silent
+def measure_all(all_settings: list[Settings], say) -> list[dict[str, Any]]:
+    """The figures of measurements one after the other, as plain values. Raises DetourError for what does not fit or is
+    not there."""
+    for settings in all_settings:
+        _check(settings)
+    state, device = _join(all_settings[0])
+    results = [measure(settings, state, device, say if state.is_first else _silent) for settings in all_settings]
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return results
+
+
+def measure(settings: Settings, state: ParallelState, device: torch.device, say) -> dict[str, Any]:
     work = make_workload(
         settings.corpus,
         settings.objective,
@@ -79,37 +86,31 @@ def measure(settings: Settings, say) -> dict[str, Any]:
         config["num_hidden_layers"] = settings.layers
     dtype = DTYPES[settings.dtype]
     head_dim = config["hidden_size"] // config["num_attention_heads"]
-    attention, function, passed_over = choose_attention(settings.attention, device, dtype, head_dim)
-    kernels, implementations, fault = choose_kernels(settings.kernels, device, dtype)
-    for reason in [*passed_over, *([fault] if fault else [])]:
-        say(f"passed over: {reason}")
-    compute = Compute(function, implementations, settings.recompute)
+    choice = choose_compute(settings.attention, settings.kernels, settings.recompute, head_dim, device, dtype)
+    say(str(choice))
+    compute = choice.compute
     mine, flops = contenders.ours(config, work, settings.micro_sequences, compute, state, device, dtype)
     rivals = [mine]
     if settings.against:
-        peer = (settings.peer_attention, device, dtype)
-        rivals.append(contenders.transformers_padded(config, work, settings.peer_batch, *peer))
-        rivals.append(contenders.transformers_packed(config, work, settings.micro_sequences, *peer))
+        peer = contenders.Peer(settings.peer_attention, settings.peer_compile, device, dtype)
+        rivals.append(contenders.transformers_padded(config, work, settings.peer_batch, peer))
+        rivals.append(contenders.transformers_packed(config, work, settings.micro_sequences, peer))
     rate = matrix_rate(device, dtype)
     figures = take_turns(rivals, settings.rounds, device, say)
-    result = {
+    return {
         "settings": dataclasses.asdict(settings),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": meter.device_name(device),
         "threads": torch.get_num_threads(),
         "versions": meter.versions(),
-        "attention": attention,
-        "kernels": kernels,
+        "attention": choice.attention,
+        "kernels": choice.kernels,
         "documents": len(work.documents),
         "tokens": work.tokens,
         "flops_per_step": flops,
         "matrix_flops_per_second": rate,
         "contenders": [_plain(one, figures[0], work.tokens, flops, rate * state.tensor_size) for one in figures],
     }
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    return result
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -162,6 +163,14 @@ def _check(settings: Settings) -> None:
             raise DetourError(f"--{name.replace('_', '-')}: must be above 0, it is {getattr(settings, name)}")
     if not 0 < settings.mask_rate < 1:
         raise DetourError(f"--mask-rate: must lie between 0 and 1, it is {settings.mask_rate:g}")
+    if settings.layers is not None and settings.layers < 1:
+        raise DetourError(f"--layers: must be above 0, it is {settings.layers}")
+    if settings.corpus and settings.full:
+        raise DetourError("--full: invents documents, and --corpus names some; give one of the two")
+    if settings.sequence_parallel and settings.sequence_length % settings.tensor:
+        raise DetourError(
+            f"--sequence-parallel: {settings.sequence_length} positions do not divide by --tensor {settings.tensor}"
+        )
     if settings.against and settings.tensor > 1:
         raise DetourError("--against: transformers' model runs on one rank; compare with --tensor 1")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

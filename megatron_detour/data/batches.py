@@ -51,8 +51,11 @@ class MicroBatch:
     labels: torch.Tensor  # [L]
 
     def to(self, device: torch.device) -> MicroBatch:
-        move = {"device": device, "non_blocking": True}
-        return MicroBatch(*(v.to(**move) if isinstance(v, torch.Tensor) else v for v in self.arguments))
+        if device.type == "cpu":
+            return self
+        # Out of pinned memory, as any other copy would be waited for.
+        values = (v.pin_memory() if isinstance(v, torch.Tensor) else v for v in self.arguments)
+        return MicroBatch(*(v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in values))
 
     @property
     def arguments(self) -> tuple:

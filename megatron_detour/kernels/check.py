@@ -31,14 +31,34 @@ def check(kernels: dict[str, Callable], device: torch.device, dtype: torch.dtype
         results = _softmax_results if name == "softmax_" else _results
         try:
             found = results(kernels[name], case, dtype)
+            settle(device)
         except Exception as error:  # a compiler's, a driver's: whatever it is, these kernels cannot be used
-            raise DetourError(f"compute.kernels: {name} fails on this device: {error}") from error
+            raise DetourError(f"compute.kernels: {name} fails on this device: {first_line(error)}") from error
         for mine, reference in zip(found, results(getattr(plain, name), case, torch.float32), strict=True):
             difference = float((mine.float() - reference).abs().max() / reference.abs().max())
             if not difference <= ALLOWED.get(dtype, ALLOWED_ELSEWHERE):
                 raise DetourError(
                     f"compute.kernels: {name} is {difference:.1e} of the greatest value away from its plain form"
                 )
+
+
+def settle(device: torch.device) -> None:
+    """Waits for what was launched: a kernel's fault shows no earlier."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.synchronize(device)
+
+
+def lost(device: torch.device) -> bool:
+    """Whether a fault has left the device unusable for the rest of the process."""
+    try:
+        settle(device)
+    except Exception:
+        return True
+    return False
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:

@@ -10,7 +10,7 @@ import torch
 
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels import plain
-from megatron_detour.kernels.check import check
+from megatron_detour.kernels.check import check, first_line, lost
 
 NAMES = ("auto", "triton", "plain")
 
@@ -43,9 +43,9 @@ def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> tuple
         kernels = triton_kernels(device)
         check(kernels.by_name(), device, dtype)
     except DetourError as fault:
-        if name == "auto":
-            return "plain", PLAIN, str(fault)
-        raise
+        if name != "auto" or lost(device):
+            raise
+        return "plain", PLAIN, str(fault)
     return "triton", kernels, None
 
 
@@ -58,7 +58,7 @@ def triton_kernels(device: torch.device) -> Kernels:
     try:
         return load_triton()
     except Exception as error:  # a library that is there and broken
-        raise DetourError(f"compute.kernels: triton cannot be loaded: {error}") from error
+        raise DetourError(f"compute.kernels: triton cannot be loaded: {first_line(error)}") from error
 
 
 def load_triton() -> Kernels:

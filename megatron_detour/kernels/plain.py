@@ -63,8 +63,9 @@ def softmax_(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, to
     exact = torch.promote_types(logits.dtype, torch.float32)
     bias = bias.to(exact)
     log_sum, greatest = logits.new_empty(2, len(logits), dtype=exact)
-    for start in range(0, len(logits), SOFTMAX_ROWS):
-        part = slice(start, start + SOFTMAX_ROWS)
+    at_once = SOFTMAX_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
+    for start in range(0, len(logits), at_once):
+        part = slice(start, start + at_once)
         rows = logits[part] + bias
         torch.amax(rows, 1, out=greatest[part])
         probabilities = torch.softmax(rows, 1)

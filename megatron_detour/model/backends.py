@@ -13,6 +13,7 @@ from importlib import import_module
 import torch
 
 from megatron_detour.errors import DetourError
+from megatron_detour.kernels.check import first_line, lost, settle
 from megatron_detour.model.attention import Attention, AttentionPattern, dense_attention, sdpa_attention
 
 
@@ -63,6 +64,7 @@ FLASH = {
     "flash2": ("flash_attn", "flash_attn_varlen_func", flash_attention),
     "varlen": ("torch.nn.attention.varlen", "varlen_attn", varlen_attention),
 }
+TYPES = (torch.bfloat16, torch.float16)
 NAMES = ("auto", *FLASH, "sdpa")
 
 
@@ -74,14 +76,14 @@ def choose_attention(
     Raises DetourError when the one that was asked for is not there or computes something else.
     """
     passed_over = []
-    available = list(FLASH) if device.type == "cuda" else []
+    available = list(FLASH) if device.type == "cuda" and dtype in TYPES else []
     candidates = {"auto": available, "sdpa": []}.get(name, [name])
     for candidate in candidates:
         try:
             function = _load(candidate, device, dtype)
-            check(function, device, dtype, head_dim)
+            check(function, device, dtype, head_dim, candidate)
         except DetourError as fault:
-            if name != "auto":
+            if name != "auto" or lost(device):
                 raise
             passed_over.append(str(fault))
             continue
@@ -90,32 +92,33 @@ def choose_attention(
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cuda" or dtype not in TYPES:
         raise DetourError(f"compute.attention: {name} needs a GPU and bf16; use auto or sdpa")
     module, function, form = FLASH[name]
     try:
         return form(getattr(import_module(module), function))
     except (ImportError, AttributeError) as error:
-        raise DetourError(f"compute.attention: {name} is not installed: {error}") from None
+        raise DetourError(f"compute.attention: {name} is not installed: {first_line(error)}") from None
     except Exception as error:  # a library that is there and broken
-        raise DetourError(f"compute.attention: {name} cannot be loaded: {error}") from error
+        raise DetourError(f"compute.attention: {name} cannot be loaded: {first_line(error)}") from error
 
 
-def check(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def check(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int, name: str) -> None:
     """Compares output and gradient with the dense reference in fp32, both directions, with and without a window."""
     generator = torch.Generator().manual_seed(0)
     lengths = (5, 200, 1, 77)
     given = torch.randn(sum(lengths), 3, 2, head_dim, generator=generator).to(device, dtype)
     down = torch.randn(sum(lengths), 2, head_dim, generator=generator).to(device, dtype)
-    allowed = 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
+    allowed = 2e-2 if dtype in TYPES else 1e-4
     for causal in (False, True):
         for window in (None, 64):
             pattern = AttentionPattern(lengths, causal, window, device)
-            kind = f"{'causal' if causal else 'bidirectional'} attention with window {window}"
+            kind = f"{name}: {'causal' if causal else 'bidirectional'} attention with window {window}"
             try:
                 found = _output_and_gradient(attention, given, down, pattern)
+                settle(device)
             except Exception as error:  # a driver's or a compiler's: whatever it is, it cannot be used
-                raise DetourError(f"compute.attention: {kind} fails on this device: {error}") from error
+                raise DetourError(f"compute.attention: {kind} fails on this device: {first_line(error)}") from error
             expected = _output_and_gradient(dense_attention, given.float(), down.float(), pattern)
             for mine, reference in zip(found, expected, strict=True):
                 difference = float((mine.float() - reference).abs().max() / reference.abs().max())

@@ -198,7 +198,7 @@ class ModernBert(nn.Module):
         """The loss of a microbatch: int64 input_ids and positions [T]; `labels` [L] of the positions `labelled` [L]."""
         hidden_TE = self.model(input_ids, positions, lengths, causal)
         return linear_cross_entropy(
-            self.head(hidden_TE[labelled]),
+            self.head(hidden_TE.index_select(0, labelled)),  # its gradient is an addition of rows, not a sort
             self.model.embeddings.tok_embeddings.weight,
             self.decoder.bias,
             labels,

@@ -48,7 +48,7 @@ def linear_cross_entropy(
     """Cross-entropies of softmax(hidden @ weight.T + bias), plus z_loss * log(sum of exponentials)^2 (PaLM, 2022).
 
     hidden: [L, E], the same on every tensor rank; weight: [V, E] and bias: [V], this rank's shard, rows beyond
-    `vocabulary` being padding; labels: int64 [L], in [0, vocabulary).
+    `vocabulary` being padding; labels: int64 [L], in [0, vocabulary): positions without a label are left out before.
     """
     hidden = copy_to_tensor_parallel(hidden, state)
     figures = _LinearCrossEntropy.apply(
@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 factor = 1 + 2 * z_loss * whole_log_sum
                 p_of_target = torch.exp(of_target - whole_log_sum)
                 if state.tensor_size > 1 or z_loss:
-                    logits *= (factor * torch.exp(log_sum - whole_log_sum)).to(logits.dtype)[:, None]
+                    logits *= (factor * torch.exp(log_sum - whole_log_sum))[:, None]
                 # From the fp32 figures: a probability near 1 in bf16 would lose what is missing to 1.
                 logits[at_target] = torch.where(here, (p_of_target * factor - 1).to(logits.dtype), logits[at_target])
                 grads.add(part, logits)
@@ -125,8 +125,8 @@ class _Gradients:
         self.grad_bias[: self.rows] += (slope.new_ones(1, len(slope)) @ slope)[0]
 
     def scaled(self, scale: torch.Tensor) -> list[torch.Tensor]:
-        """In place where the type allows it; in fp32 and rounded once, as a rounded scale would change with the split
-        of a batch."""
+        """In place where the type allows it; the scale stays in fp32, as a rounded one would change with the split of
+        a batch."""
         grads = zip((self.grad_hidden, self.grad_weight, self.grad_bias), self.types, strict=True)
         return [
             grad.mul_(scale) if grad.dtype == dtype == scale.dtype else (grad.to(scale.dtype) * scale).to(dtype)

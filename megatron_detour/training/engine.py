@@ -60,6 +60,11 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
     return raw
 
 
+def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
+    """The type that weights and activations have under this DeepSpeed file."""
+    return torch.bfloat16 if deepspeed_config.get("bf16", {}).get("enabled") else torch.float32
+
+
 def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
     """Joins the ranks and makes the groups. Raises DetourError when the ranks do not fit the run file."""
     ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
@@ -70,6 +75,9 @@ def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    if config.parallel.tensor > 1:
+        # One queue, so that a collective is under way before the product that is to hide it starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

@@ -16,6 +16,7 @@ from megatron_detour.checkpoint.state import gather, scatter
 from megatron_detour.config import Corpus, RunConfig
 from megatron_detour.data.batches import Sequences
 from megatron_detour.errors import DetourError
+from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe import meter
 from megatron_detour.observe.progress import Progress
@@ -23,8 +24,7 @@ from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
-from megatron_detour.training.compute import Choice, choose_compute, training_dtype
-from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
+from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed, training_dtype
 from megatron_detour.training.folder import add_session, take
 from megatron_detour.training.loop import Trainer
 from megatron_detour.training.start import StartModel
@@ -40,7 +40,14 @@ def run_session(config: RunConfig, plan: Plan, folder: Path) -> None:
     start = StartModel.of(config)
     sequences = Sequences(config.data.corpora, config.data.sequence_length, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
-    choice = choose_compute(config, start.shape.head_dim, device, training_dtype(deepspeed_config))
+    choice = choose_compute(
+        config.compute.attention,
+        config.compute.kernels,
+        config.compute.recompute,
+        start.shape.head_dim,
+        device,
+        training_dtype(deepspeed_config),
+    )
     session = Session(config, plan, folder, start, sequences, state, device, choice)
     model = ModernBert(start.shape, state, choice.compute, config.z_loss)
     session.train(create_engine(model, config, deepspeed_config, state))
@@ -208,6 +215,7 @@ class Session:
             "attention": self.choice.attention,
             "kernels": self.choice.kernels,
             "recompute": self.choice.compute.recompute,
+            "passed_over": self.choice.passed_over,
         }
         self._say(str(self.choice))
         validation = self.validation

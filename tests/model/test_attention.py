@@ -299,7 +299,7 @@ def always_causal(lengths, causal, window):
 @pytest.mark.parametrize("head_dim", [8, 64])
 @pytest.mark.parametrize("attention", [sdpa_attention, flash_attention(FlashKernel(True).flash_attn_varlen_func)])
 def test_the_check_accepts_what_is_right(attention, head_dim, dtype):
-    check(attention, CPU, dtype, head_dim)
+    check(attention, CPU, dtype, head_dim, "probe")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -318,8 +318,8 @@ def test_the_check_refuses_another_pattern(misread, kind, dtype):
     def attention(qkv, pattern):
         return sdpa_attention(qkv, pattern_of(*misread(pattern.lengths, pattern.causal, pattern.window)))
 
-    with pytest.raises(DetourError, match=rf"^compute\.attention: {kind} differs from its definition by "):
-        check(attention, CPU, dtype, 64)
+    with pytest.raises(DetourError, match=rf"^compute\.attention: probe: {kind} differs from its definition by "):
+        check(attention, CPU, dtype, 64, "probe")
 
 
 def with_wrong_gradient(qkv, pattern):
@@ -341,7 +341,7 @@ def not_a_number(qkv, pattern):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_check_refuses_a_wrong_result(attention, dtype):
     with pytest.raises(DetourError, match="bidirectional attention with window None differs from its definition"):
-        check(attention, CPU, dtype, 64)
+        check(attention, CPU, dtype, 64, "probe")
 
 
 @pytest.mark.parametrize("window", [None, 64])
@@ -355,7 +355,7 @@ def test_the_check_says_which_kind_fails(window, causal):
     direction = "causal" if causal else "bidirectional"
     told = f"{direction} attention with window {window} fails on this device: no kernel image"
     with pytest.raises(DetourError, match=told):
-        check(attention, CPU, torch.float32, 8)
+        check(attention, CPU, torch.float32, 8, "probe")
 
 
 def test_the_run_file_knows_the_names():
@@ -446,7 +446,7 @@ def test_an_installed_flash_attention_is_right_on_a_gpu(name):
         attention = backends._load(name, CUDA, torch.bfloat16)
     except DetourError as fault:
         pytest.skip(str(fault))
-    check(attention, CUDA, torch.bfloat16, 64)
+    check(attention, CUDA, torch.bfloat16, 64, "probe")
 
 
 @pytest.mark.gpu

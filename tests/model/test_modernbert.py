@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_detour.errors import DetourError
+from megatron_detour.model.choose import choose_compute
 from megatron_detour.model.modernbert import Compute
 from megatron_detour.model.shape import Shape
 from tests.models import CONFIG, loss_of, microbatch, tiny
@@ -83,6 +84,41 @@ def test_recomputing_changes_no_bit_and_keeps_less(recompute, causal):
         results[name] = [out.loss.detach(), *(p.grad for p in model.parameters())]
     assert all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
     assert kept[recompute] < {"selective": 0.8, "full": 0.5}[recompute] * kept["none"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bf16_is_as_near_as_its_rounding(causal):
+    assert_bf16_is_near(torch.device("cpu"), Compute(), causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("attention", ["auto", "varlen", "sdpa"])
+@pytest.mark.parametrize("kernels", ["triton", "plain"])
+def test_a_gpus_kernels_and_attention_together(kernels, attention, recompute, causal):
+    device = torch.device("cuda")
+    choice = choose_compute(attention, kernels, recompute, 64, device, torch.bfloat16)
+    assert_bf16_is_near(device, choice.compute, causal)
+
+
+def assert_bf16_is_near(device: torch.device, compute: Compute, causal: bool) -> None:
+    """The loss and every gradient, against fp32 with plain kernels on the CPU, as a share of each one's size."""
+    shape = {"hidden_size": 256, "intermediate_size": 384, "local_attention": 128}  # heads of 64
+    batch = microbatch((3, 170, 40, 1, 300), causal)
+    reference = tiny(scale=2.0, **shape)
+    model = tiny(compute=compute, scale=2.0, **shape).to(device, torch.bfloat16)
+    with torch.no_grad():
+        for parameter, rounded in zip(reference.parameters(), model.parameters(), strict=True):
+            parameter.copy_(rounded)
+    expected, found = loss_of(reference, batch), loss_of(model, batch.to(device))
+    expected.loss.backward()
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-2)
+    for (name, parameter), exact in zip(model.named_parameters(), reference.parameters(), strict=True):
+        difference = (parameter.grad.cpu().float() - exact.grad).norm() / exact.grad.norm()
+        assert difference < 0.05, f"{name}: {difference:.3f}"
 
 
 def _note(tensor: torch.Tensor, sizes: dict[int, int]) -> torch.Tensor:

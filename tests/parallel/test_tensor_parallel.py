@@ -87,6 +87,30 @@ def test_copies_that_differ_by_a_bit_are_found(tmp_path):
     assert results == [[[], ["head.norm.weight"]]] * 2
 
 
+def bf16_loss_and_gradients() -> list[float]:
+    """Of two ranks: how far loss and gradients of the head in bf16 are from one rank's in fp32, as shares."""
+    from megatron_detour.kernels.plain import softmax_
+    from megatron_detour.parallel.loss import linear_cross_entropy
+
+    start_gloo()
+    state = ParallelState.create(2)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(s, generator=generator).bfloat16() for s in ((60, 16), (100, 16), (100,)))
+    labels = torch.randint(100, (60,), generator=generator)
+    whole = [x.float().requires_grad_() for x in (hidden, weight, bias)]
+    linear_cross_entropy(*whole, labels, 100, ParallelState(), softmax_, 0.1).loss.backward()
+    rows = slice(50 * state.tensor_rank, 50 * (state.tensor_rank + 1))
+    mine = [x.clone().requires_grad_() for x in (hidden, weight[rows], bias[rows])]
+    linear_cross_entropy(*mine, labels, 100, state, softmax_, 0.1).loss.backward()
+    expected = [whole[0].grad, whole[1].grad[rows], whole[2].grad[rows]]
+    return [float((x.grad.float() - y).norm() / y.norm()) for x, y in zip(mine, expected, strict=True)]
+
+
+def test_the_loss_in_bf16_over_two_ranks(tmp_path):
+    for differences in run_ranks(2, "tests.parallel.test_tensor_parallel:bf16_loss_and_gradients", tmp_path):
+        assert max(differences) < 6e-3
+
+
 def uneven_share() -> str:
     from megatron_detour.parallel.collectives import start_reduce_scatter
 

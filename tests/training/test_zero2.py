@@ -126,7 +126,9 @@ def test_steps_equal_plain_torch_for_every_split(tmp_path, ranks, tensor, sequen
             training.weights[name], weight.detach(), rtol=0, atol=5e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
         for kind, by_name in training.moments.items():
-            torch.testing.assert_close(by_name[name], states[name][kind], rtol=1e-3, atol=1e-6, msg=f"{kind} {name}")
+            expected = states[name][kind]
+            greatest = float(expected.abs().max())
+            torch.testing.assert_close(by_name[name], expected, rtol=1e-4, atol=1e-5 * greatest, msg=f"{kind} {name}")
 
 
 def test_copies_stay_bit_equal_over_many_steps(tmp_path):

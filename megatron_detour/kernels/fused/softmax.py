@@ -35,6 +35,8 @@ def _softmax(logits, bias, log_sums, maxima, columns, BLOCK: tl.constexpr):
 
 
 def softmax_(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if not logits.is_contiguous():
+        raise ValueError("the softmax reads and writes contiguous rows")
     rows, columns = logits.shape
     log_sum, greatest = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     block = min(triton.next_power_of_2(columns), 4096)
