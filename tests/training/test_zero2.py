@@ -17,7 +17,7 @@ LEARNING_RATE, STEPS = 2e-4, 3  # the recipe's peak
 MICROBATCHES = [((30, 20), 0.5), ((50,), 0.0), ((11, 39), 0.3), ((50,), 0.9)]  # (lengths, share labelled) of a step
 
 
-def run_config(tensor: int, sequence: bool, micro: int):
+def run_config(tensor: int, sequence: bool = False, micro: int = 1):
     return from_dict(
         {
             "name": "zero2",
