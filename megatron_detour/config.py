@@ -293,7 +293,7 @@ def _check_compute(config: RunConfig) -> list[str]:
     faults += _check_choice("compute.recompute", compute.recompute, RECOMPUTE)
     if parallel.sequence and parallel.tensor > 0 and length % parallel.tensor:
         faults.append(
-            f"parallel.sequence: data.sequence_length, {length}, does not divide by parallel.tensor, {parallel.tensor}"
+            f"parallel.sequence: data.sequence_length, {length}, is not divisible by parallel.tensor, {parallel.tensor}"
         )
     if config.z_loss < 0:
         faults.append(f"z_loss: must not be negative, it is {config.z_loss:g}")

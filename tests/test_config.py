@@ -227,7 +227,7 @@ CHECKS = {
     "tensor": (small(parallel__tensor=0), "parallel.tensor: must be above 0, it is 0"),
     "sequence parallelism": (
         small(parallel={"tensor": 3, "sequence": True}, data__sequence_length=64),
-        "parallel.sequence: data.sequence_length, 64, does not divide by parallel.tensor, 3",
+        "parallel.sequence: data.sequence_length, 64, is not divisible by parallel.tensor, 3",
     ),
     "attention": (
         small(compute__attention="flash"),

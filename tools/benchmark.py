@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_detour.benchmark.train import DTYPES, SIZES, Settings, measure_all, table, write_json
 from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
-from megatron_detour.errors import command_line
+from megatron_detour.errors import DetourError, command_line
 
 
 def main() -> None:
@@ -39,11 +39,14 @@ def main() -> None:
     add("--peer-attention", default="sdpa", help="the peer's attn_implementation")
     add("--peer-compile", action="store_true", help="put torch.compile around the peer's model")
     add("--peer-batch", type=int, default=8, help="documents in a padded batch of the peer")
-    add("--rounds", type=int, default=3, help="steps of each after a first one that does not count")
+    add("--rounds", type=int, default=3, help="steps of each contender, after round 0, which does not count")
     add("--seed", type=int, default=0, help="of documents and masks")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     options = vars(parser.parse_args())
     target, objectives, dtypes = options.pop("json"), options.pop("objective"), options.pop("dtype")
+
+    if target and not target.parent.is_dir():
+        raise DetourError(f"--json: there is no folder {target.parent}")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

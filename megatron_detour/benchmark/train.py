@@ -163,21 +163,27 @@ def _check(settings: Settings) -> None:
             raise DetourError(f"--{name.replace('_', '-')}: must be above 0, it is {getattr(settings, name)}")
     if not 0 < settings.mask_rate < 1:
         raise DetourError(f"--mask-rate: must lie between 0 and 1, it is {settings.mask_rate:g}")
+    if settings.seed < 0:
+        raise DetourError(f"--seed: must not be negative, it is {settings.seed}")
+    if not settings.against and (settings.peer_compile or settings.peer_attention != "sdpa"):
+        raise DetourError("--peer-attention, --peer-compile: there is no peer; add --against transformers")
+    if settings.sequence_parallel and settings.tensor == 1:
+        raise DetourError("--sequence-parallel: there is nothing to share out with --tensor 1")
     if settings.layers is not None and settings.layers < 1:
         raise DetourError(f"--layers: must be above 0, it is {settings.layers}")
     if settings.corpus and settings.full:
         raise DetourError("--full: invents documents, and --corpus names some; give one of the two")
     if settings.sequence_parallel and settings.sequence_length % settings.tensor:
         raise DetourError(
-            f"--sequence-parallel: {settings.sequence_length} positions do not divide by --tensor {settings.tensor}"
+            f"--sequence-parallel: {settings.sequence_length} positions are not divisible by {settings.tensor} ranks"
         )
     if settings.against and settings.tensor > 1:
         raise DetourError("--against: transformers' model runs on one rank; compare with --tensor 1")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks != settings.tensor:
         raise DetourError(
-            f"--tensor: {settings.tensor} ranks are needed and {ranks} started; use "
-            f"torchrun --nproc_per_node {settings.tensor} tools/benchmark.py train --tensor {settings.tensor} ..."
+            f"--tensor: {settings.tensor} and the ranks that were started, {ranks}, have to be the same: "
+            "torchrun --nproc_per_node N tools/benchmark.py train --tensor N"
         )
 
 

@@ -64,8 +64,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         first_id = state.tensor_rank * weight.shape[0]
         rows = min(weight.shape[0], vocabulary - first_id)  # without padding
         weight_real, bias_real = weight[:rows], bias[:rows]
-        grads = _Gradients(hidden, weight, bias, rows, exact) if needs_grad else None
         chunk = max(min(CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0], len(labels)), 1)
+        # The products of chunks are added up in `exact`; a single one needs no sum.
+        summed_in = exact if len(labels) > chunk else None
+        grads = _Gradients(hidden, weight, bias, rows, summed_in) if needs_grad else None
         room = hidden.new_empty(chunk, rows)  # used again: on a CPU new pages cost as much as what is written to them
         cross_entropy = torch.zeros((), dtype=exact, device=hidden.device)
         penalty = torch.zeros_like(cross_entropy)
@@ -105,14 +107,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """Of hidden, in its own type; of weight and bias, summed over chunks in `exact`."""
+    """Of hidden, in its own type; of weight and bias, summed over chunks in `exact`, or of one chunk in their own."""
 
-    def __init__(self, hidden, weight, bias, rows: int, exact: torch.dtype) -> None:
+    def __init__(self, hidden, weight, bias, rows: int, exact: torch.dtype | None) -> None:
         self.hidden, self.weight, self.rows = hidden, weight, rows
         self.types = (hidden.dtype, weight.dtype, bias.dtype)
         self.grad_hidden = torch.zeros_like(hidden)
-        self.grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
-        self.grad_bias = torch.zeros(bias.shape, dtype=exact, device=bias.device)
+        self.grad_weight = torch.zeros(weight.shape, dtype=exact or weight.dtype, device=weight.device)
+        self.grad_bias = torch.zeros(bias.shape, dtype=exact or bias.dtype, device=bias.device)
 
     def add(self, part: slice, slope: torch.Tensor) -> None:
         torch.mm(slope, self.weight[: self.rows], out=self.grad_hidden[part])

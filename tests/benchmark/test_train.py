@@ -177,13 +177,19 @@ def test_tensor_parallel_ranks_make_several_measurements_together(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"tensor": 2}, "--tensor: 2 ranks are needed and 1 started; use torchrun --nproc_per_node 2"),
+        ({"tensor": 2}, "--tensor: 2 and the ranks that were started, 1, have to be the same: torchrun"),
         ({"rounds": 0}, "--rounds: must be above 0, it is 0"),
         ({"mask_rate": 1.0}, "--mask-rate"),
         ({"tensor": 2, "against": "transformers"}, "--against"),
+        ({"seed": -1}, "--seed: must not be negative, it is -1"),
+        ({"peer_attention": "eager"}, "there is no peer; add --against transformers"),
+        ({"sequence_parallel": True}, "--sequence-parallel: there is nothing to share out"),
         ({"layers": 0}, "--layers: must be above 0, it is 0"),
         ({"corpus": "data/notes", "full": True}, "--full"),
-        ({"tensor": 3, "sequence_parallel": True}, "--sequence-parallel: 128 positions do not divide by --tensor 3"),
+        (
+            {"tensor": 3, "sequence_parallel": True},
+            "--sequence-parallel: 128 positions are not divisible by 3 ranks",
+        ),
         ({"against": "transformers", "peer_attention": "flash_attention_2"}, "--peer-attention: "),
         ({"corpus": "nowhere/corpus"}, "nowhere/corpus"),
         ({"attention": "flash2"}, "flash2 needs a GPU"),
