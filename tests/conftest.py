@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_detour.data.build import build_corpus
+from megatron_detour.data.build import BuildOptions, build_corpus
+from megatron_detour.data.manifest import Manifest
 from megatron_detour.data.train_tokenizer import train_tokenizer
 
 WORDS = {
@@ -38,6 +39,11 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def build(inputs: list[Path | str], prefix: Path | str, tokenizer: Path | str, **options) -> Manifest | None:
+    """Builds a corpus from `inputs`."""
+    return build_corpus(BuildOptions(str(prefix), str(tokenizer), tuple(map(str, inputs)), **options))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
     """A byte-level BPE of 400 ids with ModernBERT's special tokens and template."""
@@ -56,5 +62,5 @@ def corpus(tokenizer_folder, tmp_path_factory) -> BuiltCorpus:
     counts = [rng.randint(1, 8) for _ in range(300)]
     counts[137] = LONG_DOCUMENT
     jsonl = write_jsonl(folder / "texts.jsonl", [sentences(rng, count) for count in counts])
-    build_corpus([str(jsonl)], str(folder / "corpus"), str(tokenizer_folder))
+    build([jsonl], folder / "corpus", tokenizer_folder)
     return BuiltCorpus(str(folder / "corpus"), jsonl, tokenizer_folder)

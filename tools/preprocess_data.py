@@ -1,39 +1,55 @@
 #!/usr/bin/env python3
-"""Builds a memory-mapped indexed corpus (PREFIX.bin, PREFIX.idx, PREFIX.manifest.json) from text files."""
+"""Builds a memory-mapped indexed corpus (P.bin, P.idx, P.manifest.json) from texts.
+
+For corpora that are built: preprocess_data.py verify P, stats P, peek P and merge P... (--help after each of these).
+"""
 
 import argparse
+import sys
 
-from megatron_detour.data.build import build_corpus
-from megatron_detour.data.documents import KINDS
+from megatron_detour.data import examine, merge
+from megatron_detour.data.build import build_corpus, options
 from megatron_detour.errors import command_line
+
+COMMANDS = ("build", "verify", "stats", "peek", "merge")
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(description=__doc__)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    options.add_flags(commands.add_parser("build", help="build a corpus; may be left out", description=__doc__))
+    for name, words in (
+        ("verify", "check files against the manifest, every byte and every id"),
+        ("stats", "counts, lengths and their histogram, P.lengths.png"),
+        ("peek", "decode documents"),
+    ):
+        command = commands.add_parser(name, help=words)
+        command.add_argument("prefix", metavar="P")
+        if name == "peek":
+            command.add_argument("--tokenizer", help="the tokenizer to decode with (the one of the build)")
+            command.add_argument("-n", type=int, default=3, metavar="N", help="documents (3)")
+            command.add_argument("--first", type=int, metavar="I", help="from document I on, not evenly spaced ones")
+    command = commands.add_parser("merge", help="join corpora of one tokenizer")
+    command.add_argument("prefixes", nargs="+", metavar="P")
+    command.add_argument("--output-prefix", required=True, metavar="Q")
+    command.add_argument("--overwrite", action="store_true", help="replace a corpus of the same prefix")
+    return whole
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=f"text files: {', '.join(KINDS)}")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="the corpus to write: P.bin, P.idx, ...")
-    parser.add_argument("--tokenizer", required=True, help="a folder, a tokenizer.json or a hub id in the local cache")
-    parser.add_argument("--text-key", default="text", help="the key of a document's text in JSON lines (text)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
-    parser.add_argument("--skip-bad-lines", action="store_true", help="count lines that are no document and go on")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of the same prefix")
-    parser.add_argument("--download", action="store_true", help="fetch the tokenizer from the hub if it is not cached")
-    options = parser.parse_args()
-    manifest = build_corpus(
-        options.input,
-        options.output_prefix,
-        options.tokenizer,
-        text_key=options.text_key,
-        workers=options.workers,
-        skip_bad_lines=options.skip_bad_lines,
-        overwrite=options.overwrite,
-        download=options.download,
-    )
-    left_out = f", {manifest.bad_lines:,} bad lines left out" if manifest.bad_lines else ""
-    print(
-        f"{options.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens"
-        f" ({manifest.empty:,} empty lines{left_out})"
-    )
+    words = sys.argv[1:]
+    named = bool(words) and not words[0].startswith("-")
+    arguments = parser().parse_args(words if named else ["build", *words])
+    if arguments.command == "build":
+        chosen = options.options_of(arguments)
+        print(examine.summary(chosen, build_corpus(chosen)))
+    elif arguments.command == "merge":
+        print(merge.merge_corpora(arguments.prefixes, arguments.output_prefix, arguments.overwrite))
+    elif arguments.command == "peek":
+        for line in examine.peek(arguments.prefix, arguments.tokenizer, arguments.n, arguments.first):
+            print(line)
+    else:
+        print({"verify": examine.verify, "stats": examine.stats}[arguments.command](arguments.prefix))
 
 
 if __name__ == "__main__":

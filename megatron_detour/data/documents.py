@@ -1,67 +1,340 @@
-"""The documents of text files: JSON lines, plain or compressed, and text files with a document a line."""
+"""The documents of a stretch of input, and the records that are none with the reason for each."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import msgspec
+
+from megatron_detour.data.sources import Stretch, check_kind, is_compressed, open_hub, open_saved, plan_stretches
 from megatron_detour.errors import DetourError, nearest
 
-KINDS = (".jsonl", ".jsonl.gz", ".txt")
+BLOCK_BYTES = 1 << 20
+LONGEST_LINE = 256 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ROWS = 256  # of Parquet or a dataset, read at once
 
 
-class BadLine(Exception):
-    """A line that is no document; the message says why."""
+class BadRecord(Exception):
+    """A record that is no document; the message says why."""
 
 
-def check_kind(name: str) -> None:
-    """Raises DetourError for a file that is missing or of an unknown kind."""
-    if not Path(name).is_file():
-        raise DetourError(f"{name}: there is no such input file")
-    if not name.endswith(KINDS):
-        raise DetourError(f"{name}: an input file must end in {', '.join(KINDS)}")
+@dataclass
+class Block:
+    """Documents that were read together. A record is a line, a row or, for whole files, a file."""
+
+    records: int = 0
+    empty: int = 0
+    texts: list[str] = field(default_factory=list)
+    rejects: list[tuple[int, str]] = field(default_factory=list)  # number of the record in the stretch, reason
+
+    def take(self, number: int, text_of: Callable[[], str]) -> None:
+        """Counts a record as a document, as an empty one or as a reject."""
+        self.records += 1
+        try:
+            text = text_of()
+        except BadRecord as reason:
+            self.rejects.append((number, str(reason)))
+            return
+        self.take_text(text)
+
+    def take_text(self, text: str) -> None:
+        if not text or text.isspace():
+            self.empty += 1
+        else:
+            self.texts.append(text)
 
 
-def document_of(line: bytes, name: str, text_key: str) -> str:
-    """The document on a line of the file `name`; blank for a blank line. Raises BadLine."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadLine("not UTF-8") from None
-    if name.endswith(".txt") or not text.strip():
-        return text
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: JSON's own, and numbers of thousands of digits
-        raise BadLine(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise BadLine('not a JSON object such as {"text": "..."}')
-    if text_key not in record:
-        raise BadLine(f"no key {text_key!r}{nearest(text_key, list(record))}; --text-key names the key of the text")
-    document = record[text_key]
-    if not isinstance(document, str):
-        raise BadLine(f"the value of {text_key!r} is not a text")
-    try:
-        document.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadLine(f"the text of {text_key!r} holds half a surrogate pair") from None
-    return document
+class TextKeys:
+    """Where a record keeps its text: keys, "a.b" for b inside a; the texts of several keys are joined."""
+
+    def __init__(self, keys: tuple[str, ...] = ("text",), separator: str = "\n") -> None:
+        self.keys = keys
+        self.separator = separator
+        self.roots = tuple(dict.fromkeys(key.split(".")[0] for key in keys))
+        self._paths = [key.split(".") for key in keys]
+        self._decoder = msgspec.json.Decoder(_struct(self._paths[0])) if len(keys) == 1 else None
+        self._depth = range(len(self._paths[0]))
+
+    def fast_texts(self, lines: list[bytes]) -> list[str]:
+        """The texts of JSON lines, all or none: raises msgspec.MsgspecError and others where one is not plainly good.
+
+        It parses no more than it must; whoever gets an error asks `of_line` line by line.
+        """
+        if self._decoder is None:
+            return [self.of_record(msgspec.json.decode(line)) for line in lines]
+        decode = self._decoder.decode
+        if len(self._depth) == 1:
+            return [decode(line).value for line in lines]
+        records = [decode(line) for line in lines]
+        for _ in self._depth:
+            records = [record.value for record in records]
+        return records
+
+    def of_line(self, line: bytes) -> str:
+        """The text of a JSON line as Python's own parser reads it; "" for a blank line. Raises BadRecord."""
+        text = _decoded(line)
+        if not text or text.isspace():
+            return ""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:  # ValueError: JSON's own, and numbers of thousands of digits
+            raise BadRecord(f"not JSON ({error})") from None
+        return self.of_record(record)
+
+    def of_record(self, record: Any) -> str:
+        """The text of a record of dictionaries. Raises BadRecord."""
+        if not isinstance(record, dict):
+            raise BadRecord('not a JSON object such as {"text": "..."}')
+        return self.separator.join(
+            self._value(record, key, path) for key, path in zip(self.keys, self._paths, strict=True)
+        )
+
+    def _value(self, record: Any, key: str, path: list[str]) -> str:
+        for name in path:
+            if not isinstance(record, dict) or name not in record:
+                known = list(record) if isinstance(record, dict) else []
+                raise BadRecord(f"no key {key!r}{nearest(name, known)}; --text-key names the key of the text")
+            record = record[name]
+        if record is None:
+            raise BadRecord(f"the value of {key!r} is null")
+        if not isinstance(record, str):
+            raise BadRecord(f"the value of {key!r} is not a text")
+        try:
+            record.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadRecord(f"the text of {key!r} holds half a surrogate pair") from None
+        return record
+
+
+def _struct(path: list[str]) -> type:
+    """A msgspec type that reads nothing of a record but the text at `path`, as .value.value..."""
+    inner = _struct(path[1:]) if len(path) > 1 else str
+    return msgspec.defstruct("Record", [("value", inner, msgspec.field(name=path[0]))], gc=False)
 
 
 def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
     """Yields the documents of a file, without blank ones. Raises DetourError with the line of the first bad one."""
     check_kind(str(path))
+    before = 0
+    for stretch in plan_stretches([str(path)]):
+        for block in read_stretch(stretch, TextKeys((text_key,))):
+            if block.rejects:
+                number, reason = block.rejects[0]
+                raise DetourError(f"{path}, line {before + number + 1:,}: {reason}")
+            yield from block.texts
+            last = block
+        before += last.records
+
+
+def read_stretch(
+    stretch: Stretch, keys: TextKeys, report: Callable[[int], None] = lambda read: None
+) -> Iterator[Block]:
+    """Yields the documents of a stretch in blocks of about BLOCK_BYTES; `report` gets the bytes read since last time.
+
+    Raises DetourError for a file that cannot be read to its end.
+    """
+    readers = {"parquet": _parquet_rows, "dataset": _dataset_rows, "streamed": _streamed_rows}
+    if stretch.kind in readers:
+        yield from _row_blocks(readers[stretch.kind](stretch, keys), keys)
+        report(stretch.size)
+    elif stretch.kind == "file":
+        yield _file_block(stretch)
+        report(stretch.size)
+    else:
+        yield from _line_blocks(stretch, keys, report)
+
+
+def records_before(stretch: Stretch) -> int:
+    """How many records of the same file or dataset lie before a stretch."""
+    if stretch.kind == "parquet":
+        from pyarrow.parquet import read_metadata
+
+        groups = read_metadata(stretch.path)
+        return sum(groups.row_group(group).num_rows for group in range(stretch.start))
+    if stretch.kind != "lines" or not stretch.start:
+        return stretch.start if stretch.kind == "dataset" else 0
+    lines, left = 1, stretch.start - 1  # the line that holds the byte before the stretch is another's
+    with Path(stretch.path).open("rb") as file:
+        while left and (block := file.read(min(left, BLOCK_BYTES))):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return lines
+
+
+def _file_block(stretch: Stretch) -> Block:
+    block = Block()
+    with Path(stretch.path).open("rb") as raw, _read_errors(stretch.path):
+        content = (_decompressed(raw, stretch.path) if is_compressed(stretch.path) else raw).read(LONGEST_LINE + 1)
+    whole = content.removeprefix(BYTE_ORDER_MARK) if len(content) <= LONGEST_LINE else _TooLong()
+    block.take(0, lambda: _decoded(whole))
+    return block
+
+
+@contextmanager
+def _read_errors(path: str) -> Iterator[None]:
     try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    text = document_of(line.rstrip(b"\r\n"), path.name, text_key)
-                except BadLine as reason:
-                    raise DetourError(f"{path}, line {number:,}: {reason}") from None
-                if text.strip():
-                    yield text
-    except (OSError, EOFError, zlib.error) as error:
+        yield
+    except (EOFError, OSError, zlib.error) as error:  # pyarrow's errors are OSErrors, too
         raise DetourError(f"{path}: cannot be read to its end: {error}") from None
+
+
+def _line_blocks(stretch: Stretch, keys: TextKeys, report: Callable[[int], None]) -> Iterator[Block]:
+    is_json = ".jsonl" in Path(stretch.path).suffixes
+    reported = number = 0
+    with Path(stretch.path).open("rb") as raw:
+        lines_at_once = whole_lines(raw, stretch)
+        while True:
+            with _read_errors(stretch.path):
+                lines = next(lines_at_once, None)
+            if lines is None:
+                break
+            block = _json_block(lines, keys, number) if is_json else _text_block(lines, number)
+            number += block.records
+            yield block
+            here = min(max(raw.tell() - stretch.start, 0), stretch.size)
+            report(here - reported)
+            reported = here
+    report(stretch.size - reported)
+
+
+def _json_block(lines: list[bytes], keys: TextKeys, first: int) -> Block:
+    block = Block()
+    try:
+        texts = keys.fast_texts(lines)
+    except (msgspec.MsgspecError, ValueError, RecursionError, BadRecord):
+        for number, line in enumerate(lines, start=first):
+            block.take(number, lambda line=line: _either(line, keys))
+        return block
+    block.records = len(lines)
+    for text in texts:
+        block.take_text(text)
+    return block
+
+
+def _either(line: bytes, keys: TextKeys) -> str:
+    """What decides on a line must not depend on its neighbours: the fast parser first, for each line as for all."""
+    try:
+        return keys.fast_texts([_checked(line)])[0]
+    except (msgspec.MsgspecError, ValueError, RecursionError, BadRecord):
+        return keys.of_line(line)
+
+
+def _text_block(lines: list[bytes], first: int) -> Block:
+    block = Block()
+    for number, line in enumerate(lines, start=first):
+        block.take(number, lambda line=line: _decoded(_checked(line).removesuffix(b"\r")))
+    return block
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return _checked(line).decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadRecord("not UTF-8") from None
+
+
+class _TooLong(bytes):
+    """Stands for a line that was passed over."""
+
+
+def _checked(line: bytes) -> bytes:
+    if isinstance(line, _TooLong):
+        raise BadRecord(f"longer than {LONGEST_LINE >> 20} MiB")
+    return line
+
+
+def whole_lines(raw: BinaryIO, stretch: Stretch) -> Iterator[list[bytes]]:
+    """Yields the lines that begin in the stretch, without their "\\n", some at a time; `raw` is the open file."""
+    stream, owned = _opened(raw, stretch)
+    rest = b""
+    at_start = stretch.start == 0
+    while block := stream.read(BLOCK_BYTES if owned is None else min(BLOCK_BYTES, owned)):
+        if owned is not None:
+            owned -= len(block)
+            if not owned and not block.endswith(b"\n"):
+                block += stream.readline(LONGEST_LINE)  # the line that begins here is ours to its end
+        if at_start:
+            block, at_start = block.removeprefix(BYTE_ORDER_MARK), False
+        *lines, rest = (rest + block).split(b"\n") if rest else block.split(b"\n")
+        if len(rest) > LONGEST_LINE:
+            owned = _pass_over_line(stream, owned)
+            lines, rest = [*lines, _TooLong()], b""
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
+
+
+def _pass_over_line(stream: BinaryIO, owned: int | None) -> int | None:
+    while piece := stream.readline(BLOCK_BYTES):
+        owned = owned if owned is None else max(owned - len(piece), 0)
+        if piece.endswith(b"\n"):
+            break
+    return owned
+
+
+def _opened(raw: BinaryIO, stretch: Stretch) -> tuple[BinaryIO, int | None]:
+    """The stream of a stretch's text, and how many bytes on from there the last line of ours may begin."""
+    if is_compressed(stretch.path):
+        return _decompressed(raw, stretch.path), None
+    if not stretch.start:
+        return raw, stretch.end
+    raw.seek(stretch.start - 1)  # the rest of a line that began before is another stretch's
+    while (piece := raw.readline(BLOCK_BYTES)) and not piece.endswith(b"\n"):
+        pass
+    return raw, max(stretch.end - raw.tell(), 0)
+
+
+def _decompressed(raw: BinaryIO, path: str) -> BinaryIO:
+    if path.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK_BYTES)
+    import pyarrow
+
+    # zstandard's own reader ends a truncated file without a word; Arrow's says so.
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), BLOCK_BYTES)
+
+
+def _row_blocks(rows: Iterator[list[dict[str, Any]]], keys: TextKeys) -> Iterator[Block]:
+    number = 0
+    for some in rows:
+        block = Block()
+        for record in some:
+            block.take(number, lambda record=record: keys.of_record(record))
+            number += 1
+        yield block
+
+
+def _parquet_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any]]]:
+    from pyarrow.parquet import ParquetFile
+
+    with _read_errors(stretch.path), ParquetFile(stretch.path) as file:
+        columns = [name for name in keys.roots if name in file.schema_arrow.names]
+        groups = list(range(stretch.start, stretch.end))
+        for batch in file.iter_batches(ROWS, row_groups=groups, columns=columns or None):
+            yield batch.to_pylist()
+
+
+def _dataset_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any]]]:
+    dataset = open_hub(stretch.dataset) if stretch.dataset else open_saved(stretch.path)
+    known = [name for name in keys.roots if name in dataset.column_names]
+    dataset = dataset.select_columns(known) if known else dataset
+    for start in range(stretch.start, stretch.end, ROWS):
+        columns = dataset[start : min(start + ROWS, stretch.end)]
+        yield [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _streamed_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any]]]:
+    shard = open_hub(stretch.dataset).shard(num_shards=stretch.end, index=stretch.start)
+    rows = iter(shard)
+    while some := list(islice(rows, ROWS)):
+        yield some

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(t): code for code, t in TYPES.items()}
-COPY_BYTES = 1 << 24
+CHUNK = 1 << 20  # documents
 
 
 def token_type(vocabulary_size: int) -> np.dtype:
@@ -75,6 +74,14 @@ class IndexedCorpus:
         count = int(self.lengths[document]) - start if length is None else length
         return self._bin[first : first + count]
 
+    @property
+    def total_tokens(self) -> int:
+        return len(self._bin)
+
+    def stretch(self, start: int, length: int) -> np.ndarray:
+        """`length` ids from the corpus's token `start` on, or as many as there are, across documents."""
+        return self._bin[start : start + length]
+
     def sample(self, tokens: int, stretches: int = 200) -> np.ndarray:
         """About `tokens` ids from evenly spaced stretches of the corpus, or all of them if it has no more."""
         if len(self._bin) <= tokens:
@@ -85,24 +92,22 @@ class IndexedCorpus:
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """Writes an index with a sequence a document for `lengths`, int32 [documents], of ids of `dtype`."""
-    offsets = np.zeros(len(lengths), dtype="<i8")
-    np.cumsum(lengths[:-1].astype(np.int64) * dtype.itemsize, out=offsets[1:])
+    """Writes an index with a sequence a document, in constant memory.
+
+    lengths: int32 [documents], in tokens of `dtype`; it may be a mapped file.
+    """
+    chunks = [lengths[start : start + CHUNK] for start in range(0, len(lengths), CHUNK)]
     with path.open("wb") as out:
         out.write(HEADER.pack(MAGIC, 1, CODES[dtype], len(lengths), len(lengths) + 1))
-        out.write(lengths.astype("<i4").tobytes())
-        out.write(offsets.tobytes())
-        out.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-
-
-def concatenate(parts: Iterable[Path], target: Path) -> None:
-    """Joins files byte by byte in constant memory, removing each once it is copied."""
-    with target.open("wb") as out:
-        for part in parts:
-            with part.open("rb") as source:
-                while block := source.read(COPY_BYTES):
-                    out.write(block)
-            part.unlink()
+        for chunk in chunks:
+            out.write(chunk.astype("<i4").data)
+        offset = 0
+        for chunk in chunks:
+            ends = offset + np.cumsum(chunk, dtype="<i8") * dtype.itemsize
+            out.write((ends - chunk.astype("<i8") * dtype.itemsize).data)
+            offset = int(ends[-1])
+        for start in range(0, len(lengths) + 1, CHUNK):
+            out.write(np.arange(start, min(start + CHUNK, len(lengths) + 1), dtype="<i8").data)
 
 
 def _mapped(path: Path, prefix: str | Path) -> mmap.mmap | bytes:

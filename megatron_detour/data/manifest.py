@@ -12,17 +12,23 @@ from typing import Any
 
 from megatron_detour.errors import DetourError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Manifest:
     documents: int
     tokens: int
-    empty: int  # lines without text
-    bad_lines: int  # lines left out by --skip-bad-lines
+    records: int  # of the input: documents + held_out + empty + rejects + removed
+    empty: int  # without text
+    rejects: int  # that are no documents, listed in PREFIX.rejects.jsonl
+    removed: dict[str, int]  # left out by the options, by reason: short, long, language, duplicate
+    held_out: int  # documents of PREFIX.heldout
     sources: list[dict[str, Any]]  # path, bytes
     tokenizer: dict[str, Any]  # Vocabulary.to_dict()
+    engine: dict[str, Any]  # name and version of what made the ids, and which others did not serve
+    options: dict[str, Any]  # those that shape the corpus
+    plan: str  # SHA-256 over input, options, tokenizer and engine
     files: dict[str, dict[str, Any]]  # "bin" and "idx": bytes, sha256
     created: str
     version: str

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_detour.data import spm
 from megatron_detour.errors import DetourError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def find_tokenizer(name: str | Path, download: bool = False) -> Path:
-    """The tokenizer.json of a file, a folder or a hub id. Raises DetourError when there is none."""
+    """The tokenizer.json or SentencePiece model of a file, a folder or a hub id. Raises DetourError for none."""
     path = Path(name)
     if path.is_file():
         return path
@@ -99,6 +100,8 @@ def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
     from tokenizers import Tokenizer
 
     path = find_tokenizer(name, download)
+    if path.suffix in spm.SUFFIXES:
+        return spm.tokenizer_of(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every fault of a file

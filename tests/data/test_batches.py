@@ -11,13 +11,12 @@ import torch
 
 from megatron_detour.config import Corpus
 from megatron_detour.data.batches import MicroBatch, Sequences, positions_of, rank_batch, rank_numbers
-from megatron_detour.data.build import build_corpus
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.train_tokenizer import train_tokenizer
 from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
 from megatron_detour.errors import DetourError
 from megatron_detour.objectives import IGNORE, make
-from tests.conftest import sentences, write_jsonl
+from tests.conftest import build, sentences, write_jsonl
 
 LENGTH, STEP = 128, 8
 
@@ -31,7 +30,7 @@ def vocabulary(tokenizer_folder) -> Vocabulary:
 def second(tokenizer_folder, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("second")
     texts = write_jsonl(folder / "texts.jsonl", [sentences(random.Random(i), 2) for i in range(40)])
-    build_corpus([str(texts)], str(folder / "corpus"), str(tokenizer_folder))
+    build([texts], folder / "corpus", tokenizer_folder)
     return str(folder / "corpus")
 
 

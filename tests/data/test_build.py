@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_detour.data import build, documents
-from megatron_detour.data.build import build_corpus, plan_parts
+from megatron_detour.data import sources
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
 from megatron_detour.errors import DetourError
-from tests.conftest import sentences, write_jsonl
+from tests.conftest import build, sentences, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT / "../shared/data"
@@ -58,11 +57,11 @@ def bytes_at(prefix: Path) -> list[bytes]:
 
 
 def failure(inputs: list[Path], prefix: Path, tokenizer: Path, **options) -> str:
-    """The sentence of a failing build, after which the folder is as it was before."""
-    before = {path.name: path.read_bytes() for path in prefix.parent.iterdir()}
+    """The sentence of a failing build, after which the folder is as it was before, but for finished parts."""
+    before = {path.name: path.read_bytes() for path in prefix.parent.iterdir() if path.is_file()}
     with pytest.raises(DetourError) as caught:
-        build_corpus([str(path) for path in inputs], str(prefix), str(tokenizer), **options)
-    assert {path.name: path.read_bytes() for path in prefix.parent.iterdir()} == before
+        build(inputs, prefix, tokenizer, **options)
+    assert {path.name: path.read_bytes() for path in prefix.parent.iterdir() if path.is_file()} == before
     return str(caught.value)
 
 
@@ -78,7 +77,7 @@ def test_the_manifest_tells_the_numbers(corpus):
     manifest = read_manifest(corpus.prefix)
     ids = ids_at(corpus.prefix)
     assert (manifest.documents, manifest.tokens) == (len(ids), sum(map(len, ids)))
-    assert (manifest.empty, manifest.bad_lines) == (0, 0)
+    assert (manifest.empty, manifest.rejects, manifest.records) == (0, 0, 300)
     assert manifest.sources == [{"path": str(corpus.jsonl), "bytes": corpus.jsonl.stat().st_size}]
     for kind, facts in manifest.files.items():
         content = Path(f"{corpus.prefix}.{kind}").read_bytes()
@@ -96,25 +95,12 @@ def test_kinds_of_files_and_empty_lines(tmp_path, prefix, tokenizer_folder):
     (tmp_path / "a.jsonl").write_bytes((records + blank).encode())
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(records.encode()) + gzip.compress(blank.encode()))
     (tmp_path / "c.txt").write_bytes("first line\r\n\r\n second one \nlast, without an end of line é".encode())
-    inputs = [str(tmp_path / name) for name in ("c.txt", "b.jsonl.gz", "a.jsonl")]
-    manifest = build_corpus(inputs, str(prefix), str(tokenizer_folder), text_key="body")
+    inputs = [tmp_path / name for name in ("c.txt", "b.jsonl.gz", "a.jsonl")]
+    manifest = build(inputs, prefix, tokenizer_folder, text_key=("body",))
     lines = ["first line", " second one ", "last, without an end of line é"]
     assert ids_at(prefix) == encoded(tokenizer_folder, lines + ODD + ODD)
-    assert (manifest.documents, manifest.empty, manifest.bad_lines) == (3 + 2 * len(ODD), 1 + 3 + 3, 0)
+    assert (manifest.documents, manifest.empty, manifest.rejects) == (3 + 2 * len(ODD), 1 + 3 + 3, 0)
     assert json.loads(json.dumps(dataclasses.asdict(manifest))) == dataclasses.asdict(read_manifest(prefix))
-
-
-@pytest.mark.parametrize("stride", [1, 4, 5, 7, 100, 1 << 20])  # lines begin at bytes 4 and 5
-def test_every_line_belongs_to_one_part(tmp_path, monkeypatch, stride):
-    content = b"one\n\ntwo two two two two\r\n" + b"x" * 250 + b"\nlast"
-    path = tmp_path / "a.txt"
-    path.write_bytes(content)
-    monkeypatch.setattr(build, "RANGE_BYTES", stride)
-    monkeypatch.setattr(build, "_report", lambda count: None)
-    parts = plan_parts([str(path)])
-    assert [part.number for part in parts] == list(range(len(parts)))
-    lines = [line for part in parts for line in build._lines(part)]
-    assert lines == content.replace(b"\r\n", b"\n").split(b"\n")
 
 
 @pytest.fixture(scope="module")
@@ -131,70 +117,45 @@ def mixed(tmp_path_factory) -> list[str]:
 def test_the_bytes_depend_on_neither_workers_nor_parts(tmp_path, mixed, tokenizer_folder, monkeypatch):
     manifests = []
     for name, workers, stride in (("whole", 1, 1 << 25), ("one", 1, 3_001), ("three", 3, 3_001)):
-        monkeypatch.setattr(build, "RANGE_BYTES", stride)
-        assert (len(plan_parts(mixed)) > 10) == (stride == 3_001)
-        manifests.append(build_corpus(mixed, str(tmp_path / name), str(tokenizer_folder), workers=workers))
+        monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+        assert (len(sources.plan_stretches(mixed)) > 10) == (stride == 3_001)
+        manifests.append(build(mixed, tmp_path / name, tokenizer_folder, workers=workers))
     assert bytes_at(tmp_path / "whole") == bytes_at(tmp_path / "one") == bytes_at(tmp_path / "three")
     assert [(m.documents, m.tokens, m.files) for m in manifests] == [(200, manifests[0].tokens, manifests[0].files)] * 3
 
 
-BAD_LINES = {
-    "not JSON": (b"{'text': 'x'}", "not JSON"),
-    "a number of 5,000 digits": (b'{"text": "x", "n": ' + b"1" * 5_000 + b"}", "not JSON"),
-    "deep": (b"[" * 200_000, "not JSON"),
-    "no object": (b'["text"]', "not a JSON object such as"),
-    "no key": (b'{"txet": "x"}', "no key 'text'"),
-    "no text": (b'{"text": null}', "the value of 'text' is not a text"),
-    "half a surrogate pair": (b'{"text": "x \\ud83e"}', "holds half a surrogate pair"),
-    "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_LINES)
-def test_a_bad_line_is_no_document(case):
-    line, why = BAD_LINES[case]
-    with pytest.raises(documents.BadLine, match=why):
-        documents.document_of(line, "a.jsonl", "text")
-
-
-@pytest.mark.parametrize("stride", [1, 64, 65, 300, 1_000, 1 << 20])
-def test_a_bad_line_is_named_in_whatever_part(tmp_path, monkeypatch, stride):
-    """Each line in turn is bad; the number told is its own, wherever the parts begin."""
-    monkeypatch.setattr(build, "RANGE_BYTES", stride)
-    monkeypatch.setattr(build, "_report", lambda count: None)
-    path = tmp_path / "a.jsonl"
-    for bad in range(1, 13):
-        lines = [json.dumps({"text": "x" * (17 * i)}).encode() for i in range(1, 13)]
-        lines[bad - 1] = b"oops"
-        path.write_bytes(b"\n".join(lines))
-        job = build._Job("", None, "text", False, tmp_path)
-        with pytest.raises(DetourError, match=f"line {bad}: not JSON"):
-            for part in plan_parts([str(path)]):
-                list(build._batches(part, job))
-
-
-def test_bad_lines_stop_a_build_or_are_counted(tmp_path, prefix, tokenizer_folder, monkeypatch):
+def test_rejects_stop_a_build_or_are_listed(tmp_path, prefix, tokenizer_folder, monkeypatch):
     good = [json.dumps({"text": text}).encode() for text in ODD * 4]
-    bad = [line for line, _ in BAD_LINES.values()]
-    lines = good[:20] + bad + good[20:]
+    bad = [b"{'text': 'x'}", b'{"text": null}', b'{"text": "caf\xe9"}']
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    monkeypatch.setattr(build, "RANGE_BYTES", 500)
+    path.write_bytes(b"\n".join(good[:20] + bad + good[20:]) + b"\n")
+    monkeypatch.setattr(sources, "STRETCH_BYTES", 500)
     message = failure([path], prefix, tokenizer_folder)
     assert f"{path}, line 21: not JSON" in message
-    assert "--skip-bad-lines" in message
-    manifest = build_corpus([str(path)], str(prefix), str(tokenizer_folder), skip_bad_lines=True)
-    assert (manifest.documents, manifest.bad_lines, manifest.empty) == (len(good), len(bad), 0)
+    assert "--max-rejects" in message
+    assert failure([path], prefix, tokenizer_folder, max_rejects=2)
+    manifest = build([path], prefix, tokenizer_folder, max_rejects=3)
+    assert (manifest.records, manifest.documents, manifest.rejects) == (len(good) + 3, len(good), 3)
     assert ids_at(prefix) == encoded(tokenizer_folder, ODD * 4)
+    listed = [json.loads(line) for line in Path(f"{prefix}.rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(entry["file"], entry["line"]) for entry in listed] == [(str(path), number) for number in (21, 22, 23)]
+    assert [entry["reason"][:8] for entry in listed] == ["not JSON", "the valu", "not UTF-"]
+    build([mend(path, bad)], prefix, tokenizer_folder, overwrite=True)
+    assert not Path(f"{prefix}.rejects.jsonl").exists()
+
+
+def mend(path: Path, bad: list[bytes]) -> Path:
+    path.write_bytes(b"\n".join(line for line in path.read_bytes().split(b"\n") if line not in bad))
+    return path
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("none.jsonl", None, "there is no such input file"),
-        ("a.csv", b"x\n", "an input file must end in .jsonl, .jsonl.gz, .txt"),
-        ("a.jsonl", b"", "no line holds text"),
-        ("a.txt", b" \n\n", "no line holds text"),
+        ("a.csv", b"x\n", "an input file must end in .jsonl, .jsonl.gz, .jsonl.zst, .txt"),
+        ("a.jsonl", b"", "the input has no documents"),
+        ("a.txt", b" \n\n", "the input has no documents"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "some text"}\n' * 50)[:-20], "cannot be read to its end"),
         ("plain.jsonl.gz", b'{"text": "x"}\n', "cannot be read to its end"),
         ("damaged.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 40, "cannot be read to its end"),
@@ -205,7 +166,7 @@ def test_inputs_that_cannot_be_built(tmp_path, prefix, tokenizer_folder, name, c
     if content is not None:
         (tmp_path / name).write_bytes(content)
     message = failure([tmp_path / name], prefix, tokenizer_folder)
-    assert str(tmp_path / name) in message
+    assert str(tmp_path / name if "no documents" not in says else prefix) in message
     assert says in message
 
 
@@ -219,14 +180,14 @@ def test_a_corpus_is_replaced_only_when_asked(tmp_path, prefix, tokenizer_folder
     first.write_text("one text\n", encoding="utf-8")
     second.write_text("another\nand one more\n", encoding="utf-8")
     bad.write_text("oops\n", encoding="utf-8")
-    build_corpus([str(first)], str(prefix), str(tokenizer_folder))
+    build([first], prefix, tokenizer_folder)
     assert names_in(prefix.parent) == {"c.bin", "c.idx", "c.manifest.json"}
     message = failure([second], prefix, tokenizer_folder)
     assert "c.manifest.json: a corpus is already there" in message
     assert "--overwrite" in message
     failure([bad], prefix, tokenizer_folder, overwrite=True)  # the old one stays, whole
     assert ids_at(prefix) == encoded(tokenizer_folder, ["one text"])
-    assert build_corpus([str(second)], str(prefix), str(tokenizer_folder), overwrite=True).documents == 2
+    assert build([second], prefix, tokenizer_folder, overwrite=True).documents == 2
     assert ids_at(prefix) == encoded(tokenizer_folder, ["another", "and one more"])
     assert read_manifest(prefix).documents == 2
 
@@ -244,11 +205,14 @@ def test_the_tool(tmp_path, prefix, tokenizer_folder):
     done = run()
     assert done.returncode == 0, done.stderr
     tokens = sum(map(len, encoded(tokenizer_folder, ["one text", "another"])))
-    assert done.stdout.splitlines()[-1] == f"{prefix}: 2 documents, {tokens} tokens (1 empty lines)"
-    again = run()
-    assert again.returncode == 1
-    assert again.stderr.startswith(f"error: {prefix}.manifest.json: a corpus is already there")
-    assert "Traceback" not in again.stderr
+    assert done.stdout.splitlines()[:2] == [f"{prefix}: 2 documents, {tokens} tokens", "left out: 1 empty"]
+    made = prefix.with_suffix(".bin").stat().st_mtime_ns
+    assert run().returncode == 0  # the same again is done already
+    assert prefix.with_suffix(".bin").stat().st_mtime_ns == made
+    other = run("--normalize", "NFC")
+    assert other.returncode == 1
+    assert other.stderr.startswith(f"error: {prefix}.manifest.json: a corpus is already there")
+    assert "Traceback" not in other.stderr
 
 
 def copy_of(corpus, folder: Path) -> Path:
@@ -279,9 +243,9 @@ def test_a_damaged_corpus_is_refused(corpus, tmp_path, suffix, change):
         (None, "there is no such corpus; build it with tools/preprocess_data.py"),
         (b"{", "not a JSON file"),
         (b"\xff", "not a JSON file"),
-        (b"[]", "not a corpus manifest of format 1"),
-        (b'{"format": 2}', "not a corpus manifest of format 1"),
-        (b'{"format": 1, "documents": 3}', "keys are missing or unknown"),
+        (b"[]", "not a corpus manifest of format 2"),
+        (b'{"format": 1}', "not a corpus manifest of format 2"),
+        (b'{"format": 2, "documents": 3}', "keys are missing or unknown"),
     ],
 )
 def test_a_damaged_manifest_is_refused(corpus, tmp_path, content, says):
@@ -299,5 +263,5 @@ def test_real_text_and_modernberts_vocabulary(tmp_path, prefix):
     source = next((SHARED / "corpora").glob("fr_biomed*heldout*.jsonl.gz"))
     with gzip.open(source, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
-    build_corpus([str(source)], str(prefix), str(SHARED / "tokenizers/modernbert_rebuilt.tokenizer.json"))
+    build([source], prefix, SHARED / "tokenizers/modernbert_rebuilt.tokenizer.json")
     assert ids_at(prefix) == [tokenizer.encode(text).ids for text in texts if text.strip()]

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_detour.data.indexed import IndexedCorpus, concatenate, token_type, write_index
+from megatron_detour.data.indexed import IndexedCorpus, token_type, write_index
 from megatron_detour.errors import DetourError
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 65_000, 11, 12]]
@@ -127,12 +127,3 @@ def test_a_missing_file_is_named(prefix, suffix):
     with pytest.raises(DetourError, match=rf"c\{suffix}: there is no such file; build the corpus") as caught:
         IndexedCorpus(prefix)
     assert f"--output-prefix {prefix}" in str(caught.value)
-
-
-def test_concatenate_joins_in_order_and_leaves_no_parts(tmp_path):
-    parts = [tmp_path / name for name in ("b", "a", "c")]
-    for part, content in zip(parts, (b"one", b"", b"three"), strict=True):
-        part.write_bytes(content)
-    concatenate(parts, tmp_path / "whole")
-    assert (tmp_path / "whole").read_bytes() == b"onethree"
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

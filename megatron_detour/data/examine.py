@@ -1,0 +1,133 @@
+"""What a corpus holds, for people: checks, figures and decoded documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_detour.data.build.join import held_out_prefix, rejects_path
+from megatron_detour.data.build.options import BuildOptions
+from megatron_detour.data.indexed import CHUNK, IndexedCorpus
+from megatron_detour.data.manifest import Manifest, read_manifest
+from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
+from megatron_detour.errors import DetourError
+from megatron_detour.files import file_facts
+
+SHARES = (0.01, 0.1, 0.5, 0.9, 0.99)
+CHECKED_IDS = 1 << 24
+SHOWN_CHARACTERS = 500
+
+
+def summary(options: BuildOptions, manifest: Manifest | None) -> str:
+    """What a build has come to, in a line or a few."""
+    if manifest is None:
+        return (
+            f"{options.output_prefix}: share {options.shard_index} of {options.num_shards} is done; when all are, run "
+            "the same command without --num-shards and --shard-index to join them"
+        )
+    lines = [f"{options.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens"]
+    left_out = [f"{manifest.empty:,} empty"] if manifest.empty else []
+    left_out += [f"{count:,} {reason}" for reason, count in manifest.removed.items() if count]
+    if left_out:
+        lines.append(f"left out: {', '.join(left_out)}")
+    if manifest.rejects:
+        lines.append(f"rejected: {manifest.rejects:,}, listed in {rejects_path(options.output_prefix)}")
+    if manifest.held_out:
+        lines.append(f"held out: {manifest.held_out:,} documents in {held_out_prefix(options.output_prefix)}")
+    lines.append(f"engine: {manifest.engine['name']} {manifest.engine['version']}")
+    return "\n".join(lines)
+
+
+def verify(prefix: str) -> str:
+    """Checks sizes, hashes, index and ids of a corpus. Raises DetourError for the first fault."""
+    manifest = read_manifest(prefix)
+    for kind, facts in manifest.files.items():
+        if file_facts(Path(f"{prefix}.{kind}")) != facts:
+            raise DetourError(f"{prefix}.{kind}: its SHA-256 is not the manifest's; copy or build the corpus again")
+    corpus = IndexedCorpus(prefix)
+    vocabulary = Vocabulary.from_dict(manifest.tokenizer)
+    if len(corpus) != manifest.documents or corpus.total_tokens != manifest.tokens:
+        raise DetourError(f"{prefix}.idx: it does not hold the manifest's documents and tokens; build the corpus again")
+    _check_index(corpus)
+    for start in range(0, corpus.total_tokens, CHECKED_IDS):
+        greatest = int(corpus.stretch(start, CHECKED_IDS).max())
+        if greatest >= vocabulary.size:
+            raise DetourError(f"{prefix}.bin: holds id {greatest:,} of a vocabulary of {vocabulary.size:,}")
+    return (
+        f"{prefix}: whole, {manifest.documents:,} documents and {manifest.tokens:,} tokens of tokenizer "
+        f"{manifest.tokenizer['sha256'][:12]}"
+    )
+
+
+def _check_index(corpus: IndexedCorpus) -> None:
+    """Documents must lie one after the other, each of a token at least."""
+    end = 0
+    for start in range(0, len(corpus), CHUNK):
+        lengths = corpus.lengths[start : start + CHUNK].astype(np.int64)
+        begins = corpus.offsets[start : start + CHUNK] // corpus.dtype.itemsize
+        ends = begins + lengths
+        if (lengths < 1).any() or begins[0] != end or (begins[1:] != ends[:-1]).any():
+            raise DetourError(f"{corpus.prefix}.idx: its documents do not lie one after the other")
+        end = int(ends[-1])
+
+
+def stats(prefix: str) -> str:
+    """Counts and lengths of a corpus, and its histogram as PREFIX.lengths.png. Raises DetourError."""
+    manifest = read_manifest(prefix)
+    corpus = IndexedCorpus(prefix)
+    lengths = np.asarray(corpus.lengths)
+    quantiles = np.quantile(lengths, SHARES)
+    picture = _draw(prefix, lengths)
+    rows = [
+        ("documents", f"{manifest.documents:,}"),
+        ("tokens", f"{manifest.tokens:,}"),
+        ("tokens a document", f"{lengths.mean():,.1f} (longest {lengths.max():,})"),
+        *((f"  {share:.0%} have at most", f"{q:,.0f}") for share, q in zip(SHARES, quantiles, strict=True)),
+        ("longer than 1,024", f"{(lengths > 1024).mean():.1%} of documents"),
+        ("longer than 8,192", f"{(lengths > 8192).mean():.1%} of documents"),
+        ("bytes of input", f"{sum(source['bytes'] for source in manifest.sources):,}"),
+        ("empty, rejected", f"{manifest.empty:,}, {manifest.rejects:,}"),
+        *((f"removed: {reason}", f"{count:,}") for reason, count in manifest.removed.items()),
+        ("tokenizer", manifest.tokenizer["sha256"][:12]),
+        ("engine", f"{manifest.engine['name']} {manifest.engine.get('version', '')}"),
+        ("histogram", str(picture)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _draw(prefix: str, lengths: np.ndarray) -> Path:
+    from matplotlib.figure import Figure
+
+    edges = np.unique(np.geomspace(1, max(int(lengths.max()), 2) + 1, 60).astype(np.int64))
+    counts, _ = np.histogram(lengths, edges)
+    tokens, _ = np.histogram(lengths, edges, weights=lengths.astype(np.float64))
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.stairs(counts / counts.sum(), edges, label="of documents", fill=True, alpha=0.4)
+    axes.stairs(tokens / tokens.sum(), edges, label="of tokens", linewidth=1.5)
+    axes.set(xscale="log", xlabel="tokens in the document", ylabel="share", title=Path(prefix).name)
+    axes.legend()
+    path = Path(f"{prefix}.lengths.png")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def peek(prefix: str, tokenizer: str | None, count: int, first: int | None) -> Iterator[str]:
+    """Yields decoded documents, evenly spaced ones or `count` from `first` on. Raises DetourError."""
+    manifest = read_manifest(prefix)
+    corpus = IndexedCorpus(prefix)
+    if tokenizer is None:
+        raise DetourError("--tokenizer: peek needs the tokenizer that the corpus was built with")
+    decoder = load_tokenizer(tokenizer)
+    if Vocabulary.of(decoder).sha256 != manifest.tokenizer["sha256"]:
+        raise DetourError(f"--tokenizer {tokenizer}: not the tokenizer that {prefix} was built with")
+    if first is not None and not 0 <= first < len(corpus):
+        raise DetourError(f"--first {first}: {prefix} has documents 0 to {len(corpus) - 1:,}")
+    numbers = np.linspace(0, len(corpus) - 1, count, dtype=np.int64) if first is None else range(first, first + count)
+    for number in dict.fromkeys(int(n) for n in numbers if n < len(corpus)):
+        text = decoder.decode(corpus.tokens(number).tolist(), skip_special_tokens=False)
+        more = f" ... ({len(text):,} characters)" if len(text) > SHOWN_CHARACTERS else ""
+        yield f"--- document {number:,}, {int(corpus.lengths[number]):,} tokens\n{text[:SHOWN_CHARACTERS]}{more}"

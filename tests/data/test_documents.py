@@ -1,0 +1,270 @@
+"""Reading documents: every record is a document, empty or a reject with its reason, in whatever stretch it lies."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_detour.data import documents, sources
+from megatron_detour.data.documents import Block, TextKeys, read_documents, read_stretch, records_before
+from megatron_detour.data.sources import HubDataset, find_inputs, plan_parts, plan_stretches
+from megatron_detour.errors import DetourError
+
+LINES = b"one\n\ntwo two two two two\r\n" + b"x" * 250 + b"\n\xef\xbb\xbf in the middle\nlast"
+TEXTS = [f"text {i} œ " + "y" * (i % 7) for i in range(1_000)]
+
+
+def read(path: Path | str, keys: TextKeys | None = None, **options) -> list[Block]:
+    stretches = plan_stretches(find_inputs([str(path)]), **options)
+    return [block for stretch in stretches for block in read_stretch(stretch, keys or TextKeys())]
+
+
+def texts_of(blocks: list[Block]) -> list[str]:
+    return [text for block in blocks for text in block.texts]
+
+
+def zstandard(content: bytes) -> bytes:
+    return pyarrow.compress(content, "zstd", asbytes=True)
+
+
+@pytest.mark.parametrize("block", [7, 64, 1 << 20])
+@pytest.mark.parametrize("stride", [1, 4, 5, 7, 100, 1 << 20])  # lines begin at bytes 4 and 5
+def test_every_line_belongs_to_one_stretch(tmp_path, monkeypatch, stride, block):
+    path = tmp_path / "a.txt"
+    path.write_bytes(LINES)
+    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+    monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+    blocks = read(path)
+    expected = LINES.decode().replace("\r\n", "\n").split("\n")
+    assert texts_of(blocks) == [line for line in expected if line]
+    assert sum(block.records for block in blocks) == len(expected)
+    assert sum(block.empty for block in blocks) == 1
+
+
+@pytest.mark.parametrize("stride", [1, 64, 65, 300, 1_000, 1 << 20])
+def test_a_bad_line_is_named_in_whatever_stretch(tmp_path, monkeypatch, stride):
+    """Each line in turn is bad; the number told is its own, wherever the stretches begin."""
+    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+    path = tmp_path / "a.jsonl"
+    for bad in range(1, 13):
+        lines = [json.dumps({"text": "x" * (17 * i)}).encode() for i in range(1, 13)]
+        lines[bad - 1] = b"oops"
+        path.write_bytes(b"\n".join(lines))
+        found = [
+            records_before(stretch) + record + 1
+            for stretch in plan_stretches([str(path)])
+            for block in read_stretch(stretch, TextKeys())
+            for record, _ in block.rejects
+        ]
+        assert found == [bad]
+
+
+BAD_LINES = {
+    "not JSON": (b"{'text': 'x'}", "not JSON"),
+    "deep": (b"[" * 200_000, "not JSON"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "not JSON"),
+    "no object": (b'["text"]', "not a JSON object such as"),
+    "no key": (b'{"txet": "x"}', "no key 'text'"),
+    "null": (b'{"text": null}', "the value of 'text' is null"),
+    "no text": (b'{"text": ["x"]}', "the value of 'text' is not a text"),
+    "half a surrogate pair": (b'{"text": "x \\ud83e"}', "holds half a surrogate pair"),
+    "surrogates the wrong way round": (b'{"text": "\\udd20\\ud83e"}', "holds half a surrogate pair"),
+    "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_is_no_document_and_its_neighbours_are(tmp_path, case):
+    line, why = BAD_LINES[case]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
+    (block,) = read(path)
+    assert block.texts == ["before", "after"]
+    ((number, reason),) = block.rejects
+    assert number == 1
+    assert why in reason
+
+
+@pytest.mark.parametrize("beside", [b"", b"\noops"], ids=["alone", "beside a bad line"])
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b'{"text": "a", "text": "b"}', "b"),
+        (b'{"n": NaN, "text": "a"}', "a"),
+        (b'{"n": "\xff", "text": "a"}', "a"),
+        (b' {"text": "\\ud83d\\ude00 \\u0000"}\r', "😀 \x00"),
+        (b'{"text": "a", "n": ' + b"1" * 5_000 + b"}", "a"),
+        (b'{"text": "a", "deep": ' + b"[" * 300 + b"]" * 300 + b"}", "a"),
+    ],
+    ids=["the last of equal keys", "NaN", "not UTF-8 in another field", "escapes", "a number of 5,000 digits", "deep"],
+)
+def test_odd_lines_that_are_documents(tmp_path, line, text, beside):
+    """What a line is does not depend on whether its neighbours are good."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line + beside + b"\n")
+    (block,) = read(path)
+    assert block.texts == [text]
+    assert len(block.rejects) == bool(beside)
+
+
+def test_a_line_without_end_is_passed_over_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST_LINE", 1_000)
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(sources, "STRETCH_BYTES", 700)
+    content = b"a\n" + b"x" * 5_000 + b"\nb\n" + b"y" * 1_000 + b"\n" + b"z" * 3_000
+    for name, whole in (("a.txt", content), ("a.txt.gz", gzip.compress(content))):
+        (tmp_path / name).write_bytes(whole)
+        blocks = read(tmp_path / name)
+        assert texts_of(blocks) == ["a", "b", "y" * 1_000]
+        assert [reason for block in blocks for _, reason in block.rejects] == ["longer than 0 MiB"] * 2
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, content in (("a.jsonl", b'{"text": "x"}'), ("a.txt", b"x")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content + b"\n")
+        assert texts_of(read(tmp_path / name)) == ["x"]
+    assert texts_of(read(tmp_path / "a.txt", whole_files=True)) == ["x\n"]
+
+
+KINDS = {
+    "a.jsonl": lambda path: path.write_bytes(jsonl(TEXTS)),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl(TEXTS[:400])) + gzip.compress(jsonl(TEXTS[400:]))),
+    "a.jsonl.zst": lambda path: path.write_bytes(zstandard(jsonl(TEXTS[:400])) + zstandard(jsonl(TEXTS[400:]))),
+    "a.txt": lambda path: path.write_text("\n".join(TEXTS), encoding="utf-8"),
+    "a.txt.zst": lambda path: path.write_bytes(zstandard("\n".join(TEXTS).encode())),
+    "a.parquet": lambda path: pyarrow.parquet.write_table(table(TEXTS), path, row_group_size=130),
+    "saved": lambda path: datasets.Dataset.from_dict({"n": [0] * len(TEXTS), "text": TEXTS}).save_to_disk(path),
+}
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+
+
+def table(texts: list[str | None]) -> pyarrow.Table:
+    return pyarrow.table({"n": [0] * len(texts), "text": texts})
+
+
+@pytest.mark.parametrize("stride", [900, 1 << 25])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_documents(tmp_path, monkeypatch, kind, stride):
+    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+    KINDS[kind](tmp_path / kind)
+    blocks = read(tmp_path / kind)
+    assert texts_of(blocks) == TEXTS
+    assert sum(block.records for block in blocks) == len(TEXTS)
+    if kind in ("a.jsonl", "a.parquet", "saved"):
+        assert (len(plan_stretches([str(tmp_path / kind)])) > 1) == (stride == 900)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_that_load_dataset_opens(tmp_path, monkeypatch, streaming):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for number in range(3):
+        share = TEXTS[number::3]
+        pyarrow.parquet.write_table(table(share), tmp_path / f"train-{number}.parquet")
+    dataset = HubDataset(str(tmp_path), streaming=streaming)
+    stretches = plan_stretches([], dataset=dataset)
+    found = [t for stretch in stretches for block in read_stretch(stretch, TextKeys()) for t in block.texts]
+    assert found == TEXTS[0::3] + TEXTS[1::3] + TEXTS[2::3]
+    assert len(stretches) == (3 if streaming else 1)
+    with pytest.raises(DetourError, match="cannot be opened"):
+        plan_stretches([], dataset=HubDataset(str(tmp_path / "none"), streaming=streaming))
+
+
+def test_rows_without_text_are_rejected(tmp_path):
+    pyarrow.parquet.write_table(table(["a", None, "b", " "]), tmp_path / "a.parquet")
+    (block,) = read(tmp_path / "a.parquet")
+    assert (block.texts, block.empty, block.rejects) == (["a", "b"], 1, [(1, "the value of 'text' is null")])
+    (block,) = read(tmp_path / "a.parquet", TextKeys(("body",)))
+    assert [number for number, _ in block.rejects] == [0, 1, 2, 3]
+    assert "no key 'body'" in block.rejects[0][1]
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [(("title", "text"), "T|A"), (("parts.body",), "B"), (("parts.head.name", "text"), "N|A")],
+)
+def test_nested_and_several_keys(tmp_path, kind, keys, text):
+    record = {"title": "T", "text": "A", "parts": {"body": "B", "head": {"name": "N"}}}
+    if kind == "a.jsonl":
+        (tmp_path / kind).write_text(json.dumps(record) + '\n{"title": "T"}\n')
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record, {"title": "T"}]), tmp_path / kind)
+    (block,) = read(tmp_path / kind, TextKeys(keys, "|"))
+    assert block.texts == [text]
+    assert [number for number, _ in block.rejects] == [1]
+
+
+def test_folders_globs_and_whole_files(tmp_path):
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "deep/er/b.txt").write_text("one\ntwo\n")
+    (tmp_path / "deep/a.txt").write_text("three\n\nfour")
+    (tmp_path / "deep/readme.md").write_text("no document")
+    assert texts_of(read(tmp_path)) == ["three", "four", "one", "two"]
+    assert texts_of(read(f"{tmp_path}/**/*.txt")) == ["three", "four", "one", "two"]
+    assert texts_of(read(tmp_path, whole_files=True)) == ["three\n\nfour", "one\ntwo\n"]
+    (tmp_path / "deep/c.txt.gz").write_bytes(gzip.compress(b"five\nsix"))
+    assert texts_of(read(tmp_path, whole_files=True))[1:2] == ["five\nsix"]
+    for names, says in (
+        ([f"{tmp_path}/*.jsonl"], "there is no such input file"),
+        ([f"{tmp_path}/deep/readme.md"], "an input file must end in"),
+        ([f"{tmp_path}/deep/*.md"], "must end in"),
+        ([str(tmp_path / "deep"), str(tmp_path / "deep/a.txt")], "a.txt: this input is named twice"),
+    ):
+        with pytest.raises(DetourError, match=says):
+            find_inputs(names)
+
+
+def test_a_saved_dataset_of_splits_needs_a_split(tmp_path):
+    of = datasets.Dataset.from_dict
+    datasets.DatasetDict({"a": of({"text": ["x"]}), "b": of({"text": ["y"]})}).save_to_disk(tmp_path / "d")
+    assert texts_of(read(tmp_path / "d", split="b")) == ["y"]
+    with pytest.raises(DetourError, match=r"choose one with --split a\|b"):
+        read(tmp_path / "d", split="train")
+
+
+BROKEN = {
+    "cut.txt.gz": gzip.compress(b"text\n" * 500)[:-20],
+    "plain.txt.gz": b"text\n",
+    "damaged.txt.gz": gzip.compress(b"")[:10] + b"\xff" * 40,
+    "cut.txt.zst": zstandard(b"".join(b"text %d\n" % i for i in range(5_000)))[:-20],
+    "plain.txt.zst": b"text\n" * 10,
+    "plain.parquet": b"text\n" * 10,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_ends_too_early_or_is_none(tmp_path, name):
+    (tmp_path / name).write_bytes(BROKEN[name])
+    with pytest.raises(DetourError, match=f"{name}: (cannot be read to its end|not a Parquet file)"):
+        read(tmp_path / name)
+
+
+def test_small_files_share_parts_and_a_changed_one_makes_another(tmp_path):
+    for number in range(50):
+        (tmp_path / f"{number:02d}.txt").write_text(f"text {number}")
+    stretches = plan_stretches(find_inputs([str(tmp_path)]))
+    (part,) = plan_parts(stretches, "")
+    assert part.stretches == tuple(stretches)
+    assert plan_parts(stretches, "")[0].key == part.key
+    assert plan_parts(stretches, "other options")[0].key != part.key
+    (tmp_path / "07.txt").write_text("text X")
+    assert plan_parts(stretches, "")[0].key != part.key
+
+
+def test_read_documents_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "STRETCH_BYTES", 30)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(["one", "two", " ", "three"]) + b"oops\n" + jsonl(["four"]))
+    found = read_documents(path)
+    assert [next(found) for _ in range(3)] == ["one", "two", "three"]
+    with pytest.raises(DetourError, match=r"a\.jsonl, line 5: not JSON"):
+        next(found)
