@@ -35,8 +35,9 @@ def test_flags_in_the_pages_are_flags_of_the_tools():
     for page in PAGES:
         for command in COMMAND.findall(page.read_text()):
             script = command.split()[0]
-            if script in WITH_SUBCOMMANDS and not command.split()[1].startswith("-"):
-                script = " ".join(command.split()[:2])
+            subcommand = command.split()[1:2]
+            if script in WITH_SUBCOMMANDS and subcommand and not subcommand[0].startswith("-"):
+                script += f" {subcommand[0]}"
             if script == "examples/quickstart.sh":
                 continue
             helps.setdefault(script, help_of(script))

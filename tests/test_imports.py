@@ -238,7 +238,10 @@ def test_a_forbidden_arrow_is_found(module, source, why):
     [
         ("config", "import json, os.path\nfrom megatron_detour.errors import DetourError\nfrom .errors import nearest"),
         ("data.build", "from megatron_detour import __version__\nfrom . import pack\nfrom ..files import flush"),
-        ("data.build.engines", "if TYPE_CHECKING:\n    from tokenizers import Tokenizer\ndef f():\n    import tokenizers"),
+        (
+            "data.build.engines",
+            "if TYPE_CHECKING:\n    from tokenizers import Tokenizer\ndef f():\n    import tokenizers",
+        ),
         ("training.loop", "if TYPE_CHECKING:\n    from deepspeed import DeepSpeedEngine"),
         ("parallel.state", "import torch.distributed as dist"),
     ],

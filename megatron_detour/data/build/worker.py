@@ -1,0 +1,112 @@
+"""A part of the input into arrays on the disk: what runs in each worker process, or as a task of a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_detour.data.build.clean import Cleaner
+from megatron_detour.data.build.engines import ENGINES, Engine, HuggingFace, first_difference, one_thread
+from megatron_detour.data.build.journal import Counts, Journal
+from megatron_detour.data.build.options import BuildOptions
+from megatron_detour.data.documents import Block, TextKeys, read_stretch
+from megatron_detour.data.sources import Part
+from megatron_detour.errors import DetourError
+from megatron_detour.files import flush
+
+JUDGED_EVERY = 4_096  # documents of a part
+JUDGED_CHARACTERS = 4_096
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all parts of a build have in common."""
+
+    options: BuildOptions
+    engine: str
+    tokenizer_file: str
+    dtype: str
+
+
+class Stopped(Exception):
+    """The build ends for another part's reason."""
+
+
+@lru_cache(maxsize=1)
+def _tools(job: Job) -> tuple[Engine, Engine, Cleaner]:
+    """Engine, judge and cleaner are made once a process."""
+    file = Path(job.tokenizer_file)
+    return ENGINES[job.engine](file), HuggingFace(file), Cleaner(job.options)
+
+
+def begin_worker(job: Job) -> None:
+    """Prepares a worker process: the parent alone answers to Ctrl-C, and no worker outlives it."""
+    one_thread()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    _tools(job)
+
+
+def build_part(part: Part, job: Job, report: Callable[[int, int], None]) -> Counts:
+    """Writes the arrays of a part and then its entry in the journal; `report` gets bytes read and tokens made.
+
+    Raises DetourError; then the part is not in the journal.
+    """
+    journal = Journal(job.options.output_prefix)
+    keys = TextKeys(job.options.text_key, job.options.text_separator)
+    counts, columns = Counts(), []
+    with journal.file(part, "bin").open("wb") as out:
+        for number, stretch in enumerate(part.stretches):
+            counts.records.append(0)
+            for block in read_stretch(stretch, keys, lambda read: report(read, 0)):
+                before = counts.tokens
+                _count(counts, number, block)
+                columns.append(_write(block, job, counts, out))
+                report(0, counts.tokens - before)
+        out.flush()
+        os.fsync(out.fileno())
+    counts.columns = list(columns[0]) if columns else []
+    for name in counts.columns:
+        file = journal.file(part, name)
+        np.concatenate([some[name] for some in columns]).tofile(file)
+        flush(file)
+    journal.finish(part, counts)
+    return counts
+
+
+def _count(counts: Counts, stretch: int, block: Block) -> None:
+    counts.records[stretch] += block.records
+    counts.empty += block.empty
+    counts.rejects += [(stretch, record, reason) for record, reason in block.rejects]
+
+
+def _write(block: Block, job: Job, counts: Counts, out: BinaryIO) -> dict[str, np.ndarray]:
+    engine, judge, cleaner = _tools(job)
+    texts = cleaner.clean(block.texts, counts.removed)
+    ids, begins = engine.encode(texts)
+    _judge(texts, engine, judge, counts.documents)
+    out.write(ids.astype(job.dtype).data)
+    counts.documents += len(texts)
+    counts.tokens += len(ids)
+    return cleaner.columns(texts, np.diff(begins))
+
+
+def _judge(texts: list[str], engine: Engine, judge: Engine, before: int) -> None:
+    """Has the judge look at every JUDGED_EVERY-th document of a part; `before` is how many it had until now."""
+    beginnings = [text[:JUDGED_CHARACTERS] for text in texts[-before % JUDGED_EVERY :: JUDGED_EVERY]]
+    if engine.name != judge.name and first_difference(engine, judge, beginnings) is not None:
+        raise DetourError(
+            f"--engine {engine.name}: its ids are not those of tokenizers on a document of this corpus; use --engine "
+            "tokenizers"
+        )

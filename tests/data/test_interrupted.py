@@ -1,0 +1,242 @@
+"""Builds that are broken off, shared out or in each other's way: the same bytes in the end, or a sentence."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_detour.data import sources
+from megatron_detour.data.build import BuildOptions, corpus, run, worker
+from megatron_detour.data.build.journal import Journal
+from megatron_detour.data.manifest import read_manifest
+from megatron_detour.errors import DetourError
+from tests.conftest import build, sentences, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+STRETCH = 4_000
+# A build of small parts in a process of its own, as a tool runs it; argv: prefix, tokenizer, input, flags.
+SCRIPT = f"""
+import sys
+from megatron_detour.data import sources
+from megatron_detour.data.build import options, build_corpus
+from megatron_detour.errors import command_line
+import argparse
+sources.STRETCH_BYTES = {STRETCH}
+parser = argparse.ArgumentParser()
+options.add_flags(parser)
+if __name__ == "__main__":
+    command_line(lambda: build_corpus(options.options_of(parser.parse_args())) and None)
+"""
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    rng = random.Random(11)
+    lines = [sentences(rng, rng.randint(1, 5)) for _ in range(900)]
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "t.jsonl", lines + lines[:90])
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(sources, "STRETCH_BYTES", STRETCH)
+
+
+@pytest.fixture(scope="module")
+def expected(texts, tokenizer_folder, tmp_path_factory) -> list[bytes]:
+    """The bytes of a build that nothing disturbed, in one part."""
+    prefix = tmp_path_factory.mktemp("unbroken") / "c"
+    build([texts], prefix, tokenizer_folder)
+    return contents(prefix)
+
+
+def contents(prefix: Path, kinds: tuple[str, ...] = ("bin", "idx")) -> list[bytes]:
+    return [Path(f"{prefix}.{kind}").read_bytes() for kind in kinds]
+
+
+def start(folder: Path, texts: Path, tokenizer: Path, *flags: str) -> subprocess.Popen:
+    script = folder / "build.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), "--input", str(texts), "--output-prefix", str(folder / "c")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "--tokenizer", str(tokenizer), *flags],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_build_killed_again_and_again_ends_with_the_same_bytes(tmp_path, texts, tokenizer_folder, expected):
+    """Kills at random moments after work has begun; no finished part is done twice, and no worker lives on."""
+    rng = random.Random(12)
+    kills = 0
+    finished: dict[str, int] = {}
+    journal = Journal(str(tmp_path / "c"))
+    while kills < 4:
+        process = start(tmp_path, texts, tokenizer_folder, "--workers", "2")
+        known = len(list(journal.folder.glob("*.json")))
+        while process.poll() is None and len(list(journal.folder.glob("*.json"))) <= known:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice
+        process.wait()
+        kills += 1
+        assert not (tmp_path / "c.manifest.json").exists() or not journal.folder.exists()
+        for file in journal.folder.glob("*.json"):
+            made = file.stat().st_mtime_ns
+            assert finished.setdefault(file.name, made) == made
+    assert start(tmp_path, texts, tokenizer_folder).wait() == 0
+    assert contents(tmp_path / "c") == expected
+    assert not journal.folder.exists()
+    assert kills >= 2
+
+
+def test_a_build_goes_on_where_it_ended(tmp_path, texts, tokenizer_folder, expected, small_parts, monkeypatch):
+    """Whatever part fails, and while parts are joined; the parts that are there are not built again."""
+    built = []
+
+    def count(parts, job, rejects):
+        for part in parts:
+            if len(built) == 7:
+                raise KeyboardInterrupt
+            built.append(part.key)
+            rejects.add(part, worker.build_part(part, job, lambda read, made: None))
+
+    monkeypatch.setattr(run, "_run_here", count)
+    with pytest.raises(KeyboardInterrupt):
+        build([texts], tmp_path / "c", tokenizer_folder)
+    built.append("go on")
+    with monkeypatch.context() as broken:
+        broken.setattr(corpus, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build([texts], tmp_path / "c", tokenizer_folder)
+    parts = len(built)
+    build([texts], tmp_path / "c", tokenizer_folder)
+    assert len(built) == parts > 20  # only joined
+    assert len(set(built)) == len(built)
+    assert contents(tmp_path / "c") == expected
+
+
+def test_other_options_make_other_parts(tmp_path, texts, tokenizer_folder, small_parts, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(corpus, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build([texts], tmp_path / "c", tokenizer_folder)
+    manifest = build([texts], tmp_path / "c", tokenizer_folder, min_chars=100)
+    assert manifest.removed["short"] > 0
+    build([texts], tmp_path / "d", tokenizer_folder, min_chars=100)
+    assert contents(tmp_path / "c") == contents(tmp_path / "d")
+
+
+FULL = {"deduplicate": "near", "held_out": 0.2, "normalize": "NFC"}
+
+
+def test_shards_and_ray_give_the_bytes_of_one_process(tmp_path, texts, tokenizer_folder, small_parts, monkeypatch):
+    """Also with the options that look at the whole corpus."""
+    files = ("bin", "idx", "heldout.bin", "heldout.idx")
+    one = build([texts], tmp_path / "one", tokenizer_folder, **FULL)
+    for index in (2, 0, 1):
+        shard = build([texts], tmp_path / "three", tokenizer_folder, num_shards=3, shard_index=index, **FULL)
+        assert shard is None
+    assert not (tmp_path / "three.bin").exists()
+    monkeypatch.setattr(run, "_run_here", None)  # nothing is left to do but to join
+    build([texts], tmp_path / "three", tokenizer_folder, **FULL)
+    assert contents(tmp_path / "three", files) == contents(tmp_path / "one", files)
+    build([texts], tmp_path / "ray", tokenizer_folder, engine_cluster="ray", workers=2, **FULL)
+    assert contents(tmp_path / "ray", files) == contents(tmp_path / "one", files)
+    assert one.held_out == read_manifest(tmp_path / "one.heldout").documents > 0
+
+
+def test_two_builds_of_one_corpus_do_not_mix(tmp_path, texts, tokenizer_folder):
+    journal = Journal(str(tmp_path / "c"))
+    with journal.lock(None), pytest.raises(DetourError, match="another build of it is running"):
+        build([texts], tmp_path / "c", tokenizer_folder)
+    with journal.lock(1):
+        with pytest.raises(DetourError, match="lock-1 is held"):
+            build([texts], tmp_path / "c", tokenizer_folder, num_shards=2, shard_index=1)
+        build([texts], tmp_path / "c", tokenizer_folder, num_shards=2, shard_index=0)
+        with pytest.raises(DetourError, match="another build"):
+            build([texts], tmp_path / "c", tokenizer_folder)
+    build([texts], tmp_path / "c", tokenizer_folder)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, texts, tokenizer_folder):
+    """The limit on a file's size stands for a disk that fills up in a worker."""
+    script = "ulimit -f 16; trap '' XFSZ; exec \"$@\""
+    process = start(tmp_path, texts, tokenizer_folder)
+    assert process.wait() == 0
+    for file in tmp_path.glob("c.*"):
+        file.unlink()
+    command = ["bash", "-c", script, "-", *process.args]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert os.strerror(errno.EFBIG) in done.stderr
+    assert not list(tmp_path.glob("c.*"))
+
+
+def test_a_failing_part_ends_the_build_with_its_reason(tmp_path, texts, tokenizer_folder):
+    """While other parts are running and waiting."""
+    bad = tmp_path / "in"
+    bad.mkdir()
+    (bad / "a.jsonl").write_bytes(texts.read_bytes())
+    (bad / "b.jsonl.gz").write_bytes(gzip.compress(texts.read_bytes())[:-30])
+    (bad / "c.jsonl").write_bytes(texts.read_bytes())
+    process = start(tmp_path, bad, tokenizer_folder, "--workers", "2")
+    assert process.wait(timeout=60) == 1
+    message = process.stderr.read()
+    assert message.startswith(f"error: {bad}/b.jsonl.gz: cannot be read to its end: ")
+    assert len(message.splitlines()) == 1
+    assert not list(tmp_path.glob("c.*"))
+
+
+def test_a_file_that_grows_is_refused(tmp_path, texts, tokenizer_folder, monkeypatch):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(texts.read_bytes())
+    real = corpus.run_parts
+
+    def append_meanwhile(parts, job, journal):
+        real(parts, job, journal)
+        with path.open("a") as file:
+            file.write(json.dumps({"text": "more"}) + "\n")
+
+    monkeypatch.setattr(corpus, "run_parts", append_meanwhile)
+    with pytest.raises(DetourError, match=r"t\.jsonl: changed while it was read"):
+        build([path], tmp_path / "c", tokenizer_folder)
+    assert not list(tmp_path.glob("c.*"))
+    monkeypatch.setattr(corpus, "run_parts", real)
+    assert build([path], tmp_path / "c", tokenizer_folder).documents == 991
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"workers": 0}, "--workers: at least 1"),
+        ({"max_rejects": -1}, "--max-rejects: at least 0"),
+        ({"num_shards": 3}, "each process needs its --shard-index"),
+        ({"num_shards": 3, "shard_index": 3}, "3 is not below --num-shards 3"),
+        ({"num_shards": 3, "shard_index": 1, "engine_cluster": "ray"}, "--engine-cluster"),
+        ({"max_chars": 5, "min_chars": 6}, "--max-chars: 5 leaves out every document"),
+        ({"held_out": 1.0}, "--held-out"),
+        ({"input": ()}, "--input or --dataset"),
+    ],
+)
+def test_options_that_cannot_be(options, says):
+    with pytest.raises(DetourError, match=says):
+        BuildOptions(**({"output_prefix": "c", "tokenizer": "t", "input": ("a",)} | options)).check()
