@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "megatron_detour/__init__.py").read_text())[1]
 
+CLEAN = ["rensa>=0.5", "py3langid>=0.4"]  # near duplicates, languages
+RAY = ["ray>=2.40"]
+
 setup(
     name="megatron-detour",
     version=version,
@@ -33,9 +36,21 @@ setup(
         "matplotlib>=3.8",
         "jinja2>=3.1",
         "tensorboard>=2.16",
+        "msgspec>=0.19",
+        "pyarrow>=17",
+        "datasets>=4",
+        "sentencepiece>=0.2.1",
+        "protobuf>=5",
+        # The fast engine of byte-level BPE, where there are wheels of it; elsewhere tokenizers does the work.
+        "fastokens>=0.3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     extras_require={
+        "clean": CLEAN,
+        "ray": RAY,
         "test": [
+            *CLEAN,
+            *RAY,
+            "megatron-core>=0.16",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
