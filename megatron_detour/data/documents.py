@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +14,13 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from megatron_detour.data.sources import Stretch, check_kind, is_compressed, open_hub, open_saved, plan_stretches
-from megatron_detour.errors import DetourError, nearest
+from megatron_detour.data.records import LONGEST_LINE, BadRecord, TextKeys, TooLong, checked, decoded
+from megatron_detour.data.sources import Stretch, is_compressed, open_hub, open_saved, plan_stretches
+from megatron_detour.errors import DetourError
 
 BLOCK_BYTES = 1 << 20
-LONGEST_LINE = 256 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ROWS = 256  # of Parquet or a dataset, read at once
-
-
-class BadRecord(Exception):
-    """A record that is no document; the message says why."""
 
 
 @dataclass
@@ -54,86 +49,14 @@ class Block:
             self.texts.append(text)
 
 
-class TextKeys:
-    """Where a record keeps its text: keys, "a.b" for b inside a; the texts of several keys are joined."""
-
-    def __init__(self, keys: tuple[str, ...] = ("text",), separator: str = "\n") -> None:
-        self.keys = keys
-        self.separator = separator
-        self.roots = tuple(dict.fromkeys(key.split(".")[0] for key in keys))
-        self._paths = [key.split(".") for key in keys]
-        self._decoder = msgspec.json.Decoder(_struct(self._paths[0])) if len(keys) == 1 else None
-        self._depth = range(len(self._paths[0]))
-
-    def fast_texts(self, lines: list[bytes]) -> list[str]:
-        """The texts of JSON lines, all or none: raises msgspec.MsgspecError and others where one is not plainly good.
-
-        It parses no more than it must; whoever gets an error asks `of_line` line by line.
-        """
-        if self._decoder is None:
-            return [self.of_record(msgspec.json.decode(line)) for line in lines]
-        decode = self._decoder.decode
-        if len(self._depth) == 1:
-            return [decode(line).value for line in lines]
-        records = [decode(line) for line in lines]
-        for _ in self._depth:
-            records = [record.value for record in records]
-        return records
-
-    def of_line(self, line: bytes) -> str:
-        """The text of a JSON line as Python's own parser reads it; "" for a blank line. Raises BadRecord."""
-        text = _decoded(line)
-        if not text or text.isspace():
-            return ""
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError: JSON's own, and numbers of thousands of digits
-            raise BadRecord(f"not JSON ({error})") from None
-        return self.of_record(record)
-
-    def of_record(self, record: Any) -> str:
-        """The text of a record of dictionaries. Raises BadRecord."""
-        if not isinstance(record, dict):
-            raise BadRecord('not a JSON object such as {"text": "..."}')
-        return self.separator.join(
-            self._value(record, key, path) for key, path in zip(self.keys, self._paths, strict=True)
-        )
-
-    def _value(self, record: Any, key: str, path: list[str]) -> str:
-        for name in path:
-            if not isinstance(record, dict) or name not in record:
-                known = list(record) if isinstance(record, dict) else []
-                raise BadRecord(f"no key {key!r}{nearest(name, known)}; --text-key names the key of the text")
-            record = record[name]
-        if record is None:
-            raise BadRecord(f"the value of {key!r} is null")
-        if not isinstance(record, str):
-            raise BadRecord(f"the value of {key!r} is not a text")
-        try:
-            record.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRecord(f"the text of {key!r} holds half a surrogate pair") from None
-        return record
-
-
-def _struct(path: list[str]) -> type:
-    """A msgspec type that reads nothing of a record but the text at `path`, as .value.value..."""
-    inner = _struct(path[1:]) if len(path) > 1 else str
-    return msgspec.defstruct("Record", [("value", inner, msgspec.field(name=path[0]))], gc=False)
-
-
 def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
-    """Yields the documents of a file, without blank ones. Raises DetourError with the line of the first bad one."""
-    check_kind(str(path))
-    before = 0
+    """Yields the documents of an input, without blank ones. Raises DetourError with the line of the first bad one."""
     for stretch in plan_stretches([str(path)]):
         for block in read_stretch(stretch, TextKeys((text_key,))):
             if block.rejects:
                 number, reason = block.rejects[0]
-                raise DetourError(f"{path}, line {before + number + 1:,}: {reason}")
+                raise DetourError(f"{path}, line {records_before(stretch) + number + 1:,}: {reason}")
             yield from block.texts
-            last = block
-        before += last.records
 
 
 def read_stretch(
@@ -175,8 +98,8 @@ def _file_block(stretch: Stretch) -> Block:
     block = Block()
     with Path(stretch.path).open("rb") as raw, _read_errors(stretch.path):
         content = (_decompressed(raw, stretch.path) if is_compressed(stretch.path) else raw).read(LONGEST_LINE + 1)
-    whole = content.removeprefix(BYTE_ORDER_MARK) if len(content) <= LONGEST_LINE else _TooLong()
-    block.take(0, lambda: _decoded(whole))
+    whole = content.removeprefix(BYTE_ORDER_MARK) if len(content) <= LONGEST_LINE else TooLong()
+    block.take(0, lambda: decoded(whole))
     return block
 
 
@@ -224,7 +147,7 @@ def _json_block(lines: list[bytes], keys: TextKeys, first: int) -> Block:
 def _either(line: bytes, keys: TextKeys) -> str:
     """What decides on a line must not depend on its neighbours: the fast parser first, for each line as for all."""
     try:
-        return keys.fast_texts([_checked(line)])[0]
+        return keys.fast_texts([checked(line)])[0]
     except (msgspec.MsgspecError, ValueError, RecursionError, BadRecord):
         return keys.of_line(line)
 
@@ -232,25 +155,8 @@ def _either(line: bytes, keys: TextKeys) -> str:
 def _text_block(lines: list[bytes], first: int) -> Block:
     block = Block()
     for number, line in enumerate(lines, start=first):
-        block.take(number, lambda line=line: _decoded(_checked(line).removesuffix(b"\r")))
+        block.take(number, lambda line=line: decoded(checked(line).removesuffix(b"\r")))
     return block
-
-
-def _decoded(line: bytes) -> str:
-    try:
-        return _checked(line).decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadRecord("not UTF-8") from None
-
-
-class _TooLong(bytes):
-    """Stands for a line that was passed over."""
-
-
-def _checked(line: bytes) -> bytes:
-    if isinstance(line, _TooLong):
-        raise BadRecord(f"longer than {LONGEST_LINE >> 20} MiB")
-    return line
 
 
 def whole_lines(raw: BinaryIO, stretch: Stretch) -> Iterator[list[bytes]]:
@@ -268,7 +174,7 @@ def whole_lines(raw: BinaryIO, stretch: Stretch) -> Iterator[list[bytes]]:
         *lines, rest = (rest + block).split(b"\n") if rest else block.split(b"\n")
         if len(rest) > LONGEST_LINE:
             owned = _pass_over_line(stream, owned)
-            lines, rest = [*lines, _TooLong()], b""
+            lines, rest = [*lines, TooLong()], b""
         if lines:
             yield lines
     if rest:

@@ -217,9 +217,9 @@ def open_saved(folder: str) -> Any:
 def open_hub(dataset: HubDataset) -> Any:
     """A datasets.Dataset or, streaming, an IterableDataset. Raises DetourError; no network unless `download`."""
     import datasets
+    import huggingface_hub.constants
 
-    if not dataset.download:
-        datasets.config.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = not dataset.download
     try:
         return datasets.load_dataset(dataset.name, dataset.config, split=dataset.split, streaming=dataset.streaming)
     except Exception as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megatron_detour.data.documents import read_documents
+from megatron_detour.data.sources import find_inputs
 from megatron_detour.errors import DetourError
 
 SPECIAL_TOKENS = {
@@ -52,8 +53,8 @@ def _refuse_used(output: Path) -> None:
 def _documents(inputs: Sequence[Path], text_key: str, faults: list[DetourError]) -> Iterator[str]:
     """All documents; a fault ends the stream and is kept, since the trainer may wrap what its iterator raises."""
     try:
-        for path in inputs:
-            yield from read_documents(path, text_key)
+        for name in find_inputs([str(path) for path in inputs]):
+            yield from read_documents(Path(name), text_key)
     except DetourError as fault:
         faults.append(fault)
 

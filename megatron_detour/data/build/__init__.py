@@ -1,4 +1,4 @@
-"""Builds indexed corpora: options, what each worker does (worker), all of them (run), joining (join), the whole (corpus)."""
+"""Builds indexed corpora: the options, a part (worker), all parts (run), their joining (join), the whole (corpus)."""
 
 from megatron_detour.data.build.corpus import build_corpus
 from megatron_detour.data.build.options import BuildOptions

@@ -20,14 +20,15 @@ from megatron_detour.data.build.journal import Journal
 from megatron_detour.data.build.options import BuildOptions
 from megatron_detour.data.build.run import run_parts
 from megatron_detour.data.build.worker import Job
-from megatron_detour.data.documents import TextKeys, read_stretch
+from megatron_detour.data.documents import read_stretch
 from megatron_detour.data.indexed import bin_path, idx_path, token_type
 from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
+from megatron_detour.data.records import TextKeys
 from megatron_detour.data.sources import HubDataset, Part, Stretch, find_inputs, plan_parts, plan_stretches
 from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.errors import DetourError
 
-SAMPLED_STRETCHES, SAMPLED_CHARACTERS, SAMPLED_TEXT = 16, 1 << 16, 1 << 13  # for the choice of the engine
+SAMPLED_STRETCHES, SAMPLED_CHARACTERS, SAMPLED_TEXT = 16, 1 << 20, 1 << 13  # for the choice of the engine
 
 
 def build_corpus(options: BuildOptions) -> Manifest | None:
@@ -104,14 +105,16 @@ def _sample(stretches: list[Stretch], options: BuildOptions) -> Iterator[str]:
     """Beginnings of documents from stretches all over the input."""
     keys = TextKeys(options.text_key, options.text_separator)
     local = [stretch for stretch in stretches if stretch.kind != "streamed"]
-    for stretch in local[:: max(-(-len(local) // SAMPLED_STRETCHES), 1)]:
-        left = SAMPLED_CHARACTERS
+    chosen = local[:: max(-(-len(local) // SAMPLED_STRETCHES), 1)]
+    for stretch in chosen:
+        left = SAMPLED_CHARACTERS // len(chosen)
         for block in islice(read_stretch(stretch, keys), 1):
             for text in block.texts:
                 if left <= 0:
                     break
-                yield text[: min(left, SAMPLED_TEXT)]
-                left -= SAMPLED_TEXT if len(text) > SAMPLED_TEXT else len(text)
+                beginning = text[:SAMPLED_TEXT]
+                left -= len(beginning)
+                yield beginning
 
 
 def _mine(parts: list[Part], options: BuildOptions) -> list[Part]:

@@ -1,4 +1,4 @@
-"""The parts of a build into the corpus and, where asked for, its held-out share; published whole, the manifests last."""
+"""The parts of a build into the corpus and, where asked for, its held-out share; the manifests are published last."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ def totals(counts: list[Counts]) -> dict[str, int]:
     }
 
 
-def join(parts: list[Part], journal: Journal, options: BuildOptions, dtype: np.dtype, about: dict[str, Any]) -> Manifest:
+def join(
+    parts: list[Part], journal: Journal, options: BuildOptions, dtype: np.dtype, about: dict[str, Any]
+) -> Manifest:
     """Joins finished parts in order, publishes the corpus and returns its manifest. `about` goes into the manifest."""
     counts = [journal.counts(part) for part in parts]
     stay = _first_of_their_kind(parts, counts, journal, options)

@@ -1,5 +1,7 @@
-"""The folder of an unfinished build, beside the corpus. A part's files bear its key, which names all that its ids depend
-on, so a build that was broken off goes on with what is there, and changed input or options make other keys.
+"""The folder of an unfinished build, beside the corpus.
+
+A part's files bear its key, which names all that its ids depend on: a build that was broken off goes on with what is
+there, and changed input or options make other keys.
 
     .NAME.building/KEY.bin      ids of a part
     .NAME.building/KEY.length   and other columns: a value a document

@@ -33,12 +33,20 @@ class BuildOptions:
     normalize: str | None = _flag(None, "Unicode normal form to bring texts to", choices=("NFC", "NFKC", "NFD", "NFKD"))
     min_chars: int = _flag(0, "leave out documents of fewer characters (0)", metavar="N")
     max_chars: int | None = _flag(None, "leave out documents of more characters", metavar="N")
-    language: tuple[str, ...] = _flag((), "keep documents in these languages only, as en fr (py3langid)", metavar="CODE")
-    deduplicate: str | None = _flag(None, "keep the first of equal, or of similar, documents", choices=("exact", "near"))
+    language: tuple[str, ...] = _flag(
+        (), "keep documents in these languages only, as en fr (py3langid)", metavar="CODE"
+    )
+    deduplicate: str | None = _flag(
+        None, "keep the first of equal, or of similar, documents", choices=("exact", "near")
+    )
     similarity: float = _flag(0.8, "share of common word 5-grams from which documents are similar (0.8)", metavar="S")
-    held_out: float = _flag(0.0, "share of documents, by hash of the text, that go to P.heldout instead (0)", metavar="S")
+    held_out: float = _flag(
+        0.0, "share of documents, by hash of the text, that go to P.heldout instead (0)", metavar="S"
+    )
     num_shards: int = _flag(1, "processes that share the build, each with its --shard-index (1)", metavar="K")
-    shard_index: int | None = _flag(None, "do this share of the build only; a last run without it joins them", metavar="I")
+    shard_index: int | None = _flag(
+        None, "do this share of the build only; a last run without it joins them", metavar="I"
+    )
     engine_cluster: str | None = _flag(None, "run the parts as tasks of a cluster", choices=("ray",))
     overwrite: bool = _flag(False, "replace a corpus of the same prefix")
     download: bool = _flag(False, "allow the network: fetch what is not in the hub's local cache")
@@ -68,9 +76,9 @@ class BuildOptions:
 
 
 SHAPING = (
-    "input dataset dataset_config split text_key text_separator whole_files normalize min_chars max_chars language "
-    "deduplicate similarity held_out"
-).split()
+    *("input", "dataset", "dataset_config", "split", "text_key", "text_separator", "whole_files"),
+    *("normalize", "min_chars", "max_chars", "language", "deduplicate", "similarity", "held_out"),
+)
 
 
 def flag(name: str) -> str:

@@ -48,8 +48,8 @@ class BuildProgress:
             self._told = now
             left = (self._total - read) / max(read / seconds, 1)
             print(
-                f"tokenizing: {read / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {read / seconds / 1e6:.0f} MB/s, {rate}, "
-                f"{left / 60:.0f} min left",
+                f"tokenizing: {read / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {read / seconds / 1e6:.0f} MB/s, "
+                f"{rate}, {left / 60:.0f} min left",
                 file=sys.stderr,
                 flush=True,
             )

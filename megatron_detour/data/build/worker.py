@@ -18,7 +18,8 @@ from megatron_detour.data.build.clean import Cleaner
 from megatron_detour.data.build.engines import ENGINES, Engine, HuggingFace, first_difference, one_thread
 from megatron_detour.data.build.journal import Counts, Journal
 from megatron_detour.data.build.options import BuildOptions
-from megatron_detour.data.documents import Block, TextKeys, read_stretch
+from megatron_detour.data.documents import Block, read_stretch
+from megatron_detour.data.records import TextKeys
 from megatron_detour.data.sources import Part
 from megatron_detour.errors import DetourError
 from megatron_detour.files import flush
