@@ -56,7 +56,7 @@ def test_overrides_in_the_readme_are_keys_of_the_run_file():
     assert (config.folder, config.model.start) == ("runs/notes", "models/ModernBERT-base")
     assert [corpus.prefix for corpus in config.data.corpora + config.validation.corpora] == [
         "data/notes",
-        "data/heldout",
+        "data/notes.heldout",
     ]
     assert config.phases[0].tokens == 2_000_000_000
 

@@ -101,7 +101,7 @@ def stats(prefix: str) -> str:
 def _draw(prefix: str, lengths: np.ndarray) -> Path:
     from matplotlib.figure import Figure
 
-    edges = np.unique(np.geomspace(1, max(int(lengths.max()), 2) + 1, 60).astype(np.int64))
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 60).astype(np.int64))
     counts, _ = np.histogram(lengths, edges)
     tokens, _ = np.histogram(lengths, edges, weights=lengths.astype(np.float64))
     figure = Figure(figsize=(7, 3.5), layout="constrained")
