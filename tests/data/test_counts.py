@@ -10,19 +10,13 @@ from megatron_detour.data.counts import CountsFile
 from megatron_detour.data.pack import PackedCorpus
 from tests.data.test_pack import RANDOM, as_lists
 
-
-@pytest.fixture
-def window_of(monkeypatch):
-    """Sets the window's size."""
-    return lambda pieces: monkeypatch.setattr(pack, "WINDOW", pieces)
-
-
 FACTS = (128, 42, 0, 4)
 
 
 @pytest.fixture
-def file(tmp_path, window_of, monkeypatch) -> CountsFile:
-    window_of(4)
+def file(tmp_path, monkeypatch) -> CountsFile:
+    """Of a corpus in so small windows that counting them is worth a file."""
+    monkeypatch.setattr(pack, "WINDOW", 4)
     monkeypatch.setattr(counts, "WORTH", 10)
     return CountsFile(str(tmp_path / "corpus"), "0" * 64)
 
@@ -64,9 +58,7 @@ def test_a_damaged_one_does_not_matter(file, monkeypatch, damage):
         assert path.read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_written_does_not_matter(window_of, monkeypatch):
-    window_of(4)
-    monkeypatch.setattr(counts, "WORTH", 10)
+def test_a_folder_that_cannot_be_written_does_not_matter(file, monkeypatch):
     packed, counted = opened(CountsFile("/proc/corpus", "0" * 64), monkeypatch)
     assert len(packed.packs(np.array([130]))) == 1
     assert counted == [0]
