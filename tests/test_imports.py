@@ -47,6 +47,7 @@ ALLOWED = {
         "benchmark data model observe parallel kernels errors files objectives",
         "numpy torch transformers",
     ),
+    "benchmark.read": ("benchmark data config errors files objectives", "numpy"),
     "training": (
         "training checkpoint data model observe parallel kernels config errors files objectives plan",
         "numpy torch yaml",
