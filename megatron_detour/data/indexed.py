@@ -104,9 +104,12 @@ class IndexedCorpus:
         used is not this process's memory.
         """
         file, target = self._files[1], memoryview(rows).cast("B")
-        descriptor, preadv = file.fileno(), os.preadv
+        descriptor, pread = file.fileno(), os.pread
         for to, place, count in pieces:
-            if preadv(descriptor, (target[to : to + count],), place) != count:
+            content = pread(descriptor, count, place)
+            if len(content) == count:
+                target[to : to + count] = content
+            else:
                 _read(file, target[to : to + count], place)
 
     def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
@@ -159,7 +162,8 @@ def _read(file: IO[bytes], target: memoryview, place: int) -> None:
     """Fills `target` from a file's byte `place` on. Raises DetourError where the file is shorter than it was."""
     done = 0
     while done < len(target):
-        count = os.preadv(file.fileno(), (target[done:],), place + done)
-        if not count:
+        content = os.pread(file.fileno(), len(target) - done, place + done)
+        if not content:
             raise DetourError(f"{file.name}: became shorter while it was in use; build the corpus again")
-        done += count
+        target[done : done + len(content)] = content
+        done += len(content)
