@@ -46,6 +46,7 @@ class Phase:
     tokens: Tokens
     learning_rate: LearningRate
     mask_rate: float | None = None  # share of tokens; mlm only
+    whole_word_masking: bool = False  # all tokens of a word or none, at the same share; mlm only
 
 
 @dataclass(frozen=True)
@@ -198,14 +199,18 @@ def check(config: RunConfig) -> list[str]:
 
 
 def as_control(config: RunConfig, mask_rate: float) -> RunConfig:
-    """The equal-compute twin: every causal phase becomes MLM at `mask_rate`; data, order and schedule stay."""
+    """The equal-compute twin: every causal phase becomes MLM at `mask_rate`; data, order and schedule stay.
+
+    It masks whole words where the run file's own mlm phases do.
+    """
     if not 0 < mask_rate < 1:
         raise DetourError(f"--control: the mask rate must lie between 0 and 1, it is {mask_rate:g}")
     if not any(phase.objective == "clm" for phase in config.phases):
         raise DetourError("--control: the run file has no clm phase, so there is nothing to replace")
+    whole_words = any(phase.whole_word_masking for phase in config.phases)
+    masked = {"objective": "mlm", "mask_rate": mask_rate, "whole_word_masking": whole_words}
     phases = tuple(
-        dataclasses.replace(phase, objective="mlm", mask_rate=mask_rate) if phase.objective == "clm" else phase
-        for phase in config.phases
+        dataclasses.replace(phase, **masked) if phase.objective == "clm" else phase for phase in config.phases
     )
     return dataclasses.replace(
         config, name=f"{config.name}-control", folder=f"{config.folder.rstrip('/')}-control", phases=phases
@@ -316,6 +321,8 @@ def _check_phase(phase: Phase, key: str) -> list[str]:
         faults.append(f"{key}.mask_rate: an mlm phase needs a rate between 0 and 1, it is {phase.mask_rate}")
     if phase.objective == "clm" and phase.mask_rate is not None:
         faults.append(f"{key}.mask_rate: a clm phase masks nothing; remove the key")
+    if phase.objective == "clm" and phase.whole_word_masking:
+        faults.append(f"{key}.whole_word_masking: a clm phase masks nothing; remove the key")
     if not rate.peak > 0:
         faults.append(f"{key}.learning_rate.peak: must be above 0, it is {rate.peak:g}")
     if not 0 <= rate.warmup <= max(phase.tokens, 0):

@@ -17,6 +17,7 @@ class PlannedPhase:
     name: str
     objective: str
     mask_rate: float | None
+    whole_word_masking: bool
     learning_rate: LearningRate
     first_step: int  # 1-based
     steps: int
@@ -98,6 +99,7 @@ class Plan:
                     "name": phase.name,
                     "objective": phase.objective,
                     "mask_rate": phase.mask_rate,
+                    "whole_word_masking": phase.whole_word_masking,
                     "first_step": phase.first_step,
                     "steps": phase.steps,
                     "tokens": phase.tokens,
@@ -120,7 +122,9 @@ class Plan:
         rows = [
             (
                 phase.name,
-                phase.objective + (f" {phase.mask_rate:.0%}" if phase.mask_rate else ""),
+                phase.objective
+                + (f" {phase.mask_rate:.0%}" if phase.mask_rate else "")
+                + (", words" if phase.whole_word_masking else ""),
                 f"{phase.steps:,}",
                 f"{phase.tokens:,}",
                 f"{phase.first_step:,}",
@@ -164,6 +168,7 @@ def _planned(phase: Phase, done_steps: int, steps: int, tokens_per_step: int) ->
         name=phase.name,
         objective=phase.objective,
         mask_rate=phase.mask_rate,
+        whole_word_masking=phase.whole_word_masking,
         learning_rate=phase.learning_rate,
         first_step=done_steps + 1,
         steps=steps,

@@ -262,6 +262,10 @@ CHECKS = {
         "phases.1.mask_rate: an mlm phase needs a rate between 0 and 1, it is None",
     ),
     "mask rate": (small(phases__1__mask_rate=1.0), "phases.1.mask_rate: an mlm phase needs a rate between 0 and 1"),
+    "clm of words": (
+        small(phases__0__whole_word_masking=True),
+        "phases.0.whole_word_masking: a clm phase masks nothing; remove the key",
+    ),
     "masked clm": (small(phases__0__mask_rate=0.3), "phases.0.mask_rate: a clm phase masks nothing; remove the key"),
     "peak": (small(phases__0__learning_rate__peak=0), "phases.0.learning_rate.peak: must be above 0, it is 0"),
     "warm-up": (
@@ -346,6 +350,12 @@ def test_the_control_twin_changes_causal_phases_only():
     back = dataclasses.replace(twin.phases[0], objective="clm", mask_rate=None)
     assert dataclasses.replace(twin, name=config.name, folder=config.folder, phases=(back, twin.phases[1])) == config
     assert from_dict(twin.to_dict()) == twin
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_the_control_twin_masks_words_as_the_run_does(whole_words):
+    config = from_dict(small(phases__1__whole_word_masking=whole_words))
+    assert [phase.whole_word_masking for phase in as_control(config, 0.3).phases] == [whole_words] * 2
 
 
 @pytest.mark.parametrize("mask_rate", [0, 1, -0.1, 1.5])

@@ -6,124 +6,242 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from megatron_detour import objectives
 from megatron_detour.data.vocabulary import Vocabulary
-from megatron_detour.objectives import IGNORE, CausalLM, MaskedLM, make
+from megatron_detour.data.words import Words
+from megatron_detour.objectives import IGNORE, CausalLM, Corrupted, MaskedLM, make
 
 CLS, SEP, PAD, MASK, UNK, EXTRA = 3, 7, 11, 500, 999, 640
 SPECIAL = (CLS, SEP, PAD, MASK, EXTRA, UNK)
 VOCABULARY = Vocabulary(1_000, tuple(sorted(SPECIAL)), MASK, PAD, CLS, SEP, UNK, "")
-BIG = 1_000_000
+SAMPLES, POSITIONS = 4_000, 1_000
+NUMBERS = np.arange(SAMPLES)
+# Odd ids continue the word before them; all ordinary tokens leave it open.
+WORDS = Words((np.arange(1_000) % 2 == 1) & ~VOCABULARY.special(), ~VOCABULARY.special())
 
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-    """Every id, special ones among them, a thousand times each."""
-    return np.random.default_rng(0).permutation(np.arange(BIG) % 1_000)
+    """[SAMPLES, POSITIONS]: every id, special ones among them, four thousand times each."""
+    ids = np.random.default_rng(0).permutation(np.arange(SAMPLES * POSITIONS) % 1_000)
+    return ids.reshape(SAMPLES, POSITIONS).astype(np.int32)
 
 
 def whole(tokens: np.ndarray) -> np.ndarray:
-    return np.array([len(tokens)])
+    return np.full(tokens.shape[0], tokens.shape[1])
 
 
+def masked(tokens: np.ndarray, rate: float = 0.3, seed: int = 17, numbers=None, words=None) -> Corrupted:
+    numbers = np.arange(len(tokens)) if numbers is None else np.array(numbers)
+    return MaskedLM(VOCABULARY, rate, words).apply(tokens, whole(tokens), seed, numbers)
+
+
+def chosen(corrupted: Corrupted) -> np.ndarray:
+    """bool [samples, positions]."""
+    return corrupted.all_labels() != IGNORE
+
+
+@pytest.mark.parametrize("words", [None, WORDS], ids=["tokens", "words"])
 @pytest.mark.parametrize("rate", [0.15, 0.30])
-def test_rates_of_masking(tokens, rate):
-    inputs, labels = MaskedLM(VOCABULARY, rate).apply(tokens, whole(tokens), 17, 4)
-    assert inputs.dtype == labels.dtype == np.int64
-    ordinary, chosen = ~np.isin(tokens, SPECIAL), labels != IGNORE
-    assert chosen[ordinary].mean() == pytest.approx(rate, abs=0.002)
-    masked = chosen & (inputs == MASK)
-    kept = chosen & (inputs == tokens)
-    drawn = chosen & ~masked & ~kept
-    count = chosen.sum()
-    assert masked.sum() / count == pytest.approx(0.8, abs=0.005)
-    assert kept.sum() / count == pytest.approx(0.1, abs=0.005)  # with one in a thousand draws that hit their own token
-    assert drawn.sum() / count == pytest.approx(0.1, abs=0.005)
+def test_rates_of_masking(tokens, rate, words):
+    """Within four standard deviations of the rates, which of four million tokens is within 0.2% of the choice."""
+    corrupted = masked(tokens, rate, words=words)
+    assert {corrupted.inputs.dtype, corrupted.labels.dtype, corrupted.labelled.dtype} == {np.dtype(np.int64)}
+    ordinary, labels = ~np.isin(tokens, SPECIAL), corrupted.all_labels()
+    labelled, count = labels != IGNORE, len(corrupted.labels)
+    per_word = 1 if words is None else 3  # as if fewer were drawn: a word's tokens are drawn as one
+    within = max(0.002 * rate, 4 * (per_word * rate * (1 - rate) / ordinary.sum()) ** 0.5)
+    assert labelled[ordinary].mean() == pytest.approx(rate, abs=within)
+    masks = labelled & (corrupted.inputs == MASK)
+    kept = labelled & (corrupted.inputs == tokens)
+    drawn = labelled & ~masks & ~kept
+    # A draw in a thousand hits the token that was there.
+    for action, share in ((masks, 0.8), (kept, 0.1 + 0.1 / 994), (drawn, 0.1 - 0.1 / 994)):
+        assert action.sum() / count == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
     # Drawn ids come from all ordinary ids alike.
-    ids, times = np.unique(inputs[drawn], return_counts=True)
+    ids, times = np.unique(corrupted.inputs[drawn], return_counts=True)
     assert set(ids.tolist()) == set(range(1_000)) - set(SPECIAL)
     expected = drawn.sum() / len(ids)
-    assert np.abs(times - expected).max() < 6 * expected**0.5
+    assert ((times - expected) ** 2 / expected).sum() < len(ids) + 4 * (2 * len(ids)) ** 0.5  # chi squared
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """In standard deviations of what independent draws would show."""
+    return abs(np.corrcoef(a.reshape(-1), b.reshape(-1))[0, 1]) * a.size**0.5
+
+
+def test_masks_of_neighbours_are_independent():
+    """Positions, samples, seeds; the choice and what becomes of the chosen ones."""
+    tokens = np.full((1_000, 1_000), 20)
+    one = masked(tokens, seed=17)
+    other_seed = masked(tokens, seed=18)
+    for picture in (chosen, lambda corrupted: corrupted.inputs == MASK, lambda corrupted: corrupted.inputs % 2 == 0):
+        seen = picture(one)
+        for distance in (1, 2, 3, 4, 8, 64):
+            assert correlation(seen[:, distance:], seen[:, :-distance]) < 5, f"positions {distance} apart"
+            assert correlation(seen[distance:], seen[:-distance]) < 5, f"samples {distance} apart"
+        assert correlation(seen, picture(other_seed)) < 5
+        assert correlation(seen, picture(one).T.copy()) < 5
+        assert seen.mean(axis=0).std() == pytest.approx((seen.mean() * (1 - seen.mean()) / 1_000) ** 0.5, rel=0.15)
 
 
 def test_labels_stand_where_tokens_were_chosen_only(tokens):
-    inputs, labels = MaskedLM(VOCABULARY, 0.3).apply(tokens, whole(tokens), 17, 4)
-    chosen = labels != IGNORE
-    assert np.array_equal(labels[chosen], tokens[chosen])
-    assert np.array_equal(inputs[~chosen], tokens[~chosen])
+    corrupted = masked(tokens[:100])
+    labels = corrupted.all_labels()
+    assert np.array_equal(labels[chosen(corrupted)], tokens[:100][chosen(corrupted)])
+    assert np.array_equal(corrupted.inputs[~chosen(corrupted)], tokens[:100][~chosen(corrupted)])
+    assert np.array_equal(np.flatnonzero(chosen(corrupted)), corrupted.labelled)
+    assert np.array_equal(tokens[:100].reshape(-1)[corrupted.labelled], corrupted.labels)
 
 
-def test_special_tokens_are_neither_chosen_nor_drawn(tokens):
-    inputs, labels = MaskedLM(VOCABULARY, 0.99).apply(tokens, whole(tokens), 1, 1)
-    assert not np.isin(labels, SPECIAL).any()
-    new = inputs != tokens
-    assert not np.isin(inputs[new & (inputs != MASK)], SPECIAL).any()
-    assert np.isin(tokens, SPECIAL).sum() == 6_000  # there were some to choose
+@pytest.mark.parametrize("words", [None, WORDS], ids=["tokens", "words"])
+def test_special_tokens_are_neither_chosen_nor_drawn(tokens, words):
+    corrupted = masked(tokens, 0.99, words=words)
+    assert not np.isin(corrupted.labels, SPECIAL).any()
+    new = corrupted.inputs != tokens
+    assert not np.isin(corrupted.inputs[new & (corrupted.inputs != MASK)], SPECIAL).any()
+    assert np.isin(tokens, SPECIAL).sum() == 24_000  # there were some to choose
 
 
-def test_masking_depends_on_seed_and_sample_alone(tokens):
-    some = tokens[:5_000]
-    before = MaskedLM(VOCABULARY, 0.3).apply(some, whole(some), 17, 4)
-    np.random.default_rng().random()
-    objective = MaskedLM(VOCABULARY, 0.3)
-    objective.apply(some[:100], whole(some[:100]), 17, 4)
-    after = objective.apply(some, np.array([1_000, 4_000]), 17, 4)
-    assert np.array_equal(before, after)
+@given(
+    numbers=st.lists(st.integers(0, 2**40), min_size=1, max_size=6, unique=True),
+    positions=st.integers(1, 70),
+    block=st.sampled_from([1, 100, 1 << 16]),
+    words=st.sampled_from([None, WORDS]),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_sample_is_corrupted_alike_in_any_company(tokens, numbers, positions, block, words):
+    some = tokens[: len(numbers), :positions]
+    together = masked(some, numbers=numbers, words=words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives, "BLOCK", block)
+        for row, number in enumerate(numbers):
+            alone = masked(some[row : row + 1], numbers=[number], words=words)
+            assert np.array_equal(alone.inputs[0], together.inputs[row])
+            assert np.array_equal(alone.all_labels()[0], together.all_labels()[row])
+        again = masked(some, numbers=numbers, words=words)
+        assert np.array_equal(again.inputs, together.inputs)
+        assert np.array_equal(again.labelled, together.labelled)
+
+
+def test_masking_depends_on_seed_and_sample(tokens):
+    some = tokens[:1]
+    before = masked(some, seed=17, numbers=[4])
     for seed, sample in ((18, 4), (17, 5), (4, 17)):
-        other = objective.apply(some, whole(some), seed, sample)
-        shared = ((other[1] != IGNORE) & (before[1] != IGNORE)).mean()
+        other = masked(some, seed=seed, numbers=[sample])
+        shared = (chosen(other) & chosen(before)).mean()
         assert shared == pytest.approx(0.09, abs=0.03)  # as independent draws: 0.3 * 0.3
 
 
+def test_masks_are_the_same_on_every_machine():
+    """Runs resume by them: a change here is a change of every run's masks."""
+    corrupted = masked(np.arange(20, 100)[None], seed=17, numbers=[4])
+    places = dict(zip(corrupted.labelled.tolist(), corrupted.inputs[0, corrupted.labelled].tolist(), strict=True))
+    masks = " ".join(str(place) for place, token in places.items() if token == MASK)
+    assert masks == "0 9 16 17 21 22 25 27 30 33 37 39 42 45 46 49 50 72 78"
+    others = {place: token for place, token in places.items() if token != MASK}
+    assert others == {
+        1: 21,
+        31: 786,
+        32: 52,
+        34: 760,
+        63: 464,
+        66: 86,
+        69: 89,
+    }
+
+
 def test_masking_leaves_its_input_alone(tokens):
-    some = tokens[:1_000].copy()
+    some = tokens[:2].astype(np.int64)
     some.flags.writeable = False
-    inputs, labels = MaskedLM(VOCABULARY, 0.3).apply(some, whole(some), 1, 2)
-    assert not np.shares_memory(inputs, some)
-    assert not np.shares_memory(labels, some)
+    corrupted = masked(some)
+    assert not np.shares_memory(corrupted.inputs, some)
+    assert np.array_equal(some, tokens[:2])
 
 
-def test_a_higher_rate_masks_what_a_lower_one_does(tokens):
+@pytest.mark.parametrize("words", [None, WORDS], ids=["tokens", "words"])
+def test_a_higher_rate_masks_what_a_lower_one_does(tokens, words):
     """Counter-based numbers: the twins' masks are nested, which makes their losses comparable."""
-    some = tokens[:20_000]
-    low, high = (MaskedLM(VOCABULARY, rate).apply(some, whole(some), 1, 2)[1] != IGNORE for rate in (0.15, 0.3))
+    low, high = (chosen(masked(tokens[:20], rate, words=words)) for rate in (0.15, 0.3))
     assert high[low].all()
     assert high.sum() > low.sum() > 0
 
 
-def test_causal_labels():
-    documents = [[CLS, 20, 21, SEP], [CLS, 22, SEP], [23, 24], [25], [PAD, PAD, PAD]]
-    tokens = np.array(list(chain(*documents)))
+def test_all_tokens_of_a_word_are_chosen_or_none():
+    """Also where documents, samples and special tokens part them."""
+    rng = np.random.default_rng(3)
+    tokens = rng.choice([20, 21, 23, 25, 27, SEP], (200, 64))
+    lengths = np.tile([10, 1, 33, 20], 200)
+    corrupted = MaskedLM(VOCABULARY, 0.4, WORDS).apply(tokens, lengths, 17, np.arange(200))
+    flat, labelled = tokens.reshape(-1), chosen(corrupted).reshape(-1)
+    firsts = set((np.cumsum(lengths) - lengths).tolist())
+    words: list[list[int]] = []
+    for place, token in enumerate(flat.tolist()):
+        if place in firsts or token in (20, SEP) or flat[place - 1] == SEP:
+            words.append([])
+        words[-1].append(place)
+    assert max(len(word) for word in words) > 5
+    assert all(len(set(labelled[word].tolist())) == 1 for word in words)
+    # Two documents' words that meet are chosen apart, as are words that follow each other.
+    assert any(labelled[place] != labelled[place - 1] and flat[place] != 20 for place in firsts if place)
+    share = labelled[flat != SEP].mean()
+    assert share == pytest.approx(0.4, abs=0.03)
+
+
+def test_actions_of_a_word_are_drawn_token_by_token():
+    tokens = np.full((50, 100), 21)
+    corrupted = masked(tokens, 0.5, words=WORDS)
+    rows = [row for row in corrupted.inputs if (row == MASK).any()]
+    assert 10 < len(rows) < 40
+    assert chosen(corrupted).all(axis=1).sum() == len(rows)
+    assert all(0.6 < (row == MASK).mean() < 0.95 for row in rows)
+
+
+def causal(documents: list[list[int]], vocabulary: Vocabulary = VOCABULARY) -> Corrupted:
+    tokens = np.array([list(chain(*documents))])
     before = tokens.copy()
-    inputs, labels = CausalLM(VOCABULARY).apply(tokens, np.array([len(d) for d in documents]), 17, 4)
-    assert inputs.tolist() == before.tolist()
-    assert labels.tolist() == [
+    corrupted = CausalLM(vocabulary).apply(tokens, np.array([len(d) for d in documents]), 17, np.array([4]))
+    assert corrupted.inputs.tolist() == tokens.tolist() == before.tolist()
+    return corrupted
+
+
+def test_causal_labels():
+    corrupted = causal([[CLS, 20, 21, SEP], [CLS, 22, SEP], [23, 24], [25], [PAD, PAD, PAD]])
+    assert corrupted.all_labels()[0].tolist() == [
         *(20, 21, SEP, IGNORE),
         *(22, SEP, IGNORE),
         *(24, IGNORE),
         *(IGNORE,),
         *(IGNORE, IGNORE, IGNORE),
     ]
-    assert tokens.tolist() == before.tolist()
 
 
 def test_causal_labels_of_random_documents():
     rng = np.random.default_rng(1)
     documents = [[CLS, *rng.integers(20, 400, rng.integers(0, 30)).tolist(), SEP] for _ in range(200)]
-    tokens = np.array(list(chain(*documents)))
-    _, labels = CausalLM(VOCABULARY).apply(tokens, np.array([len(d) for d in documents]), 17, 4)
+    labels = causal(documents).all_labels()[0]
     assert labels.tolist() == [label for document in documents for label in (*document[1:], IGNORE)]
     assert CLS not in labels
     assert (labels == SEP).sum() == 200
 
 
+def test_causal_labels_of_many_samples_stay_in_theirs():
+    tokens = np.arange(20, 32).reshape(3, 4)
+    labels = CausalLM(VOCABULARY).apply(tokens, np.array([4, 1, 3, 4]), 0, np.arange(3)).all_labels()
+    assert labels.tolist() == [[21, 22, 23, IGNORE], [IGNORE, 26, 27, IGNORE], [29, 30, 31, IGNORE]]
+
+
 def test_causal_labels_without_a_padding_token():
     vocabulary = Vocabulary(10, (), None, None, None, None, None, "")
-    assert CausalLM(vocabulary).apply(np.array([1, 2, 3]), np.array([3]), 0, 0)[1].tolist() == [2, 3, IGNORE]
+    assert causal([[1, 2, 3]], vocabulary).all_labels().tolist() == [[2, 3, IGNORE]]
 
 
 def test_make():
     assert make("clm", None, VOCABULARY) == CausalLM(VOCABULARY)
     assert make("mlm", 0.15, VOCABULARY) == MaskedLM(VOCABULARY, 0.15)
+    assert make("mlm", 0.15, VOCABULARY, WORDS).words is WORDS
     assert make("clm", None, VOCABULARY).causal is True
     assert make("mlm", 0.15, VOCABULARY).causal is False

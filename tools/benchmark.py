@@ -1,25 +1,22 @@
 #!/usr/bin/env python3
-"""Measures speed and memory beside a peer in one run: tools/benchmark.py train [--against transformers]."""
+"""Measures speed and memory: of training, beside a peer in one run (train), and of reading a large corpus (read)."""
 
 import argparse
-import itertools
-import os
 import sys
 from pathlib import Path
 
-from megatron_detour.benchmark.train import DTYPES, SIZES, Settings, measure_all, table, write_json
+from megatron_detour.benchmark import read, train
+from megatron_detour.benchmark.train import DTYPES, SIZES
 from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
-from megatron_detour.errors import DetourError, command_line
+from megatron_detour.errors import command_line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    train = parser.add_subparsers(required=True).add_parser(
-        "train",
-        help="forward and backward passes of a model with random weights; no optimiser",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = train.add_argument
+    commands = parser.add_subparsers(required=True, dest="command")
+    shape = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    what = "forward and backward passes of a model with random weights; no optimiser"
+    add = commands.add_parser("train", help=what, **shape).add_argument
     add("--size", choices=SIZES, default="base", help="of the model")
     add("--layers", type=int, help="fewer or more layers than the size has")
     add("--objective", choices=OBJECTIVES, nargs="+", default=["mlm"], help="one or both, one after the other")
@@ -42,21 +39,24 @@ def main() -> None:
     add("--rounds", type=int, default=3, help="steps of each contender, after round 0, which does not count")
     add("--seed", type=int, default=0, help="of documents and masks")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
+    what = "start-up, sequences, masks, memory and padding of a large made-up corpus"
+    add = commands.add_parser("read", help=what, **shape).add_argument
+    add("--folder", type=Path, required=True, help="for the corpus: 20 bytes a document, and a sparse file")
+    add("--documents", type=int, default=50_000_000, help="of the corpus")
+    add("--mean", type=int, default=400, help="tokens a document")
+    add("--sequence-length", type=int, nargs="+", default=[1024, 8192], help="one or more")
+    add("--sequences", type=int, default=512, help="in a batch")
+    add("--batches", type=int, default=100, help="that are read")
     options = vars(parser.parse_args())
-    target, objectives, dtypes = options.pop("json"), options.pop("objective"), options.pop("dtype")
+    command = options.pop("command")
+    if command == "train":
+        train.run(say=say, **options)
+    else:
+        print(read.table(read.measure(read.Settings(**options), say)))
 
-    if target and not target.parent.is_dir():
-        raise DetourError(f"--json: there is no folder {target.parent}")
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    chosen = itertools.product(objectives, dtypes)
-    results = measure_all([Settings(objective=objective, dtype=dtype, **options) for objective, dtype in chosen], say)
-    if os.environ.get("RANK", "0") == "0":
-        print(table(results))
-        if target:
-            write_json(target, results)
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

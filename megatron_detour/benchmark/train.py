@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,18 @@ class Settings:
     peer_batch: int
     rounds: int
     seed: int
+
+
+def run(json: Path | None, objective: list[str], dtype: list[str], say: Callable[[str], None], **options: Any) -> None:
+    """Prints the table of all objectives and dtypes, and writes the figures where `json` says. Raises DetourError."""
+    if json and not json.parent.is_dir():
+        raise DetourError(f"--json: there is no folder {json.parent}")
+    chosen = itertools.product(objective, dtype)
+    results = measure_all([Settings(objective=objective, dtype=dtype, **options) for objective, dtype in chosen], say)
+    if os.environ.get("RANK", "0") == "0":
+        print(table(results))
+        if json:
+            write_json(json, results)
 
 
 def measure_all(all_settings: list[Settings], say) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.manifest import read_manifest
-from megatron_detour.data.pack import Piece, best_fit_decreasing
+from megatron_detour.data.pack import best_fit_decreasing
 from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.objectives import make
 
@@ -44,9 +44,8 @@ class Workload:
 
     def packs(self) -> list[list[Document]]:
         """Documents together in rows of at most `sequence_length` tokens."""
-        pieces = [Piece(i, 0, len(document.inputs)) for i, document in enumerate(self.documents)]
-        packed = best_fit_decreasing(pieces, self.sequence_length)
-        return [[self.documents[piece.document] for piece in pack] for pack in packed]
+        packed = _packed([document.inputs for document in self.documents], self.sequence_length)
+        return [[self.documents[number] for number in pack] for pack in packed]
 
 
 def make_workload(
@@ -63,14 +62,21 @@ def make_workload(
     texts = _texts(corpus, sequence_length, full, vocabulary, generator)
     # As many as fill packs as training does; of those packs, some.
     pool = list(itertools.islice(texts, POOL * count * (1 if full else sequence_length // MEDIAN_LENGTH + 1)))
-    packs = best_fit_decreasing([Piece(i, 0, len(ids)) for i, ids in enumerate(pool)], sequence_length)
-    chosen = [piece.document for pack in generator.permutation(len(packs))[:count] for piece in packs[pack]]
+    packs = _packed(pool, sequence_length)
+    chosen = [number for pack in generator.permutation(len(packs))[:count] for number in packs[pack]]
     corruption = make(objective, mask_rate, vocabulary)
     documents = []
     for number in sorted(chosen):
         ids = pool[number]
-        documents.append(Document(*corruption.apply(ids, np.array([len(ids)]), seed, number)))
+        corrupted = corruption.apply(ids[None], np.array([len(ids)]), seed, np.array([number]))
+        documents.append(Document(corrupted.inputs[0], corrupted.all_labels()[0]))
     return Workload(documents, sequence_length, objective, vocabulary)
+
+
+def _packed(texts: list[np.ndarray], sequence_length: int) -> list[list[int]]:
+    """The numbers of the texts in each pack."""
+    pieces, bounds = best_fit_decreasing(np.array([len(ids) for ids in texts]), sequence_length)
+    return [pieces[begin:end].tolist() for begin, end in itertools.pairwise(bounds)]
 
 
 def _texts(corpus: str | None, sequence_length: int, full: bool, vocabulary: Vocabulary, generator):

@@ -13,27 +13,28 @@ import numpy as np
 import torch
 
 from megatron_detour.config import Corpus
+from megatron_detour.data.counts import CountsFile
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.data.order import Mixture
-from megatron_detour.data.pack import PackedCorpus
+from megatron_detour.data.pack import PackedCorpus, Packs
 from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.errors import DetourError
-from megatron_detour.objectives import IGNORE, Objective
+from megatron_detour.objectives import Objective
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """A pack: tokens int64 [sequence_length]; lengths int64 [documents], padding being the last document."""
+class SequenceBatch:
+    """Sequences that are packs: whole documents one after the other, and padding as the last document of each."""
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    padding: int
+    tokens: np.ndarray  # int32 [n, sequence_length]
+    lengths: np.ndarray  # int64 [documents], those of the first sequence first
+    padding: np.ndarray  # int64 [n]
 
     @property
     def crc(self) -> int:
-        """Checksum of the uncorrupted tokens; summed over a step it tells whether two runs saw the same text."""
-        return zlib.crc32(self.tokens.tobytes())
+        """Checksums of the uncorrupted tokens, summed; over a step they tell whether two runs saw the same text."""
+        return sum(zlib.crc32(row) for row in self.tokens)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ class RankBatch:
 
 
 class Sequences:
-    """The endless sequences of a mixture of corpora: `self[k]` is a pure function of k and the order's seed."""
+    """The endless sequences of a mixture of corpora, each a pure function of its number and the order's seed.
+
+    It can be pickled, for the workers of a DataLoader: they open the files again.
+    """
 
     def __init__(self, corpora: tuple[Corpus, ...], sequence_length: int, seed: int, vocabulary: Vocabulary) -> None:
         self.sequence_length = sequence_length
@@ -82,23 +86,44 @@ class Sequences:
         for corpus, manifest in zip(corpora, self.manifests, strict=True):
             _check_tokenizer(corpus.prefix, Vocabulary.from_dict(manifest.tokenizer), vocabulary)
         self.corpora = [IndexedCorpus(corpus.prefix) for corpus in corpora]
-        self._packed = [PackedCorpus(c, sequence_length, seed + i) for i, c in enumerate(self.corpora)]
+        self._packed = [
+            PackedCorpus(c, sequence_length, seed + i, CountsFile(c.prefix, manifest.files["idx"]["sha256"]))
+            for i, (c, manifest) in enumerate(zip(self.corpora, self.manifests, strict=True))
+        ]
         self._mixture = Mixture([corpus.weight for corpus in corpora])
 
-    def __getitem__(self, number: int) -> Sequence:
-        which, pack = self._mixture.locate(number)
-        pieces = self._packed[which].pack(pack)
-        tokens = np.full(self.sequence_length, self.vocabulary.pad, dtype=np.int64)
-        lengths = [piece.length for piece in pieces]
-        used = 0
-        for piece in pieces:
-            source = self.corpora[which].tokens(piece.document, piece.start, piece.length)
-            tokens[used : used + piece.length] = source
-            used += piece.length
+    def __getitem__(self, number: int) -> SequenceBatch:
+        return self.read(range(number, number + 1))
+
+    def read(self, numbers: range) -> SequenceBatch:
+        """The sequences with these numbers."""
+        which, ranks = self._mixture.locate(np.arange(numbers.start, numbers.stop, numbers.step))
+        tokens = np.empty((len(which), self.sequence_length), dtype=np.int32)
+        used = np.zeros(len(which), dtype=np.int64)
+        lengths, rows = [], []
+        for number, (corpus, packed) in enumerate(zip(self.corpora, self._packed, strict=True)):
+            mine = np.flatnonzero(which == number)
+            if len(mine):
+                packs = packed.packs(ranks[mine])
+                tokens[mine] = _read_packs(corpus, packs, self.sequence_length, self.vocabulary.pad)
+                rows.append(np.repeat(mine, np.diff(packs.bounds)))
+                lengths.append(packs.lengths)
+                used[mine] = np.add.reduceat(packs.lengths, packs.bounds[:-1])
         padding = self.sequence_length - used
-        if padding:
-            lengths.append(padding)
-        return Sequence(tokens, np.array(lengths), padding)
+        padded = np.flatnonzero(padding)
+        in_order = np.argsort(np.concatenate([*rows, padded]), kind="stable")  # padding last in each
+        return SequenceBatch(tokens, np.concatenate([*lengths, padding[padded]])[in_order], padding)
+
+
+def _read_packs(corpus: IndexedCorpus, packs: Packs, sequence_length: int, pad: int) -> np.ndarray:
+    """Tokens of the corpus's type [packs, sequence_length], padded."""
+    rows = np.full((len(packs), sequence_length), pad, dtype=corpus.dtype)
+    ends, counts = np.cumsum(packs.lengths), np.diff(packs.bounds)
+    before = np.concatenate([[0], ends])[packs.bounds[:-1]]  # tokens in earlier packs
+    to = ends - packs.lengths + np.repeat(np.arange(len(packs)) * sequence_length - before, counts)
+    width = corpus.dtype.itemsize
+    corpus.read(rows, zip((to * width).tolist(), packs.places.tolist(), (packs.lengths * width).tolist(), strict=True))
+    return rows
 
 
 def rank_batch(
@@ -108,33 +133,28 @@ def rank_batch(
     micro_batches, labelled, padding, crc = [], 0, 0, 0
     for first in range(0, len(numbers), micro_sequences):
         chosen = numbers[first : first + micro_sequences]
-        micro_batch, packs = micro_batch_of(sequences, chosen, objective, seed)
+        micro_batch, batch = micro_batch_of(sequences, chosen, objective, seed)
         micro_batches.append(micro_batch)
         labelled += len(micro_batch.labels)
-        padding += sum(pack.padding for pack in packs)
-        crc += sum(pack.crc for pack in packs)
+        padding += int(batch.padding.sum())
+        crc += batch.crc
     return RankBatch(micro_batches, labelled, padding, crc)
 
 
 def micro_batch_of(
     sequences: Sequences, numbers: range, objective: Objective, seed: int
-) -> tuple[MicroBatch, list[Sequence]]:
-    packs = [sequences[number] for number in numbers]
-    pairs = [
-        objective.apply(pack.tokens, pack.lengths, seed, number) for number, pack in zip(numbers, packs, strict=True)
-    ]
-    inputs, labels = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-    lengths = np.concatenate([pack.lengths for pack in packs])
-    labelled = np.flatnonzero(labels != IGNORE)
+) -> tuple[MicroBatch, SequenceBatch]:
+    batch = sequences.read(numbers)
+    corrupted = objective.apply(batch.tokens, batch.lengths, seed, np.array(numbers))
     micro_batch = MicroBatch(
-        torch.from_numpy(inputs),
-        torch.from_numpy(positions_of(lengths)),
-        tuple(lengths.tolist()),
+        torch.from_numpy(corrupted.inputs.reshape(-1)),
+        torch.from_numpy(positions_of(batch.lengths)),
+        tuple(batch.lengths.tolist()),
         objective.causal,
-        torch.from_numpy(labelled),
-        torch.from_numpy(labels[labelled]),
+        torch.from_numpy(corrupted.labelled),
+        torch.from_numpy(corrupted.labels),
     )
-    return micro_batch, packs
+    return micro_batch, batch
 
 
 def positions_of(lengths: np.ndarray) -> np.ndarray:

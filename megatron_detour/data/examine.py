@@ -48,10 +48,10 @@ def verify(prefix: str) -> str:
             raise DetourError(f"{prefix}.{kind}: its SHA-256 is not the manifest's; copy or build the corpus again")
     corpus = IndexedCorpus(prefix)
     vocabulary = Vocabulary.from_dict(manifest.tokenizer)
-    if len(corpus) != manifest.documents or corpus.total_tokens != manifest.tokens:
+    if len(corpus) != manifest.documents or corpus.token_count != manifest.tokens:
         raise DetourError(f"{prefix}.idx: it does not hold the manifest's documents and tokens; build the corpus again")
     _check_index(corpus)
-    for start in range(0, corpus.total_tokens, CHECKED_IDS):
+    for start in range(0, corpus.token_count, CHECKED_IDS):
         greatest = int(corpus.stretch(start, CHECKED_IDS).max())
         if greatest >= vocabulary.size:
             raise DetourError(f"{prefix}.bin: holds id {greatest:,} of a vocabulary of {vocabulary.size:,}")

@@ -14,8 +14,11 @@ offset   field of .idx
 from __future__ import annotations
 
 import mmap
+import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -26,6 +29,7 @@ HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(t): code for code, t in TYPES.items()}
 CHUNK = 1 << 20  # documents
+MAPPED_BYTES = 1 << 26  # of an index that is looked up here and there
 
 
 def token_type(vocabulary_size: int) -> np.dtype:
@@ -64,19 +68,55 @@ class IndexedCorpus:
         if needed != len(content):
             raise DetourError(f"{bin_path(prefix)}: has {len(content):,} bytes where the index means {needed:,}")
         self._bin = np.frombuffer(content, self.dtype)
+        self.token_count = len(self._bin)
+        self._index = index
+        self._files = tuple(path(prefix).open("rb", buffering=0) for path in (idx_path, bin_path))
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def __reduce__(self) -> tuple:
+        return IndexedCorpus, (self.prefix,)  # another process opens the files again
+
+    def read_lengths(self, first: int, last: int) -> np.ndarray:
+        """The lengths of the documents from `first` to before `last`, int32, read and not mapped."""
+        lengths = np.empty(last - first, dtype="<i4")
+        _read(self._files[0], memoryview(lengths).cast("B"), HEADER.size + 4 * first)
+        return lengths
+
+    def find(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths in tokens and offsets in .bin in bytes, both int64 [n], of documents in any order."""
+        lengths, offsets = (np.empty(len(documents), dtype=np.int64) for _ in range(2))
+        # From one end of the index to the other, leaving the pages behind: all of them would count as this process's
+        # memory.
+        order = np.argsort(documents)
+        for part in np.array_split(order, -(-len(self._index) // MAPPED_BYTES)):
+            lengths[part] = self.lengths[documents[part]]
+            offsets[part] = self.offsets[documents[part]]
+            if len(self._index) > MAPPED_BYTES:
+                self._index.madvise(mmap.MADV_DONTNEED)
+        return lengths, offsets
+
+    def read(self, rows: np.ndarray, pieces: Iterable[tuple[int, int, int]]) -> None:
+        """Reads pieces of documents into `rows`, a contiguous array of the corpus's type.
+
+        pieces: (where in `rows`, where in .bin, how much), all in bytes. Read and not mapped, so that text that was
+        used is not this process's memory.
+        """
+        file, target = self._files[1], memoryview(rows).cast("B")
+        descriptor, pread = file.fileno(), os.pread
+        for to, place, count in pieces:
+            content = pread(descriptor, count, place)
+            if len(content) == count:
+                target[to : to + count] = content
+            else:
+                _read(file, target[to : to + count], place)
 
     def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """The ids of a document, or `length` of them from `start` on: shape [length], read only."""
         first = int(self.offsets[document]) // self.dtype.itemsize + start
         count = int(self.lengths[document]) - start if length is None else length
         return self._bin[first : first + count]
-
-    @property
-    def total_tokens(self) -> int:
-        return len(self._bin)
 
     def stretch(self, start: int, length: int) -> np.ndarray:
         """`length` ids from the corpus's token `start` on, or as many as there are, across documents."""
@@ -118,3 +158,14 @@ def _mapped(path: Path, prefix: str | Path) -> mmap.mmap | bytes:
         raise DetourError(
             f"{path}: there is no such file; build the corpus with tools/preprocess_data.py --output-prefix {prefix}"
         ) from None
+
+
+def _read(file: IO[bytes], target: memoryview, place: int) -> None:
+    """Fills `target` from a file's byte `place` on. Raises DetourError where the file is shorter than it was."""
+    done = 0
+    while done < len(target):
+        content = os.pread(file.fileno(), len(target) - done, place + done)
+        if not content:
+            raise DetourError(f"{file.name}: became shorter while it was in use; build the corpus again")
+        target[done : done + len(content)] = content
+        done += len(content)

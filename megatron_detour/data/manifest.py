@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,19 @@ FORMAT = 2
 class Manifest:
     documents: int
     tokens: int
-    records: int  # of the input: documents + held_out + empty + rejects + removed
-    empty: int  # without text
-    rejects: int  # that are no documents, listed in PREFIX.rejects.jsonl
-    removed: dict[str, int]  # left out by the options, by reason: short, long, language, duplicate
-    held_out: int  # documents of PREFIX.heldout
-    sources: list[dict[str, Any]]  # path, bytes
     tokenizer: dict[str, Any]  # Vocabulary.to_dict()
-    engine: dict[str, Any]  # name and version of what made the ids, and which others did not serve
-    options: dict[str, Any]  # those that shape the corpus
-    plan: str  # SHA-256 over input, options, tokenizer and engine
     files: dict[str, dict[str, Any]]  # "bin" and "idx": bytes, sha256
-    created: str
-    version: str
+    records: int = 0  # of the input: documents + held_out + empty + rejects + removed
+    empty: int = 0  # without text
+    rejects: int = 0  # that are no documents, listed in PREFIX.rejects.jsonl
+    removed: dict[str, int] = field(default_factory=dict)  # by the options: short, long, language, duplicate
+    held_out: int = 0  # documents of PREFIX.heldout
+    sources: list[dict[str, Any]] = field(default_factory=list)  # path, bytes
+    engine: dict[str, Any] = field(default_factory=dict)  # what made the ids, and why others did not
+    options: dict[str, Any] = field(default_factory=dict)  # those that shape the corpus
+    plan: str = ""  # SHA-256 over input, options, tokenizer and engine
+    created: str = ""
+    version: str = ""
     format: int = FORMAT
 
     def write(self, path: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_detour.checkpoint.state import refuse_unequal_replicas
 from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import RankBatch, Sequences, rank_batch, rank_numbers
 from megatron_detour.data.vocabulary import Vocabulary
+from megatron_detour.data.words import Words
 from megatron_detour.errors import DetourError
 from megatron_detour.objectives import make
 from megatron_detour.observe.meter import memory_bytes
@@ -45,13 +46,14 @@ class Trainer:
         device: torch.device,
         sequences: Sequences,
         vocabulary: Vocabulary,
+        words: Words | None,
         *,
         validate: Callable[[Any], dict[str, float]] | None,
         save: Callable[[Step], None],
         record: Callable[[dict[str, Any]], None],
     ) -> None:
         self.config, self.plan, self.engine, self.state, self.device = config, plan, engine, state, device
-        self.sequences, self.vocabulary = sequences, vocabulary
+        self.sequences, self.vocabulary, self.words = sequences, vocabulary, words
         self.validate, self.save, self.record = validate, save, record
 
     def run(self, tokens: int) -> None:
@@ -118,7 +120,9 @@ class Trainer:
                 yield step, batch, waited
 
     def _load(self, step: Step) -> tuple[Step, RankBatch]:
-        objective = make(step.phase.objective, step.phase.mask_rate, self.vocabulary)
+        phase = step.phase
+        words = self.words if phase.whole_word_masking else None
+        objective = make(phase.objective, phase.mask_rate, self.vocabulary, words)
         numbers = rank_numbers(step.first_sequence, step.sequences, self.state.data_rank, self.state.data_size)
         micro = self.config.batch.micro_sequences
         return step, rank_batch(self.sequences, numbers, micro, objective, self.config.seed)

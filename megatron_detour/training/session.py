@@ -89,6 +89,7 @@ class Session:
             self.device,
             self.sequences,
             self.start.vocabulary,
+            self.start.words,
             validate=self.validation,
             save=lambda step: self._save(engine, step),
             record=self._record,

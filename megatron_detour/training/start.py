@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_detour.checkpoint.huggingface import TOKENIZER_FILES, Source, fresh_config
 from megatron_detour.config import Model, RunConfig
-from megatron_detour.data.vocabulary import Vocabulary, load_vocabulary
+from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
+from megatron_detour.data.words import Words
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import Shape
 
@@ -21,6 +22,7 @@ class StartModel:
     weights: Source | None  # None: initialised from the seed
     tokenizer: Source
     vocabulary: Vocabulary
+    words: Words | None  # None: no phase masks whole words
 
     @classmethod
     def of(cls, config: RunConfig) -> StartModel:
@@ -34,7 +36,7 @@ class StartModel:
         described = described or fresh_config(model.config, vocabulary)
         shape = Shape.of(described, model.start or "model.config")
         _check_fit(config, vocabulary, shape)
-        return cls(described, shape, weights, _fetched(_tokenizer(model)), vocabulary)
+        return cls(described, shape, weights, _fetched(_tokenizer(model)), vocabulary, _words(config, vocabulary))
 
 
 def _tokenizer(model: Model) -> Source:
@@ -54,6 +56,13 @@ def _vocabulary(model: Model, weights: Source | None) -> Vocabulary:
                 "the key to use the model's own"
             )
     return vocabulary
+
+
+def _words(config: RunConfig, vocabulary: Vocabulary) -> Words | None:
+    if not any(phase.whole_word_masking for phase in config.phases):
+        return None
+    source = _tokenizer(config.model)
+    return Words.of(find_tokenizer(source.name, source.download), vocabulary)
 
 
 def _check_fit(config: RunConfig, vocabulary: Vocabulary, shape: Shape) -> None:

@@ -61,9 +61,6 @@ class Validation:
         ordinary = training.vocabulary.ordinary()
         probabilities = np.zeros_like(frequencies)
         probabilities[ordinary] = (frequencies[ordinary] + 1) / (frequencies[ordinary] + 1).sum()
-        labels = [self.masked.apply(pack.tokens, pack.lengths, self.seed, k)[1] for k, pack in self._packs()]
-        labels = np.concatenate(labels)
-        return float(-np.log(probabilities[labels[labels >= 0]]).mean())
-
-    def _packs(self):
-        return ((k, self.sequences[k]) for k in range(self.count))
+        batch = self.sequences.read(range(self.count))
+        labels = self.masked.apply(batch.tokens, batch.lengths, self.seed, np.arange(self.count)).labels
+        return float(-np.log(probabilities[labels]).mean())

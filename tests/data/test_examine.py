@@ -61,7 +61,7 @@ def test_a_changed_byte_is_found(corpus, tmp_path):
 def test_files_that_agree_with_a_wrong_manifest(corpus, tmp_path):
     prefix = copy_of(corpus, tmp_path)
     whole = IndexedCorpus(prefix)
-    lengths, ids = np.array(whole.lengths), np.array(whole.stretch(0, whole.total_tokens))
+    lengths, ids = np.array(whole.lengths), np.array(whole.stretch(0, whole.token_count))
     ids[7] = 400
     prefix.with_suffix(".bin").write_bytes(ids.tobytes())
     vouch(prefix)

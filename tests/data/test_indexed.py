@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import struct
 
 import numpy as np
 import pytest
 
+from megatron_detour.data import indexed
 from megatron_detour.data.indexed import IndexedCorpus, token_type, write_index
 from megatron_detour.errors import DetourError
 
@@ -127,3 +130,49 @@ def test_a_missing_file_is_named(prefix, suffix):
     with pytest.raises(DetourError, match=rf"c\{suffix}: there is no such file; build the corpus") as caught:
         IndexedCorpus(prefix)
     assert f"--output-prefix {prefix}" in str(caught.value)
+
+
+def corpus_of(folder, lengths: list[int], dtype=np.uint16) -> IndexedCorpus:
+    """Documents of these lengths, the ids counted through."""
+    write_index(folder / "c.idx", np.array(lengths, dtype=np.int32), np.dtype(dtype))
+    (folder / "c.bin").write_bytes(np.arange(sum(lengths), dtype=dtype).tobytes())
+    return IndexedCorpus(folder / "c")
+
+
+@pytest.mark.parametrize("mapped", [1 << 26, 200])
+def test_documents_are_found_in_any_order(tmp_path, monkeypatch, mapped):
+    """Also where the index is left page by page."""
+    monkeypatch.setattr(indexed, "MAPPED_BYTES", mapped)
+    lengths = np.random.default_rng(0).integers(0, 9, 100).tolist()
+    opened = corpus_of(tmp_path, lengths)
+    asked = np.random.default_rng(1).integers(0, 100, 250)
+    found, offsets = opened.find(asked)
+    assert found.dtype == offsets.dtype == np.int64
+    assert found.tolist() == [lengths[i] for i in asked]
+    assert offsets.tolist() == [2 * sum(lengths[:i]) for i in asked]
+    assert opened.read_lengths(3, 30).tolist() == lengths[3:30]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_pieces_are_read_into_rows(tmp_path, dtype):
+    opened, width = corpus_of(tmp_path, [5, 7, 3], dtype), np.dtype(dtype).itemsize
+    rows = np.full((2, 4), 99, dtype=dtype)
+    pieces = [(0, 12, 3), (5, 2, 2)]  # in tokens
+    opened.read(rows, [(to * width, place * width, count * width) for to, place, count in pieces])
+    assert rows.tolist() == [[12, 13, 14, 99], [99, 2, 3, 99]]
+
+
+def test_a_corpus_that_became_shorter_is_told(tmp_path):
+    opened = corpus_of(tmp_path, [5, 7])
+    os.truncate(tmp_path / "c.bin", 10)
+    with pytest.raises(DetourError, match=r"c\.bin: became shorter while it was in use"):
+        opened.read(np.zeros(7, dtype=np.uint16), [(0, 10, 14)])
+
+
+def test_a_copy_of_an_open_corpus_opens_its_files_again(tmp_path):
+    opened = corpus_of(tmp_path, [5, 7])
+    copy = pickle.loads(pickle.dumps(opened))
+    assert copy.tokens(1).tolist() == opened.tokens(1).tolist()
+    rows = np.zeros(7, dtype=np.uint16)
+    copy.read(rows, [(0, 10, 14)])
+    assert rows.tolist() == list(range(5, 12))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_detour.data.order import FINEST, Mixture, permute
+from megatron_detour.data import order
+from megatron_detour.data.order import FINEST, Mixture, permute, place_of
 
 KEYS = st.integers(0, 2**72)
 WEIGHTS = st.lists(st.floats(1e-3, 1e3) | st.integers(1, 20).map(float), min_size=1, max_size=6)
@@ -31,6 +32,21 @@ def test_any_number_of_a_permutation_alone(size, key, numbers):
     assert ((together >= 0) & (together < size)).all()
     assert len(set(together.tolist())) == len(asked)
     assert [int(permute(asked[i : i + 1], size, key)[0]) for i in range(len(asked))] == together.tolist()
+
+
+@given(size=st.integers(1, 10**12), key=KEYS, numbers=st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
+@settings(deadline=None, max_examples=100)
+def test_places_are_the_inverse(size, key, numbers):
+    asked = np.array(numbers) % size
+    assert place_of(permute(asked, size, key), size, key).tolist() == asked.tolist()
+    assert permute(place_of(asked, size, key), size, key).tolist() == asked.tolist()
+
+
+def test_rounds_from_tables_are_rounds_computed(monkeypatch):
+    numbers = np.arange(0, 10**6, 997)
+    from_tables = permute(numbers, 10**6, 42 << 40)
+    monkeypatch.setattr(order, "TABLES", 0)
+    assert permute(numbers, 10**6, 42 << 40).tolist() == from_tables.tolist()
 
 
 @given(key=st.integers(0, 2**71), bit=st.integers(0, 70))
@@ -72,8 +88,8 @@ def test_every_prefix_of_a_mixture_keeps_to_its_shares(weights):
     shares = shares_of(weights, mixture)
     assert mixture.cycle <= FINEST
     dealt = [0] * len(weights)
-    for number in range(mixture.cycle + 50):  # past the end of a cycle
-        corpus, rank = mixture.locate(number)
+    corpora, ranks = mixture.locate(np.arange(mixture.cycle + 50))  # past the end of a cycle
+    for number, (corpus, rank) in enumerate(zip(corpora.tolist(), ranks.tolist(), strict=True)):
         assert rank == dealt[corpus]
         dealt[corpus] += 1
         for count, share in zip(dealt, shares, strict=True):
@@ -100,7 +116,18 @@ def test_counts_in_a_cycle(weights, counts):
 def test_a_mixture_far_along():
     mixture = Mixture([0.6, 0.4])
     assert mixture.cycle == 5
-    near = [mixture.locate(i) for i in range(5)]
-    far = [mixture.locate(5 * 10**12 + i) for i in range(5)]
-    ahead = {0: 3 * 10**12, 1: 2 * 10**12}
-    assert far == [(corpus, rank + ahead[corpus]) for corpus, rank in near]
+    corpora, ranks = mixture.locate(np.arange(5))
+    assert sorted(corpora.tolist()) == [0, 0, 0, 1, 1]
+    far_corpora, far_ranks = mixture.locate(5 * 10**12 + np.arange(5))
+    assert far_corpora.tolist() == corpora.tolist()
+    ahead = np.array([3 * 10**12, 2 * 10**12])
+    assert far_ranks.tolist() == (ranks + ahead[corpora]).tolist()
+
+
+@given(weights=WEIGHTS, numbers=st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
+@settings(deadline=None, max_examples=20)
+def test_a_mixture_is_the_same_one_by_one(weights, numbers):
+    mixture = Mixture(weights)
+    corpora, ranks = mixture.locate(np.array(numbers))
+    alone = [mixture.locate(np.array([number])) for number in numbers]
+    assert list(zip(corpora.tolist(), ranks.tolist(), strict=True)) == [(int(c[0]), int(r[0])) for c, r in alone]

@@ -54,6 +54,7 @@ def run_file(corpus, tmp_path_factory) -> Path:
                 "name": "decay",
                 "objective": "mlm",
                 "mask_rate": 0.15,
+                "whole_word_masking": True,
                 "tokens": f"{STEPS[1]} steps",
                 "learning_rate": {"peak": 1e-2, "shape": "1-sqrt", "end": 1e-3},
             },

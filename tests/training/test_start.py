@@ -12,6 +12,7 @@ import pytest
 from megatron_detour.checkpoint import huggingface
 from megatron_detour.config import Model
 from megatron_detour.data import vocabulary
+from megatron_detour.data.words import Words
 from megatron_detour.errors import DetourError
 from megatron_detour.training.start import StartModel
 from tests.models import CONFIG
@@ -74,3 +75,13 @@ def test_another_tokenizer_than_the_models_is_refused(hub, tokenizer_folder, tmp
 def test_a_shape_that_does_not_fit_is_refused(tokenizer_folder, config, told):
     with pytest.raises(DetourError, match=told):
         StartModel.of(config_with(config=config, tokenizer=str(tokenizer_folder)))
+
+
+def test_words_are_there_for_phases_that_mask_them(hub, tokenizer_folder):
+    config = config_with(start="org/model")
+    assert StartModel.of(config).words is None
+    last = dataclasses.replace(config.phases[-1], objective="mlm", mask_rate=0.3, whole_word_masking=True)
+    words = StartModel.of(dataclasses.replace(config, phases=(*config.phases[:-1], last))).words
+    expected = Words.of(tokenizer_folder / "tokenizer.json", vocabulary.load_vocabulary(tokenizer_folder))
+    assert (words.goes_on == expected.goes_on).all()
+    assert (words.is_open == expected.is_open).all()
