@@ -41,7 +41,7 @@ ALLOWED = {
     "data.batches": ("data errors files objectives config", "numpy torch"),
     "checkpoint": ("parallel model checkpoint data.vocabulary errors files", "torch safetensors"),
     "checkpoint.huggingface": (
-        "parallel model checkpoint data.vocabulary errors files",
+        "parallel model checkpoint data.vocabulary data.spm errors files",
         "torch safetensors tokenizers transformers",
     ),
     "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),

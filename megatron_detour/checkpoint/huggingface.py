@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_detour.checkpoint.state import TrainingState
-from megatron_detour.data.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, hub_file
+from megatron_detour.data.spm import SUFFIXES
+from megatron_detour.data.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, hub_file, load_tokenizer
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
@@ -146,10 +147,14 @@ def write_model(
 
 
 def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
-    """Copies a tokenizer's files byte by byte, and makes the small ones that a bare tokenizer.json lacks."""
+    """Copies a tokenizer's files byte by byte, and makes those that a bare tokenizer.json or another model lacks."""
     from tokenizers import Tokenizer
 
-    shutil.copyfile(find_tokenizer(source.name, source.download), folder / "tokenizer.json")
+    file = find_tokenizer(source.name, source.download)
+    if file.suffix in SUFFIXES:
+        load_tokenizer(file).save(str(folder / "tokenizer.json"))
+    else:
+        shutil.copyfile(file, folder / "tokenizer.json")
     if Path(source.name).is_file() or not source.has("tokenizer_config.json"):
         token_of = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token
         ids = {role: getattr(vocabulary, role) for role in SPELLINGS}

@@ -39,7 +39,8 @@ def tokenizer_of(path: Path) -> Tokenizer:
             f"{path}: only Unigram models of SentencePiece are read directly; load this one with transformers' "
             "AutoTokenizer, save it with save_pretrained and give that folder"
         )
-    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    # Nine digits tell a float32 exactly, and unlike more of them they come out of tokenizer.json as they went in.
+    pieces = [(piece.piece, float(f"{piece.score:.9g}")) for piece in model.pieces]
     kinds = [piece.type for piece in model.pieces]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=kinds.index(UNKNOWN), byte_fallback=BYTE in kinds))
     steps = []

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_detour.data.vocabulary import Vocabulary
+from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
 from megatron_detour.errors import DetourError
 
 SPACE = "▁"  # SentencePiece's mark of a space
@@ -34,8 +34,8 @@ class Words:
 
     @classmethod
     def of(cls, tokenizer_file: Path, vocabulary: Vocabulary) -> Words:
-        """Reads a tokenizer.json. Raises DetourError for a kind that does not tell where words begin."""
-        raw = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+        """Reads a tokenizer's file. Raises DetourError for a kind that does not tell where words begin."""
+        raw = json.loads(load_tokenizer(tokenizer_file).to_str())
         kind = _kind(raw)
         if kind is None:
             raise DetourError(

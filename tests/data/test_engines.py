@@ -20,6 +20,7 @@ from megatron_detour.data.build.engines import Engine, Fastokens, HuggingFace, S
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.data.vocabulary import load_tokenizer, load_vocabulary
+from megatron_detour.data.words import Words
 from megatron_detour.errors import DetourError
 from tests.conftest import build, sentences, write_jsonl
 
@@ -145,6 +146,11 @@ def test_a_sentencepiece_model_is_a_tokenizer(unigram, tmp_path):
     assert engines.first_difference(engine, judge, texts) is None
     load_tokenizer(unigram).save(str(tmp_path / "tokenizer.json"))
     assert rows(SentencePiece(tmp_path / "tokenizer.json"), texts) == expected
+    assert load_vocabulary(tmp_path / "tokenizer.json") == vocabulary
+    words = Words.of(unigram, vocabulary)
+    ids = np.array(library.encode("metformin since Monday"))
+    begins = words.first_tokens(ids, np.array([len(ids)]))
+    assert [library.id_to_piece(int(i))[0] for i in ids[begins]] == ["▁"] * 3
     masked = f"{texts[0]} [MASK] {texts[1]}"
     assert rows(engine, [masked]) == rows(judge, [masked])
     assert vocabulary.mask in rows(engine, [masked])[0]
