@@ -148,7 +148,7 @@ def test_a_sentencepiece_model_is_a_tokenizer(unigram, tmp_path):
     assert rows(SentencePiece(tmp_path / "tokenizer.json"), texts) == expected
     assert load_vocabulary(tmp_path / "tokenizer.json") == vocabulary
     words = Words.of(unigram, vocabulary)
-    ids = np.array(library.encode("metformin since Monday"))
+    ids = np.array(library.encode("takes metformin today"))
     begins = words.first_tokens(ids, np.array([len(ids)]))
     assert [library.id_to_piece(int(i))[0] for i in ids[begins]] == ["▁"] * 3
     masked = f"{texts[0]} [MASK] {texts[1]}"
