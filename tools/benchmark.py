@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures speed and memory beside a peer in one run: tools/benchmark.py train [--against transformers]."""
+"""Measures speed and memory beside peers in one run: tools/benchmark.py train [--against transformers], preprocess."""
 
 import argparse
 import itertools
@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_detour.benchmark import preprocess
 from megatron_detour.benchmark.train import DTYPES, SIZES, Settings, measure_all, table, write_json
 from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
 from megatron_detour.errors import DetourError, command_line
@@ -14,7 +15,9 @@ from megatron_detour.errors import DetourError, command_line
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    train = parser.add_subparsers(required=True).add_parser(
+    commands = parser.add_subparsers(required=True)
+    preprocess.add_command(commands)
+    train = commands.add_parser(
         "train",
         help="forward and backward passes of a model with random weights; no optimiser",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -43,6 +46,8 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of documents and masks")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     options = vars(parser.parse_args())
+    if run := options.pop("run", None):
+        return run(options)
     target, objectives, dtypes = options.pop("json"), options.pop("objective"), options.pop("dtype")
 
     if target and not target.parent.is_dir():
