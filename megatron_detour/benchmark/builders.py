@@ -2,14 +2,16 @@
 
 A job names the builder, the input (JSON lines with a "text"), the tokenizer.json, an empty folder to write to, and how
 many documents' ids to `show` of what was written. The last line of the output is JSON: the documents and tokens, the
-seconds from the first document's reading to the last byte's writing (what is loaded at the first import is not among
-them) and the ids shown. Nothing is imported before it is needed, not even this project: a peer may live elsewhere.
+seconds and the processor's seconds (with those of processes that it started) from the builder's call to the last byte's
+writing, without its imports, and the ids shown. Nothing is imported before it is needed, not even this project: a peer
+may live elsewhere.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,26 @@ BATCH_DOCUMENTS = 1_000  # of encode_batch and datasets.map
 Result = dict[str, Any]
 
 
+class Clock:
+    """Seconds between `start` and `stop`, all such stretches together."""
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+
+    def start(self) -> None:
+        self.seconds -= time.perf_counter()
+        self.cpu_seconds -= _cpu_seconds()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter()
+        self.cpu_seconds += _cpu_seconds()
+
+
+def _cpu_seconds() -> float:
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
+
+
 def ours(job: dict[str, Any]) -> Result:
     """This project's builder."""
     from megatron_detour.data.build import BuildOptions, build_corpus
@@ -29,12 +51,13 @@ def ours(job: dict[str, Any]) -> Result:
 
     prefix = str(Path(job["folder"]) / "corpus")
     options = BuildOptions(prefix, job["tokenizer"], tuple(job["input"]), workers=job["workers"])
-    started = time.perf_counter()
+    clock = Clock()
+    clock.start()
     manifest = build_corpus(options)
-    seconds = time.perf_counter() - started
+    clock.stop()
     corpus = IndexedCorpus(prefix)
     shown = [corpus.tokens(i, 0, int(corpus.lengths[i])).tolist() for i in range(job["show"])]
-    return _result(manifest.documents, manifest.tokens, seconds, shown) | {"engine": manifest.engine["name"]}
+    return _result(manifest.documents, manifest.tokens, clock, shown) | {"engine": manifest.engine["name"]}
 
 
 def engine(job: dict[str, Any]) -> Result:
@@ -46,18 +69,18 @@ def engine(job: dict[str, Any]) -> Result:
 
     encode, count = RAW[job["engine"]](job["tokenizer"])
     documents = tokens = 0
-    seconds = 0.0
+    clock = Clock()
     for texts in _batches(job["input"][0]):
-        started = time.perf_counter()
+        clock.start()
         encoded = encode(texts)
-        seconds += time.perf_counter() - started
+        clock.stop()
         documents, tokens = documents + len(texts), tokens + count(encoded)
     shown = []
     if job["show"]:
         texts = list(itertools.islice(_texts(job["input"][0]), job["show"]))
         ids, begins = ENGINES[job["engine"]](Path(job["tokenizer"])).encode(texts)
         shown = [ids[begins[i] : begins[i + 1]].tolist() for i in range(len(texts))]
-    return _result(documents, tokens, seconds, shown)
+    return _result(documents, tokens, clock, shown)
 
 
 def _fastokens(tokenizer_file: str) -> tuple[Callable, Callable]:
@@ -91,7 +114,8 @@ def encode_batch(job: dict[str, Any]) -> Result:
     import numpy as np
     from tokenizers import Tokenizer
 
-    started = time.perf_counter()
+    clock = Clock()
+    clock.start()
     tokenizer = Tokenizer.from_file(job["tokenizer"])
     dtype = np.dtype(_id_type(tokenizer))
     target = Path(job["folder"]) / "ids.bin"
@@ -103,10 +127,10 @@ def encode_batch(job: dict[str, Any]) -> Result:
             lengths += map(len, rows)
             out.write(np.array(list(itertools.chain.from_iterable(rows)), dtype).data)
     np.array(lengths, "<i4").tofile(target.with_suffix(".lengths"))
-    seconds = time.perf_counter() - started
+    clock.stop()
     ids, ends = np.fromfile(target, dtype), np.cumsum(lengths)
     shown = [part.tolist() for part in np.split(ids, ends)[: job["show"]]]
-    return _result(len(lengths), sum(lengths), seconds, shown)
+    return _result(len(lengths), sum(lengths), clock, shown)
 
 
 def datasets(job: dict[str, Any]) -> Result:
@@ -117,7 +141,8 @@ def datasets(job: dict[str, Any]) -> Result:
     disable_caching()
     disable_progress_bars()
     folder = Path(job["folder"])
-    started = time.perf_counter()
+    clock = Clock()
+    clock.start()
     tokenizer = Tokenizer.from_file(job["tokenizer"])
     features = Features({"ids": Sequence(Value(_id_type(tokenizer)))})
     lines = Dataset.from_json(job["input"][0], cache_dir=str(folder / "cache"))
@@ -130,10 +155,10 @@ def datasets(job: dict[str, Any]) -> Result:
         new_fingerprint="ids",
     )
     encoded.save_to_disk(str(folder / "saved"), num_proc=None)
-    seconds = time.perf_counter() - started
+    clock.stop()
     saved = load_from_disk(str(folder / "saved"))
     tokens = sum(len(column.values) for column in saved.data.column("ids").chunks)
-    return _result(len(saved), tokens, seconds, saved[: job["show"]]["ids"] if job["show"] else [])
+    return _result(len(saved), tokens, clock, saved[: job["show"]]["ids"] if job["show"] else [])
 
 
 def datatrove(job: dict[str, Any]) -> Result:
@@ -145,16 +170,17 @@ def datatrove(job: dict[str, Any]) -> Result:
     from tokenizers import Tokenizer
 
     source, folder = Path(job["input"][0]), Path(job["folder"])
-    started = time.perf_counter()
+    clock = Clock()
+    clock.start()
     reader = JsonlReader(str(source.parent), glob_pattern=source.name)
     writer = DocumentTokenizer(str(folder / "ids"), job["tokenizer"], shuffle_documents=False)
     LocalPipelineExecutor([reader, writer], tasks=1, workers=1, logging_dir=str(folder / "logs")).run()
-    seconds = time.perf_counter() - started
+    clock.stop()
     (target,) = (folder / "ids").glob("*.ds")
     ends = np.fromfile(f"{target}.index", "<u8").astype(np.int64)
     ids = np.fromfile(target, _id_type(Tokenizer.from_file(job["tokenizer"])))
     shown = [part.tolist() for part in np.split(ids, ends)[: job["show"]]]
-    return _result(len(ends), len(ids), seconds, shown)
+    return _result(len(ends), len(ids), clock, shown)
 
 
 BUILDERS = {builder.__name__: builder for builder in (ours, engine, encode_batch, datasets, datatrove)}
@@ -183,8 +209,14 @@ def _id_type(tokenizer) -> str:
     return "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
 
 
-def _result(documents: int, tokens: int, seconds: float, shown: list[list[int]]) -> Result:
-    return {"documents": documents, "tokens": tokens, "seconds": seconds, "shown": shown}
+def _result(documents: int, tokens: int, clock: Clock, shown: list[list[int]]) -> Result:
+    return {
+        "documents": documents,
+        "tokens": tokens,
+        "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
+        "shown": shown,
+    }
 
 
 if __name__ == "__main__":
