@@ -41,6 +41,7 @@ setup(
         "datasets>=4",
         "sentencepiece>=0.2.1",
         "protobuf>=5",
+        "psutil>=5.9",
         # The fast engine of byte-level BPE, where there are wheels of it; elsewhere tokenizers does the work.
         "fastokens>=0.3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],

@@ -57,6 +57,11 @@ ALLOWED = {
         "numpy torch transformers",
     ),
     "benchmark.read": ("benchmark data config errors files objectives", "numpy"),
+    "benchmark.builders": (
+        "benchmark data errors",
+        "numpy tokenizers fastokens sentencepiece datasets datatrove",
+    ),
+    "benchmark.process": ("benchmark errors", "psutil"),
     "training": (
         "training checkpoint data model observe parallel kernels config errors files objectives plan",
         "numpy torch yaml",
@@ -65,6 +70,7 @@ ALLOWED = {
 }
 # These load only when a function needs them, so that the rest of the module works fast and without them.
 LAZY = {
+    "benchmark.builders": "numpy tokenizers fastokens sentencepiece datasets datatrove",
     "benchmark.contenders": "transformers",
     "data.vocabulary": "tokenizers huggingface_hub",
     "data.spm": "tokenizers sentencepiece google",

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measures speed and memory: of training, beside a peer in one run (train), and of reading a large corpus (read)."""
+"""Measures speed and memory beside peers in one run: training, building corpora (preprocess), reading them (read)."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from megatron_detour.benchmark import read, train
+from megatron_detour.benchmark import preprocess, read, train
 from megatron_detour.benchmark.train import DTYPES, SIZES
 from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
 from megatron_detour.errors import command_line
@@ -15,6 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     shape = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    preprocess.add_command(commands)
     what = "forward and backward passes of a model with random weights; no optimiser"
     add = commands.add_parser("train", help=what, **shape).add_argument
     add("--size", choices=SIZES, default="base", help="of the model")
@@ -49,7 +50,9 @@ def main() -> None:
     add("--batches", type=int, default=100, help="that are read")
     options = vars(parser.parse_args())
     command = options.pop("command")
-    if command == "train":
+    if command == "preprocess":
+        options.pop("run")(options)
+    elif command == "train":
         train.run(say=say, **options)
     else:
         print(read.table(read.measure(read.Settings(**options), say)))
