@@ -29,7 +29,7 @@ ALLOWED = {
     "data.vocabulary": ("data errors files", "numpy tokenizers huggingface_hub"),
     "data.spm": ("errors", "tokenizers sentencepiece google"),
     "data.sources": ("errors", "pyarrow datasets huggingface_hub"),
-    "data.records": ("errors", "msgspec"),
+    "data.records": ("errors", "msgspec numpy"),
     "data.documents": ("data.sources data.records errors", "msgspec pyarrow"),
     "data.examine": ("data errors files", "numpy matplotlib"),
     "data.build": ("data errors files", "numpy"),

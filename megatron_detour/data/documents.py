@@ -20,6 +20,7 @@ from megatron_detour.errors import DetourError
 
 BLOCK_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NOT_PLAIN = (msgspec.MsgspecError, ValueError, RecursionError, BadRecord)  # what the fast parser raises
 ROWS = 256  # of Parquet or a dataset, read at once
 
 
@@ -34,19 +35,18 @@ class Block:
 
     def take(self, number: int, text_of: Callable[[], str]) -> None:
         """Counts a record as a document, as an empty one or as a reject."""
-        self.records += 1
         try:
-            text = text_of()
+            self.take_texts([text_of()])
         except BadRecord as reason:
+            self.records += 1
             self.rejects.append((number, str(reason)))
-            return
-        self.take_text(text)
 
-    def take_text(self, text: str) -> None:
-        if not text or text.isspace():
-            self.empty += 1
-        else:
-            self.texts.append(text)
+    def take_texts(self, texts: list[str]) -> None:
+        """Counts records, all of them with a text that may be blank."""
+        filled = [text for text in texts if text and not text.isspace()]
+        self.records += len(texts)
+        self.empty += len(texts) - len(filled)
+        self.texts += filled
 
 
 def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
@@ -115,10 +115,10 @@ def _line_blocks(stretch: Stretch, keys: TextKeys, report: Callable[[int], None]
     is_json = ".jsonl" in Path(stretch.path).suffixes
     reported = number = 0
     with Path(stretch.path).open("rb") as raw:
-        lines_at_once = whole_lines(raw, stretch)
+        several = whole_lines(raw, stretch)
         while True:
             with _read_errors(stretch.path):
-                lines = next(lines_at_once, None)
+                lines = next(several, None)
             if lines is None:
                 break
             block = _json_block(lines, keys, number) if is_json else _text_block(lines, number)
@@ -130,37 +130,37 @@ def _line_blocks(stretch: Stretch, keys: TextKeys, report: Callable[[int], None]
     report(stretch.size - reported)
 
 
-def _json_block(lines: list[bytes], keys: TextKeys, first: int) -> Block:
+def _json_block(lines: bytes, keys: TextKeys, first: int) -> Block:
     block = Block()
     try:
-        texts = keys.fast_texts(lines)
-    except (msgspec.MsgspecError, ValueError, RecursionError, BadRecord):
-        for number, line in enumerate(lines, start=first):
+        block.take_texts(keys.fast_texts(lines))
+    except NOT_PLAIN:
+        for number, line in enumerate(_split(lines), start=first):
             block.take(number, lambda line=line: _either(line, keys))
-        return block
-    block.records = len(lines)
-    for text in texts:
-        block.take_text(text)
     return block
 
 
 def _either(line: bytes, keys: TextKeys) -> str:
     """What decides on a line must not depend on its neighbours: the fast parser first, for each line as for all."""
     try:
-        return keys.fast_texts([checked(line)])[0]
-    except (msgspec.MsgspecError, ValueError, RecursionError, BadRecord):
+        return keys.fast_texts(checked(line))[0]
+    except NOT_PLAIN:
         return keys.of_line(line)
 
 
-def _text_block(lines: list[bytes], first: int) -> Block:
+def _text_block(lines: bytes, first: int) -> Block:
     block = Block()
-    for number, line in enumerate(lines, start=first):
+    for number, line in enumerate(_split(lines), start=first):
         block.take(number, lambda line=line: decoded(checked(line).removesuffix(b"\r")))
     return block
 
 
-def whole_lines(raw: BinaryIO, stretch: Stretch) -> Iterator[list[bytes]]:
-    """Yields the lines that begin in the stretch, without their "\\n", some at a time; `raw` is the open file."""
+def _split(lines: bytes) -> list[bytes]:
+    return [lines] if isinstance(lines, TooLong) else lines.removesuffix(b"\n").split(b"\n")
+
+
+def whole_lines(raw: BinaryIO, stretch: Stretch) -> Iterator[bytes]:
+    """Yields the lines that begin in the stretch, as they are, some at a time; `raw` is the open file."""
     stream, owned = _opened(raw, stretch)
     rest = b""
     at_start = stretch.start == 0
@@ -171,14 +171,18 @@ def whole_lines(raw: BinaryIO, stretch: Stretch) -> Iterator[list[bytes]]:
                 block += stream.readline(LONGEST_LINE)  # the line that begins here is ours to its end
         if at_start:
             block, at_start = block.removeprefix(BYTE_ORDER_MARK), False
-        *lines, rest = (rest + block).split(b"\n") if rest else block.split(b"\n")
+        end = block.rfind(b"\n") + 1
+        if end:
+            yield rest + block[:end]
+            rest = block[end:]
+        else:
+            rest += block
         if len(rest) > LONGEST_LINE:
             owned = _pass_over_line(stream, owned)
-            lines, rest = [*lines, TooLong()], b""
-        if lines:
-            yield lines
+            rest = b""
+            yield TooLong()
     if rest:
-        yield [rest]
+        yield rest
 
 
 def _pass_over_line(stream: BinaryIO, owned: int | None) -> int | None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from megatron_detour.errors import nearest
 
@@ -43,23 +44,28 @@ class TextKeys:
         self.separator = separator
         self.roots = tuple(dict.fromkeys(key.split(".")[0] for key in keys))
         self._paths = [key.split(".") for key in keys]
-        self._decoder = msgspec.json.Decoder(_struct(self._paths[0])) if len(keys) == 1 else None
-        self._depth = range(len(self._paths[0]))
+        self._decoder = msgspec.json.Decoder(_struct(self._paths[0]) if len(keys) == 1 else Any)
 
-    def fast_texts(self, lines: list[bytes]) -> list[str]:
-        """The texts of JSON lines, all or none: raises msgspec.MsgspecError and others where one is not plainly good.
+    def fast_texts(self, lines: bytes) -> list[str]:
+        """The texts of whole JSON lines, all or none: raises ValueError and others where one is not plainly good.
 
         It parses no more than it must; whoever gets an error asks `of_line` line by line.
         """
-        if self._decoder is None:
-            return [self.of_record(msgspec.json.decode(line)) for line in lines]
-        decode = self._decoder.decode
-        if len(self._depth) == 1:
-            return [decode(line).value for line in lines]
-        records = [decode(line) for line in lines]
-        for _ in self._depth:
+        content = np.frombuffer(lines, dtype=np.uint8)  # several times as fast to search as bytes
+        ends = np.flatnonzero(content[:-1] == ord("\n"))
+        # The parser takes one record after the other, whatever the lines are. Where every line but the last ends with
+        # "}" and every one but the first begins with "{", no record can go on into the next line, so that as many
+        # records as lines are a record a line.
+        if not ((content[ends - 1] == ord("}")) & (content[ends + 1] == ord("{"))).all():
+            raise ValueError("not an object a line")
+        records = self._decoder.decode_lines(lines)
+        if len(records) != len(ends) + 1:
+            raise ValueError("not an object a line")
+        if len(self.keys) > 1:
+            return [self.of_record(record) for record in records]
+        for _ in self._paths[0][1:]:
             records = [record.value for record in records]
-        return records
+        return [record.value for record in records]
 
     def of_line(self, line: bytes) -> str:
         """The text of a JSON line as Python's own parser reads it; "" for a blank line. Raises BadRecord."""

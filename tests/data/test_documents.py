@@ -114,6 +114,18 @@ def test_odd_lines_that_are_documents(tmp_path, line, text, beside):
     assert len(block.rejects) == bool(beside)
 
 
+@pytest.mark.parametrize(
+    "lines", [(b'{"n": ', b'{}, "text": "c"}'), (b'{"n": {}', b', "text": "c"}'), (b"", b'{"text": "c"}')]
+)
+def test_two_records_on_a_line_do_not_make_up_for_one_on_two(tmp_path, lines):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([b'{"text": "a"}{"text": "b"}', *lines]) + b"\n")
+    (block,) = read(path)
+    assert block.records == 3
+    assert block.texts == (["c"] if not lines[0] else [])
+    assert [number for number, _ in block.rejects] == ([0] if not lines[0] else [0, 1, 2])
+
+
 def test_a_line_without_end_is_passed_over_in_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "LONGEST_LINE", 1_000)
     monkeypatch.setattr(documents, "BLOCK_BYTES", 64)

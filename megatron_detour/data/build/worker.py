@@ -106,7 +106,7 @@ def _write(block: Block, job: Job, counts: Counts, out: BinaryIO) -> dict[str, n
 def _judge(texts: list[str], engine: Engine, judge: Engine, before: int) -> None:
     """Has the judge look at every JUDGED_EVERY-th document of a part; `before` is how many it had until now."""
     beginnings = [text[:JUDGED_CHARACTERS] for text in texts[-before % JUDGED_EVERY :: JUDGED_EVERY]]
-    if engine.name != judge.name and first_difference(engine, judge, beginnings) is not None:
+    if beginnings and engine.name != judge.name and first_difference(engine, judge, beginnings) is not None:
         raise DetourError(
             f"--engine {engine.name}: its ids are not those of tokenizers on a document of this corpus; use --engine "
             "tokenizers"
