@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
 from megatron_detour.data.records import LONGEST_LINE, BadRecord, TextKeys, TooLong, checked, decoded
-from megatron_detour.data.sources import Stretch, is_compressed, open_hub, open_saved, plan_stretches
+from megatron_detour.data.sources import Stretch, is_compressed, is_json_lines, open_hub, open_saved, plan_stretches
 from megatron_detour.errors import DetourError
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 BLOCK_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -107,12 +110,15 @@ def _file_block(stretch: Stretch) -> Block:
 def _read_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (EOFError, OSError, zlib.error) as error:  # pyarrow's errors are OSErrors, too
+    except Exception as error:
+        # pyarrow takes long to load, and some of its errors are ValueErrors.
+        if not isinstance(error, (EOFError, OSError, zlib.error)) and "pyarrow" not in type(error).__module__:
+            raise
         raise DetourError(f"{path}: cannot be read to its end: {error}") from None
 
 
 def _line_blocks(stretch: Stretch, keys: TextKeys, report: Callable[[int], None]) -> Iterator[Block]:
-    is_json = ".jsonl" in Path(stretch.path).suffixes
+    is_json = is_json_lines(stretch.path)
     reported = number = 0
     with Path(stretch.path).open("rb") as raw:
         several = whole_lines(raw, stretch)
@@ -214,24 +220,40 @@ def _decompressed(raw: BinaryIO, path: str) -> BinaryIO:
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), BLOCK_BYTES)
 
 
-def _row_blocks(rows: Iterator[list[dict[str, Any]]], keys: TextKeys) -> Iterator[Block]:
+def _row_blocks(rows: Iterator[list[dict[str, Any] | BadRecord]], keys: TextKeys) -> Iterator[Block]:
     number = 0
     for some in rows:
         block = Block()
         for record in some:
-            block.take(number, lambda record=record: keys.of_record(record))
+            block.take(number, lambda record=record: _row_text(record, keys))
             number += 1
         yield block
 
 
-def _parquet_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any]]]:
+def _row_text(record: dict[str, Any] | BadRecord, keys: TextKeys) -> str:
+    if isinstance(record, BadRecord):
+        raise record
+    return keys.of_record(record)
+
+
+def _parquet_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any] | BadRecord]]:
     from pyarrow.parquet import ParquetFile
 
     with _read_errors(stretch.path), ParquetFile(stretch.path) as file:
         columns = [name for name in keys.roots if name in file.schema_arrow.names]
         groups = list(range(stretch.start, stretch.end))
         for batch in file.iter_batches(ROWS, row_groups=groups, columns=columns or None):
-            yield batch.to_pylist()
+            try:
+                yield batch.to_pylist()
+            except UnicodeDecodeError:
+                yield [_row_of(batch, number) for number in range(len(batch))]
+
+
+def _row_of(batch: RecordBatch, number: int) -> dict[str, Any] | BadRecord:
+    try:
+        return batch.slice(number, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return BadRecord("not UTF-8")
 
 
 def _dataset_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any]]]:
@@ -246,5 +268,8 @@ def _dataset_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, A
 def _streamed_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any]]]:
     shard = open_hub(stretch.dataset).shard(num_shards=stretch.end, index=stretch.start)
     rows = iter(shard)
-    while some := list(islice(rows, ROWS)):
-        yield some
+    try:
+        while some := list(islice(rows, ROWS)):
+            yield some
+    except Exception as error:  # of the network and of every format that datasets reads
+        raise DetourError(f"{stretch.path}: cannot be read to its end: {error}") from None

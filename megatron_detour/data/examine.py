@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_detour.data.build.join import held_out_prefix, rejects_path
 from megatron_detour.data.build.options import BuildOptions
 from megatron_detour.data.indexed import CHUNK, IndexedCorpus
 from megatron_detour.data.manifest import Manifest, read_manifest
+from megatron_detour.data.publish import held_out_prefix, histogram_path, rejects_path
 from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
@@ -34,6 +34,9 @@ def summary(options: BuildOptions, manifest: Manifest | None) -> str:
         lines.append(f"left out: {', '.join(left_out)}")
     if manifest.rejects:
         lines.append(f"rejected: {manifest.rejects:,}, listed in {rejects_path(options.output_prefix)}")
+    if manifest.passed_over:
+        some = ", ".join(manifest.passed_over[:3]) + (", ..." if len(manifest.passed_over) > 3 else "")
+        lines.append(f"passed over: {len(manifest.passed_over):,} files of no known kind ({some})")
     if manifest.held_out:
         lines.append(f"held out: {manifest.held_out:,} documents in {held_out_prefix(options.output_prefix)}")
     lines.append(f"engine: {manifest.engine['name']} {manifest.engine['version']}")
@@ -110,7 +113,7 @@ def _draw(prefix: str, lengths: np.ndarray) -> Path:
     axes.stairs(tokens / tokens.sum(), edges, label="of tokens", linewidth=1.5)
     axes.set(xscale="log", xlabel="tokens in the document", ylabel="share", title=Path(prefix).name)
     axes.legend()
-    path = Path(f"{prefix}.lengths.png")
+    path = histogram_path(prefix)
     figure.savefig(path, dpi=120)
     return path
 

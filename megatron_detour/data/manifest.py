@@ -26,9 +26,11 @@ class Manifest:
     rejects: int = 0  # that are no documents, listed in PREFIX.rejects.jsonl
     removed: dict[str, int] = field(default_factory=dict)  # by the options: short, long, language, duplicate
     held_out: int = 0  # documents of PREFIX.heldout
-    sources: list[dict[str, Any]] = field(default_factory=list)  # path, bytes
+    sources: list[dict[str, Any]] = field(default_factory=list)  # path, bytes, state (size and time of change)
+    passed_over: list[str] = field(default_factory=list)  # files of the input folders that are of no known kind
     engine: dict[str, Any] = field(default_factory=dict)  # what made the ids, and why others did not
     options: dict[str, Any] = field(default_factory=dict)  # those that shape the corpus
+    versions: dict[str, str] = field(default_factory=dict)  # of packages that decide on ids and cleaning
     plan: str = ""  # SHA-256 over input, options, tokenizer and engine
     created: str = ""
     version: str = ""

@@ -101,7 +101,12 @@ def _whole(weights: list[float]) -> np.ndarray:
     if cycle <= FINEST:
         return np.array([int(share * cycle) for share in shares], dtype=np.int64)
     counts = [max(int(share * FINEST), 1) for share in shares]
-    counts[max(range(len(counts)), key=counts.__getitem__)] += FINEST - sum(counts)
+    remainders = [share * FINEST - count for share, count in zip(shares, counts, strict=True)]
+    while sum(counts) != FINEST:  # to those that are furthest from their share
+        step = 1 if sum(counts) < FINEST else -1
+        chosen = max(range(len(counts)), key=lambda i: (remainders[i] * step, counts[i]))
+        counts[chosen] += step
+        remainders[chosen] -= step
     return np.array(counts, dtype=np.int64)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ LINE_KINDS = (".jsonl", ".txt")
 KINDS = (*(kind + c for kind in LINE_KINDS for c in ("", *COMPRESSIONS)), ".parquet")
 STRETCH_BYTES = 32 << 20
 MOST_STRETCHES = 4_096  # in a part
+KEY_LENGTH = 24
 DATASET_STATE, DATASET_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk leaves in a folder
 
 
@@ -45,6 +47,7 @@ class Stretch:
     start: int
     end: int
     size: int  # bytes on the disk, for the progress shown
+    state: str = ""  # of the whole input when it was planned: size and time of change, or what a dataset calls itself
     dataset: HubDataset | None = None
 
 
@@ -64,6 +67,10 @@ def is_compressed(name: str) -> bool:
     return name.endswith(COMPRESSIONS)
 
 
+def is_json_lines(name: str) -> bool:
+    return name.endswith(tuple(f".jsonl{compression}" for compression in ("", *COMPRESSIONS)))
+
+
 def check_kind(name: str) -> None:
     """Raises DetourError for a file that is missing or of an unknown kind."""
     if not Path(name).is_file():
@@ -72,38 +79,54 @@ def check_kind(name: str) -> None:
         raise DetourError(f"{name}: an input file must end in {', '.join(KINDS)}")
 
 
-def find_inputs(names: list[str]) -> list[str]:
-    """Files and folders of saved datasets behind files, folders and globs; a folder's files sorted by name.
+def find_inputs(names: list[str], but_not: tuple[Path, ...] = ()) -> tuple[list[str], list[str]]:
+    """Files and saved datasets behind files, folders and globs, and the files there that are of no known kind.
 
-    Raises DetourError for a name that leads to nothing.
+    A folder's files are sorted by name, and a file that links give several names is taken once; hidden ones and
+    `but_not` are passed over. Raises DetourError for a name that leads to nothing and for an input that two of `names`
+    lead to.
     """
     found: list[str] = []
+    others: list[str] = []
     for name in names:
-        here = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (a pattern may be absolute)
+        here = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (may be absolute)
         if not here:
             raise DetourError(f"{name}: there is no such input file")
-        before = len(found)
-        for path in here:
-            found += _inside(Path(path)) if Path(path).is_dir() else _accepted(path, alone=len(here) == 1)
-        if len(found) == before:
+        if len(here) == 1 and Path(name).is_file():
+            check_kind(name)
+        paths = [path for place in here for path in (_inside(place) if Path(place).is_dir() else [place])]
+        once = {os.path.realpath(path): path for path in reversed(paths)}  # by the first of its names
+        skipped = {os.path.realpath(other) for other in but_not}
+        mine = [
+            path for path in paths if once.pop(os.path.realpath(path), None) and os.path.realpath(path) not in skipped
+        ]
+        accepted = [path for path in mine if path.endswith(KINDS) or Path(path).is_dir()]
+        if not accepted:
             raise DetourError(f"{name}: no file there ends in {', '.join(KINDS)}")
-    twice = {name for name in found if found.count(name) > 1} if len(set(found)) < len(found) else set()
+        found += accepted
+        others += [path for path in mine if not path.endswith(KINDS) and Path(path).is_file()]
+    twice = [path for path, count in Counter(os.path.realpath(path) for path in found).items() if count > 1]
     if twice:
         raise DetourError(f"{min(twice)}: this input is named twice")
-    return found
+    return found, others
 
 
-def _accepted(path: str, alone: bool) -> list[str]:
-    """A file named by itself must be of a known kind; among a glob's finds others are passed over."""
-    if alone:
-        check_kind(path)
-    return [path] if path.endswith(KINDS) else []
-
-
-def _inside(folder: Path) -> list[str]:
-    if (folder / DATASET_STATE).is_file() or (folder / DATASET_SPLITS).is_file():
-        return [str(folder)]
-    return sorted(str(path) for path in folder.rglob("*") if path.is_file() and path.name.endswith(KINDS))
+def _inside(folder: str) -> list[str]:
+    """The files in a folder and the folders in it, links followed; a saved dataset is one input."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        if DATASET_STATE in files or DATASET_SPLITS in files:
+            found.append(place)
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [str(Path(place) / name) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def plan_stretches(
@@ -118,46 +141,43 @@ def plan_parts(stretches: list[Stretch], under: str) -> list[Part]:
     """Groups stretches into parts of at least STRETCH_BYTES; `under` names what else decides on their ids."""
     parts: list[Part] = []
     group: list[Stretch] = []
+    size = 0
     for stretch in stretches:
         group.append(stretch)
-        if sum(s.size for s in group) >= STRETCH_BYTES or len(group) == MOST_STRETCHES:
+        size += stretch.size
+        if size >= STRETCH_BYTES or len(group) == MOST_STRETCHES or stretch.kind == "streamed":
             parts.append(_part(group, under))
-            group = []
+            group, size = [], 0
     return [*parts, _part(group, under)] if group else parts
 
 
 def _part(stretches: list[Stretch], under: str) -> Part:
-    state = [(dataclasses.astuple(stretch), _state(stretch.path)) for stretch in stretches]
-    return Part(hashlib.sha256(json.dumps([under, state]).encode()).hexdigest()[:24], tuple(stretches))
-
-
-def _state(path: str) -> list[int]:
-    """Size and time of change of a file, or of all of a folder's."""
-    place = Path(path)
-    files = sorted(place.iterdir()) if place.is_dir() else [place] if place.exists() else []
-    return [number for file in files for number in (file.stat().st_size, file.stat().st_mtime_ns)]
+    places = [(s.kind, s.path, s.start, s.end, s.state) for s in stretches]
+    return Part(hashlib.sha256(json.dumps([under, places]).encode()).hexdigest()[:KEY_LENGTH], tuple(stretches))
 
 
 def _stretches_of(name: str, whole_files: bool, split: str | None) -> Iterator[Stretch]:
     if Path(name).is_dir():
-        yield from _dataset_stretches(_saved_split(name, split))
+        yield from _saved_stretches(_saved_split(name, split))
         return
     check_kind(name)
+    facts = Path(name).stat()
+    size, state = facts.st_size, f"{facts.st_size} {facts.st_mtime_ns}"
     if name.endswith(".parquet"):
-        yield from _parquet_stretches(name)
-        return
-    size = Path(name).stat().st_size
-    if whole_files and ".txt" in Path(name).suffixes:
-        yield Stretch("file", name, 0, size, size)
+        yield from _parquet_stretches(name, state)
+    elif is_compressed(name) and not size:
+        raise DetourError(f"{name}: cannot be read to its end: it is empty")
+    elif whole_files and not is_json_lines(name):
+        yield Stretch("file", name, 0, size, size, state)
     elif is_compressed(name):
-        yield Stretch("compressed", name, 0, size, size)
+        yield Stretch("compressed", name, 0, size, size, state)
     else:
         for start in range(0, size, STRETCH_BYTES):
             end = min(start + STRETCH_BYTES, size)
-            yield Stretch("lines", name, start, end, end - start)
+            yield Stretch("lines", name, start, end, end - start, state)
 
 
-def _parquet_stretches(name: str) -> Iterator[Stretch]:
+def _parquet_stretches(name: str, state: str) -> Iterator[Stretch]:
     from pyarrow import ArrowException
     from pyarrow.parquet import read_metadata
 
@@ -169,7 +189,7 @@ def _parquet_stretches(name: str) -> Iterator[Stretch]:
     for group in range(groups.num_row_groups):
         size += groups.row_group(group).total_byte_size
         if size >= STRETCH_BYTES or group + 1 == groups.num_row_groups:
-            yield Stretch("parquet", name, start, group + 1, size)
+            yield Stretch("parquet", name, start, group + 1, size, state)
             start, size = group + 1, 0
 
 
@@ -183,25 +203,28 @@ def _saved_split(name: str, split: str | None) -> str:
     return str(folder / split)
 
 
-def _dataset_stretches(folder: str) -> Iterator[Stretch]:
-    size = sum(file.stat().st_size for file in Path(folder).glob("*.arrow"))
-    yield from _row_stretches(folder, len(open_saved(folder)), size, None)
+def _saved_stretches(folder: str) -> Iterator[Stretch]:
+    files = [file.stat() for file in sorted(Path(folder).iterdir())]
+    state = " ".join(f"{file.st_size} {file.st_mtime_ns}" for file in files)
+    yield from _row_stretches(folder, len(open_saved(folder)), sum(file.st_size for file in files), state, None)
 
 
 def _hub_stretches(dataset: HubDataset) -> Iterator[Stretch]:
     opened = open_hub(dataset)
     if dataset.streaming:
+        state = json.dumps(sorted(getattr(opened.info, "download_checksums", None) or ()))  # addresses with revisions
         for shard in range(opened.num_shards):
-            yield Stretch("streamed", dataset.name, shard, opened.num_shards, 0, dataset)
+            yield Stretch("streamed", dataset.name, shard, opened.num_shards, 0, state, dataset)
     else:
-        yield from _row_stretches(dataset.name, len(opened), opened.dataset_size or 0, dataset)
+        size = opened.dataset_size or 0
+        yield from _row_stretches(dataset.name, len(opened), size, opened._fingerprint, dataset)
 
 
-def _row_stretches(name: str, rows: int, size: int, dataset: HubDataset | None) -> Iterator[Stretch]:
+def _row_stretches(name: str, rows: int, size: int, state: str, dataset: HubDataset | None) -> Iterator[Stretch]:
     per_stretch = max(1, rows * STRETCH_BYTES // max(size, 1))
     for start in range(0, rows, per_stretch):
         end = min(start + per_stretch, rows)
-        yield Stretch("dataset", name, start, end, size * (end - start) // rows, dataset)
+        yield Stretch("dataset", name, start, end, size * (end - start) // rows, state, dataset)
 
 
 def open_saved(folder: str) -> Any:

@@ -53,7 +53,7 @@ def _refuse_used(output: Path) -> None:
 def _documents(inputs: Sequence[Path], text_key: str, faults: list[DetourError]) -> Iterator[str]:
     """All documents; a fault ends the stream and is kept, since the trainer may wrap what its iterator raises."""
     try:
-        for name in find_inputs([str(path) for path in inputs]):
+        for name in find_inputs([str(path) for path in inputs])[0]:
             yield from read_documents(Path(name), text_key)
     except DetourError as fault:
         faults.append(fault)

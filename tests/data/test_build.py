@@ -78,7 +78,9 @@ def test_the_manifest_tells_the_numbers(corpus):
     ids = ids_at(corpus.prefix)
     assert (manifest.documents, manifest.tokens) == (len(ids), sum(map(len, ids)))
     assert (manifest.empty, manifest.rejects, manifest.records) == (0, 0, 300)
-    assert manifest.sources == [{"path": str(corpus.jsonl), "bytes": corpus.jsonl.stat().st_size}]
+    facts = corpus.jsonl.stat()
+    state = f"{facts.st_size} {facts.st_mtime_ns}"
+    assert manifest.sources == [{"path": str(corpus.jsonl), "bytes": facts.st_size, "state": state}]
     for kind, facts in manifest.files.items():
         content = Path(f"{corpus.prefix}.{kind}").read_bytes()
         assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -22,7 +22,7 @@ TEXTS = [f"text {i} œ " + "y" * (i % 7) for i in range(1_000)]
 
 
 def read(path: Path | str, keys: TextKeys | None = None, **options) -> list[Block]:
-    stretches = plan_stretches(find_inputs([str(path)]), **options)
+    stretches = plan_stretches(find_inputs([str(path)])[0], **options)
     return [block for stretch in stretches for block in read_stretch(stretch, keys or TextKeys())]
 
 
@@ -187,7 +187,7 @@ def test_a_dataset_that_load_dataset_opens(tmp_path, monkeypatch, streaming):
     stretches = plan_stretches([], dataset=dataset)
     found = [t for stretch in stretches for block in read_stretch(stretch, TextKeys()) for t in block.texts]
     assert found == TEXTS[0::3] + TEXTS[1::3] + TEXTS[2::3]
-    assert len(stretches) == (3 if streaming else 1)
+    assert len(stretches) == len(plan_parts(stretches, "")) == (3 if streaming else 1)
     with pytest.raises(DetourError, match="cannot be opened"):
         plan_stretches([], dataset=HubDataset(str(tmp_path / "none"), streaming=streaming))
 
@@ -230,11 +230,44 @@ def test_folders_globs_and_whole_files(tmp_path):
     for names, says in (
         ([f"{tmp_path}/*.jsonl"], "there is no such input file"),
         ([f"{tmp_path}/deep/readme.md"], "an input file must end in"),
-        ([f"{tmp_path}/deep/*.md"], "must end in"),
+        ([f"{tmp_path}/deep/*.md"], "no file there ends in"),
         ([str(tmp_path / "deep"), str(tmp_path / "deep/a.txt")], "a.txt: this input is named twice"),
     ):
         with pytest.raises(DetourError, match=says):
             find_inputs(names)
+
+
+def test_links_are_followed_and_others_are_told(tmp_path):
+    """A folder behind a link is read, also one that leads back; the same file by another name is refused."""
+    (tmp_path / "in/.hidden").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("in/a.txt", "in/b.TXT", "in/c.jsonl.xz", "in/.hidden/d.txt", "in/out.rejects.jsonl", "other/e.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/link").symlink_to(tmp_path / "other")
+    (tmp_path / "in/back").symlink_to(tmp_path / "in")
+    found, others = find_inputs([str(tmp_path / "in")], (tmp_path / "in/out.rejects.jsonl",))
+    assert [Path(path).name for path in found] == ["a.txt", "e.txt"]
+    assert [Path(path).name for path in others] == ["b.TXT", "c.jsonl.xz"]
+    assert find_inputs([f"{tmp_path}/in/**"], (tmp_path / "in/out.rejects.jsonl",))[0] == found
+    (tmp_path / "in/again.txt").symlink_to(tmp_path / "in/a.txt")
+    assert find_inputs([str(tmp_path / "in")], (tmp_path / "in/out.rejects.jsonl",))[0] == found
+    with pytest.raises(DetourError, match=r"a\.txt: this input is named twice"):
+        find_inputs([str(tmp_path / "in"), str(tmp_path / "in/again.txt")])
+
+
+def test_the_last_ending_tells_the_kind(tmp_path):
+    (tmp_path / "a.jsonl.txt").write_text("{plain")
+    (tmp_path / "b.txt.jsonl").write_text('{"text": "x"}')
+    assert texts_of(read(tmp_path, whole_files=True)) == ["{plain", "x"]
+    assert texts_of(read(tmp_path)) == ["{plain", "x"]
+
+
+def test_a_damaged_text_in_parquet_is_one_reject(tmp_path):
+    texts = pyarrow.array([b"good", b"caf\xe9", b"fine"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, texts.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    (block,) = read(tmp_path / "a.parquet")
+    assert (block.texts, block.rejects) == (["good", "fine"], [(1, "not UTF-8")])
 
 
 def test_a_saved_dataset_of_splits_needs_a_split(tmp_path):
@@ -252,6 +285,7 @@ BROKEN = {
     "cut.txt.zst": zstandard(b"".join(b"text %d\n" % i for i in range(5_000)))[:-20],
     "plain.txt.zst": b"text\n" * 10,
     "plain.parquet": b"text\n" * 10,
+    "empty.txt.gz": b"",
 }
 
 
@@ -265,13 +299,13 @@ def test_a_file_that_ends_too_early_or_is_none(tmp_path, name):
 def test_small_files_share_parts_and_a_changed_one_makes_another(tmp_path):
     for number in range(50):
         (tmp_path / f"{number:02d}.txt").write_text(f"text {number}")
-    stretches = plan_stretches(find_inputs([str(tmp_path)]))
+    stretches = plan_stretches(find_inputs([str(tmp_path)])[0])
     (part,) = plan_parts(stretches, "")
     assert part.stretches == tuple(stretches)
     assert plan_parts(stretches, "")[0].key == part.key
     assert plan_parts(stretches, "other options")[0].key != part.key
     (tmp_path / "07.txt").write_text("text X")
-    assert plan_parts(stretches, "")[0].key != part.key
+    assert plan_parts(plan_stretches(find_inputs([str(tmp_path)])[0]), "")[0].key != part.key
 
 
 def test_read_documents_of_a_file(tmp_path, monkeypatch):

@@ -116,7 +116,14 @@ def test_merge_joins_in_order(corpus, tmp_path, tokenizer_folder):
     assert first.tokens(303).tolist() == second.tokens(1).tolist()
     verify(str(tmp_path / "m"))
     assert {p.name for p in tmp_path.glob(".*")} == set()
-    assert [entry["prefix"] for entry in read_manifest(tmp_path / "m").options["merged"]][1] == corpus.prefix
+    assert read_manifest(tmp_path / "m").sources[1]["path"] == corpus.prefix
+
+
+def test_merge_does_not_undo_a_held_out_share(tmp_path, tokenizer_folder):
+    path = write_jsonl(tmp_path / "t.jsonl", [f"text {i}" for i in range(60)])
+    build([path], tmp_path / "a", tokenizer_folder, held_out=0.3)
+    with pytest.raises(DetourError, match=r"a\.heldout: it was held out of"):
+        merge_corpora([str(tmp_path / "a"), str(tmp_path / "a.heldout")], str(tmp_path / "m"))
 
 
 def test_merge_refuses_what_does_not_fit(corpus, tmp_path, tokenizer_folder):

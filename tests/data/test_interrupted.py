@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,114 @@ def test_a_failing_part_ends_the_build_with_its_reason(tmp_path, texts, tokenize
     assert message.startswith(f"error: {bad}/b.jsonl.gz: cannot be read to its end: ")
     assert len(message.splitlines()) == 1
     assert not list(tmp_path.glob("c.*"))
+
+
+def test_a_file_that_grows_before_the_first_part_is_refused(tmp_path, texts, tokenizer_folder, monkeypatch):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(texts.read_bytes())
+    real = corpus.choose_engine
+
+    def append_meanwhile(*arguments):
+        with path.open("a") as file:
+            file.write(json.dumps({"text": "more"}) + "\n")
+        return real(*arguments)
+
+    monkeypatch.setattr(corpus, "choose_engine", append_meanwhile)
+    with pytest.raises(DetourError, match=r"t\.jsonl: changed while it was read"):
+        build([path], tmp_path / "c", tokenizer_folder)
+
+
+def test_a_file_that_comes_to_a_folder_is_refused(tmp_path, texts, tokenizer_folder, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_bytes(texts.read_bytes())
+    real = corpus.run_parts
+    monkeypatch.setattr(
+        corpus, "run_parts", lambda *given: (real(*given), (tmp_path / "in/b.jsonl").write_text('{"text": "x"}'))
+    )
+    with pytest.raises(DetourError, match="changed while it was read"):
+        build([tmp_path / "in"], tmp_path / "c", tokenizer_folder)
+
+
+@pytest.mark.parametrize("name", ["bin", "length", "keys", "json"])
+def test_a_part_that_is_not_whole_is_done_again(tmp_path, texts, tokenizer_folder, small_parts, monkeypatch, name):
+    with monkeypatch.context() as broken:
+        broken.setattr(corpus, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build([texts], tmp_path / "c", tokenizer_folder, deduplicate="exact")
+    file = sorted((tmp_path / ".c.building").glob(f"*.{name}"))[3]
+    os.truncate(file, file.stat().st_size // 2)
+    build([texts], tmp_path / "c", tokenizer_folder, deduplicate="exact")
+    build([texts], tmp_path / "d", tokenizer_folder, deduplicate="exact")
+    assert contents(tmp_path / "c") == contents(tmp_path / "d")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("step", range(7))
+def test_a_build_broken_off_while_files_are_named(tmp_path, texts, tokenizer_folder, monkeypatch, step, overwrite):
+    """Nothing that can be opened is mixed, and the same command goes on."""
+    old = write_jsonl(tmp_path / "old.jsonl", [f"old {i}" for i in range(90)])
+    options = {"held_out": 0.1, "max_rejects": 1, "overwrite": overwrite}
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(texts.read_bytes() + b"oops\n")
+    if overwrite:
+        build([old], tmp_path / "c", tokenizer_folder, held_out=0.1)
+    real, done = Path.replace, []
+
+    def replace(path, target):
+        if path.parent.name == ".c.building" and Path(target).name.startswith("c."):
+            if len(done) == step:
+                raise KeyboardInterrupt
+            done.append(target)
+        return real(path, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            build([bad], tmp_path / "c", tokenizer_folder, **options)
+    for name in ("c", "c.heldout"):
+        with suppress(DetourError):
+            assert read_manifest(tmp_path / name).rejects == 1
+    monkeypatch.setattr(run, "_run_here", None)  # all that is left to do is to name
+    build([bad], tmp_path / "c", tokenizer_folder, **options)
+    monkeypatch.undo()
+    build([bad], tmp_path / "d", tokenizer_folder, held_out=0.1, max_rejects=1)
+    files = ("bin", "idx", "heldout.bin", "heldout.idx", "rejects.jsonl")
+    assert contents(tmp_path / "c", files) == contents(tmp_path / "d", files)
+    assert len(done) == step
+    assert not (tmp_path / ".c.building").exists()
+
+
+def test_nothing_of_an_earlier_corpus_is_left(tmp_path, texts, tokenizer_folder):
+    """A held-out share of before must not stand beside a corpus that holds its documents."""
+    (tmp_path / "bad.jsonl").write_bytes(texts.read_bytes() + b"oops\n")
+    build([tmp_path / "bad.jsonl"], tmp_path / "c", tokenizer_folder, held_out=0.1, max_rejects=1)
+    build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
+    assert {path.name for path in tmp_path.glob("*c.*")} == {"c.bin", "c.idx", "c.manifest.json"}
+    build([texts], tmp_path / "d.heldout", tokenizer_folder)
+    with pytest.raises(DetourError, match=r"d\.heldout\.manifest\.json: a corpus is already there"):
+        build([texts], tmp_path / "d", tokenizer_folder, held_out=0.1)
+    build([texts], tmp_path / "e", tokenizer_folder, held_out=0.1)
+    (tmp_path / "e.heldout.bin").unlink()
+    with pytest.raises(DetourError, match=r"e\.heldout\.bin: is missing"):
+        build([texts], tmp_path / "e", tokenizer_folder, held_out=0.1)
+
+
+def test_a_missing_package_is_named(tmp_path, texts, tokenizer_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(DetourError, match=r"needs the package rensa: pip install"):
+        build([texts], tmp_path / "c", tokenizer_folder, deduplicate="near")
+
+
+def test_too_many_rejects_stop_a_part_at_once(tmp_path, tokenizer_folder):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"body": "text"}\n' * 300_000))
+    reports = []
+    part = sources.plan_parts(sources.plan_stretches([str(tmp_path / "a.jsonl.gz")]), "")[0]
+    options = BuildOptions(str(tmp_path / "c"), str(tokenizer_folder), (), max_rejects=10)
+    job = worker.Job(options, "tokenizers", str(tokenizer_folder / "tokenizer.json"), "<u2", 2)
+    with pytest.raises(DetourError, match=r"line 1: no key 'text'"):
+        worker.build_part(part, job, lambda read, made: reports.append(read))
+    assert len(reports) < 3
+    assert not list((tmp_path / ".c.building").glob("*")) if (tmp_path / ".c.building").exists() else True
 
 
 def test_a_file_that_grows_is_refused(tmp_path, texts, tokenizer_folder, monkeypatch):

@@ -10,6 +10,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Cleaner:
 
     def __init__(self, options: BuildOptions) -> None:
         self._options = options
-        self._languages = _language_model() if options.language else None
+        self._languages = _language_model(options.language) if options.language else None
         if options.deduplicate == "near":
             minhash_class()
 
@@ -62,18 +63,21 @@ class Cleaner:
     def columns(self, texts: list[str], lengths: np.ndarray) -> dict[str, np.ndarray]:
         """What the join must know of each document; lengths: int64 [texts], in tokens.
 
-        length int32 [texts]; where the options need them: held_out bool [texts], hash uint64 [texts, 2], bands uint64
-        [texts, bands].
+        length int32 [texts]; where the options need them: held_out bool [texts], keys uint64 [texts, keys, 2], of which
+        equal (or similar) documents share one.
         """
         columns = {"length": lengths.astype("<i4")}
         if self._options.deduplicate == "near":
             rows = rows_a_band(self._options.similarity)
-            columns["bands"] = np.array([_bands(text, rows) for text in texts], dtype="<u8")
+            bands = np.array([_bands(text, rows) for text in texts], dtype="<u8").reshape(-1, PERMUTATIONS // rows)
+            columns["keys"] = np.stack(
+                [bands, np.broadcast_to(np.arange(bands.shape[1], dtype="<u8"), bands.shape)], axis=2
+            )
         if self._options.held_out or self._options.deduplicate == "exact":
             digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
             hashes = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
             if self._options.deduplicate == "exact":
-                columns["hash"] = hashes
+                columns["keys"] = hashes[:, None]
             if self._options.held_out:
                 columns["held_out"] = hashes[:, 0] < np.uint64(int(self._options.held_out * 2**64))
         return columns
@@ -106,9 +110,13 @@ def minhash_class() -> type:
     return RMinHash
 
 
-def _language_model():
+def _language_model(wanted: tuple[str, ...]) -> Any:
     try:
         from py3langid import langid
     except ImportError:
         raise DetourError("--language: needs the package py3langid: pip install 'megatron-detour[clean]'") from None
+    known = sorted(code for code, _ in langid.rank("a"))
+    unknown = [code for code in wanted if code not in known]
+    if unknown:
+        raise DetourError(f"--language: {unknown[0]!r} is no code of py3langid; it knows {' '.join(known)}")
     return langid

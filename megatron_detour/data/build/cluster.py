@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import os
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from megatron_detour.data.build.engines import one_thread
 from megatron_detour.data.build.journal import Counts
@@ -26,7 +29,8 @@ def run_on_ray(parts: list[Part], job: Job) -> Iterator[tuple[Part, Counts]]:
         raise DetourError("--engine-cluster ray: needs the package: pip install 'megatron-detour[ray]'") from None
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(num_cpus=job.options.workers if job.options.workers > 1 else None, log_to_driver=False)
+        here = "RAY_ADDRESS" not in os.environ
+        ray.init(num_cpus=job.options.workers if here else None, log_to_driver=False)
     task = ray.remote(num_cpus=1, max_retries=3)(_task)
     at_once = int(ray.cluster_resources().get("CPU", 1)) * AT_ONCE
     waiting: dict = {}
@@ -37,7 +41,7 @@ def run_on_ray(parts: list[Part], job: Job) -> Iterator[tuple[Part, Counts]]:
             while left or waiting:
                 while left and len(waiting) < at_once:
                     part = left.pop()
-                    waiting[task.remote(part, job)] = part
+                    waiting[task.remote(_absolute_part(part), _absolute_job(job))] = part
                 for reference in ray.wait(list(waiting))[0]:
                     part = waiting.pop(reference)
                     counts = _result(ray, reference)
@@ -51,16 +55,31 @@ def run_on_ray(parts: list[Part], job: Job) -> Iterator[tuple[Part, Counts]]:
             ray.shutdown()
 
 
-def _result(ray, reference) -> Counts:
+def _result(ray: Any, reference: Any) -> Counts:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+        if isinstance(error.cause, DetourError | OSError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise DetourError(f"--engine-cluster ray: a task was lost: {error}") from None
+
+
+def _absolute_part(part: Part) -> Part:
+    """Tasks have a working folder of their own. The key stays, as it names what is read and not where from."""
+    places = [replace(s, path=str(Path(s.path).absolute())) if Path(s.path).exists() else s for s in part.stretches]
+    return replace(part, stretches=tuple(places))
+
+
+def _absolute_job(job: Job) -> Job:
+    options = replace(job.options, output_prefix=str(Path(job.options.output_prefix).absolute()))
+    return replace(job, options=options, tokenizer_file=str(Path(job.tokenizer_file).absolute()))
 
 
 def _task(part: Part, job: Job) -> Counts:
     one_thread()
-    return build_part(part, job, functools.partial(_unheard))
+    return build_part(part, job, _unheard)
 
 
 def _unheard(read: int, tokens: int) -> None:

@@ -10,25 +10,47 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.data.build.engines import Chosen, choose_engine, one_thread
+from megatron_detour.data.build.clean import Cleaner
+from megatron_detour.data.build.engines import Chosen, choose_engine, one_thread, special_ids_around
 from megatron_detour.data.build.join import join
 from megatron_detour.data.build.journal import Journal
 from megatron_detour.data.build.options import BuildOptions
 from megatron_detour.data.build.run import run_parts
 from megatron_detour.data.build.worker import Job
 from megatron_detour.data.documents import read_stretch
-from megatron_detour.data.indexed import bin_path, idx_path, token_type
-from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
+from megatron_detour.data.indexed import token_type
+from megatron_detour.data.manifest import Manifest
+from megatron_detour.data.publish import finish_publishing, published, rejects_path
 from megatron_detour.data.records import TextKeys
 from megatron_detour.data.sources import HubDataset, Part, Stretch, find_inputs, plan_parts, plan_stretches
 from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.errors import DetourError
 
+BUILD_FORMAT = 1  # of parts and their journal: other numbers make other keys
 SAMPLED_STRETCHES, SAMPLED_CHARACTERS, SAMPLED_TEXT = 16, 1 << 20, 1 << 13  # for the choice of the engine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be built, and from what."""
+
+    stretches: list[Stretch]
+    parts: list[Part]
+    others: list[str]  # files of the input that are of no known kind
+    under: str  # what, beside the input, decides on the bytes
+    vocabulary: Vocabulary
+    engine: Chosen
+    job: Job
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256("".join(part.key for part in self.parts).encode()).hexdigest()
 
 
 def build_corpus(options: BuildOptions) -> Manifest | None:
@@ -38,55 +60,73 @@ def build_corpus(options: BuildOptions) -> Manifest | None:
     prefix, and what is finished stays for the next attempt.
     """
     options.check()
-    dataset = None
-    if options.dataset:
-        parts_of_it = (options.dataset, options.dataset_config, options.split, options.streaming, options.download)
-        dataset = HubDataset(*parts_of_it)
-    inputs = find_inputs(list(options.input))
-    tokenizer_file = find_tokenizer(options.tokenizer, options.download)
-    vocabulary = load_vocabulary(options.tokenizer, options.download)
-    _check_template(tokenizer_file, vocabulary)
-    stretches = plan_stretches(inputs, options.whole_files, options.split, dataset)
-    one_thread()
-    engine = choose_engine(options.engine, tokenizer_file, list(_sample(stretches, options)))
-    shaping = [options.that_shape_the_corpus(), vocabulary.sha256, engine.name]
-    parts = plan_parts(stretches, json.dumps(shaping))
-    plan = hashlib.sha256("".join(part.key for part in parts).encode()).hexdigest()
+    plan = plan_build(options)
     journal = Journal(options.output_prefix)
-    built = _already_built(options, plan)
-    if built:
-        journal.remove()
-        return built
-    job = Job(options, engine.name, str(tokenizer_file), token_type(vocabulary.size).str)
     with journal.lock(options.shard_index):
+        manifest = finish_publishing(journal.folder, options.output_prefix, plan.key) or published(
+            options.output_prefix, plan.key, options.overwrite, bool(options.held_out)
+        )
         try:
-            run_parts(_mine(parts, options), job, journal)
-            if options.shard_index is not None:
-                return None
-            _check_unchanged(parts, stretches, json.dumps(shaping))
-            about = _about(stretches, vocabulary, engine, options, plan)
-            manifest = join(parts, journal, options, token_type(vocabulary.size), about)
+            if manifest is None:
+                manifest = _build(plan, options, journal)
         except OSError as error:
             place = error.filename or journal.folder
-            raise DetourError(f"{place}: {error.strerror}; finished parts are kept, the same command goes on") from None
+            raise DetourError(
+                f"{place}: {error.strerror or error}; finished parts are kept, the same command goes on"
+            ) from None
         finally:
-            if options.shard_index is None and not journal.any_finished():
+            if manifest or (options.shard_index is None and not journal.any_finished()):
                 journal.remove()
-        journal.remove()
     return manifest
 
 
-def _already_built(options: BuildOptions, plan: str) -> Manifest | None:
-    """The manifest of the same build done before. Raises DetourError for another corpus that is in the way."""
-    prefix = options.output_prefix
-    there = [path for path in (manifest_path(prefix), bin_path(prefix), idx_path(prefix)) if path.exists()]
-    if options.overwrite or not there:
+def _build(plan: Plan, options: BuildOptions, journal: Journal) -> Manifest | None:
+    mine = plan.parts if options.shard_index is None else plan.parts[options.shard_index :: options.num_shards]
+    run_parts(mine, plan.job, journal)
+    if options.shard_index is not None:
         return None
-    if there[0] == manifest_path(prefix):
-        manifest = read_manifest(prefix)
-        if manifest.plan == plan:
-            return manifest
-    raise DetourError(f"{there[0]}: a corpus is already there; choose another prefix or --overwrite")
+    _check_unchanged(plan, options)
+    return join(plan.parts, journal, options, token_type(plan.vocabulary.size), _about(plan, options))
+
+
+def plan_build(options: BuildOptions) -> Plan:
+    """Finds the input, the tokenizer and the engine. Raises DetourError."""
+    tokenizer_file = find_tokenizer(options.tokenizer, options.download)
+    vocabulary = load_vocabulary(options.tokenizer, options.download)
+    _check_template(tokenizer_file, vocabulary)
+    Cleaner(options)  # tells here, and not in a worker, what it lacks
+    stretches, others = _find(options)
+    one_thread()
+    engine = choose_engine(options.engine, tokenizer_file, list(_sample(stretches, options)))
+    under = json.dumps(
+        [BUILD_FORMAT, options.that_shape_the_corpus(), vocabulary.sha256, engine.name, _versions(engine, options)]
+    )
+    special = sum(map(len, special_ids_around(load_tokenizer(tokenizer_file))))
+    job = Job(options, engine.name, str(tokenizer_file), token_type(vocabulary.size).str, special)
+    return Plan(stretches, plan_parts(stretches, under), others, under, vocabulary, engine, job)
+
+
+def _find(options: BuildOptions) -> tuple[list[Stretch], list[str]]:
+    inputs, others = find_inputs(list(options.input), (rejects_path(options.output_prefix),))
+    dataset = None
+    if options.dataset:
+        chosen = (options.dataset, options.dataset_config, options.split, options.streaming, options.download)
+        dataset = HubDataset(*chosen)
+    return plan_stretches(inputs, options.whole_files, options.split, dataset), others
+
+
+def _versions(engine: Chosen, options: BuildOptions) -> dict[str, str]:
+    """Of the packages that decide on ids and on what is left out."""
+    packages = {engine.name, "tokenizers"}
+    packages |= {"py3langid"} if options.language else set()
+    packages |= {"rensa"} if options.deduplicate == "near" else set()
+    found = {}
+    for package in sorted(packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
 
 
 def _check_template(tokenizer_file: Path, vocabulary: Vocabulary) -> None:
@@ -117,27 +157,26 @@ def _sample(stretches: list[Stretch], options: BuildOptions) -> Iterator[str]:
                 yield beginning
 
 
-def _mine(parts: list[Part], options: BuildOptions) -> list[Part]:
-    return parts if options.shard_index is None else parts[options.shard_index :: options.num_shards]
+def _check_unchanged(plan: Plan, options: BuildOptions) -> None:
+    now = {part.key for part in plan_parts(_find(options)[0], plan.under)}
+    changed = [part for part in plan.parts if part.key not in now]
+    if changed or len(now) != len(plan.parts):
+        names = sorted({stretch.path for part in changed for stretch in part.stretches}) or ["the input"]
+        raise DetourError(f"{', '.join(names[:3])}: changed while it was read; build again once it is finished")
 
 
-def _check_unchanged(parts: list[Part], stretches: list[Stretch], under: str) -> None:
-    for part, now in zip(parts, plan_parts(stretches, under), strict=True):
-        if part.key != now.key:
-            names = sorted({stretch.path for stretch in part.stretches})
-            raise DetourError(f"{', '.join(names[:3])}: changed while it was read; build again once it is finished")
-
-
-def _about(
-    stretches: list[Stretch], vocabulary: Vocabulary, engine: Chosen, options: BuildOptions, plan: str
-) -> dict[str, Any]:
-    sizes: dict[str, int] = {}
-    for stretch in stretches:
-        sizes[stretch.path] = sizes.get(stretch.path, 0) + stretch.size
+def _about(plan: Plan, options: BuildOptions) -> dict[str, Any]:
+    sources: dict[str, dict[str, Any]] = {}
+    for stretch in plan.stretches:
+        size = Path(stretch.path).stat().st_size if Path(stretch.path).is_file() else stretch.size
+        entry = sources.setdefault(stretch.path, {"path": stretch.path, "bytes": 0, "state": stretch.state})
+        entry["bytes"] = size if Path(stretch.path).is_file() else entry["bytes"] + size
     return {
-        "sources": [{"path": path, "bytes": size} for path, size in sizes.items()],
-        "tokenizer": vocabulary.to_dict(),
-        "engine": dataclasses.asdict(engine),
-        "options": options.that_shape_the_corpus(),
-        "plan": plan,
+        "sources": list(sources.values()),
+        "passed_over": plan.others,
+        "tokenizer": plan.vocabulary.to_dict(),
+        "engine": dataclasses.asdict(plan.engine),
+        "options": {"input": list(options.input), "dataset": options.dataset, **options.that_shape_the_corpus()},
+        "versions": _versions(plan.engine, options),
+        "plan": plan.key,
     }

@@ -1,54 +1,59 @@
-"""Which documents of a whole corpus are the first of their kind: equal ones by hash, similar ones by MinHash bands.
+"""Which documents of a whole corpus are the first of their kind: those that share a key with no earlier one.
 
-Columns are read part by part and compared slice by slice, so that memory does not grow with the corpus but for a
-number of eight bytes a document.
+Equal documents share a hash, similar ones a MinHash band. Keys are dealt to files by value, so that each file fits into
+memory and all equal keys are in one; beyond that memory grows by eight bytes a document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 
-SLICE_DOCUMENTS = 1 << 23
-
-Column = Callable[[], Iterator[np.ndarray]]  # the parts of a column, in order
-
-
-def first_of_equal(hashes: Column, documents: int) -> np.ndarray:
-    """bool [documents]: true for the first document of each hash; parts of uint64 [n, 2]."""
-    first = np.ones(documents, dtype=bool)
-    for numbers, values in _slices(hashes, documents):
-        order = np.lexsort((numbers, values[:, 1], values[:, 0]))
-        ordered = values[order]
-        first[numbers[order[1:]]] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return first
+IN_MEMORY = 1 << 23  # keys compared at once
+MOST_FILES = 512
+ENTRY = np.dtype([("key", "<u8", (2,)), ("document", "<i8")])
 
 
-def first_of_similar(bands: list[Column], documents: int) -> np.ndarray:
-    """bool [documents]: true for documents that no earlier one meets in a band, directly or by way of others."""
+def first_of_their_kind(keys: Iterable[np.ndarray], documents: int, folder: Path) -> np.ndarray:
+    """bool [documents]: true for those that share no key with an earlier one, directly or by way of others.
+
+    keys: uint64 [n, keys, 2] of one part after the other. Files are made in `folder` and removed.
+    """
     parent = np.arange(documents, dtype=np.int64)
-    for band in bands:
-        for numbers, values in _slices(band, documents):
-            order = np.argsort(values, kind="stable")
-            same = np.flatnonzero(values[order[1:]] == values[order[:-1]])
-            for a, b in zip(numbers[order[same]].tolist(), numbers[order[same + 1]].tolist(), strict=True):
-                a, b = _root(parent, a), _root(parent, b)
-                parent[max(a, b)] = min(a, b)
+    for entries in _dealt(keys, documents, folder):
+        order = np.lexsort((entries["document"], entries["key"][:, 1], entries["key"][:, 0]))
+        ordered, numbers = entries["key"][order], entries["document"][order]
+        same = np.flatnonzero((ordered[1:] == ordered[:-1]).all(axis=1))
+        for a, b in zip(numbers[same].tolist(), numbers[same + 1].tolist(), strict=True):
+            a, b = _root(parent, a), _root(parent, b)
+            parent[max(a, b)] = min(a, b)
     return parent == np.arange(documents)
 
 
-def _slices(column: Column, documents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields document numbers and values, all documents of equal value in the same slice."""
-    slices = np.uint64(max(-(-documents // SLICE_DOCUMENTS), 1))
-    for number in range(int(slices)):
-        numbers, values, start = [], [], 0
-        for part in column():
-            mine = np.flatnonzero((part if part.ndim == 1 else part[:, 0]) % slices == number)
-            numbers.append(mine + start)
-            values.append(part[mine])
+def _dealt(keys: Iterable[np.ndarray], documents: int, folder: Path) -> Iterator[np.ndarray]:
+    """Yields entries, all of equal keys together."""
+    files = None
+    start = 0
+    with ExitStack() as stack:
+        for part in keys:
+            if files is None:
+                slices = min(-(-documents * part.shape[1] // IN_MEMORY), MOST_FILES)
+                paths = [folder / f"keys-{number}" for number in range(slices)]
+                files = [stack.enter_context(path.open("wb")) for path in paths]
+            entries = np.empty(part.shape[:2], dtype=ENTRY)
+            entries["key"] = part
+            entries["document"] = np.arange(start, start + len(part))[:, None]
+            entries = entries.reshape(-1)
+            place = entries["key"][:, 0] % np.uint64(len(files))
+            for number, file in enumerate(files):
+                file.write(entries[place == number].data if len(files) > 1 else entries.data)
             start += len(part)
-        yield np.concatenate(numbers), np.concatenate(values)
+    for path in paths if files else ():
+        yield np.fromfile(path, dtype=ENTRY)
+        path.unlink()
 
 
 def _root(parent: np.ndarray, document: int) -> int:

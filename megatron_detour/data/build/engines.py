@@ -1,7 +1,7 @@
 """Engines turn texts into ids: the fastest that agrees with Hugging Face's tokenizers, which is the judge.
 
-An engine is tried at the start on a sample of the user's own text and on texts that are made to differ, and every
-JUDGED_EVERY-th document of a build is given to the judge as well.
+An engine is tried at the start on a sample of the user's own text and on texts that are made to differ; while a build
+goes on, the judge looks at some of its documents again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from megatron_detour.errors import DetourError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-JUDGED_EVERY = 4_096
 SCORE_TOLERANCE = 1e-3  # of a document's sum of float32 log probabilities
 # White space that engines see differently, characters of many planes and of late versions of Unicode, and combinations.
 TRIALS = (
@@ -120,10 +119,13 @@ class SentencePiece:
             self._processor = SentencePieceProcessor(model_proto=spm.model_of(raw))
         except spm.NoSuchModel as reason:
             raise Unsuitable(str(reason)) from None
-        self._scores = np.array([score for _, score in raw["model"]["vocab"]])
-        self._added = [token["content"] for token in raw["added_tokens"]]
+        added = {token["id"]: (token["content"], 0.0) for token in raw["added_tokens"]}
+        pieces = dict(enumerate(raw["model"]["vocab"])) | added
+        self._pieces, scores = zip(*(pieces[number] for number in sorted(pieces)), strict=True)
+        self._scores = np.array(scores)
+        self._added = [content for content, _ in added.values()]
         self._first_characters = {content[0] for content in self._added}
-        self._prefix, self._suffix = _around(self._judge)
+        self._prefix, self._suffix = special_ids_around(self._judge)
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         inner = self._processor.encode(texts, out_type=int, num_threads=1)
@@ -137,11 +139,10 @@ class SentencePiece:
         return any(c in text for c in self._first_characters) and any(token in text for token in self._added)
 
     def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
-        return np.array_equal(ids, judged) or bool(abs(self._score(ids) - self._score(judged)) < SCORE_TOLERANCE)
-
-    def _score(self, ids: np.ndarray) -> float:
-        known = ids[ids < len(self._scores)]
-        return float(self._scores[known].sum()) + len(ids) - len(known)
+        if np.array_equal(ids, judged):
+            return True
+        same_text = "".join(self._pieces[i] for i in ids) == "".join(self._pieces[i] for i in judged)
+        return same_text and abs(self._scores[ids].sum() - self._scores[judged].sum()) < SCORE_TOLERANCE
 
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {e.name: e for e in (Fastokens, SentencePiece, HuggingFace)}
@@ -156,7 +157,7 @@ def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return ids, offsets
 
 
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def special_ids_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The special ids before and after a text."""
     encoding = tokenizer.encode("a")
     inside = [number for number, special in enumerate(encoding.special_tokens_mask) if not special]

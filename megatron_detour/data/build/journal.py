@@ -1,7 +1,7 @@
 """The folder of an unfinished build, beside the corpus.
 
 A part's files bear its key, which names all that its ids depend on: a build that was broken off goes on with what is
-there, and changed input or options make other keys.
+there, and changed input or options make other keys. Each file gets its name when it is whole and on the disk.
 
     .NAME.building/KEY.bin      ids of a part
     .NAME.building/KEY.length   and other columns: a value a document
@@ -13,19 +13,28 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from megatron_detour.data.sources import Part
+from megatron_detour.data.sources import KEY_LENGTH, Part
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 
-COLUMNS = {"length": ("<i4", ()), "held_out": ("?", ()), "hash": ("<u8", (2,)), "bands": ("<u8", (-1,))}
+# The files of a part: one value a token, or one a document.
+COLUMNS = {
+    "bin": None,  # ids, of the corpus's type
+    "length": ("<i4", ()),  # tokens
+    "held_out": ("?", ()),
+    "keys": ("<u8", (-1, 2)),  # what equal or similar documents have in common
+}
 
 
 @dataclass
@@ -38,7 +47,39 @@ class Counts:
     empty: int = 0
     rejects: list[tuple[int, int, str]] = field(default_factory=list)  # stretch in the part, record in it, reason
     removed: Counter[str] = field(default_factory=Counter)  # by reason
-    columns: list[str] = field(default_factory=list)
+    bytes: dict[str, int] = field(default_factory=dict)  # of each file
+
+
+class PartFiles:
+    """The files of a part while they are written, under names that no other process has."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder, key
+        self._aside = f"{key}.{uuid.uuid4().hex[:12]}.part"
+        self._files: dict[str, BinaryIO] = {}
+
+    def append(self, columns: dict[str, np.ndarray]) -> None:
+        for name, values in columns.items():
+            if name not in self._files:
+                self._files[name] = (self._folder / f"{self._aside}.{name}").open("wb")
+            self._files[name].write(np.ascontiguousarray(values).data)
+
+    def finish(self) -> dict[str, int]:
+        """Brings the files to the disk, names them and returns their sizes."""
+        sizes = {}
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            sizes[name] = file.tell()
+            file.close()
+            Path(file.name).replace(self._folder / f"{self._key}.{name}")
+        return sizes
+
+    def discard(self) -> None:
+        """Removes what was not finished."""
+        for file in self._files.values():
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
 
 
 class Journal:
@@ -47,9 +88,11 @@ class Journal:
         self.folder = Path(prefix).parent / f".{Path(prefix).name}.building"
 
     @contextlib.contextmanager
-    def lock(self, shard: int | None) -> Iterator[None]:
-        """Keeps two builds of a corpus, or of a shard, from running at once. Raises DetourError."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def lock(self, shard: int | None = None) -> Iterator[None]:
+        """Keeps two builds of a corpus, or of a shard, from doing the same at once. Raises DetourError.
+
+        It spares work and puzzles; where a file system has no locks, parts are still whole, as each is named whole.
+        """
         with contextlib.ExitStack() as stack:
             self._take(stack, "lock", fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH)
             if shard is not None:
@@ -57,13 +100,26 @@ class Journal:
             yield
 
     def _take(self, stack: contextlib.ExitStack, name: str, kind: int) -> None:
-        file = stack.enter_context((self.folder / name).open("w"))
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DetourError(f"{self.prefix}: another build of it is running ({self.folder / name} is held)") from None
-        except OSError:
-            return  # a file system without locks
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                file = (self.folder / name).open("w")
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except FileNotFoundError:
+                continue  # another build has just removed the folder
+            except BlockingIOError:
+                raise DetourError(
+                    f"{self.prefix}: another build of it is running ({self.folder / name} is held)"
+                ) from None
+            except OSError:
+                pass
+            stack.enter_context(file)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), (self.folder / name).stat()):
+                    return
+
+    def begin(self, part: Part) -> PartFiles:
+        return PartFiles(self.folder, part.key)
 
     def file(self, part: Part, suffix: str) -> Path:
         return self.folder / f"{part.key}.{suffix}"
@@ -72,19 +128,24 @@ class Journal:
         write_whole(self.file(part, "json"), json.dumps(vars(counts)))
 
     def is_finished(self, part: Part) -> bool:
-        return self.file(part, "json").exists()
+        """Whether a part's entry is there and its files are as long as the entry says."""
+        try:
+            sizes = self.counts(part).bytes
+            return all(self.file(part, name).stat().st_size == size for name, size in sizes.items())
+        except (FileNotFoundError, ValueError, TypeError):
+            return False
 
     def counts(self, part: Part) -> Counts:
         raw = json.loads(self.file(part, "json").read_text(encoding="utf-8"))
         return Counts(**raw | {"removed": Counter(raw["removed"])})
 
-    def column(self, part: Part, name: str) -> np.ndarray:
-        """A value a document: length int32, held_out bool, hash uint64 [documents, 2], bands [documents, bands]."""
+    def column(self, part: Part, name: str, documents: int) -> np.ndarray:
+        """A column of a part, mapped: [documents], keys [documents, keys, 2]."""
         dtype, shape = COLUMNS[name]
-        return np.fromfile(self.file(part, name), dtype=dtype).reshape(self.counts(part).documents, *shape)
+        return np.memmap(self.file(part, name), dtype, "r").reshape(documents, *shape)
 
     def any_finished(self) -> bool:
-        return any(self.folder.glob("*.json"))
+        return any(self.folder.glob("?" * KEY_LENGTH + ".json"))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

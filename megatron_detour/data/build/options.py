@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_detour.data.build.engines import ENGINES
 from megatron_detour.data.sources import KINDS
 from megatron_detour.errors import DetourError
 
@@ -27,9 +28,11 @@ class BuildOptions:
     text_key: tuple[str, ...] = _flag(("text",), "key of the text (text), a.b for b inside a; several are joined")
     text_separator: str = _flag("\n", "what stands between the texts of several keys (a line end)")
     whole_files: bool = _flag(False, "a .txt file is one document, not one a line")
-    engine: str = _flag("auto", "the tokenising engine", choices=("auto", "fastokens", "sentencepiece", "tokenizers"))
+    engine: str = _flag("auto", "the tokenising engine", choices=("auto", *ENGINES))
     workers: int = _flag(1, "processes (1)", metavar="N")
-    max_rejects: int = _flag(0, "go on with up to N records that are no document, listed in P.rejects.jsonl (0)")
+    max_rejects: int = _flag(
+        0, "go on with up to N records that are no document, listed in P.rejects.jsonl (0)", metavar="N"
+    )
     normalize: str | None = _flag(None, "Unicode normal form to bring texts to", choices=("NFC", "NFKC", "NFD", "NFKD"))
     min_chars: int = _flag(0, "leave out documents of fewer characters (0)", metavar="N")
     max_chars: int | None = _flag(None, "leave out documents of more characters", metavar="N")
@@ -75,9 +78,10 @@ class BuildOptions:
         return {name: list(raw[name]) if isinstance(raw[name], tuple) else raw[name] for name in SHAPING}
 
 
+# The input itself is told by its files.
 SHAPING = (
-    *("input", "dataset", "dataset_config", "split", "text_key", "text_separator", "whole_files"),
-    *("normalize", "min_chars", "max_chars", "language", "deduplicate", "similarity", "held_out"),
+    *("text_key", "text_separator", "whole_files", "normalize", "min_chars", "max_chars", "language"),
+    *("deduplicate", "similarity", "held_out"),
 )
 
 

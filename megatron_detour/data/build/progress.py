@@ -13,12 +13,12 @@ SECONDS_A_LINE = 30
 
 
 class BuildProgress:
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self, total: int, what: str = "tokenizing") -> None:
+        self._total, self._what = total, what
         self._began = self._told = time.monotonic()
         console = Console(stderr=True)
         columns = (
-            TextColumn("tokenizing"),
+            TextColumn(what),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -48,7 +48,7 @@ class BuildProgress:
             self._told = now
             left = (self._total - read) / max(read / seconds, 1)
             print(
-                f"tokenizing: {read / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {read / seconds / 1e6:.0f} MB/s, "
+                f"{self._what}: {read / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {read / seconds / 1e6:.0f} MB/s, "
                 f"{rate}, {left / 60:.0f} min left",
                 file=sys.stderr,
                 flush=True,

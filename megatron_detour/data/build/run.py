@@ -11,8 +11,7 @@ from typing import Any
 from megatron_detour.data.build.journal import Counts, Journal
 from megatron_detour.data.build.options import BuildOptions
 from megatron_detour.data.build.progress import BuildProgress
-from megatron_detour.data.build.worker import Job, Stopped, begin_worker, build_part
-from megatron_detour.data.documents import records_before
+from megatron_detour.data.build.worker import Job, Stopped, begin_worker, build_part, too_many_rejects
 from megatron_detour.data.sources import Part
 from megatron_detour.errors import DetourError
 
@@ -62,7 +61,7 @@ def _run_here(parts: list[Part], job: Job, rejects: _Rejects) -> None:
 
 
 class _Rejects:
-    """Counts rejects against --max-rejects."""
+    """Counts the rejects of all parts against --max-rejects."""
 
     def __init__(self, options: BuildOptions) -> None:
         self._options = options
@@ -72,13 +71,7 @@ class _Rejects:
         """Raises DetourError with a record's place once there are too many."""
         self._found += len(counts.rejects)
         if self._found > self._options.max_rejects:
-            where, record, reason = counts.rejects[0]
-            stretch = part.stretches[where]
-            raise DetourError(
-                f"{stretch.path}, line {records_before(stretch) + record + 1:,}: {reason}; mend it, or go on with "
-                f"--max-rejects N, which leaves up to N such records out and lists them in "
-                f"{self._options.output_prefix}.rejects.jsonl"
-            )
+            raise too_many_rejects(part, counts, self._options)
 
 
 # Set in each worker by _begin; the counters are shared with the parent's display.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -18,11 +17,11 @@ from megatron_detour.data.build.clean import Cleaner
 from megatron_detour.data.build.engines import ENGINES, Engine, HuggingFace, first_difference, one_thread
 from megatron_detour.data.build.journal import Counts, Journal
 from megatron_detour.data.build.options import BuildOptions
-from megatron_detour.data.documents import Block, read_stretch
+from megatron_detour.data.documents import read_stretch, records_before
+from megatron_detour.data.publish import rejects_path
 from megatron_detour.data.records import TextKeys
 from megatron_detour.data.sources import Part
 from megatron_detour.errors import DetourError
-from megatron_detour.files import flush
 
 JUDGED_EVERY = 4_096  # documents of a part
 JUDGED_CHARACTERS = 4_096
@@ -36,6 +35,7 @@ class Job:
     engine: str
     tokenizer_file: str
     dtype: str
+    special_tokens: int  # that the tokenizer puts around a text
 
 
 class Stopped(Exception):
@@ -60,47 +60,58 @@ def begin_worker(job: Job) -> None:
 
 
 def build_part(part: Part, job: Job, report: Callable[[int, int], None]) -> Counts:
-    """Writes the arrays of a part and then its entry in the journal; `report` gets bytes read and tokens made.
+    """Writes the files of a part and then its entry in the journal; `report` gets bytes read and tokens made.
 
     Raises DetourError; then the part is not in the journal.
     """
     journal = Journal(job.options.output_prefix)
     keys = TextKeys(job.options.text_key, job.options.text_separator)
-    counts, columns = Counts(), []
-    with journal.file(part, "bin").open("wb") as out:
+    counts, files = Counts(), journal.begin(part)
+    try:
         for number, stretch in enumerate(part.stretches):
             counts.records.append(0)
             for block in read_stretch(stretch, keys, lambda read: report(read, 0)):
                 before = counts.tokens
-                _count(counts, number, block)
-                columns.append(_write(block, job, counts, out))
+                counts.records[number] += block.records
+                counts.empty += block.empty
+                counts.rejects += [(number, record, reason) for record, reason in block.rejects]
+                if len(counts.rejects) > job.options.max_rejects:
+                    raise too_many_rejects(part, counts, job.options)
+                files.append(_columns(block.texts, job, counts))
                 report(0, counts.tokens - before)
-        out.flush()
-        os.fsync(out.fileno())
-    counts.columns = list(columns[0]) if columns else []
-    for name in counts.columns:
-        file = journal.file(part, name)
-        np.concatenate([some[name] for some in columns]).tofile(file)
-        flush(file)
+        counts.bytes = files.finish()
+    finally:
+        files.discard()
     journal.finish(part, counts)
     return counts
 
 
-def _count(counts: Counts, stretch: int, block: Block) -> None:
-    counts.records[stretch] += block.records
-    counts.empty += block.empty
-    counts.rejects += [(stretch, record, reason) for record, reason in block.rejects]
+def too_many_rejects(part: Part, counts: Counts, options: BuildOptions) -> DetourError:
+    """Names the first reject of a part."""
+    where, record, reason = counts.rejects[0]
+    stretch = part.stretches[where]
+    listed = rejects_path(options.output_prefix)
+    return DetourError(
+        f"{stretch.path}, line {records_before(stretch) + record + 1:,}: {reason}; mend it, or go on with "
+        f"--max-rejects N, which leaves up to N such records out and lists them in {listed}"
+    )
 
 
-def _write(block: Block, job: Job, counts: Counts, out: BinaryIO) -> dict[str, np.ndarray]:
+def _columns(texts: list[str], job: Job, counts: Counts) -> dict[str, np.ndarray]:
+    """Ids of texts and what else is kept of each; counts what is left out."""
     engine, judge, cleaner = _tools(job)
-    texts = cleaner.clean(block.texts, counts.removed)
+    texts = cleaner.clean(texts, counts.removed)
     ids, begins = engine.encode(texts)
     _judge(texts, engine, judge, counts.documents)
-    out.write(ids.astype(job.dtype).data)
+    lengths = np.diff(begins)
+    filled = lengths > job.special_tokens
+    if not filled.all():  # a tokenizer may take white space and control characters for nothing
+        counts.empty += int((~filled).sum())
+        texts = [text for text, whole in zip(texts, filled.tolist(), strict=True) if whole]
+        ids, lengths = ids[np.repeat(filled, lengths)], lengths[filled]
     counts.documents += len(texts)
     counts.tokens += len(ids)
-    return cleaner.columns(texts, np.diff(begins))
+    return {"bin": ids.astype(job.dtype)} | cleaner.columns(texts, lengths)
 
 
 def _judge(texts: list[str], engine: Engine, judge: Engine, before: int) -> None:
