@@ -10,7 +10,8 @@ from typing import TextIO
 
 import numpy as np
 
-from megatron_detour.data.documents import TextKeys, read_stretch
+from megatron_detour.data.documents import read_stretch
+from megatron_detour.data.records import TextKeys
 from megatron_detour.data.sources import find_inputs, plan_stretches
 from megatron_detour.errors import DetourError
 
@@ -87,7 +88,7 @@ def _documents(inputs: tuple[str, ...], text_key: str, seed: int) -> Iterator[tu
     """Documents without end, with the number of the pass over the input."""
     if not inputs:
         yield from ((text, 1) for text in invented(seed))
-    stretches, keys = plan_stretches(find_inputs(list(inputs))), TextKeys((text_key,))
+    stretches, keys = plan_stretches(find_inputs(list(inputs))[0]), TextKeys((text_key,))
     number = 0
     while True:
         number, found = number + 1, False
