@@ -33,7 +33,7 @@ from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_tok
 from megatron_detour.errors import DetourError
 
 BUILD_FORMAT = 1  # of parts and their journal: other numbers make other keys
-SAMPLED_STRETCHES, SAMPLED_CHARACTERS, SAMPLED_TEXT = 16, 1 << 20, 1 << 13  # for the choice of the engine
+SAMPLED_STRETCHES, SAMPLED_CHARACTERS, SAMPLED_TEXT = 16, 1 << 18, 1 << 13  # for the choice of the engine
 
 
 @dataclass(frozen=True)

@@ -201,4 +201,4 @@ def first_difference(engine: Engine, judge: Engine, texts: list[str]) -> int | N
 def one_thread() -> None:
     """Workers are processes: an engine's own threads would only be in each other's way. Before its first import."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"
