@@ -30,7 +30,9 @@ def run_on_ray(parts: list[Part], job: Job) -> Iterator[tuple[Part, Counts]]:
     started_here = not ray.is_initialized()
     if started_here:
         here = "RAY_ADDRESS" not in os.environ
-        ray.init(num_cpus=job.options.workers if here else None, log_to_driver=False)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes out unless asked for
+        workers = job.options.workers if here else None
+        ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False if here else None)
     task = ray.remote(num_cpus=1, max_retries=3)(_task)
     at_once = int(ray.cluster_resources().get("CPU", 1)) * AT_ONCE
     waiting: dict = {}
