@@ -35,11 +35,16 @@ def command_line(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except DetourError as error:
         status = _tell(str(error), rank)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
         status = _tell(f"{error.filename or 'a file'}: {error.strerror}", rank)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt) and not rank:
+            print(interrupt, file=sys.stderr, flush=True)
         status = 130
     if "RANK" in os.environ:
         # A gloo thread that lets go of its last tensor while the interpreter ends aborts the process (seen with torch

@@ -34,5 +34,5 @@ def test_the_commands_of_the_page(tmp_path):
     accounted = manifest.documents + manifest.held_out + manifest.empty + manifest.rejects
     assert manifest.records == accounted + sum(manifest.removed.values())
     both = read_manifest(tmp_path / "work/data/both")
-    assert both.documents == manifest.documents + read_manifest(tmp_path / "work/data/shared").documents
+    assert both.documents == manifest.documents + read_manifest(tmp_path / "work/data/more").documents
     assert (tmp_path / "work/data/notes.lengths.png").exists()

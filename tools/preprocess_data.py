@@ -23,15 +23,15 @@ def parser() -> argparse.ArgumentParser:
         ("stats", "counts, lengths and their histogram, P.lengths.png"),
         ("peek", "decode documents"),
     ):
-        command = commands.add_parser(name, help=words)
-        command.add_argument("prefix", metavar="P")
+        command = commands.add_parser(name, help=words, description=words)
+        command.add_argument("prefix", metavar="P", help="the corpus: its path without .bin")
         if name == "peek":
             command.add_argument("--tokenizer", help="the tokenizer to decode with (the one of the build)")
             command.add_argument("-n", type=int, default=3, metavar="N", help="documents (3)")
             command.add_argument("--first", type=int, metavar="I", help="from document I on, not evenly spaced ones")
-    command = commands.add_parser("merge", help="join corpora of one tokenizer")
-    command.add_argument("prefixes", nargs="+", metavar="P")
-    command.add_argument("--output-prefix", required=True, metavar="Q")
+    command = commands.add_parser("merge", help="join corpora of one tokenizer", description="join corpora, in order")
+    command.add_argument("prefixes", nargs="+", metavar="P", help="corpora: their paths without .bin")
+    command.add_argument("--output-prefix", required=True, metavar="Q", help="the corpus to write")
     command.add_argument("--overwrite", action="store_true", help="replace a corpus of the same prefix")
     return whole
 

@@ -18,6 +18,7 @@ from megatron_detour.files import file_facts
 SHARES = (0.01, 0.1, 0.5, 0.9, 0.99)
 CHECKED_IDS = 1 << 24
 SHOWN_CHARACTERS = 500
+UNKNOWN_SHARE = 0.01  # of the tokens, from which a warning is due
 
 
 def summary(options: BuildOptions, manifest: Manifest | None) -> str:
@@ -39,8 +40,23 @@ def summary(options: BuildOptions, manifest: Manifest | None) -> str:
         lines.append(f"passed over: {len(manifest.passed_over):,} files of no known kind ({some})")
     if manifest.held_out:
         lines.append(f"held out: {manifest.held_out:,} documents in {held_out_prefix(options.output_prefix)}")
+    others = [f"{name}: {why}" for name, why in manifest.engine.get("passed_over", {}).items()]
     lines.append(f"engine: {manifest.engine['name']} {manifest.engine['version']}")
-    return "\n".join(lines)
+    lines[-1] += f" (not {'; not '.join(others)})" if others else ""
+    return "\n".join([*lines, *_warnings(manifest)])
+
+
+def _warnings(manifest: Manifest) -> list[str]:
+    """What a corpus can be built with and a model hardly trained."""
+    lines = []
+    missing = [f"[{role.upper()}]" for role in ("cls", "sep", "mask", "pad") if manifest.tokenizer[role] is None]
+    if missing:
+        lines.append(f"warning: the tokenizer has no {', '.join(missing)}, which training needs")
+    if manifest.unknown > UNKNOWN_SHARE * manifest.tokens:
+        lines.append(
+            f"warning: {manifest.unknown / manifest.tokens:.1%} of the tokens are [UNK]; does the tokenizer fit?"
+        )
+    return lines
 
 
 def verify(prefix: str) -> str:
@@ -82,7 +98,10 @@ def stats(prefix: str) -> str:
     corpus = IndexedCorpus(prefix)
     lengths = np.asarray(corpus.lengths)
     quantiles = np.quantile(lengths, SHARES)
-    picture = _draw(prefix, lengths)
+    try:
+        picture = str(_draw(prefix, lengths))
+    except OSError as error:
+        picture = f"could not be written: {error.strerror}"
     rows = [
         ("documents", f"{manifest.documents:,}"),
         ("tokens", f"{manifest.tokens:,}"),
@@ -95,7 +114,7 @@ def stats(prefix: str) -> str:
         *((f"removed: {reason}", f"{count:,}") for reason, count in manifest.removed.items()),
         ("tokenizer", manifest.tokenizer["sha256"][:12]),
         ("engine", f"{manifest.engine['name']} {manifest.engine.get('version', '')}"),
-        ("histogram", str(picture)),
+        ("histogram", picture),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -127,6 +146,8 @@ def peek(prefix: str, tokenizer: str | None, count: int, first: int | None) -> I
     decoder = load_tokenizer(tokenizer)
     if Vocabulary.of(decoder).sha256 != manifest.tokenizer["sha256"]:
         raise DetourError(f"--tokenizer {tokenizer}: not the tokenizer that {prefix} was built with")
+    if count < 1:
+        raise DetourError(f"-n: at least 1 is needed, it is {count}")
     if first is not None and not 0 <= first < len(corpus):
         raise DetourError(f"--first {first}: {prefix} has documents 0 to {len(corpus) - 1:,}")
     numbers = np.linspace(0, len(corpus) - 1, count, dtype=np.int64) if first is None else range(first, first + count)

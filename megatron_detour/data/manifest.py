@@ -25,6 +25,7 @@ class Manifest:
     empty: int = 0  # without text
     rejects: int = 0  # that are no documents, listed in PREFIX.rejects.jsonl
     removed: dict[str, int] = field(default_factory=dict)  # by the options: short, long, language, duplicate
+    unknown: int = 0  # tokens that are [UNK], before duplicates and the held-out share were taken out
     held_out: int = 0  # documents of PREFIX.heldout
     sources: list[dict[str, Any]] = field(default_factory=list)  # path, bytes, state (size and time of change)
     passed_over: list[str] = field(default_factory=list)  # files of the input folders that are of no known kind
@@ -66,5 +67,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
         actual = file.stat().st_size if file.exists() else None
         if actual != facts["bytes"]:
             found = "is missing" if actual is None else f"has {actual:,} bytes"
-            raise DetourError(f"{file}: {found} where the manifest says {facts['bytes']:,}; build the corpus again")
+            raise DetourError(
+                f"{file}: {found} where the manifest says {facts['bytes']:,}; build the corpus again, with --overwrite"
+            )
     return manifest

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_detour import __version__
 from megatron_detour.data.build.journal import Journal
+from megatron_detour.data.build.options import check_prefix
 from megatron_detour.data.indexed import IndexedCorpus, bin_path
 from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.data.publish import CorpusWriter, finish_publishing, held_out_prefix, publish, published
@@ -17,9 +18,12 @@ from megatron_detour.errors import DetourError
 
 def merge_corpora(prefixes: list[str], output: str, overwrite: bool = False) -> str:
     """Joins corpora in order into `output` and returns a line about it. Raises DetourError."""
+    check_prefix(output)
     places = [Path(prefix).absolute() for prefix in prefixes]
     if Path(output).absolute() in places:
         raise DetourError(f"--output-prefix {output}: it is one of the corpora to join")
+    if len(set(places)) < len(places):
+        raise DetourError(f"merge: {max(prefixes, key=prefixes.count)} is named twice")
     for prefix in prefixes:
         if Path(held_out_prefix(prefix)).absolute() in places:
             raise DetourError(f"{held_out_prefix(prefix)}: it was held out of {prefix}; joining them undoes that")
@@ -42,9 +46,12 @@ def merge_corpora(prefixes: list[str], output: str, overwrite: bool = False) -> 
 def _merge(prefixes: list[str], manifests: list[Manifest], output: str, plan: str, folder: Path) -> Manifest:
     corpora = [IndexedCorpus(prefix) for prefix in prefixes]
     merged = CorpusWriter(folder, "corpus", corpora[0].dtype)
-    for prefix, corpus in zip(prefixes, corpora, strict=True):
+    for prefix, corpus, source in zip(prefixes, corpora, manifests, strict=True):
+        copied = hashlib.sha256()
         with bin_path(prefix).open("rb") as ids:
-            merged.add(ids, corpus.lengths)
+            merged.add(ids, corpus.lengths, hashed=copied)
+        if copied.hexdigest() != source.files["bin"]["sha256"]:
+            raise DetourError(f"{bin_path(prefix)}: its SHA-256 is not its manifest's; build or copy it again")
     manifest = merged.close(_about(prefixes, manifests, plan))
     publish(folder, output, plan, merged.names(output))
     return manifest

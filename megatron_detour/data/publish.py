@@ -50,14 +50,17 @@ class CorpusWriter:
         self._lengths = self._at["lengths"].open("wb")
         self.documents = self.tokens = 0
 
-    def add(self, source: BinaryIO, lengths: np.ndarray, chosen: np.ndarray | None = None) -> None:
-        """Appends documents, all or the `chosen`, bool [documents]; `source` holds their ids, lengths are int32."""
+    def add(self, source: BinaryIO, lengths: np.ndarray, chosen: np.ndarray | None = None, hashed: Any = None) -> None:
+        """Appends documents, all or the `chosen`, bool [documents]; `source` holds their ids, lengths are int32.
+
+        `hashed` is a hash that is given all that is copied.
+        """
         if chosen is not None and not chosen.all():
             self._add_chosen(source, lengths, chosen)
             return
         for start in range(0, len(lengths), CHUNK):
             some = lengths[start : start + CHUNK]
-            self._copy(source, int(some.sum(dtype=np.int64)))
+            self._copy(source, int(some.sum(dtype=np.int64)), hashed)
             self._count(some)
 
     def _add_chosen(self, source: BinaryIO, lengths: np.ndarray, chosen: np.ndarray) -> None:
@@ -69,7 +72,7 @@ class CorpusWriter:
             self._copy(source, int(ends[after - 1] - begins[first]))
         self._count(lengths[chosen])
 
-    def _copy(self, source: BinaryIO, tokens: int) -> None:
+    def _copy(self, source: BinaryIO, tokens: int, hashed: Any = None) -> None:
         left = tokens * self._dtype.itemsize
         while left:
             block = source.read(min(left, COPY_BYTES))
@@ -77,6 +80,8 @@ class CorpusWriter:
                 raise DetourError(f"{source.name}: ended too early; remove it and start again")
             self._bin.write(block)
             self._hash.update(block)
+            if hashed is not None:
+                hashed.update(block)
             left -= len(block)
 
     def _count(self, lengths: np.ndarray) -> None:

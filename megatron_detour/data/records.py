@@ -87,13 +87,16 @@ class TextKeys:
         )
 
     def _value(self, record: Any, key: str, path: list[str]) -> str:
+        whole = record
         for name in path:
             if not isinstance(record, dict) or name not in record:
-                known = list(record) if isinstance(record, dict) else []
-                raise BadRecord(f"no key {key!r}{nearest(name, known)}; --text-key names the key of the text")
+                raise BadRecord(f"no key {key!r}{nearest(key, _keys(whole))}; --text-key names the key of the text")
             record = record[name]
         if record is None:
             raise BadRecord(f"the value of {key!r} is null")
+        if isinstance(record, dict):
+            inside = ", ".join(f"{key}.{name}" for name in record)
+            raise BadRecord(f"the value of {key!r} is an object; --text-key takes {inside}")
         if not isinstance(record, str):
             raise BadRecord(f"the value of {key!r} is not a text")
         try:
@@ -101,6 +104,12 @@ class TextKeys:
         except UnicodeEncodeError:
             raise BadRecord(f"the text of {key!r} holds half a surrogate pair") from None
         return record
+
+
+def _keys(record: dict[str, Any]) -> list[str]:
+    """The keys of a record, with "a.b" for those inside."""
+    inside = [f"{name}.{key}" for name, value in record.items() if isinstance(value, dict) for key in _keys(value)]
+    return [*record, *inside]
 
 
 def _struct(path: list[str]) -> type:

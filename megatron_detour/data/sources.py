@@ -20,6 +20,7 @@ KINDS = (*(kind + c for kind in LINE_KINDS for c in ("", *COMPRESSIONS)), ".parq
 STRETCH_BYTES = 32 << 20
 MOST_STRETCHES = 4_096  # in a part
 KEY_LENGTH = 24
+OWN = (".manifest.json", ".bin", ".idx", ".rejects.jsonl", ".lengths.png")  # what builds leave, perhaps in their input
 DATASET_STATE, DATASET_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk leaves in a folder
 
 
@@ -76,7 +77,7 @@ def check_kind(name: str) -> None:
     if not Path(name).is_file():
         raise DetourError(f"{name}: there is no such input file")
     if not name.endswith(KINDS):
-        raise DetourError(f"{name}: an input file must end in {', '.join(KINDS)}")
+        raise DetourError(f"{name}: an input file must end in {', '.join(KINDS)}; pandas' to_parquet writes one")
 
 
 def find_inputs(names: list[str], but_not: tuple[Path, ...] = ()) -> tuple[list[str], list[str]]:
@@ -91,7 +92,7 @@ def find_inputs(names: list[str], but_not: tuple[Path, ...] = ()) -> tuple[list[
     for name in names:
         here = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (may be absolute)
         if not here:
-            raise DetourError(f"{name}: there is no such input file")
+            raise DetourError(f"{name}: there is no such input file{' that matches' if '*' in name else ''}")
         if len(here) == 1 and Path(name).is_file():
             check_kind(name)
         paths = [path for place in here for path in (_inside(place) if Path(place).is_dir() else [place])]
@@ -100,6 +101,7 @@ def find_inputs(names: list[str], but_not: tuple[Path, ...] = ()) -> tuple[list[
         mine = [
             path for path in paths if once.pop(os.path.realpath(path), None) and os.path.realpath(path) not in skipped
         ]
+        mine = [path for path in mine if not path.endswith(OWN)]
         accepted = [path for path in mine if path.endswith(KINDS) or Path(path).is_dir()]
         if not accepted:
             raise DetourError(f"{name}: no file there ends in {', '.join(KINDS)}")

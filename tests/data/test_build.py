@@ -236,7 +236,10 @@ def test_a_damaged_corpus_is_refused(corpus, tmp_path, suffix, change):
     found = "is missing" if change is None else f"has {size + change:,} bytes"
     with pytest.raises(DetourError) as caught:
         read_manifest(prefix)
-    assert str(caught.value) == f"{file}: {found} where the manifest says {size:,}; build the corpus again"
+    assert (
+        str(caught.value)
+        == f"{file}: {found} where the manifest says {size:,}; build the corpus again, with --overwrite"
+    )
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,11 @@ BAD_LINES = {
     "two objects": (b'{"text": "a"} {"text": "b"}', "not JSON"),
     "no object": (b'["text"]', "not a JSON object such as"),
     "no key": (b'{"txet": "x"}', "no key 'text'"),
+    "an object": (
+        b'{"text": {"a": "x", "b": "y"}}',
+        "the value of 'text' is an object; --text-key takes text.a, text.b",
+    ),
+    "inside": (b'{"note": {"text": "x"}}', "no key 'text' (did you mean 'note.text'?)"),
     "null": (b'{"text": null}', "the value of 'text' is null"),
     "no text": (b'{"text": ["x"]}', "the value of 'text' is not a text"),
     "half a surrogate pair": (b'{"text": "x \\ud83e"}', "holds half a surrogate pair"),

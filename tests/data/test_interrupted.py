@@ -207,6 +207,22 @@ def test_a_failing_part_ends_the_build_with_its_reason(tmp_path, texts, tokenize
     assert not list(tmp_path.glob("c.*"))
 
 
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_build_says_so(tmp_path, texts, tokenizer_folder, sign):
+    process = start(tmp_path, texts, tokenizer_folder)
+    while process.poll() is None and not list(tmp_path.glob(".c.building/*.json")):
+        time.sleep(0.002)
+    process.send_signal(sign)
+    assert process.wait() == 130
+    told = [line for line in process.stderr.read().splitlines() if "stopped" in line]
+    assert told == [f"stopped; finished parts are kept in {tmp_path}/.c.building, the same command goes on"]
+
+
+def test_a_place_without_files_is_told(tmp_path, texts, tokenizer_folder):
+    with pytest.raises(DetourError, match="no files can be made there: Not a directory"):
+        build([texts], texts / "c", tokenizer_folder)
+
+
 def test_a_file_that_grows_before_the_first_part_is_refused(tmp_path, texts, tokenizer_folder, monkeypatch):
     path = tmp_path / "t.jsonl"
     path.write_bytes(texts.read_bytes())
@@ -309,7 +325,7 @@ def test_too_many_rejects_stop_a_part_at_once(tmp_path, tokenizer_folder):
     part = sources.plan_parts(sources.plan_stretches([str(tmp_path / "a.jsonl.gz")]), "")[0]
     options = BuildOptions(str(tmp_path / "c"), str(tokenizer_folder), (), max_rejects=10)
     job = worker.Job(options, "tokenizers", str(tokenizer_folder / "tokenizer.json"), "<u2", 2)
-    with pytest.raises(DetourError, match=r"line 1: no key 'text'"):
+    with pytest.raises(DetourError, match=r"line 11: no key 'text'.*more than --max-rejects 10"):
         worker.build_part(part, job, lambda read, made: reports.append(read))
     assert len(reports) < 3
     assert not list((tmp_path / ".c.building").glob("*")) if (tmp_path / ".c.building").exists() else True
@@ -342,7 +358,11 @@ def test_a_file_that_grows_is_refused(tmp_path, texts, tokenizer_folder, monkeyp
         ({"num_shards": 3, "shard_index": 3}, "3 is not below --num-shards 3"),
         ({"num_shards": 3, "shard_index": 1, "engine_cluster": "ray"}, "--engine-cluster"),
         ({"max_chars": 5, "min_chars": 6}, "--max-chars: 5 leaves out every document"),
-        ({"held_out": 1.0}, "--held-out"),
+        ({"held_out": 1.0}, "--held-out: a share from 0 to below 1"),
+        ({"similarity": 0.5}, "--similarity: it is for --deduplicate near"),
+        ({"dataset": "d"}, "--dataset: it does not go with --input"),
+        ({"streaming": True}, "they are for --dataset only"),
+        ({"output_prefix": "folder/"}, "that is a folder"),
         ({"input": ()}, "--input or --dataset"),
     ],
 )

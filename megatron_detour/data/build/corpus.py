@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -21,6 +24,7 @@ from megatron_detour.data.build.engines import Chosen, choose_engine, one_thread
 from megatron_detour.data.build.join import join
 from megatron_detour.data.build.journal import Journal
 from megatron_detour.data.build.options import BuildOptions
+from megatron_detour.data.build.progress import say
 from megatron_detour.data.build.run import run_parts
 from megatron_detour.data.build.worker import Job
 from megatron_detour.data.documents import read_stretch
@@ -62,13 +66,20 @@ def build_corpus(options: BuildOptions) -> Manifest | None:
     options.check()
     plan = plan_build(options)
     journal = Journal(options.output_prefix)
-    with journal.lock(options.shard_index):
-        manifest = finish_publishing(journal.folder, options.output_prefix, plan.key) or published(
-            options.output_prefix, plan.key, options.overwrite, bool(options.held_out)
-        )
+    manifest = None
+    with _sigterm_as_sigint(), journal.lock(options.shard_index):
         try:
-            if manifest is None:
+            manifest = finish_publishing(journal.folder, options.output_prefix, plan.key) or published(
+                options.output_prefix, plan.key, options.overwrite, bool(options.held_out)
+            )
+            if manifest:
+                say(f"{options.output_prefix}: built before from the same input with the same options")
+            else:
                 manifest = _build(plan, options, journal)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped; finished parts are kept in {journal.folder}, the same command goes on"
+            ) from None
         except OSError as error:
             place = error.filename or journal.folder
             raise DetourError(
@@ -80,7 +91,23 @@ def build_corpus(options: BuildOptions) -> Manifest | None:
     return manifest
 
 
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """A time limit ends a build as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _build(plan: Plan, options: BuildOptions, journal: Journal) -> Manifest | None:
+    missing = sum(not journal.is_finished(part) for part in plan.parts)
+    if missing < len(plan.parts):
+        say(f"{len(plan.parts) - missing:,} of {len(plan.parts):,} parts are finished already")
     mine = plan.parts if options.shard_index is None else plan.parts[options.shard_index :: options.num_shards]
     run_parts(mine, plan.job, journal)
     if options.shard_index is not None:
@@ -102,7 +129,7 @@ def plan_build(options: BuildOptions) -> Plan:
         [BUILD_FORMAT, options.that_shape_the_corpus(), vocabulary.sha256, engine.name, _versions(engine, options)]
     )
     special = sum(map(len, special_ids_around(load_tokenizer(tokenizer_file))))
-    job = Job(options, engine.name, str(tokenizer_file), token_type(vocabulary.size).str, special)
+    job = Job(options, engine.name, str(tokenizer_file), token_type(vocabulary.size).str, special, vocabulary.unk)
     return Plan(stretches, plan_parts(stretches, under), others, under, vocabulary, engine, job)
 
 

@@ -30,24 +30,34 @@ def join(
     main = CorpusWriter(journal.folder, "corpus", dtype)
     held_out = CorpusWriter(journal.folder, "heldout", dtype) if options.held_out else None
     _copy_parts(parts, counts, journal, stay, main, held_out)
-    if not main.documents:
-        raise DetourError(f"{options.output_prefix}: the input has no documents, so there is no corpus to build")
-    if held_out and not held_out.documents:
-        raise DetourError(
-            f"{options.output_prefix}: none of {main.documents:,} documents falls into --held-out {options.held_out}; "
-            "give a greater share"
-        )
     removed = sum((count.removed for count in counts), Counter())
     if stay is not None:
         removed["duplicate"] = int(len(stay) - stay.sum())
-    shared = about | {
+    figures = {
         "records": sum(sum(count.records) for count in counts),
         "empty": sum(count.empty for count in counts),
         "rejects": sum(len(count.rejects) for count in counts),
-        "removed": dict(sorted(removed.items())),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "version": __version__,
     }
+    if held_out and bool(main.documents) != bool(held_out.documents):
+        raise DetourError(
+            f"{options.output_prefix}: --held-out {options.held_out} takes {held_out.documents:,} of "
+            f"{main.documents + held_out.documents:,} documents; give another share"
+        )
+    if not main.documents:
+        left_out = ", ".join(f"{count:,} {what}" for what, count in (figures | removed).items() if count)
+        raise DetourError(
+            f"{options.output_prefix}: the input has no documents to build from ({left_out or 'nothing'})"
+        )
+    shared = (
+        about
+        | figures
+        | {
+            "removed": dict(sorted(removed.items())),
+            "unknown": sum(count.unknown for count in counts),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "version": __version__,
+        }
+    )
     manifest = main.close(shared | {"held_out": held_out.documents if held_out else 0})
     names = []
     if manifest.rejects:

@@ -44,6 +44,7 @@ class Counts:
     records: list[int] = field(default_factory=list)  # of each stretch
     documents: int = 0
     tokens: int = 0
+    unknown: int = 0  # of the tokens
     empty: int = 0
     rejects: list[tuple[int, int, str]] = field(default_factory=list)  # stretch in the part, record in it, reason
     removed: Counter[str] = field(default_factory=Counter)  # by reason
@@ -101,19 +102,21 @@ class Journal:
 
     def _take(self, stack: contextlib.ExitStack, name: str, kind: int) -> None:
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                file = (self.folder / name).open("w")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((self.folder / name).open("w"))
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and self.folder.parent.is_dir():
+                    continue  # another build has just removed the folder
+                raise DetourError(f"{self.prefix}: no files can be made there: {error.strerror}") from None
+            try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except FileNotFoundError:
-                continue  # another build has just removed the folder
             except BlockingIOError:
                 raise DetourError(
                     f"{self.prefix}: another build of it is running ({self.folder / name} is held)"
                 ) from None
             except OSError:
-                pass
-            stack.enter_context(file)
+                pass  # a file system without locks
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), (self.folder / name).stat()):
                     return

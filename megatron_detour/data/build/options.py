@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_detour.data.build.engines import ENGINES
@@ -58,13 +59,22 @@ class BuildOptions:
         """Raises DetourError for a value that cannot be."""
         if not self.input and not self.dataset:
             raise DetourError("--input or --dataset: a build needs one of them")
+        check_prefix(self.output_prefix)
         for name, least in (("workers", 1), ("max_rejects", 0), ("min_chars", 0), ("num_shards", 1)):
             if getattr(self, name) < least:
                 raise DetourError(f"{flag(name)}: at least {least} is needed, it is {getattr(self, name)}")
         if self.max_chars is not None and self.max_chars < max(self.min_chars, 1):
             raise DetourError(f"--max-chars: {self.max_chars} leaves out every document")
-        if not 0 <= self.held_out < 1 or not 0 < self.similarity <= 1:
-            raise DetourError("--held-out and --similarity: a share from 0 to 1 is needed")
+        if not 0 <= self.held_out < 1:
+            raise DetourError(f"--held-out: a share from 0 to below 1 is needed, it is {self.held_out}")
+        if not 0 < self.similarity <= 1:
+            raise DetourError(f"--similarity: a share above 0 and at most 1 is needed, it is {self.similarity}")
+        if self.similarity != 0.8 and self.deduplicate != "near":
+            raise DetourError("--similarity: it is for --deduplicate near only")
+        if self.input and self.dataset:
+            raise DetourError("--dataset: it does not go with --input; build two corpora and merge them")
+        if (self.streaming or self.dataset_config) and not self.dataset:
+            raise DetourError("--streaming and --dataset-config: they are for --dataset only")
         if self.shard_index is not None and not 0 <= self.shard_index < self.num_shards:
             raise DetourError(f"--shard-index: {self.shard_index} is not below --num-shards {self.num_shards}")
         if self.num_shards > 1 and self.shard_index is None:
@@ -83,6 +93,13 @@ SHAPING = (
     *("text_key", "text_separator", "whole_files", "normalize", "min_chars", "max_chars", "language"),
     *("deduplicate", "similarity", "held_out"),
 )
+
+
+def check_prefix(prefix: str) -> None:
+    """Raises DetourError for what cannot be the beginning of file names."""
+    if not Path(prefix).name or prefix.endswith("/") or Path(prefix).is_dir():
+        named = f"{prefix.rstrip('/') or '.'}/notes"
+        raise DetourError(f"--output-prefix {prefix}: that is a folder; name the corpus in it, too, as {named}")
 
 
 def flag(name: str) -> str:

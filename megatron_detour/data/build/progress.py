@@ -12,6 +12,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 SECONDS_A_LINE = 30
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class BuildProgress:
     def __init__(self, total: int, what: str = "tokenizing") -> None:
         self._total, self._what = total, what
@@ -47,9 +51,7 @@ class BuildProgress:
         elif now - self._told > SECONDS_A_LINE:
             self._told = now
             left = (self._total - read) / max(read / seconds, 1)
-            print(
+            say(
                 f"{self._what}: {read / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {read / seconds / 1e6:.0f} MB/s, "
-                f"{rate}, {left / 60:.0f} min left",
-                file=sys.stderr,
-                flush=True,
+                f"{rate}, {left / 60:.0f} min left"
             )

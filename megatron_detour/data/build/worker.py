@@ -36,6 +36,7 @@ class Job:
     tokenizer_file: str
     dtype: str
     special_tokens: int  # that the tokenizer puts around a text
+    unknown: int | None = None  # the id of [UNK]
 
 
 class Stopped(Exception):
@@ -87,10 +88,15 @@ def build_part(part: Part, job: Job, report: Callable[[int, int], None]) -> Coun
 
 
 def too_many_rejects(part: Part, counts: Counts, options: BuildOptions) -> DetourError:
-    """Names the first reject of a part."""
-    where, record, reason = counts.rejects[0]
+    """Names the first reject of a part, or the first that is one too many."""
+    where, record, reason = counts.rejects[min(options.max_rejects, len(counts.rejects) - 1)]
     stretch = part.stretches[where]
     listed = rejects_path(options.output_prefix)
+    if options.max_rejects:
+        return DetourError(
+            f"{stretch.path}, line {records_before(stretch) + record + 1:,}: {reason}; with it there are more than "
+            f"--max-rejects {options.max_rejects} records that are no documents"
+        )
     return DetourError(
         f"{stretch.path}, line {records_before(stretch) + record + 1:,}: {reason}; mend it, or go on with "
         f"--max-rejects N, which leaves up to N such records out and lists them in {listed}"
@@ -111,6 +117,8 @@ def _columns(texts: list[str], job: Job, counts: Counts) -> dict[str, np.ndarray
         ids, lengths = ids[np.repeat(filled, lengths)], lengths[filled]
     counts.documents += len(texts)
     counts.tokens += len(ids)
+    if job.unknown is not None:
+        counts.unknown += int(np.count_nonzero(ids == job.unknown))
     return {"bin": ids.astype(job.dtype)} | cleaner.columns(texts, lengths)
 
 
