@@ -113,14 +113,6 @@ def publish(folder: Path, prefix: str, plan: str, names: Iterable[tuple[Path, Pa
     steps = [(source.name, str(target.name)) for source, target in names]
     write_whole(folder / NOTE, json.dumps({"plan": plan, "steps": steps}))
     flush(folder)
-    # An old manifest must not vouch for new files, nor an old held-out share for the new corpus.
-    for old in (
-        *corpus_files(prefix),
-        *corpus_files(held_out_prefix(prefix)),
-        rejects_path(prefix),
-        histogram_path(prefix),
-    ):
-        old.unlink(missing_ok=True)
     _name(folder, prefix, steps)
 
 
@@ -137,6 +129,14 @@ def finish_publishing(folder: Path, prefix: str, plan: str) -> Manifest | None:
 
 
 def _name(folder: Path, prefix: str, steps: list[tuple[str, str]]) -> None:
+    # An old manifest must not vouch for new files, nor an old held-out share for the new corpus. What is not in the
+    # folder any more was named before and is new.
+    named = {target for source, target in steps if not (folder / source).exists()}
+    held_out = held_out_prefix(prefix)
+    pictures = (histogram_path(prefix), histogram_path(held_out))
+    for old in (*corpus_files(prefix), *corpus_files(held_out), rejects_path(prefix), *pictures):
+        if old.name not in named:
+            old.unlink(missing_ok=True)
     for source, target in steps:
         if (folder / source).exists():  # else it was named before
             (folder / source).replace(Path(prefix).parent / target)

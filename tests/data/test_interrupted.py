@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_detour.data import sources
+from megatron_detour.data import publish, sources
 from megatron_detour.data.build import BuildOptions, corpus, run, worker
 from megatron_detour.data.build.journal import Journal
 from megatron_detour.data.manifest import read_manifest
@@ -28,7 +28,7 @@ STRETCH = 4_000
 # A build of small parts in a process of its own, as a tool runs it; argv: prefix, tokenizer, input, flags.
 SCRIPT = f"""
 import sys
-from megatron_detour.data import sources
+from megatron_detour.data import publish, sources
 from megatron_detour.data.build import options, build_corpus
 from megatron_detour.errors import command_line
 import argparse
@@ -296,6 +296,18 @@ def test_a_build_broken_off_while_files_are_named(tmp_path, texts, tokenizer_fol
     assert contents(tmp_path / "c", files) == contents(tmp_path / "d", files)
     assert len(done) == step
     assert not (tmp_path / ".c.building").exists()
+
+
+def test_a_build_broken_off_before_the_first_name_leaves_nothing_of_the_old_one(
+    tmp_path, texts, tokenizer_folder, monkeypatch
+):
+    build([texts], tmp_path / "c", tokenizer_folder, held_out=0.1)
+    with monkeypatch.context() as broken:
+        broken.setattr(publish, "_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
+    build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
+    assert {path.name for path in tmp_path.glob("*c.*")} == {"c.bin", "c.idx", "c.manifest.json"}
 
 
 def test_nothing_of_an_earlier_corpus_is_left(tmp_path, texts, tokenizer_folder):
