@@ -3,175 +3,310 @@ nothing else. Nothing here is saved to resume."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from megatron_detour.config import LearningRate, Phase, RunConfig
+from megatron_detour.config import Corpus, LearningRate, Phase, RunConfig
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one batch size. `start` and `tokens` are amounts of tokens of the run."""
+
+    first_step: int  # 1-based
+    steps: int
+    sequences: int  # a step
+    first_sequence: int  # of the run, 0-based
+    start: int
+    tokens: int
 
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """A phase rounded up to whole steps. `start` and `tokens` are amounts of tokens of the run."""
+    """A phase rounded up to whole steps, with the run's values where it has none of its own."""
 
-    name: str
-    objective: str
-    mask_rate: float | None
-    whole_word_masking: bool
-    learning_rate: LearningRate
-    first_step: int  # 1-based
-    steps: int
-    start: int
-    tokens: int
+    settings: Phase
+    sequence_length: int
+    sequences: int  # a step, after the warm-up
+    micro_sequences: int
+    corpora: tuple[Corpus, ...]
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @property
+    def objective(self) -> str:
+        return self.settings.objective
+
+    @property
+    def learning_rate(self) -> LearningRate:
+        return self.settings.learning_rate
+
+    @property
+    def first_step(self) -> int:
+        return self.stretches[0].first_step
+
+    @cached_property
+    def steps(self) -> int:
+        return sum(stretch.steps for stretch in self.stretches)
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.steps - 1
+
+    @property
+    def start(self) -> int:
+        """Tokens of the run before the phase."""
+        return self.stretches[0].start
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(stretch.tokens for stretch in self.stretches)
 
     @property
     def end(self) -> int:
+        """Tokens of the run once the phase is done."""
         return self.start + self.tokens
+
+    @property
+    def first_sequence(self) -> int:
+        return self.stretches[0].first_sequence
+
+    @property
+    def end_sequence(self) -> int:
+        last = self.stretches[-1]
+        return last.first_sequence + last.steps * last.sequences
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step. `tokens` are those consumed once it is done."""
+    """One optimiser step. `tokens` are those consumed once it is done, `start` those before."""
 
     number: int  # 1-based
     phase: PlannedPhase
     learning_rate: float
+    mask_rate: float | None
     first_sequence: int
     sequences: int
+    start: int
     tokens: int
-    ends_phase: bool
+
+    @property
+    def begins_phase(self) -> bool:
+        return self.start == self.phase.start
+
+    @property
+    def ends_phase(self) -> bool:
+        return self.tokens == self.phase.end
+
+    def passes(self, every: int | None) -> bool:
+        """Whether this step carries the run over a multiple of `every` tokens."""
+        return every is not None and self.tokens // every > self.start // every
 
 
 @dataclass(frozen=True)
 class Plan:
     name: str
-    sequence_length: int
-    sequences_per_step: int
     phases: tuple[PlannedPhase, ...]
 
     @classmethod
     def of(cls, config: RunConfig) -> Plan:
         phases: list[PlannedPhase] = []
         for phase in config.phases:
-            steps = math.ceil(phase.tokens / config.tokens_per_step)
-            done = sum(p.steps for p in phases)
-            phases.append(_planned(phase, done, steps, config.tokens_per_step))
-        return cls(config.name, config.data.sequence_length, config.batch.sequences, tuple(phases))
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.sequence_length * self.sequences_per_step
+            phases.append(_planned(phase, config, phases[-1] if phases else None))
+        return cls(config.name, tuple(phases))
 
     @property
     def total_steps(self) -> int:
-        return sum(phase.steps for phase in self.phases)
+        return self.phases[-1].last_step
 
     @property
     def total_tokens(self) -> int:
-        return self.total_steps * self.tokens_per_step
+        return self.phases[-1].end
+
+    @cached_property
+    def _stretches(self) -> list[tuple[Stretch, PlannedPhase]]:
+        return [(stretch, phase) for phase in self.phases for stretch in phase.stretches]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [stretch.start for stretch, _ in self._stretches]
 
     def at(self, tokens: int) -> Step:
         """The step that begins when `tokens` have been consumed. Raises ValueError outside the run or inside a step."""
-        if tokens % self.tokens_per_step or not 0 <= tokens < self.total_tokens:
+        if not 0 <= tokens < self.total_tokens:
             raise ValueError(f"no step begins at {tokens} tokens")
-        phase = next(phase for phase in self.phases if tokens < phase.end)
-        after = tokens + self.tokens_per_step
+        stretch, phase = self._stretches[bisect_right(self._starts, tokens) - 1]
+        size = stretch.sequences * phase.sequence_length
+        before, inside = divmod(tokens - stretch.start, size)
+        if inside:
+            raise ValueError(f"no step begins at {tokens} tokens")
+        done = tokens + size - phase.start
         return Step(
-            number=after // self.tokens_per_step,
+            number=stretch.first_step + before,
             phase=phase,
-            learning_rate=learning_rate(phase, after - phase.start),
-            first_sequence=tokens // self.sequence_length,
-            sequences=self.sequences_per_step,
-            tokens=after,
-            ends_phase=after == phase.end,
+            learning_rate=learning_rate(phase, done),
+            mask_rate=_mask_rate(phase, done),
+            first_sequence=stretch.first_sequence + before * stretch.sequences,
+            sequences=stretch.sequences,
+            start=tokens,
+            tokens=tokens + size,
         )
+
+    def step(self, number: int) -> Step:
+        """The step with this number, from 1 to total_steps. Raises ValueError for another."""
+        if not 1 <= number <= self.total_steps:
+            raise ValueError(f"there is no step {number}")
+        stretch, phase = next(pair for pair in reversed(self._stretches) if pair[0].first_step <= number)
+        size = stretch.sequences * phase.sequence_length
+        return self.at(stretch.start + (number - stretch.first_step) * size)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "tokens_per_step": self.tokens_per_step,
-            "sequence_length": self.sequence_length,
-            "sequences_per_step": self.sequences_per_step,
             "total_steps": self.total_steps,
             "total_tokens": self.total_tokens,
-            "phases": [
-                {
-                    "name": phase.name,
-                    "objective": phase.objective,
-                    "mask_rate": phase.mask_rate,
-                    "whole_word_masking": phase.whole_word_masking,
-                    "first_step": phase.first_step,
-                    "steps": phase.steps,
-                    "tokens": phase.tokens,
-                    "start_tokens": phase.start,
-                    "end_tokens": phase.end,
-                    "learning_rate": {
-                        "peak": phase.learning_rate.peak,
-                        "warmup_tokens": phase.learning_rate.warmup,
-                        "shape": phase.learning_rate.shape,
-                        "end": phase.learning_rate.end,
-                    },
-                }
-                for phase in self.phases
-            ],
+            "phases": [_phase_to_dict(phase) for phase in self.phases],
         }
 
     def table(self) -> str:
         """The plan as aligned text, a row a phase."""
-        head = ("phase", "objective", "steps", "tokens", "from step", "to step", "ends at", "learning rate")
-        rows = [
-            (
-                phase.name,
-                phase.objective
-                + (f" {phase.mask_rate:.0%}" if phase.mask_rate else "")
-                + (", words" if phase.whole_word_masking else ""),
-                f"{phase.steps:,}",
-                f"{phase.tokens:,}",
-                f"{phase.first_step:,}",
-                f"{phase.first_step + phase.steps - 1:,}",
-                f"{phase.end:,} tokens",
-                describe_rate(phase.learning_rate),
-            )
-            for phase in self.phases
-        ]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+        rows = [_row(phase) for phase in self.phases]
+        a_step = {row.pop("a step") for row in rows} if len({row["a step"] for row in rows}) == 1 else set()
+        cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
         summary = (
-            f"{self.name}: {' + '.join(f'{p.steps:,}' for p in self.phases)} = {self.total_steps:,} steps of "
-            f"{self.tokens_per_step:,} tokens ({self.sequences_per_step:,} sequences of {self.sequence_length:,}), "
-            f"{self.total_tokens:,} tokens in all"
+            f"{self.name}: {' + '.join(f'{p.steps:,}' for p in self.phases)} = {self.total_steps:,} steps"
+            f"{''.join(f' of {size}' for size in a_step)}, {self.total_tokens:,} tokens in all"
         )
         return "\n".join([summary, *(line.rstrip() for line in lines)])
+
+
+def _row(phase: PlannedPhase) -> dict[str, str]:
+    warmup = phase.settings.batch_warmup
+    sequences = f"{warmup.start:,} to {phase.sequences:,}" if warmup else f"{phase.sequences:,}"
+    tokens = "" if warmup else f"{phase.sequences * phase.sequence_length:,} tokens "
+    return {
+        "phase": phase.name,
+        "objective": describe_objective(phase.settings),
+        "steps": f"{phase.steps:,}",
+        "tokens": f"{phase.tokens:,}",
+        "a step": f"{tokens}({sequences} sequences of {phase.sequence_length:,})",
+        "from step": f"{phase.first_step:,}",
+        "to step": f"{phase.last_step:,}",
+        "ends at": f"{phase.end:,} tokens",
+        "learning rate": describe_rate(phase.learning_rate),
+    }
 
 
 def learning_rate(phase: PlannedPhase, done: int) -> float:
     """The rate of the step that brings the phase to `done` tokens: above zero at the first, the end at the last.
 
-    1-sqrt (recipe of ModernBERT's decay): end + (peak - end) * (1 - sqrt(x)), x the share of the phase after warm-up.
+    x is the share of the phase after its warm-up; 1-sqrt is the recipe of ModernBERT's decay.
     """
     rate = phase.learning_rate
     if done < rate.warmup:
         return rate.peak * done / rate.warmup
-    if rate.shape == "constant":
-        return rate.peak
     x = (done - rate.warmup) / max(phase.tokens - rate.warmup, 1)
-    return rate.end + (rate.peak - rate.end) * (1 - math.sqrt(x))
+    left = {
+        "constant": 1.0,
+        "linear": 1 - x,
+        "cosine": (1 + math.cos(math.pi * x)) / 2,
+        "1-sqrt": 1 - math.sqrt(x),
+    }[rate.shape]
+    return rate.last + (rate.peak - rate.last) * left
 
 
 def describe_rate(rate: LearningRate) -> str:
     warmup = f"0 to {rate.peak:g} over {rate.warmup:,} tokens, then " if rate.warmup else ""
-    return warmup + (f"{rate.peak:g} constant" if rate.shape == "constant" else f"{rate.peak:g} to {rate.end:g} 1-sqrt")
+    if rate.shape == "constant":
+        return f"{warmup}{rate.peak:g} constant"
+    return f"{warmup}{rate.peak:g} to {rate.last:g} {rate.shape}"
 
 
-def _planned(phase: Phase, done_steps: int, steps: int, tokens_per_step: int) -> PlannedPhase:
+def describe_objective(phase: Phase) -> str:
+    """For instance ``mlm 30% to 15%, words, layers.0-7 frozen``."""
+    words = phase.objective
+    if phase.mask_rate is not None:
+        words += f" {100 * phase.mask_rate:.3g}%"
+    if phase.mask_rate_end is not None:
+        words += f" to {100 * phase.mask_rate_end:.3g}%"
+    if phase.whole_word_masking:
+        words += ", words"
+    if phase.freeze:
+        words += f", frozen: {' '.join(phase.freeze)}"
+    if phase.optimizer_state == "reset":
+        words += ", optimizer reset"
+    return words
+
+
+def _mask_rate(phase: PlannedPhase, done: int) -> float | None:
+    first, last = phase.settings.mask_rate, phase.settings.mask_rate_end
+    return first if first is None or last is None else first + (last - first) * done / phase.tokens
+
+
+def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> PlannedPhase:
+    length = phase.sequence_length or config.data.sequence_length
+    sequences = phase.sequences or config.batch.sequences
+    stretches: list[Stretch] = []
+    step, sequence, start = (before.last_step + 1, before.end_sequence, before.end) if before else (1, 0, 0)
+    done = 0
+    for size, until in _batch_sizes(phase, sequences):
+        steps = math.ceil((until - done) / (size * length))
+        if steps > 0:
+            tokens = steps * size * length
+            stretches.append(Stretch(step, steps, size, sequence, start + done, tokens))
+            step, sequence, done = step + steps, sequence + steps * size, done + tokens
     return PlannedPhase(
-        name=phase.name,
-        objective=phase.objective,
-        mask_rate=phase.mask_rate,
-        whole_word_masking=phase.whole_word_masking,
-        learning_rate=phase.learning_rate,
-        first_step=done_steps + 1,
-        steps=steps,
-        start=done_steps * tokens_per_step,
-        tokens=steps * tokens_per_step,
+        settings=phase,
+        sequence_length=length,
+        sequences=sequences,
+        micro_sequences=phase.micro_sequences or config.batch.micro_sequences,
+        corpora=phase.corpora or config.data.corpora,
+        stretches=tuple(stretches),
     )
+
+
+def _batch_sizes(phase: Phase, sequences: int) -> list[tuple[int, int]]:
+    """Batch sizes with the tokens of the phase that each one leads to."""
+    warmup = phase.batch_warmup
+    if warmup is None:
+        return [(sequences, phase.tokens)]
+    sizes = range(warmup.start, sequences, warmup.increment)
+    ends = [math.ceil(warmup.tokens * (i + 1) / len(sizes)) for i in range(len(sizes))]
+    return [*zip(sizes, ends, strict=True), (sequences, phase.tokens)]
+
+
+def _phase_to_dict(phase: PlannedPhase) -> dict[str, Any]:
+    settings, rate, warmup = phase.settings, phase.learning_rate, phase.settings.batch_warmup
+    return {
+        "name": phase.name,
+        "objective": phase.objective,
+        "mask_rate": settings.mask_rate,
+        "mask_rate_end": settings.mask_rate_end,
+        "whole_word_masking": settings.whole_word_masking,
+        "freeze": list(settings.freeze),
+        "optimizer_state": settings.optimizer_state,
+        "first_step": phase.first_step,
+        "steps": phase.steps,
+        "tokens": phase.tokens,
+        "start_tokens": phase.start,
+        "end_tokens": phase.end,
+        "sequence_length": phase.sequence_length,
+        "sequences": phase.sequences,
+        "batch_warmup": warmup and {"from": warmup.start, "increment": warmup.increment, "tokens": warmup.tokens},
+        "corpora": [dataclasses.asdict(corpus) for corpus in phase.corpora],
+        "learning_rate": {
+            "peak": rate.peak,
+            "warmup_tokens": rate.warmup,
+            "shape": rate.shape,
+            "end": None if rate.shape == "constant" else rate.last,
+        },
+    }

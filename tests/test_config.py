@@ -111,7 +111,6 @@ def test_steps_need_the_batch():
 
 def test_values_arrive():
     config = from_dict(SMALL)
-    assert config.tokens_per_step == 1_024
     detour, decay = config.phases
     assert (detour.tokens, detour.learning_rate.peak, detour.learning_rate.warmup) == (4_000, 2e-4, 1_024)
     assert (decay.tokens, decay.mask_rate, decay.learning_rate.end) == (2_048, 0.15, 2e-5)
@@ -274,11 +273,11 @@ CHECKS = {
     ),
     "shape": (
         small(phases__1__learning_rate__shape="1-sqr"),
-        "phases.1.learning_rate.shape: '1-sqr' is not one of constant, 1-sqrt (did you mean '1-sqrt'?)",
+        "phases.1.learning_rate.shape: '1-sqr' is not one of constant, linear, cosine, 1-sqrt (did you mean '1-sqrt'?)",
     ),
     "no end": (
         small(phases__1__learning_rate__end=None),
-        "phases.1.learning_rate.end: 1-sqrt needs an end between 0 and the peak, it is None",
+        "phases.1.learning_rate.end: 1-sqrt needs an end between 0 and the peak (or end_ratio), it is None",
     ),
     "end above peak": (small(phases__1__learning_rate__end=1), "phases.1.learning_rate.end: 1-sqrt needs an end"),
     "end of a constant": (
@@ -450,13 +449,13 @@ def test_the_papers_numbers(name):
     start, detour_tokens, decay_tokens = PAPER[name]
     config = load(ROOT / f"examples/recipes/{name}.yaml")
     assert config.model.start == start
-    assert config.tokens_per_step == 3_145_728
+    assert config.batch.sequences * config.data.sequence_length == 3_145_728
     assert (config.data.sequence_length, config.seed, config.data.order_seed) == (8_192, 17, 42)
     assert [corpus.weight for corpus in config.data.corpora] == MIXTURES[name.split("_")[0]]
     optimizer = config.optimizer
     assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.98), 1e-6, 0.05)
     detour, decay = config.phases
     assert (detour.objective, detour.tokens, detour.mask_rate) == ("clm", detour_tokens, None)
-    assert dataclasses.astuple(detour.learning_rate) == (2e-4, 10**8, "constant", None)
+    assert dataclasses.astuple(detour.learning_rate) == (2e-4, 10**8, "constant", None, None)
     assert (decay.objective, decay.tokens, decay.mask_rate) == ("mlm", decay_tokens, 0.15)
-    assert dataclasses.astuple(decay.learning_rate) == (2e-4, 0, "1-sqrt", 2e-5)
+    assert dataclasses.astuple(decay.learning_rate) == (2e-4, 0, "1-sqrt", 2e-5, None)

@@ -18,7 +18,7 @@ ALLOWED = {
     "": ("", ""),
     "errors": ("", ""),
     "files": ("", ""),
-    "config": ("errors", "yaml"),
+    "config": ("config errors", "yaml"),
     "plan": ("config errors", ""),
     "objectives": ("data.vocabulary data.words data.splitmix model.attention", "numpy"),
     "parallel": ("parallel", "torch"),

@@ -1,0 +1,33 @@
+"""The run file: one YAML that says everything a run depends on, checked as a whole."""
+
+from megatron_detour.config.control import as_control
+from megatron_detour.config.reader import from_dict, load, parse_tokens
+from megatron_detour.config.schema import (
+    ATTENTION,
+    KERNELS,
+    OBJECTIVES,
+    RECOMPUTE,
+    Corpus,
+    LearningRate,
+    Model,
+    Phase,
+    RunConfig,
+    flatten,
+)
+
+__all__ = [
+    "ATTENTION",
+    "KERNELS",
+    "OBJECTIVES",
+    "RECOMPUTE",
+    "Corpus",
+    "LearningRate",
+    "Model",
+    "Phase",
+    "RunConfig",
+    "as_control",
+    "flatten",
+    "from_dict",
+    "load",
+    "parse_tokens",
+]
