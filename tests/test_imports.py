@@ -40,6 +40,7 @@ ALLOWED = {
     "data.build.progress": ("", "rich"),
     "data.train_tokenizer": ("data errors files", "tokenizers"),
     "data.batches": ("data errors files objectives config", "numpy torch"),
+    "data.course": ("data config plan", ""),
     "checkpoint": ("parallel model checkpoint data.vocabulary errors files", "torch safetensors"),
     "checkpoint.huggingface": (
         "parallel model checkpoint data.vocabulary data.spm errors files",

@@ -25,6 +25,7 @@ from megatron_detour.parallel.state import ParallelState
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run_state.json"
+STEP = "step"  # of Adam, by parameter name beside the moments
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOLERANCE = 1e-4  # of fp32 logits, as a share of the greatest
 OLD_CONFIG_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
@@ -138,11 +139,7 @@ def write_model(
     described = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "_name_or_path")}
     described |= {"architectures": ["ModernBertForMaskedLM"], "dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", described)
-    save_file(
-        {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    _save({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     copy_tokenizer(tokenizer, vocabulary, folder)
 
 
@@ -171,18 +168,21 @@ def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None
 def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str, Any]) -> None:
     """Writes the optimiser's and the run's state beside a model's files."""
     flat = {f"{kind}.{name}": t for kind, by_name in training.moments.items() for name, t in by_name.items()}
-    save_file(flat, folder / OPTIMIZER, metadata={"adam_steps": str(training.adam_steps)})
-    _write_json(folder / RUN_STATE, run_state | {"adam_steps": training.adam_steps})
+    flat |= {f"{STEP}.{name}": torch.tensor(steps) for name, steps in training.adam_steps.items()}
+    _save(flat, folder / OPTIMIZER)
+    _write_json(folder / RUN_STATE, run_state)
 
 
 def read_run_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
 
 
-def open_moments(folder: Path, stack: ExitStack) -> Callable[[str, str], torch.Tensor]:
-    """A reader of Adam's moments by kind and parameter name, open as long as `stack`."""
+def open_optimizer(folder: Path, stack: ExitStack) -> tuple[Callable[[str, str], torch.Tensor], dict[str, int]]:
+    """A reader of Adam's moments by kind and parameter name, open as long as `stack`; and Adam's steps by name."""
     opened = stack.enter_context(safe_open(folder / OPTIMIZER, "pt"))
-    return lambda kind, name: opened.get_tensor(f"{kind}.{name}")
+    counted = [key for key in opened.keys() if key.startswith(f"{STEP}.")]  # noqa: SIM118 no mapping
+    steps = {key.removeprefix(f"{STEP}."): int(opened.get_tensor(key)) for key in counted}
+    return lambda kind, name: opened.get_tensor(f"{kind}.{name}"), steps
 
 
 @torch.no_grad()
@@ -225,6 +225,13 @@ def load_model(source: Source, shape: Shape) -> ModernBert:
         weights.check(model.full_sizes())
         model.load_state_dict({name: weights(name) for name in model.full_sizes()})
     return model.eval()
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk among others
+        raise DetourError(f"{path}: cannot be written: {error}") from None
 
 
 def _write_json(path: Path, value: Any) -> None:

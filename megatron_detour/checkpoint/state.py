@@ -7,7 +7,7 @@ cut into equal parts over the data-parallel ranks. Gathered by name they fit any
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,30 +24,32 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingState:
-    """Full fp32 tensors by parameter name, on the host: weights, and the moments by kind."""
+    """Full fp32 tensors by parameter name, on the host: weights, and the moments by kind.
 
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, dict[str, torch.Tensor]]
-    adam_steps: int
+    A parameter that was never updated has no moments. Filled again, it uses its tensors again: fresh pages cost more
+    than what is written to them.
+    """
+
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {kind: {} for kind in MOMENTS})
+    adam_steps: dict[str, int] = field(default_factory=dict)
 
 
-def gather(engine: DeepSpeedEngine, state: ParallelState) -> TrainingState | None:
-    """The state of a run, on the first rank; None on the others. Every rank must call it.
+def gather(engine: DeepSpeedEngine, state: ParallelState, into: TrainingState) -> None:
+    """Fills `into` with the state of a run, on the first rank; every rank must call it.
 
     Raises DetourError when tensor ranks hold unequal copies of a replicated parameter or of its moments.
     """
     zero = engine.optimizer
-    adam_steps = 0
-    if _adam_state(zero, 0):
-        adam_steps = int(_adam_state(zero, 0)["step"])
-    weights = _gather_kind(engine, state, lambda group: zero.single_partition_of_fp32_groups[group].data)
-    moments = {
-        kind: _gather_kind(engine, state, lambda group, kind=kind: _adam_state(zero, group)[kind])
-        for kind in (MOMENTS if adam_steps else ())
-    }
-    return TrainingState(weights, moments, adam_steps) if state.is_first else None
+    for group, parameters in enumerate(_layout(engine)):
+        _gather_group(parameters, zero.single_partition_of_fp32_groups[group].data, state, into.weights)
+        adam = _adam_state(zero, group)
+        for kind in MOMENTS if adam else ():
+            _gather_group(parameters, adam[kind], state, into.moments[kind])
+        if adam and state.is_first:
+            into.adam_steps |= {name: int(adam["step"]) for name, *_ in parameters}
 
 
 def scatter(
@@ -55,26 +57,36 @@ def scatter(
     state: ParallelState,
     weight: Callable[[str], torch.Tensor],
     moment: Callable[[str, str], torch.Tensor] | None = None,
-    adam_steps: int = 0,
+    adam_steps: dict[str, int] | None = None,
 ) -> None:
-    """Sets master weights and parameters from `weight(name)`, and with `adam_steps` Adam from `moment(kind, name)`.
+    """Sets master weights and parameters from `weight(name)`, and Adam from `moment(kind, name)` where it has steps.
 
     Both give full fp32 tensors; every rank takes what it owns.
     """
     zero = engine.optimizer
     for group, parameters in enumerate(_layout(engine)):
         partition = zero.single_partition_of_fp32_groups[group]
-        adam = {kind: torch.zeros_like(partition.data) for kind in MOMENTS} if adam_steps else {}
+        steps = _steps_of_group([name for name, *_ in parameters], adam_steps or {})
+        adam = {kind: torch.zeros_like(partition.data) for kind in MOMENTS} if steps is not None else {}
         for name, parameter, offset in parameters:
             local = _cut_for(parameter, weight(name), state)
             parameter.data.copy_(local.view_as(parameter))
             _place(partition.data, local, offset, state)
             for kind, flat in adam.items():
                 _place(flat, _cut_for(parameter, moment(kind, name), state), offset, state)
-        if adam_steps:
+        if adam:
             fused = zero.optimizer.param_groups[group].get("fused")
-            step = torch.tensor(float(adam_steps), device=partition.device if fused else "cpu")
+            step = torch.tensor(float(steps), device=partition.device if fused else "cpu")
             zero.optimizer.state[partition] = {"step": step, **adam}
+
+
+@torch.no_grad()
+def forget_moments(engine: DeepSpeedEngine) -> None:
+    """Starts Adam anew, weights staying as they are."""
+    zero = engine.optimizer
+    for partition in zero.single_partition_of_fp32_groups:
+        for value in zero.optimizer.state.get(partition, {}).values():
+            value.zero_()
 
 
 def refuse_unequal_replicas(values: dict[str, torch.Tensor], state: ParallelState) -> None:
@@ -95,31 +107,44 @@ def _layout(engine: DeepSpeedEngine) -> Iterator[list[tuple[str, torch.nn.Parame
         yield [(names[id(p)], p, offset) for p, offset in zip(parameters, offsets, strict=True)]
 
 
+def _steps_of_group(names: list[str], adam_steps: dict[str, int]) -> int | None:
+    """Adam's steps of the parameters of a group, which are always updated together; None before the first."""
+    steps = {adam_steps.get(name) for name in names}
+    if len(steps) > 1:
+        raise DetourError(
+            f"the checkpoint's optimiser has made different numbers of steps for {names[0]} and others of its group; "
+            "it is of another run file"
+        )
+    return steps.pop() if steps else None
+
+
 def _adam_state(zero, group: int) -> dict[str, torch.Tensor]:
     return zero.optimizer.state.get(zero.single_partition_of_fp32_groups[group], {})
 
 
-def _gather_kind(
-    engine: DeepSpeedEngine, state: ParallelState, partition_of: Callable[[int], torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Full tensors by name on the first rank, of one kind of value; empty on the others."""
-    full: dict[str, torch.Tensor] = {}
-    for group, parameters in enumerate(_layout(engine)):
-        flat = _all_gather(partition_of(group), state.data_group, state.data_size)
-        if state.data_rank:
-            continue
-        local_of = {name: flat[offset : offset + p.numel()].view_as(p) for name, p, offset in parameters}
-        refuse_unequal_replicas({name: local_of[name] for name, p, _ in parameters if spec_of(p) is None}, state)
-        for name, parameter, _ in parameters:
-            local = local_of[name]
-            spec = spec_of(parameter)
-            shards = [local]
-            if spec is not None and state.tensor_size > 1:
-                shards = list(_all_gather(local, state.tensor_group, state.tensor_size).chunk(state.tensor_size))
-                shards = [shard.view_as(parameter) for shard in shards]
-            if state.is_first:
-                full[name] = join(shards, spec).to("cpu", copy=True)
-    return full
+def _gather_group(
+    parameters: list[tuple[str, torch.nn.Parameter, int]],
+    partition: torch.Tensor,
+    state: ParallelState,
+    into: dict[str, torch.Tensor],
+) -> None:
+    """Puts one kind of value of a group, as full tensors by name, `into` the first rank's; every rank must call it."""
+    flat = _all_gather(partition, state.data_group, state.data_size)
+    if state.data_rank:
+        return
+    local_of = {name: flat[offset : offset + p.numel()].view_as(p) for name, p, offset in parameters}
+    refuse_unequal_replicas({name: local_of[name] for name, p, _ in parameters if spec_of(p) is None}, state)
+    for name, parameter, _ in parameters:
+        shards, spec = [local_of[name]], spec_of(parameter)
+        if spec is not None and state.tensor_size > 1:
+            shards = list(_all_gather(shards[0], state.tensor_group, state.tensor_size).chunk(state.tensor_size))
+            shards = [shard.view_as(parameter) for shard in shards]
+        if state.is_first:
+            full = join(shards, spec)
+            if name not in into:
+                # Pinned, so that the copy off a GPU runs at the bus's speed.
+                into[name] = torch.empty(full.shape, pin_memory=full.is_cuda)
+            into[name].copy_(full)
 
 
 def _all_gather(part: torch.Tensor, group: dist.ProcessGroup | None, size: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_detour.files import file_facts, flush
@@ -81,15 +81,21 @@ def latest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(checkpoints: Path, newest: int, keep: int, boundaries: Iterable[int]) -> None:
+def prune(checkpoints: Path, newest: int, keep: int, is_kept: Callable[[int], bool]) -> None:
     """Removes what killed runs left behind, and checkpoints older than the `keep` up to step `newest`.
 
-    Those at phase boundaries stay.
+    Those whose step `is_kept` stay.
     """
-    protected = set(boundaries)
     known = [folder for folder in find_checkpoints(checkpoints) if step_of(folder) <= newest]  # a later one is broken
     for folder in known[:-keep]:
-        if step_of(folder) not in protected:
-            shutil.rmtree(folder)
+        if not is_kept(step_of(folder)):
+            _remove(folder)
     for leftover in checkpoints.glob(".step-*-*"):
         shutil.rmtree(leftover)
+
+
+def _remove(folder: Path) -> None:
+    """Under its own name a folder is whole, even while it goes."""
+    going = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
+    folder.rename(going)
+    shutil.rmtree(going)

@@ -7,7 +7,8 @@ a run is the same pack with the same corruption for any number of ranks and any 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -73,38 +74,75 @@ class RankBatch:
     crc: int
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """Where sequences begin: the number of the first, and how many of each corpus's packs were read before, by prefix.
+
+    `seeds` are added to the order's seed, by prefix: a corpus keeps its order in whatever company it is read.
+    """
+
+    number: int = 0
+    packs: dict[str, int] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+
+
 class Sequences:
     """The endless sequences of a mixture of corpora, each a pure function of its number and the order's seed.
 
     It can be pickled, for the workers of a DataLoader: they open the files again.
     """
 
-    def __init__(self, corpora: tuple[Corpus, ...], sequence_length: int, seed: int, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        corpora: tuple[Corpus, ...],
+        sequence_length: int,
+        seed: int,
+        vocabulary: Vocabulary,
+        beginning: Beginning | None = None,
+    ) -> None:
+        beginning = beginning or Beginning()
         self.sequence_length = sequence_length
         self.vocabulary = vocabulary
+        self.first = beginning.number
+        self.prefixes = [corpus.prefix for corpus in corpora]
         self.manifests = _manifests(corpora)
         for corpus, manifest in zip(corpora, self.manifests, strict=True):
             _check_tokenizer(corpus.prefix, Vocabulary.from_dict(manifest.tokenizer), vocabulary)
         self.corpora = [IndexedCorpus(corpus.prefix) for corpus in corpora]
         self._packed = [
-            PackedCorpus(c, sequence_length, seed + i, CountsFile(c.prefix, manifest.files["idx"]["sha256"]))
+            PackedCorpus(
+                c,
+                sequence_length,
+                seed + beginning.seeds.get(c.prefix, i),
+                CountsFile(c.prefix, manifest.files["idx"]["sha256"]),
+            )
             for i, (c, manifest) in enumerate(zip(self.corpora, self.manifests, strict=True))
         ]
+        self._before = [beginning.packs.get(prefix, 0) for prefix in self.prefixes]
         self._mixture = Mixture([corpus.weight for corpus in corpora])
 
     def __getitem__(self, number: int) -> SequenceBatch:
-        return self.read(range(number, number + 1))
+        return self.read([number])
 
-    def read(self, numbers: range) -> SequenceBatch:
+    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of sequences by number, int64 [n]: each one's corpus and how many of that corpus come before it here."""
+        return self._mixture.locate(numbers - self.first)
+
+    def packs_read(self, end: int) -> dict[str, int]:
+        """How many packs of each corpus, by prefix, are read before sequence number `end`, those before `first` too."""
+        here = self._mixture.before(end - self.first)
+        return {p: before + n for p, before, n in zip(self.prefixes, self._before, here.tolist(), strict=True)}
+
+    def read(self, numbers: Sequence[int] | np.ndarray) -> SequenceBatch:
         """The sequences with these numbers."""
-        which, ranks = self._mixture.locate(np.arange(numbers.start, numbers.stop, numbers.step))
+        which, ranks = self.locate(np.asarray(numbers))
         tokens = np.empty((len(which), self.sequence_length), dtype=np.int32)
         used = np.zeros(len(which), dtype=np.int64)
         lengths, rows = [], []
         for number, (corpus, packed) in enumerate(zip(self.corpora, self._packed, strict=True)):
             mine = np.flatnonzero(which == number)
             if len(mine):
-                packs = packed.packs(ranks[mine])
+                packs = packed.packs(ranks[mine] + self._before[number])
                 tokens[mine] = _read_packs(corpus, packs, self.sequence_length, self.vocabulary.pad)
                 rows.append(np.repeat(mine, np.diff(packs.bounds)))
                 lengths.append(packs.lengths)
@@ -127,7 +165,7 @@ def _read_packs(corpus: IndexedCorpus, packs: Packs, sequence_length: int, pad: 
 
 
 def rank_batch(
-    sequences: Sequences, numbers: range, micro_sequences: int, objective: Objective, seed: int
+    sequences: Sequences, numbers: Sequence[int] | np.ndarray, micro_sequences: int, objective: Objective, seed: int
 ) -> RankBatch:
     """The microbatches of the sequences with these numbers, corrupted under `seed`."""
     micro_batches, labelled, padding, crc = [], 0, 0, 0
@@ -142,10 +180,10 @@ def rank_batch(
 
 
 def micro_batch_of(
-    sequences: Sequences, numbers: range, objective: Objective, seed: int
+    sequences: Sequences, numbers: Sequence[int] | np.ndarray, objective: Objective, seed: int
 ) -> tuple[MicroBatch, SequenceBatch]:
     batch = sequences.read(numbers)
-    corrupted = objective.apply(batch.tokens, batch.lengths, seed, np.array(numbers))
+    corrupted = objective.apply(batch.tokens, batch.lengths, seed, np.asarray(numbers))
     micro_batch = MicroBatch(
         torch.from_numpy(corrupted.inputs.reshape(-1)),
         torch.from_numpy(positions_of(batch.lengths)),

@@ -51,6 +51,11 @@ class Mixture:
         corpus = self._corpus[place].astype(np.int64)
         return corpus, rounds * self.counts[corpus] + self._rank[place]
 
+    def before(self, sequence: int) -> np.ndarray:
+        """How many of the sequences before this number fall to each corpus, int64 [corpora]."""
+        rounds, place = divmod(sequence, self.cycle)
+        return rounds * self.counts + np.bincount(self._corpus[:place], minlength=len(self.counts))
+
 
 def _walk(numbers: np.ndarray, size: int, key: int, backward: bool) -> np.ndarray:
     half = max((size - 1).bit_length() + 1, 2) // 2

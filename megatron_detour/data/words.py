@@ -9,7 +9,6 @@ in one piece.
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_detour.data.pieces import ids_of, kind_of, text_of
 from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
 from megatron_detour.errors import DetourError
 
-SPACE = "▁"  # SentencePiece's mark of a space
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's way out for characters it does not know
 CONTINUATION = bytes(range(0x80, 0xC0))  # UTF-8's bytes after the first of a character
 
 
@@ -36,7 +34,7 @@ class Words:
     def of(cls, tokenizer_file: Path, vocabulary: Vocabulary) -> Words:
         """Reads a tokenizer's file. Raises DetourError for a kind that does not tell where words begin."""
         raw = json.loads(load_tokenizer(tokenizer_file).to_str())
-        kind = _kind(raw)
+        kind = kind_of(raw)
         if kind is None:
             raise DetourError(
                 f"whole_word_masking: {tokenizer_file} is neither a byte-level BPE nor a WordPiece nor a SentencePiece "
@@ -45,13 +43,13 @@ class Words:
             )
         goes_on, is_open = (np.zeros(vocabulary.size, dtype=bool) for _ in range(2))
         added = {token["id"]: token["content"] for token in raw["added_tokens"]}
-        for token, number in _ids(raw["model"]):
+        for token, number in ids_of(raw["model"]):
             if number in added:
                 continue
             if kind == "WordPiece":
                 goes_on[number], is_open[number] = _word_piece(token, raw["model"])
             else:
-                goes_on[number], is_open[number] = _ends(_bytes(token, kind))
+                goes_on[number], is_open[number] = _ends(text_of(token, kind))
         for number, content in added.items():
             goes_on[number], is_open[number] = _ends(content.encode())
         special = vocabulary.special()
@@ -69,43 +67,8 @@ class Words:
         return np.flatnonzero(begins)
 
 
-def _kind(raw: dict[str, Any]) -> str | None:
-    parts = {part.get("type"): part for part in _parts(raw)}
-    model = raw["model"].get("type")
-    if model == "WordPiece":
-        return model
-    if model == "BPE" and "ByteLevel" in parts:
-        return "ByteLevel"
-    spaces = (json.dumps(parts.get(name, {}), ensure_ascii=False) for name in ("Metaspace", "Replace"))
-    return "SentencePiece" if model in ("BPE", "Unigram") and any(SPACE in part for part in spaces) else None
-
-
-def _parts(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pre-tokenizers and decoders, those of a sequence one by one."""
-    parts = []
-    for name, plural in (("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
-        part = raw.get(name) or {}
-        parts += part.get(plural, [part])
-    return parts
-
-
-def _ids(model: dict[str, Any]) -> list[tuple[str, int]]:
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        return list(vocabulary.items())
-    return [(piece, number) for number, (piece, _) in enumerate(vocabulary)]
-
-
 def _word_piece(token: str, model: dict[str, Any]) -> tuple[bool, bool]:
     return token.startswith(model.get("continuing_subword_prefix") or "##"), True
-
-
-def _bytes(token: str, kind: str) -> bytes:
-    """The text that a token of the vocabulary stands for."""
-    if kind == "ByteLevel":
-        return b"".join(BYTE_OF.get(character, character.encode()) for character in token)
-    byte = BYTE.fullmatch(token)
-    return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE, " ").encode()
 
 
 def _ends(text: bytes) -> tuple[bool, bool]:
@@ -133,14 +96,3 @@ def _mostly_in_word(lead: bytes) -> bool:
 def _in_word(character: str) -> bool:
     """Letters, digits and the marks that go with letters."""
     return unicodedata.category(character)[0] in "LNM"
-
-
-def _byte_characters() -> dict[str, bytes]:
-    """The characters of a byte-level vocabulary: printable Latin-1 as it is, the other bytes from 256 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {chr(byte): bytes([byte]) for byte in printable}
-    return characters | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}
-
-
-BYTE_OF = _byte_characters()

@@ -9,6 +9,9 @@ import resource
 import sys
 
 import torch
+import torch.distributed as dist
+
+from megatron_detour.model.peaks import peak_flops
 
 PACKAGES = ("megatron-detour", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -19,6 +22,12 @@ def memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def utilisation(flops_per_second: float, device: torch.device, dtype: torch.dtype) -> float | None:
+    """The share of all ranks' devices' peak; None where the peak is not known."""
+    peak = peak_flops(device_name(device), str(dtype).removeprefix("torch."))
+    return peak and flops_per_second / (peak * dist.get_world_size())
 
 
 def versions() -> dict[str, str]:

@@ -82,11 +82,13 @@ class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         (whole, weight), state = ctx.saved_tensors, ctx.state
-        if state.sequence_parallel:
-            gathering = start_all_gather(whole, state)
-            summing = start_reduce_scatter(grad @ weight, state)
+        needs_input, needs_weight, _ = ctx.needs_input_grad  # a frozen weight needs none, nor does what lies below it
+        gathering = start_all_gather(whole, state) if needs_weight and state.sequence_parallel else None
+        summing = None
+        if needs_input:
+            start = start_reduce_scatter if state.sequence_parallel else start_all_reduce
+            summing = start(grad @ weight, state)
+        if gathering:
             whole = gathering.wait()
-        else:
-            summing = start_all_reduce(grad @ weight, state)
-        grad_weight = grad.T @ whole
-        return summing.wait(), grad_weight, None
+        grad_weight = grad.T @ whole if needs_weight else None
+        return summing and summing.wait(), grad_weight, None

@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(min(CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0], len(labels)), 1)
         # The products of chunks are added up in `exact`; a single one needs no sum.
         summed_in = exact if len(labels) > chunk else None
-        grads = _Gradients(hidden, weight, bias, rows, summed_in) if needs_grad else None
+        grads = _Gradients(hidden, weight, bias, rows, summed_in, ctx.needs_input_grad[1:3]) if needs_grad else None
         room = hidden.new_empty(chunk, rows)  # used again: on a CPU new pages cost as much as what is written to them
         cross_entropy = torch.zeros((), dtype=exact, device=hidden.device)
         penalty = torch.zeros_like(cross_entropy)
@@ -107,33 +107,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """Of hidden, in its own type; of weight and bias, summed over chunks in `exact`, or of one chunk in their own."""
+    """Of hidden, in its own type; of weight and bias, summed over chunks in `exact`, or of one chunk in their own.
 
-    def __init__(self, hidden, weight, bias, rows: int, exact: torch.dtype | None) -> None:
+    None where weight or bias is frozen: `trained` are the two's flags.
+    """
+
+    def __init__(self, hidden, weight, bias, rows: int, exact: torch.dtype | None, trained: tuple[bool, bool]) -> None:
         self.hidden, self.weight, self.rows = hidden, weight, rows
         self.types = (hidden.dtype, weight.dtype, bias.dtype)
         self.grad_hidden = torch.zeros_like(hidden)
-        self.grad_weight = torch.zeros(weight.shape, dtype=exact or weight.dtype, device=weight.device)
-        self.grad_bias = torch.zeros(bias.shape, dtype=exact or bias.dtype, device=bias.device)
+        self.grad_weight, self.grad_bias = (
+            torch.zeros(value.shape, dtype=exact or value.dtype, device=value.device) if needed else None
+            for value, needed in zip((weight, bias), trained, strict=True)
+        )
 
     def add(self, part: slice, slope: torch.Tensor) -> None:
         torch.mm(slope, self.weight[: self.rows], out=self.grad_hidden[part])
-        real = self.grad_weight[: self.rows]
-        if slope.dtype == real.dtype:
-            real.addmm_(slope.T, self.hidden[part])
-        else:
-            real += slope.T @ self.hidden[part]
-        # As a product: a sum in another type would first make a copy in that type.
-        self.grad_bias[: self.rows] += (slope.new_ones(1, len(slope)) @ slope)[0]
+        if self.grad_weight is not None:
+            real = self.grad_weight[: self.rows]
+            if slope.dtype == real.dtype:
+                real.addmm_(slope.T, self.hidden[part])
+            else:
+                real += slope.T @ self.hidden[part]
+        if self.grad_bias is not None:
+            # As a product: a sum in another type would first make a copy in that type.
+            self.grad_bias[: self.rows] += (slope.new_ones(1, len(slope)) @ slope)[0]
 
-    def scaled(self, scale: torch.Tensor) -> list[torch.Tensor]:
+    def scaled(self, scale: torch.Tensor) -> list[torch.Tensor | None]:
         """In place where the type allows it; the scale stays in fp32, as a rounded one would change with the split of
         a batch."""
-        grads = zip((self.grad_hidden, self.grad_weight, self.grad_bias), self.types, strict=True)
-        return [
-            grad.mul_(scale) if grad.dtype == dtype == scale.dtype else (grad.to(scale.dtype) * scale).to(dtype)
-            for grad, dtype in grads
-        ]
+        grads = (self.grad_hidden, self.grad_weight, self.grad_bias)
+        return [_scaled(grad, scale, dtype) for grad, dtype in zip(grads, self.types, strict=True)]
+
+
+def _scaled(grad: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    if grad is None:
+        return None
+    return grad.mul_(scale) if grad.dtype == dtype == scale.dtype else (grad.to(scale.dtype) * scale).to(dtype)
 
 
 def _over_ranks(log_sum, of_target, greatest, state):

@@ -15,6 +15,8 @@ from torch import nn
 from megatron_detour.config import RunConfig
 from megatron_detour.errors import DetourError
 from megatron_detour.parallel.state import PATIENCE, ParallelState
+from megatron_detour.plan import Plan
+from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -65,10 +67,10 @@ def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if deepspeed_config.get("bf16", {}).get("enabled") else torch.float32
 
 
-def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
+def start_distributed(config: RunConfig, plan: Plan) -> tuple[ParallelState, torch.device]:
     """Joins the ranks and makes the groups. Raises DetourError when the ranks do not fit the run file."""
     ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    _check_ranks(config, ranks)
+    check_ranks(config, plan, ranks)
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
         os.environ.setdefault(name, default)
     _quiet_deepspeed()
@@ -90,19 +92,21 @@ def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
 
 
 def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[str, Any], state: ParallelState):
-    """Wraps the model in ZeRO-2 with AdamW; fp32 gradients are summed and clipped over all ranks."""
+    """Wraps the model in ZeRO-2 with AdamW; fp32 gradients are summed and clipped over all ranks.
+
+    Steps differ in their microbatches: whoever calls it sets the boundary of accumulation before each one.
+    """
     import deepspeed
 
-    micro = config.batch.micro_sequences
     settings = deepspeed_config | {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation(config, state.data_size),
+        "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.clip,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
     }
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay),
+    optimizer = PhasedAdamW(
+        parameter_groups(model, config),
         lr=0.0,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
@@ -114,33 +118,25 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
     return engine
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def accumulation(config: RunConfig, data_size: int) -> int:
-    """Microbatches a rank and step."""
-    return config.batch.sequences // (config.batch.micro_sequences * data_size)
-
-
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 
 
-def _check_ranks(config: RunConfig, ranks: int) -> None:
-    tensor, batch = config.parallel.tensor, config.batch
+def check_ranks(config: RunConfig, plan: Plan, ranks: int) -> None:
+    """Raises DetourError when the run file's batches cannot be shared out over this many ranks."""
+    tensor = config.parallel.tensor
     if ranks % tensor:
         raise DetourError(f"parallel.tensor: {tensor} does not divide the {ranks} ranks that were started")
     data_size = ranks // tensor
-    if batch.sequences % (data_size * batch.micro_sequences):
-        raise DetourError(
-            f"batch: {batch.sequences} sequences a step do not divide into microbatches of {batch.micro_sequences} on "
-            f"{data_size} data-parallel ranks; change batch.micro_sequences or the number of ranks"
-        )
+    for phase in plan.phases:
+        for stretch in phase.stretches:
+            if stretch.sequences % (data_size * phase.micro_sequences):
+                raise DetourError(
+                    f"batch: the {stretch.sequences} sequences a step of phase {phase.name!r} do not divide into "
+                    f"microbatches of {phase.micro_sequences} on {data_size} data-parallel ranks; change "
+                    "micro_sequences or the number of ranks"
+                )
 
 
 def _quiet_deepspeed() -> None:

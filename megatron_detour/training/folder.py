@@ -58,3 +58,11 @@ def add_session(folder: Path, session: dict[str, Any], facts: dict[str, Any]) ->
     earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
     content = {"sessions": [*earlier, session], **facts}
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def end_session(folder: Path, how: str) -> None:
+    """Notes how the last session ended."""
+    path = folder / "environment.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["sessions"][-1]["ended"] = how
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron_detour.checkpoint.state import refuse_unequal_replicas
+from megatron_detour.checkpoint.state import forget_moments, refuse_unequal_replicas
 from megatron_detour.config import RunConfig
-from megatron_detour.data.batches import RankBatch, Sequences, rank_batch, rank_numbers
-from megatron_detour.data.vocabulary import Vocabulary
-from megatron_detour.data.words import Words
+from megatron_detour.data.batches import RankBatch, rank_batch, rank_numbers
+from megatron_detour.data.course import Course
 from megatron_detour.errors import DetourError
+from megatron_detour.model.flops import training_flops
 from megatron_detour.objectives import make
-from megatron_detour.observe.meter import memory_bytes
+from megatron_detour.observe.meter import memory_bytes, utilisation
 from megatron_detour.parallel.shard import spec_of
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
 from megatron_detour.training.engine import set_learning_rate
+from megatron_detour.training.freezing import freeze
+from megatron_detour.training.guards import Guard, Verdict
+from megatron_detour.training.start import StartModel
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -31,10 +34,11 @@ REPLICA_STEPS = 100  # between checks of the parameters that every tensor rank h
 
 
 class Trainer:
-    """Runs the plan from the tokens consumed to its end.
+    """Runs the plan from the tokens consumed to its end, or until it is to stop.
 
-    `validate(model)` returns figures for a record; `save(step)` publishes a checkpoint; `record(figures)` takes a
-    step's record. Every rank calls all of them.
+    `validate(model)` returns figures for a record; `save(step)` publishes a checkpoint; `inspect(step, figures)` keeps
+    the state of a run that cannot go on; `record(figures)` takes a step's record; `stop()` tells whether this rank has
+    been asked to end. Every rank calls all of them.
     """
 
     def __init__(
@@ -44,68 +48,122 @@ class Trainer:
         engine: DeepSpeedEngine,
         state: ParallelState,
         device: torch.device,
-        sequences: Sequences,
-        vocabulary: Vocabulary,
-        words: Words | None,
+        course: Course,
+        start: StartModel,
+        guard: Guard,
         *,
         validate: Callable[[Any], dict[str, float]] | None,
         save: Callable[[Step], None],
+        inspect: Callable[[Step, dict[str, Any]], None],
         record: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
     ) -> None:
         self.config, self.plan, self.engine, self.state, self.device = config, plan, engine, state, device
-        self.sequences, self.vocabulary, self.words = sequences, vocabulary, words
-        self.validate, self.save, self.record = validate, save, record
+        self.course, self.start, self.guard = course, start, guard
+        self.validate, self.save, self.inspect, self.record, self.stop = validate, save, inspect, record, stop
 
-    def run(self, tokens: int) -> None:
-        """Trains from `tokens` consumed to the end of the plan. Raises DetourError when the loss is no number."""
+    def run(self, tokens: int) -> bool:
+        """Trains from `tokens` consumed on; returns whether the end of the plan was reached.
+
+        Otherwise it was asked to stop, and the last step is saved. Raises DetourError when too many steps in a row
+        had to be skipped.
+        """
+        phase = None
         for step, batch, waited in self._steps(tokens):
+            if step.phase is not phase:
+                phase = step.phase
+                self._enter(step)
             started = time.perf_counter()
-            figures = self.train_step(step, batch)
+            figures, stop = self.train_step(step, batch)
             seconds = time.perf_counter() - started + waited
-            figures |= {
-                "tokens_per_second": self.plan.tokens_per_step / seconds,
-                "seconds": seconds,
-                "data_wait_seconds": waited,
-                "memory_bytes": memory_bytes(self.device),
-            }
-            if self.validate and (step.ends_phase or _passes(self.config.validation.every, step, self.plan)):
+            figures |= self._speed(step, seconds, figures.pop("flops"))
+            figures |= {"data_wait_seconds": waited, "memory_bytes": memory_bytes(self.device)}
+            if self.validate and (step.ends_phase or step.passes(self.config.validation.every)):
                 figures |= self.validate(self.engine.module)
             self.record(figures)
-            if step.number % REPLICA_STEPS == 0:
-                whole = {name: p for name, p in self.engine.module.named_parameters() if spec_of(p) is None}
-                refuse_unequal_replicas(whole, self.state)
-            if step.ends_phase or _passes(self.config.checkpoint.every, step, self.plan):
+            self._refuse_to_go_on(step, figures)
+            if stop or step.ends_phase or step.passes(self.config.checkpoint.every):
                 self.save(step)
+            if stop:
+                return step.tokens == self.plan.total_tokens
+        return True
 
-    def train_step(self, step: Step, batch: RankBatch) -> dict[str, Any]:
-        """One optimiser step: the mean loss over all labelled positions of all ranks goes down its gradient."""
-        labelled, padding, crc = self._sum_over_ranks(batch.labelled, batch.padding, batch.crc)
-        # DeepSpeed divides by the microbatches and averages over the ranks; both are undone, so that the update does
-        # not depend on how the labelled positions fall on them.
-        scale = self.state.data_size * len(batch.micro_batches) / max(labelled, 1)
+    def train_step(self, step: Step, batch: RankBatch) -> tuple[dict[str, Any], bool]:
+        """One optimiser step: the mean loss over all labelled positions of all ranks goes down its gradient.
+
+        Returns what it did, and whether a rank has been asked to stop.
+        """
+        labelled, padding, crc, flops = self._sum_over_ranks(batch)
+        # ZeRO averages over the ranks, which is undone, so that the update does not depend on how the labelled
+        # positions fall on them.
+        scale = self.state.data_size / max(labelled, 1)
         set_learning_rate(self.engine, step.learning_rate)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, micro_batch in enumerate(batch.micro_batches, start=1):
+        for micro_batch in batch.micro_batches:
+            self.engine.set_gradient_accumulation_boundary(micro_batch is batch.micro_batches[-1])
             out = self.engine(*micro_batch.to(self.device).arguments)
             self.engine.backward(out.loss * scale)
             loss_sum += out.cross_entropy.double()
-            if number == len(batch.micro_batches):
-                dist.all_reduce(loss_sum, group=self.state.data_group)
-                loss = self._finite("loss", float(loss_sum) / max(labelled, 1), step)
-            self.engine.step()
-        norm = self._finite("gradient norm", float(self.engine.get_global_grad_norm()), step)
-        return {
+        loss_sum, stop = self._agree(loss_sum)
+        loss = loss_sum / max(labelled, 1)
+        norm, verdict = self._update(loss)
+        figures = {
             "step": step.number,
             "tokens": step.tokens,
             "phase": step.phase.name,
             "objective": step.phase.objective,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "lr": step.learning_rate,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "sequences": step.sequences,
             "labelled_tokens": labelled,
-            "padding_share": padding / self.plan.tokens_per_step,
+            "padding_share": padding / (step.tokens - step.start),
             "data_crc": crc,
+            "flops": flops,
         }
+        if step.mask_rate is not None:
+            figures["mask_rate"] = step.mask_rate
+        if verdict.fault:
+            figures["skipped" if verdict.skip else "spike"] = verdict.fault
+        return figures, stop
+
+    def _update(self, loss: float) -> tuple[float, Verdict]:
+        """Lets the optimiser step if the guard permits it; returns the norm of the gradient and the verdict."""
+        zero = self.engine.optimizer
+        verdicts: list[Verdict] = []
+
+        def permit() -> bool:
+            if not verdicts:  # asked once for each group of parameters
+                verdicts.append(self.guard.judge(loss, float(zero._global_grad_norm)))
+            return not verdicts[0].skip
+
+        zero.optimizer.permit = permit
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        # Of a gradient that is no number ZeRO itself leaves the step out.
+        verdict = verdicts[0] if verdicts else self.guard.judge(loss, norm)
+        self.guard.remember(loss, norm, verdict)
+        return norm, verdict
+
+    def _enter(self, step: Step) -> None:
+        """What changes with the phase: a run that is resumed inside it enters it again."""
+        freeze(self.engine, step.phase)
+        if step.begins_phase:
+            self.guard.begin_phase()
+            if step.phase.settings.optimizer_state == "reset":
+                forget_moments(self.engine)
+
+    def _refuse_to_go_on(self, step: Step, figures: dict[str, Any]) -> None:
+        if self.guard.out_of_patience:
+            self.inspect(step, figures)
+            raise DetourError(
+                f"{self.guard.skipped_in_row} steps in a row were skipped, the last one, step {step.number} of phase "
+                f"{step.phase.name}, because {figures['skipped']}; nothing was saved since the last checkpoint: look "
+                "at the folder inspect/ and the metrics, lower the learning rate and start in another folder=..."
+            )
+        if step.number % REPLICA_STEPS == 0:
+            whole = {name: p for name, p in self.engine.module.named_parameters() if spec_of(p) is None}
+            refuse_unequal_replicas(whole, self.state)
 
     def _steps(self, tokens: int) -> Iterator[tuple[Step, RankBatch, float]]:
         """Steps with their batches, each made while the one before trains, and the seconds that it was waited for."""
@@ -121,26 +179,35 @@ class Trainer:
 
     def _load(self, step: Step) -> tuple[Step, RankBatch]:
         phase = step.phase
-        words = self.words if phase.whole_word_masking else None
-        objective = make(phase.objective, phase.mask_rate, self.vocabulary, words)
+        words = self.start.words if phase.settings.whole_word_masking else None
+        objective = make(phase.objective, step.mask_rate, self.start.vocabulary, words)
         numbers = rank_numbers(step.first_sequence, step.sequences, self.state.data_rank, self.state.data_size)
-        micro = self.config.batch.micro_sequences
-        return step, rank_batch(self.sequences, numbers, micro, objective, self.config.seed)
+        sequences = self.course.of(phase)
+        return step, rank_batch(sequences, numbers, phase.micro_sequences, objective, self.config.seed)
 
-    def _sum_over_ranks(self, *counts: int) -> list[int]:
-        totals = torch.tensor(counts, dtype=torch.int64, device=self.device)
+    def _sum_over_ranks(self, batch: RankBatch) -> list[int]:
+        """Labelled positions, padding, checksum and floating-point operations of all data-parallel ranks."""
+        flops = sum(
+            training_flops(self.start.shape, micro.lengths, micro.causal, len(micro.labels))
+            for micro in batch.micro_batches
+        )
+        totals = torch.tensor([batch.labelled, batch.padding, batch.crc, flops], dtype=torch.int64, device=self.device)
         dist.all_reduce(totals, group=self.state.data_group)
         return totals.tolist()
 
-    def _finite(self, what: str, value: float, step: Step) -> float:
-        if not math.isfinite(value) or value < 0:  # DeepSpeed tells an invalid norm by -1
-            raise DetourError(
-                f"the {what} is {value} at step {step.number} (phase {step.phase.name}); nothing was saved since the "
-                "last checkpoint: lower the learning rate and start in another folder, or look at this step's data"
-            )
-        return value
+    def _agree(self, loss_sum: torch.Tensor) -> tuple[float, bool]:
+        """The sum of the losses, the same bits on every rank, and whether any rank is to stop."""
+        mine = loss_sum if self.state.tensor_rank == 0 else torch.zeros_like(loss_sum)
+        totals = torch.stack([mine, mine.new_tensor(float(self.stop()))])
+        dist.all_reduce(totals)
+        loss, stop = totals.tolist()
+        return loss, stop > 0
 
-
-def _passes(every: int | None, step: Step, plan: Plan) -> bool:
-    """Whether a step carries the run over a multiple of `every` tokens."""
-    return every is not None and step.tokens // every > (step.tokens - plan.tokens_per_step) // every
+    def _speed(self, step: Step, seconds: float, flops: int) -> dict[str, float]:
+        speed = {
+            "tokens_per_second": (step.tokens - step.start) / seconds,
+            "seconds": seconds,
+            "model_tflops": flops / seconds / 1e12,
+        }
+        share = utilisation(flops / seconds, self.device, next(self.engine.module.parameters()).dtype)
+        return speed if share is None else speed | {"mfu": share}

@@ -18,8 +18,11 @@ class _Parser(argparse.ArgumentParser):
         raise DetourError(f"{message}; --help lists what there is")
 
 
-def main(default_run_file: str | Path, arguments: list[str] | None = None) -> None:
-    """Runs what the command line says: [--run-file F] [--control] [--plan] [key=value ...]. Raises DetourError."""
+def main(default_run_file: str | Path, arguments: list[str] | None = None) -> int:
+    """Runs what the command line says: [--run-file F] [--control] [--plan] [key=value ...]; returns the exit status.
+
+    Raises DetourError.
+    """
     options = _parse(default_run_file, arguments)
     config = load(options.run_file, options.overrides)
     if options.control is not None:
@@ -31,14 +34,14 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> No
     if options.plan:
         if first:
             print("only the run file was read: a start looks for the model, the corpora and the machine as well")
-        return
+        return 0
     folder = Path(config.folder)
     if first:
         refuse_another_run(folder, config)
     # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
     from megatron_detour.training.session import run_session
 
-    run_session(config, plan, folder)
+    return run_session(config, plan, folder)
 
 
 def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argparse.Namespace:

@@ -3,56 +3,66 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_detour.checkpoint import huggingface, store
-from megatron_detour.checkpoint.huggingface import Source
-from megatron_detour.checkpoint.state import gather, scatter
-from megatron_detour.config import Corpus, RunConfig
-from megatron_detour.data.batches import Sequences
-from megatron_detour.errors import DetourError
+from megatron_detour.config import RunConfig
+from megatron_detour.data.course import Course
 from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.observe import meter
 from megatron_detour.observe.progress import Progress
 from megatron_detour.observe.report import write_report
-from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink
+from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
+from megatron_detour.training.checkpoints import Checkpoints
+from megatron_detour.training.describe import run_facts, session_facts
 from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed, training_dtype
-from megatron_detour.training.folder import add_session, take
+from megatron_detour.training.folder import add_session, end_session, take
+from megatron_detour.training.guards import Guard
+from megatron_detour.training.lock import RunLock
 from megatron_detour.training.loop import Trainer
 from megatron_detour.training.start import StartModel
+from megatron_detour.training.stop import EXIT_INTERRUPTED, StopRequests
 from megatron_detour.training.validation import Validation
+from megatron_detour.training.watch import Watch
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def run_session(config: RunConfig, plan: Plan, folder: Path) -> None:
-    """Trains from the newest whole checkpoint of `folder`, or from the start, to the end of the plan."""
+def run_session(config: RunConfig, plan: Plan, folder: Path) -> int:
+    """Trains from the newest whole checkpoint of `folder`, or from the start, to the end of the plan.
+
+    Returns the exit status: 0 at the end, EXIT_INTERRUPTED where it was asked to stop before.
+    """
     deepspeed_config = read_deepspeed_config(config.deepspeed)
     start = StartModel.of(config)
-    sequences = Sequences(config.data.corpora, config.data.sequence_length, config.data.order_seed, start.vocabulary)
-    state, device = start_distributed(config)
-    choice = choose_compute(
-        config.compute.attention,
-        config.compute.kernels,
-        config.compute.recompute,
-        start.shape.head_dim,
-        device,
-        training_dtype(deepspeed_config),
-    )
-    session = Session(config, plan, folder, start, sequences, state, device, choice)
-    model = ModernBert(start.shape, state, choice.compute, config.z_loss)
-    session.train(create_engine(model, config, deepspeed_config, state))
-    dist.barrier()
-    dist.destroy_process_group()
+    course = Course(plan, config.data.order_seed, start.vocabulary)
+    with StopRequests(config.time_limit) as stop:
+        state, device = start_distributed(config, plan)
+        with Watch():
+            choice = choose_compute(
+                config.compute.attention,
+                config.compute.kernels,
+                config.compute.recompute,
+                start.shape.head_dim,
+                device,
+                training_dtype(deepspeed_config),
+            )
+            session = Session(config, plan, folder, start, course, state, device, choice, stop)
+            model = ModernBert(start.shape, state, choice.compute, config.z_loss)
+            with session.own_folder():
+                finished = session.train(create_engine(model, config, deepspeed_config, state))
+            dist.barrier()
+        dist.destroy_process_group()
+    return 0 if finished else EXIT_INTERRUPTED
 
 
 class Session:
@@ -62,137 +72,109 @@ class Session:
         plan: Plan,
         folder: Path,
         start: StartModel,
-        sequences: Sequences,
+        course: Course,
         state: ParallelState,
         device: torch.device,
         choice: Choice,
+        stop: StopRequests,
     ) -> None:
         self.config, self.plan, self.folder, self.start, self.choice = config, plan, folder, start, choice
-        self.sequences, self.state, self.device = sequences, state, device
-        self.checkpoints = folder / "checkpoints"
+        self.course, self.state, self.device, self.stop = course, state, device, stop
         self.validation = None
         if config.validation.corpora:
-            self.validation = Validation(config, start.vocabulary, state, device)
-        if state.is_first:
-            take(folder, config, plan)
+            self.validation = Validation(config, start.vocabulary, start.tokenizer_file, state, device)
         self.sinks: list[Sink] = []
         self.progress: Progress | None = None
+        self._described = False
+        self._slowest, self._recorded_at = 0.0, time.monotonic()
 
-    def train(self, engine: DeepSpeedEngine) -> None:
-        tokens = self._restore(engine)
-        done = tokens // self.plan.tokens_per_step
-        trainer = Trainer(
+    @contextmanager
+    def own_folder(self) -> Iterator[None]:
+        """Keeps other runs out of the folder, and notes there how the session ended."""
+        if not self.state.is_first:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with RunLock(self.folder, self._say):
+            take(self.folder, self.config, self.plan)
+            try:
+                yield
+            except BaseException as error:
+                self._end(f"error: {error}" if isinstance(error, Exception) else type(error).__name__)
+                raise
+
+    def train(self, engine: DeepSpeedEngine) -> bool:
+        """Returns whether the end of the plan was reached; otherwise the run was asked to stop, and has saved."""
+        guard = Guard(self.config.guards)
+        checkpoints = Checkpoints(
+            self.config, self.plan, self.folder, engine, self.state, self.start, self.course, guard, self._say
+        )
+        tokens = checkpoints.restore()
+        finished = True
+        if tokens < self.plan.total_tokens:
+            with ExitStack() as stack:
+                if self.state.is_first:
+                    checkpoints.refuse_full_disk()
+                    self._describe(engine, tokens)
+                    self._open_sinks(stack, tokens)
+                if tokens == 0:
+                    self._begin(engine, checkpoints)
+                finished = self._trainer(engine, guard, checkpoints).run(tokens)
+                checkpoints.background.wait()
+        if self.state.is_first:
+            self._finish(checkpoints, finished)
+        return finished
+
+    def _trainer(self, engine: DeepSpeedEngine, guard: Guard, checkpoints: Checkpoints) -> Trainer:
+        def record(figures: dict[str, Any]) -> None:
+            checkpoints.background.check()
+            self._record(figures)
+            self._keep_time(checkpoints)
+
+        def save(step: Step) -> None:
+            checkpoints.save(step)
+            if self.state.is_first and step.ends_phase and step.number < self.plan.total_steps:
+                checkpoints.background.submit(lambda: write_report(self.folder))
+
+        return Trainer(
             self.config,
             self.plan,
             engine,
             self.state,
             self.device,
-            self.sequences,
-            self.start.vocabulary,
-            self.start.words,
+            self.course,
+            self.start,
+            guard,
             validate=self.validation,
-            save=lambda step: self._save(engine, step),
-            record=self._record,
+            save=save,
+            inspect=checkpoints.inspect,
+            record=record,
+            stop=lambda: self.stop.reason() is not None,
         )
-        if tokens < self.plan.total_tokens:
-            with ExitStack() as stack:
-                if self.state.is_first:
-                    self._describe(engine, done)
-                    self._open_sinks(stack, done)
-                if tokens == 0:
-                    self._begin(engine)
-                trainer.run(tokens)
-        if self.state.is_first:
-            self._finish()
 
-    def _restore(self, engine: DeepSpeedEngine) -> int:
-        """Sets weights and optimiser from the newest checkpoint or the start model; returns the tokens consumed."""
-        found = [store.latest(self.checkpoints, self._say) if self.state.is_first else None]
-        dist.broadcast_object_list(found, src=0)
-        checkpoint, model = found[0], engine.module
-        if checkpoint is None and self.start.weights is None:
-            scatter(engine, self.state, lambda name: model.initial_weight(name, self.config.seed))
-            return 0
-        with ExitStack() as stack:
-            source = self.start.weights if checkpoint is None else Source(str(checkpoint))
-            weights = stack.enter_context(huggingface.Weights(source))
-            weights.check(model.full_sizes())
-            if checkpoint is None:
-                self._compare(source)
-                scatter(engine, self.state, weights)
-                return 0
-            run_state = huggingface.read_run_state(checkpoint)
-            if run_state["tokens"] < self.plan.total_tokens:
-                self._check_corpora(run_state, checkpoint)
-            moments = huggingface.open_moments(checkpoint, stack)
-            scatter(engine, self.state, weights, moments, run_state["adam_steps"])
-            self._say(f"resuming from {checkpoint} at {run_state['tokens']:,} tokens")
-            return run_state["tokens"]
+    def _keep_time(self, checkpoints: Checkpoints) -> None:
+        """Before a time limit there must be room for a step, with a validation perhaps, and for saving."""
+        now = time.monotonic()
+        self._slowest, self._recorded_at = max(self._slowest, now - self._recorded_at), now
+        self.stop.margin(1.5 * (self._slowest + checkpoints.seconds))
 
-    def _compare(self, source: Source) -> None:
-        """A start model has to be the same function here as in transformers: better told now than after the run."""
-        if self.state.is_first:
-            difference = huggingface.compare_with_transformers(
-                source.name, huggingface.load_model(source, self.start.shape)
-            )
-            huggingface.refuse_difference(difference, source.name)
-            self._say(f"{source.name}: logits equal transformers' within {difference:.1e}")
-
-    def _identities(self) -> dict[str, str]:
-        corpora = zip(self.config.data.corpora, self.sequences.manifests, strict=True)
-        return {corpus.prefix: manifest.files["bin"]["sha256"] for corpus, manifest in corpora}
-
-    def _check_corpora(self, run_state: dict[str, Any], checkpoint: Path) -> None:
-        for prefix, sha256 in self._identities().items():
-            if run_state.get("corpora", {}).get(prefix) != sha256:
-                raise DetourError(
-                    f"{prefix}: the corpus has changed since {checkpoint} was saved; bring the old one back, or start "
-                    "in another folder=..."
-                )
-
-    def _begin(self, engine: DeepSpeedEngine) -> None:
+    def _begin(self, engine: DeepSpeedEngine, checkpoints: Checkpoints) -> None:
         """Step 0: the figures before training, and a checkpoint where no folder holds these weights yet."""
         if self.validation:
             self._record({"step": 0, "tokens": 0} | self.validation(engine.module))
         if self.start.weights is None:
-            self._save(engine, None)
+            checkpoints.save(None)
 
-    def _save(self, engine: DeepSpeedEngine, done: Step | None) -> None:
-        """Publishes a checkpoint after step `done`, or of the start."""
-        training = gather(engine, self.state)
-        if not self.state.is_first:
-            return
-        start, step = self.start, done.number if done else 0
-        run_state = {
-            "step": step,
-            "total_steps": self.plan.total_steps,
-            "tokens": done.tokens if done else 0,
-            "phase": done.phase.name if done else None,
-            "ranks": dist.get_world_size(),
-            "tensor_parallel": self.state.tensor_size,
-            "trajectory": self.config.trajectory(),
-            "corpora": self._identities(),
-            "versions": meter.versions(),
-        }
-
-        def write(aside: Path) -> None:
-            huggingface.write_model(aside, start.config, start.tokenizer, start.vocabulary, training.weights)
-            huggingface.write_checkpoint(aside, training, run_state)
-
-        target = store.checkpoint_folder(self.checkpoints, step)
-        store.publish(target, write)
-        boundaries = {0, *(phase.end // self.plan.tokens_per_step for phase in self.plan.phases)}
-        store.prune(self.checkpoints, step, self.config.checkpoint.keep, boundaries)
-        self._say(f"saved {target}")
-
-    def _open_sinks(self, stack: ExitStack, done: int) -> None:
+    def _open_sinks(self, stack: ExitStack, tokens: int) -> None:
+        done = self.plan.at(tokens).number - 1
         self.sinks = [MetricsFile(self.folder / "metrics.jsonl", done if done else -1)]
         if self.config.tensorboard:
             self.sinks.append(TensorBoardSink(self.folder / "tensorboard", done))
+        if self.config.wandb:
+            self.sinks.append(WandbSink(asdict(self.config.wandb), self.folder, self.config.name, done))
         for sink in self.sinks:
             stack.callback(sink.close)
-        phases = self.plan.to_dict()["phases"]
-        self.progress = stack.enter_context(Progress(phases, self.plan.tokens_per_step, done))
+        self.progress = stack.enter_context(Progress(self.plan.to_dict()["phases"], done))
 
     def _record(self, figures: dict[str, Any]) -> None:
         if self.state.is_first:
@@ -204,56 +186,26 @@ class Session:
         if self.state.is_first:
             self.progress.say(message) if self.progress else print(message, flush=True)
 
-    def _describe(self, engine: DeepSpeedEngine, done: int) -> None:
+    def _describe(self, engine: DeepSpeedEngine, tokens: int) -> None:
         """Adds this session to environment.json, with what it runs on and what it reads."""
-        session = {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "step": done,
-            "ranks": dist.get_world_size(),
-            "tensor_parallel": self.state.tensor_size,
-            "device": meter.device_name(self.device),
-            "host_cores": meter.host_cores(),
-            "attention": self.choice.attention,
-            "kernels": self.choice.kernels,
-            "recompute": self.choice.compute.recompute,
-            "passed_over": self.choice.passed_over,
-        }
         self._say(str(self.choice))
-        validation = self.validation
-        weights = [corpus.weight for corpus in self.config.data.corpora]
-        sizes = engine.module.full_sizes().values()
-        facts = {
-            "versions": meter.versions(),
-            "model": {"parameters": sum(torch.Size(size).numel() for size in sizes), **_sizes(self.start.config)},
-            "corpora": _corpora(self.config.data.corpora, self.sequences),
-            "validation_corpora": _corpora(self.config.validation.corpora, validation.sequences) if validation else [],
-            "unigram_loss": validation.unigram_loss(self.sequences, weights) if validation else None,
-        }
-        add_session(self.folder, session, facts)
-        if validation:
+        step = self.plan.at(tokens).number - 1
+        facts = run_facts(self.config, self.start, self.course, self.validation, engine.module)
+        add_session(self.folder, session_facts(step, self.state, self.device, self.choice, engine.module), facts)
+        self._described = True
+        if facts["unigram_loss"] is not None:
             self._say(f"always guessing by token frequency, the validation MLM loss is {facts['unigram_loss']:.3f}")
 
-    def _finish(self) -> None:
+    def _end(self, how: str) -> None:
+        if self._described:
+            end_session(self.folder, how)
+
+    def _finish(self, checkpoints: Checkpoints, finished: bool) -> None:
+        why = self.stop.reason() or "a request to another rank"
+        self._end("finished" if finished else why)
         report = write_report(self.folder)
-        final = store.checkpoint_folder(self.checkpoints, self.plan.total_steps)
-        print(f"model    {final}\nreport   {report}\nmetrics  {self.folder / 'metrics.jsonl'}", flush=True)
-
-
-def _sizes(config: dict[str, Any]) -> dict[str, Any]:
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return {key: config[key] for key in keys}
-
-
-def _corpora(corpora: tuple[Corpus, ...], sequences: Sequences) -> list[dict[str, Any]]:
-    return [
-        {
-            "prefix": corpus.prefix,
-            "weight": corpus.weight,
-            "documents": manifest.documents,
-            "tokens": manifest.tokens,
-            "sha256": manifest.files["bin"]["sha256"],
-            "tokenizer_sha256": manifest.tokenizer["sha256"],
-            "sources": manifest.sources,
-        }
-        for corpus, manifest in zip(corpora, sequences.manifests, strict=True)
-    ]
+        if finished:
+            print(f"model    {checkpoints.path(self.plan.total_steps)}")
+        else:
+            print(f"stopped by {why}: saved, and the same command goes on from there (exit status {EXIT_INTERRUPTED})")
+        print(f"report   {report}\nmetrics  {self.folder / 'metrics.jsonl'}", flush=True)

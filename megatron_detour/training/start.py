@@ -21,6 +21,7 @@ class StartModel:
     shape: Shape
     weights: Source | None  # None: initialised from the seed
     tokenizer: Source
+    tokenizer_file: Path
     vocabulary: Vocabulary
     words: Words | None  # None: no phase masks whole words
 
@@ -36,7 +37,9 @@ class StartModel:
         described = described or fresh_config(model.config, vocabulary)
         shape = Shape.of(described, model.start or "model.config")
         _check_fit(config, vocabulary, shape)
-        return cls(described, shape, weights, _fetched(_tokenizer(model)), vocabulary, _words(config, vocabulary))
+        tokenizer = _fetched(_tokenizer(model))
+        file = find_tokenizer(tokenizer.name, tokenizer.download)
+        return cls(described, shape, weights, tokenizer, file, vocabulary, _words(config, vocabulary, file))
 
 
 def _tokenizer(model: Model) -> Source:
@@ -58,11 +61,10 @@ def _vocabulary(model: Model, weights: Source | None) -> Vocabulary:
     return vocabulary
 
 
-def _words(config: RunConfig, vocabulary: Vocabulary) -> Words | None:
+def _words(config: RunConfig, vocabulary: Vocabulary, tokenizer_file: Path) -> Words | None:
     if not any(phase.whole_word_masking for phase in config.phases):
         return None
-    source = _tokenizer(config.model)
-    return Words.of(find_tokenizer(source.name, source.download), vocabulary)
+    return Words.of(tokenizer_file, vocabulary)
 
 
 def _check_fit(config: RunConfig, vocabulary: Vocabulary, shape: Shape) -> None:
@@ -72,11 +74,11 @@ def _check_fit(config: RunConfig, vocabulary: Vocabulary, shape: Shape) -> None:
             f"{name}: the tokenizer has {vocabulary.size:,} ids, the model's embedding only {shape.vocabulary:,}; "
             "they do not belong together"
         )
-    length = config.data.sequence_length
-    if length > shape.max_positions:
-        raise DetourError(
-            f"data.sequence_length: {length:,} is more than the model's {shape.max_positions:,} positions"
-        )
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    lengths |= {f"phases.{p.name}.sequence_length": p.sequence_length for p in config.phases if p.sequence_length}
+    for key, length in lengths.items():
+        if length > shape.max_positions:
+            raise DetourError(f"{key}: {length:,} is more than the model's {shape.max_positions:,} positions")
     shape.check_tensor_parallel(config.parallel.tensor)
 
 

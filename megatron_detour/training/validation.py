@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import Sequences, micro_batch_of
+from megatron_detour.data.pieces import byte_lengths
 from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.objectives import CausalLM, MaskedLM, Objective
@@ -19,34 +24,55 @@ UNIGRAM_TOKENS = 20_000_000  # read of each corpus for its unigram distribution
 class Validation:
     """The first `validation.sequences` packs of the held-out corpora, masked under `validation.seed`."""
 
-    def __init__(self, config: RunConfig, vocabulary: Vocabulary, state: ParallelState, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        vocabulary: Vocabulary,
+        tokenizer_file: Path,
+        state: ParallelState,
+        device: torch.device,
+    ) -> None:
         settings = config.validation
         self.sequences = Sequences(settings.corpora, config.data.sequence_length, settings.seed, vocabulary)
         self.count, self.seed = settings.sequences, settings.seed
         self.micro = config.batch.micro_sequences
-        self.masked = MaskedLM(vocabulary, settings.mask_rate)
-        self.causal = CausalLM(vocabulary)
+        self.objectives: dict[str, Objective] = {
+            "mlm": MaskedLM(vocabulary, settings.mask_rate),
+            "clm": CausalLM(vocabulary),
+        }
+        self.bytes_of = byte_lengths(tokenizer_file, vocabulary)
         self.state, self.device = state, device
+        which, _ = self.sequences.locate(np.arange(self.count))
+        names = _names(self.sequences.prefixes)
+        self.numbers = {name: np.flatnonzero(which == i) for i, name in enumerate(names)}  # of sequences, by corpus
 
     def __call__(self, model: ModernBert) -> dict[str, float]:
-        """Losses in nats a labelled token and the share of masked tokens restored; every rank must call it."""
+        """Losses in nats a labelled token, bits a byte of them, the share of masked tokens restored; over all corpora,
+        and KEY/NAME for each where there are several. Every rank must call it."""
+        figures: dict[str, float] = {}
         model.eval()
-        masked_loss, masked_right = self._mean(model, self.masked)
-        causal_loss, _ = self._mean(model, self.causal)
+        for name, objective in self.objectives.items():
+            sums = {corpus: self._sums(model, objective, numbers) for corpus, numbers in self.numbers.items()}
+            figures |= _figures(name, sum(sums.values()), "")
+            if len(sums) > 1:
+                for corpus, of_corpus in sums.items():
+                    figures |= _figures(name, of_corpus, f"/{corpus}")
         model.train()
-        return {"val_mlm_loss": masked_loss, "val_mlm_accuracy": masked_right, "val_clm_loss": causal_loss}
+        return figures
 
     @torch.no_grad()
-    def _mean(self, model: ModernBert, objective: Objective) -> tuple[float, float]:
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        mine = range(self.state.data_rank, self.count, self.state.data_size)
+    def _sums(self, model: ModernBert, objective: Objective, numbers: np.ndarray) -> np.ndarray:
+        """Of the sequences with these numbers: loss, right answers, labelled tokens and their bytes, float64 [4]."""
+        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        mine = numbers[self.state.data_rank :: self.state.data_size]
         for first in range(0, len(mine), self.micro):
             batch, _ = micro_batch_of(self.sequences, mine[first : first + self.micro], objective, self.seed)
+            covered = int(self.bytes_of.take(batch.labels.numpy()).sum())
             out = model(*batch.to(self.device).arguments)
-            totals += torch.stack([out.cross_entropy.double(), out.right.double(), totals.new_tensor(out.labelled)])
+            counts = totals.new_tensor([out.labelled, covered])
+            totals += torch.cat([torch.stack([out.cross_entropy.double(), out.right.double()]), counts])
         dist.all_reduce(totals, group=self.state.data_group)
-        loss, right, labelled = totals.tolist()
-        return loss / max(labelled, 1), right / max(labelled, 1)
+        return totals.cpu().numpy()
 
     def unigram_loss(self, training: Sequences, weights: list[float]) -> float:
         """Loss in nats, on the masked tokens, of always answering with the training corpora's token frequencies.
@@ -61,6 +87,29 @@ class Validation:
         ordinary = training.vocabulary.ordinary()
         probabilities = np.zeros_like(frequencies)
         probabilities[ordinary] = (frequencies[ordinary] + 1) / (frequencies[ordinary] + 1).sum()
-        batch = self.sequences.read(range(self.count))
-        labels = self.masked.apply(batch.tokens, batch.lengths, self.seed, np.arange(self.count)).labels
+        numbers = np.arange(self.count)
+        batch = self.sequences.read(numbers)
+        labels = self.objectives["mlm"].apply(batch.tokens, batch.lengths, self.seed, numbers).labels
         return float(-np.log(probabilities[labels]).mean())
+
+
+def _figures(objective: str, sums: Any, suffix: str) -> dict[str, float]:
+    loss, right, labelled, covered = sums
+    figures = {
+        f"val_{objective}_loss{suffix}": loss / max(labelled, 1),
+        f"val_{objective}_bits_per_byte{suffix}": loss / math.log(2) / max(covered, 1),
+    }
+    if objective == "mlm":
+        figures[f"val_mlm_accuracy{suffix}"] = right / max(labelled, 1)
+    return {key: float(value) for key, value in figures.items()}
+
+
+def _names(prefixes: list[str]) -> list[str]:
+    """The shortest ends of the prefixes' paths that tell them apart."""
+    parts = [Path(prefix).parts for prefix in prefixes]
+    longest = max(map(len, parts))
+    for length in range(1, longest + 1):
+        names = ["-".join(part[-length:]).strip("/") for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return prefixes

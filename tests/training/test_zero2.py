@@ -10,6 +10,7 @@ import torch
 
 from megatron_detour.config import from_dict
 from megatron_detour.data.batches import MicroBatch
+from megatron_detour.plan import Plan
 from tests.harness import ROOT, run_ranks
 from tests.models import loss_of, microbatch, tiny, together
 
@@ -44,18 +45,18 @@ def microbatches(step: int) -> list[MicroBatch]:
 def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
     """On every rank, through the project's engine: norms of the steps, and (first rank) the full state after the first
     and after the last one."""
-    from megatron_detour.checkpoint.state import gather, refuse_unequal_replicas, scatter
+    from megatron_detour.checkpoint.state import TrainingState, gather, refuse_unequal_replicas, scatter
     from megatron_detour.parallel.shard import spec_of
     from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
 
     config = run_config(tensor, sequence, micro)
-    state, _ = start_distributed(config)
+    state, _ = start_distributed(config, Plan.of(config))
     model = tiny(state)
     reference = dict(tiny().named_parameters())
     engine = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)
     scatter(engine, state, lambda name: reference[name].detach())
     whole = {name: p for name, p in model.named_parameters() if spec_of(p) is None}
-    norms, first = [], None
+    norms, first, last = [], TrainingState(), TrainingState()
     for step in range(steps):
         batches = microbatches(step)
         labelled = sum(len(b.labels) for b in batches)
@@ -65,13 +66,15 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
         for group in engine.optimizer.param_groups:
             group["lr"] = LEARNING_RATE
         for batch in mine:
-            engine.backward(loss_of(engine, batch).loss * state.data_size * share / labelled)
-            engine.step()
+            engine.set_gradient_accumulation_boundary(batch is mine[-1])
+            engine.backward(loss_of(engine, batch).loss * state.data_size / labelled)
+        engine.step()
         norms.append(float(engine.get_global_grad_norm()))
         refuse_unequal_replicas(whole, state)
         if step == 0:
-            first = gather(engine, state)
-    return norms, first, gather(engine, state)
+            gather(engine, state, first)
+    gather(engine, state, last)
+    return norms, first, last
 
 
 def plain_steps(steps: int):
@@ -119,7 +122,7 @@ def test_steps_equal_plain_torch_for_every_split(tmp_path, ranks, tensor, sequen
             results[0][1].weights[name], weight, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
     training = results[0][2]
-    assert training.adam_steps == STEPS
+    assert set(training.adam_steps.values()) == {STEPS} and training.adam_steps.keys() == weights.keys()
     assert training.weights.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(

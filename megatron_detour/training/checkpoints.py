@@ -1,0 +1,179 @@
+"""The checkpoints of a run: where it begins or goes on, what is saved, and what is kept."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_detour.checkpoint import huggingface, store
+from megatron_detour.checkpoint.huggingface import Source
+from megatron_detour.checkpoint.saver import Background
+from megatron_detour.checkpoint.state import TrainingState, gather, scatter
+from megatron_detour.config import RunConfig
+from megatron_detour.data.course import Course
+from megatron_detour.errors import DetourError
+from megatron_detour.observe import meter
+from megatron_detour.parallel.state import ParallelState
+from megatron_detour.plan import Plan, Step
+from megatron_detour.training.guards import Guard
+from megatron_detour.training.start import StartModel
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+BYTES_A_PARAMETER = 12  # fp32 weights and two moments
+SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
+
+
+class Checkpoints:
+    """Every rank calls `restore`, `save` and `inspect`; the first one writes, beside training."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        folder: Path,
+        engine: DeepSpeedEngine,
+        state: ParallelState,
+        start: StartModel,
+        course: Course,
+        guard: Guard,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.plan, self.folder, self.start, self.course = config, plan, folder, start, course
+        self.engine, self.state, self.guard, self.say = engine, state, guard, say
+        self.checkpoints = folder / "checkpoints"
+        self.background = Background()
+        self.seconds = 0.0  # that the last save took in all, gathering and writing
+        self._gathered = TrainingState()
+
+    @property
+    def bytes(self) -> int:
+        """The size of a checkpoint, roughly."""
+        sizes = self.engine.module.full_sizes().values()
+        return BYTES_A_PARAMETER * sum(torch.Size(size).numel() for size in sizes)
+
+    def path(self, step: int) -> Path:
+        return store.checkpoint_folder(self.checkpoints, step)
+
+    def restore(self) -> int:
+        """Sets weights and optimiser from the newest checkpoint or the start model; returns the tokens consumed."""
+        found = [store.latest(self.checkpoints, self.say) if self.state.is_first else None]
+        dist.broadcast_object_list(found, src=0)
+        checkpoint, model = found[0], self.engine.module
+        if checkpoint is None and self.start.weights is None:
+            scatter(self.engine, self.state, lambda name: model.initial_weight(name, self.config.seed))
+            return 0
+        with ExitStack() as stack:
+            source = self.start.weights if checkpoint is None else Source(str(checkpoint))
+            weights = stack.enter_context(huggingface.Weights(source))
+            weights.check(model.full_sizes())
+            if checkpoint is None:
+                self._compare(source)
+                scatter(self.engine, self.state, weights)
+                return 0
+            run_state = huggingface.read_run_state(checkpoint)
+            if run_state["tokens"] < self.plan.total_tokens:
+                self._check_corpora(run_state, checkpoint)
+            scatter(self.engine, self.state, weights, *huggingface.open_optimizer(checkpoint, stack))
+            self.guard.restore(run_state["guard"])
+            self.say(f"resuming from {checkpoint} at {run_state['tokens']:,} tokens")
+            return run_state["tokens"]
+
+    def save(self, done: Step | None) -> None:
+        """Publishes a checkpoint after step `done`, or of the start, while training goes on.
+
+        Raises DetourError when the disk has no room, and what the save before this one has raised.
+        """
+        target = self.path(done.number if done else 0)
+        self._write(target, self._run_state(done), then=lambda: self._published(target))
+
+    def inspect(self, step: Step, figures: dict[str, Any]) -> None:
+        """Keeps the state of a run that cannot go on: weights, what went wrong, and which sequences were read."""
+        target = self.folder / "inspect" / f"step-{step.number:08d}"
+        numbers = {"first_sequence": step.first_sequence, "sequences": step.sequences, "figures": figures}
+        self._write(target, self._run_state(step) | numbers, then=lambda: self.say(f"kept {target}"))
+        self.background.wait()
+
+    def _write(self, target: Path, run_state: dict[str, Any], then: Callable[[], None]) -> None:
+        self.background.wait()  # it reads what is to be gathered again
+        began = time.perf_counter()
+        if self.state.is_first:
+            self.refuse_full_disk()
+        gather(self.engine, self.state, self._gathered)
+        if not self.state.is_first:
+            return
+        training, start = self._gathered, self.start
+
+        def write(aside: Path) -> None:
+            huggingface.write_model(aside, start.config, start.tokenizer, start.vocabulary, training.weights)
+            huggingface.write_checkpoint(aside, training, run_state)
+
+        def work() -> None:
+            store.publish(target, write)
+            then()
+            self.seconds = time.perf_counter() - began
+
+        self.background.submit(work)
+
+    def _published(self, target: Path) -> None:
+        store.prune(self.checkpoints, store.step_of(target), self.config.checkpoint.keep, self._is_kept)
+        self.say(f"saved {target}")
+
+    def _is_kept(self, number: int) -> bool:
+        """Whether the checkpoint of this step stays for good: the start, phase boundaries, what `keep_every` asks."""
+        if not number:
+            return True
+        step = self.plan.step(number)
+        return step.ends_phase or step.passes(self.config.checkpoint.keep_every)
+
+    def refuse_full_disk(self) -> None:
+        """Raises DetourError unless the disk has room for one more checkpoint."""
+        free, needed = shutil.disk_usage(self.folder).free, self.bytes + SPARE_BYTES
+        if free < needed:
+            raise DetourError(
+                f"{self.folder}: the disk has {free / 1e9:.2f} GB left, and a checkpoint takes {needed / 1e9:.2f} GB; "
+                "make room and start again: nothing that was saved is lost"
+            )
+
+    def _run_state(self, done: Step | None) -> dict[str, Any]:
+        return {
+            "step": done.number if done else 0,
+            "total_steps": self.plan.total_steps,
+            "tokens": done.tokens if done else 0,
+            "phase": done.phase.name if done else None,
+            "ranks": dist.get_world_size(),
+            "tensor_parallel": self.state.tensor_size,
+            "dtype": str(next(self.engine.module.parameters()).dtype).removeprefix("torch."),
+            "guard": self.guard.to_dict(),
+            "trajectory": self.config.trajectory(),
+            "corpora": self._identities(),
+            "versions": meter.versions(),
+        }
+
+    def _compare(self, source: Source) -> None:
+        """A start model has to be the same function here as in transformers: better told now than after the run."""
+        if self.state.is_first:
+            difference = huggingface.compare_with_transformers(
+                source.name, huggingface.load_model(source, self.start.shape)
+            )
+            huggingface.refuse_difference(difference, source.name)
+            self.say(f"{source.name}: logits equal transformers' within {difference:.1e}")
+
+    def _identities(self) -> dict[str, str]:
+        return {prefix: manifest.files["bin"]["sha256"] for prefix, manifest in self.course.manifests().items()}
+
+    def _check_corpora(self, run_state: dict[str, Any], checkpoint: Path) -> None:
+        for prefix, sha256 in self._identities().items():
+            if run_state.get("corpora", {}).get(prefix) != sha256:
+                raise DetourError(
+                    f"{prefix}: the corpus has changed since {checkpoint} was saved; bring the old one back, or start "
+                    "in another folder=..."
+                )

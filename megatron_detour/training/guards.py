@@ -1,0 +1,75 @@
+"""Steps that went wrong: a loss or gradient that is no number, or far above those of the steps before."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_detour.config.schema import Guards
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong with a step, and whether its update is left out."""
+
+    fault: str | None = None
+    skip: bool = False
+
+
+class Guard:
+    """Judges steps in their order. What it remembers goes with checkpoints, so that a resumed run judges alike."""
+
+    def __init__(self, settings: Guards) -> None:
+        self.settings = settings
+        self.skipped_in_row = 0
+        self._recent: dict[str, deque[float]] = {}
+        self.begin_phase()
+
+    def begin_phase(self) -> None:
+        """Losses of different objectives do not compare."""
+        self._recent = {kind: deque(maxlen=self.settings.window) for kind in ("loss", "gradient norm")}
+
+    def judge(self, loss: float, norm: float) -> Verdict:
+        """The verdict on a step with this loss and gradient norm; -1 and inf are DeepSpeed's words for no number."""
+        figures = {"loss": loss, "gradient norm": norm}
+        for kind, value in figures.items():
+            if not math.isfinite(value) or value < 0:
+                return Verdict(f"the {kind} is {'no number' if value < 0 else value}", skip=True)
+        if self.settings.spikes != "ignore":
+            for kind, value in figures.items():
+                spike = self._spike(kind, value)
+                if spike:
+                    return Verdict(spike, skip=self.settings.spikes == "skip")
+        return Verdict()
+
+    def remember(self, loss: float, norm: float, verdict: Verdict) -> None:
+        """A spike counts as well: what stays high is soon no spike."""
+        self.skipped_in_row = self.skipped_in_row + 1 if verdict.skip else 0
+        if all(map(math.isfinite, (loss, norm))) and norm >= 0:
+            self._recent["loss"].append(loss)
+            self._recent["gradient norm"].append(norm)
+
+    @property
+    def out_of_patience(self) -> bool:
+        return self.skipped_in_row >= self.settings.patience
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"skipped_in_row": self.skipped_in_row, "recent": {kind: [*v] for kind, v in self._recent.items()}}
+
+    def restore(self, remembered: dict[str, Any]) -> None:
+        self.skipped_in_row = remembered["skipped_in_row"]
+        for kind, values in remembered["recent"].items():
+            self._recent[kind].extend(values)
+
+    def _spike(self, kind: str, value: float) -> str | None:
+        recent = self._recent[kind]
+        if len(recent) < self.settings.window // 2:
+            return None
+        mean, deviation = statistics.fmean(recent), statistics.stdev(recent)
+        if deviation == 0 or value <= mean + self.settings.sigma * deviation:
+            return None
+        sigmas = (value - mean) / deviation
+        return f"spike: {kind} {value:.4g} is {sigmas:.1f} sigma above the mean of {len(recent)} steps, {mean:.4g}"
