@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_detour.config import RunConfig
 from megatron_detour.data.course import Course
+from megatron_detour.errors import EXIT_INTERRUPTED
 from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe.progress import Progress
@@ -29,7 +30,7 @@ from megatron_detour.training.guards import Guard
 from megatron_detour.training.lock import RunLock
 from megatron_detour.training.loop import Trainer
 from megatron_detour.training.start import StartModel
-from megatron_detour.training.stop import EXIT_INTERRUPTED, StopRequests
+from megatron_detour.training.stop import StopRequests
 from megatron_detour.training.validation import Validation
 from megatron_detour.training.watch import Watch
 
