@@ -132,9 +132,13 @@ def test_two_simulated_nodes_form_a_group(tmp_path):
         )
         for rank in range(4)
     ]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert (process.returncode, output) == (0, "[(0, 0), (1, 1), (2, 0), (3, 1)]\n")
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert (process.returncode, output) == (0, "[(0, 0), (1, 1), (2, 0), (3, 1)]\n")
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def stand_in(folder: Path, name: str, body: str) -> None:
