@@ -1,15 +1,30 @@
-"""The one kind of error that a user can mend: a sentence, no traceback, a non-zero exit."""
+"""The one kind of error that a user can mend, and how a process tells of errors and ends."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 SECONDS_OF_GRACE = 10  # a launcher ends the other ranks well before
+SECONDS_TO_FLUSH = 5
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: all is saved, start the same command again
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+# What gloo, NCCL and torch's store say on a rank whose peer has gone (seen with torch 2.13; NCCL's from its sources).
+_OF_ANOTHER_RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection was likely closed",
+    "ncclRemoteError",
+    "remote process exiting",
+    "NCCL communicator was aborted",
+)
 
 
 class DetourError(Exception):
@@ -24,39 +39,81 @@ def nearest(word: str, known: list[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def command_line(main: Callable[[], int | None]) -> None:
+def of_another_rank(error: BaseException) -> bool:
+    """Whether an exception is only the consequence of another rank's end."""
+    if type(error).__name__ == "DistNetworkError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_ANOTHER_RANK)
+
+
+def command_line(main: Callable[[], int | None], grace: float = SECONDS_OF_GRACE) -> None:
     """Runs `main` and exits with its status; a DetourError becomes one sentence on stderr and exit status 1.
 
-    Under a launcher every rank usually meets the same fault: the first one speaks, the others wait until the launcher
-    has ended them, and speak only if the fault was theirs alone.
+    Under a launcher every rank usually meets the same fault: the first one speaks, the others wait `grace` seconds, in
+    which the launcher ends them, and speak only if the fault was theirs alone. The first is the one that the exception
+    says (its attribute `first_to_fail`, see training/watch.py), or rank 0. An unexpected exception shows its traceback,
+    one that comes of another rank's end a sentence, after the guilty rank's.
     """
-    rank = int(os.environ.get("RANK", "0"))
     try:
         status = main() or 0
     except DetourError as error:
-        status = _tell(str(error), rank)
+        status = _tell(error, str(error), grace)
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
-    except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
-            raise
-        status = _tell(f"{error.filename or 'a file'}: {error.strerror}", rank)
     except KeyboardInterrupt as interrupt:
-        if str(interrupt) and not rank:
+        if str(interrupt) and not _rank():
             print(interrupt, file=sys.stderr, flush=True)
         status = 130
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            status = _tell(error, f"{error.filename or 'a file'}: {error.strerror}", grace)
+        elif "RANK" not in os.environ:
+            raise
+        else:
+            status = _tell_unexpected(error, grace)
     if "RANK" in os.environ:
         # A gloo thread that lets go of its last tensor while the interpreter ends aborts the process (seen with torch
         # 2.13), and NCCL may wait for ranks that are gone: a rank that has done its work leaves at once.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        leave(status)
     sys.exit(status)
 
 
-def _tell(sentence: str, rank: int) -> int:
-    if rank:
-        time.sleep(SECONDS_OF_GRACE)
-    print(f"error: {sentence}" if not rank else f"error (rank {rank}): {sentence}", file=sys.stderr, flush=True)
+def leave(status: int) -> NoReturn:
+    """Ends the process at once from any thread, with what it has printed."""
+    # Whoever holds the lock of a stream, perhaps in front of a full pipe, must not keep the process.
+    stuck = threading.Timer(SECONDS_TO_FLUSH, os._exit, [status])
+    stuck.daemon = True
+    stuck.start()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # nobody reads it any more
+            continue
+    os._exit(status)
+
+
+def say_error(sentence: str, rank: int) -> None:
+    """Writes the one line of an error, past the streams' locks, as another thread may hold them."""
+    os.write(2, (f"error: {sentence}\n" if not rank else f"error (rank {rank}): {sentence}\n").encode())
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _tell(error: Exception, sentence: str, grace: float) -> int:
+    if not getattr(error, "first_to_fail", _rank() == 0 and not of_another_rank(error)):
+        time.sleep(grace)
+    say_error(sentence, _rank())
+    return 1
+
+
+def _tell_unexpected(error: Exception, grace: float) -> int:
+    if of_another_rank(error):
+        cause = str(error).partition("\n")[0]
+        return _tell(error, f"another rank has ended or cannot be reached ({type(error).__name__}: {cause})", grace)
+    if not getattr(error, "first_to_fail", True):
+        time.sleep(grace)
+    os.write(2, "".join(traceback.format_exception(error)).encode())
     return 1

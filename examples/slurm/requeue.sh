@@ -1,0 +1,20 @@
+# For the batch scripts beside it: a job whose run was interrupted goes back into the queue.
+
+newest_checkpoint() { (cd "$1/checkpoints" 2>/dev/null && ls -d step-[0-9]* 2>/dev/null | tail -n 1) || true; }
+
+# run_and_requeue FOLDER COMMAND...: runs COMMAND, which trains in FOLDER, and ends the job with its status. On 75 (saved,
+# start again) the job is requeued, unless this start has brought no checkpoint: the next one would do no better.
+run_and_requeue() {
+  local folder=$1 status=0 before
+  shift
+  before=$(newest_checkpoint "$folder")
+  "$@" || status=$?
+  [ "$status" -eq 75 ] || exit "$status"
+  if [ "$(newest_checkpoint "$folder")" = "$before" ]; then
+    echo "error: interrupted without a new checkpoint in $folder: not requeued; give the job more time" >&2
+    exit 1
+  fi
+  echo "interrupted at $(newest_checkpoint "$folder"): job $SLURM_JOB_ID goes back into the queue"
+  scontrol requeue "$SLURM_JOB_ID" || { echo "error: not requeued; sbatch the same again" >&2; exit 75; }
+  exit 0
+}

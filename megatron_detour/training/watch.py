@@ -1,0 +1,311 @@
+"""A rank that dies or hangs ends the others, instead of leaving them in a collective until torch's own timeout.
+
+Every rank runs a thread with a connection to rank 0, beside torch's. They tell each other every few seconds that they
+live, rank 0 tells all of them whom it misses, and a process that ends closes its connection at once. A beat is of the
+process, not of its steps: however long a step, a compilation or a checkpoint takes, nobody is taken for dead, and time
+in which the whole job was stopped does not count.
+
+Not caught: a deadlock in which all processes live (torch's timeout ends it), and main code that never lets go of the
+interpreter's lock looks dead after the same time as a dead rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_detour.errors import DetourError, leave, of_another_rank, say_error
+
+BEAT_SECONDS = 3.0
+LOST_SECONDS = 45.0
+GRACE_SECONDS = 2.0  # from a verdict to the end, so that the guilty rank's message comes first
+CONNECT_SECONDS = 60.0
+LONGEST_LINE = 65536  # bytes
+LONGEST_REASON = 500  # characters of a failure's text
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which rank ends the run, and how it went."""
+
+    rank: int
+    host: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} {self.how}"
+
+
+class _Line:
+    """A connection that carries one JSON object a line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = connection
+        self._rest = b""
+        self._sending = threading.Lock()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """From any thread. That the other end has gone is found by reading."""
+        try:
+            with self._sending:
+                self.socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """What has come on a connection that is readable, or None when it has ended or is none of ours."""
+        try:
+            came = self.socket.recv(LONGEST_LINE)
+            if not came or len(self._rest) > LONGEST_LINE:
+                return None
+            *lines, self._rest = (self._rest + came).split(b"\n")
+            messages = [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            return None
+        return messages if all(isinstance(message, dict) for message in messages) else None
+
+
+@dataclass
+class _Peer:
+    """Another rank: each of them to rank 0, rank 0 to the others."""
+
+    rank: int
+    host: str = "an unknown host"
+    line: _Line | None = None
+    silence: float = 0.0  # seconds
+    done: bool = False  # it has closed its watch
+    heard: threading.Event = field(default_factory=threading.Event)  # it has answered our last word
+
+
+class Watch:
+    """A context manager around the work of a process group; every rank makes it and enters it.
+
+    Leaving it without an error closes it: the run is over for this rank. An error that is this rank's own is published.
+    Of one that comes of another rank's end the guilty one is told. Then the other ranks end, status 1, after one line.
+    """
+
+    def __init__(self, beat: float = BEAT_SECONDS, lost: float = LOST_SECONDS, grace: float = GRACE_SECONDS) -> None:
+        """Connects the ranks of the default process group. Raises DetourError where rank 0 cannot be reached."""
+        self.rank, ranks = dist.get_rank(), dist.get_world_size()
+        self._beat, self._lost, self._grace = beat, lost, grace
+        self._host = socket.gethostname()
+        self._launchers = _launchers()
+        self._selector = selectors.DefaultSelector()
+        self._verdict: Verdict | None = None
+        self._decided = threading.Event()
+        self._deciding = threading.Lock()
+        self._ends_at = 0.0
+        self._leaving = False  # the main thread is ending this process
+        self._closed = threading.Event()
+        self._peers: dict[int, _Peer] = {}
+        if ranks > 1:
+            self._connect(ranks)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception):  # Ctrl-C and exits meet all ranks
+            self.close()
+            return
+        if of_another_rank(error) and self._decided.wait(2 * self._beat):
+            return  # the watch ends this process with the reason
+        error.first_to_fail = self.failed(f"{type(error).__name__}: {error}".partition("\n")[0])
+
+    def failed(self, text: str) -> bool:
+        """Publishes that this rank has failed; returns whether it is the first, whose message the others wait for."""
+        self._leaving = True
+        verdict = Verdict(self.rank, self._host, f"has failed, see its message: {text[:LONGEST_REASON]}")
+        if self.rank:
+            self._announce({"verdict": asdict(verdict)})
+            self._decided.wait(2 * self._beat)
+        else:
+            self._decide(verdict)
+            self._wait_for_answers()
+        return self._verdict is None or self._verdict.rank == self.rank
+
+    def close(self) -> None:
+        """This rank has done its work; it no longer matters to the others, nor they to it. Waits for none of them."""
+        self._leaving = True
+        self._announce({"done": True})
+        self._closed.set()
+        self._thread.join(2 * self._beat)
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()
+        self._selector.close()
+
+    def _connect(self, ranks: int) -> None:
+        address = os.environ["MASTER_ADDR"]
+        told: list[Any] = [None]
+        if self.rank == 0:
+            server = _serve()
+            told = [(server.getsockname()[1], secrets.token_hex(16), self._host)]
+        dist.broadcast_object_list(told, src=0)
+        port, self._token, first_host = told[0]
+        if self.rank == 0:
+            self._peers = {rank: _Peer(rank) for rank in range(1, ranks)}
+            self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))
+            return
+        try:
+            line = _Line(socket.create_connection((address, port), CONNECT_SECONDS))
+        except OSError as error:
+            raise DetourError(
+                f"rank {self.rank} cannot reach rank 0 at {address}, port {port} ({error}); ranks talk on ports that "
+                "the system chooses: let the nodes reach each other on them"
+            ) from None
+        line.socket.settimeout(None)
+        line.send({"token": self._token, "rank": self.rank, "host": self._host})
+        self._peers = {0: _Peer(0, first_host)}
+        self._listen(self._peers[0], line)
+
+    def _accept(self, server: socket.socket) -> None:
+        try:
+            line = _Line(server.accept()[0])
+        except OSError:  # it has gone again
+            return
+
+        def greet() -> None:
+            messages = line.read()
+            if messages == []:
+                return
+            self._selector.unregister(line.socket)
+            hello, *more = messages or [{}]
+            peer = self._peers.get(hello.get("rank")) if hello.get("token") == self._token else None
+            if peer is None:
+                line.socket.close()  # not of this run
+                return
+            peer.host = hello["host"]
+            self._listen(peer, line)
+            for message in more:
+                self._receive(peer, message)
+
+        self._selector.register(line.socket, selectors.EVENT_READ, greet)
+
+    def _listen(self, peer: _Peer, line: _Line) -> None:
+        peer.line, peer.silence = line, 0.0
+        self._selector.register(line.socket, selectors.EVENT_READ, lambda: self._read(peer, line))
+
+    def _read(self, peer: _Peer, line: _Line) -> None:
+        messages = line.read()
+        peer.silence = 0.0
+        for message in messages or []:
+            self._receive(peer, message)
+        if messages is None:
+            self._selector.unregister(line.socket)
+            peer.heard.set()
+            if not peer.done:
+                self._miss(peer, "has ended without a word: killed, out of memory, crashed, or cut off")
+
+    def _receive(self, peer: _Peer, message: dict[str, Any]) -> None:
+        if "verdict" in message:
+            self._decide(Verdict(**message["verdict"]))
+        peer.done |= "done" in message
+        if "heard" in message or peer.done:
+            peer.heard.set()
+        if "verdict" in message or "done" in message:
+            peer.line.send({"heard": True})
+
+    def _announce(self, message: dict[str, Any]) -> None:
+        for peer in self._peers.values():
+            if peer.line:
+                peer.heard.clear()
+                peer.line.send(message)
+        self._wait_for_answers()
+
+    def _wait_for_answers(self) -> None:
+        """Lets our last word arrive before the process ends, as the end may overtake it; not for a peer that hangs."""
+        until = time.monotonic() + 2 * self._beat
+        for peer in self._peers.values():
+            if peer.line and not peer.done:
+                peer.heard.wait(max(until - time.monotonic(), 0.0))
+
+    def _miss(self, peer: _Peer, how: str) -> None:
+        peer.done = True
+        self._decide(Verdict(peer.rank, peer.host, how))
+
+    def _decide(self, verdict: Verdict) -> None:
+        """The first verdict holds. Rank 0's is passed on to all."""
+        with self._deciding:
+            if self._verdict is None:
+                self._verdict, self._ends_at = verdict, time.monotonic() + self._grace
+        if self.rank == 0:
+            for peer in self._peers.values():
+                if peer.line:
+                    peer.heard.clear()
+                    peer.line.send({"verdict": asdict(self._verdict)})
+        self._decided.set()
+
+    def _run(self) -> None:
+        beaten = last = time.monotonic()
+        while not self._closed.is_set():
+            for key, _ in self._selector.select(min(self._beat, self._grace, 1.0) / 2):
+                key.data()
+            now = time.monotonic()
+            # Where this process was stopped itself it cannot say how long the others were silent.
+            self._count_silence(min(now - last, self._beat))
+            last = now
+            if now - beaten >= self._beat:
+                beaten = now
+                for peer in self._peers.values():
+                    if peer.line and not peer.done:
+                        peer.line.send({"beat": True})
+            self._look_after_launchers()
+            if self._verdict and now >= self._ends_at and not self._leaving:
+                say_error(str(self._verdict), self.rank)
+                leave(1)
+
+    def _count_silence(self, seconds: float) -> None:
+        for peer in self._peers.values():
+            peer.silence += seconds
+            if peer.silence > self._lost and not peer.done:
+                lost = f"has not been heard of for {self._lost:.0f} s: killed, out of memory, or its machine is gone"
+                self._miss(peer, lost)
+
+    def _look_after_launchers(self) -> None:
+        """A rank whose launcher is gone would hold its GPU with nobody to end it: it asks itself to save and end."""
+        if self._launchers and self._launchers != _launchers():
+            self._launchers = ()
+            say_error("the launcher has ended; this rank ends as if by SIGTERM", self.rank)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _serve() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+def _launchers() -> tuple[int, ...]:
+    """The processes that started this rank and wait for it: torchrun; DeepSpeed's launcher and the command in front.
+
+    That command passes no signal on, so that whoever ends it leaves the rest running. Empty without such a launcher, as
+    srun looks after its tasks, and a shell may well end before what it started.
+    """
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return (parent,)
+    try:
+        arguments = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+        if b"deepspeed.launcher.launch" in arguments:
+            status = Path(f"/proc/{parent}/stat").read_text()
+            return parent, int(status.rpartition(")")[2].split()[1])
+    except OSError:  # no /proc, or it has just ended
+        pass
+    return ()
