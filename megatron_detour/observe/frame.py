@@ -126,7 +126,7 @@ class Frame:
     def _end(self, run: Run, phase: dict[str, Any]) -> float:
         return min(phase["end_tokens"], max(run.done_tokens, 1))
 
-    def curves(self, axes: Axes, curves: list[Curve]) -> None:
+    def curves(self, axes: Axes, curves: list[Curve], *, from_zero: bool = False) -> None:
         """Draws each curve faintly and smoothed, in a range of the y axis that single peaks do not set."""
         curves = [curve for curve in curves if curve.y]
         bounds: list[float] = []
@@ -141,12 +141,12 @@ class Frame:
                 label=curve.label,
                 **dot(curve.x),
             )
-            bounds += _usual_range(curve.y)
+            bounds += _usual_range(curve.y, 0.0 if from_zero else min(curve.y))
         if not bounds:
             return
         low, high = min(bounds), max(bounds)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-        axes.set_ylim(low - margin, high + margin)
+        axes.set_ylim(0 if from_zero else low - margin, high + margin)
         self.above += sum(value > high + margin for curve in curves for value in curve.y)
 
     def finish(self) -> Figure:
@@ -210,7 +210,8 @@ class Frame:
                 start, end = phase["start_tokens"], self._end(run, phase)
                 room = width * (end - start) / self.edge - 8
                 # a dollar sign in a name is no formula
-                label = strip.text((start + end) / 2, 0.5, "", fontsize=8.2, color=INK, parse_math=False)
+                middle = 0.57 if phase.get("freeze") else 0.5  # above the hatching
+                label = strip.text((start + end) / 2, middle, "", fontsize=8.2, color=INK, parse_math=False)
                 label.set(ha="center", va="center_baseline", linespacing=1.2)
                 if not _fit(label, _phase_labels(phase), room):
                     numbered.append(f"{number} {phase['name']}")
@@ -256,15 +257,15 @@ def smoothed(values: list[float]) -> list[float]:
     return list((total[centre + after + 1] - total[centre - before]) / (before + after + 1))
 
 
-def _usual_range(values: list[float]) -> tuple[float, float]:
-    """The range of a phase without its first steps and single peaks where they stand far above the others."""
+def _usual_range(values: list[float], low: float) -> tuple[float, float]:
+    """The range of a phase from `low`, without its first steps and single peaks that stand far above the others."""
     import numpy
 
     width = max(9, len(values) // 100)
     if len(values) < 2 * width:
-        return min(values), max(values)
+        return low, max(values)
     windows = numpy.lib.stride_tricks.sliding_window_view(values, width)
-    low, high = min(values), float(numpy.median(windows, axis=1).max())
+    high = float(numpy.median(windows, axis=1).max())
     limit = high + 0.3 * (high - low)
     return low, max(value for value in values if value <= limit)
 

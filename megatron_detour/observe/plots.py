@@ -76,8 +76,7 @@ def _draw_gradient_norm(run: Run) -> Figure | None:
     if not has(run.records, "grad_norm"):
         return None
     frame = Frame([run], "Gradient norm", ["norm before clipping"], height=2.9)
-    frame.curves(frame.panels[0], _by_objective(run, "grad_norm"))
-    frame.panels[0].set_ylim(bottom=0)
+    frame.curves(frame.panels[0], _by_objective(run, "grad_norm"), from_zero=True)
     _guards(frame.panels[0], run)
     return frame.finish()
 
@@ -113,13 +112,12 @@ def _draw_throughput(run: Run) -> Figure | None:
     if not has(run.records, "tokens_per_second"):
         return None
     use = next((key for key in ("mfu", "model_tflops") if has(run.records, key)), None)
-    labels = {"mfu": ["share of the peak (MFU)"], "model_tflops": ["model TFLOP/s"], None: []}[use]
+    labels = {"mfu": ["MFU"], "model_tflops": ["model TFLOP/s"], None: []}[use]
     frame = Frame([run], "Throughput", ["tokens per second", *labels], height=4.6 if use else 2.9)
-    frame.curves(frame.panels[0], _by_objective(run, "tokens_per_second"))
+    frame.curves(frame.panels[0], _by_objective(run, "tokens_per_second"), from_zero=True)
     counted(frame.panels[0])
     if use:
-        frame.curves(frame.panels[1], _by_objective(run, use))
-        frame.panels[1].set_ylim(bottom=0)
+        frame.curves(frame.panels[1], _by_objective(run, use), from_zero=True)
     if use == "mfu":
         percent(frame.panels[1])
     return frame.finish()
@@ -128,14 +126,13 @@ def _draw_throughput(run: Run) -> Figure | None:
 def _draw_machine(run: Run) -> Figure | None:
     waits = [_waiting(record) for record in run.records]
     waited, memory = has(waits, "waiting"), has(run.records, "memory_bytes")
-    labels = ["waiting for data"] * waited + ["peak memory (GiB)"] * memory
+    labels = ["waiting for data"] * waited + ["memory (GiB)"] * memory
     if not labels:
         return None
     frame = Frame([run], "Data wait and memory", labels, height=2.9 if len(labels) == 1 else 4.2)
     if waited:
         x, y = points(run, waits, "waiting")
-        frame.curves(frame.panels[0], [Curve(x, y, GREY, "_share of the step's time")])
-        frame.panels[0].set_ylim(bottom=0)
+        frame.curves(frame.panels[0], [Curve(x, y, GREY, "_share of the step's time")], from_zero=True)
         percent(frame.panels[0])
     if memory:
         x, y = points(run, run.records, "memory_bytes")
