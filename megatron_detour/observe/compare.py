@@ -11,7 +11,7 @@ import yaml
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.observe.compare_plots import COMPARISON_PLOTS
-from megatron_detour.observe.page import embed, render
+from megatron_detour.observe.page import Picture, render, write_pictures
 from megatron_detour.observe.plots import appearance
 from megatron_detour.observe.report import headline
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
@@ -41,10 +41,10 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
     labels = _labels(runs)
     _take(output)
     drawn = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]
-    plots = []
-    for plot in COMPARISON_PLOTS:
-        plots += embed(output / plot.file, plot.draw(runs, drawn), plot.title, plot.caption)
-    write_whole(output / PAGE, _page(runs, labels, plots))
+    pictures = [Picture.of(plot, plot.draw(runs, drawn)) for plot in COMPARISON_PLOTS]
+    # The page comes first: it tells another time that the folder is a comparison's.
+    write_whole(output / PAGE, _page(runs, labels, pictures))
+    write_pictures(pictures, output)
     return output / PAGE
 
 
@@ -64,13 +64,13 @@ def _labels(runs: list[Run]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({run.folder})" for name, run in zip(names, runs, strict=True)]
 
 
-def _page(runs: list[Run], labels: list[str], plots: list[dict[str, str]]) -> str:
+def _page(runs: list[Run], labels: list[str], pictures: list[Picture]) -> str:
     settings = [_settings(run) for run in runs]
     return render(
         "compare.html.j2",
         mark=MARK,
         runs=list(zip(runs, labels, (appearance(number)["color"] for number in range(len(runs))), strict=True)),
-        plots=plots,
+        pictures=pictures,
         verdicts=_data_verdicts(runs, labels) + _validation_verdicts(runs, labels, settings),
         totals=_totals(runs),
         phases=[[_phase(phase) for phase in run.phases] for run in runs],

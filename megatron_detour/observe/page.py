@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +15,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def embed(path: Path, figure: Figure | None, title: str, caption: str) -> list[dict[str, str]]:
-    """Writes the figure as a PNG file and returns it, in a list, as a page shows it.
+@dataclass(frozen=True)
+class Picture:
+    """A plot as a page shows it: its file's name and content, empty where there was nothing to draw."""
 
-    Where there is no figure the list is empty and an older file is removed.
-    """
-    if figure is None:
-        path.unlink(missing_ok=True)
-        return []
-    content = png(figure)
-    write_whole(path, content)
-    image = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
-    return [{"title": title, "caption": caption, "image": image}]
+    file: str
+    title: str
+    caption: str
+    content: bytes
+
+    @classmethod
+    def of(cls, plot: Any, figure: Figure | None) -> Picture:
+        return cls(plot.file, plot.title, plot.caption, png(figure) if figure else b"")
+
+    @property
+    def source(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.content).decode('ascii')}"
+
+
+def write_pictures(pictures: list[Picture], folder: Path) -> None:
+    """Writes the pictures as PNG files; removes the file that an earlier time left of an empty one."""
+    for picture in pictures:
+        if picture.content:
+            write_whole(folder / picture.file, picture.content)
+        else:
+            (folder / picture.file).unlink(missing_ok=True)
 
 
 def render(template: str, **values: Any) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour.files import write_whole
-from megatron_detour.observe.page import embed, render
+from megatron_detour.observe.page import Picture, render, write_pictures
 from megatron_detour.observe.plots import PLOTS
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
 from megatron_detour.observe.words import byte_size, compact, duration
@@ -21,21 +21,20 @@ def write_report(run_folder: Path) -> Path:
     """
     run_folder = Path(run_folder)
     run = read_run(run_folder)
-    plots = []
+    pictures = [Picture.of(plot, plot.draw(run)) for plot in PLOTS]
     (run_folder / "plots").mkdir(exist_ok=True)
-    for plot in PLOTS:
-        plots += embed(run_folder / "plots" / plot.file, plot.draw(run), plot.title, plot.caption)
+    write_pictures(pictures, run_folder / "plots")
     page = run_folder / "report.html"
-    write_whole(page, _page(run, plots))
+    write_whole(page, _page(run, pictures))
     return page
 
 
-def _page(run: Run, plots: list[dict[str, str]]) -> str:
+def _page(run: Run, pictures: list[Picture]) -> str:
     facts = run.environment
     return render(
         "report.html.j2",
         run=run,
-        plots=plots,
+        pictures=pictures,
         headline=headline(run),
         changes=_changes(run),
         phases=[_phase_row(run, phase) for phase in run.phases],
