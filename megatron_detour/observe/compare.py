@@ -59,9 +59,13 @@ def _take(output: Path) -> None:
 
 
 def _labels(runs: list[Run]) -> list[str]:
-    """The names of the runs, those that several share with their folders."""
+    """The names of the runs, where several share one with as much of the folders as tells them apart."""
     names = [run.name for run in runs]
-    return [name if names.count(name) == 1 else f"{name} ({run.folder})" for name, run in zip(names, runs, strict=True)]
+    for place in (lambda run: run.folder.name, lambda run: str(run.folder)):
+        labels = [f"{run.name} ({place(run)})" if names.count(run.name) > 1 else run.name for run in runs]
+        if len(set(labels)) == len(runs):
+            break
+    return labels
 
 
 def _page(runs: list[Run], labels: list[str], pictures: list[Picture]) -> str:
@@ -165,7 +169,7 @@ def _figures(runs: list[Run]) -> list[dict[str, Any]]:
     common = sorted(set(at[0]).intersection(*at[1:]))
     groups = [
         {
-            "title": f"at {compact(tokens)} tokens" if tokens else "before training",
+            "title": f"At {compact(tokens)} tokens" if tokens else "Before training",
             "rows": _rows([a[tokens] for a in at]),
         }
         for tokens in common
@@ -174,7 +178,7 @@ def _figures(runs: list[Run]) -> list[dict[str, Any]]:
     ends = [run.tokens_at(record["step"]) if record else None for run, record in zip(runs, last, strict=True)]
     if len(set(ends)) > 1 or ends[0] not in common:
         reached = ", ".join(ABSENT if end is None else compact(end) for end in ends)
-        groups.append({"title": f"last of each run (at {reached} tokens)", "rows": _rows(last)})
+        groups.append({"title": f"Last of each run (at {reached} tokens)", "rows": _rows(last)})
     return [group for group in groups if group["rows"]]
 
 

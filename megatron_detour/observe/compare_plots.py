@@ -107,7 +107,7 @@ COMPARISON_PLOTS = [
     ComparisonPlot(
         "validation_mlm.png",
         "Validation, MLM",
-        "Held-out text under the same masks, as far as the table above says so.",
+        "Held-out text. Whether it was the same, under the same masks, stands at the top of the page.",
         _draw_mlm,
     ),
     ComparisonPlot(
