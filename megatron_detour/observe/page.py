@@ -58,8 +58,6 @@ def render(template: str, **values: Any) -> str:
         byte_size=words.byte_size,
         rate_words=words.rate_words,
         mask_words=words.mask_words,
-        frozen_words=words.frozen_words,
-        batch_words=words.batch_words,
         count="{:,}".format,
     )
     return environment.get_template(template).render(colours=COLOURS, **values)

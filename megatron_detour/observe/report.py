@@ -9,7 +9,7 @@ from megatron_detour.files import write_whole
 from megatron_detour.observe.page import Picture, render, write_pictures
 from megatron_detour.observe.plots import PLOTS
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
-from megatron_detour.observe.words import byte_size, compact, duration
+from megatron_detour.observe.words import batch_words, byte_size, compact, duration, frozen_words
 
 LISTED_GUARDS = 20
 
@@ -38,7 +38,7 @@ def _page(run: Run, pictures: list[Picture]) -> str:
         headline=headline(run),
         changes=_changes(run),
         phases=[_phase_row(run, phase) for phase in run.phases],
-        columns=_plan_columns(run),
+        batch=_common_batch(run),
         boundaries=run.boundaries(),
         figures=_figures_by_boundary(run),
         guarded=run.guarded[:LISTED_GUARDS],
@@ -53,22 +53,36 @@ def _page(run: Run, pictures: list[Picture]) -> str:
 
 def _phase_row(run: Run, phase: dict[str, Any]) -> dict[str, Any]:
     done = min(max(run.done_steps - phase["first_step"] + 1, 0), phase["steps"])
-    return {**phase, "done": done}
+    return {**phase, "done": done, "remarks": _remarks(run, phase)}
 
 
-def _plan_columns(run: Run) -> set[str]:
-    """The columns of the plan that say something: a setting that a phase has, or that phases have differently."""
+def _remarks(run: Run, phase: dict[str, Any]) -> list[str]:
+    """The settings of a phase that say something: those that not every run has, or that its phases have differently."""
+    remarks = []
+    if phase.get("whole_word_masking"):
+        remarks.append("whole words are masked")
+    if phase.get("freeze"):
+        remarks.append(f"{frozen_words(phase)} frozen")
+    if phase.get("optimizer_state") == "reset":
+        remarks.append("the optimizer's state begins anew")
+    if not _common_batch(run):
+        remarks.append(batch_words(phase))
+    if _several(run, "corpora"):
+        named = (f"{corpus['prefix']} ({corpus['weight']:.4g})" for corpus in phase.get("corpora") or [])
+        remarks.append(f"reads {', '.join(named)}")
+    return remarks
 
-    def several(key: str) -> bool:
-        return len({str(phase.get(key)) for phase in run.phases}) > 1
 
-    columns = {
-        "batch": several("sequences") or several("sequence_length") or any(p.get("batch_warmup") for p in run.phases),
-        "frozen": any(phase.get("freeze") for phase in run.phases),
-        "optimizer": any(phase.get("optimizer_state") == "reset" for phase in run.phases),
-        "corpora": several("corpora"),
-    }
-    return {column for column, shown in columns.items() if shown}
+def _common_batch(run: Run) -> str:
+    """The batch of every phase, or nothing where the phases' remarks tell it."""
+    if not run.phases or _several(run, "sequences") or _several(run, "sequence_length"):
+        return ""
+    return "" if any(phase.get("batch_warmup") for phase in run.phases) else batch_words(run.phases[0])
+
+
+def _several(run: Run, key: str) -> bool:
+    """Whether the phases differ in this setting."""
+    return len({str(phase.get(key)) for phase in run.phases}) > 1
 
 
 def _changes(run: Run) -> list[dict[str, Any]]:

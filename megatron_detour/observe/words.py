@@ -27,13 +27,10 @@ def frozen_words(phase: dict[str, Any]) -> str:
 
 
 def batch_words(phase: dict[str, Any]) -> str:
-    """Returns e.g. ``96 to 576 sequences over 1B tokens`` or ``576 sequences``; nothing where the plan does not say."""
-    warmup, sequences = phase.get("batch_warmup"), phase.get("sequences")
-    if sequences is None:
-        return ""
-    if not warmup:
-        return f"{sequences:,} sequences"
-    return f"{warmup['from']:,} to {sequences:,} sequences over {compact(warmup['tokens'])} tokens"
+    """Returns e.g. ``64 sequences of 1,024 tokens a step`` or, as it warms up, ``8 to 64 sequences ...``."""
+    warmup = phase.get("batch_warmup")
+    words = f"{phase['sequences']:,} sequences of {phase['sequence_length']:,} tokens a step"
+    return f"{warmup['from']:,} to {words}, growing over {compact(warmup['tokens'])} tokens" if warmup else words
 
 
 def rate_words(rate: dict[str, Any]) -> str:
