@@ -163,6 +163,7 @@ class Frame:
                 handles.setdefault(label, handle)
         self._legend(handles)
         self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")  # what it laid out stays: it takes longer than the drawing
         self._name_phases()
         return self.figure
 

@@ -64,7 +64,7 @@ def _remarks(run: Run, phase: dict[str, Any]) -> list[str]:
     if phase.get("freeze"):
         remarks.append(f"{frozen_words(phase)} frozen")
     if phase.get("optimizer_state") == "reset":
-        remarks.append("the optimizer's state begins anew")
+        remarks.append("the optimizer state begins anew")
     if not _common_batch(run):
         remarks.append(batch_words(phase))
     if _several(run, "corpora"):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron_detour.observe.progress import Progress, duration, validation_figures
+from megatron_detour.observe.progress import Progress, validation_figures
 
 PHASES = [
     {"name": "warm", "objective": "mlm", "first_step": 1, "steps": 10},
@@ -118,14 +118,6 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
         progress.update(record(1))
     assert stream.getvalue().startswith("step 1/50  warm (mlm)")
     assert "\x1b" not in stream.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (250, "4m10s"), (7500, "2h05m"), (86399.7, "1d00h"), (273600, "3d04h")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_a_record_without_validation_has_no_validation_figures() -> None:
