@@ -38,12 +38,12 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise DetourError("the same folder is given twice; give each run once")
     runs = [read_run(folder) for folder in folders]
-    labels = _labels(runs)
+    labels, settings = _labels(runs), [_settings(run) for run in runs]
     _take(output)
     drawn = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]
     pictures = [Picture.of(plot, plot.draw(runs, drawn)) for plot in COMPARISON_PLOTS]
     # The page comes first: it tells another time that the folder is a comparison's.
-    write_whole(output / PAGE, _page(runs, labels, pictures))
+    write_whole(output / PAGE, _page(runs, labels, settings, pictures))
     write_pictures(pictures, output)
     return output / PAGE
 
@@ -68,8 +68,7 @@ def _labels(runs: list[Run]) -> list[str]:
     return labels
 
 
-def _page(runs: list[Run], labels: list[str], pictures: list[Picture]) -> str:
-    settings = [_settings(run) for run in runs]
+def _page(runs: list[Run], labels: list[str], settings: list[dict[str, Any]], pictures: list[Picture]) -> str:
     return render(
         "compare.html.j2",
         mark=MARK,
