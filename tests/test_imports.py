@@ -49,7 +49,8 @@ ALLOWED = {
     "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
     "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe errors files", "torch"),
-    "observe.sinks": ("observe errors files", "torch"),
+    "observe.sinks": ("observe errors files", "torch wandb"),
+    "observe.compare": ("observe errors files", "yaml"),
     "evaluation": (
         "evaluation data.documents errors files",
         "numpy torch safetensors transformers rich",
@@ -85,7 +86,7 @@ LAZY = {
     "checkpoint.huggingface": "tokenizers transformers",
     "checkpoint.state": "deepspeed",
     "training.engine": "deepspeed",
-    "observe.sinks": "torch",
+    "observe.sinks": "torch wandb",
 }
 TYPES_ONLY = {"training": "deepspeed"}  # under TYPE_CHECKING, beyond what ALLOWED names
 

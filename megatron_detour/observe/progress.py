@@ -6,8 +6,9 @@ import os
 import sys
 import time
 from collections import deque
-from statistics import harmonic_mean
 from typing import Any, Protocol, TextIO
+
+from megatron_detour.observe.words import duration
 
 RECENT_STEPS = 20
 REFRESH_SECONDS = 0.2
@@ -18,13 +19,12 @@ class Progress:
 
     `plan_phases` are the phases of plan.json, `done_steps` the steps that earlier sessions completed.
     Without a terminal, a line appears at most every `interval_seconds`, and always at a change of phase,
-    at a validation and at the last step.
+    at a validation and at the last step. What a guard did gets a line of its own.
     """
 
     def __init__(
         self,
         plan_phases: list[dict[str, Any]],
-        tokens_per_step: int,
         done_steps: int,
         *,
         stream: TextIO | None = None,
@@ -32,8 +32,9 @@ class Progress:
     ) -> None:
         stream = stream or sys.stderr
         self.total_steps = sum(phase["steps"] for phase in plan_phases)
-        self._tokens_per_step = tokens_per_step
+        self.total_tokens = max((phase["end_tokens"] for phase in plan_phases), default=0)
         self._done_steps = done_steps
+        self._done_tokens: int | None = None
         self._rates = _Rates()
         self._display: _Display
         if stream.isatty() and os.environ.get("TERM") != "dumb":
@@ -51,7 +52,11 @@ class Progress:
     def update(self, record: dict[str, Any]) -> None:
         """Shows the record of a step, or of a validation before the first step."""
         self._done_steps = record["step"]
-        self._rates.add(record.get("tokens_per_second"))
+        self._done_tokens = record.get("tokens", self._done_tokens)
+        self._rates.add(record.get("tokens_per_second"), record.get("seconds"))
+        guard = guard_words(record)
+        if guard:
+            self.say(guard)
         self._display.show(record, self._figures(record))
 
     def say(self, message: str) -> None:
@@ -62,8 +67,9 @@ class Progress:
     def seconds_left(self) -> float | None:
         """The seconds to the end of the run at the recent rate; None before the first step."""
         rate = self._rates.smoothed
-        steps = max(0, self.total_steps - self._done_steps)
-        return steps * self._tokens_per_step / rate if rate else None
+        if not rate or self._done_tokens is None:
+            return None
+        return max(0, self.total_tokens - self._done_tokens) / rate
 
     def _figures(self, record: dict[str, Any]) -> str:
         parts = []
@@ -73,31 +79,34 @@ class Progress:
             parts.append(f"lr {record['lr']:.1e}")
         if self._rates.smoothed:
             parts.append(f"{self._rates.smoothed:,.0f} tokens/s")
+        if record.get("mfu") is not None:
+            parts.append(f"MFU {record['mfu']:.0%}")
         if self.seconds_left is not None and self._done_steps < self.total_steps:
             parts.append(f"{duration(self.seconds_left)} left")
         return "  ".join(parts)
 
 
 class _Rates:
-    """Tokens per second over the recent steps."""
+    """Tokens per second over the recent steps, each with its time."""
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_STEPS)
         self._first: float | None = None
 
-    def add(self, rate: float | None) -> None:
-        if not rate or rate <= 0:
+    def add(self, rate: float | None, seconds: float | None) -> None:
+        if not rate or not seconds:
             return
         if self._first is None:
             self._first = rate
         else:
-            self._recent.append(rate)
+            self._recent.append((rate * seconds, seconds))
 
     @property
     def smoothed(self) -> float | None:
         # The first step of a session pays for compilation and warm caches: it counts only while it is alone.
-        # The harmonic mean weighs each step by its time, as the time left needs.
-        return harmonic_mean(self._recent) if self._recent else self._first
+        if not self._recent:
+            return self._first
+        return sum(tokens for tokens, _ in self._recent) / sum(seconds for _, seconds in self._recent)
 
 
 class _Display(Protocol):
@@ -202,24 +211,25 @@ def validation_figures(record: dict[str, Any]) -> str:
     """Returns the validation figures of a record in words, or an empty string where it holds none."""
     parts = []
     if record.get("val_mlm_loss") is not None:
-        parts.append(f"MLM loss {record['val_mlm_loss']:.3f}")
+        parts.append(f"MLM loss {record['val_mlm_loss']:.3f}{_per_byte(record, 'val_mlm_bits_per_byte')}")
     if record.get("val_mlm_accuracy") is not None:
         parts.append(f"MLM accuracy {record['val_mlm_accuracy']:.1%}")
     if record.get("val_clm_loss") is not None:
-        parts.append(f"CLM loss {record['val_clm_loss']:.3f}")
+        parts.append(f"CLM loss {record['val_clm_loss']:.3f}{_per_byte(record, 'val_clm_bits_per_byte')}")
     return f"validation: {', '.join(parts)}" if parts else ""
 
 
-def duration(seconds: float) -> str:
-    """Returns a time in its two largest units: ``45s``, ``4m10s``, ``2h05m``, ``3d04h``."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    if seconds < 86400:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+def _per_byte(record: dict[str, Any], key: str) -> str:
+    return f" ({record[key]:.3f} bits per byte)" if record.get(key) is not None else ""
+
+
+def guard_words(record: dict[str, Any]) -> str:
+    """Returns what a guard did at this step and why, or an empty string where it did nothing."""
+    if record.get("skipped"):
+        return f"step {record['step']}: the update was left out: {record['skipped']}"
+    if record.get("spike"):
+        return f"step {record['step']}: {record['spike']}; the update was made"
+    return ""
 
 
 def _phase_title(entry: dict[str, Any]) -> str:

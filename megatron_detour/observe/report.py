@@ -1,15 +1,17 @@
-"""The report of a run: four plots and one self-contained HTML page, made from the files of its folder alone."""
+"""The report of a run: its plots and one self-contained HTML page, made from the files of its folder alone."""
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
 from megatron_detour.files import write_whole
-from megatron_detour.observe.plots import COLOURS, PLOTS, png
-from megatron_detour.observe.progress import duration
-from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, byte_size, compact, rate_words, read_run
+from megatron_detour.observe.page import Picture, render, write_pictures
+from megatron_detour.observe.plots import PLOTS
+from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
+from megatron_detour.observe.words import batch_words, byte_size, compact, duration, frozen_words
+
+LISTED_GUARDS = 20
 
 
 def write_report(run_folder: Path) -> Path:
@@ -19,46 +21,31 @@ def write_report(run_folder: Path) -> Path:
     """
     run_folder = Path(run_folder)
     run = read_run(run_folder)
-    plots = []
+    pictures = [Picture.of(plot, plot.draw(run)) for plot in PLOTS]
     (run_folder / "plots").mkdir(exist_ok=True)
-    for plot in PLOTS:
-        path = run_folder / "plots" / plot.file
-        figure = plot.draw(run)
-        if figure is None:
-            path.unlink(missing_ok=True)
-            continue
-        content = png(figure)
-        write_whole(path, content)
-        image = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
-        plots.append({"title": plot.title, "caption": plot.caption, "image": image})
+    write_pictures(pictures, run_folder / "plots")
     page = run_folder / "report.html"
-    write_whole(page, _page(run, plots))
+    write_whole(page, _page(run, pictures))
     return page
 
 
-def _page(run: Run, plots: list[dict[str, str]]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(compact=compact, byte_size=byte_size, rate_words=rate_words, count="{:,}".format)
+def _page(run: Run, pictures: list[Picture]) -> str:
     facts = run.environment
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         run=run,
-        plots=plots,
-        colours=COLOURS,
-        headline=_headline(run),
+        pictures=pictures,
+        headline=headline(run),
         changes=_changes(run),
         phases=[_phase_row(run, phase) for phase in run.phases],
+        batch=_common_batch(run),
+        boundaries=run.boundaries(),
+        figures=_figures_by_boundary(run),
+        guarded=run.guarded[:LISTED_GUARDS],
         corpora=[("training", corpus) for corpus in facts.get("corpora") or []]
         + [("validation", corpus) for corpus in facts.get("validation_corpora") or []],
         versions=facts.get("versions") or {},
-        sessions=facts.get("sessions") or [],
+        sessions=_sessions(run),
         model=facts.get("model") or {},
         unigram_loss=facts.get("unigram_loss"),
     )
@@ -66,45 +53,101 @@ def _page(run: Run, plots: list[dict[str, str]]) -> str:
 
 def _phase_row(run: Run, phase: dict[str, Any]) -> dict[str, Any]:
     done = min(max(run.done_steps - phase["first_step"] + 1, 0), phase["steps"])
-    return {**phase, "done": done}
+    return {**phase, "done": done, "remarks": _remarks(run, phase)}
+
+
+def _remarks(run: Run, phase: dict[str, Any]) -> list[str]:
+    """The settings of a phase that say something: those that not every run has, or that its phases have differently."""
+    remarks = []
+    if phase.get("whole_word_masking"):
+        remarks.append("whole words are masked")
+    if phase.get("freeze"):
+        remarks.append(f"{frozen_words(phase)} frozen")
+    if phase.get("optimizer_state") == "reset":
+        remarks.append("the optimizer state begins anew")
+    if not _common_batch(run):
+        remarks.append(batch_words(phase))
+    if _several(run, "corpora"):
+        named = (f"{corpus['prefix']} ({corpus['weight']:.4g})" for corpus in phase.get("corpora") or [])
+        remarks.append(f"reads {', '.join(named)}")
+    return remarks
+
+
+def _common_batch(run: Run) -> str:
+    """The batch of every phase, or nothing where the phases' remarks tell it."""
+    if not run.phases or _several(run, "sequences") or _several(run, "sequence_length"):
+        return ""
+    return "" if any(phase.get("batch_warmup") for phase in run.phases) else batch_words(run.phases[0])
+
+
+def _several(run: Run, key: str) -> bool:
+    """Whether the phases differ in this setting."""
+    return len({str(phase.get(key)) for phase in run.phases}) > 1
 
 
 def _changes(run: Run) -> list[dict[str, Any]]:
     """The first and the last value of each validation figure."""
     changes = []
-    for key, title in VALIDATION_FIGURES.items():
+    for key, figure in VALIDATION_FIGURES.items():
         held = [record for record in run.validations if record.get(key) is not None]
         if not held:
             continue
         first, last = held[0], held[-1]
-        form = "{:.1%}" if key.endswith("accuracy") else "{:.3f}"
-        change = last[key] - first[key]
-        signed = f"{100 * change:+.1f} points" if key.endswith("accuracy") else f"{change:+.3f}"
         changes.append(
             {
-                "title": title,
-                "objective": "clm" if "clm" in key else "mlm",
-                "first": form.format(first[key]),
-                "last": form.format(last[key]),
+                "title": figure.title,
+                "objective": figure.objective,
+                "first": figure.value(first[key]),
+                "last": figure.value(last[key]),
                 "first_step": first["step"],
                 "last_step": last["step"],
-                "change": signed.replace("-", "\u2212"),
+                "change": figure.change(last[key] - first[key]),
                 "single": first is last,
             }
         )
     return changes
 
 
-def _headline(run: Run) -> list[tuple[str, str, str]]:
+def _figures_by_boundary(run: Run) -> list[dict[str, Any]]:
+    """A row for each validation figure and corpus: its values at the boundaries of the phases."""
+    rows = []
+    for key, figure in VALIDATION_FIGURES.items():
+        for corpus in ["", *run.validation_corpora]:
+            held = [boundary.record.get(f"{key}/{corpus}" if corpus else key) for boundary in run.boundaries()]
+            if any(value is not None for value in held):
+                values = ["–" if value is None else figure.value(value) for value in held]
+                rows.append({"title": figure.title, "objective": figure.objective, "corpus": corpus, "values": values})
+    return rows
+
+
+def _sessions(run: Run) -> list[dict[str, Any]]:
+    """The sessions with how each ended; one that could not say was killed, or is still at work."""
+    silent = ["killed"] * (len(run.sessions) - 1) + ["finished" if run.finished else "at work, or killed"]
+    return [
+        {**session, "ended": session.get("ended") or otherwise}
+        for session, otherwise in zip(run.sessions, silent, strict=False)
+    ]
+
+
+def headline(run: Run) -> list[tuple[str, str, str]]:
     """The figures of the whole run, each a title, a value and a remark."""
     facts = [("Tokens trained", compact(run.done_tokens), f"of {compact(run.plan['total_tokens'])} planned")]
-    timed = [record for record in run.records if record.get("seconds") is not None]
+    timed = [record for record in run.records if record.get("seconds")]
     seconds = sum(record["seconds"] for record in timed)
     if seconds > 0:
         facts.append(("Training time", duration(seconds), "sum of the steps"))
-        facts.append(("Mean throughput", f"{compact(run.tokens_at(len(timed)) / seconds)}", "tokens per second"))
+        tokens = sum(run.tokens_at(record["step"]) - run.tokens_at(record["step"] - 1) for record in timed)
+        facts.append(("Mean throughput", compact(tokens / seconds), "tokens per second"))
         waited = sum(record.get("data_wait_seconds") or 0 for record in timed)
         facts.append(("Waiting for data", f"{waited / seconds:.1%}", "of the training time"))
+        counted = [record for record in timed if record.get("mfu") is not None]
+        if counted:
+            used = sum(record["mfu"] * record["seconds"] for record in counted)
+            share = used / sum(record["seconds"] for record in counted)
+            facts.append(("MFU", f"{share:.1%}", "of the devices' peak, mean"))
+        operations = 1e12 * sum((record.get("model_tflops") or 0) * record["seconds"] for record in timed)
+        if operations:
+            facts.append(("Operations", f"{operations:.2e}", "of the model, floating point"))
     memory = max((record.get("memory_bytes") or 0 for record in run.records), default=0)
     if memory:
         facts.append(("Peak memory", byte_size(memory), "on one rank"))

@@ -1,10 +1,13 @@
-"""Where the record of each step goes: a JSON-lines file and TensorBoard."""
+"""Where the record of each step goes: a JSON-lines file, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +16,15 @@ from megatron_detour.files import write_whole
 
 Record = dict[str, Any]
 
+COUNTED = ("skipped", "spike")  # fields whose text says why; services that draw numbers get how often it happened
 GROUPS = {
     "tokens_per_second": "speed",
+    "model_tflops": "speed",
+    "mfu": "speed",
     "seconds": "speed",
     "data_wait_seconds": "speed",
     "memory_bytes": "speed",
+    "sequences": "data",
     "labelled_tokens": "data",
     "padding_share": "data",
     "data_crc": "data",
@@ -36,52 +43,152 @@ class MetricsFile:
     """Appends one JSON object a line to `path`.
 
     Opening removes every line with a step above `resume_step` and a torn last line, so that a resumed run
-    holds each step once. Raises DetourError where a line before the last is unreadable.
+    holds each step once; `counts` says how many of the kept steps were skipped or had a spike. Raises DetourError where
+    a line before the last is unreadable, and OSError with the file's name where the disk takes no more.
     """
 
     def __init__(self, path: Path | str, resume_step: int) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            kept = [line for line, record in _read_lines(self.path) if record["step"] <= resume_step]
-            write_whole(self.path, b"".join(line + b"\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        kept = _read_lines(self.path) if self.path.exists() else []
+        kept = [(line, record) for line, record in kept if record["step"] <= resume_step]
+        self.counts = {field: sum(bool(record.get(field)) for _, record in kept) for field in COUNTED}
+        with _naming(self.path):
+            if self.path.exists():
+                write_whole(self.path, b"".join(line + b"\n" for line, _ in kept))
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Writes and flushes one line. Raises ValueError, writing nothing, where a figure is NaN or infinite."""
-        self._file.write(_line(record))
-        self._file.flush()
+        line = _line(record)
+        with _naming(self.path):
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
         """Brings the file to the disk and closes it; a second call does nothing."""
         if self._file.closed:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with _naming(self.path):
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
 
 
 class TensorBoardSink:
     """Writes event files under `folder`; the points of an earlier session after `resume_step` are hidden.
 
-    Raises DetourError where the tensorboard package is missing.
+    `counts` are those of the MetricsFile. Raises DetourError where the tensorboard package is missing.
     """
 
-    def __init__(self, folder: Path | str, resume_step: int) -> None:
+    def __init__(self, folder: Path | str, resume_step: int, counts: dict[str, int] | None = None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise DetourError("TensorBoard files need the package tensorboard: pip install tensorboard") from error
-        self._writer = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1, flush_secs=30)
+        self._folder = Path(folder)
+        self._numbers = _Numbers(counts)
+        with _naming(self._folder):
+            self._writer = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1, flush_secs=30)
 
     def write(self, record: Record) -> None:
         """Logs every numeric field of the record at x = its step; text and missing figures are left out."""
-        for field, value in record.items():
-            if field != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._writer.add_scalar(tensorboard_tag(field), value, record["step"])
+        with _naming(self._folder):
+            for name, value in self._numbers.of(record).items():
+                self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        with _naming(self._folder):
+            self._writer.close()
+
+
+class WandbSink:
+    """Sends the figures of a run to Weights & Biases, or keeps them in `folder`/wandb with ``mode: offline``.
+
+    `settings` are arguments of wandb.init (project, entity, group, tags, mode, ...). The run's id is kept in
+    `folder`/wandb.json, so that every session of the run goes on in the same place. Figures are drawn over the field
+    `step` and not over wandb's own counter, which takes no step twice: what a session repeats after `resume_step` (in
+    the run's config) is logged beside the earlier figures. Neither code nor the terminal's text is sent.
+    Raises DetourError where the package is missing or wandb refuses the run.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        folder: Path | str,
+        name: str,
+        resume_step: int,
+        counts: dict[str, int] | None = None,
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise DetourError("Weights & Biases needs the package wandb: pip install wandb") from error
+        self._numbers = _Numbers(counts)
+        private = wandb.Settings(console="off", disable_code=True, disable_git=True, save_code=False)
+        kept = {"id": _wandb_id(Path(folder)), "resume": "allow", "dir": str(folder), "settings": private}
+        try:
+            self._run = wandb.init(**{"name": name, **settings, **kept})
+            self._run.config.update({"resumed_after_step": max(resume_step, 0)}, allow_val_change=True)
+            self._run.define_metric("step", hidden=True)
+            self._run.define_metric("*", step_metric="step")
+        except (wandb.Error, TypeError) as error:
+            raise DetourError(
+                f"wandb: {error}; mend its settings, or set its mode to offline and send the figures later"
+            ) from error
+
+    def write(self, record: Record) -> None:
+        """Logs every numeric field of the record; text and missing figures are left out."""
+        self._run.log({**self._numbers.of(record), "step": record["step"]})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Numbers:
+    """What a record holds for services that draw numbers, by tag; counts go on from `counts`."""
+
+    def __init__(self, counts: dict[str, int] | None) -> None:
+        self._counts = {field: (counts or {}).get(field, 0) for field in COUNTED}
+
+    def of(self, record: Record) -> dict[str, float]:
+        for field in COUNTED:
+            self._counts[field] += bool(record.get(field))
+        trained = record["step"] > 0
+        fields = {**record, **self._counts} if trained else record
+        return {
+            tensorboard_tag(field): value
+            for field, value in fields.items()
+            if field != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+
+
+def _wandb_id(folder: Path) -> str:
+    path = folder / "wandb.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        raise DetourError(f"{path} holds no id of a wandb run; restore it, or remove it to begin another") from None
+    made = secrets.token_hex(4)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _naming(path):
+        write_whole(path, json.dumps({"id": made}) + "\n")
+    return made
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Gives an OSError that names no file, as of a full disk, the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def tensorboard_tag(field: str) -> str:

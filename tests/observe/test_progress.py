@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from megatron_detour.observe.progress import Progress, duration, validation_figures
+from megatron_detour.observe.progress import Progress, validation_figures
 
 PHASES = [
-    {"name": "warm", "objective": "mlm", "first_step": 1, "steps": 10},
-    {"name": "detour [x]", "objective": "clm", "first_step": 11, "steps": 40},
+    {"name": "warm", "objective": "mlm", "first_step": 1, "steps": 10, "end_tokens": 1_000},
+    {"name": "detour [x]", "objective": "clm", "first_step": 11, "steps": 40, "end_tokens": 21_000},
 ]
 
 
@@ -20,13 +20,16 @@ class Terminal(io.StringIO):
 
 def record(step: int, rate: float | None = 1000.0, **fields: object) -> dict[str, object]:
     name, objective = ("warm", "mlm") if step <= 10 else ("detour [x]", "clm")
+    # 100 tokens a step in the first phase, 500 in the second
+    tokens, size = (100 * step, 100) if step <= 10 else (500 * step - 4_000, 500)
+    seconds = size / rate if rate else None
     figures = {"phase": name, "objective": objective, "loss": 4.8123, "lr": 2e-3, "tokens_per_second": rate}
-    return {"step": step, **figures, **fields}
+    return {"step": step, "tokens": tokens, "seconds": seconds, **figures, **fields}
 
 
 def plain(interval_seconds: float, done_steps: int = 0) -> tuple[Progress, io.StringIO]:
     stream = io.StringIO()
-    return Progress(PHASES, 500, done_steps, stream=stream, interval_seconds=interval_seconds), stream
+    return Progress(PHASES, done_steps, stream=stream, interval_seconds=interval_seconds), stream
 
 
 def test_a_plain_line_says_it_all() -> None:
@@ -62,15 +65,50 @@ def test_the_time_left_comes_from_the_recent_rate_without_the_first_step() -> No
     progress, _ = plain(0)
     assert progress.seconds_left is None
     progress.update(record(1, rate=10.0))
-    assert progress.seconds_left == pytest.approx(49 * 500 / 10)
+    assert progress.seconds_left == pytest.approx(20_900 / 10)
     progress.update(record(2, rate=1000.0))
-    assert progress.seconds_left == pytest.approx(48 * 500 / 1000)
+    assert progress.seconds_left == pytest.approx(20_800 / 1000)
     progress.update(record(3, rate=500.0))
-    # a step at each rate: 1000 tokens in 1.5 s
-    assert progress.seconds_left == pytest.approx(47 * 500 * 1.5 / 1000)
-    for step in range(4, 30):
+    # a step at each rate: 200 tokens in 0.3 s
+    assert progress.seconds_left == pytest.approx(20_700 * 0.3 / 200)
+    for step in range(11, 40):
         progress.update(record(step, rate=2000.0))
-    assert progress.seconds_left == pytest.approx(21 * 500 / 2000)
+    assert progress.seconds_left == pytest.approx(5_500 / 2000)
+    progress.update(record(50, rate=None))
+    assert progress.seconds_left == 0
+
+
+def test_a_small_step_weighs_less_than_a_large_one() -> None:
+    progress, _ = plain(0)
+    progress.update(record(9, rate=1.0))
+    progress.update(record(10, rate=100.0))
+    progress.update(record(11, rate=1000.0))
+    # 100 tokens in 1 s and 500 in 0.5 s
+    assert progress.seconds_left == pytest.approx(19_500 * 1.5 / 600)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"skipped": "the loss is nan", "loss": None}, "step 12: the update was left out: the loss is nan"),
+        (
+            {"spike": "spike: loss 7.10 is 8.2 sigma above the mean of 128 steps"},
+            "step 12: spike: loss 7.10 is 8.2 sigma above the mean of 128 steps; the update was made",
+        ),
+    ],
+)
+def test_what_a_guard_did_is_a_line_at_once(fields: dict[str, object], line: str) -> None:
+    progress, stream = plain(3600)
+    progress.update(record(11))
+    progress.update(record(12, **fields))
+    progress.update(record(13))
+    assert stream.getvalue().splitlines()[1:] == [line]
+
+
+def test_the_use_of_the_machine_is_said_where_it_is_known() -> None:
+    progress, stream = plain(0)
+    progress.update(record(30, mfu=0.413))
+    assert "1,000 tokens/s  MFU 41%" in stream.getvalue()
 
 
 def test_a_validation_before_the_first_step_needs_no_loss() -> None:
@@ -89,7 +127,7 @@ def terminal_screen(monkeypatch: pytest.MonkeyPatch, done_steps: int, last_step:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
-    with Progress(PHASES, 500, done_steps, stream=stream) as progress:
+    with Progress(PHASES, done_steps, stream=stream) as progress:
         for step in range(done_steps + 1, last_step + 1):
             progress.update(record(step))
         progress.say("saved [step]")
@@ -114,19 +152,16 @@ def test_a_resumed_run_starts_from_its_done_steps(monkeypatch: pytest.MonkeyPatc
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
-    with Progress(PHASES, 500, 0, stream=stream) as progress:
+    with Progress(PHASES, 0, stream=stream) as progress:
         progress.update(record(1))
     assert stream.getvalue().startswith("step 1/50  warm (mlm)")
     assert "\x1b" not in stream.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (250, "4m10s"), (7500, "2h05m"), (86399.7, "1d00h"), (273600, "3d04h")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
 def test_a_record_without_validation_has_no_validation_figures() -> None:
     assert validation_figures({"loss": 1.0, "val_mlm_loss": None}) == ""
+
+
+def test_validation_figures_name_the_bits_per_byte() -> None:
+    held = {"val_mlm_loss": 2.5, "val_mlm_bits_per_byte": 0.8125, "val_clm_loss": 3.0, "val_mlm_loss/notes": 1.0}
+    assert validation_figures(held) == "validation: MLM loss 2.500 (0.812 bits per byte), CLM loss 3.000"

@@ -1,160 +1,27 @@
 from __future__ import annotations
 
 import base64
-import json
-import math
-import random
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_detour.errors import DetourError
-from megatron_detour.observe import plots
+from megatron_detour.observe import report
 from megatron_detour.observe.report import write_report
-from megatron_detour.observe.run_folder import byte_size, compact, rate_words, read_run
+from megatron_detour.observe.run_folder import read_run
+from tests.observe.runs import ENVIRONMENT, TWO_PHASES, change_records, make_run
 
-TOKENS_PER_STEP = 65_536
 PNG = b"\x89PNG\r\n\x1a\n"
-THREE_PHASES = [("warm-up", "mlm", 0.3, 60), ("detour", "clm", None, 180), ("decay", "mlm", 0.15, 60)]
-TWO_PHASES = [("detour", "clm", None, 120), ("decay", "mlm", 0.3, 80)]
-ALL_PLOTS = {"loss.png", "learning_rate.png", "validation.png", "throughput.png"}
-
-
-def make_plan(name: str, phases: list[tuple[str, str, float | None, int]]) -> dict[str, Any]:
-    entries, first = [], 1
-    for title, objective, mask_rate, steps in phases:
-        entries.append(
-            {
-                "name": title,
-                "objective": objective,
-                "mask_rate": mask_rate,
-                "first_step": first,
-                "steps": steps,
-                "tokens": steps * TOKENS_PER_STEP,
-                "start_tokens": (first - 1) * TOKENS_PER_STEP,
-                "end_tokens": (first - 1 + steps) * TOKENS_PER_STEP,
-                "learning_rate": {"peak": 5e-4, "warmup_tokens": 655_360, "shape": "cosine", "end": 5e-5},
-            }
-        )
-        first += steps
-    return {
-        "name": name,
-        "tokens_per_step": TOKENS_PER_STEP,
-        "total_steps": first - 1,
-        "total_tokens": (first - 1) * TOKENS_PER_STEP,
-        "sequence_length": 1024,
-        "sequences_per_step": 64,
-        "phases": entries,
-    }
-
-
-def make_records(plan: dict[str, Any], done: int, validate_every: int) -> list[dict[str, Any]]:
-    noise = random.Random(7)
-    records: list[dict[str, Any]] = []
-    if validate_every:
-        records.append({"step": 0, "val_mlm_loss": 2.61, "val_mlm_accuracy": 0.512, "val_clm_loss": 9.4})
-    for phase in plan["phases"]:
-        for index in range(phase["steps"]):
-            step = phase["first_step"] + index
-            if step > done:
-                return records
-            clm = phase["objective"] == "clm"
-            share = index / phase["steps"]
-            loss = 3.4 + 6.0 * math.exp(-9 * share) if clm else 2.1 + 0.9 * math.exp(-7 * share)
-            warm = min(1.0, (index + 1) / 10)
-            record = {
-                "step": step,
-                "tokens": step * TOKENS_PER_STEP,
-                "phase": phase["name"],
-                "objective": phase["objective"],
-                "loss": loss + noise.gauss(0, 0.06),
-                "lr": warm * (5e-5 + 4.5e-4 * 0.5 * (1 + math.cos(math.pi * share))),
-                "grad_norm": 0.8,
-                "tokens_per_second": (9_000 if step == 1 else 152_000) * noise.uniform(0.96, 1.02),
-                "seconds": 7.3 if step == 1 else 0.43,
-                "data_wait_seconds": 0.004,
-                "memory_bytes": 41_300_000_000,
-            }
-            if validate_every and step % validate_every == 0:
-                total = step / plan["total_steps"]
-                record |= {
-                    "val_mlm_loss": 2.61 - 0.35 * total + (0.5 if clm else 0),
-                    "val_mlm_accuracy": 0.512 + 0.06 * total - (0.08 if clm else 0),
-                    "val_clm_loss": 3.6 + 5.8 * math.exp(-5 * total),
-                }
-            records.append(record)
-    return records
-
-
-ENVIRONMENT = {
-    "sessions": [
-        {
-            "started": "2026-03-02T09:14:05+00:00",
-            "step": 0,
-            "ranks": 4,
-            "tensor_parallel": 2,
-            "device": "NVIDIA H200",
-            "host_cores": 64,
-            "attention": "flash2",
-            "kernels": "triton",
-        },
-        {
-            "started": "2026-03-02T18:40:51+00:00",
-            "step": 100,
-            "ranks": 4,
-            "tensor_parallel": 2,
-            "device": "NVIDIA H200",
-            "host_cores": 64,
-            "attention": "flash2",
-            "kernels": "triton",
-        },
-    ],
-    "versions": {"torch": "2.11.0", "deepspeed": "0.19.4", "transformers": "5.0.1", "numpy": "2.2.0"},
-    "model": {"parameters": 149_655_232, "hidden_size": 768, "layers": 22},
-    "corpora": [
-        {
-            "prefix": "data/web",
-            "weight": 0.7,
-            "documents": 1_204_113,
-            "tokens": 983_120_442,
-            "sha256": "cd" * 32,
-            "tokenizer_sha256": "ab" * 32,
-            "sources": [{"path": "web-<b>0</b>.jsonl.gz", "bytes": 2_400_112_221}, {"path": "web-1.jsonl", "bytes": 7}],
-        },
-    ],
-    "validation_corpora": [
-        {
-            "prefix": "data/held-out",
-            "weight": 1.0,
-            "documents": 2000,
-            "tokens": 1_500_200,
-            "tokenizer_sha256": "ab" * 32,
-            "sources": [{"path": "held-out.jsonl", "bytes": 5_200_111}],
-        }
-    ],
-    "unigram_loss": 7.42,
+ALWAYS = {
+    "loss.png",
+    "gradient_norm.png",
+    "learning_rate.png",
+    "validation.png",
+    "bits_per_byte.png",
+    "throughput.png",
+    "machine.png",
 }
-
-
-def make_run(
-    folder: Path,
-    phases: list[tuple[str, str, float | None, int]] = THREE_PHASES,
-    *,
-    name: str = "camembert-detour",
-    done: int | None = None,
-    validate_every: int = 20,
-    environment: dict[str, Any] = ENVIRONMENT,
-) -> Path:
-    plan = make_plan(name, phases)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    (folder / "run.yaml").write_text(f"name: '{name}'\nseed: 17\nbatch: {{tokens: 65536}}\n", encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
-    records = make_records(plan, plan["total_steps"] if done is None else done, validate_every)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return folder
 
 
 def plot_names(folder: Path) -> set[str]:
@@ -163,7 +30,16 @@ def plot_names(folder: Path) -> set[str]:
 
 def words(page: Path) -> str:
     """The page's text without its tags, in single spaces."""
-    html = re.sub(r"<style>.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return words_of(page.read_text(encoding="utf-8"))
+
+
+def page_words(folder: Path) -> str:
+    """The text of a run's page, for which no plot is drawn."""
+    return words_of(report._page(read_run(folder), []))
+
+
+def words_of(html: str) -> str:
+    html = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", html).split())
 
 
@@ -172,7 +48,7 @@ def test_a_finished_run_of_three_phases(tmp_path: Path) -> None:
     assert not (folder / "plots").exists()
     page = write_report(folder)
     assert page == folder / "report.html"
-    assert plot_names(folder) == ALL_PLOTS
+    assert plot_names(folder) == ALWAYS | {"schedule.png"}
     html, text = page.read_text(encoding="utf-8"), words(page)
     embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     pngs = {path.read_bytes() for path in (folder / "plots").iterdir()}
@@ -210,8 +86,7 @@ def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
-    page = write_report(make_run(tmp_path, TWO_PHASES, done=140))
-    text = words(page)
+    text = page_words(make_run(tmp_path, TWO_PHASES, done=140))
     assert "Unfinished : step 140 of 200" in text and "Finished :" not in text
     assert "decay MLM 30% 20 of 80" in text
     assert "Tokens trained 9.18M of 13.1M planned" in text
@@ -222,7 +97,7 @@ def test_a_run_without_validation_has_no_such_plot(tmp_path: Path) -> None:
     (folder / "plots").mkdir()
     (folder / "plots" / "validation.png").write_bytes(b"stale")
     text = words(write_report(folder))
-    assert plot_names(folder) == ALL_PLOTS - {"validation.png"}
+    assert plot_names(folder) == ALWAYS - {"validation.png", "bits_per_byte.png"} | {"schedule.png"}
     assert "This run has no validation figures." in text
 
 
@@ -230,7 +105,7 @@ def test_a_run_without_validation_has_no_such_plot(tmp_path: Path) -> None:
 def test_a_run_of_few_steps(tmp_path: Path, done: int) -> None:
     folder = make_run(tmp_path, [("only", "mlm", 0.3, 2)], done=done, validate_every=2)
     write_report(folder)
-    assert plot_names(folder) == ALL_PLOTS
+    assert plot_names(folder) == ALWAYS
 
 
 def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
@@ -242,7 +117,7 @@ def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
 
 
 def test_a_single_validation_is_no_change(tmp_path: Path) -> None:
-    text = words(write_report(make_run(tmp_path, done=10)))
+    text = page_words(make_run(tmp_path, done=10))
     assert "Validation MLM loss 2.610 at step 0, its only validation" in text
 
 
@@ -262,109 +137,88 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     assert read_run(folder).done_steps == 3
 
 
-def test_the_plots_show_what_they_should(tmp_path: Path) -> None:
-    figure = plots._draw_validation(read_run(make_run(tmp_path)))
-    loss, accuracy = figure.axes[1:]
-    labels = loss.get_legend_handles_labels()[1]
-    assert "unigram distribution of the corpus" in labels
-    assert labels.count("objective switch") == 2 and labels.count("resumed from a checkpoint") == 1
-    switches = [line.get_xdata()[0] for line in loss.lines if line.get_label() == "objective switch"]
-    assert switches == [60 * TOKENS_PER_STEP, 240 * TOKENS_PER_STEP]
-    resumed = next(line for line in loss.lines if line.get_label() == "resumed from a checkpoint")
-    assert resumed.get_xdata()[0] == 100 * TOKENS_PER_STEP
-    low, high = loss.get_ylim()
-    assert low < 2.26 and high > 9.4 and accuracy.get_ylabel() == "MLM accuracy"
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(legend) == len(set(legend)) == 5
+def test_settings_that_phases_share_or_do_not_have_are_left_out(tmp_path: Path) -> None:
+    text = page_words(make_run(tmp_path))
+    assert text.count("64 sequences of 1,024 tokens a step") == 1
+    for absent in ("frozen", "optimizer", "reads", "whole words", "Guards"):
+        assert absent not in text, absent
 
 
-def test_colour_follows_the_objective(tmp_path: Path) -> None:
-    figure = plots._draw_loss(read_run(make_run(tmp_path)))
-    colours = {line.get_label(): line.get_color() for line in figure.axes[1].lines}
-    assert colours["MLM loss"] == plots.COLOURS["mlm"]
-    assert colours["CLM loss"] == plots.COLOURS["clm"]
-
-
-def test_the_first_outliers_do_not_set_the_range(tmp_path: Path) -> None:
-    folder = make_run(tmp_path, TWO_PHASES)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    spoilt = [json.loads(line) for line in lines]
-    spoilt[1]["loss"] = 500.0
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in spoilt))
-    figure = plots._draw_loss(read_run(folder))
-    axes = figure.axes[1]
-    assert 5 < axes.get_ylim()[1] < 12
-    assert any("1 step above the range shown" in text.get_text() for text in axes.texts)
-
-
-def test_a_steady_fall_is_shown_whole(tmp_path: Path) -> None:
-    run = read_run(make_run(tmp_path, [("detour", "clm", None, 600)], validate_every=0))
-    axes = plots._draw_loss(run).axes[1]
-    assert axes.get_ylim()[1] > max(record["loss"] for record in run.records)
-    assert not axes.texts
-
-
-def test_names_of_phases_stay_inside_their_bands(tmp_path: Path) -> None:
+def test_settings_of_a_phase_stand_below_its_row(tmp_path: Path) -> None:
+    corpora = [{"prefix": "data/web", "weight": 0.25}, {"prefix": "data/notes", "weight": 0.75}]
+    warmup = {"from": 8, "increment": 8, "tokens": 2_000_000}
     phases = [
-        ("a long name for a warm-up phase", "mlm", 0.3, 30),
-        ("x", "clm", None, 200),
-        ("a narrow cooldown", "mlm", 0.15, 4),
+        ("detour", "clm", None, 30, {"freeze": ["embeddings", "layers.0-7"], "batch_warmup": warmup}),
+        (
+            "decay",
+            "mlm",
+            0.3,
+            10,
+            {"mask_rate_end": 0.1, "whole_word_masking": True, "optimizer_state": "reset", "corpora": corpora},
+        ),
     ]
-    run = read_run(make_run(tmp_path, phases))
-    strip = plots._draw_loss(run).axes[0]
-    bounds = strip.get_window_extent()
-    for phase, text in zip(run.phases, strip.texts, strict=True):
-        extent = text.get_window_extent()
-        left, right = (
-            bounds.x0 + bounds.width * phase[key] / run.done_tokens for key in ("start_tokens", "end_tokens")
-        )
-        assert extent.x0 >= left - 1 and extent.x1 <= right + 1, phase["name"]
-        assert bounds.y0 <= extent.y0 and extent.y1 <= bounds.y1, phase["name"]
-    assert [text.get_text() for text in strip.texts] == ["1", "x: CLM", "3"]
-    assert strip.get_title(loc="right") == "1 a long name for a warm-up phase,  3 a narrow cooldown"
+    text = page_words(make_run(tmp_path, phases))
+    assert (
+        "embeddings, layers 0-7 frozen; 8 to 64 sequences of 1,024 tokens a step, growing over 2M tokens; "
+        "reads data/web (1)" in text
+    )
+    assert (
+        "whole words are masked; the optimizer state begins anew; 64 sequences of 1,024 tokens a step; "
+        "reads data/web (0.25), data/notes (0.75)" in text
+    )
+    assert "decay MLM 30% to 10% 10" in text
 
 
-def test_smoothing_keeps_a_straight_line_and_damps_noise() -> None:
-    assert plots._smoothed([float(value) for value in range(200)])[:-3] == pytest.approx(range(197))
-    noisy = plots._smoothed([(-1.0) ** step for step in range(600)])
-    assert max(map(abs, noisy[20:-20])) < 0.1
+def test_tokens_are_those_of_the_records_where_steps_differ(tmp_path: Path) -> None:
+    warmup = {"from": 1, "increment": 1, "tokens": 1}
+    phases = [("one", "mlm", 0.3, 4, {"batch_warmup": warmup}), ("two", "mlm", 0.3, 4, {"sequences": 2})]
+    folder = make_run(tmp_path, phases, done=6, validate_every=0)
+    run = read_run(folder)
+    assert [run.tokens_at(step) // 1024 for step in range(9)] == [0, 1, 3, 6, 10, 12, 14, 16, 18]
+    assert run.done_tokens == 14 * 1024 and run.plan["total_tokens"] == 18 * 1024
+    change_records(folder, {6: {"tokens": 999}})
+    assert read_run(folder).done_tokens == 999
+    assert "Tokens trained 14.3k of 18.4k planned" in page_words(make_run(tmp_path, phases, done=6))
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (950, "950"),
-        (12_345, "12.3k"),
-        (999_999, "1M"),
-        (1_500_000, "1.5M"),
-        (100_000_000, "100M"),
-        (2e9, "2B"),
-        (1.2e12, "1.2T"),
-    ],
-)
-def test_compact(number: float, text: str) -> None:
-    assert compact(number) == text
+def test_sessions_say_how_they_ended(tmp_path: Path) -> None:
+    ends = ["the time limit of 23h00m", None, "error: out of memory", None]
+    sessions = [{**ENVIRONMENT["sessions"][0], "step": 10 * i, "ended": end} for i, end in enumerate(ends)]
+    environment = {**ENVIRONMENT, "sessions": sessions}
+    text = page_words(make_run(tmp_path, done=40, environment=environment))
+    for row in (
+        "0 the time limit of 23h00m 4",
+        "(resumed) 10 killed 4",
+        "(resumed) 20 error: out of memory 4",
+        "(resumed) 30 at work, or killed 4",
+    ):
+        assert row in text, row
 
 
-@pytest.mark.parametrize(("count", "text"), [(7, "7 B"), (1024, "1 KiB"), (3_565_158, "3.4 MiB"), (5e13, "45.5 TiB")])
-def test_byte_size(count: float, text: str) -> None:
-    assert byte_size(count) == text
+def test_guards_are_listed_up_to_twenty(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    changes = {step: {"skipped": "the loss is <nan>", "loss": None, "grad_norm": None} for step in range(101, 125)}
+    change_records(folder, {99: {"spike": "spike: loss 7.10 is 8.2 sigma above"}, **changes})
+    text = page_words(folder)
+    assert "24 updates left out, 1 spike reported; the first 20 of 25." in text
+    assert "99 6.49M detour made spike: loss 7.10 is 8.2 sigma above" in text
+    assert "119 7.8M detour left out the loss is &lt;nan&gt;" in text and "120 7.86M" not in text
 
 
-@pytest.mark.parametrize(
-    ("rate", "text"),
-    [
-        ({"peak": 5e-4, "warmup_tokens": 0, "shape": "constant", "end": 5e-4}, "starts at 0.0005, then stays"),
-        (
-            {"peak": 2e-5, "warmup_tokens": 2_000_000, "shape": "linear", "end": 0.0},
-            "rises to 2e-05 over 2M tokens, then follows a straight line to 0",
-        ),
-        (
-            {"peak": 1e-3, "warmup_tokens": 0, "shape": "odd", "end": 1e-4},
-            "starts at 0.001, then follows odd to 0.0001",
-        ),
-    ],
-)
-def test_rate_words(rate: dict[str, Any], text: str) -> None:
-    assert rate_words(rate) == text
+def test_figures_by_phase_and_corpus(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, TWO_PHASES, done=130, validate_every=65)
+    corpora = {"val_mlm_loss/notes": 2.125, "val_mlm_accuracy/notes": 0.4321}
+    change_records(folder, {0: corpora, 120: corpora})
+    text = page_words(folder)
+    assert "Figure Corpus before after detour at step 130" in text
+    assert "MLM loss all 2.610 2.900 2.382 notes 2.125 2.125 –" in text
+    assert "notes 43.2% 43.2% –" in text
+    assert "MLM bits per byte all 0.870 0.967 0.794" in text
+
+
+def test_a_plan_that_is_none_is_a_fault(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    for content, fault in (("[]", "no JSON object"), ("{}", "holds no plan")):
+        (folder / "plan.json").write_text(content)
+        with pytest.raises(DetourError, match=fault):
+            write_report(folder)

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megatron_detour.errors import DetourError
-from megatron_detour.observe.sinks import MetricsFile, TensorBoardSink, read_metrics, tensorboard_tag
+from megatron_detour.observe.sinks import MetricsFile, TensorBoardSink, WandbSink, read_metrics, tensorboard_tag
 
 
 def record(step: int, **fields: object) -> dict[str, object]:
@@ -109,6 +116,9 @@ def test_a_record_without_a_step_is_refused(tmp_path: Path) -> None:
         ("tokens_per_second", "speed/tokens_per_second"),
         ("val_mlm_loss", "val/mlm_loss"),
         ("padding_share", "data/padding_share"),
+        ("mfu", "speed/mfu"),
+        ("model_tflops", "speed/model_tflops"),
+        ("val_mlm_loss/notes", "val/mlm_loss/notes"),
     ],
 )
 def test_tags_are_grouped(field: str, tag: str) -> None:
@@ -128,6 +138,169 @@ def test_tensorboard_holds_each_numeric_field_and_hides_what_a_resumption_repeat
     second.close()
 
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/tokens"}
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/tokens", "train/skipped", "train/spike"}
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 9.0)]
     assert [event.step for event in events.Scalars("train/tokens")] == [1]
+
+
+def test_text_is_left_out_of_tensorboard_and_guards_are_counted_across_sessions(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    guards: dict[int, dict[str, str]] = {2: {"skipped": "the loss is nan"}, 4: {"skipped": "again"}, 5: {"spike": "s"}}
+    for resume_step, last in ((0, 4), (3, 5)):
+        metrics = MetricsFile(path, resume_step)
+        board = TensorBoardSink(folder, resume_step, metrics.counts)
+        for step in range(resume_step + 1, last + 1):
+            for sink in (metrics, board):
+                sink.write(record(step, **guards.get(step, {})))
+        metrics.close()
+        board.close()
+    events = EventAccumulator(str(folder)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/skipped")] == [
+        (1, 0),
+        (2, 1),
+        (3, 1),
+        (4, 2),
+        (5, 2),
+    ]
+    assert events.Scalars("train/spike")[-1].value == 1
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Files grow to `size` bytes and no further, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_takes_no_more_is_told_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = MetricsFile(path, 0)
+    sink.write(record(1))
+    with largest_file(path.stat().st_size + 10):
+        with pytest.raises(OSError, match=r"metrics\.jsonl") as fault:
+            sink.write(record(2))
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            sink.close()
+    assert (fault.value.errno, fault.value.filename) == (errno.EFBIG, str(path))
+    assert steps(path) == [1]
+    assert sink.close() is None
+    with largest_file(5), pytest.raises(OSError, match=r"metrics\.jsonl"):
+        MetricsFile(path, 1)
+
+
+# tensorboard's thread prints the fault, and its next call raises it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_takes_no_more_is_told_by_tensorboard_too(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path / "tensorboard", 0)
+    with largest_file(200), pytest.raises(OSError, match="tensorboard"):
+        for step in range(1, 2000):
+            sink.write(record(step))
+    with pytest.raises(OSError, match="tensorboard"):
+        sink.close()
+
+
+class Wandb(SimpleNamespace):
+    """What the sink uses of wandb, by its documentation: https://docs.wandb.ai/ref/python."""
+
+    class Error(Exception):
+        pass
+
+    @staticmethod
+    def Settings(**settings: Any) -> dict[str, Any]:
+        return settings
+
+    def __init__(self) -> None:
+        super().__init__(runs=[], fault=None)
+
+    def init(self, **arguments: Any) -> WandbRun:
+        if self.fault:
+            raise self.fault
+        self.runs.append(WandbRun(arguments))
+        return self.runs[-1]
+
+
+class WandbRun:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.settings: dict[str, Any] = {}
+        self.config = self
+        self.metrics: dict[str, dict[str, Any]] = {}
+        self.logged: list[dict[str, Any]] = []
+        self.finished = False
+
+    def update(self, values: dict[str, Any], allow_val_change: bool = False) -> None:
+        if not allow_val_change and self.settings.keys() & values.keys():
+            raise Wandb.Error("a value of the config changes")
+        self.settings |= values
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        self.metrics[name] = options
+
+    def log(self, figures: dict[str, Any]) -> None:
+        self.logged.append(figures)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    module = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_gets_the_figures_over_the_steps_of_the_run(wandb: Wandb, tmp_path: Path) -> None:
+    sink = WandbSink({"project": "notes", "mode": "offline", "tags": ["a"]}, tmp_path / "run", "detour", -1)
+    sink.write({"step": 0, "val_mlm_loss/notes": 2.5})
+    sink.write({"step": 1, "phase": "detour", "loss": None, "lr": 1e-4, "mfu": 0.4, "skipped": "the loss is nan"})
+    sink.close()
+    (run,) = wandb.runs
+    given = {key: run.arguments[key] for key in ("project", "mode", "tags", "name", "resume", "dir")}
+    assert given == {
+        "project": "notes",
+        "mode": "offline",
+        "tags": ["a"],
+        "name": "detour",
+        "resume": "allow",
+        "dir": str(tmp_path / "run"),
+    }
+    assert run.arguments["settings"]["console"] == "off" and run.arguments["settings"]["disable_code"]
+    assert run.metrics["*"] == {"step_metric": "step"}
+    assert run.logged == [
+        {"step": 0, "val/mlm_loss/notes": 2.5},
+        {"step": 1, "train/lr": 1e-4, "speed/mfu": 0.4, "train/skipped": 1, "train/spike": 0},
+    ]
+    assert run.finished
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(wandb: Wandb, tmp_path: Path) -> None:
+    WandbSink({}, tmp_path / "a", "detour", -1).close()
+    WandbSink({"name": "another", "id": "mine"}, tmp_path / "a", "detour", 40, {"skipped": 3}).write(record(41))
+    WandbSink({}, tmp_path / "b", "detour", -1).close()
+    first, second, other = wandb.runs
+    assert first.arguments["id"] == second.arguments["id"] != other.arguments["id"]
+    assert second.arguments["name"] == "another"
+    assert [run.settings["resumed_after_step"] for run in (first, second)] == [0, 40]
+    assert second.logged[0]["train/skipped"] == 3
+
+
+def test_faults_of_wandb_are_sentences(wandb: Wandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb.fault = Wandb.Error("no API key")
+    with pytest.raises(DetourError, match="no API key; mend its settings, or set its mode to offline"):
+        WandbSink({}, tmp_path, "detour", 0)
+    wandb.fault = TypeError("init() got an unexpected keyword argument 'projet'")
+    with pytest.raises(DetourError, match="projet"):
+        WandbSink({"projet": "x"}, tmp_path, "detour", 0)
+    (tmp_path / "wandb.json").write_text("[]")
+    with pytest.raises(DetourError, match=r"wandb\.json holds no id"):
+        WandbSink({}, tmp_path, "detour", 0)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(DetourError, match="pip install wandb"):
+        WandbSink({}, tmp_path, "detour", 0)

@@ -1,0 +1,236 @@
+"""Several runs side by side, for instance a detour and its control: plots and one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_detour.errors import DetourError
+from megatron_detour.files import write_whole
+from megatron_detour.observe.compare_plots import COMPARISON_PLOTS
+from megatron_detour.observe.page import Picture, render, write_pictures
+from megatron_detour.observe.plots import appearance
+from megatron_detour.observe.report import headline
+from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
+from megatron_detour.observe.sinks import Record
+from megatron_detour.observe.words import compact, objective_words
+
+PAGE = "compare.html"
+MARK = '<meta name="generator" content="megatron_detour comparison of runs">'
+ABSENT = "–"
+OF_THE_FOLDER = ("name", "folder")  # keys of a run file that differ between any two runs
+OF_VALIDATION = ("sequences", "seed", "mask_rate", "sequence_length")
+
+
+def write_comparison(folders: list[Path], output: Path) -> Path:
+    """Draws the runs of `folders` together: writes PNG files and compare.html into `output`; returns the page's path.
+
+    Runs that are not finished are drawn as far as they go. The first run is the one that the others are compared with.
+    Raises DetourError for fewer than two runs, a folder given twice or that is no run, and an output that is there and
+    is no earlier comparison.
+    """
+    folders, output = [Path(folder) for folder in folders], Path(output)
+    if len(folders) < 2:
+        raise DetourError("a comparison takes the folders of two runs or more")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise DetourError("the same folder is given twice; give each run once")
+    runs = [read_run(folder) for folder in folders]
+    labels, settings = _labels(runs), [_settings(run) for run in runs]
+    _take(output)
+    drawn = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]
+    pictures = [Picture.of(plot, plot.draw(runs, drawn)) for plot in COMPARISON_PLOTS]
+    # The page comes first: it tells another time that the folder is a comparison's.
+    write_whole(output / PAGE, _page(runs, labels, settings, pictures))
+    write_pictures(pictures, output)
+    return output / PAGE
+
+
+def _take(output: Path) -> None:
+    """Makes the folder, unless it holds anything but an earlier comparison."""
+    page = output / PAGE
+    if output.exists() and not output.is_dir():
+        raise DetourError(f"{output} is a file; choose another --output")
+    if output.exists() and any(output.iterdir()) and not (page.exists() and MARK in page.read_text(encoding="utf-8")):
+        raise DetourError(f"{output} holds other files than an earlier comparison; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def _labels(runs: list[Run]) -> list[str]:
+    """The names of the runs, where several share one with as much of the folders as tells them apart."""
+    names = [run.name for run in runs]
+    for place in (lambda run: run.folder.name, lambda run: str(run.folder)):
+        labels = [f"{run.name} ({place(run)})" if names.count(run.name) > 1 else run.name for run in runs]
+        if len(set(labels)) == len(runs):
+            break
+    return labels
+
+
+def _page(runs: list[Run], labels: list[str], settings: list[dict[str, Any]], pictures: list[Picture]) -> str:
+    return render(
+        "compare.html.j2",
+        mark=MARK,
+        runs=list(zip(runs, labels, (appearance(number)["color"] for number in range(len(runs))), strict=True)),
+        pictures=pictures,
+        verdicts=_data_verdicts(runs, labels) + _validation_verdicts(runs, labels, settings),
+        totals=_totals(runs),
+        phases=[[_phase(phase) for phase in run.phases] for run in runs],
+        figures=_figures(runs),
+        settings=_differing([_flat(own, OF_THE_FOLDER) for own in settings]),
+        versions=_differing([_software(run) for run in runs]),
+    )
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(run.run_file)
+    except yaml.YAMLError as error:
+        raise DetourError(f"{run.folder / 'run.yaml'} is not valid YAML; restore the file") from error
+    if not isinstance(content, dict):
+        raise DetourError(f"{run.folder / 'run.yaml'} holds no settings; restore the file")
+    return content
+
+
+def _phase(phase: dict[str, Any]) -> str:
+    return f"{phase['name']}: {objective_words(phase)}, {compact(phase['tokens'])} tokens"
+
+
+def _totals(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """The figures of the whole runs, a row each."""
+    found = [{title: value for title, value, _ in headline(run)} for run in runs]
+    titles = dict.fromkeys(title for facts in found for title in facts)
+    rows = [(title, [facts.get(title, ABSENT) for facts in found]) for title in titles]
+    rows.append(("Updates left out", [f"{len(run.skipped):,}" for run in runs]))
+    return rows
+
+
+def _data_verdicts(runs: list[Run], labels: list[str]) -> list[tuple[str, str]]:
+    """Whether each run read the documents of the first one, step by step, by their checksums."""
+    first = _checksums(runs[0])
+    found = []
+    for run, label in zip(runs[1:], labels[1:], strict=True):
+        own, pair = _checksums(run), f"{label} and {labels[0]}"
+        steps = sorted(first.keys() & own.keys())
+        different = [step for step in steps if first[step] != own[step]]
+        if not steps:
+            found.append(("Unknown", f"{pair} have no checksums in common that would tell whether they read the same."))
+        elif not different:
+            found.append(("Yes", f"{pair} read the same documents in all {len(steps):,} steps that both have done."))
+        else:
+            text = (
+                f"{pair} did not read the same documents: {len(steps) - len(different):,} of {len(steps):,} steps are "
+                f"equal, and the first other one is step {different[0]:,}."
+            )
+            found.append(("No", text))
+    return found
+
+
+def _checksums(run: Run) -> dict[int, tuple[int, int]]:
+    """By step: where it ends, and the checksum of its documents."""
+    held = (record for record in run.records if record.get("data_crc") is not None)
+    return {record["step"]: (run.tokens_at(record["step"]), record["data_crc"]) for record in held}
+
+
+def _validation_verdicts(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Whether each run was validated as the first one was, so that their figures compare."""
+    first, *others = [_validation(run, own) for run, own in zip(runs, settings, strict=True)]
+    found = []
+    for facts, label in zip(others, labels[1:], strict=True):
+        pair = f"{label} and {labels[0]}"
+        differing = [key for key in facts if facts[key] != first[key]]
+        if not facts["corpora"] or not first["corpora"]:
+            found.append(("Unknown", f"{pair} do not both name the corpora of their validation."))
+        elif differing:
+            text = f"{pair} were not validated alike, so their figures do not compare: other {', '.join(differing)}."
+            found.append(("No", text))
+        else:
+            found.append(("Yes", f"{pair} were validated on the same text under the same masks."))
+    return found
+
+
+def _validation(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides which tokens validation measures."""
+    corpora = run.environment.get("validation_corpora") or []
+    own, data = settings.get("validation") or {}, settings.get("data") or {}
+    return {
+        "corpora": [corpus.get("sha256") or corpus.get("prefix") for corpus in corpora],
+        "tokenizer": [corpus.get("tokenizer_sha256") for corpus in corpora],
+        **{f"validation.{key}": own.get(key) for key in OF_VALIDATION},
+        "data.sequence_length": data.get("sequence_length"),
+    }
+
+
+def _figures(runs: list[Run]) -> list[dict[str, Any]]:
+    """The validation figures where every run has some at a phase's end, by tokens, and at the end of each run."""
+    at = [{run.tokens_at(b.record["step"]): b.record for b in run.boundaries() if b.ends_phase} for run in runs]
+    common = sorted(set(at[0]).intersection(*at[1:]))
+    groups = [
+        {
+            "title": f"At {compact(tokens)} tokens" if tokens else "Before training",
+            "rows": _rows([a[tokens] for a in at]),
+        }
+        for tokens in common
+    ]
+    last = [run.validations[-1] if run.validations else {} for run in runs]
+    ends = [run.tokens_at(record["step"]) if record else None for run, record in zip(runs, last, strict=True)]
+    if len(set(ends)) > 1 or ends[0] not in common:
+        reached = ", ".join(ABSENT if end is None else compact(end) for end in ends)
+        groups.append({"title": f"Last of each run (at {reached} tokens)", "rows": _rows(last)})
+    return [group for group in groups if group["rows"]]
+
+
+def _rows(records: list[Record]) -> list[dict[str, Any]]:
+    rows = []
+    keys = dict.fromkeys(key for record in records for key in record if key.partition("/")[0] in VALIDATION_FIGURES)
+    for key in sorted(keys, key=lambda key: list(VALIDATION_FIGURES).index(key.partition("/")[0])):
+        figure, corpus = VALIDATION_FIGURES[key.partition("/")[0]], key.partition("/")[2]
+        values = [record.get(key) for record in records]
+        if all(value is None for value in values):
+            continue
+        rows.append(
+            {
+                "title": f"{figure.title}, {corpus}" if corpus else figure.title,
+                "objective": figure.objective,
+                "values": [ABSENT if value is None else figure.value(value) for value in values],
+                "changes": [
+                    figure.change(value - values[0]) if value is not None and values[0] is not None else ""
+                    for value in values[1:]
+                ],
+            }
+        )
+    return rows
+
+
+def _flat(content: Any, left_out: Iterable[str] = (), prefix: str = "") -> dict[str, str]:
+    """The settings by dotted keys; phases are keyed by their names, other lists by numbers."""
+    if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
+        content = {entry.get("name", number): entry for number, entry in enumerate(content)}
+    if not isinstance(content, dict) or not content:
+        return {prefix: _setting(content)}
+    found = {}
+    for key, value in content.items():
+        if key not in left_out:
+            found |= _flat(value, (), f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _setting(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _software(run: Run) -> dict[str, str]:
+    """Versions, and what the latest session ran on."""
+    found = {str(package): str(version) for package, version in (run.environment.get("versions") or {}).items()}
+    for key in ("device", "ranks", "tensor_parallel", "attention", "kernels", "dtype", "recompute"):
+        if run.sessions and key in run.sessions[-1]:
+            found[key.replace("_", " ")] = _setting(run.sessions[-1][key])
+    return found
+
+
+def _differing(facts: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """The keys whose values are not the same in all, each with its values."""
+    keys = dict.fromkeys(key for own in facts for key in own)
+    rows = [(key, [own.get(key, ABSENT) for own in facts]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]

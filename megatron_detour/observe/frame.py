@@ -1,0 +1,321 @@
+"""A figure over the tokens trained: strips that name the phases, and below them panels of curves."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_detour.observe.run_folder import Run
+from megatron_detour.observe.words import compact, frozen_words, objective_words, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+COLOURS = {"mlm": "#2563c9", "clm": "#c8540a"}
+INK = "#1f2933"
+GREY = "#66707c"
+STRIP = 0.44  # inches that the names of the phases take
+SWITCH = "objective switch"
+RESUMED = "resumed from a checkpoint"
+FROZEN = "some parameters frozen"
+LONGEST_CURVE = 4000  # points; more than a plot this wide can show
+LONGEST_LABEL = 90  # characters of a legend's entry
+LEGEND_WIDTH = 118  # characters in a row of the legend
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over tokens. Curves with the same label share an entry of the legend."""
+
+    x: list[float]
+    y: list[float]
+    colour: str
+    label: str
+    style: Any = "-"
+    faint: bool = True  # the values themselves behind their mean
+
+
+class Frame:
+    """A figure of one run, or of several, which have a strip each unless their phases are the same.
+
+    A run's phases tint the panels below; the panels of several runs get lines at the phases' ends. `colours` are those
+    of the runs. Draw into `panels`, then `finish`.
+    """
+
+    def __init__(
+        self,
+        runs: list[Run],
+        title: str,
+        labels: list[str],
+        *,
+        height: float = 3.6,
+        colours: list[str] | None = None,
+    ) -> None:
+        from matplotlib.figure import Figure
+
+        self.runs = runs
+        self.edge = max(1, *(run.done_tokens for run in runs))
+        self.above = 0
+        shown = _with_own_phases(runs)
+        room = STRIP * len(shown)
+        size = (9.2, height + room + 0.26)
+        self.figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
+        self.figure.get_layout_engine().set(hspace=0.0, h_pad=0.03, w_pad=0.06)
+        ratios = [*([STRIP] * len(shown)), *_shares(len(labels), height - STRIP)]
+        grid = self.figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
+        first = self.figure.add_subplot(grid[0])
+        rest = [self.figure.add_subplot(grid[row], sharex=first) for row in range(1, len(ratios))]
+        self.strips = dict(zip(shown, [first, *rest], strict=False))
+        self.panels = rest[len(shown) - 1 :]
+        first.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=7)
+        first.set_xlim(0, self.edge)
+        for axes, label in zip(self.panels, labels, strict=True):
+            self._style(axes, label, last=axes is self.panels[-1])
+        for number, axes in self.strips.items():
+            self._style_strip(axes, str(number + 1) if len(shown) > 1 else "", (colours or [INK] * len(runs))[number])
+            self._bands(runs[number], axes)
+
+    def _style(self, axes: Axes, label: str, *, last: bool) -> None:
+        axes.set_ylabel(label, color=INK, fontsize=9.5)
+        axes.grid(axis="y", color="#d5dae0", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#9aa4af")
+        axes.tick_params(labelsize=8.5, colors=INK, labelbottom=last, color="#9aa4af")
+        if last:
+            axes.set_xlabel("tokens trained", color=INK, fontsize=9.5)
+            axes.xaxis.set_major_formatter(lambda value, _: compact(value))
+
+    def _style_strip(self, axes: Axes, label: str, colour: str) -> None:
+        axes.set(ylim=(0, 1), yticks=[0.5] if label else [], yticklabels=[label] if label else [])
+        axes.tick_params(axis="x", bottom=False, labelbottom=False)
+        axes.tick_params(axis="y", left=False, labelsize=9.5, labelcolor=colour)
+        for text in axes.get_yticklabels():
+            text.set_fontweight("bold")
+        axes.spines[:].set_visible(False)
+
+    def _bands(self, run: Run, strip: Axes) -> None:
+        previous = None
+        for phase in run.started_phases:
+            start, end = phase["start_tokens"], self._end(run, phase)
+            colour = objective_colour(phase["objective"])
+            strip.axvspan(start, end, ymin=0.06, ymax=0.94, facecolor=colour, alpha=0.2, linewidth=0)
+            if frozen_words(phase):
+                strip.axvspan(start, end, 0.06, 0.17, facecolor="none", edgecolor=colour, hatch="/////", linewidth=0)
+                _entry(strip, FROZEN)
+            if len(self.runs) == 1:
+                for axes in self.panels:
+                    axes.axvspan(start, end, facecolor=colour, alpha=0.055, linewidth=0)
+            if previous is not None:
+                strip.axvline(start, color="white", linewidth=1.6)
+                self._boundary(previous, phase)
+            previous = phase
+
+    def _boundary(self, previous: dict[str, Any], phase: dict[str, Any]) -> None:
+        for axes in self.panels:
+            if len(self.runs) > 1:
+                axes.axvline(phase["start_tokens"], color="#b6bec7", linewidth=1.0, zorder=0.9)
+            elif previous["objective"] == phase["objective"]:
+                axes.axvline(phase["start_tokens"], color="white", linewidth=2.2, zorder=0.9)
+            else:
+                axes.axvline(phase["start_tokens"], color=INK, linestyle=(0, (5, 3)), linewidth=1.1, label=SWITCH)
+
+    def _end(self, run: Run, phase: dict[str, Any]) -> float:
+        return min(phase["end_tokens"], max(run.done_tokens, 1))
+
+    def curves(self, axes: Axes, curves: list[Curve], *, from_zero: bool = False) -> None:
+        """Draws each curve faintly and smoothed, in a range of the y axis that single peaks do not set."""
+        curves = [curve for curve in curves if curve.y]
+        bounds: list[float] = []
+        for curve in curves:
+            if curve.faint and len(curve.y) > 2:
+                axes.plot(*_thinned(curve.x, curve.y), color=curve.colour, alpha=0.28, linewidth=0.9)
+            axes.plot(
+                *_thinned(curve.x, smoothed(curve.y)),
+                color=curve.colour,
+                linestyle=curve.style,
+                linewidth=1.9,
+                label=curve.label,
+                **dot(curve.x),
+            )
+            bounds += _usual_range(curve.y, 0.0 if from_zero else min(curve.y))
+        if not bounds:
+            return
+        low, high = min(bounds), max(bounds)
+        margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+        axes.set_ylim(0 if from_zero else low - margin, high + margin)
+        self.above += sum(value > high + margin for curve in curves for value in curve.y)
+
+    def finish(self) -> Figure:
+        """Adds the resumptions, the legend and, once the widths are known, the names of the phases."""
+        if len(self.runs) == 1:
+            for step in self.runs[0].resumptions:
+                x = self.runs[0].tokens_at(step)
+                for axes in self.panels:
+                    axes.axvline(x, ymax=0.07, color=INK, linewidth=1.4, label=RESUMED)
+        self._note()
+        handles: dict[str, Any] = {}
+        for axes in [*self.panels, *self.strips.values()]:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        self._legend(handles)
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")  # what it laid out stays: it takes longer than the drawing
+        self._name_phases()
+        return self.figure
+
+    def _note(self) -> None:
+        if not self.above:
+            return
+        text = f"{self.above:,} value{'s' if self.above > 1 else ''} above the range shown"
+        place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+        self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=GREY, **place)
+
+    def _legend(self, handles: dict[str, Any]) -> None:
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
+
+        if RESUMED in handles:
+            mark = {"marker": "|", "markersize": 8, "markeredgewidth": 1.4, "linestyle": "none"}
+            handles[RESUMED] = Line2D([], [], color=INK, **mark)
+        if FROZEN in handles:
+            handles[FROZEN] = Patch(facecolor="none", edgecolor=GREY, hatch="/////", linewidth=0)
+        for last in (SWITCH, RESUMED, FROZEN):
+            if last in handles:
+                handles[last] = handles.pop(last)
+        if handles:
+            labels = [shortened(label, LONGEST_LABEL) for label in handles]
+            self.figure.legend(
+                list(handles.values()),
+                labels,
+                loc="outside lower center",
+                ncols=_columns(labels),
+                fontsize=8.5,
+                frameon=False,
+                labelcolor=INK,
+                handlelength=2.6,
+                columnspacing=1.8,
+            )
+            for text in self.figure.legends[0].get_texts():
+                text.set_parse_math(False)
+
+    def _name_phases(self) -> None:
+        """Writes in each band the longest of its labels that fits, or its number, which the title's row explains."""
+        numbered = []
+        for run_number, strip in self.strips.items():
+            run, width = self.runs[run_number], strip.get_window_extent().width
+            for number, phase in enumerate(run.started_phases, start=1):
+                start, end = phase["start_tokens"], self._end(run, phase)
+                room = width * (end - start) / self.edge - 8
+                # a dollar sign in a name is no formula
+                middle = 0.57 if phase.get("freeze") else 0.5  # above the hatching
+                label = strip.text((start + end) / 2, middle, "", fontsize=8.2, color=INK, parse_math=False)
+                label.set(ha="center", va="center_baseline", linespacing=1.2)
+                if not _fit(label, _phase_labels(phase), room):
+                    numbered.append(f"{number} {phase['name']}")
+                    _fit(label, [str(number)], room + 4)
+        if numbered:
+            first = next(iter(self.strips.values()))
+            key = first.set_title("", loc="right", fontsize=8.2, color=GREY, pad=7, parse_math=False)
+            texts = ["numbers in the strip: the phases in the order of the plan"]
+            # several runs have several numberings
+            if len(self.strips) == 1:
+                texts.insert(0, ",  ".join(numbered))
+            _fit(key, texts, 0.62 * first.get_window_extent().width)
+
+
+def png(figure: Figure) -> bytes:
+    """Returns the figure as the content of a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    target = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(target)
+    return target.getvalue()
+
+
+def objective_colour(objective: str) -> str:
+    return COLOURS.get(objective, GREY)
+
+
+def dot(x: list[float]) -> dict[str, Any]:
+    """A line through a point or two is invisible or nearly so: mark them."""
+    return {"marker": "o", "markersize": 4, "clip_on": False} if len(x) <= 2 else {}
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """A centred mean: unlike a trailing one it does not shift the curve at the start of a phase."""
+    import numpy
+
+    half = max(1, len(values) // 60)
+    total = numpy.concatenate([[0.0], numpy.cumsum(values)])
+    centre = numpy.arange(len(values))
+    # Where a phase starts the curve is steep, so the window shrinks on both sides; where it ends noise matters more.
+    before = numpy.minimum(half, centre)
+    after = numpy.minimum(before, len(values) - 1 - centre)
+    return list((total[centre + after + 1] - total[centre - before]) / (before + after + 1))
+
+
+def _usual_range(values: list[float], low: float) -> tuple[float, float]:
+    """The range of a phase from `low`, without its first steps and single peaks that stand far above the others."""
+    import numpy
+
+    width = max(9, len(values) // 100)
+    if len(values) < 2 * width:
+        return low, max(values)
+    windows = numpy.lib.stride_tricks.sliding_window_view(values, width)
+    high = float(numpy.median(windows, axis=1).max())
+    limit = high + 0.3 * (high - low)
+    return low, max(value for value in values if value <= limit)
+
+
+def _thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    every = max(1, -(-len(x) // LONGEST_CURVE))
+    return x[::every], y[::every]
+
+
+def _fit(label: Text, texts: list[str], room: float) -> bool:
+    """Sets the first of `texts` no wider than `room` pixels; empties the label where none is."""
+    for text in texts:
+        label.set_text(text)
+        if label.get_window_extent().width <= room:
+            return True
+    label.set_text("")
+    return False
+
+
+def _phase_labels(phase: dict[str, Any]) -> list[str]:
+    name, objective, frozen = str(phase["name"]), objective_words(phase), frozen_words(phase)
+    short = [f"{name}: {objective}", f"{name}\n{objective}", f"{name}\n{phase['objective'].upper()}", name]
+    return (
+        [f"{name}: {objective}, {frozen} frozen", f"{name}: {objective}\n{frozen} frozen", *short] if frozen else short
+    )
+
+
+def _entry(axes: Axes, label: str) -> None:
+    """Adds a label to the legend that no artist of its own bears."""
+    axes.plot([], [], label=label)
+
+
+def _with_own_phases(runs: list[Run]) -> list[int]:
+    """The numbers of the runs that get a strip: all of them, or the longest one where they share their phases."""
+    keys = ("name", "objective", "mask_rate", "mask_rate_end", "freeze", "start_tokens", "end_tokens")
+    phases = [[[phase.get(key) for key in keys] for phase in run.phases] for run in runs]
+    if all(own == phases[0] for own in phases):
+        return [max(range(len(runs)), key=lambda number: runs[number].done_tokens)]
+    return list(range(len(runs)))
+
+
+def _columns(labels: list[str]) -> int:
+    widest = max(len(label) for label in labels) + 8  # with its line
+    if sum(len(label) + 8 for label in labels) <= LEGEND_WIDTH:
+        return len(labels)
+    return max(1, min(4, len(labels), LEGEND_WIDTH // widest))
+
+
+def _shares(panels: int, room: float) -> list[float]:
+    """Heights of the panels; the first is the largest."""
+    weights = [1.6] + [1.0] * (panels - 1)
+    return [room * weight / sum(weights) for weight in weights]

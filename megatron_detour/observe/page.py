@@ -1,0 +1,63 @@
+"""Self-contained HTML pages: templates filled in, with the plots inside."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_detour.files import write_whole
+from megatron_detour.observe import words
+from megatron_detour.observe.frame import COLOURS, png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot as a page shows it: its file's name and content, empty where there was nothing to draw."""
+
+    file: str
+    title: str
+    caption: str
+    content: bytes
+
+    @classmethod
+    def of(cls, plot: Any, figure: Figure | None) -> Picture:
+        return cls(plot.file, plot.title, plot.caption, png(figure) if figure else b"")
+
+    @property
+    def source(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.content).decode('ascii')}"
+
+
+def write_pictures(pictures: list[Picture], folder: Path) -> None:
+    """Writes the pictures as PNG files; removes the file that an earlier time left of an empty one."""
+    for picture in pictures:
+        if picture.content:
+            write_whole(folder / picture.file, picture.content)
+        else:
+            (folder / picture.file).unlink(missing_ok=True)
+
+
+def render(template: str, **values: Any) -> str:
+    """Returns the page that `template`, a file beside this one, makes of `values`."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        compact=words.compact,
+        byte_size=words.byte_size,
+        rate_words=words.rate_words,
+        mask_words=words.mask_words,
+        count="{:,}".format,
+    )
+    return environment.get_template(template).render(colours=COLOURS, **values)

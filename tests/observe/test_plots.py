@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_detour.observe import frame, plots
+from megatron_detour.observe.run_folder import read_run
+from tests.observe.runs import (
+    TOKENS_PER_STEP,
+    TWO_PHASES,
+    change_records,
+    make_run,
+)
+
+
+def test_the_plots_show_what_they_should(tmp_path: Path) -> None:
+    figure = plots._draw_validation(read_run(make_run(tmp_path)))
+    loss, accuracy = figure.axes[1:]
+    labels = loss.get_legend_handles_labels()[1]
+    assert "unigram distribution of the corpus" in labels
+    assert labels.count("objective switch") == 2 and labels.count("resumed from a checkpoint") == 1
+    switches = [line.get_xdata()[0] for line in loss.lines if line.get_label() == "objective switch"]
+    assert switches == [60 * TOKENS_PER_STEP, 240 * TOKENS_PER_STEP]
+    resumed = next(line for line in loss.lines if line.get_label() == "resumed from a checkpoint")
+    assert resumed.get_xdata()[0] == 100 * TOKENS_PER_STEP
+    low, high = loss.get_ylim()
+    assert low < 2.26 and high > 9.4 and accuracy.get_ylabel() == "MLM accuracy"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(legend) == len(set(legend)) == 5
+
+
+def test_colour_follows_the_objective(tmp_path: Path) -> None:
+    figure = plots._draw_loss(read_run(make_run(tmp_path)))
+    colours = {line.get_label(): line.get_color() for line in figure.axes[1].lines}
+    assert colours["MLM loss"] == plots.COLOURS["mlm"]
+    assert colours["CLM loss"] == plots.COLOURS["clm"]
+
+
+def test_the_first_outliers_do_not_set_the_range(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, TWO_PHASES)
+    change_records(folder, {1: {"loss": 500.0}})
+    figure = plots._draw_loss(read_run(folder))
+    axes = figure.axes[1]
+    assert 5 < axes.get_ylim()[1] < 12
+    assert any("1 value above the range shown" in text.get_text() for text in axes.texts)
+
+
+def test_a_steady_fall_is_shown_whole(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path, [("detour", "clm", None, 600)], validate_every=0))
+    axes = plots._draw_loss(run).axes[1]
+    assert axes.get_ylim()[1] > max(record["loss"] for record in run.records)
+    assert not axes.texts
+
+
+def test_names_of_phases_stay_inside_their_bands(tmp_path: Path) -> None:
+    phases = [
+        ("a long name for a warm-up phase", "mlm", 0.3, 30),
+        ("x", "clm", None, 200),
+        ("a narrow cooldown", "mlm", 0.15, 4),
+    ]
+    run = read_run(make_run(tmp_path, phases))
+    strip = plots._draw_loss(run).axes[0]
+    bounds = strip.get_window_extent()
+    for phase, text in zip(run.phases, strip.texts, strict=True):
+        extent = text.get_window_extent()
+        left, right = (
+            bounds.x0 + bounds.width * phase[key] / run.done_tokens for key in ("start_tokens", "end_tokens")
+        )
+        assert extent.x0 >= left - 1 and extent.x1 <= right + 1, phase["name"]
+        assert bounds.y0 <= extent.y0 and extent.y1 <= bounds.y1, phase["name"]
+    assert [text.get_text() for text in strip.texts] == ["1", "x: CLM", "3"]
+    assert strip.get_title(loc="right") == "1 a long name for a warm-up phase,  3 a narrow cooldown"
+
+
+def test_smoothing_keeps_a_straight_line_and_damps_noise() -> None:
+    assert frame.smoothed([float(value) for value in range(200)])[:-3] == pytest.approx(range(197))
+    noisy = frame.smoothed([(-1.0) ** step for step in range(600)])
+    assert max(map(abs, noisy[20:-20])) < 0.1
+
+
+FREEZE = {"freeze": ["embeddings", "layers.0-7"]}
+FIVE_PHASES = [
+    ("a very long name of the first phase", "mlm", 0.3, 40),
+    ("x", "clm", None, 100, {**FREEZE, "sequences": 8}),
+    ("$\\frac", "clm", None, 60, {"freeze": ["embeddings"]}),
+    ("anneal", "mlm", 0.15, 12, FREEZE),
+    ("final decay", "mlm", 0.3, 88, {"mask_rate_end": 0.1}),
+]
+
+
+def texts_of(figure: Any) -> list[Any]:
+    """Every text that a figure shows."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    # A tick beyond the limits of its axis keeps its label.
+    hidden = {
+        id(label)
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in [*axis.majorTicks, *axis.minorTicks]
+        for label in (tick.label1, tick.label2)
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    }
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return [text for text in texts if id(text) not in hidden]
+
+
+def refuse_overlaps(figure: Any) -> None:
+    """Fails where two texts of the figure overlap by more than a hair, or one leaves the figure."""
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
+    whole = figure.bbox
+    for text, box in boxes:
+        assert box.x0 >= whole.x0 - 2 and box.x1 <= whole.x1 + 2, f"{text!r} leaves the figure"
+        assert box.y0 >= whole.y0 - 2 and box.y1 <= whole.y1 + 2, f"{text!r} leaves the figure"
+    for (first, a), (second, b) in itertools.combinations(boxes, 2):
+        width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert width <= 2 or height <= 3, f"{first!r} overlaps {second!r}"
+
+
+def test_the_check_of_overlaps_finds_one() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.text(0.5, 0.5, "one text")
+    figure.text(0.52, 0.5, "another")
+    with pytest.raises(AssertionError, match="overlaps"):
+        refuse_overlaps(figure)
+    beyond = Figure()
+    beyond.text(0.95, 0.5, "a long text")
+    with pytest.raises(AssertionError, match="leaves"):
+        refuse_overlaps(beyond)
+
+
+def five_phases(folder: Path) -> Path:
+    make_run(folder, FIVE_PHASES, name="n" * 80)
+    by_corpus = {f"{key}/{name}": 0.5 for key in ("val_mlm_loss", "val_clm_loss") for name in ("notes", "c" * 120)}
+    guards = {20: {"skipped": "the loss is nan", "loss": None, "grad_norm": None}, 21: {"spike": "spike: ..."}}
+    change_records(folder, {0: by_corpus, 40: by_corpus, 300: by_corpus, 90: {"loss": 900.0}, **guards})
+    return folder
+
+
+@pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.file)
+def test_texts_do_not_overlap(plot: plots.Plot, tmp_path: Path) -> None:
+    figure = plot.draw(read_run(five_phases(tmp_path)))
+    assert figure is not None
+    refuse_overlaps(figure)
+
+
+@pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.file)
+def test_no_records_no_plot(plot: plots.Plot, tmp_path: Path) -> None:
+    assert plot.draw(read_run(make_run(tmp_path, done=0, validate_every=0))) is None
+
+
+@pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.file)
+def test_a_single_record_of_missing_figures_is_drawn_or_left_out(plot: plots.Plot, tmp_path: Path) -> None:
+    folder = make_run(tmp_path, done=0, validate_every=0)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": null, "grad_norm": null, "mfu": null, "seconds": 0}\n')
+    assert plot.draw(read_run(folder)) is None
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "val_mlm_loss/a": 1.0, "val_mlm_loss": 1.0}\n')
+    figure = plot.draw(read_run(folder))
+    assert (figure is not None) == (plot.file in {"loss.png", "validation.png", "validation_corpora.png"})
+
+
+def test_a_figure_that_only_an_unplanned_step_has_is_no_fault(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, [("only", "mlm", 0.3, 2)], validate_every=0)
+    (folder / "metrics.jsonl").write_text('{"step": 9, "loss": 2.5}\n')
+    assert not plots._draw_loss(read_run(folder)).axes[1].lines
+
+
+def test_frozen_phases_are_marked_and_named(tmp_path: Path) -> None:
+    phases = [("detour", "clm", None, 120, FREEZE), ("decay", "mlm", 0.3, 80)]
+    figure = plots._draw_loss(read_run(make_run(tmp_path, phases)))
+    strip = figure.axes[0]
+    assert [text.get_text() for text in strip.texts] == [
+        "detour: CLM, embeddings, layers 0-7 frozen",
+        "decay: MLM, 30% masked",
+    ]
+    hatched = [patch for patch in strip.patches if patch.get_hatch()]
+    assert [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in hatched] == [(0, 120 * TOKENS_PER_STEP)]
+    assert frame.FROZEN in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_guards_are_marked_where_they_spoke(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, TWO_PHASES)
+    change_records(folder, {7: {"skipped": "x", "loss": None, "grad_norm": None}, 9: {"spike": "y"}})
+    run = read_run(folder)
+    for draw in (plots._draw_loss, plots._draw_gradient_norm):
+        marks = {line.get_label(): list(line.get_xdata()) for line in draw(run).axes[1].lines}
+        assert marks["update left out"] == [7 * TOKENS_PER_STEP]
+        assert marks["spike reported"] == [9 * TOKENS_PER_STEP]
+
+
+def test_the_schedule_shows_what_varies(tmp_path: Path) -> None:
+    assert plots._draw_schedule(read_run(make_run(tmp_path / "a", TWO_PHASES))) is None
+    ramp = [("detour", "clm", None, 120), ("decay", "mlm", 0.3, 80, {"mask_rate_end": 0.1})]
+    masked = plots._draw_schedule(read_run(make_run(tmp_path / "b", ramp)))
+    assert [axes.get_ylabel() for axes in masked.axes[1:]] == ["tokens masked"]
+    (rates,) = (line.get_ydata() for line in masked.axes[1].lines if line.get_label() == "MLM")
+    assert rates[0] == pytest.approx(0.3) and rates[-1] == pytest.approx(0.1025)
+    both = plots._draw_schedule(read_run(five_phases(tmp_path / "c")))
+    assert [axes.get_ylabel() for axes in both.axes[1:]] == ["tokens masked", "sequences a step"]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "labels"), [((), ["MFU"]), (("mfu",), ["model TFLOP/s"]), (("mfu", "model_tflops"), [])]
+)
+def test_throughput_says_what_is_known_of_the_machine(
+    tmp_path: Path, left_out: tuple[str, ...], labels: list[str]
+) -> None:
+    folder = make_run(tmp_path, TWO_PHASES)
+    change_records(folder, {step: dict.fromkeys(left_out) for step in range(1, 201)})
+    figure = plots._draw_throughput(read_run(folder))
+    assert [axes.get_ylabel() for axes in figure.axes[1:]] == ["tokens per second", *labels]
+
+
+def test_a_run_of_many_steps_is_drawn_with_few_points(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path, [("detour", "clm", None, 15_900), ("decay", "mlm", 0.3, 1585)], validate_every=0))
+    lines = plots._draw_loss(run).axes[1].lines
+    assert 1000 < max(len(line.get_xdata()) for line in lines) <= frame.LONGEST_CURVE
+    assert max(line.get_xdata()[-1] for line in lines) > 0.99 * run.done_tokens
