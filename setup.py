@@ -21,6 +21,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_detour", "megatron_detour.*"]),
     package_data={"megatron_detour.observe": ["report.html.j2"]},
+    entry_points={"console_scripts": ["megatron-detour = megatron_detour.commands.main:entry"]},
     install_requires=[
         "torch>=2.11",
         # Versions up to 0.19.3 gave wrong ZeRO-2 gradients for a tied embedding, and checkpoint/state.py reads how
@@ -42,6 +43,7 @@ setup(
         "sentencepiece>=0.2.1",
         "protobuf>=5",
         "psutil>=5.9",
+        "packaging>=23",
         # The fast engine of byte-level BPE, where there are wheels of it; elsewhere tokenizers does the work.
         "fastokens>=0.3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],

@@ -65,6 +65,17 @@ ALLOWED = {
         "numpy tokenizers fastokens sentencepiece datasets datatrove",
     ),
     "benchmark.process": ("benchmark errors", "psutil"),
+    "forecast": (
+        "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.vocabulary errors",
+        "numpy",
+    ),
+    "__main__": ("commands", ""),
+    "commands": (
+        "commands forecast training checkpoint config plan data model kernels parallel observe errors",
+        "torch psutil packaging",
+    ),
+    "commands.main": ("commands errors", ""),
+    "commands.plan": ("forecast config plan errors", ""),
     "training": (
         "training checkpoint data model observe parallel kernels config errors files objectives plan",
         "numpy torch yaml",
@@ -206,7 +217,10 @@ def test_libraries_are_kept_to_their_places():
         "data.train_tokenizer",
     }
     assert ALLOWED["parallel"] == ("parallel", "torch")
-    assert {place.split(".")[0] for place, (own, _) in ALLOWED.items() if within("training", own)} == {"training"}
+    assert {place.split(".")[0] for place, (own, _) in ALLOWED.items() if within("training", own)} == {
+        "training",
+        "commands",
+    }
 
 
 @pytest.mark.parametrize(

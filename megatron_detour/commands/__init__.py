@@ -1,0 +1,1 @@
+"""The console command: `megatron-detour plan`, `doctor`, `compare`, `report`."""

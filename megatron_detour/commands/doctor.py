@@ -1,0 +1,130 @@
+"""`megatron-detour doctor`: a line about each thing that a run needs. It trains nothing and sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_detour.checkpoint.huggingface import Weights
+from megatron_detour.commands import machine
+from megatron_detour.commands.item import FAULT, NOTE, OK, Item
+from megatron_detour.config import RunConfig, load
+from megatron_detour.data.examine import verify
+from megatron_detour.errors import DetourError
+from megatron_detour.forecast import Forecast, Start, forecast
+from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.parallel.state import ParallelState
+from megatron_detour.plan import Plan
+from megatron_detour.training.start import StartModel
+
+
+def run(run_file: str | None, overrides: list[str]) -> int:
+    """Prints an item a line, as they are found; returns 1 where one is a fault. Raises DetourError."""
+    if run_file and "=" in run_file and not Path(run_file).exists():
+        raise DetourError(f"doctor {run_file}: a run file has to come before what changes its keys")
+    states = []
+    for found in items(run_file, overrides):
+        print(found, flush=True)
+        states.append(found.state)
+    faults, notes = states.count(FAULT), states.count(NOTE)
+    print(f"\n{len(states)} looked at: {faults} fault{'s' * (faults != 1)}, {notes} note{'s' * (notes != 1)}")
+    return 1 if faults else 0
+
+
+def items(run_file: str | None, overrides: list[str]) -> Iterator[Item]:
+    yield from machine.packages()
+    yield from machine.gpus()
+    yield machine.precision()
+    yield machine.collectives()
+    yield from machine.host()
+    if run_file is None:
+        yield from machine.compute()
+        yield machine.disk(Path.cwd())
+        return
+    try:
+        config = load(run_file, overrides)
+    except DetourError as fault:
+        yield from machine.compute()
+        first, *others = str(fault).split("\n  - ")
+        yield from (Item(FAULT, "run file", told) for told in others or [first])
+        return
+    yield Item(OK, "run file", f"{run_file}: {config.name}")
+    yield from _of_run(config)
+
+
+def _of_run(config: RunConfig) -> Iterator[Item]:
+    try:
+        start = StartModel.of(config)
+    except DetourError as fault:
+        start, known = None, None
+        yield Item(FAULT, "model", str(fault))
+    else:
+        known = Start(start.shape, start.vocabulary)
+        yield from _model(start)
+    ranks = _ranks(config)
+    told = _forecast(config, ranks, known)
+    yield from machine.compute(
+        config.compute.attention,
+        config.compute.kernels,
+        torch.bfloat16 if told.setting and told.setting.zero.bf16 else torch.float32,
+        told.shape.head_dim if told.shape else machine.HEAD_DIM,
+    )
+    yield machine.disk(Path(config.folder), told.disk.needed if told.disk else 0)
+    yield from _memory(told)
+    absent = [fault for fault in told.faults if known is None and fault.startswith("model.")]  # told above
+    yield from (Item(FAULT, "plan", fault) for fault in told.faults if fault not in absent)
+    yield from (Item(NOTE, "plan", warning) for warning in told.warnings)
+    yield from _corpora(config)
+
+
+def _ranks(config: RunConfig) -> int:
+    """One a GPU of this machine, or as few as the run file allows."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else config.parallel.tensor
+
+
+def _forecast(config: RunConfig, ranks: int, known: Start | None) -> Forecast:
+    plan = Plan.of(config)
+    if not torch.cuda.is_available():
+        return forecast(config, plan, ranks, start=known, device="cpu")
+    _, total = torch.cuda.mem_get_info(0)
+    name = torch.cuda.get_device_name(0)
+    return forecast(config, plan, ranks, start=known, device=name, gpu_memory=total / 1e9)
+
+
+def _model(start: StartModel) -> Iterator[Item]:
+    if start.weights is None:
+        yield Item(OK, "model", "initialised from the seed")
+        return
+    with torch.device("meta"):
+        sizes = ModernBert(start.shape, ParallelState()).full_sizes()
+    try:
+        with Weights(start.weights) as weights:
+            weights.check(sizes)
+        yield Item(OK, "model", f"{start.weights.name}: {len(sizes)} weights of the sizes that its config.json means")
+    except DetourError as fault:
+        yield Item(FAULT, "model", str(fault))
+
+
+def _memory(told: Forecast) -> Iterator[Item]:
+    most = told.most_memory
+    if most is None:
+        return
+    text = f"about {most.needed / machine.GIB:.1f} GiB a rank with a margin, on {told.ranks} of them"
+    if most.on_gpu and not most.fits(told.gpu_memory):
+        yield Item(FAULT, "fit", f"{text}: more than {told.gpu_memory:.0f} GB", told.advice or "")
+    else:
+        yield Item(OK, "fit", text)
+
+
+def _corpora(config: RunConfig) -> Iterator[Item]:
+    """Every byte of them is read: what is missing was told by the plan."""
+    lists = [config.data.corpora, config.validation.corpora, *(phase.corpora or () for phase in config.phases)]
+    for prefix in dict.fromkeys(corpus.prefix for corpora in lists for corpus in corpora):
+        if not Path(f"{prefix}.manifest.json").exists():
+            continue
+        try:
+            yield Item(OK, "corpus", verify(prefix))
+        except DetourError as fault:
+            yield Item(FAULT, "corpus", str(fault))

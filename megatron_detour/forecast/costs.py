@@ -1,0 +1,136 @@
+"""Operations of each phase, and the time that they take at a rate: a measured one, or a share of a GPU's peak."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_detour.config import Corpus
+from megatron_detour.data.indexed import IndexedCorpus
+from megatron_detour.errors import DetourError
+from megatron_detour.model.flops import training_flops
+from megatron_detour.model.shape import Shape
+from megatron_detour.plan import PlannedPhase
+
+STRETCHES, DOCUMENTS = 40, 250  # read of each corpus: stretches of documents, from its start to its end
+SESSION_SECONDS = 24 * 3600  # where the run file has no time_limit
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a GPU is taken to be: tokens a second, or FLOP/s that are its peak times the share it reaches."""
+
+    tokens_per_second: float | None = None  # a GPU, measured
+    mfu: float | None = None
+    peak: float | None = None  # FLOP/s
+
+    @property
+    def known(self) -> bool:
+        return self.tokens_per_second is not None or (self.mfu is not None and self.peak is not None)
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    name: str
+    tokens: int
+    flops: int  # that the method needs: without what is computed again
+    seconds: float | None  # None: the speed is not known
+    sampled: bool  # whether the documents are the corpora's, or else packs of one document each
+    mean_document: float  # tokens, as the model sees them: cut at the sequence length
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a phase does not train. `below` counts the layers at the bottom that nothing trainable is under: they need
+    no backward pass at all."""
+
+    layers: frozenset[int] = frozenset()
+    embeddings: bool = False
+    head: bool = False
+
+    @property
+    def below(self) -> int:
+        if not self.embeddings:
+            return 0
+        return next(i for i in range(len(self.layers) + 1) if i not in self.layers)
+
+    @classmethod
+    def of(cls, phase: PlannedPhase) -> Frozen:
+        layers: set[int] = set()
+        for name in phase.settings.freeze:
+            if name.startswith("layers."):
+                first, _, last = name.removeprefix("layers.").partition("-")
+                layers |= set(range(int(first), int(last or first) + 1))
+        return cls(frozenset(layers), "embeddings" in phase.settings.freeze, "head" in phase.settings.freeze)
+
+
+def of_phase(shape: Shape, phase: PlannedPhase, frozen: Frozen, recompute: str, speed: Speed, gpus: int) -> PhaseCost:
+    """What a phase costs, over all GPUs."""
+    found = [lengths_of(corpus, phase.sequence_length) for corpus in phase.corpora]
+    sampled = all(lengths is not None for lengths in found)
+    if not sampled:
+        found = [(phase.sequence_length,)] * len(phase.corpora)
+    weights = [corpus.weight / sum(c.weight for c in phase.corpora) for corpus in phase.corpora]
+    pairs = list(zip(weights, found, strict=True))
+    a_token = sum(weight * _flops_of(shape, phase, lengths, frozen) / sum(lengths) for weight, lengths in pairs)
+    documents = sum(weight * len(lengths) / sum(lengths) for weight, lengths in pairs)
+    flops = round(a_token * phase.tokens)
+    again = 4 / 3 if recompute == "full" else 1.0  # the forward pass once more
+    seconds = None
+    if speed.tokens_per_second:
+        seconds = phase.tokens / (speed.tokens_per_second * gpus)
+    elif speed.known:
+        seconds = flops * again / (speed.peak * speed.mfu * gpus)
+    return PhaseCost(phase.name, phase.tokens, flops, seconds, sampled, 1 / documents)
+
+
+def lengths_of(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:
+    """Lengths of documents from all over a corpus, cut as packs cut them, or None where there is no such corpus."""
+    try:
+        index = IndexedCorpus(corpus.prefix)
+    except (DetourError, OSError):
+        return None
+    if not len(index):
+        return None
+    last = max(len(index) - DOCUMENTS, 0)
+    starts = np.unique(np.linspace(0, last, STRETCHES).astype(np.int64)) if last else [0]
+    lengths = np.concatenate([index.read_lengths(int(s), min(int(s) + DOCUMENTS, len(index))) for s in starts])
+    whole, rest = np.divmod(lengths.astype(np.int64), sequence_length)
+    return (*[sequence_length] * int(whole.sum()), *rest[rest > 0].tolist())
+
+
+def labelled_share(phase: PlannedPhase, mean_document: float) -> float:
+    """Of the positions, those with a label."""
+    first, last = phase.settings.mask_rate, phase.settings.mask_rate_end
+    if phase.objective == "clm":
+        return 1 - 1 / mean_document
+    return first if last is None else (first + last) / 2
+
+
+def _flops_of(shape: Shape, phase: PlannedPhase, lengths: tuple[int, ...], frozen: Frozen) -> int:
+    causal, tokens = phase.objective == "clm", sum(lengths)
+    labelled = round(tokens * labelled_share(phase, tokens / len(lengths)))
+    flops = training_flops(shape, lengths, causal, labelled)
+    of_kind = {
+        kind: training_flops(dataclasses.replace(shape, layer_types=(kind,)), lengths, causal, 0)
+        for kind in set(shape.layer_types)
+    }
+    weights = tokens * 2 * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+    for number, kind in enumerate(shape.layer_types):
+        if number < frozen.below:
+            flops -= of_kind[kind] * 2 // 3  # all of the backward pass
+        elif number in frozen.layers:
+            flops -= weights  # the gradients of its weights
+    if frozen.head:
+        flops -= labelled * 2 * shape.hidden**2
+    if frozen.embeddings:  # they are the decoder's weight too
+        flops -= labelled * 2 * shape.hidden * shape.vocabulary
+    return flops
+
+
+def sessions(seconds: float, time_limit: int | None) -> int:
+    """How many sessions of the time limit, or of a day, a run takes."""
+    return math.ceil(seconds / (time_limit or SESSION_SECONDS))

@@ -1,0 +1,226 @@
+"""The forecast of a run, put together from its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_detour.config import RunConfig
+from megatron_detour.forecast import costs, faults, memory, storage
+from megatron_detour.forecast.costs import Frozen, PhaseCost, Speed
+from megatron_detour.forecast.memory import Load, Memory, Setting
+from megatron_detour.forecast.start import Start, look
+from megatron_detour.forecast.storage import Disk, Reading
+from megatron_detour.forecast.zero import Zero2, faults_of
+from megatron_detour.model.peaks import peak_flops
+from megatron_detour.model.shape import Shape
+from megatron_detour.plan import Plan, PlannedPhase
+
+MFU = 0.25  # where nothing was measured: the paper's runs come to 0.23 to 0.30 by this count
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """None stands for what could not be known; `faults` and `notes` tell why."""
+
+    name: str
+    ranks: int
+    device: str  # a GPU's name, or cpu
+    gpu_memory: float  # GB
+    origin: str  # where the model comes from
+    shape: Shape | None
+    parameters: int | None  # of the whole model
+    setting: Setting | None
+    memory: dict[str, Memory] | None  # of a rank, by phase
+    advice: str | None  # what to change so that it fits, or how much more would
+    speed: Speed
+    costs: tuple[PhaseCost, ...] | None
+    readings: tuple[Reading, ...]
+    disk: Disk | None
+    time_limit: int | None  # seconds
+    faults: tuple[str, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def most_memory(self) -> Memory | None:
+        return max(self.memory.values(), key=lambda m: m.counted) if self.memory else None
+
+    @property
+    def flops(self) -> int | None:
+        return sum(cost.flops for cost in self.costs) if self.costs else None
+
+    @property
+    def seconds(self) -> float | None:
+        if not self.costs or any(cost.seconds is None for cost in self.costs):
+            return None
+        return sum(cost.seconds for cost in self.costs)
+
+    @property
+    def sessions(self) -> int | None:
+        return None if self.seconds is None else costs.sessions(self.seconds, self.time_limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: bytes, seconds, tokens, FLOP."""
+        raw = dataclasses.asdict(self)
+        if self.memory:
+            for name, told in self.memory.items():
+                raw["memory"][name] |= {
+                    "needed": told.needed,
+                    "fits": {str(card): told.fits(card) for card in memory.CARDS},
+                }
+        for entry, reading in zip(raw["readings"], self.readings, strict=True):
+            entry["epochs"] = reading.epochs
+        if self.disk:
+            raw["disk"]["needed"] = self.disk.needed
+        return raw | {"flops": self.flops, "seconds": self.seconds, "sessions": self.sessions}
+
+
+def forecast(
+    config: RunConfig,
+    plan: Plan,
+    ranks: int = 1,
+    *,
+    start: Start | None = None,
+    device: str | None = None,
+    gpu_memory: float = 80,
+    rate: float | None = None,
+    mfu: float | None = None,
+) -> Forecast:
+    """Forecasts a run on `ranks` GPUs. It raises nothing that a missing file or an odd value causes: faults, notes and
+    None tell of these.
+
+    start: model and tokenizer where they are known already; otherwise they are looked up
+    device: a GPU's name, by default "h100" for bf16 and "cpu" for fp32; gpu_memory: GB
+    rate: measured tokens a second and GPU; without it the time is that of `mfu` of the device's peak (0.25)
+    """
+    notes: list[str] = []
+    start = start or look(config.model)
+    zero, zero_faults = faults_of(config.deepspeed)
+    device = device or ("h100" if zero is None or zero.bf16 else "cpu")
+    attempt = _Attempt(notes)
+    setting = zero and attempt("memory", lambda: setting_of(config, zero, ranks, device))
+    speed = Speed(
+        rate, None if rate else mfu or MFU, peak_flops(device, "bf16" if zero is None or zero.bf16 else "fp32")
+    )
+    if not speed.known:
+        notes.append(f"time: the peak of {device!r} is not known here; give a measured rate with --rate")
+    shape = start.shape
+    found = [*start.faults, *zero_faults, *faults.of_ranks(config, plan, ranks)]
+    found += faults.of_shape(config, plan, shape) if shape else []
+    found += attempt("corpora", lambda: faults.of_corpora(config, plan, start.vocabulary)) or []
+    parameters = sum(memory.parameters(shape)) if shape else None
+    phase_costs = shape and attempt("time", lambda: _costs(config, plan, shape, speed, ranks))
+    by_phase = advice = None
+    if shape and setting:
+        means = {cost.name: cost.mean_document for cost in phase_costs or ()}
+        search = Search(plan, shape, setting, means, gpu_memory)
+        a_rank = config.batch.sequences // setting.data
+        by_phase = attempt("memory", search.memory)
+        advice = attempt("memory", lambda: search.advice(config.batch.micro_sequences, a_rank))
+    readings = tuple(attempt("epochs", lambda: storage.readings(plan)) or ())
+    disk = attempt("disk", lambda: storage.disk(config, plan, parameters)) if parameters else None
+    return Forecast(
+        name=config.name,
+        ranks=ranks,
+        device=device,
+        gpu_memory=gpu_memory,
+        origin=" ".join(filter(None, [config.model.start or "model.config", start.note and f"({start.note})"])),
+        shape=shape,
+        parameters=parameters,
+        setting=setting,
+        memory=by_phase,
+        advice=advice,
+        speed=speed,
+        costs=phase_costs,
+        readings=readings,
+        disk=disk,
+        time_limit=config.time_limit,
+        faults=tuple(found),
+        warnings=tuple(attempt("warnings", lambda: faults.warnings(config, plan, list(readings), disk)) or ()),
+        notes=tuple(notes),
+    )
+
+
+class _Attempt:
+    """Calls what must not end a run: an error becomes a note and None."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def __call__(self, what: str, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:  # whatever a damaged file or an odd machine brings
+            self.notes.append(f"{what}: not known: {type(error).__name__}: {error}")
+            return None
+
+
+def setting_of(config: RunConfig, zero: Zero2, ranks: int, device: str) -> Setting:
+    """What `auto` stands for on a GPU in bf16 is FlashAttention and Triton's kernels; elsewhere SDPA and plain ones."""
+    fast = zero.bf16 and device != "cpu"
+    return Setting(
+        zero=zero,
+        tensor=config.parallel.tensor,
+        data=max(ranks // config.parallel.tensor, 1),
+        sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,
+        recompute=config.compute.recompute,
+        flash=fast and config.compute.attention != "sdpa",
+        fused=fast and config.compute.kernels != "plain",
+        on_gpu=device != "cpu",
+    )
+
+
+@dataclass(frozen=True)
+class Search:
+    """Tries other settings of a run against a GPU's memory."""
+
+    plan: Plan
+    shape: Shape
+    setting: Setting
+    means: dict[str, float]  # tokens a document, by phase
+    gigabytes: float
+
+    def memory(self, recompute: str | None = None, share: float = 1) -> dict[str, Memory]:
+        """By phase, with `share` of the microbatches."""
+        setting = replace(self.setting, recompute=recompute or self.setting.recompute)
+        return {phase.name: memory.of_step(self.shape, setting, self._load(phase, share)) for phase in self.plan.phases}
+
+    def fits(self, recompute: str | None = None, share: float = 1) -> bool:
+        return all(told.fits(self.gigabytes) for told in self.memory(recompute, share).values())
+
+    def advice(self, micro: int, a_rank: int) -> str | None:
+        """The first change that makes it fit, in the order of docs/parallelism.md; where it fits, whether a larger
+        microbatch would. `a_rank` are a data-parallel rank's sequences a step."""
+        if not self.setting.on_gpu:
+            return None
+        if self.fits():
+            larger = [size for size in range(micro + 1, a_rank + 1) if a_rank % size == 0]
+            fitting = [size for size in larger if self.fits(share=size / micro)]
+            return f"batch.micro_sequences={max(fitting)} would fit as well, and may be faster" if fitting else None
+        choices = {"none": ["none", "selective", "full"], "selective": ["selective", "full"]}
+        for recompute in choices.get(self.setting.recompute, ["full"]):
+            if recompute == "selective" and self.setting.tensor > 1:
+                continue
+            for size in (size for size in range(micro, 0, -1) if micro % size == 0):
+                if self.fits(recompute, size / micro):
+                    changes = [f"batch.micro_sequences={size}"] if size != micro else []
+                    changes += [f"compute.recompute={recompute}"] if recompute != self.setting.recompute else []
+                    return f"with {' and '.join(changes)} it fits"
+        return (
+            "batch.micro_sequences=1 and compute.recompute=full are not enough: set parallel.tensor=2 with "
+            "parallel.sequence=true, or shorten data.sequence_length"
+        )
+
+    def _load(self, phase: PlannedPhase, share: float) -> Load:
+        positions = max(round(phase.micro_sequences * share), 1) * phase.sequence_length
+        labelled = costs.labelled_share(phase, self.means.get(phase.name, phase.sequence_length))
+        return Load(positions, round(positions * labelled), phase.objective == "clm", Frozen.of(phase).below)
+
+
+def _costs(config: RunConfig, plan: Plan, shape: Shape, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:
+    return tuple(
+        costs.of_phase(shape, phase, Frozen.of(phase), config.compute.recompute, speed, ranks) for phase in plan.phases
+    )

@@ -1,0 +1,178 @@
+"""Bytes a GPU holds, counted from the shape: what stays, what a microbatch keeps, and the moment when it is most.
+
+T positions of a microbatch, E hidden size, G width of the gated unit, L labelled positions, V rows of the vocabulary
+on a rank, t tensor-parallel ranks, d data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from megatron_detour.forecast.zero import Zero2, partition
+from megatron_detour.model.shape import FULL, Shape
+
+GB, GIB = 10**9, 1 << 30
+CONTEXT = 1 * GB  # CUDA's context, NCCL's and cuBLAS's buffers, which torch does not count
+SPARE = 0.10  # of what was counted: fragments, and what the count does not know
+CARDS = (24, 40, 48, 80, 96, 141)  # GB
+CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # of logits: parallel/loss.py's
+FP32, ADAM = 4, 12  # bytes: one value; the fp32 weight and two moments of an element
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What memory depends on besides the shape."""
+
+    zero: Zero2
+    tensor: int = 1
+    data: int = 1  # data-parallel ranks
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    flash: bool = True  # FlashAttention, else SDPA
+    fused: bool = True  # Triton's kernels, else the plain ones
+    on_gpu: bool = True
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a phase puts into a forward pass."""
+
+    positions: int
+    labelled: int
+    causal: bool
+    frozen_below: int = 0  # layers at the bottom that nothing trainable is under
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at the moment of a step when it holds most. `parts` add up to `counted`."""
+
+    parts: dict[str, int]
+    moment: str
+    on_gpu: bool = True
+    counted: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counted", sum(self.parts.values()))
+
+    @property
+    def needed(self) -> int:
+        """With what was not counted: the margin that the estimate asks for."""
+        return round(self.counted * (1 + SPARE)) + (CONTEXT if self.on_gpu else 0)
+
+    def fits(self, gigabytes: float) -> bool:
+        return self.needed <= gigabytes * GB
+
+
+def parameters(shape: Shape, tensor: int = 1) -> tuple[int, int]:
+    """Elements of the matrices and of the vectors that a rank holds; with `tensor` 1 of the whole model."""
+    E, G = shape.hidden, shape.intermediate
+    vocabulary = math.ceil(shape.vocabulary / tensor)
+    matrices = vocabulary * E + E * E + shape.layers * (4 * E * E + 3 * G * E) // tensor
+    norms = 2 * shape.layers + 2  # embedding, two a layer but the first's, final, head
+    return matrices, norms * E + vocabulary
+
+
+def of_step(shape: Shape, setting: Setting, load: Load) -> Memory:
+    """The most that a rank holds during a step."""
+    item, zero = setting.zero.item_bytes, setting.zero
+    elements = parameters(shape, setting.tensor)
+    share = partition(elements, setting.data)
+    kept = activations(shape, setting, load)
+    head = _head(shape, setting, load)
+    stays = {
+        "weights": sum(elements) * item,
+        "optimiser": share * ADAM,
+        "gradients": share * FP32,  # summed in fp32 over the microbatches
+    }
+    # On a CPU only what is written to of the bucket becomes memory.
+    bucket = (zero.reduce_bucket if setting.on_gpu else min(zero.reduce_bucket, sum(elements))) * item
+    moments = {
+        "loss": {"activations": kept, "head and loss": head.kept + head.loss},
+        "start of the backward pass": {
+            "activations": kept,
+            "head and loss": head.kept + head.backward,
+            "ZeRO's bucket": bucket,
+        },
+        "backward pass of a layer": {
+            "activations": kept,
+            "head and loss": head.gradient,
+            "ZeRO's bucket": bucket,
+            "a layer at work": _layer_work(shape, setting, load),
+        },
+        # A rank's part of the bucket, as it is and in fp32.
+        "sum of the gradients": {"ZeRO's bucket": bucket, "copies for the sum": share * (item + FP32)},
+    }
+    moment, parts = max(moments.items(), key=lambda pair: sum(pair[1].values()))
+    return Memory(stays | parts, moment, setting.on_gpu)
+
+
+def activations(shape: Shape, setting: Setting, load: Load) -> int:
+    """Bytes kept for the backward pass between the embedding and the head."""
+    kept = sum(
+        _layer_kept(shape, setting, load, kind, setting.recompute) for kind in shape.layer_types[load.frozen_below :]
+    )
+    E, shared = shape.hidden, setting.tensor if setting.sequence_parallel else 1
+    # The sum that the last norm takes and what it gives, whole; selective keeps the embedding's besides.
+    ends = E // shared + E + (E // shared if setting.recompute == "selective" else 0)
+    tables = 2 * 2 * FP32 * (shape.head_dim // 2)  # cos and sin, global and local
+    inputs = 8 * 3  # ids and positions in int64, and the next microbatch's ids
+    return kept + load.positions * (ends * setting.zero.item_bytes + tables + inputs)
+
+
+def _layer_kept(shape: Shape, setting: Setting, load: Load, kind: str, recompute: str) -> int:
+    """Bytes of one layer."""
+    E, G, t = shape.hidden, shape.intermediate, setting.tensor
+    shared = t if setting.sequence_parallel else 1
+    sums, normed = 2 * E / shared, 2 * E / shared
+    if recompute == "full":
+        return round(load.positions * sums * setting.zero.item_bytes)
+    inside = (4 * E + 2 * G) / t  # q, k, v and the output of attention; the output of Wi
+    if recompute == "none":
+        inside += G / t  # the gated unit's product
+        inside += 0 if setting.fused else G / t  # and its gelu(a)
+    else:
+        normed = 0
+    if not setting.flash:
+        # Global: outputs by document, and joined. Local: keys and values of the blocks around each block.
+        inside += (E if kind == FULL else 2 * (2 if load.causal else 3) * E) / t
+    statistics = (2 if recompute == "none" else 0) * 2 * FP32 + FP32 * shape.heads / t  # norms; log-sum-exps
+    return round(load.positions * ((sums + normed + inside) * setting.zero.item_bytes + statistics))
+
+
+def _layer_work(shape: Shape, setting: Setting, load: Load) -> int:
+    """Bytes of one layer's backward pass: gradients inside the gated unit, and what is computed again."""
+    E, G = shape.hidden, shape.intermediate
+    work = load.positions * (3 * G // setting.tensor + 3 * E) * setting.zero.item_bytes
+    if setting.recompute == "full":
+        work += max(_layer_kept(shape, setting, load, kind, "none") for kind in set(shape.layer_types))
+    return work
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Bytes: kept until the backward pass, needed besides in the loss and at the start of the backward pass, and the
+    embedding's gradient, which waits for the embedding's own."""
+
+    kept: int
+    loss: int
+    backward: int
+    gradient: int
+
+
+def _head(shape: Shape, setting: Setting, load: Load) -> _Head:
+    E, item, L = shape.hidden, setting.zero.item_bytes, load.labelled
+    rows = math.ceil(shape.vocabulary / setting.tensor)
+    chunk = max(min(CHUNK_ELEMENTS["cuda" if setting.on_gpu else "cpu"] // rows, L), 1)
+    several = chunk < L
+    # Chosen rows, dense, gelu, norm, and the gradient of the last; labels and where they are, in int64.
+    kept = L * (5 * E * item + 16)
+    logits = chunk * rows * item
+    if setting.on_gpu and not setting.fused:
+        logits += 2 * chunk * rows * FP32  # the plain softmax's sums and probabilities
+    weight = rows * E
+    summed = weight * (FP32 if several else item)
+    loss = logits + summed + (weight * item if several and item != FP32 else 0)
+    scaled = 0 if item == FP32 else weight * FP32 + weight * item
+    return _Head(kept, loss, summed + scaled, weight * item)

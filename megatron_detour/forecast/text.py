@@ -1,0 +1,173 @@
+"""A forecast as plain, aligned text."""
+
+from __future__ import annotations
+
+from megatron_detour.forecast.forecast import Forecast
+from megatron_detour.forecast.memory import CARDS, CONTEXT, GB, GIB, SPARE
+
+
+def headline(forecast: Forecast) -> str:
+    """What a run says of itself before it starts, in at most eight lines."""
+    lines = [f"model       {_model(forecast)}"]
+    most = forecast.most_memory
+    if most:
+        lines.append(f"memory      {_size(most.counted)} a rank at the {most.moment}, {_asked(forecast)}")
+    if forecast.costs:
+        lines.append(f"work        {forecast.flops:.3g} FLOP over {_tokens(sum(c.tokens for c in forecast.costs))}")
+        lines.append(f"time        {_time(forecast)}")
+    if forecast.disk:
+        lines.append(f"disk        {_disk(forecast)}")
+    told = [*forecast.faults, *forecast.warnings, *forecast.notes]
+    if told:
+        lines.append(f"warnings    {told[0].splitlines()[0]}" + (f" (and {len(told) - 1} more)" if told[1:] else ""))
+    return "\n".join(lines)
+
+
+def render(forecast: Forecast) -> str:
+    """All of it."""
+    parts = [f"model       {_model(forecast)}"]
+    if forecast.costs:
+        parts += ["", *_time_table(forecast)]
+    if forecast.memory:
+        parts += ["", *_memory_table(forecast)]
+    if forecast.readings:
+        parts += ["", *_epochs_table(forecast)]
+    if forecast.disk:
+        parts += ["", f"disk        {_disk(forecast)}"]
+    for title, told in (("note", forecast.notes), ("warning", forecast.warnings), ("fault", forecast.faults)):
+        if told:
+            parts += ["", *(f"{title}: {sentence}" for sentence in told)]
+    return "\n".join(parts)
+
+
+def table(rows: list[list[str]], left: int = 1) -> list[str]:
+    """Rows as lines: the first `left` columns begin together, the others end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [
+        [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    return [f"  {'  '.join(row)}".rstrip() for row in cells]
+
+
+def duration(seconds: float) -> str:
+    """For instance 45s, 12min, 3h25, 2d04h."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if minutes < 60:
+        return f"{minutes}min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}"
+    hours = round(minutes / 60)
+    return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def _model(forecast: Forecast) -> str:
+    shape = forecast.shape
+    if shape is None:
+        return f"{forecast.origin}: not known"
+    return (
+        f"{forecast.origin}: {forecast.parameters / 1e6:,.2f}M parameters, {shape.layers} layers of {shape.hidden}, "
+        f"{shape.vocabulary:,} ids"
+    )
+
+
+def _time(forecast: Forecast) -> str:
+    speed, gpus = forecast.speed, _gpus(forecast)
+    if speed.tokens_per_second:
+        how = f"{speed.tokens_per_second:,.0f} tokens/s each, as given"
+    elif speed.known:
+        how = f"{speed.mfu:.0%} of {speed.peak / 1e12:,.0f} TFLOP/s each, which is assumed"
+    else:
+        return f"not known on {gpus}: give a measured rate"
+    sessions = "" if forecast.sessions == 1 else f", {forecast.sessions} sessions of {_limit(forecast)}"
+    return f"{duration(forecast.seconds)} on {gpus} at {how}{sessions}"
+
+
+def _gpus(forecast: Forecast) -> str:
+    if forecast.device == "cpu":
+        return f"{forecast.ranks} CPU rank{'s' if forecast.ranks > 1 else ''}"
+    return f"{forecast.ranks} x {forecast.device}"
+
+
+def _limit(forecast: Forecast) -> str:
+    return duration(forecast.time_limit) if forecast.time_limit else "24h"
+
+
+def _asked(forecast: Forecast) -> str:
+    """Whether it fits, with the margin."""
+    most = forecast.most_memory
+    if not most.on_gpu:
+        return f"{_size(most.needed)} with a margin"
+    verdict = "fits" if most.fits(forecast.gpu_memory) else "does not fit"
+    return f"{_size(most.needed)} with a margin: {verdict} {forecast.gpu_memory:g} GB"
+
+
+def _disk(forecast: Forecast) -> str:
+    disk = forecast.disk
+    free = "" if disk.free is None else f"; {disk.free / GB:,.0f} GB are free"
+    return (
+        f"{disk.needed / GB:.2f} GB at most: {disk.checkpoints} checkpoint{'s' if disk.checkpoints > 1 else ''} of "
+        f"{disk.checkpoint / GB:.2f} GB at a time, and {disk.steps:,} steps' figures{free}"
+    )
+
+
+def _time_table(forecast: Forecast) -> list[str]:
+    rows = [["phase", "tokens", "FLOP", "FLOP a token", "tokens/s a GPU", "time"]]
+    entries = [(c.name, c.tokens, c.flops, c.seconds) for c in forecast.costs]
+    if len(entries) > 1:
+        entries.append(("all", sum(c.tokens for c in forecast.costs), forecast.flops, forecast.seconds))
+    for name, tokens, flops, seconds in entries:
+        rate = f"{tokens / seconds / forecast.ranks:,.0f}" if seconds else "?"
+        when = duration(seconds) if seconds else "?"
+        rows.append([name, f"{tokens:,}", f"{flops:.3g}", f"{flops / tokens:.3g}", rate, when])
+    if all(cost.sampled for cost in forecast.costs):
+        documents = f"documents of {min(c.mean_document for c in forecast.costs):,.0f} tokens in the mean, as sampled"
+    else:
+        documents = "documents as long as the sequences (a corpus is not here); shorter ones cost less"
+    return [f"time        {_time(forecast)}", *table(rows), f"  {documents}"]
+
+
+def _memory_table(forecast: Forecast) -> list[str]:
+    told = forecast.memory
+    parts = list(dict.fromkeys(part for memory in told.values() for part in memory.parts))
+    rows = [["GiB", *told]]
+    for part in parts:
+        rows.append([part, *(f"{m.parts[part] / GIB:.2f}" if part in m.parts else "-" for m in told.values())])
+    rows.append(["counted", *(f"{m.counted / GIB:.2f}" for m in told.values())])
+    rows.append(["with a margin", *(f"{m.needed / GIB:.2f}" for m in told.values())])
+    most = forecast.most_memory
+    lines = [f"memory      {_asked(forecast)}, on each of {_gpus(forecast)}", *table(rows)]
+    lines.append(f"  most is held at: {', '.join(f'{m.moment} ({name})' for name, m in told.items())}")
+    if most.on_gpu:
+        fitting = ", ".join(f"{card} GB {'yes' if most.fits(card) else 'no'}" for card in CARDS)
+        lines += [f"  fits: {fitting}", f"  margin: {SPARE:.0%} and {CONTEXT / GB:g} GB that torch does not count"]
+    if forecast.advice:
+        lines.append(f"  {forecast.advice}")
+    return lines
+
+
+def _epochs_table(forecast: Forecast) -> list[str]:
+    phases = list(dict.fromkeys(name for reading in forecast.readings for name in reading.read))
+    rows = [["corpus", "tokens", *(f"read in {name}" for name in phases), "epochs"]]
+    for reading in forecast.readings:
+        size = "not here" if reading.tokens is None else f"{reading.tokens:,}"
+        epochs = "?" if reading.epochs is None else f"{reading.epochs:.2f}"
+        rows.append([reading.prefix, size, *(_short(reading.read.get(name, 0)) for name in phases), epochs])
+    return ["corpora", *table(rows)]
+
+
+def _short(tokens: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{letter}"
+    return f"{tokens:.0f}"
+
+
+def _tokens(count: int) -> str:
+    return f"{_short(count)} tokens"
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.0f} MiB"
