@@ -48,7 +48,7 @@ ALLOWED = {
     ),
     "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
     "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),
-    "observe.meter": ("observe errors files", "torch"),
+    "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.sinks": ("observe errors files", "torch wandb"),
     "observe.compare": ("observe errors files", "yaml"),
     "evaluation": (
@@ -77,10 +77,10 @@ ALLOWED = {
     "commands.main": ("commands errors", ""),
     "commands.plan": ("forecast config plan errors", ""),
     "training": (
-        "training checkpoint data model observe parallel kernels config errors files objectives plan",
+        "training checkpoint data model observe parallel kernels config errors files forecast objectives plan",
         "numpy torch yaml",
     ),
-    "training.engine": ("training parallel config errors files", "torch deepspeed"),
+    "training.engine": ("training parallel config plan errors files", "torch deepspeed"),
 }
 # These load only when a function needs them, so that the rest of the module works fast and without them.
 LAZY = {

@@ -10,6 +10,7 @@ from typing import NoReturn
 from megatron_detour.config import as_control, load
 from megatron_detour.errors import DetourError
 from megatron_detour.plan import Plan
+from megatron_detour.training.cluster import join_slurm
 from megatron_detour.training.folder import refuse_another_run
 
 
@@ -23,6 +24,7 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
 
     Raises DetourError.
     """
+    join_slurm(os.environ)
     options = _parse(default_run_file, arguments)
     config = load(options.run_file, options.overrides)
     if options.control is not None:

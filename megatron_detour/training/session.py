@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_detour.config import RunConfig
 from megatron_detour.data.course import Course
 from megatron_detour.errors import EXIT_INTERRUPTED
+from megatron_detour.forecast import Start, forecast, headline
 from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe.progress import Progress
@@ -190,12 +191,25 @@ class Session:
     def _describe(self, engine: DeepSpeedEngine, tokens: int) -> None:
         """Adds this session to environment.json, with what it runs on and what it reads."""
         self._say(str(self.choice))
+        self._say(self._forecast())
         step = self.plan.at(tokens).number - 1
         facts = run_facts(self.config, self.start, self.course, self.validation, engine.module)
         add_session(self.folder, session_facts(step, self.state, self.device, self.choice, engine.module), facts)
         self._described = True
         if facts["unigram_loss"] is not None:
             self._say(f"always guessing by token frequency, the validation MLM loss is {facts['unigram_loss']:.3f}")
+
+    def _forecast(self) -> str:
+        gpu = self.device.type == "cuda"
+        told = forecast(
+            self.config,
+            self.plan,
+            dist.get_world_size(),
+            start=Start(self.start.shape, self.start.vocabulary),
+            device=meter.device_name(self.device) if gpu else "cpu",
+            gpu_memory=torch.cuda.get_device_properties(self.device).total_memory / 1e9 if gpu else 0.0,
+        )
+        return headline(told)
 
     def _end(self, how: str) -> None:
         if self._described:

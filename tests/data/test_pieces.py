@@ -27,8 +27,8 @@ def test_byte_level_pieces_add_up_to_the_text(tokenizer_folder):
     ("model", "others", "expected"),
     [
         (
-            {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9,
-             "vocab": {"[UNK]": 0, "the": 1, "##é": 2}},
+            {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+             "max_input_chars_per_word": 9, "vocab": {"[UNK]": 0, "the": 1, "##é": 2}},
             {},
             [0, 4, 2],
         ),

@@ -129,7 +129,7 @@ def flops_of_backward(freeze: tuple[str, ...]) -> int:
 
 
 def test_the_backward_pass_stops_above_a_frozen_bottom():
-    """Three of five layers are frozen: nothing is left to do below, and only weight gradients are saved in the middle."""
+    """Three of five layers are frozen: nothing is left to do below; in the middle only weight gradients are saved."""
     whole, bottom, middle = (flops_of_backward(f) for f in ((), FREEZE, ("layers.1-3",)))
     assert bottom < 0.55 * whole
     assert bottom < middle < whole
