@@ -1,0 +1,169 @@
+"""A small run of three phases that uses all that a resumed run could get wrong, its ranks as processes of their own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megatron_detour.checkpoint import store
+from megatron_detour.observe.sinks import read_metrics
+from tests.harness import ROOT, environment, free_port
+
+INTERVAL = 3  # steps between checkpoints
+PHASE_ENDS = (7, 14, 20)
+MARK = "DETOUR_INJECTION"
+PATIENCE = 240  # seconds for a session; far more than it takes
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run is split and in which type it is trained."""
+
+    ranks: int = 1
+    tensor: int = 1
+    dtype: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"TP{self.tensor} x DP{self.ranks // self.tensor} {self.dtype}"
+
+    @property
+    def overrides(self) -> list[str]:
+        file = {"fp32": "zero2_fp32_cpu.json", "bf16": "zero2_bf16.json"}[self.dtype]
+        return [f"parallel.tensor={self.tensor}", f"deepspeed={ROOT / 'ds_configs' / file}"]
+
+
+SETUPS = [Setup(ranks, tensor, dtype) for ranks, tensor in ((1, 1), (2, 1), (4, 2)) for dtype in ("fp32", "bf16")]
+
+
+def write_run_file(path: Path, prefix: str, tokenizer: Path) -> Path:
+    """A growing batch and a mask ramp; a causal phase with a frozen bottom; a decay with Adam begun anew."""
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "local_attention": 32,
+        "max_position_embeddings": 128,
+    }
+    warm = {"name": "warm", "objective": "mlm", "mask_rate": 0.3, "mask_rate_end": 0.2, "tokens": 4 * 512 + 3 * 256}
+    warm |= {"batch_warmup": {"start": 4, "increment": 4, "tokens": 3 * 256}}
+    content = {
+        "name": "survivor",
+        "folder": "set by the test",
+        "model": {"config": shape, "tokenizer": str(tokenizer)},
+        "data": {"corpora": [{"prefix": prefix}], "sequence_length": 64},
+        "batch": {"sequences": 8, "micro_sequences": 2},
+        "phases": [
+            warm | {"learning_rate": {"peak": 1e-2, "warmup": "2 steps"}},
+            {"name": "detour", "objective": "clm", "tokens": "7 steps", "freeze": ["embeddings", "layers.0"],
+             "learning_rate": {"peak": 1e-2, "shape": "cosine", "end_ratio": 0.5}},
+            {"name": "decay", "objective": "mlm", "mask_rate": 0.15, "whole_word_masking": True, "tokens": "6 steps",
+             "optimizer_state": "reset", "sequence_length": 32, "sequences": 16,
+             "learning_rate": {"peak": 1e-2, "shape": "1-sqrt", "end": 1e-3}},
+        ],
+        "deepspeed": "set by the test",
+        "guards": {"spikes": "skip", "window": 16, "sigma": 3},
+        "validation": {"corpora": [{"prefix": prefix}], "sequences": 4},
+        "checkpoint": {"every": f"{INTERVAL} steps", "keep": 2},
+        "tensorboard": False,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@dataclass
+class Session:
+    """The processes of one start of a run, and what they print."""
+
+    folder: Path
+    setup: Setup
+    processes: list[psutil.Popen]
+    log: Path
+    mark: str
+    codes: list[int] = field(default_factory=list)
+
+    def alive(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def kill(self, ranks: list[int] | None = None, number: int = signal.SIGKILL) -> None:
+        for rank in range(self.setup.ranks) if ranks is None else ranks:
+            if self.processes[rank].poll() is None:
+                self.processes[rank].send_signal(number)
+
+    def wait(self, seconds: float = PATIENCE) -> list[int]:
+        """The exit codes. Whatever lives longer is killed, and fails the caller."""
+        deadline = time.monotonic() + seconds
+        try:
+            self.codes = [p.wait(max(deadline - time.monotonic(), 0.01)) for p in self.processes]
+        except psutil.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"ranks were still alive after {seconds} s: {self.output()[-3000:]}") from None
+        left = [process for process in psutil.process_iter() if _has_mark(process, self.mark)]
+        for process in left:
+            process.kill()
+        assert not left, f"orphans: {left}"
+        return self.codes
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def records(self) -> list[dict[str, Any]]:
+        path = self.folder / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
+
+    def step(self) -> int:
+        """The last step that was recorded; -1 before anything was."""
+        return max((record["step"] for record in self.records()), default=-1)
+
+    def saving(self) -> bool:
+        return any((self.folder / "checkpoints").glob(".step-*.writing-*"))
+
+
+def begin(folder: Path, run_file: Path, setup: Setup, log: Path, **more: str) -> Session:
+    """Starts the ranks of a run, as srun would; `more` are variables for the last rank."""
+    mark = f"{folder}-{time.monotonic_ns()}"
+    shared = environment() | {MARK: mark, "WORLD_SIZE": str(setup.ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
+    command = [sys.executable, "-m", "tests.injections.rank", "--run-file", str(run_file), f"folder={folder}"]
+    processes = []
+    with log.open("ab") as output:
+        for rank in range(setup.ranks):
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (more if rank == setup.ranks - 1 else {})
+            processes.append(
+                psutil.Popen([*command, *setup.overrides], env=own, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            )
+    return Session(folder, setup, processes, log, mark)
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """All figures of all steps but those of time and memory."""
+    of_machine = ("seconds", "tokens_per_second", "data_wait_seconds", "memory_bytes", "model_tflops", "mfu")
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in of_machine} for record in records]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Figures of every step, final weights and optimiser, all to the bit."""
+    assert figures(ours) == figures(theirs)
+    final = store.checkpoint_folder(Path("checkpoints"), PHASE_ENDS[-1])
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        mine, reference = load_file(ours / final / name), load_file(theirs / final / name)
+        assert mine.keys() == reference.keys()
+        assert [key for key in mine if not torch.equal(mine[key], reference[key])] == []
+
+
+def _has_mark(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
+    except (psutil.Error, OSError):
+        return False
