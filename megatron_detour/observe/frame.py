@@ -24,6 +24,7 @@ FROZEN = "some parameters frozen"
 LONGEST_CURVE = 4000  # points; more than a plot this wide can show
 LONGEST_LABEL = 90  # characters of a legend's entry
 LEGEND_WIDTH = 118  # characters in a row of the legend
+LEGEND_ROW = 0.175  # inches
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Frame:
     """A figure of one run, or of several, which have a strip each unless their phases are the same.
 
     A run's phases tint the panels below; the panels of several runs get lines at the phases' ends. `colours` are those
-    of the runs. Draw into `panels`, then `finish`.
+    of the runs, `height` the inches of the panels and a strip. Draw into `panels`, then `finish`.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Frame:
 
         self.runs = runs
         self.edge = max(1, *(run.done_tokens for run in runs))
-        self.above = 0
+        self._above = 0
         shown = _with_own_phases(runs)
         room = STRIP * len(shown)
         size = (9.2, height + room + 0.26)
@@ -147,7 +148,7 @@ class Frame:
         low, high = min(bounds), max(bounds)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         axes.set_ylim(0 if from_zero else low - margin, high + margin)
-        self.above += sum(value > high + margin for curve in curves for value in curve.y)
+        self._above += sum(value > high + margin for curve in curves for value in curve.y)
 
     def finish(self) -> Figure:
         """Adds the resumptions, the legend and, once the widths are known, the names of the phases."""
@@ -168,9 +169,9 @@ class Frame:
         return self.figure
 
     def _note(self) -> None:
-        if not self.above:
+        if not self._above:
             return
-        text = f"{self.above:,} value{'s' if self.above > 1 else ''} above the range shown"
+        text = f"{self._above:,} value{'s' if self._above > 1 else ''} above the range shown"
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=GREY, **place)
 
@@ -188,11 +189,15 @@ class Frame:
                 handles[last] = handles.pop(last)
         if handles:
             labels = [shortened(label, LONGEST_LABEL) for label in handles]
+            columns = _columns(labels)
+            further = max(0, -(-len(labels) // columns) - 2)
+            # a legend of many rows takes its room below the figure, not from the panels
+            self.figure.set_figheight(self.figure.get_figheight() + further * LEGEND_ROW)
             self.figure.legend(
                 list(handles.values()),
                 labels,
                 loc="outside lower center",
-                ncols=_columns(labels),
+                ncols=columns,
                 fontsize=8.5,
                 frameon=False,
                 labelcolor=INK,
