@@ -303,6 +303,9 @@ def test_faults_of_wandb_are_sentences(wandb: Wandb, tmp_path: Path, monkeypatch
     wandb.fault = TypeError("init() got an unexpected keyword argument 'projet'")
     with pytest.raises(DetourError, match="projet"):
         WandbSink({"projet": "x"}, tmp_path, "detour", 0)
+    wandb.fault = ValueError("1 validation error\nmode\n  Input should be 'online'")
+    with pytest.raises(DetourError, match="1 validation error mode Input should be 'online'; mend"):
+        WandbSink({"mode": "x"}, tmp_path, "detour", 0)
     (tmp_path / "wandb.json").write_text("[]")
     with pytest.raises(DetourError, match=r"wandb\.json holds no id"):
         WandbSink({}, tmp_path, "detour", 0)
