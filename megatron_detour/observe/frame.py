@@ -61,23 +61,24 @@ class Frame:
         self.edge = max(1, *(run.done_tokens for run in runs))
         self._above = 0
         shown = _with_own_phases(runs)
-        room = STRIP * len(shown)
-        size = (9.2, height + room + 0.26)
+        size = (9.2, height + STRIP * len(shown) + 0.26)
         self.figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
         self.figure.get_layout_engine().set(hspace=0.0, h_pad=0.03, w_pad=0.06)
-        ratios = [*([STRIP] * len(shown)), *_shares(len(labels), height - STRIP)]
-        grid = self.figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
-        first = self.figure.add_subplot(grid[0])
-        rest = [self.figure.add_subplot(grid[row], sharex=first) for row in range(1, len(ratios))]
-        self.strips = dict(zip(shown, [first, *rest], strict=False))
-        self.panels = rest[len(shown) - 1 :]
-        first.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=7)
-        first.set_xlim(0, self.edge)
+        rows = self._rows([STRIP] * len(shown) + _shares(len(labels), height - STRIP))
+        self.strips, self.panels = dict(zip(shown, rows, strict=False)), rows[len(shown) :]
+        rows[0].set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=7)
+        rows[0].set_xlim(0, self.edge)
         for axes, label in zip(self.panels, labels, strict=True):
             self._style(axes, label, last=axes is self.panels[-1])
         for number, axes in self.strips.items():
             self._style_strip(axes, str(number + 1) if len(shown) > 1 else "", (colours or [INK] * len(runs))[number])
             self._bands(runs[number], axes)
+
+    def _rows(self, heights: list[float]) -> list[Axes]:
+        """Axes below each other that share the x axis of the first."""
+        grid = self.figure.add_gridspec(len(heights), 1, height_ratios=heights)
+        first = self.figure.add_subplot(grid[0])
+        return [first] + [self.figure.add_subplot(grid[row], sharex=first) for row in range(1, len(heights))]
 
     def _style(self, axes: Axes, label: str, *, last: bool) -> None:
         axes.set_ylabel(label, color=INK, fontsize=9.5)
