@@ -1,1 +1,1 @@
-"""What a run shows: metrics file, TensorBoard, progress on the terminal, and the report page."""
+"""What a run shows: metrics file, TensorBoard, wandb, progress, the report page and pages that compare runs."""

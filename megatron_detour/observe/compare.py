@@ -16,7 +16,7 @@ from megatron_detour.observe.plots import appearance
 from megatron_detour.observe.report import headline
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
 from megatron_detour.observe.sinks import Record
-from megatron_detour.observe.words import compact, objective_words
+from megatron_detour.observe.words import compact, frozen_words, objective_words
 
 PAGE = "compare.html"
 MARK = '<meta name="generator" content="megatron_detour comparison of runs">'
@@ -94,7 +94,10 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _phase(phase: dict[str, Any]) -> str:
-    return f"{phase['name']}: {objective_words(phase)}, {compact(phase['tokens'])} tokens"
+    parts = [objective_words(phase), f"{compact(phase['tokens'])} tokens"]
+    if phase.get("freeze"):
+        parts.append(f"{frozen_words(phase)} frozen")
+    return f"{phase['name']}: {', '.join(parts)}"
 
 
 def _totals(runs: list[Run]) -> list[tuple[str, list[str]]]:

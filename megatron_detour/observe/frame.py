@@ -24,6 +24,7 @@ FROZEN = "some parameters frozen"
 LONGEST_CURVE = 4000  # points; more than a plot this wide can show
 LONGEST_LABEL = 90  # characters of a legend's entry
 LEGEND_WIDTH = 118  # characters in a row of the legend
+LEGEND_ROW = 0.175  # inches
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Frame:
     """A figure of one run, or of several, which have a strip each unless their phases are the same.
 
     A run's phases tint the panels below; the panels of several runs get lines at the phases' ends. `colours` are those
-    of the runs. Draw into `panels`, then `finish`.
+    of the runs, `height` the inches of the panels and a strip. Draw into `panels`, then `finish`.
     """
 
     def __init__(
@@ -58,25 +59,26 @@ class Frame:
 
         self.runs = runs
         self.edge = max(1, *(run.done_tokens for run in runs))
-        self.above = 0
+        self._above = 0
         shown = _with_own_phases(runs)
-        room = STRIP * len(shown)
-        size = (9.2, height + room + 0.26)
+        size = (9.2, height + STRIP * len(shown) + 0.26)
         self.figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
         self.figure.get_layout_engine().set(hspace=0.0, h_pad=0.03, w_pad=0.06)
-        ratios = [*([STRIP] * len(shown)), *_shares(len(labels), height - STRIP)]
-        grid = self.figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
-        first = self.figure.add_subplot(grid[0])
-        rest = [self.figure.add_subplot(grid[row], sharex=first) for row in range(1, len(ratios))]
-        self.strips = dict(zip(shown, [first, *rest], strict=False))
-        self.panels = rest[len(shown) - 1 :]
-        first.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=7)
-        first.set_xlim(0, self.edge)
+        rows = self._rows([STRIP] * len(shown) + _shares(len(labels), height - STRIP))
+        self.strips, self.panels = dict(zip(shown, rows, strict=False)), rows[len(shown) :]
+        rows[0].set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=7)
+        rows[0].set_xlim(0, self.edge)
         for axes, label in zip(self.panels, labels, strict=True):
             self._style(axes, label, last=axes is self.panels[-1])
         for number, axes in self.strips.items():
             self._style_strip(axes, str(number + 1) if len(shown) > 1 else "", (colours or [INK] * len(runs))[number])
             self._bands(runs[number], axes)
+
+    def _rows(self, heights: list[float]) -> list[Axes]:
+        """Axes below each other that share the x axis of the first."""
+        grid = self.figure.add_gridspec(len(heights), 1, height_ratios=heights)
+        first = self.figure.add_subplot(grid[0])
+        return [first] + [self.figure.add_subplot(grid[row], sharex=first) for row in range(1, len(heights))]
 
     def _style(self, axes: Axes, label: str, *, last: bool) -> None:
         axes.set_ylabel(label, color=INK, fontsize=9.5)
@@ -147,7 +149,7 @@ class Frame:
         low, high = min(bounds), max(bounds)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         axes.set_ylim(0 if from_zero else low - margin, high + margin)
-        self.above += sum(value > high + margin for curve in curves for value in curve.y)
+        self._above += sum(value > high + margin for curve in curves for value in curve.y)
 
     def finish(self) -> Figure:
         """Adds the resumptions, the legend and, once the widths are known, the names of the phases."""
@@ -168,9 +170,9 @@ class Frame:
         return self.figure
 
     def _note(self) -> None:
-        if not self.above:
+        if not self._above:
             return
-        text = f"{self.above:,} value{'s' if self.above > 1 else ''} above the range shown"
+        text = f"{self._above:,} value{'s' if self._above > 1 else ''} above the range shown"
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=GREY, **place)
 
@@ -188,11 +190,15 @@ class Frame:
                 handles[last] = handles.pop(last)
         if handles:
             labels = [shortened(label, LONGEST_LABEL) for label in handles]
+            columns = _columns(labels)
+            further = max(0, -(-len(labels) // columns) - 2)
+            # a legend of many rows takes its room below the figure, not from the panels
+            self.figure.set_figheight(self.figure.get_figheight() + further * LEGEND_ROW)
             self.figure.legend(
                 list(handles.values()),
                 labels,
                 loc="outside lower center",
-                ncols=_columns(labels),
+                ncols=columns,
                 fontsize=8.5,
                 frameon=False,
                 labelcolor=INK,

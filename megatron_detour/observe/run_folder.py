@@ -13,7 +13,7 @@ from megatron_detour.observe.sinks import Record, read_metrics
 
 
 @dataclass(frozen=True)
-class Figure:
+class ValidationFigure:
     """A validation figure: its title and how it is written."""
 
     title: str
@@ -32,11 +32,11 @@ class Figure:
 
 
 VALIDATION_FIGURES = {
-    "val_mlm_loss": Figure("MLM loss"),
-    "val_mlm_accuracy": Figure("MLM accuracy", share=True),
-    "val_mlm_bits_per_byte": Figure("MLM bits per byte"),
-    "val_clm_loss": Figure("CLM loss"),
-    "val_clm_bits_per_byte": Figure("CLM bits per byte"),
+    "val_mlm_loss": ValidationFigure("MLM loss"),
+    "val_mlm_accuracy": ValidationFigure("MLM accuracy", share=True),
+    "val_mlm_bits_per_byte": ValidationFigure("MLM bits per byte"),
+    "val_clm_loss": ValidationFigure("CLM loss"),
+    "val_clm_bits_per_byte": ValidationFigure("CLM bits per byte"),
 }
 
 

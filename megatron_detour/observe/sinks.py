@@ -134,9 +134,10 @@ class WandbSink:
             self._run.config.update({"resumed_after_step": max(resume_step, 0)}, allow_val_change=True)
             self._run.define_metric("step", hidden=True)
             self._run.define_metric("*", step_metric="step")
-        except (wandb.Error, TypeError) as error:
+        except (wandb.Error, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())  # a setting of the wrong kind takes several lines
             raise DetourError(
-                f"wandb: {error}; mend its settings, or set its mode to offline and send the figures later"
+                f"wandb: {reason}; mend its settings, or set its mode to offline and send the figures later"
             ) from error
 
     def write(self, record: Record) -> None:

@@ -18,6 +18,14 @@ THREE_PHASES: list[PhaseSketch] = [
     ("detour", "clm", None, 180),
     ("decay", "mlm", 0.15, 60),
 ]
+FREEZE = {"freeze": ["embeddings", "layers.0-7"]}
+FIVE_PHASES: list[PhaseSketch] = [
+    ("a very long name of the first phase", "mlm", 0.3, 40),
+    ("x", "clm", None, 100, {**FREEZE, "sequences": 8}),
+    ("$\\frac", "clm", None, 60, {"freeze": ["embeddings"]}),
+    ("anneal", "mlm", 0.15, 12, FREEZE),
+    ("final decay", "mlm", 0.3, 88, {"mask_rate_end": 0.1}),
+]
 TWO_PHASES: list[PhaseSketch] = [("detour", "clm", None, 120), ("decay", "mlm", 0.3, 80)]
 
 
@@ -195,3 +203,12 @@ def change_records(folder: Path, changes: dict[int, dict[str, Any]]) -> None:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     write_records(folder, [record | changes.get(record["step"], {}) for record in records])
+
+
+def five_phases(folder: Path) -> Path:
+    """A run with everything that is hard to draw: long names, a formula, frozen phases, guards, a peak."""
+    make_run(folder, FIVE_PHASES, name="n" * 80)
+    by_corpus = {f"{key}/{name}": 0.5 for key in ("val_mlm_loss", "val_clm_loss") for name in ("notes", "c" * 120)}
+    guards = {20: {"skipped": "the loss is nan", "loss": None, "grad_norm": None}, 21: {"spike": "spike: ..."}}
+    change_records(folder, {0: by_corpus, 40: by_corpus, 300: by_corpus, 90: {"loss": 900.0}, **guards})
+    return folder

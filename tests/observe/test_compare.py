@@ -12,9 +12,8 @@ from megatron_detour.errors import DetourError
 from megatron_detour.observe import compare, compare_plots
 from megatron_detour.observe.compare import write_comparison
 from megatron_detour.observe.run_folder import read_run
-from tests.observe.runs import ENVIRONMENT, TOKENS_PER_STEP, TWO_PHASES, change_records, make_run
-from tests.observe.test_plots import five_phases, refuse_overlaps
-from tests.observe.test_report import words, words_of
+from tests.observe.runs import ENVIRONMENT, TOKENS_PER_STEP, TWO_PHASES, change_records, five_phases, make_run
+from tests.observe.shown import refuse_overlaps, words, words_of
 
 CONTROL = [("detour", "mlm", 0.3, 120), ("decay", "mlm", 0.3, 80)]
 DETOUR_FILE = """

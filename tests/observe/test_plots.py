@@ -1,19 +1,20 @@
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_detour.observe import frame, plots
 from megatron_detour.observe.run_folder import read_run
 from tests.observe.runs import (
+    FREEZE,
     TOKENS_PER_STEP,
     TWO_PHASES,
     change_records,
+    five_phases,
     make_run,
 )
+from tests.observe.shown import refuse_overlaps
 
 
 def test_the_plots_show_what_they_should(tmp_path: Path) -> None:
@@ -81,46 +82,6 @@ def test_smoothing_keeps_a_straight_line_and_damps_noise() -> None:
     assert max(map(abs, noisy[20:-20])) < 0.1
 
 
-FREEZE = {"freeze": ["embeddings", "layers.0-7"]}
-FIVE_PHASES = [
-    ("a very long name of the first phase", "mlm", 0.3, 40),
-    ("x", "clm", None, 100, {**FREEZE, "sequences": 8}),
-    ("$\\frac", "clm", None, 60, {"freeze": ["embeddings"]}),
-    ("anneal", "mlm", 0.15, 12, FREEZE),
-    ("final decay", "mlm", 0.3, 88, {"mask_rate_end": 0.1}),
-]
-
-
-def texts_of(figure: Any) -> list[Any]:
-    """Every text that a figure shows."""
-    from matplotlib.text import Text
-
-    figure.draw_without_rendering()
-    # A tick beyond the limits of its axis keeps its label.
-    hidden = {
-        id(label)
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in [*axis.majorTicks, *axis.minorTicks]
-        for label in (tick.label1, tick.label2)
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-    }
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    return [text for text in texts if id(text) not in hidden]
-
-
-def refuse_overlaps(figure: Any) -> None:
-    """Fails where two texts of the figure overlap by more than a hair, or one leaves the figure."""
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
-    whole = figure.bbox
-    for text, box in boxes:
-        assert box.x0 >= whole.x0 - 2 and box.x1 <= whole.x1 + 2, f"{text!r} leaves the figure"
-        assert box.y0 >= whole.y0 - 2 and box.y1 <= whole.y1 + 2, f"{text!r} leaves the figure"
-    for (first, a), (second, b) in itertools.combinations(boxes, 2):
-        width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-        assert width <= 2 or height <= 3, f"{first!r} overlaps {second!r}"
-
-
 def test_the_check_of_overlaps_finds_one() -> None:
     from matplotlib.figure import Figure
 
@@ -133,14 +94,6 @@ def test_the_check_of_overlaps_finds_one() -> None:
     beyond.text(0.95, 0.5, "a long text")
     with pytest.raises(AssertionError, match="leaves"):
         refuse_overlaps(beyond)
-
-
-def five_phases(folder: Path) -> Path:
-    make_run(folder, FIVE_PHASES, name="n" * 80)
-    by_corpus = {f"{key}/{name}": 0.5 for key in ("val_mlm_loss", "val_clm_loss") for name in ("notes", "c" * 120)}
-    guards = {20: {"skipped": "the loss is nan", "loss": None, "grad_norm": None}, 21: {"spike": "spike: ..."}}
-    change_records(folder, {0: by_corpus, 40: by_corpus, 300: by_corpus, 90: {"loss": 900.0}, **guards})
-    return folder
 
 
 @pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.file)

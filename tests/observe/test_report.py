@@ -11,6 +11,7 @@ from megatron_detour.observe import report
 from megatron_detour.observe.report import write_report
 from megatron_detour.observe.run_folder import read_run
 from tests.observe.runs import ENVIRONMENT, TWO_PHASES, change_records, make_run
+from tests.observe.shown import words, words_of
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ALWAYS = {
@@ -28,19 +29,9 @@ def plot_names(folder: Path) -> set[str]:
     return {path.name for path in (folder / "plots").iterdir()}
 
 
-def words(page: Path) -> str:
-    """The page's text without its tags, in single spaces."""
-    return words_of(page.read_text(encoding="utf-8"))
-
-
 def page_words(folder: Path) -> str:
     """The text of a run's page, for which no plot is drawn."""
     return words_of(report._page(read_run(folder), []))
-
-
-def words_of(html: str) -> str:
-    html = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]+>", " ", html).split())
 
 
 def test_a_finished_run_of_three_phases(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,12 +198,16 @@ def test_a_disk_that_takes_no_more_is_told_with_the_file(tmp_path: Path) -> None
 # tensorboard's thread prints the fault, and its next call raises it
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_takes_no_more_is_told_by_tensorboard_too(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     sink = TensorBoardSink(tmp_path / "tensorboard", 0)
+    writers = set(threading.enumerate()) - before
     with largest_file(200), pytest.raises(OSError, match="tensorboard"):
         for step in range(1, 2000):
             sink.write(record(step))
     with pytest.raises(OSError, match="tensorboard"):
         sink.close()
+    for writer in writers:
+        writer.join()
 
 
 class Wandb(SimpleNamespace):
@@ -298,6 +303,9 @@ def test_faults_of_wandb_are_sentences(wandb: Wandb, tmp_path: Path, monkeypatch
     wandb.fault = TypeError("init() got an unexpected keyword argument 'projet'")
     with pytest.raises(DetourError, match="projet"):
         WandbSink({"projet": "x"}, tmp_path, "detour", 0)
+    wandb.fault = ValueError("1 validation error\nmode\n  Input should be 'online'")
+    with pytest.raises(DetourError, match="1 validation error mode Input should be 'online'; mend"):
+        WandbSink({"mode": "x"}, tmp_path, "detour", 0)
     (tmp_path / "wandb.json").write_text("[]")
     with pytest.raises(DetourError, match=r"wandb\.json holds no id"):
         WandbSink({}, tmp_path, "detour", 0)
