@@ -168,13 +168,12 @@ def test_without_flock_one_of_two_that_start_together_gets_the_folder(tmp_path, 
     held, refused = [], []
     over = threading.Event()
     both_have_read, both_have_written = threading.Barrier(2), threading.Barrier(2)
-    read, has_read = module._read, threading.local()
+    read, first_reads = module._read, [20, 20]  # seconds that each waits for the other
 
     def read_together(file):
         content = read(file)
-        if not hasattr(has_read, "once"):
-            has_read.once = True
-            both_have_read.wait(20)
+        if first_reads:
+            both_have_read.wait(first_reads.pop())
         return content
 
     monkeypatch.setattr(os, "fsync", lambda file: both_have_written.wait(20))
