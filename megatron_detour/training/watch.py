@@ -142,7 +142,7 @@ class Watch:
         return self._verdict is None or self._verdict.rank == self.rank
 
     def close(self) -> None:
-        """This rank has done its work; it no longer matters to the others, nor they to it. Waits for none of them."""
+        """This rank has done its work: it and the others no longer end each other. No collective: at most two beats."""
         self._leaving = True
         self._announce({"done": True})
         self._closed.set()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_detour.errors import DetourError
+from megatron_detour.training import lock as module
 from megatron_detour.training.lock import NAME, RunLock
 from tests.harness import ROOT, environment
 
@@ -152,9 +153,31 @@ def test_a_lock_that_a_server_keeps_for_a_dead_machine_is_taken_over(tmp_path, e
             assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
-def test_without_flock_one_of_two_that_start_together_gets_the_folder(tmp_path, without_flock):
+def test_a_lock_that_was_renewed_meanwhile_is_not_taken_over(tmp_path, elsewhere):
+    """Of several that wait, one has just taken it."""
+    elsewhere.kill()
+    waiting = lock(tmp_path)
+    look = waiting._look()
+    os.utime(elsewhere.path)
+    assert not waiting._take(look)
+    assert json.loads(elsewhere.path.read_text())["token"] == "theirs"
+    assert waiting._take(waiting._look())
+
+
+def test_without_flock_one_of_two_that_start_together_gets_the_folder(tmp_path, without_flock, monkeypatch):
     held, refused = [], []
     over = threading.Event()
+    both_have_read, both_have_written = threading.Barrier(2), threading.Barrier(2)
+    read, first_reads = module._read, [20, 20]  # seconds that each waits for the other
+
+    def read_together(file):
+        content = read(file)
+        if first_reads:
+            both_have_read.wait(first_reads.pop())
+        return content
+
+    monkeypatch.setattr(os, "fsync", lambda file: both_have_written.wait(20))
+    monkeypatch.setattr(module, "_read", read_together)
 
     def start():
         try:

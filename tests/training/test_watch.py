@@ -55,8 +55,8 @@ def _work(how: str, guilty: int, folder: Path) -> int:
         elif rank == guilty:
             _do(how)
         dist.all_reduce(ones)  # where the others hang or are told
-    if how == "leaves early":
-        time.sleep(0 if rank == guilty else 10 * BEAT)
+        if how == "leaves early":
+            time.sleep(0 if rank == guilty else 10 * BEAT)
     return 0
 
 
@@ -156,8 +156,10 @@ def test_a_fault_of_all_ranks_is_told_as_such(tmp_path):
 def test_a_broken_connection_that_no_rank_is_missing_for_is_told_by_who_met_it(tmp_path):
     with ranks(tmp_path, "is unheard", 1) as run:
         assert run.end() == [1, 1, 1]
-        cause = "(RuntimeError: Connection reset by peer)"
-        assert run.log(1) == f"error (rank 1): another rank has ended or cannot be reached {cause}"
+        cause = "RuntimeError: Connection reset by peer"
+        assert run.log(1) == f"error (rank 1): another rank has ended or cannot be reached ({cause})"
+        for rank in (0, 2):
+            assert run.log(rank) == line_of(rank, 1, f"has failed, see its message: {cause}")
 
 
 def test_a_slow_rank_is_waited_for(tmp_path):
