@@ -18,6 +18,7 @@ from megatron_detour.errors import EXIT_INTERRUPTED
 from megatron_detour.forecast import Start, forecast, headline
 from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.observe import meter
 from megatron_detour.observe.progress import Progress
 from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
