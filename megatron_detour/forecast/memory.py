@@ -134,9 +134,11 @@ def _layer_kept(shape: Shape, setting: Setting, load: Load, kind: str, recompute
         inside += 0 if setting.fused else G / t  # and its gelu(a)
     else:
         normed = 0
-    if not setting.flash:
-        # Global: outputs by document, and joined. Local: keys and values of the blocks around each block.
-        inside += (E if kind == FULL else 2 * (2 if load.causal else 3) * E) / t
+    if not setting.flash and kind == FULL:
+        inside += E / t  # outputs by document, and joined
+    elif not setting.flash:
+        blocks = 2 if load.causal else 3  # keys and values of those around each block, and who sees whom in them
+        inside += 2 * blocks * E / t + blocks * shape.window
     statistics = (2 if recompute == "none" else 0) * 2 * FP32 + FP32 * shape.heads / t  # norms; log-sum-exps
     return round(load.positions * ((sums + normed + inside) * setting.zero.item_bytes + statistics))
 
