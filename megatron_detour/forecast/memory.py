@@ -81,28 +81,31 @@ def of_step(shape: Shape, setting: Setting, load: Load) -> Memory:
     share = partition(elements, setting.data)
     kept = activations(shape, setting, load)
     head = _head(shape, setting, load)
-    stays = {
-        "weights": sum(elements) * item,
-        "optimiser": share * ADAM,
-        "gradients": share * FP32,  # summed in fp32 over the microbatches
-    }
+    stays = {"weights": sum(elements) * item, "optimiser": share * ADAM}
+    gradients = share * FP32  # summed over the microbatches
     # On a CPU only what is written to of the bucket becomes memory.
     bucket = (zero.reduce_bucket if setting.on_gpu else min(zero.reduce_bucket, sum(elements))) * item
     moments = {
-        "loss": {"activations": kept, "head and loss": head.kept + head.loss},
+        "loss": {"gradients": gradients, "activations": kept, "head and loss": head.kept + head.loss},
         "start of the backward pass": {
+            "gradients": gradients,
             "activations": kept,
             "head and loss": head.kept + head.backward,
             "ZeRO's bucket": bucket,
         },
         "backward pass of a layer": {
+            "gradients": gradients,
             "activations": kept,
             "head and loss": head.gradient,
             "ZeRO's bucket": bucket,
             "a layer at work": _layer_work(shape, setting, load),
         },
-        # A rank's part of the bucket, as it is and in fp32.
-        "sum of the gradients": {"ZeRO's bucket": bucket, "copies for the sum": share * (item + FP32)},
+        "sum of the gradients": {
+            "gradients": gradients,
+            "ZeRO's bucket": bucket,
+            "copies for the sum": share * (item + FP32),  # of the rank's part of the bucket
+        },
+        "checkpoint": {"gathered weights": sum(elements) * FP32 if setting.data > 1 else 0},
     }
     moment, parts = max(moments.items(), key=lambda pair: sum(pair[1].values()))
     return Memory(stays | parts, moment, setting.on_gpu)

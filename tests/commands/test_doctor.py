@@ -117,7 +117,7 @@ def test_a_damaged_corpus(run_file, corpus, tmp_path):
 
 def test_all_faults_of_a_run_file(run_file):
     found = by_what(doctor.items(str(run_file), ["seed=-1", "optimizer.clip=0"]))
-    assert [item.text.split(":")[0] for item in found["run file"]] == ["seed", "optimizer.clip"]
+    assert [item.text.split(":")[0] for item in found["run file"]] == ["optimizer.clip", "seed"]
     assert "attention" in found
 
 
@@ -175,7 +175,7 @@ def test_a_run_on_gpus_is_one_of_their_number_and_memory(two_gpus, run_file, mon
 def test_gpus_without_bf16_or_nccl(two_gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    assert (machine.precision().state, machine.collectives().state) == (FAULT, FAULT)
+    assert (machine.precision().state, machine.collectives().state) == (NOTE, FAULT)
 
 
 @pytest.mark.parametrize(("flags", "state"), [({"avx2", "avx512_bf16"}, OK), ({"avx2"}, NOTE), (set(), NOTE)])

@@ -204,6 +204,10 @@ def test_durations(seconds, words):
 
 
 def test_sessions_of_a_time_limit():
+    config, plan = planned(time_limit="2h")
+    told = forecast(config, plan, 1, start=Start(TINY, None), rate=51_200 / 7200 / 3.5)
+    assert told.sessions == 4
+    assert "7h00 on 1 x h100 at 2 tokens/s each, as given, 4 sessions of 2h00" in render(told)
     assert [costs.sessions(seconds, None) for seconds in (1, 86_400, 86_401)] == [1, 1, 2]
     assert costs.sessions(86_400, 6 * 3600) == 4
 
