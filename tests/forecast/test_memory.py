@@ -151,7 +151,8 @@ def test_a_step_says_when_it_holds_most():
     many = of_step(BASE, Setting(BF16), Load(65_536, 65_536, True))
     assert many.moment == "start of the backward pass"
     assert of_step(BASE, Setting(BF16, recompute="full"), Load(2048, 300, False)).moment == "sum of the gradients"
-    few = of_step(LARGE_SHAPE, Setting(BF16, recompute="full", data=8), Load(512, 100, False))
+    # With a small bucket little is left but the weights of all ranks, gathered for a checkpoint.
+    few = of_step(LARGE_SHAPE, Setting(Zero2(True, 10**7), recompute="full", data=8), Load(512, 100, False))
     assert (few.moment, few.parts["gathered weights"]) == ("checkpoint", 4 * 395_881_664)
     # The bucket: DeepSpeed's 500 million elements of bf16, whatever the model; on a CPU no more than the model's.
     assert many.parts["ZeRO's bucket"] == 10**9
