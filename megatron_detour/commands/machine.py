@@ -88,7 +88,7 @@ def precision() -> Item:
     """Whether bf16 is computed or emulated."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return item(native, "bf16", "native" if native else "not native", "use fp32, or an Ampere GPU or later", FAULT)
+        return item(native, "bf16", "native" if native else "not native", "use fp32, or an Ampere GPU or later")
     native = any(flag in _cpu_flags() for flag in CPU_BF16)
     remedy = "use deepspeed=ds_configs/zero2_fp32_cpu.json"
     return item(native, "bf16", "native on this CPU" if native else "emulated on this CPU, which is slow", remedy)

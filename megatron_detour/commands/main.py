@@ -24,31 +24,23 @@ def entry() -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs a command and returns its exit status. Raises DetourError."""
-    options = vars(_parser().parse_args(_control_apart(arguments)))
-    return import_module(f"megatron_detour.commands.{options.pop('command')}").run(**options)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="megatron-detour", description="Continued pretraining of encoders with a causal detour.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND", parser_class=_Parser)
-    _add_plan(commands)
-    _add_doctor(commands)
-    what = "one page that sets runs side by side"
-    command = commands.add_parser("compare", help=what, description=what)
-    command.add_argument("folders", nargs="+", metavar="RUN", help="folders of runs")
-    command.add_argument(
-        "--output", default="comparison", metavar="DIR", help="where the page is written (%(default)s)"
+    parser = _Parser(
+        prog="megatron-detour",
+        description="Continued pretraining of encoders with a causal detour.",
+        epilog="\n".join(["commands:", *(f"  {name:8} {what}" for name, (what, _) in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = "write a run's report.html again"
-    command = commands.add_parser("report", help=what, description=what)
-    command.add_argument("folder", metavar="RUN", help="folder of a run")
-    return parser
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="COMMAND --help says more")
+    name = parser.parse_args(arguments[:1]).command
+    what, add_arguments = COMMANDS[name]
+    command = _Parser(prog=f"megatron-detour {name}", description=what)
+    add_arguments(command)
+    options = command.parse_intermixed_args(_control_apart(arguments[1:]))
+    return import_module(f"megatron_detour.commands.{name}").run(**vars(options))
 
 
-def _add_plan(commands) -> None:
-    what = "what a run would take and what would stop it: memory, hours, epochs, disk, faults"
-    command = commands.add_parser("plan", help=what, description=what)
+def _add_plan(command: argparse.ArgumentParser) -> None:
     _add_run_file(command, nargs=None)
     command.add_argument(
         "--control", metavar="mlm=RATE", help=f"plan the equal-compute twin instead (mlm={CONTROL_RATE:.2f})"
@@ -62,10 +54,25 @@ def _add_plan(commands) -> None:
     command.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
-def _add_doctor(commands) -> None:
-    what = "look at this machine, and with a run file at what the run would use of it"
-    command = commands.add_parser("doctor", help=what, description=what)
+def _add_doctor(command: argparse.ArgumentParser) -> None:
     _add_run_file(command, nargs="?")
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folders", nargs="+", metavar="RUN", help="folders of runs")
+    command.add_argument("--output", default="comparison", metavar="DIR", help="for the page (%(default)s)")
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="RUN", help="folder of a run")
+
+
+COMMANDS = {
+    "plan": ("what a run would take and what would stop it: memory, hours, epochs, disk, faults", _add_plan),
+    "doctor": ("look at this machine, and with a run file at what the run would use of it", _add_doctor),
+    "compare": ("one page that sets runs side by side", _add_compare),
+    "report": ("write a run's report.html again", _add_report),
+}
 
 
 def _add_run_file(command: argparse.ArgumentParser, nargs: str | None) -> None:
@@ -76,7 +83,7 @@ def _add_run_file(command: argparse.ArgumentParser, nargs: str | None) -> None:
 def _control_apart(arguments: list[str]) -> list[str]:
     """`--control` may stand alone: its rate is put in before anything else could be taken for it."""
     found = []
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         alone = word == "--control" and not following.startswith("mlm=")
         found.append(f"--control=mlm={CONTROL_RATE}" if alone else word)
     return found

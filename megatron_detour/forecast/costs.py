@@ -95,9 +95,10 @@ def lengths_of(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:
         return None
     if not len(index):
         return None
-    last = max(len(index) - DOCUMENTS, 0)
-    starts = np.unique(np.linspace(0, last, STRETCHES).astype(np.int64)) if last else [0]
-    lengths = np.concatenate([index.read_lengths(int(s), min(int(s) + DOCUMENTS, len(index))) for s in starts])
+    starts, size = [0], len(index)
+    if size > STRETCHES * DOCUMENTS:
+        starts, size = np.linspace(0, size - DOCUMENTS, STRETCHES).astype(np.int64).tolist(), DOCUMENTS
+    lengths = np.concatenate([index.read_lengths(start, start + size) for start in starts])
     whole, rest = np.divmod(lengths.astype(np.int64), sequence_length)
     return (*[sequence_length] * int(whole.sum()), *rest[rest > 0].tolist())
 

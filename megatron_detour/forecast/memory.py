@@ -81,28 +81,31 @@ def of_step(shape: Shape, setting: Setting, load: Load) -> Memory:
     share = partition(elements, setting.data)
     kept = activations(shape, setting, load)
     head = _head(shape, setting, load)
-    stays = {
-        "weights": sum(elements) * item,
-        "optimiser": share * ADAM,
-        "gradients": share * FP32,  # summed in fp32 over the microbatches
-    }
+    stays = {"weights": sum(elements) * item, "optimiser": share * ADAM}
+    gradients = share * FP32  # summed over the microbatches
     # On a CPU only what is written to of the bucket becomes memory.
     bucket = (zero.reduce_bucket if setting.on_gpu else min(zero.reduce_bucket, sum(elements))) * item
     moments = {
-        "loss": {"activations": kept, "head and loss": head.kept + head.loss},
+        "loss": {"gradients": gradients, "activations": kept, "head and loss": head.kept + head.loss},
         "start of the backward pass": {
+            "gradients": gradients,
             "activations": kept,
             "head and loss": head.kept + head.backward,
             "ZeRO's bucket": bucket,
         },
         "backward pass of a layer": {
+            "gradients": gradients,
             "activations": kept,
             "head and loss": head.gradient,
             "ZeRO's bucket": bucket,
             "a layer at work": _layer_work(shape, setting, load),
         },
-        # A rank's part of the bucket, as it is and in fp32.
-        "sum of the gradients": {"ZeRO's bucket": bucket, "copies for the sum": share * (item + FP32)},
+        "sum of the gradients": {
+            "gradients": gradients,
+            "ZeRO's bucket": bucket,
+            "copies for the sum": share * (item + FP32),  # of the rank's part of the bucket
+        },
+        "checkpoint": {"gathered weights": sum(elements) * FP32 if setting.data > 1 else 0},
     }
     moment, parts = max(moments.items(), key=lambda pair: sum(pair[1].values()))
     return Memory(stays | parts, moment, setting.on_gpu)
@@ -134,9 +137,11 @@ def _layer_kept(shape: Shape, setting: Setting, load: Load, kind: str, recompute
         inside += 0 if setting.fused else G / t  # and its gelu(a)
     else:
         normed = 0
-    if not setting.flash:
-        # Global: outputs by document, and joined. Local: keys and values of the blocks around each block.
-        inside += (E if kind == FULL else 2 * (2 if load.causal else 3) * E) / t
+    if not setting.flash and kind == FULL:
+        inside += E / t  # outputs by document, and joined
+    elif not setting.flash:
+        blocks = 2 if load.causal else 3  # keys and values of those around each block, and who sees whom in them
+        inside += 2 * blocks * E / t + blocks * shape.window
     statistics = (2 if recompute == "none" else 0) * 2 * FP32 + FP32 * shape.heads / t  # norms; log-sum-exps
     return round(load.positions * ((sums + normed + inside) * setting.zero.item_bytes + statistics))
 

@@ -61,10 +61,19 @@ def _started(model: Model, faults: list[str]) -> tuple[Shape | None, str]:
         faults.append(f"model.start: {fault}")
         known = PUBLISHED.get(model.start)
         return (Shape.of(known, model.start), "as published; the model is not here") if known else (None, "")
-    folder = Path(model.start)
-    if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHTS):
-        faults.append(f"model.start: {folder}: the folder has no {WEIGHTS[0]}; download the model again")
+    if not model.download and not any(_has(model.start, name) for name in WEIGHTS):
+        where = "the folder" if Path(model.start).is_dir() else "the hub's local cache"
+        faults.append(f"model.start: {model.start}: {where} has no {WEIGHTS[0]}; download the model again")
     return shape, ""
+
+
+def _has(start: str, name: str) -> bool:
+    if Path(start).is_dir():
+        return (Path(start) / name).is_file()
+    try:
+        return hub_file(start, name, False, "model").is_file()
+    except DetourError:
+        return False
 
 
 def _config(model: Model) -> dict[str, Any]:

@@ -132,12 +132,13 @@ def _time_table(forecast: Forecast) -> list[str]:
 def _memory_table(forecast: Forecast) -> list[str]:
     told = forecast.memory
     parts = list(dict.fromkeys(part for memory in told.values() for part in memory.parts))
-    rows = [["GiB", *told]]
-    for part in parts:
-        rows.append([part, *(f"{m.parts[part] / GIB:.2f}" if part in m.parts else "-" for m in told.values())])
-    rows.append(["counted", *(f"{m.counted / GIB:.2f}" for m in told.values())])
-    rows.append(["with a margin", *(f"{m.needed / GIB:.2f}" for m in told.values())])
     most = forecast.most_memory
+    unit, size, digits = ("GiB", GIB, 2) if most.counted >= GIB else ("MiB", GIB >> 10, 1)
+    rows = [[unit, *told]]
+    for part in parts:
+        rows.append([part, *(f"{m.parts[part] / size:.{digits}f}" if part in m.parts else "-" for m in told.values())])
+    rows.append(["counted", *(f"{m.counted / size:.{digits}f}" for m in told.values())])
+    rows.append(["with a margin", *(f"{m.needed / size:.{digits}f}" for m in told.values())])
     lines = [f"memory      {_asked(forecast)}, on each of {_gpus(forecast)}", *table(rows)]
     lines.append(f"  most is held at: {', '.join(f'{m.moment} ({name})' for name, m in told.items())}")
     if most.on_gpu:

@@ -1,0 +1,235 @@
+"""`megatron-detour plan`: every recipe, its JSON, and all faults at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_detour.commands.main import main
+from megatron_detour.errors import DetourError
+from tests.harness import ROOT
+from tests.models import CONFIG
+
+RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def model(tokenizer_folder, tmp_path) -> str:
+    """A folder of a model of 400 ids, without weights that could be read."""
+    from megatron_detour.data.vocabulary import load_vocabulary
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tokenizer_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    size = load_vocabulary(tokenizer_folder).size
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": size}))
+    (folder / "model.safetensors").write_bytes(b"")
+    return str(folder)
+
+
+@pytest.fixture
+def good(model, corpus, tmp_path) -> dict:
+    """A run file that nothing is wrong with."""
+    detour = {"name": "detour", "objective": "clm", "tokens": "8 steps", "learning_rate": {"peak": 1e-3}}
+    rate = {"peak": 1e-3, "shape": "1-sqrt", "end": 0.0}
+    decay = {"name": "decay", "objective": "mlm", "mask_rate": 0.2, "tokens": "2 steps", "learning_rate": rate}
+    return {
+        "name": "small",
+        "folder": str(tmp_path / "run"),
+        "model": {"start": model},
+        "data": {"corpora": [{"prefix": corpus.prefix}], "sequence_length": 128},
+        "batch": {"sequences": 8, "micro_sequences": 2},
+        "phases": [detour, decay],
+        "deepspeed": str(ROOT / "ds_configs/zero2_bf16.json"),
+        "validation": {"corpora": [{"prefix": corpus.prefix}], "sequences": 8},
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(raw: dict) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_planned(recipe, capsys, monkeypatch, tmp_path):
+    """Nothing of them is there: it is told as faults, and what does not depend on it is forecast all the same."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(recipe), "--gpus", "2"]) == 1
+    out = capsys.readouterr().out
+    raw = yaml.safe_load(recipe.read_text())
+    for corpus in raw["data"]["corpora"]:
+        assert f"fault: data.corpora: {corpus['prefix']}.manifest.json: there is no such corpus" in out
+    assert re.search(r"model +\S+ ?.*M parameters", out)
+    for section in ("time", "memory", "corpora", "disk"):
+        assert re.search(rf"^{section} ", out + " ", re.M) or section in out.split()
+    assert "note: memory" not in out and "not known:" not in out
+
+
+def test_json_says_everything(good, write, capsys):
+    assert main(["plan", write(good), "--json", "--gpus", "4", "--rate", "1000"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["faults"] == [] and told["warnings"] == []
+    assert (told["ranks"], told["plan"]["total_steps"]) == (4, 10)
+    assert told["seconds"] == pytest.approx(10 * 8 * 128 / 4000)
+    assert told["flops"] == sum(cost["flops"] for cost in told["costs"])
+    assert told["costs"][0]["sampled"] is True
+    for memory in told["memory"].values():
+        assert memory["counted"] == sum(memory["parts"].values()) < memory["needed"]
+        assert memory["fits"]["80"] is True
+    assert told["readings"][0]["epochs"] == pytest.approx(10 * 8 * 128 / told["readings"][0]["tokens"])
+    assert told["disk"]["needed"] > 12 * told["parameters"]
+
+
+def test_a_good_run_file_is_told_to_be_good(good, write, capsys):
+    assert main(["plan", write(good)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("nothing here would stop the run")
+
+
+def test_the_control_is_planned(good, write, capsys):
+    path = write(good)
+    for words in (["--control"], ["--control", "mlm=0.4"]):
+        assert main(["plan", *words, path, "seed=3"]) == 0
+        assert f"mlm {'40' if words[1:] else '30'}%" in capsys.readouterr().out
+    assert main(["plan", path, "--control", "seed=3"]) == 0
+    assert "small-control: " in capsys.readouterr().out
+    with pytest.raises(DetourError, match="--control clm=1: write it as"):
+        main(["plan", path, "--control=clm=1"])
+
+
+def test_ten_faults_of_form_and_sense_at_once(good, write, capsys):
+    """Each fault names its key and its value; those that say what is wanted need no other remedy."""
+    good |= {"seed": -3, "z_los": 0.1, "optimizer": {"clip": "much"}, "compute": {"kernels": "tritn"}}
+    good["batch"] = {"sequences": 8, "micro_sequences": 3}
+    good["data"]["corpora"][0]["weight"] = 0
+    good["validation"]["mask_rate"] = 1.5
+    good["phases"][0] |= {"mask_rate": 0.3, "tokens": "many"}
+    good["phases"][1]["learning_rate"] = {"peak": -1.0}
+    expected = [  # key, value, remedy
+        ("seed", "-3", r"must lie in \[0, 2\*\*31\)"),
+        ("z_los", "", "did you mean 'z_loss'"),
+        ("optimizer.clip", "'much'", "a number is needed"),
+        ("compute.kernels", "'tritn'", "did you mean 'triton'"),
+        ("batch.micro_sequences", "3", "does not divide batch.sequences, 8"),
+        ("data.corpora.0.weight", "0", "leave the corpus out instead"),
+        ("validation.mask_rate", "1.5", "must lie between 0 and 1"),
+        ("phases.0.mask_rate", "", "remove the key"),
+        ("phases.0.tokens", "'many'", "such as 50B"),
+        ("phases.1.learning_rate.peak", "-1", "must be above 0"),
+    ]
+    path = write(good)
+    with pytest.raises(DetourError) as refusal:
+        main(["plan", path])
+    assert main(["plan", path, "--json"]) == 1
+    faults = json.loads(capsys.readouterr().out)["faults"]
+    check_faults(faults, expected)
+    assert [fault in str(refusal.value) for fault in faults] == [True] * 10
+
+
+def test_ten_faults_of_what_is_not_there_and_does_not_fit_at_once(good, write, corpus, tmp_path, capsys):
+    """All that a start would refuse one after the other."""
+    zero = tmp_path / "ds.json"
+    zero.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8, "fp16": {"enabled": True}}))
+    (tmp_path / "model/model.safetensors").unlink()
+    good["deepspeed"] = str(zero)
+    good["data"] = {"corpora": [{"prefix": "nowhere"}], "sequence_length": 512}
+    good["parallel"] = {"tensor": 5}
+    good["batch"] = {"sequences": 9, "micro_sequences": 3}
+    good["phases"][0]["freeze"] = ["embeddings", "layers.3-7"]
+    good["validation"] = {"corpora": [{"prefix": "elsewhere"}]}
+    expected = [
+        ("model.start", "the folder has no model.safetensors", "download the model again"),
+        (str(zero), "train_batch_size", "remove train_batch_size"),
+        (str(zero), "stage is 3", "set 2"),
+        (str(zero), "fp16", "use bf16 or fp32"),
+        ("batch", "9 sequences", "set micro_sequences to|make sequences a multiple of 2"),
+        ("parallel.tensor", "5 does not divide the model's attention heads, 4", "1, 2, 4 fit"),
+        ("parallel.tensor", "5 does not divide the model's intermediate size, 48", "1, 2, 4 fit"),
+        ("data.sequence_length", "512", "set it to 256 or less"),
+        ("phases.detour.freeze", "'layers.3-7'", "0 to 4"),
+        ("data.corpora", "nowhere", "build it with"),
+        ("validation.corpora", "elsewhere", "build it with"),
+    ]
+    assert main(["plan", write(good), "--gpus", "10", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    check_faults(told["faults"], expected)
+    assert main(["plan", write(good), "--gpus", "10"]) == 1
+    out = capsys.readouterr().out
+    assert all(f"fault: {fault}" in out for fault in told["faults"])
+    assert out.rstrip().endswith("11 faults would stop the run")
+
+
+def check_faults(faults: list[str], expected: list[tuple[str, str, str]]) -> None:
+    assert len(faults) == len(expected)
+    for key, value, remedy in expected:
+        mine = [fault for fault in faults if fault.startswith(f"{key}:") and value in fault]
+        assert len(mine) == 1, (key, value, faults)
+        assert re.search(remedy, mine[0]), (remedy, mine[0])
+
+
+def test_another_tokenizer_is_a_fault(good, write, model, capsys):
+    path = Path(model) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None}))
+    assert main(["plan", write(good)]) == 1
+    told = capsys.readouterr().out
+    assert re.search(r"fault: data.corpora: \S+: built with another tokenizer .*build it again", told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["phases.decay.mask_rate=0.7"], "phases.decay.mask_rate: 0.7 lies outside"),
+        (["phases.detour.learning_rate.warmup=6 steps"], "6,144 tokens are 75% of the phase's 8,192"),
+        (["phases.decay.learning_rate={peak: 1.0e-3}"], "phases.decay.learning_rate: stays at 0.001"),
+        (["phases.decay.objective=clm", "phases.decay.mask_rate=null"], "phases: the last one, decay, is causal"),
+        (["phases.decay.optimizer_state=reset"], "give learning_rate.warmup"),
+        (["validation.sequences=2000"], "validation.sequences: 2000 x 128 tokens are more than"),
+        (["validation.corpora=[]"], "hold out a share"),
+        (["phases.detour.tokens=200k"], "epochs repeated text teaches less"),
+    ],
+)
+def test_warnings_do_not_stop_a_run(good, write, capsys, overrides, told):
+    assert main(["plan", write(good), *overrides]) == 0
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert told in warning
+
+
+def test_what_does_not_fit_is_told_what_to_change_first(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    large = str(ROOT / "examples/recipes/english_large_50b.yaml")
+
+    def answer(*words: str) -> str:
+        main(["plan", large, "--gpus", "8", *words])
+        return capsys.readouterr().out
+
+    assert "fits 80 GB" in answer()
+    assert "does not fit 16 GB" in answer("--gpu-memory", "16")
+    assert "with batch.micro_sequences=1 it fits" in answer("--gpu-memory", "16")
+    assert "with compute.recompute=selective it fits" in answer("--gpu-memory", "11", "batch.micro_sequences=1")
+    assert "are not enough: set parallel.tensor=2" in answer("--gpu-memory", "4")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["plan"], "required: RUN.yaml"),
+        (["plan", "x.yaml", "--gpus", "0"], "--gpus: a whole number above 0 is needed, it is '0'"),
+        (["plan", "x.yaml", "--mfu", "35"], "--mfu: a share between 0 and 1 is needed, it is 35"),
+        (["plan", "x.yaml", "--rate", "fast"], "--rate: a number above 0 is needed"),
+        (["plan", "x.yaml", "--rate", "5", "--mfu", "0.3"], "not allowed with"),
+        (["plan", "nowhere.yaml"], "nowhere.yaml: there is no such run file"),
+        (["paln"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments_are_told_in_a_sentence(words, told):
+    with pytest.raises(DetourError, match=re.escape(told)):
+        main(words)

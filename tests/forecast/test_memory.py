@@ -1,0 +1,227 @@
+"""Memory against what is really there: parameters of models, tensors kept for a backward pass, ZeRO-2's partitions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from megatron_detour.forecast import memory
+from megatron_detour.forecast.memory import Load, Setting, activations, of_step, parameters
+from megatron_detour.forecast.start import DEFAULTS, LARGE, PUBLISHED
+from megatron_detour.forecast.zero import Zero2, faults_of, partition
+from megatron_detour.model.modernbert import Compute, ModernBert
+from megatron_detour.model.shape import Shape
+from megatron_detour.parallel import loss
+from megatron_detour.parallel.state import ParallelState
+from tests.harness import ROOT, run_ranks
+from tests.models import CONFIG, microbatch, tiny
+
+BASE, LARGE_SHAPE = Shape.of(DEFAULTS, "base"), Shape.of(DEFAULTS | LARGE, "large")
+BF16, FP32 = Zero2(bf16=True), Zero2(bf16=False)
+# As wide as base and large in proportion to the hidden size, with windows far shorter than the documents.
+PROPORTIONS = {"base": 96, "large": 164}
+
+
+def elements_of(model: torch.nn.Module) -> tuple[int, int]:
+    by_kind = [sum(p.numel() for p in model.parameters() if (p.dim() > 1) is matrix) for matrix in (True, False)]
+    return by_kind[0], by_kind[1]
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("shape", [BASE, LARGE_SHAPE], ids=["base", "large"])
+def test_parameters_are_the_models(shape, tensor):
+    with torch.device("meta"):
+        model = ModernBert(shape, ParallelState(tensor_size=tensor))
+    assert parameters(shape, tensor) == elements_of(model)
+
+
+def test_parameters_of_a_vocabulary_that_no_size_divides():
+    for tensor in (1, 2, 4):
+        assert parameters(Shape.of(CONFIG, "tiny"), tensor) == elements_of(tiny(ParallelState(tensor_size=tensor)))
+
+
+def test_the_published_models():
+    """149.66M and 395.88M with 50,368 ids, 136.1M and 377.8M with 32,768."""
+    counts = [round(sum(parameters(Shape.of(config, name))) / 1e6, 2) for name, config in PUBLISHED.items()]
+    assert counts == [149.66, 395.88, 136.12, 377.84]
+
+
+def test_defaults_are_transformers():
+    from transformers import ModernBertConfig
+
+    theirs = ModernBertConfig().to_dict()
+    assert {key: theirs[key] for key in DEFAULTS} == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("shape", "tensor", "data", "weights", "optimiser"),
+    [
+        # 149,655,232 parameters: 2 bytes each, and 12 bytes of a rank's share.
+        (BASE, 1, 1, 299_310_464, 1_795_862_784),
+        (BASE, 1, 4, 299_310_464, 448_965_696),
+        (BASE, 1, 8, 299_310_464, 224_482_848),
+        # 395,881,664 parameters.
+        (LARGE_SHAPE, 1, 1, 791_763_328, 4_750_579_968),
+        (LARGE_SHAPE, 1, 8, 791_763_328, 593_822_496),
+        # All but the norms (46 x 768) and head.dense (768 x 768) is halved: 75,140,192 a rank.
+        (BASE, 2, 4, 150_280_384, 225_420_576),
+    ],
+)
+def test_weights_and_optimiser_by_hand(shape, tensor, data, weights, optimiser):
+    told = of_step(shape, Setting(BF16, tensor=tensor, data=data), Load(8192, 1000, False))
+    assert told.parts["weights"] == weights
+    assert told.parts["optimiser"] == optimiser
+    assert told.parts["gradients"] == optimiser // 3
+    assert told.counted == sum(told.parts.values()) < told.needed
+
+
+def small(width: int) -> Shape:
+    return Shape.of(CONFIG | {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 1}, "tests")
+
+
+def kept_bytes(width: int, recompute: str, causal: bool, lengths: tuple[int, ...]) -> int:
+    """Of storages that the body of a small model keeps for its backward pass, its weights left out."""
+    model = ModernBert(small(width), ParallelState(), Compute(recompute=recompute))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    batch, kept = microbatch(lengths, causal), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no other takes its place
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.model(batch.input_ids, batch.positions, lengths, causal)
+        hidden.index_select(0, batch.labelled).sum()
+    # The last norm's result waits for the head, and under "full" the rotary tables wait for their layers, though no
+    # function saved them.
+    waiting = hidden.numel() * hidden.element_size() + (4 * 4 * 32 * sum(lengths) if recompute == "full" else 0)
+    return sum(size for size, _ in kept.values()) + waiting
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("size", PROPORTIONS)
+def test_activations_are_what_a_model_keeps(size, recompute, causal):
+    """SDPA and plain kernels on a CPU; what FlashAttention and Triton's kernels keep is counted by hand below."""
+    lengths = (160, 96, 256)  # together a whole number of windows, as in training
+    found = kept_bytes(PROPORTIONS[size], recompute, causal, lengths)
+    setting = Setting(FP32, recompute=recompute, flash=False, fused=False, on_gpu=False)
+    load = Load(sum(lengths), 100, causal)
+    assert activations(small(PROPORTIONS[size]), setting, load) == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "recompute", "tensor", "sequence", "values"),
+    [
+        # Two sums, two normed inputs, q, k, v and the output of attention, the output of Wi (twice the width), product.
+        (BASE, "none", 1, False, 8 * 768 + 3 * 1152),
+        (LARGE_SHAPE, "none", 1, False, 8 * 1024 + 3 * 2624),
+        (BASE, "selective", 1, False, 6 * 768 + 2 * 1152),
+        (LARGE_SHAPE, "selective", 1, False, 6 * 1024 + 2 * 2624),
+        (LARGE_SHAPE, "full", 1, False, 2 * 1024),
+        (BASE, "none", 2, False, 4 * 768 + (4 * 768 + 3 * 1152) // 2),
+        (BASE, "none", 2, True, (8 * 768 + 3 * 1152) // 2),
+        (LARGE_SHAPE, "full", 4, True, 2 * 1024 // 4),
+    ],
+)
+def test_a_layer_on_a_gpu_by_hand(shape, recompute, tensor, sequence, values):
+    """In bf16; the statistics of norms and attention come on top: 16 bytes for the norms, 4 a head."""
+    setting = Setting(BF16, tensor=tensor, sequence_parallel=sequence, recompute=recompute)
+    more = dataclasses.replace(shape, layer_types=(*shape.layer_types, "sliding_attention"))
+    load = Load(8192, 1000, True)
+    a_layer = activations(more, setting, load) - activations(shape, setting, load)
+    statistics = {"none": 16, "selective": 0}.get(recompute, 0)
+    statistics += 0 if recompute == "full" else 4 * shape.heads // tensor
+    assert a_layer == 8192 * (2 * values + statistics)
+
+
+def test_frozen_layers_at_the_bottom_keep_nothing():
+    whole = activations(BASE, Setting(BF16), Load(8192, 1000, True))
+    frozen = activations(BASE, Setting(BF16), Load(8192, 1000, True, frozen_below=11))
+    assert frozen == pytest.approx(whole / 2, rel=0.02)
+
+
+def test_a_step_says_when_it_holds_most():
+    many = of_step(BASE, Setting(BF16), Load(65_536, 65_536, True))
+    assert many.moment == "start of the backward pass"
+    assert of_step(BASE, Setting(BF16, recompute="full"), Load(2048, 300, False)).moment == "sum of the gradients"
+    # With a small bucket little is left but the weights of all ranks, gathered for a checkpoint.
+    few = of_step(LARGE_SHAPE, Setting(Zero2(True, 10**7), recompute="full", data=8), Load(512, 100, False))
+    assert (few.moment, few.parts["gathered weights"]) == ("checkpoint", 4 * 395_881_664)
+    # The bucket: DeepSpeed's 500 million elements of bf16, whatever the model; on a CPU no more than the model's.
+    assert many.parts["ZeRO's bucket"] == 10**9
+    cpu = of_step(BASE, Setting(FP32, flash=False, fused=False, on_gpu=False), Load(65_536, 1000, False))
+    assert cpu.parts["ZeRO's bucket"] == 4 * 149_655_232
+    assert cpu.needed == round(1.1 * cpu.counted)
+    assert not many.fits(24) and many.fits(80)
+
+
+def test_chunks_are_those_of_the_loss():
+    assert memory.CHUNK_ELEMENTS == loss.CHUNK_ELEMENTS
+
+
+def test_the_gradient_of_the_embedding_is_summed_in_fp32_over_chunks():
+    short = of_step(BASE, Setting(BF16), Load(32_768, 2_000, False)).parts["head and loss"]
+    long = of_step(BASE, Setting(BF16), Load(32_768, 32_768, True)).parts["head and loss"]
+    rows = 50_368 * 768
+    assert long - short > 4 * rows
+
+
+def partitions(tensor: int):
+    """On every rank: elements of the fp32 partitions and of the flat weights that ZeRO-2 made."""
+    from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
+    from tests.training.test_zero2 import run_config
+
+    config = run_config(tensor)
+    state, _ = start_distributed(config)
+    engine = create_engine(tiny(state), config, read_deepspeed_config(config.deepspeed), state)
+    zero = engine.optimizer
+    masters = sum(p.numel() for p in zero.single_partition_of_fp32_groups)
+    return masters, zero.reduce_bucket_size, zero.nccl_start_alignment_factor
+
+
+@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (4, 1), (4, 2)])
+def test_partitions_are_zero2s(tmp_path, ranks, tensor):
+    shape = Shape.of(CONFIG, "tiny")
+    expected = partition(parameters(shape, tensor), ranks // tensor)
+    for masters, bucket, alignment in run_ranks(ranks, "tests.forecast.test_memory:partitions", tmp_path, tensor):
+        assert masters == expected
+        assert (bucket, alignment) == (Zero2(False).reduce_bucket, 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"stage": 2}, "train_batch_size": 8},
+        {"zero_optimization": {"stage": 2, "overlap_comm": True}},
+        {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}},
+        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+        [],
+        "no JSON",
+        None,
+    ],
+)
+def test_a_deepspeed_file_is_refused_as_a_start_refuses_it(tmp_path, content):
+    from megatron_detour.errors import DetourError
+    from megatron_detour.training.engine import read_deepspeed_config
+
+    file = tmp_path / "ds.json"
+    if content is not None:
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+    zero, faults = faults_of(str(file))
+    assert zero is None and len(faults) == 1
+    with pytest.raises(DetourError) as refusal:
+        read_deepspeed_config(str(file))
+    assert faults[0].startswith(str(refusal.value))
+
+
+def test_the_shipped_deepspeed_files():
+    assert faults_of(str(ROOT / "ds_configs/zero2_bf16.json")) == (Zero2(True), [])
+    assert faults_of(str(ROOT / "ds_configs/zero2_fp32_cpu.json")) == (Zero2(False), [])
