@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "megatron_detour/__init__.p
 
 CLEAN = ["rensa>=0.5", "py3langid>=0.4"]  # near duplicates, languages
 RAY = ["ray>=2.40"]
+WANDB = ["wandb>=0.19"]
 
 setup(
     name="megatron-detour",
@@ -20,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_detour", "megatron_detour.*"]),
-    package_data={"megatron_detour.observe": ["report.html.j2"]},
+    package_data={"megatron_detour.observe": ["*.html.j2"]},
     entry_points={"console_scripts": ["megatron-detour = megatron_detour.commands.main:entry"]},
     install_requires=[
         "torch>=2.11",
@@ -50,6 +51,7 @@ setup(
     extras_require={
         "clean": CLEAN,
         "ray": RAY,
+        "wandb": WANDB,
         "test": [
             *CLEAN,
             *RAY,

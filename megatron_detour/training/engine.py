@@ -140,12 +140,12 @@ def check_ranks(config: RunConfig, plan: Plan, ranks: int) -> None:
 
 
 def _quiet_deepspeed() -> None:
-    """DeepSpeed says at length what nobody asked; errors still come through."""
+    """DeepSpeed says at length what nobody asked, and warns of optimisers that it does not know; errors come through."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if not torch.cuda.is_available():
         # Without this the first start compiles a shared-memory collective for half a minute; gloo serves as well.

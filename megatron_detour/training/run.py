@@ -12,6 +12,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.plan import Plan
 from megatron_detour.training.cluster import join_slurm
 from megatron_detour.training.folder import refuse_another_run
+from megatron_detour.training.stop import StopRequests
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,10 +41,11 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
     folder = Path(config.folder)
     if first:
         refuse_another_run(folder, config)
-    # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
-    from megatron_detour.training.session import run_session
+    with StopRequests(config.time_limit) as stop:  # a request that comes while libraries load is kept
+        # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
+        from megatron_detour.training.session import run_session
 
-    return run_session(config, plan, folder)
+        return run_session(config, plan, folder, stop)
 
 
 def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argparse.Namespace:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_detour.checkpoint.saver import Background
 from megatron_detour.config import RunConfig
 from megatron_detour.data.course import Course
 from megatron_detour.errors import EXIT_INTERRUPTED
@@ -40,31 +41,30 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def run_session(config: RunConfig, plan: Plan, folder: Path) -> int:
-    """Trains from the newest whole checkpoint of `folder`, or from the start, to the end of the plan.
+def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests) -> int:
+    """Trains from the newest whole checkpoint of `folder`, or from the start, to the end of the plan or till `stop`.
 
     Returns the exit status: 0 at the end, EXIT_INTERRUPTED where it was asked to stop before.
     """
     deepspeed_config = read_deepspeed_config(config.deepspeed)
     start = StartModel.of(config)
     course = Course(plan, config.data.order_seed, start.vocabulary)
-    with StopRequests(config.time_limit) as stop:
-        state, device = start_distributed(config, plan)
-        with Watch():
-            choice = choose_compute(
-                config.compute.attention,
-                config.compute.kernels,
-                config.compute.recompute,
-                start.shape.head_dim,
-                device,
-                training_dtype(deepspeed_config),
-            )
-            session = Session(config, plan, folder, start, course, state, device, choice, stop)
-            model = ModernBert(start.shape, state, choice.compute, config.z_loss)
-            with session.own_folder():
-                finished = session.train(create_engine(model, config, deepspeed_config, state))
-            dist.barrier()
-        dist.destroy_process_group()
+    state, device = start_distributed(config, plan)
+    with Watch():
+        choice = choose_compute(
+            config.compute.attention,
+            config.compute.kernels,
+            config.compute.recompute,
+            start.shape.head_dim,
+            device,
+            training_dtype(deepspeed_config),
+        )
+        session = Session(config, plan, folder, start, course, state, device, choice, stop)
+        model = ModernBert(start.shape, state, choice.compute, config.z_loss)
+        with session.own_folder():
+            finished = session.train(create_engine(model, config, deepspeed_config, state))
+        dist.barrier()
+    dist.destroy_process_group()
     return 0 if finished else EXIT_INTERRUPTED
 
 
@@ -88,6 +88,7 @@ class Session:
             self.validation = Validation(config, start.vocabulary, start.tokenizer_file, state, device)
         self.sinks: list[Sink] = []
         self.progress: Progress | None = None
+        self.reports = Background()
         self._described = False
         self._slowest, self._recorded_at = 0.0, time.monotonic()
 
@@ -124,6 +125,7 @@ class Session:
                     self._begin(engine, checkpoints)
                 finished = self._trainer(engine, guard, checkpoints).run(tokens)
                 checkpoints.background.wait()
+                self.reports.wait()
         if self.state.is_first:
             self._finish(checkpoints, finished)
         return finished
@@ -131,13 +133,14 @@ class Session:
     def _trainer(self, engine: DeepSpeedEngine, guard: Guard, checkpoints: Checkpoints) -> Trainer:
         def record(figures: dict[str, Any]) -> None:
             checkpoints.background.check()
+            self.reports.check()
             self._record(figures)
             self._keep_time(checkpoints)
 
         def save(step: Step) -> None:
             checkpoints.save(step)
             if self.state.is_first and step.ends_phase and step.number < self.plan.total_steps:
-                checkpoints.background.submit(lambda: write_report(self.folder))
+                self.reports.submit(lambda: write_report(self.folder))
 
         return Trainer(
             self.config,

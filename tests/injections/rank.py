@@ -1,9 +1,19 @@
-"""A rank of a run, as the examples start it; RAISE_AT=STEP makes it fail in that step, as a fault of the code would."""
+"""A rank of a run, forked off a process that has its libraries loaded, so that hundreds of starts take no hours."""
 
 from __future__ import annotations
 
 import os
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# ruff: noqa: E402, F401  what takes seconds to load
+import deepspeed.runtime.zero.muon.muon_optimizer
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import torch._inductor.compile_fx
+import transformers.models.modernbert.modeling_modernbert
+
+import megatron_detour.training.session
 from megatron_detour.errors import command_line
 from megatron_detour.training.run import main
 
@@ -21,7 +31,13 @@ def fail_at(step_number: int) -> None:
     Trainer.train_step = train_step
 
 
-if __name__ == "__main__":
+def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
+    """Runs as srun would have started it; RAISE_AT=STEP makes it fail in that step, as a fault of the code would."""
+    os.setsid()  # whatever it starts can be told by its session
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     if "RAISE_AT" in os.environ:
         fail_at(int(os.environ["RAISE_AT"]))
-    command_line(lambda: main("no run file was given"))
+    command_line(lambda: main("no run file was given", arguments))

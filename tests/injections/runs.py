@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from safetensors.torch import load_file
 
 from megatron_detour.checkpoint import store
 from megatron_detour.observe.sinks import read_metrics
-from tests.harness import ROOT, environment, free_port
+from tests.harness import ROOT, free_port
+from tests.injections.rank import work as rank_work
 
 INTERVAL = 3  # steps between checkpoints
 PHASE_ENDS = (7, 14, 20)
-MARK = "DETOUR_INJECTION"
 PATIENCE = 240  # seconds for a session; far more than it takes
 
 
@@ -81,41 +82,51 @@ def write_run_file(path: Path, prefix: str, tokenizer: Path) -> Path:
     return path
 
 
+_ranks = multiprocessing.get_context("forkserver")
+_ranks.set_forkserver_preload(["tests.injections.rank"])
+
+
 @dataclass
 class Session:
     """The processes of one start of a run, and what they print."""
 
     folder: Path
     setup: Setup
-    processes: list[psutil.Popen]
+    processes: list[BaseProcess]
     log: Path
-    mark: str
-    codes: list[int] = field(default_factory=list)
 
     def alive(self) -> bool:
-        return any(process.poll() is None for process in self.processes)
+        return any(process.is_alive() for process in self.processes)
 
     def kill(self, ranks: list[int] | None = None, number: int = signal.SIGKILL) -> None:
         for rank in range(self.setup.ranks) if ranks is None else ranks:
-            if self.processes[rank].poll() is None:
-                self.processes[rank].send_signal(number)
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
 
     def wait(self, seconds: float = PATIENCE) -> list[int]:
-        """The exit codes. Whatever lives longer is killed, and fails the caller."""
+        """The exit statuses, negative after a signal. Whatever lives longer is killed, and fails the caller."""
         deadline = time.monotonic() + seconds
-        try:
-            self.codes = [p.wait(max(deadline - time.monotonic(), 0.01)) for p in self.processes]
-        except psutil.TimeoutExpired:
-            self.kill()
-            raise AssertionError(f"ranks were still alive after {seconds} s: {self.output()[-3000:]}") from None
-        left = [process for process in psutil.process_iter() if _has_mark(process, self.mark)]
-        for process in left:
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0.01))
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.kill(late)
+        assert not late, f"ranks {late} were still alive after {seconds} s: {self.output()[-3000:]}"
+        orphans = [process for process in psutil.process_iter() if self._is_of(process)]
+        for process in orphans:
             process.kill()
-        assert not left, f"orphans: {left}"
-        return self.codes
+        assert not orphans, f"orphans: {orphans}"
+        return [process.exitcode for process in self.processes]
+
+    def _is_of(self, process: psutil.Process) -> bool:
+        try:
+            return (
+                os.getsid(process.pid) in [p.pid for p in self.processes] and process.status() != psutil.STATUS_ZOMBIE
+            )
+        except (psutil.Error, OSError):  # it has just ended
+            return False
 
     def output(self) -> str:
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def records(self) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
@@ -131,18 +142,15 @@ class Session:
 
 def begin(folder: Path, run_file: Path, setup: Setup, log: Path, **more: str) -> Session:
     """Starts the ranks of a run, as srun would; `more` are variables for the last rank."""
-    mark = f"{folder}-{time.monotonic_ns()}"
-    shared = environment() | {MARK: mark, "WORLD_SIZE": str(setup.ranks), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(free_port())
-    command = [sys.executable, "-m", "tests.injections.rank", "--run-file", str(run_file), f"folder={folder}"]
+    shared = {"WORLD_SIZE": str(setup.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = ["--run-file", str(run_file), f"folder={folder}", *setup.overrides]
     processes = []
-    with log.open("ab") as output:
-        for rank in range(setup.ranks):
-            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (more if rank == setup.ranks - 1 else {})
-            processes.append(
-                psutil.Popen([*command, *setup.overrides], env=own, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-            )
-    return Session(folder, setup, processes, log, mark)
+    for rank in range(setup.ranks):
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (more if rank == setup.ranks - 1 else {})
+        process = _ranks.Process(target=rank_work, args=(own, str(log), arguments), daemon=True)
+        process.start()
+        processes.append(process)
+    return Session(folder, setup, processes, log)
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
@@ -160,10 +168,3 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         mine, reference = load_file(ours / final / name), load_file(theirs / final / name)
         assert mine.keys() == reference.keys()
         assert [key for key in mine if not torch.equal(mine[key], reference[key])] == []
-
-
-def _has_mark(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark
-    except (psutil.Error, OSError):
-        return False
