@@ -184,6 +184,13 @@ def test_another_tokenizer_is_a_fault(good, write, model, capsys):
     assert re.search(r"fault: data.corpora: \S+: built with another tokenizer .*build it again", told)
 
 
+def test_nothing_left_to_train_is_a_fault(good, write, capsys):
+    ends = "phases.decay.freeze=[embeddings, final_norm, head, layers."
+    assert main(["plan", write(good), f"{ends}0-3]"]) == 0
+    assert main(["plan", write(good), f"{ends}0-4]"]) == 1
+    assert "fault: phases.decay.freeze: the whole model is frozen; leave something" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
