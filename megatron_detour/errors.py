@@ -14,8 +14,8 @@ from typing import NoReturn
 SECONDS_OF_GRACE = 10  # a launcher ends the other ranks well before
 SECONDS_TO_FLUSH = 5
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: all is saved, start the same command again
-_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
-# What gloo, NCCL and torch's store say on a rank whose peer has gone (seen with torch 2.13; NCCL's from its sources).
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+# What gloo and torch's store say on a rank whose peer has gone (seen with torch 2.13), and NCCL (not seen).
 _OF_ANOTHER_RANK = (
     "Connection closed by peer",
     "Connection reset by peer",

@@ -140,7 +140,7 @@ def check_ranks(config: RunConfig, plan: Plan, ranks: int) -> None:
 
 
 def _quiet_deepspeed() -> None:
-    """DeepSpeed says at length what nobody asked, and warns of optimisers that it does not know; errors come through."""
+    """DeepSpeed says at length what nobody asked, and warns of our optimiser; errors still come through."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger
