@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_detour.config import RunConfig
@@ -21,6 +23,7 @@ from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+RENDEZVOUS = timedelta(minutes=10)  # between the first rank's start and the last one's
 FROM_RUN_FILE = {
     "train_batch_size": "batch.sequences",
     "train_micro_batch_size_per_gpu": "batch.micro_sequences",
@@ -87,8 +90,24 @@ def start_distributed(config: RunConfig, plan: Plan) -> tuple[ParallelState, tor
             raise DetourError(f"more than {devices} ranks were started on a machine of {devices} GPUs; start one a GPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=PATIENCE)
+    _join(get_accelerator().communication_backend_name())
+    deepspeed.init_distributed(verbose=False, dist_init_required=False)
     return ParallelState.create(config.parallel.tensor, config.parallel.sequence), device
+
+
+def _join(backend: str) -> None:
+    """Joins the ranks. Raises DetourError where some do not come; a launcher ends the others before."""
+    try:
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{other}" for other in range(ranks)], RENDEZVOUS)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise DetourError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} waited in vain for the others at {where}: "
+            f"{str(error).partition(chr(10))[0]}"
+        ) from None
 
 
 def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[str, Any], state: ParallelState):

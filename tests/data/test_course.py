@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_phases_with_the_same_data_read_one_order(prefixes, vocabulary):
     assert len(course.segments) == 1
     corpora = plan.phases[0].corpora
     whole = Sequences(corpora, LENGTH, 42, vocabulary).read(range(plan.phases[-1].end_sequence)).tokens
-    assert sum(rows(plan, course), []) == [row.tobytes() for row in whole]
+    assert list(chain(*rows(plan, course))) == [row.tobytes() for row in whole]
 
 
 def test_other_weights_and_companies_go_on_where_a_corpus_was_left(prefixes, vocabulary):
@@ -77,7 +78,7 @@ def test_other_weights_and_companies_go_on_where_a_corpus_was_left(prefixes, voc
     read = rows(plan, course)
     assert [len(segment.sequences.prefixes) for segment in course.segments] == [3, 1, 2, 3]
     counts = {a: 8 + 8, b: 4 + 16 + 4 + 4, c: 4 + 12 + 4}
-    everything = sorted(sum(read, []))
+    everything = sorted(chain(*read))
     expected = []
     for number, prefix in enumerate(prefixes):  # each corpus alone, in the order of its own seed
         alone = Sequences((Corpus(prefix),), LENGTH, 42 + number, vocabulary).read(range(counts[prefix])).tokens
@@ -93,7 +94,7 @@ def test_another_length_begins_behind_the_tokens_that_were_read(prefixes, vocabu
         vocabulary,
         [{"corpora": only}, {"corpora": only, "sequence_length": 48}, {"corpora": only, "sequence_length": 32}],
     )
-    first, second, third = (course.of(phase) for phase in plan.phases)
+    _, second, third = (course.of(phase) for phase in plan.phases)
     assert plan.phases[1].first_sequence == 16 and plan.phases[2].first_sequence == 32
     assert second.packs_read(16) == {prefixes[0]: -(-16 * LENGTH // 48)}
     assert third.packs_read(32) == {prefixes[0]: -(-(22 + 16) * 48 // 32)}

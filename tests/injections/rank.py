@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# ruff: noqa: E402, F401  what takes seconds to load
+# ruff: noqa: F401  what takes seconds to load
 import deepspeed.runtime.zero.muon.muon_optimizer
 import matplotlib.backends.backend_agg
 import matplotlib.figure
