@@ -12,6 +12,10 @@ from megatron_detour.config import RunConfig, from_dict
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.plan import Plan
+from megatron_detour.training.lock import LOCK
+
+
+LEFT_BY_A_KILL = {LOCK, ".run.yaml.part"}  # before there was a run.yaml
 
 
 def refuse_another_run(folder: Path, config: RunConfig) -> None:
@@ -20,7 +24,9 @@ def refuse_another_run(folder: Path, config: RunConfig) -> None:
     if run_file.exists() and not (folder / "metrics.jsonl").exists() and not (folder / "checkpoints").exists():
         return  # it never began
     if not run_file.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or any(path.name not in LEFT_BY_A_KILL for path in folder.iterdir())
+        ):
             raise DetourError(f"{folder}: holds files but no run; choose another folder=... or empty it")
         return
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_detour.errors import DetourError, leave, say_error
 
-NAME = "run.lock"
+LOCK = "run.lock"
 KEYS = ("host", "pid", "started", "machine", "token")
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
@@ -44,7 +44,7 @@ class RunLock:
     def __init__(
         self, folder: Path, say: Callable[[str], None], beat: float = BEAT_SECONDS, stale: float = STALE_SECONDS
     ) -> None:
-        self._path, self._say, self._beat, self._stale = folder / NAME, say, beat, stale
+        self._path, self._say, self._beat, self._stale = folder / LOCK, say, beat, stale
         self._own = {
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -140,10 +141,10 @@ class Session:
         return any((self.folder / "checkpoints").glob(".step-*.writing-*"))
 
 
-def begin(folder: Path, run_file: Path, setup: Setup, log: Path, **more: str) -> Session:
+def begin(folder: Path, run_file: Path, setup: Setup, log: Path, overrides: Sequence[str] = (), **more: str) -> Session:
     """Starts the ranks of a run, as srun would; `more` are variables for the last rank."""
     shared = {"WORLD_SIZE": str(setup.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = ["--run-file", str(run_file), f"folder={folder}", *setup.overrides]
+    arguments = ["--run-file", str(run_file), f"folder={folder}", *setup.overrides, *overrides]
     processes = []
     for rank in range(setup.ranks):
         own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (more if rank == setup.ranks - 1 else {})
