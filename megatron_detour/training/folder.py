@@ -14,7 +14,6 @@ from megatron_detour.files import write_whole
 from megatron_detour.plan import Plan
 from megatron_detour.training.lock import LOCK
 
-
 LEFT_BY_A_KILL = {LOCK, ".run.yaml.part"}  # before there was a run.yaml
 
 

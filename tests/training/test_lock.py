@@ -16,7 +16,7 @@ import pytest
 
 from megatron_detour.errors import DetourError
 from megatron_detour.training import lock as module
-from megatron_detour.training.lock import NAME, RunLock
+from megatron_detour.training.lock import LOCK, RunLock
 from tests.harness import ROOT, environment
 
 BEAT, STALE = 0.1, 1.0
@@ -53,7 +53,7 @@ class Elsewhere:
     """A run on another machine that shares the disk but no flock: all that is seen of it is the file it renews."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / NAME
+        self.path = folder / LOCK
         content = {"host": "node7", "pid": 42, "started": "2026-01-01", "machine": "another", "token": "theirs"}
         self.path.write_text(json.dumps(content))
         os.utime(self.path, (1.0, 1.0))  # its clock is decades off
@@ -89,7 +89,7 @@ def without_flock(monkeypatch):
 
 def test_the_lock_is_gone_after_the_run(tmp_path):
     with lock(tmp_path):
-        content = json.loads((tmp_path / NAME).read_text())
+        content = json.loads((tmp_path / LOCK).read_text())
         assert content["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
@@ -98,7 +98,7 @@ def test_a_second_run_on_the_machine_is_refused_at_once(tmp_path, holder):
     said = []
     with pytest.raises(DetourError) as refused, lock(tmp_path, said):
         pass
-    content = json.loads((tmp_path / NAME).read_text())
+    content = json.loads((tmp_path / LOCK).read_text())
     assert str(refused.value) == (
         f"{tmp_path}: another run (process {holder.pid} on host {content['host']}, since {content['started']}) "
         "writes here; end it or choose another folder=..."
@@ -113,7 +113,7 @@ def test_a_killed_run_leaves_nothing_to_remove(tmp_path, holder):
     holder.wait()
     said = []
     with lock(tmp_path, said):
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert said == []  # nor anything to wait for
 
 
@@ -131,7 +131,7 @@ def test_a_run_elsewhere_is_waited_for_and_succeeded(tmp_path, elsewhere, reques
     threading.Timer(3 * BEAT, elsewhere.kill).start()
     with lock(tmp_path, said):
         assert elsewhere.killed.is_set()
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     (sentence,) = said
     assert "process 42 on host node7" in sentence
 
@@ -141,7 +141,7 @@ def test_a_run_elsewhere_that_goes_on_is_respected(tmp_path, elsewhere):
     with pytest.raises(DetourError, match="process 42 on host node7, since 2026-01-01"), lock(tmp_path, said):
         pass
     assert len(said) == 1
-    assert json.loads((tmp_path / NAME).read_text())["token"] == "theirs"
+    assert json.loads((tmp_path / LOCK).read_text())["token"] == "theirs"
 
 
 def test_a_lock_that_a_server_keeps_for_a_dead_machine_is_taken_over(tmp_path, elsewhere):
@@ -150,7 +150,7 @@ def test_a_lock_that_a_server_keeps_for_a_dead_machine_is_taken_over(tmp_path, e
         fcntl.flock(file, fcntl.LOCK_EX)
         elsewhere.kill()
         with lock(tmp_path):
-            assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+            assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
 def test_a_lock_that_was_renewed_meanwhile_is_not_taken_over(tmp_path, elsewhere):
@@ -197,7 +197,7 @@ def test_without_flock_one_of_two_that_start_together_gets_the_folder(tmp_path, 
 
 
 def test_a_run_whose_lock_was_taken_over_ends(tmp_path, holder):
-    path = tmp_path / NAME
+    path = tmp_path / LOCK
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"host": "node7", "token": "theirs"}))
     assert holder.wait(60) == 1
@@ -209,6 +209,6 @@ def test_a_run_whose_lock_was_taken_over_ends(tmp_path, holder):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_file_that_is_no_lock_is_overwritten(tmp_path, content):
-    (tmp_path / NAME).write_text(content)
+    (tmp_path / LOCK).write_text(content)
     with lock(tmp_path):
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
