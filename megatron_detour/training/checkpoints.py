@@ -19,6 +19,7 @@ from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.config import RunConfig
 from megatron_detour.data.course import Course
 from megatron_detour.errors import DetourError
+from megatron_detour.files import flush
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
@@ -49,7 +50,7 @@ class Checkpoints:
     ) -> None:
         self.config, self.plan, self.folder, self.start, self.course = config, plan, folder, start, course
         self.engine, self.state, self.guard, self.say = engine, state, guard, say
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
         self.background = Background()
         self.seconds = 0.0  # that the last save took in all, gathering and writing
         self._gathered = TrainingState()
@@ -117,6 +118,8 @@ class Checkpoints:
             huggingface.write_checkpoint(aside, training, run_state)
 
         def work() -> None:
+            if self.metrics.exists():
+                flush(self.metrics)  # no checkpoint without the figures of the steps before it
             store.publish(target, write)
             then()
             self.seconds = time.perf_counter() - began

@@ -173,11 +173,13 @@ class Session:
 
     def _open_sinks(self, stack: ExitStack, tokens: int) -> None:
         done = self.plan.at(tokens).number - 1
-        self.sinks = [MetricsFile(self.folder / "metrics.jsonl", done if done else -1)]
+        metrics = MetricsFile(self.folder / "metrics.jsonl", done if done else -1)
+        self.sinks = [metrics]
         if self.config.tensorboard:
-            self.sinks.append(TensorBoardSink(self.folder / "tensorboard", done))
+            self.sinks.append(TensorBoardSink(self.folder / "tensorboard", done, metrics.counts))
         if self.config.wandb:
-            self.sinks.append(WandbSink(asdict(self.config.wandb), self.folder, self.config.name, done))
+            settings = {key: value for key, value in asdict(self.config.wandb).items() if value is not None}
+            self.sinks.append(WandbSink(settings, self.folder, self.config.name, done, metrics.counts))
         for sink in self.sinks:
             stack.callback(sink.close)
         self.progress = stack.enter_context(Progress(self.plan.to_dict()["phases"], done))

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ def _main() -> int:
                 outcome = job.result()
             except Exception as error:  # the other setups go on
                 failed += 1
-                print(f"{setup}: FAILED: {error}", flush=True)
+                print(f"{setup}: FAILED:", *traceback.format_exception(error), flush=True)
                 continue
             print(f"{setup}: {outcome.struck.total()} strikes, {outcome.finished} runs equal to the bit", flush=True)
             struck += outcome.struck

@@ -103,12 +103,11 @@ def sigterm(start: Start, rng: random.Random, number: int = signal.SIGTERM) -> s
     session = start()
     wait_for(lambda: "kernels" in session.output(), session)  # every rank has got there, and minds signals
     when = moment(session, rng)
-    at = session.step()
     session.kill(None if rng.random() < 0.5 else [rng.randrange(session.setup.ranks)], number)
     codes = session.wait()
     assert set(codes) in ({0}, {EXIT_INTERRUPTED}), (codes, session.output()[-3000:])
     newest = store.latest(session.folder / "checkpoints", warn=print)
-    assert store.step_of(newest) == session.step() >= at  # nothing at all is lost
+    assert store.step_of(newest) == session.step(), session.output()[-3000:]  # nothing at all is lost
     return when
 
 
@@ -132,7 +131,7 @@ def full_disk(start: Start, rng: random.Random) -> str:
     if set(codes) != {0}:
         assert set(codes) == {1}, (codes, session.output()[-3000:])
         assert "Traceback" not in session.output(), session.output()[-3000:]
-        assert "error: " in session.output()
+        assert "error: " in session.output(), session.output()[-3000:]
     return "write"
 
 
@@ -145,7 +144,10 @@ def damage(start: Start, rng: random.Random) -> str:
     newest = store.latest(session.folder / "checkpoints", warn=print)
     if newest is None or store.step_of(newest) in (0, PHASE_ENDS[-1]):
         return "nothing to damage"
-    how = rng.choice(["flip", "truncate", "empty", "delete", "metrics"])
+    harms = ["flip", "truncate", "empty", "delete"]
+    if session.step() > store.step_of(newest):  # what comes before a checkpoint is on the disk before it
+        harms.append("metrics")
+    how = rng.choice(harms)
     victim = newest / rng.choice(CHECKPOINT_FILES)
     content = bytearray(victim.read_bytes())
     if how == "flip":
