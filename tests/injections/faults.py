@@ -59,7 +59,7 @@ def dead_rank(start: Start, rng: random.Random) -> str:
     """One rank goes, as for want of memory: the others end by themselves."""
     session = start()
     when = moment(session, rng)
-    joined = "kernels" in session.output()
+    joined = session.joined()
     session.kill([rng.randrange(session.setup.ranks)])
     if not joined:  # before the ranks know each other it is srun or the launcher that ends the others
         session.kill()
@@ -72,7 +72,8 @@ def dead_rank(start: Start, rng: random.Random) -> str:
 def hung_rank(start: Start, rng: random.Random) -> str:
     """One rank stands still: the others end by themselves."""
     session = start()
-    wait_for(lambda: session.step() > 0, session)
+    wait_for(session.joined, session)
+    time.sleep(rng.uniform(0, 1))
     rank = rng.randrange(session.setup.ranks)
     session.kill([rank], signal.SIGSTOP)
     others = [process for number, process in enumerate(session.processes) if number != rank]
@@ -101,7 +102,7 @@ def failed_rank(start: Start, rng: random.Random) -> str:
 def sigterm(start: Start, rng: random.Random, number: int = signal.SIGTERM) -> str:
     """Preemption: it saves the step it is in, and says that it wants to go on."""
     session = start()
-    wait_for(lambda: "kernels" in session.output(), session)  # every rank has got there, and minds signals
+    wait_for(session.joined, session)
     when = moment(session, rng)
     session.kill(None if rng.random() < 0.5 else [rng.randrange(session.setup.ranks)], number)
     codes = session.wait()

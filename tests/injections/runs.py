@@ -99,6 +99,10 @@ class Session:
     def alive(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
+    def joined(self) -> bool:
+        """Whether the ranks know each other."""
+        return "kernels" in self.output()
+
     def kill(self, ranks: list[int] | None = None, number: int = signal.SIGKILL) -> None:
         for rank in range(self.setup.ranks) if ranks is None else ranks:
             if self.processes[rank].is_alive():
