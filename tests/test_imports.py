@@ -59,6 +59,10 @@ ALLOWED = {
         "benchmark data model observe parallel kernels errors files objectives",
         "numpy torch transformers",
     ),
+    "benchmark.checkpoints": (
+        "benchmark checkpoint config model plan training errors",
+        "torch psutil transformers",
+    ),
     "benchmark.read": ("benchmark data config errors files objectives", "numpy"),
     "benchmark.builders": (
         "benchmark data errors",
@@ -85,6 +89,7 @@ ALLOWED = {
 # These load only when a function needs them, so that the rest of the module works fast and without them.
 LAZY = {
     "benchmark.builders": "numpy tokenizers fastokens sentencepiece datasets datatrove",
+    "benchmark.checkpoints": "transformers",
     "benchmark.contenders": "transformers",
     "data.vocabulary": "tokenizers huggingface_hub",
     "data.spm": "tokenizers sentencepiece google",
@@ -99,7 +104,10 @@ LAZY = {
     "training.engine": "deepspeed",
     "observe.sinks": "torch wandb",
 }
-TYPES_ONLY = {"training": "deepspeed"}  # under TYPE_CHECKING, beyond what ALLOWED names
+TYPES_ONLY = {
+    "training": "deepspeed",
+    "benchmark.checkpoints": "deepspeed",
+}  # under TYPE_CHECKING, beyond what ALLOWED names
 
 
 @dataclass(frozen=True)
@@ -220,6 +228,7 @@ def test_libraries_are_kept_to_their_places():
     assert {place.split(".")[0] for place, (own, _) in ALLOWED.items() if within("training", own)} == {
         "training",
         "commands",
+        "benchmark",
     }
 
 

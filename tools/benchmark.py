@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measures speed and memory beside peers in one run: training, building corpora (preprocess), reading them (read)."""
+"""Measures speed and memory beside peers in one run: train, preprocess (building corpora), read, checkpoint."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from megatron_detour.benchmark import preprocess, read, train
+from megatron_detour.benchmark import checkpoints, preprocess, read, train
 from megatron_detour.benchmark.train import DTYPES, SIZES
 from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
 from megatron_detour.errors import command_line
@@ -16,6 +16,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     shape = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     preprocess.add_command(commands)
+    checkpoints.add_command(commands)
     what = "forward and backward passes of a model with random weights; no optimiser"
     add = commands.add_parser("train", help=what, **shape).add_argument
     add("--size", choices=SIZES, default="base", help="of the model")
@@ -50,7 +51,7 @@ def main() -> None:
     add("--batches", type=int, default=100, help="that are read")
     options = vars(parser.parse_args())
     command = options.pop("command")
-    if command == "preprocess":
+    if "run" in options:
         options.pop("run")(options)
     elif command == "train":
         train.run(say=say, **options)

@@ -139,8 +139,12 @@ def write_model(
     described = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "_name_or_path")}
     described |= {"architectures": ["ModernBertForMaskedLM"], "dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", described)
-    _save({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    save_weights(weights, folder, dtype)
     copy_tokenizer(tokenizer, vocabulary, folder)
+
+
+def save_weights(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> None:
+    _save({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
 
 
 def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
@@ -167,8 +171,9 @@ def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None
 
 def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str, Any]) -> None:
     """Writes the optimiser's and the run's state beside a model's files."""
-    flat = {f"{kind}.{name}": t for kind, by_name in training.moments.items() for name, t in by_name.items()}
-    flat |= {f"{STEP}.{name}": torch.tensor(steps) for name, steps in training.adam_steps.items()}
+    updated = training.adam_steps
+    flat = {f"{kind}.{name}": by_name[name] for kind, by_name in training.moments.items() for name in updated}
+    flat |= {f"{STEP}.{name}": torch.tensor(steps) for name, steps in updated.items()}
     _save(flat, folder / OPTIMIZER)
     _write_json(folder / RUN_STATE, run_state)
 

@@ -28,13 +28,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainingState:
     """Full fp32 tensors by parameter name, on the host: weights, and the moments by kind.
 
-    A parameter that was never updated has no moments. Filled again, it uses its tensors again: fresh pages cost more
-    than what is written to them.
+    Moments count where there are steps: a parameter that was never updated has none. Filled again, it uses its tensors
+    again: fresh pages cost more than what is written to them.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {kind: {} for kind in MOMENTS})
     adam_steps: dict[str, int] = field(default_factory=dict)
+
+    def reserve(self, sizes: dict[str, tuple[int, ...]], pinned: bool) -> None:
+        """Makes the tensors, `pinned` so that copies off a GPU run at the bus's speed, and touches their pages."""
+        for kind in (self.weights, *self.moments.values()):
+            for name, size in sizes.items():
+                if name not in kind:
+                    kind[name] = torch.empty(size, pin_memory=pinned).zero_()
 
 
 def gather(engine: DeepSpeedEngine, state: ParallelState, into: TrainingState) -> None:
@@ -141,10 +148,7 @@ def _gather_group(
             shards = [shard.view_as(parameter) for shard in shards]
         if state.is_first:
             full = join(shards, spec)
-            if name not in into:
-                # Pinned, so that the copy off a GPU runs at the bus's speed.
-                into[name] = torch.empty(full.shape, pin_memory=full.is_cuda)
-            into[name].copy_(full)
+            into.setdefault(name, torch.empty(0)).resize_(full.shape).copy_(full)
 
 
 def _all_gather(part: torch.Tensor, group: dist.ProcessGroup | None, size: int) -> torch.Tensor:

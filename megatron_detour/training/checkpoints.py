@@ -88,6 +88,12 @@ class Checkpoints:
             self.say(f"resuming from {checkpoint} at {run_state['tokens']:,} tokens")
             return run_state["tokens"]
 
+    def prepare(self) -> None:
+        """Makes room for what is saved, beside the first steps: the first save would wait for it."""
+        if self.state.is_first:
+            sizes, pinned = self.engine.module.full_sizes(), next(self.engine.module.parameters()).is_cuda
+            self.background.submit(lambda: self._gathered.reserve(sizes, pinned))
+
     def save(self, done: Step | None) -> None:
         """Publishes a checkpoint after step `done`, or of the start, while training goes on.
 

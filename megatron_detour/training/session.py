@@ -123,6 +123,7 @@ class Session:
                     self._open_sinks(stack, tokens)
                 if tokens == 0:
                     self._begin(engine, checkpoints)
+                checkpoints.prepare()
                 finished = self._trainer(engine, guard, checkpoints).run(tokens)
                 checkpoints.background.wait()
                 self.reports.wait()
