@@ -31,6 +31,11 @@ class DetourError(Exception):
     """A fault of input, files or machine. The message is one sentence that names the place and the remedy."""
 
 
+def told(faults: list[str]) -> str:
+    """One fault, or a list of them, as the message of one error."""
+    return faults[0] if len(faults) == 1 else f"{len(faults)} faults:\n  - " + "\n  - ".join(faults)
+
+
 def nearest(word: str, known: list[str]) -> str:
     """Returns ``" (did you mean 'x'?)"`` for the known word closest to `word`, or an empty string."""
     import difflib

@@ -106,7 +106,7 @@ def test_steps_need_the_batch():
         parse_tokens("3 steps")
     message = fault(small(batch={}))
     assert "batch.sequences: this key is missing" in message
-    assert "phases.1.tokens: steps need batch.sequences" in message
+    assert message.count("\n") == 0  # nor is anything said of the amounts in steps
 
 
 def test_values_arrive():
@@ -181,8 +181,7 @@ def test_all_faults_of_form_are_told_at_once():
         "optimizer.betas: 2 values are needed, there are 1",
     ):
         assert f"\n  - {line}" in message
-    assert "8 faults" in message  # two amounts in steps cannot be read either
-    assert message.count("steps need batch.sequences") == 2
+    assert "6 faults" in message  # of the two amounts in steps nothing can be said
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_libraries_are_kept_to_their_places():
         return {place for place, (_, libraries) in ALLOWED.items() if library in libraries.split()}
 
     assert places("deepspeed") == {"training.engine", "checkpoint.state"}
-    assert places("transformers") == {"checkpoint.huggingface", "evaluation", "benchmark"}
+    assert places("transformers") == {"checkpoint.huggingface", "evaluation", "benchmark", "benchmark.checkpoints"}
     assert places("triton") == {"kernels.fused"}
     assert {place for place in places("torch") if place.startswith("data")} == {"data.batches"}
     assert {place for place in places("tokenizers") if place.startswith("data")} == {

@@ -19,11 +19,12 @@ from megatron_detour.checkpoint import huggingface, store
 from megatron_detour.checkpoint.saver import Background
 from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.config import from_dict
+from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.errors import DetourError
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan
-from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
+from megatron_detour.training.engine import create_engine, start_distributed
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

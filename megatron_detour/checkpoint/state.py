@@ -89,11 +89,12 @@ def scatter(
 
 @torch.no_grad()
 def forget_moments(engine: DeepSpeedEngine) -> None:
-    """Starts Adam anew, weights staying as they are."""
+    """Starts Adam anew for what is not frozen; weights stay as they are."""
     zero = engine.optimizer
-    for partition in zero.single_partition_of_fp32_groups:
-        for value in zero.optimizer.state.get(partition, {}).values():
-            value.zero_()
+    for group in range(len(zero.single_partition_of_fp32_groups)):
+        if not zero.optimizer.param_groups[group]["frozen"]:
+            for value in _adam_state(zero, group).values():
+                value.zero_()
 
 
 def refuse_unequal_replicas(values: dict[str, torch.Tensor], state: ParallelState) -> None:

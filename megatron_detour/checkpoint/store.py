@@ -47,13 +47,15 @@ def verify(folder: Path) -> None:
     """Checks a published folder against its listing, sizes first. Raises Broken."""
     try:
         listing = json.loads((folder / LISTING).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        sizes = {name: facts["bytes"] for name, facts in listing.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         raise Broken(f"{folder / LISTING} is missing or unreadable") from None
-    for name, facts in listing.items():
+    for name, size in sizes.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+        if not path.is_file() or path.stat().st_size != size:
             raise Broken(f"{path} is missing or has the wrong size")
-        if file_facts(path) != facts:
+    for path in sorted(folder.iterdir()):
+        if path.name != LISTING and file_facts(path) != listing.get(path.name):
             raise Broken(f"{path} has changed since it was written")
 
 

@@ -21,6 +21,7 @@ from megatron_detour.config.schema import (
 )
 from megatron_detour.errors import nearest
 
+NAME = re.compile(r"(?!\d+$)[\w -]+")  # what key=value can address
 MODULES = re.compile(r"embeddings|final_norm|head|layers\.(\d+)(?:-(\d+))?")
 
 
@@ -166,7 +167,7 @@ def _check_batch_warmup(config: RunConfig, phase: Phase, key: str, faults: Fault
     for name in ("start", "increment", "tokens"):
         value = getattr(warmup, name)
         faults.refuse_unless(value > 0, f"{key}.{name}", f"must be above 0, it is {value}")
-    if min(warmup.start, warmup.increment, micro) <= 0:
+    if min(warmup.start, warmup.increment, micro, size) <= 0:
         return
     if warmup.start >= size or (size - warmup.start) % warmup.increment:
         faults.add(
@@ -270,6 +271,13 @@ def _check_names(config: RunConfig, faults: Faults) -> None:
         faults.add("phases", "at least one phase is needed")
     for name in _twice([phase.name for phase in config.phases]):
         faults.add("phases", f"the name {name!r} is used twice")
+    for key, text in (("name", config.name), ("folder", config.folder)):
+        faults.refuse_unless(bool(text.strip()), key, "must not be empty")
+    for number, phase in enumerate(config.phases):
+        if not NAME.fullmatch(phase.name):
+            faults.add(
+                f"phases.{number}.name", f"{phase.name!r} needs letters, digits, spaces, - and _, and is no number"
+            )
 
 
 def _twice(names: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ import yaml
 
 from megatron_detour.config.checks import Faults, check
 from megatron_detour.config.schema import Phase, RunConfig, Seconds, join_key
-from megatron_detour.errors import DetourError, nearest
+from megatron_detour.errors import DetourError, nearest, told
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -48,10 +48,12 @@ def from_dict(raw: dict[str, Any], origin: str = "run file") -> RunConfig:
     config = _Reader(faults, raw).build(RunConfig, raw, "")
     check(config, faults)
     if faults.found:
-        told = faults.found
-        listing = told[0] if len(told) == 1 else f"{len(told)} faults:\n  - " + "\n  - ".join(told)
-        raise DetourError(f"{origin}: {listing}")
+        raise DetourError(f"{origin}: {told(faults.found)}")
     return config
+
+
+class _NeedsSizes(ValueError):
+    """An amount in steps, whose size the run file does not say."""
 
 
 def parse_tokens(value: Any, tokens_per_step: int | None = None) -> int:
@@ -65,7 +67,7 @@ def parse_tokens(value: Any, tokens_per_step: int | None = None) -> int:
     unit = match[2] or ""
     if unit.startswith("step"):
         if tokens_per_step is None:
-            raise ValueError("steps need batch.sequences and data.sequence_length, which are missing or wrong")
+            raise _NeedsSizes("steps need batch.sequences and data.sequence_length, which are missing or wrong")
         scale = tokens_per_step
     else:
         scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[unit]
@@ -126,9 +128,11 @@ class _Reader:
             if origin is tuple:
                 return self._sequence(arguments, raw, key)
             return _mapping(raw) if origin is dict else _scalar(hint, raw)
+        except _NeedsSizes:
+            self.faults.unread.append(key)  # what is wrong with the sizes is told of them
         except ValueError as error:
             self.faults.unreadable(key, f"{error}, it is {raw!r}")
-            return _any_value(hint)
+        return _any_value(hint)
 
     def _sequence(self, arguments: tuple, raw: Any, key: str) -> tuple:
         if not isinstance(raw, list):
@@ -231,7 +235,8 @@ def _at(raw: Any, section: str, key: str) -> Any:
 
 def _product(sequences: Any, length: Any) -> int | None:
     """Tokens a step, or None where the run file does not say them."""
-    return sequences * length if type(sequences) is int and type(length) is int else None
+    known = all(type(size) is int and size > 0 for size in (sequences, length))
+    return sequences * length if known else None
 
 
 def _names(cls: type) -> list[str]:

@@ -193,7 +193,7 @@ class RunConfig:
         for phase in chosen["phases"]:
             phase.pop("micro_sequences")
         if self.guards.spikes == "skip":
-            chosen["guards"] = whole["guards"]
+            chosen["guards"] = {key: value for key, value in whole["guards"].items() if key != "patience"}
         return dict(flatten(chosen))
 
 

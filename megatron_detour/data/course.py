@@ -1,5 +1,10 @@
 """Which sequences each phase of a run reads: phases that read the same data go on in one order, and a phase with other
-corpora, weights or another length goes on in each corpus where the phases before it have stopped."""
+corpora or weights goes on in each corpus where the phases before it have stopped.
+
+Where the sequence length changes, it goes on behind as many tokens, which is the same place to within a window of the
+order (data/pack.py): inside that window packs of another length are other packs, and some documents come again while
+others wait for the next epoch.
+"""
 
 from __future__ import annotations
 

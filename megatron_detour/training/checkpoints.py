@@ -20,6 +20,7 @@ from megatron_detour.config import RunConfig
 from megatron_detour.data.course import Course
 from megatron_detour.errors import DetourError
 from megatron_detour.files import flush
+from megatron_detour.forecast.storage import CHECKPOINT_BYTES
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
@@ -29,7 +30,6 @@ from megatron_detour.training.start import StartModel
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-BYTES_A_PARAMETER = 12  # fp32 weights and two moments
 SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
 
 
@@ -46,12 +46,13 @@ class Checkpoints:
         start: StartModel,
         course: Course,
         guard: Guard,
+        background: Background,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.plan, self.folder, self.start, self.course = config, plan, folder, start, course
         self.engine, self.state, self.guard, self.say = engine, state, guard, say
         self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
-        self.background = Background()
+        self.background = background
         self.seconds = 0.0  # that the last save took in all, gathering and writing
         self._gathered = TrainingState()
 
@@ -59,7 +60,7 @@ class Checkpoints:
     def bytes(self) -> int:
         """The size of a checkpoint, roughly."""
         sizes = self.engine.module.full_sizes().values()
-        return BYTES_A_PARAMETER * sum(torch.Size(size).numel() for size in sizes)
+        return CHECKPOINT_BYTES * sum(torch.Size(size).numel() for size in sizes)
 
     def path(self, step: int) -> Path:
         return store.checkpoint_folder(self.checkpoints, step)
@@ -108,6 +109,7 @@ class Checkpoints:
         numbers = {"first_sequence": step.first_sequence, "sequences": step.sequences, "figures": figures}
         self._write(target, self._run_state(step) | numbers, then=lambda: self.say(f"kept {target}"))
         self.background.wait()
+        dist.barrier()  # whoever ends now ends the others
 
     def _write(self, target: Path, run_state: dict[str, Any], then: Callable[[], None]) -> None:
         self.background.wait()  # it reads what is to be gathered again
@@ -133,8 +135,11 @@ class Checkpoints:
         self.background.submit(work)
 
     def _published(self, target: Path) -> None:
-        store.prune(self.checkpoints, store.step_of(target), self.config.checkpoint.keep, self._is_kept)
         self.say(f"saved {target}")
+        try:
+            store.prune(self.checkpoints, store.step_of(target), self.config.checkpoint.keep, self._is_kept)
+        except OSError as error:  # somebody reads it, on a file system that minds
+            self.say(f"warning: {error.filename or self.checkpoints}: not removed yet: {error.strerror}")
 
     def _is_kept(self, number: int) -> bool:
         """Whether the checkpoint of this step stays for good: the start, phase boundaries, what `keep_every` asks."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,45 +22,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 RENDEZVOUS = timedelta(minutes=10)  # between the first rank's start and the last one's
-FROM_RUN_FILE = {
-    "train_batch_size": "batch.sequences",
-    "train_micro_batch_size_per_gpu": "batch.micro_sequences",
-    "gradient_accumulation_steps": "batch",
-    "gradient_clipping": "optimizer.clip",
-    "optimizer": "optimizer",
-    "scheduler": "phases",
-}
-REFUSED = {
-    "round_robin_gradients": "checkpoints are read from partitions in the parameters' order",
-    "overlap_comm": "it has given wrong gradients in several releases",
-    "offload_optimizer": "checkpoints are read from the optimiser on the device",
-}
-
-
-def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """Reads a file of ds_configs/. Raises DetourError where it says what the run file has to say, or is not ZeRO-2."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DetourError(f"deepspeed: {path}: there is no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise DetourError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(raw, dict):
-        raise DetourError(f"{path}: a DeepSpeed file is a JSON object")
-    for key, home in FROM_RUN_FILE.items():
-        if key in raw:
-            raise DetourError(f"{path}: remove {key}; it follows from {home} in the run file")
-    zero = raw.get("zero_optimization", {})
-    if zero.get("stage") != 2:
-        raise DetourError(f"{path}: zero_optimization.stage is {zero.get('stage')}; this recipe runs under ZeRO-2")
-    for key, why in REFUSED.items():
-        if zero.get(key):
-            raise DetourError(f"{path}: remove zero_optimization.{key}: {why}")
-    if raw.get("fp16", {}).get("enabled"):
-        raise DetourError(f"{path}: fp16 is not supported; use bf16 or fp32")
-    if raw.get("bf16", {}).get("enabled") and not raw["bf16"].get("check_grad_overflow"):
-        raise DetourError(f"{path}: set bf16.check_grad_overflow to true, or gradients that are no numbers are applied")
-    return raw
 
 
 def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_detour.config import RunConfig, from_dict
+from megatron_detour.config import RunConfig, flatten, from_dict
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.plan import Plan
@@ -50,9 +50,27 @@ def _spoken(key: str, config: RunConfig) -> str:
     return key
 
 
+def changed_settings(folder: Path, config: RunConfig) -> list[str]:
+    """What the run file says otherwise than in the last session, without harm to the trajectory: a line each."""
+    try:
+        before = dict(flatten(from_dict(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))).to_dict()))
+    except (OSError, yaml.YAMLError, DetourError):
+        return []
+    now = dict(flatten(config.to_dict()))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "folder"]
+    remarks = {
+        "validation": "; validation figures before and after do not compare",
+        "deepspeed": "; rounding may differ",
+    }
+    return [
+        f"changed since the last session: {key} was {before.get(key)!r} and is {now.get(key)!r}"
+        f"{remarks.get(key.partition('.')[0], '') if key != 'validation.every' else ''}"
+        for key in keys
+    ]
+
+
 def take(folder: Path, config: RunConfig, plan: Plan) -> None:
     """Makes the folder this run's, once everything that the run needs is known to be there."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "run.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     write_whole(folder / "plan.json", json.dumps(plan.to_dict(), indent=1) + "\n")
 

@@ -82,7 +82,8 @@ class Trainer:
                 figures |= self.validate(self.engine.module)
             self.record(figures)
             self._refuse_to_go_on(step, figures)
-            if stop or step.ends_phase or step.passes(self.config.checkpoint.every):
+            due = self.config.checkpoint
+            if stop or step.ends_phase or step.passes(due.every) or step.passes(due.keep_every):
                 self.save(step)
             if stop:
                 return step.tokens == self.plan.total_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_detour.checkpoint.saver import Background
 from megatron_detour.config import RunConfig
+from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.course import Course
 from megatron_detour.errors import EXIT_INTERRUPTED
 from megatron_detour.forecast import Start, forecast, headline
@@ -27,8 +28,8 @@ from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
 from megatron_detour.training.checkpoints import Checkpoints
 from megatron_detour.training.describe import run_facts, session_facts
-from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed, training_dtype
-from megatron_detour.training.folder import add_session, end_session, take
+from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
+from megatron_detour.training.folder import add_session, changed_settings, end_session, refuse_another_run, take
 from megatron_detour.training.guards import Guard
 from megatron_detour.training.lock import RunLock
 from megatron_detour.training.loop import Trainer
@@ -88,9 +89,9 @@ class Session:
             self.validation = Validation(config, start.vocabulary, start.tokenizer_file, state, device)
         self.sinks: list[Sink] = []
         self.progress: Progress | None = None
-        self.reports = Background()
+        self.writing, self.reports = Background(), Background()  # of checkpoints; of reports
         self._described = False
-        self._slowest, self._recorded_at = 0.0, time.monotonic()
+        self._slowest, self._recorded_at = 0.0, 0.0
 
     @contextmanager
     def own_folder(self) -> Iterator[None]:
@@ -100,18 +101,32 @@ class Session:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with RunLock(self.folder, self._say):
+            refuse_another_run(self.folder, self.config)  # another may have begun since the start looked
+            for line in changed_settings(self.folder, self.config):
+                self._say(line)
             take(self.folder, self.config, self.plan)
             try:
                 yield
             except BaseException as error:
-                self._end(f"error: {error}" if isinstance(error, Exception) else type(error).__name__)
+                with suppress(Exception):  # the first fault is the one to tell
+                    self._end(f"error: {error}" if isinstance(error, Exception) else type(error).__name__)
+                    self.writing.wait()
                 raise
 
     def train(self, engine: DeepSpeedEngine) -> bool:
         """Returns whether the end of the plan was reached; otherwise the run was asked to stop, and has saved."""
         guard = Guard(self.config.guards)
         checkpoints = Checkpoints(
-            self.config, self.plan, self.folder, engine, self.state, self.start, self.course, guard, self._say
+            self.config,
+            self.plan,
+            self.folder,
+            engine,
+            self.state,
+            self.start,
+            self.course,
+            guard,
+            self.writing,
+            self._say,
         )
         tokens = checkpoints.restore()
         finished = True
@@ -125,7 +140,7 @@ class Session:
                     self._begin(engine, checkpoints)
                 checkpoints.prepare()
                 finished = self._trainer(engine, guard, checkpoints).run(tokens)
-                checkpoints.background.wait()
+                self.writing.wait()
                 self.reports.wait()
         if self.state.is_first:
             self._finish(checkpoints, finished)
@@ -133,16 +148,16 @@ class Session:
 
     def _trainer(self, engine: DeepSpeedEngine, guard: Guard, checkpoints: Checkpoints) -> Trainer:
         def record(figures: dict[str, Any]) -> None:
-            checkpoints.background.check()
-            self.reports.check()
+            self.writing.check()
             self._record(figures)
             self._keep_time(checkpoints)
 
         def save(step: Step) -> None:
             checkpoints.save(step)
             if self.state.is_first and step.ends_phase and step.number < self.plan.total_steps:
-                self.reports.submit(lambda: write_report(self.folder))
+                self.reports.submit(self._report)
 
+        self._recorded_at = time.monotonic()
         return Trainer(
             self.config,
             self.plan,
@@ -222,12 +237,19 @@ class Session:
         if self._described:
             end_session(self.folder, how)
 
+    def _report(self) -> Path | None:
+        try:
+            return write_report(self.folder)
+        except Exception as error:  # a font, a full disk: no reason to end a run
+            self._say(f"warning: no report: {type(error).__name__}: {error}")
+            return None
+
     def _finish(self, checkpoints: Checkpoints, finished: bool) -> None:
         why = self.stop.reason() or "a request to another rank"
         self._end("finished" if finished else why)
-        report = write_report(self.folder)
+        report = self._report()
         if finished:
             print(f"model    {checkpoints.path(self.plan.total_steps)}")
         else:
             print(f"stopped by {why}: saved, and the same command goes on from there (exit status {EXIT_INTERRUPTED})")
-        print(f"report   {report}\nmetrics  {self.folder / 'metrics.jsonl'}", flush=True)
+        print(f"report   {report or 'not written'}\nmetrics  {self.folder / 'metrics.jsonl'}", flush=True)

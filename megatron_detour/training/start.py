@@ -37,9 +37,10 @@ class StartModel:
         described = described or fresh_config(model.config, vocabulary)
         shape = Shape.of(described, model.start or "model.config")
         _check_fit(config, vocabulary, shape)
-        tokenizer = _fetched(_tokenizer(model))
+        tokenizer = _tokenizer(model)
         file = find_tokenizer(tokenizer.name, tokenizer.download)
-        return cls(described, shape, weights, tokenizer, file, vocabulary, _words(config, vocabulary, file))
+        words = _words(config, vocabulary, file)
+        return cls(described, shape, weights, _fetched(tokenizer), file, vocabulary, words)
 
 
 def _tokenizer(model: Model) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -107,3 +108,30 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path):
             store.verify(folder)
         assert found or list(tmp_path.glob(".step-*.replaced-*"))
         store.prune(tmp_path, 1, 1, lambda step: False)
+
+
+@pytest.mark.parametrize("listing", ["{}", "[]", "null", "3", '{"0.bin": 3}', '{"0.bin": {"bxtes": 1}}', "\xff"])
+def test_a_listing_that_is_none_is_a_broken_folder(tmp_path, listing):
+    store.publish(tmp_path / "step-00000001", write_numbers(1))
+    store.publish(tmp_path / "step-00000002", write_numbers(2))
+    (tmp_path / "step-00000002" / store.LISTING).write_text(listing, encoding="latin-1")
+    warnings: list[str] = []
+    assert store.latest(tmp_path, warnings.append) == tmp_path / "step-00000001"
+    assert len(warnings) == 1
+
+
+def test_every_flipped_bit_of_a_listing_is_found(tmp_path):
+    store.publish(tmp_path / "step-00000001", write_numbers(1))
+    listing = tmp_path / "step-00000001" / store.LISTING
+    content = listing.read_bytes()
+    meaning = json.loads(content)
+    for place in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            listing.write_bytes(flipped)
+            try:
+                store.verify(listing.parent)
+            except store.Broken:
+                continue
+            assert json.loads(flipped) == meaning  # white space, or a letter of a number's other spelling

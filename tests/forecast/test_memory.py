@@ -176,7 +176,8 @@ def test_the_gradient_of_the_embedding_is_summed_in_fp32_over_chunks():
 
 def partitions(tensor: int):
     """On every rank: elements of the fp32 partitions and of the flat weights that ZeRO-2 made."""
-    from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
+    from megatron_detour.config.deepspeed import read_deepspeed_config
+    from megatron_detour.training.engine import create_engine, start_distributed
     from tests.training.test_zero2 import run_config
 
     config = run_config(tensor)
@@ -210,8 +211,8 @@ def test_partitions_are_zero2s(tmp_path, ranks, tensor):
     ],
 )
 def test_a_deepspeed_file_is_refused_as_a_start_refuses_it(tmp_path, content):
+    from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.errors import DetourError
-    from megatron_detour.training.engine import read_deepspeed_config
 
     file = tmp_path / "ds.json"
     if content is not None:

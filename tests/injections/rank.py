@@ -31,8 +31,36 @@ def fail_at(step_number: int) -> None:
     Trainer.train_step = train_step
 
 
+def no_number_from(step_number: int) -> None:
+    """Every gradient of this rank is no number from a step on, while its losses are."""
+    from megatron_detour.training.loop import Trainer
+
+    honest = Trainer.train_step
+
+    def train_step(trainer, step, batch):
+        engine, backward = trainer.engine, trainer.engine.backward
+        if step.number >= step_number:
+            engine.backward = lambda loss: backward(loss * float("nan"))
+        try:
+            return honest(trainer, step, batch)
+        finally:
+            engine.backward = backward
+
+    Trainer.train_step = train_step
+
+
+def no_report() -> None:
+    from megatron_detour.training import session
+
+    def write_report(folder):
+        raise RuntimeError("no font")
+
+    session.write_report = write_report
+
+
 def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
-    """Runs as srun would have started it; RAISE_AT=STEP makes it fail in that step, as a fault of the code would."""
+    """Runs as srun would have started it. RAISE_AT=STEP makes it fail in that step, as a fault of the code would;
+    NO_NUMBER_FROM=STEP spoils its gradients from that step on, and with NO_REPORT=1 no report can be written."""
     os.setsid()  # whatever it starts can be told by its session
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -40,4 +68,8 @@ def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
     os.dup2(output, 2)
     if "RAISE_AT" in os.environ:
         fail_at(int(os.environ["RAISE_AT"]))
+    if "NO_NUMBER_FROM" in os.environ:
+        no_number_from(int(os.environ["NO_NUMBER_FROM"]))
+    if "NO_REPORT" in os.environ:
+        no_report()
     command_line(lambda: main("no run file was given", arguments))

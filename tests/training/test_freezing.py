@@ -34,7 +34,8 @@ def phased(tensor: int, dtype: str = "fp32_cpu") -> RunConfig:
 def phased_steps(tensor: int, dtype: str):
     """On every rank: the norms of all steps and (first rank) the state before each phase and at the end."""
     from megatron_detour.checkpoint.state import TrainingState, gather, scatter
-    from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
+    from megatron_detour.config.deepspeed import read_deepspeed_config
+    from megatron_detour.training.engine import create_engine, start_distributed
     from megatron_detour.training.freezing import freeze
 
     config = phased(tensor, dtype)

@@ -77,12 +77,14 @@ def test_and_back_again(home, run_file, tmp_path):
 
 def loaded(run_file: str, folder: str, overrides: list[str]):
     """On every rank: restores a run as a session does; what it then holds, on the first rank."""
+    from megatron_detour.checkpoint.saver import Background
     from megatron_detour.checkpoint.state import TrainingState, gather
+    from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.data.course import Course
     from megatron_detour.model.modernbert import ModernBert
     from megatron_detour.plan import Plan
     from megatron_detour.training.checkpoints import Checkpoints
-    from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
+    from megatron_detour.training.engine import create_engine, start_distributed
     from megatron_detour.training.guards import Guard
     from megatron_detour.training.start import StartModel
 
@@ -92,7 +94,8 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     state, _ = start_distributed(config, plan)
     engine = create_engine(ModernBert(start.shape, state), config, read_deepspeed_config(config.deepspeed), state)
     guard, held = Guard(config.guards), TrainingState()
-    Checkpoints(config, plan, Path(folder), engine, state, start, course, guard, print).restore()
+    background = Background()
+    Checkpoints(config, plan, Path(folder), engine, state, start, course, guard, background, print).restore()
     gather(engine, state, held)
     return held
 

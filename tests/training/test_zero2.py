@@ -46,8 +46,9 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
     """On every rank, through the project's engine: norms of the steps, and (first rank) the full state after the first
     and after the last one."""
     from megatron_detour.checkpoint.state import TrainingState, gather, refuse_unequal_replicas, scatter
+    from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.parallel.shard import spec_of
-    from megatron_detour.training.engine import create_engine, read_deepspeed_config, start_distributed
+    from megatron_detour.training.engine import create_engine, start_distributed
 
     config = run_config(tensor, sequence, micro)
     state, _ = start_distributed(config, Plan.of(config))
@@ -151,8 +152,8 @@ def test_copies_stay_bit_equal_over_many_steps(tmp_path):
     ],
 )
 def test_deepspeed_configurations_that_do_not_fit_are_refused(tmp_path, content, told):
+    from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.errors import DetourError
-    from megatron_detour.training.engine import read_deepspeed_config
 
     file: Path = tmp_path / "ds.json"
     file.write_text(json.dumps(content))

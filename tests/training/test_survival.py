@@ -1,0 +1,128 @@
+"""What a run does when it is struck, short of time, or cannot go on. tests/injections strikes some hundred times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_detour.checkpoint import store
+from megatron_detour.errors import EXIT_INTERRUPTED
+from megatron_detour.observe.sinks import read_metrics
+from tests.injections.campaign import Victim
+from tests.injections.faults import wait_for
+from tests.injections.runs import PHASE_ENDS, Session, Setup, assert_same_run, begin, figures, write_run_file
+
+
+@pytest.fixture(scope="module")
+def run_file(corpus, tmp_path_factory) -> Path:
+    return write_run_file(tmp_path_factory.mktemp("survival") / "run.yaml", corpus.prefix, corpus.tokenizer)
+
+
+def started(folder: Path, run_file: Path, setup: Setup, *overrides: str, **more: str) -> Session:
+    return begin(folder, run_file, setup, folder.with_suffix(".log"), overrides, **more)
+
+
+@pytest.fixture(scope="module")
+def whole(run_file, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    session = started(folder, run_file, Setup())
+    assert session.wait() == [0], session.output()[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("setup", "kinds"),
+    [
+        (Setup(1, 1, "bf16"), ["damaged file", "SIGTERM", "full disk", "SIGKILL of all", "SIGUSR1", "SIGKILL of all"]),
+        (Setup(2, 1), ["SIGKILL of one rank", "rank that raises", "SIGKILL of all", "SIGTERM", "SIGKILL of all"]),
+        (Setup(4, 2), ["SIGKILL of all", "full disk", "SIGKILL of all"]),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_struck_comes_out_to_the_bit(run_file, tmp_path, setup, kinds):
+    outcome = Victim(tmp_path / "victim", run_file, setup, seed=5).strike(kinds)
+    assert outcome.struck.total() == len(kinds)
+    assert outcome.finished >= 1
+
+
+def test_a_run_with_hardly_any_time_comes_to_its_end(whole, run_file, tmp_path):
+    """Each session trains a step at least, and asks to be started again."""
+    folder, codes = tmp_path / "run", [EXIT_INTERRUPTED]
+    for _ in range(PHASE_ENDS[-1]):
+        if codes != [EXIT_INTERRUPTED]:
+            break
+        before = store.find_checkpoints(folder / "checkpoints")[-1:]
+        session = started(folder, run_file, Setup(), "time_limit=2s")
+        codes = session.wait()
+        assert store.find_checkpoints(folder / "checkpoints")[-1:] != before, session.output()[-3000:]
+    assert codes == [0], session.output()[-3000:]
+    sessions = json.loads((folder / "environment.json").read_text())["sessions"]
+    assert [s["ended"] for s in sessions] == ["the time limit of 2s"] * (len(sessions) - 1) + ["finished"]
+    assert_same_run(folder, whole)
+
+
+def test_gradients_that_are_no_numbers_are_left_out_and_then_end_the_run_with_a_state(run_file, tmp_path):
+    folder, setup = tmp_path / "run", Setup(2, 1)
+    session = started(folder, run_file, setup, "guards.patience=3", NO_NUMBER_FROM="6")
+    assert session.wait() == [1, 1], session.output()[-3000:]
+    told = session.output()
+    assert "3 steps in a row were skipped, the last one, step 8 of phase detour, because the gradient norm is" in told
+    assert "Traceback" not in told
+    records = {record["step"]: record for record in read_metrics(folder / "metrics.jsonl")}
+    assert [step for step, record in records.items() if "skipped" in record] == [6, 7, 8]
+    assert records[6]["grad_norm"] is None and records[6]["loss"] > 0
+    kept = folder / "inspect" / "step-00000008"
+    store.verify(kept)
+    state = json.loads((kept / "run_state.json").read_text())
+    assert (state["sequences"], state["figures"]["step"]) == (8, 8)
+    weights = load_file(kept / "model.safetensors")
+    before = load_file(store.checkpoint_folder(folder / "checkpoints", 5) / "model.safetensors")
+    assert all(torch.equal(weights[name], before[name]) for name in weights)  # steps 6 to 8 changed nothing
+    # Left alone, the same run goes on from its last checkpoint.
+    assert set(started(folder, run_file, setup).wait()) == {0}
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(whole, run_file, tmp_path):
+    session = started(tmp_path / "run", run_file, Setup(), NO_REPORT="1")
+    assert session.wait() == [0], session.output()[-3000:]
+    assert session.output().count("warning: no report: RuntimeError: no font") == len(PHASE_ENDS)
+    assert figures(tmp_path / "run") == figures(whole)
+
+
+def test_two_runs_cannot_write_one_folder(whole, run_file, tmp_path):
+    first = started(tmp_path / "run", run_file, Setup())
+    wait_for(lambda: first.step() >= 1, first)
+    second = begin(tmp_path / "run", run_file, Setup(), tmp_path / "second.log")
+    assert second.wait() == [1]
+    assert "another run (process" in second.output()
+    assert first.wait() == [0], first.output()[-3000:]
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_checkpoints_are_kept_by_rule(run_file, tmp_path):
+    rules = ["checkpoint.every=2 steps", "checkpoint.keep=1", "checkpoint.keep_every=5 steps"]
+    session = started(tmp_path / "run", run_file, Setup(), *rules)
+    assert session.wait() == [0], session.output()[-3000:]
+    kept = [store.step_of(folder) for folder in store.find_checkpoints(tmp_path / "run" / "checkpoints")]
+    tokens = {record["step"]: record["tokens"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    marked = [step for step in tokens if step and tokens[step] // 2560 > tokens[step - 1] // 2560]
+    assert kept == sorted({0, *PHASE_ENDS, *marked})
+
+
+def test_what_changed_between_sessions_is_told(whole, run_file, tmp_path):
+    folder = tmp_path / "run"
+    session = started(folder, run_file, Setup(), RAISE_AT="4")
+    assert session.wait() == [1]
+    session = begin(folder, run_file, Setup(1, 1, "bf16"), tmp_path / "second.log", ["validation.seed=5"])
+    assert session.wait() == [0], session.output()[-3000:]
+    told = session.output()
+    assert "changed since the last session: validation.seed was 0 and is 5; validation figures before and after" in told
+    assert "changed since the last session: deepspeed was" in told
+    sessions = json.loads((folder / "environment.json").read_text())["sessions"]
+    assert [s["ended"] for s in sessions] == ["error: injected", "finished"]
+    assert [s["dtype"] for s in sessions] == ["float32", "bfloat16"]
