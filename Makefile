@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	@examples/quickstart.sh
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -m "not gpu"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
