@@ -138,6 +138,33 @@ def test_overrides(tmp_path, override, read):
     assert read(load(path, [override]))
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("23h30m", 84_600), ("90m", 5_400), ("2d", 172_800), ("45s", 45), ("1h 1s", 3_601), (7, 7)]
+)
+def test_times(text, seconds):
+    assert from_dict(small(time_limit=text)).time_limit == seconds
+
+
+def test_skipped_spikes_are_part_of_the_trajectory():
+    skipping = from_dict(small(guards={"spikes": "skip"})).trajectory()
+    assert skipping.keys() - from_dict(SMALL).trajectory().keys() == {
+        f"guards.{k}" for k in ("spikes", "sigma", "window")
+    }
+    assert from_dict(small(guards={"spikes": "skip", "patience": 3})).trajectory() == skipping
+
+
+def test_steps_of_a_phase_are_of_its_own_size():
+    config = from_dict(small(phases__1__sequences=4, phases__1__sequence_length=32))
+    assert config.phases[1].tokens == 2 * 4 * 32
+
+
+def test_what_follows_from_an_unreadable_value_is_not_told():
+    assert fault(small(batch__sequences="8")) == "run file: batch.sequences: a whole number is needed, it is '8'"
+    assert fault(small(phases__1__sequences="8")).endswith("phases.1.sequences: a whole number is needed, it is '8'")
+    assert fault(small(batch__sequences=0)).endswith("batch.sequences: must be above 0, it is 0")
+    assert "faults" not in fault(small(phases__1__learning_rate__peak="x"))
+
+
 def test_later_overrides_win(tmp_path):
     assert load(written(tmp_path, SMALL), ["seed=1", "seed=2"]).seed == 2
 
@@ -279,6 +306,70 @@ CHECKS = {
         "phases.1.learning_rate.end: 1-sqrt needs an end between 0 and the peak (or end_ratio), it is None",
     ),
     "end above peak": (small(phases__1__learning_rate__end=1), "phases.1.learning_rate.end: 1-sqrt needs an end"),
+    "two ends": (
+        small(phases__1__learning_rate__end_ratio=0.1),
+        "phases.1.learning_rate.end_ratio: end says the same; give one of the two",
+    ),
+    "end ratio": (
+        small(phases__1__learning_rate={"peak": 1, "shape": "cosine", "end_ratio": 2}),
+        "phases.1.learning_rate.end_ratio: must lie in [0, 1], it is 2",
+    ),
+    "mask rate's end": (
+        small(phases__1__mask_rate_end=0),
+        "phases.1.mask_rate_end: must lie between 0 and 1, it is 0",
+    ),
+    "frozen part": (
+        small(phases__0__freeze=["layers.0-2", "layer.3"]),
+        "phases.0.freeze.1: 'layer.3' is none of embeddings, layers.N, layers.N-M, final_norm, head",
+    ),
+    "frozen range": (small(phases__0__freeze=["layers.7-2"]), "phases.0.freeze.0: 'layers.7-2' is none of"),
+    "optimiser's state": (
+        small(phases__0__optimizer_state="rest"),
+        "phases.0.optimizer_state: 'rest' is not one of keep, reset (did you mean 'reset'?)",
+    ),
+    "phase's sequences": (
+        small(phases__0__sequences=3),
+        "phases.0.sequences: microbatches of 2 do not divide the phase's 3 sequences a step",
+    ),
+    "phase's microbatch": (
+        small(phases__0__micro_sequences=3),
+        "phases.0.micro_sequences: microbatches of 3 do not divide the phase's 8 sequences a step",
+    ),
+    "phase's length": (
+        small(phases__0__sequence_length=-1),
+        "phases.0.sequence_length: must be above 0, it is -1",
+    ),
+    "batch warm-up": (
+        small(phases__0__batch_warmup={"start": 2, "increment": 4, "tokens": "1k"}),
+        "phases.0.batch_warmup: 4 sequences at a time do not lead from 2 to the phase's 8",
+    ),
+    "batch warm-up's microbatch": (
+        small(phases__0__batch_warmup={"start": 5, "increment": 1, "tokens": "1k"}),
+        "phases.0.batch_warmup: start and increment must be divisible by the microbatch, 2 sequences",
+    ),
+    "batch warm-up's tokens": (
+        small(phases__0__batch_warmup={"start": 2, "increment": 2, "tokens": "5k"}),
+        "phases.0.batch_warmup.tokens: 5000 tokens do not fit into the phase's 4000",
+    ),
+    "phase without corpora": (small(phases__0__corpora=[]), "phases.0.corpora: at least one corpus is needed"),
+    "corpus twice": (
+        small(data__corpora=[{"prefix": "a"}, {"prefix": "a"}]),
+        "data.corpora: the corpus 'a' is there twice",
+    ),
+    "phase's name": (small(phases__0__name="a.b"), "phases.0.name: 'a.b' is no name"),
+    "number as a name": (small(phases__0__name="12"), "phases.0.name: '12' is no name"),
+    "empty folder": (small(folder=""), "folder: must not be empty"),
+    "spikes": (
+        small(guards__spikes="skipp"),
+        "guards.spikes: 'skipp' is not one of report, skip, ignore (did you mean 'skip'?)",
+    ),
+    "window": (small(guards__window=3), "guards.window: must be 16 or more, it is 3"),
+    "time limit": (small(time_limit="0s"), "time_limit: must be above 0, it is 0"),
+    "no time": (small(time_limit="1 week"), "time_limit: a time, such as 23h30m, 90m or 3600, is needed"),
+    "wandb": (
+        small(wandb={"project": "p", "mode": "off"}),
+        "wandb.mode: 'off' is not one of online, offline (did you mean 'offline'?)",
+    ),
     "end of a constant": (
         small(phases__0__learning_rate__end=1.0e-5),
         "phases.0.learning_rate.end: a constant rate has no end",
@@ -387,6 +478,8 @@ def test_plain_form_reads_back(raw):
     [
         {"batch__micro_sequences": 4},
         {"checkpoint__every": "1M", "checkpoint__keep": 5},
+        {"phases__0__micro_sequences": 4},
+        {"guards__patience": 3, "guards__sigma": 9, "time_limit": "1h"},
         {"tensorboard": False},
         {"validation__corpora": [{"prefix": "h"}]},
         {"parallel__tensor": 2},
@@ -416,6 +509,8 @@ def test_trajectory_ignores(change):
         ({"phases__0__tokens": "5k"}, {"phases.0.tokens"}),
         ({"phases__1__learning_rate__end": 0}, {"phases.1.learning_rate.end"}),
         ({"optimizer__clip": 2}, {"optimizer.clip"}),
+        ({"phases__0__optimizer_state": "reset"}, {"phases.0.optimizer_state"}),
+        ({"phases__1__sequences": 4, "phases__1__tokens": 2_048}, {"phases.1.sequences"}),
     ],
 )  # fmt: skip
 def test_trajectory_sees(change, keys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_detour.config import from_dict, load
+from megatron_detour.config import as_control, from_dict, load
 from megatron_detour.plan import Plan
 
 RECIPES = Path(__file__).parents[1] / "examples/recipes"
@@ -55,14 +55,21 @@ def test_every_step_of_english_base_10b():
     table = []
     for step in range(1, 3_180):
         done = step * TOKENS_PER_STEP
-        table.append(("detour", peak * min(1, done / warmup)))
+        table.append(("detour", "clm", None, 384, peak * min(1, done / warmup)))
     for step in range(1, 319):
         x = step / 318
-        table.append(("decay", peak * (floor + (1 - floor) * (1 - math.sqrt(x)))))
+        table.append(("decay", "mlm", 0.15, 384, peak * (floor + (1 - floor) * (1 - math.sqrt(x)))))
     plan = Plan.of(load(RECIPES / "english_base_10b.yaml"))
     steps = [plan.at(i * TOKENS_PER_STEP) for i in range(plan.total_steps)]
-    assert [step.phase.name for step in steps] == [name for name, _ in table]
-    assert [step.learning_rate for step in steps] == pytest.approx([rate for _, rate in table], rel=1e-12)
+    facts = [(step.phase.name, step.phase.objective, step.mask_rate, step.sequences) for step in steps]
+    assert facts == [row[:4] for row in table]
+    assert [step.learning_rate for step in steps] == pytest.approx([row[4] for row in table], rel=1e-12)
+    assert [plan.step(step.number) for step in steps] == steps
+    control = Plan.of(as_control(load(RECIPES / "english_base_10b.yaml"), 0.3))
+    twins = [control.at(step.start) for step in steps]
+    assert [twin.learning_rate for twin in twins] == [step.learning_rate for step in steps]
+    assert [(twin.first_sequence, twin.tokens) for twin in twins] == [(s.first_sequence, s.tokens) for s in steps]
+    assert [(twin.phase.objective, twin.mask_rate) for twin in twins] == [("mlm", 0.3)] * 3179 + [("mlm", 0.15)] * 318
     assert [step.number for step in steps] == list(range(1, 3_498))
     assert [step.tokens for step in steps] == [i * TOKENS_PER_STEP for i in range(1, 3_498)]
     assert [step.first_sequence for step in steps] == [i * 384 for i in range(3_497)]
@@ -97,6 +104,61 @@ def test_warm_up_starts_anew_in_each_phase_and_1_sqrt_begins_after_it():
     shares = [(done - 80) / 320 for done in range(80, 401, 40)]
     assert rates[4:] == pytest.approx([0.5, *(0.5 + 0.5 * (1 - math.sqrt(x)) for x in shares)])
     assert rates[-1] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        ({"shape": "linear", "end": 0.2}, [0.8, 0.6, 0.4, 0.2]),
+        ({"shape": "linear", "end_ratio": 0.0}, [0.75, 0.5, 0.25, 0.0]),
+        (
+            {"shape": "cosine", "end_ratio": 0.1},
+            [0.55 + 0.45 * math.cos(math.pi * x / 4) for x in (1, 2, 3, 4)],
+        ),
+        ({"shape": "1-sqrt", "end_ratio": 0.5}, [1 - math.sqrt(x / 4) / 2 for x in (1, 2, 3, 4)]),
+        ({"shape": "cosine", "end": 0.0, "warmup": 80}, [0.5, 1.0, 0.5, 0.0]),
+    ],
+)
+def test_shapes_of_the_rate(rate, expected):
+    plan = small([phase("only", 160, **rate)])
+    assert [plan.at(tokens).learning_rate for tokens in range(0, 160, 40)] == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_mask_rate_goes_linearly_to_its_end():
+    masked = {"name": "m", "objective": "mlm", "tokens": 160, "learning_rate": {"peak": 1}, "mask_rate": 0.3}
+    plan = small([masked | {"mask_rate_end": 0.1}, masked | {"name": "n"}])
+    rates = [plan.at(tokens).mask_rate for tokens in range(0, 320, 40)]
+    assert rates == pytest.approx([0.25, 0.2, 0.15, 0.1, 0.3, 0.3, 0.3, 0.3])
+
+
+def test_a_batch_grows_in_equal_shares_of_its_warm_up():
+    """Batches of 2, 4 and 6 sequences of 10 for 100 tokens each, rounded up to whole steps; then 8 of them."""
+    growing = phase("g", 500) | {"sequences": 8, "batch_warmup": {"start": 2, "increment": 2, "tokens": 300}}
+    plan = small([phase("a", 40), growing, phase("b", 40)])
+    steps, tokens = [], 0
+    while tokens < plan.total_tokens:
+        steps.append(plan.at(tokens))
+        tokens = steps[-1].tokens
+    sizes = [2] * 5 + [4] * 3 + [6] * 2 + [8] * 2  # 100; 120, so that 220 are done; 120, so that 340; the rest of 500
+    assert [step.sequences for step in steps] == [4, *sizes, 4]
+    assert [step.number for step in steps] == list(range(1, len(steps) + 1))
+    ends = [step.first_sequence + step.sequences for step in steps]
+    assert [step.first_sequence for step in steps] == [0, *ends[:-1]]
+    assert [step.phase.name for step in steps if step.begins_phase] == ["a", "g", "b"]
+    assert [step.phase.name for step in steps if step.ends_phase] == ["a", "g", "b"]
+    assert [plan.step(step.number) for step in steps] == steps
+    assert plan.phases[1].tokens == sum(sizes) * 10
+    for wrong in (41, 50, 40 + 100 + 20):
+        with pytest.raises(ValueError, match="no step begins"):
+            plan.at(wrong)
+
+
+def test_a_phase_may_have_a_length_and_a_batch_of_its_own():
+    plan = small([phase("a", 80), phase("b", 200) | {"sequence_length": 5, "sequences": 10}, phase("c", 40)])
+    steps = [plan.step(number) for number in range(1, plan.total_steps + 1)]
+    assert [step.tokens - step.start for step in steps] == [40, 40, 50, 50, 50, 50, 40]
+    assert [step.first_sequence for step in steps] == [0, 4, 8, 18, 28, 38, 48]
+    assert [step.passes(100) for step in steps] == [False, False, True, False, True, False, True]
 
 
 def test_at_does_not_depend_on_what_was_asked_before():

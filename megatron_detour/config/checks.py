@@ -275,9 +275,7 @@ def _check_names(config: RunConfig, faults: Faults) -> None:
         faults.refuse_unless(bool(text.strip()), key, "must not be empty")
     for number, phase in enumerate(config.phases):
         if not NAME.fullmatch(phase.name):
-            faults.add(
-                f"phases.{number}.name", f"{phase.name!r} needs letters, digits, spaces, - and _, and is no number"
-            )
+            faults.add(f"phases.{number}.name", f"{phase.name!r} is no name: letters, digits, spaces, - and _ make one")
 
 
 def _twice(names: list[str]) -> list[str]:
