@@ -11,11 +11,15 @@ from typing import Any
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file beside `path`, brings it to the disk and gives it its name in one move."""
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:  # a write to a full disk does not say which file
+        error.filename = error.filename or str(path)
+        raise
 
 
 def flush(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_detour.config import RunConfig, as_control, load
+from megatron_detour.config import RunConfig, as_control, load, parse_control
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast import Forecast, forecast, render
 from megatron_detour.plan import Plan
@@ -43,13 +43,7 @@ def read(run_file: str, overrides: list[str], control: str | None) -> RunConfig:
     config = load(run_file, overrides)
     if control is None:
         return config
-    objective, _, rate = control.partition("=")
-    try:
-        if objective != "mlm":
-            raise ValueError
-        return as_control(config, float(rate))
-    except ValueError:
-        raise DetourError(f"--control {control}: write it as --control or --control mlm=0.30") from None
+    return as_control(config, parse_control(control))
 
 
 def listed(error: DetourError) -> list[str]:

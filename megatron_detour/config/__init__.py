@@ -1,6 +1,6 @@
 """The run file: one YAML that says everything a run depends on, checked as a whole."""
 
-from megatron_detour.config.control import as_control
+from megatron_detour.config.control import as_control, parse_control
 from megatron_detour.config.reader import from_dict, load, parse_tokens
 from megatron_detour.config.schema import (
     ATTENTION,
@@ -29,5 +29,6 @@ __all__ = [
     "flatten",
     "from_dict",
     "load",
+    "parse_control",
     "parse_tokens",
 ]

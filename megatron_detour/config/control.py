@@ -8,6 +8,17 @@ from megatron_detour.config.schema import RunConfig
 from megatron_detour.errors import DetourError
 
 
+def parse_control(text: str) -> float:
+    """The mask rate of ``--control mlm=0.30``. Raises DetourError."""
+    objective, _, rate = text.partition("=")
+    try:
+        if objective != "mlm":
+            raise ValueError
+        return float(rate)
+    except ValueError:
+        raise DetourError(f"--control {text}: write it as --control or --control mlm=0.30") from None
+
+
 def as_control(config: RunConfig, mask_rate: float) -> RunConfig:
     """Every causal phase becomes MLM at `mask_rate`; data, order and schedule stay.
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_detour.config import as_control, load
+from megatron_detour.config import as_control, load, parse_control
 from megatron_detour.errors import DetourError
 from megatron_detour.plan import Plan
 from megatron_detour.training.cluster import join_slurm
@@ -29,14 +29,14 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
     options = _parse(default_run_file, arguments)
     config = load(options.run_file, options.overrides)
     if options.control is not None:
-        config = as_control(config, _control_rate(options.control))
+        config = as_control(config, parse_control(options.control))
     plan = Plan.of(config)
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         print(plan.table(), flush=True)
     if options.plan:
         if first:
-            print("only the run file was read: a start looks for the model, the corpora and the machine as well")
+            print("only the run file was read: megatron-detour plan looks at the model and the corpora as well")
         return 0
     folder = Path(config.folder)
     if first:
@@ -70,13 +70,3 @@ def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argpars
         options.overrides.insert(0, options.control)
         options.control = "mlm=0.30"
     return options
-
-
-def _control_rate(text: str) -> float:
-    objective, _, rate = text.partition("=")
-    try:
-        if objective != "mlm":
-            raise ValueError
-        return float(rate)
-    except ValueError:
-        raise DetourError(f"--control {text}: write it as --control or --control mlm=0.30") from None
