@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GUARD = "#b3261e"
+LEAST_WAIT = 0.01  # of the time; a scale of less would draw noise
 # For lines that differ in no objective: told apart by lightness and style too, without the colours of the objectives.
 PALETTE = ["#1b1b1b", "#00916b", "#b0308c", "#e0a100", "#56b4e9", "#7a5200", "#8a8a8a"]
 STYLES = ["-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5))]
@@ -133,6 +134,7 @@ def _draw_machine(run: Run) -> Figure | None:
     if waited:
         x, y = points(run, waits, "waiting")
         frame.curves(frame.panels[0], [Curve(x, y, GREY, "_share of the step's time")], from_zero=True)
+        frame.panels[0].set_ylim(0, max(frame.panels[0].get_ylim()[1], LEAST_WAIT))
         percent(frame.panels[0])
     if memory:
         x, y = points(run, run.records, "memory_bytes")
