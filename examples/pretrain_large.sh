@@ -12,7 +12,7 @@ set -euo pipefail
 beside="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin"
 [ -x "$beside/deepspeed" ] && PATH="$beside:$PATH"
 command -v deepspeed >/dev/null || { echo "error: deepspeed is not installed; run make install" >&2; exit 1; }
-exec deepspeed --log_level warning ${RANKS:+--num_gpus "$RANKS"} "$0" "$@"
+exec deepspeed --log_level warning --master_port "${MASTER_PORT:-$((20000 + RANDOM % 20000))}" ${RANKS:+--num_gpus "$RANKS"} "$0" "$@"
 : <<'# end of the Python part'
 '''
 from pathlib import Path

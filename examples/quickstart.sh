@@ -17,6 +17,10 @@ began=$SECONDS
 step() { printf '\n== %s (%ds)\n' "$*" $((SECONDS - began)); }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
+case ${1:-} in
+  --control*) fail "train the control of a finished run with: bash examples/pretrain_base.sh --run-file runs/quickstart/run/run.yaml --control" ;;
+  -?*) [ "$1" = -h ] || [ "$1" = --help ] || fail "$1: this script takes a corpus and key=value arguments" ;;
+esac
 case ${1:-} in -h|--help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit ;; esac
 corpus=
 if [ -f "${1:-}" ] || [[ ${1:-=} != *=* ]]; then corpus=$1 && shift; fi
@@ -89,7 +93,7 @@ fi
 [ -n "$(command -v nvidia-smi)" ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=cpu  # spares a warning
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} deepspeed --log_level error --num_gpus "$RANKS" \
   --master_port $((20000 + RANDOM % 20000)) "$root/examples/pretrain_base.sh" "${recipe[@]}" ||
-  fail "training has stopped; started again, this command goes on from the last checkpoint (to start anew, remove $work)"
+  fail "training has stopped, see above; where it was interrupted, this command goes on from the last checkpoint (to start anew, remove $work)"
 
 step "converting to a Hugging Face folder: $work/model"
 if [ ! -e "$work/model" ] || [ "$work/run/checkpoints" -nt "$work/model" ]; then

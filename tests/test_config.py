@@ -273,7 +273,7 @@ CHECKS = {
     "held-out mask rate": (small(validation__mask_rate=1), "validation.mask_rate: must lie between 0 and 1, it is 1"),
     "betas": (small(optimizer__betas=[0.9, 1.0]), "optimizer.betas: both must lie in [0, 1), they are [0.9, 1.0]"),
     "no phase": (small(phases=[]), "phases: at least one phase is needed"),
-    "same name": (small(phases__1__name="detour"), "phases: the name 'detour' is used twice"),
+    "same name": (small(phases__1__name="detour"), "phases.1.name: the name 'detour' is used twice"),
     "zero tokens": (
         small(phases__1__tokens=0),
         "phases.1.tokens: phase 'decay' has 0 tokens; give it some or remove it",

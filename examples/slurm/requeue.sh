@@ -1,5 +1,18 @@
 # For the batch scripts beside it: a job whose run was interrupted goes back into the queue.
 
+# folder_of FOLDER ARGUMENT...: where a run with these arguments writes.
+folder_of() {
+  local folder=$1 control= argument
+  shift
+  for argument in "$@"; do
+    case $argument in
+      folder=*) folder=${argument#folder=} ;;
+      --control*) control=-control ;;
+    esac
+  done
+  echo "${folder%/}$control"
+}
+
 newest_checkpoint() { (cd "$1/checkpoints" 2>/dev/null && ls -d step-[0-9]* 2>/dev/null | tail -n 1) || true; }
 
 # run_and_requeue FOLDER COMMAND...: runs COMMAND, which trains in FOLDER, and ends the job with its status. On 75 (saved,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from megatron_detour.checkpoint.huggingface import Weights
@@ -111,9 +112,11 @@ def _memory(told: Forecast) -> Iterator[Item]:
     most = told.most_memory
     if most is None:
         return
-    text = f"about {most.needed / machine.GIB:.1f} GiB a rank with a margin, on {told.ranks} of them"
-    if most.on_gpu and not most.fits(told.gpu_memory):
-        yield Item(FAULT, "fit", f"{text}: more than {told.gpu_memory:.0f} GB", told.advice or "")
+    text = f"about {most.needed / machine.GIB:.1f} GiB a rank with a margin, {told.ranks} ranks"
+    room = told.gpu_memory * 1e9 if most.on_gpu else psutil.virtual_memory().total / told.ranks
+    if most.needed > room:
+        advice = told.advice or "a smaller batch.micro_sequences or compute.recompute=full takes less"
+        yield Item(FAULT, "fit", f"{text}: more than the {room / machine.GIB:.1f} GiB that each has here", advice)
     else:
         yield Item(OK, "fit", text)
 

@@ -269,8 +269,10 @@ def _check_freezing(phase: Phase, key: str, faults: Faults) -> None:
 def _check_names(config: RunConfig, faults: Faults) -> None:
     if not config.phases:
         faults.add("phases", "at least one phase is needed")
-    for name in _twice([phase.name for phase in config.phases]):
-        faults.add("phases", f"the name {name!r} is used twice")
+    names = [phase.name for phase in config.phases]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            faults.add(f"phases.{number}.name", f"the name {name!r} is used twice")
     for key, text in (("name", config.name), ("folder", config.folder)):
         faults.refuse_unless(bool(text.strip()), key, "must not be empty")
     for number, phase in enumerate(config.phases):

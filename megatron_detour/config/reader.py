@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import types
 from collections.abc import Iterator
@@ -226,7 +227,7 @@ def _position(items: list, part: str, override: str) -> int:
 def _beside(file: str, run_file: Path) -> str:
     """A relative file is looked for from the current folder first, then from the run file's."""
     beside = run_file.parent / file
-    return str(beside) if not Path(file).exists() and beside.exists() else file
+    return os.path.normpath(beside) if not Path(file).exists() and beside.exists() else file
 
 
 def _at(raw: Any, section: str, key: str) -> Any:

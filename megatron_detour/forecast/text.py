@@ -14,10 +14,11 @@ def headline(forecast: Forecast) -> str:
         lines.append(f"memory      {_size(most.counted)} a rank at the {most.moment}, {_asked(forecast)}")
     if forecast.costs:
         lines.append(f"work        {forecast.flops:.3g} FLOP over {_tokens(sum(c.tokens for c in forecast.costs))}")
-        lines.append(f"time        {_time(forecast)}")
+        if forecast.seconds is not None:
+            lines.append(f"time        {_time(forecast)}")
     if forecast.disk:
         lines.append(f"disk        {_disk(forecast)}")
-    told = [*forecast.faults, *forecast.warnings, *forecast.notes]
+    told = [*forecast.faults, *forecast.warnings]
     if told:
         lines.append(f"warnings    {told[0].splitlines()[0]}" + (f" (and {len(told) - 1} more)" if told[1:] else ""))
     return "\n".join(lines)

@@ -180,11 +180,13 @@ def _figures(runs: list[Run]) -> list[dict[str, Any]]:
     ends = [run.tokens_at(record["step"]) if record else None for run, record in zip(runs, last, strict=True)]
     if len(set(ends)) > 1 or ends[0] not in common:
         reached = ", ".join(ABSENT if end is None else compact(end) for end in ends)
-        groups.append({"title": f"Last of each run (at {reached} tokens)", "rows": _rows(last)})
+        same = len(set(ends)) == 1
+        groups.append({"title": f"Last of each run (at {reached} tokens)", "rows": _rows(last, compared=same)})
     return [group for group in groups if group["rows"]]
 
 
-def _rows(records: list[Record]) -> list[dict[str, Any]]:
+def _rows(records: list[Record], compared: bool = True) -> list[dict[str, Any]]:
+    """`compared`: whether differences to the first run mean anything."""
     rows = []
     keys = dict.fromkeys(key for record in records for key in record if key.partition("/")[0] in VALIDATION_FIGURES)
     for key in sorted(keys, key=lambda key: list(VALIDATION_FIGURES).index(key.partition("/")[0])):
@@ -198,7 +200,7 @@ def _rows(records: list[Record]) -> list[dict[str, Any]]:
                 "objective": figure.objective,
                 "values": [ABSENT if value is None else figure.value(value) for value in values],
                 "changes": [
-                    figure.change(value - values[0]) if value is not None and values[0] is not None else ""
+                    figure.change(value - values[0]) if compared and None not in (value, values[0]) else ""
                     for value in values[1:]
                 ],
             }

@@ -33,7 +33,8 @@ def start_distributed(config: RunConfig, plan: Plan) -> tuple[ParallelState, tor
     """Joins the ranks and makes the groups. Raises DetourError when the ranks do not fit the run file."""
     ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
     check_ranks(config, plan, ranks)
-    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+    port = "29500" if ranks > 1 else "0"  # 0: any that is free
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, default)
     _quiet_deepspeed()
     import deepspeed
@@ -62,10 +63,14 @@ def _join(backend: str) -> None:
         store.set(f"here/{rank}", "")
         store.wait([f"here/{other}" for other in range(ranks)], RENDEZVOUS)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(error):
+            raise DetourError(
+                f"port {port} is taken, perhaps by another run: give the launcher --master_port, or set MASTER_PORT"
+            ) from None
         raise DetourError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} waited in vain for the others at {where}: "
-            f"{str(error).partition(chr(10))[0]}"
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} waited in vain for the others at "
+            f"{address}:{port}: {str(error).partition(chr(10))[0]}"
         ) from None
 
 

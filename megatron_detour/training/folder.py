@@ -36,9 +36,14 @@ def refuse_another_run(folder: Path, config: RunConfig) -> None:
     for key in [*here, *there]:
         if here.get(key) != there.get(key):
             raise DetourError(
-                f"{folder}: this folder holds another run: {_spoken(key, config)} is {there.get(key)!r} there and "
-                f"{here.get(key)!r} here; give the same settings to resume, choose another folder=... or remove it"
+                f"{folder}: this folder holds another run: {_spoken(key, config)} is {_shown(there, key)} there and "
+                f"{_shown(here, key)} here; give the same settings to resume, choose another folder=... or remove it"
             )
+
+
+def _shown(settings: dict[str, Any], key: str) -> str:
+    value = settings.get(key)
+    return "not set" if value is None else repr(value)
 
 
 def _spoken(key: str, config: RunConfig) -> str:
@@ -52,6 +57,8 @@ def _spoken(key: str, config: RunConfig) -> str:
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     """What the run file says otherwise than in the last session, without harm to the trajectory: a line each."""
+    if not (folder / "environment.json").exists():
+        return []  # no session has begun
     try:
         before = dict(flatten(from_dict(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))).to_dict()))
     except (OSError, yaml.YAMLError, DetourError):
@@ -63,7 +70,7 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
         "deepspeed": "; rounding may differ",
     }
     return [
-        f"changed since the last session: {key} was {before.get(key)!r} and is {now.get(key)!r}"
+        f"changed since the last session: {_spoken(key, config)} was {_shown(before, key)} and is {_shown(now, key)}"
         f"{remarks.get(key.partition('.')[0], '') if key != 'validation.every' else ''}"
         for key in keys
     ]

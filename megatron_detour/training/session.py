@@ -62,8 +62,9 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
         )
         session = Session(config, plan, folder, start, course, state, device, choice, stop)
         model = ModernBert(start.shape, state, choice.compute, config.z_loss)
+        engine = create_engine(model, config, deepspeed_config, state)
         with session.own_folder():
-            finished = session.train(create_engine(model, config, deepspeed_config, state))
+            finished = session.train(engine)
         dist.barrier()
     dist.destroy_process_group()
     return 0 if finished else EXIT_INTERRUPTED
@@ -109,7 +110,7 @@ class Session:
                 yield
             except BaseException as error:
                 with suppress(Exception):  # the first fault is the one to tell
-                    self._end(f"error: {error}" if isinstance(error, Exception) else type(error).__name__)
+                    self._end(f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C")
                     self.writing.wait()
                 raise
 

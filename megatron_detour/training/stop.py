@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C stays what it is
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SPOKEN = {"SIGINT": "Ctrl-C"}
 SLURM_MARGIN = 60.0  # seconds before the end of the job, as Slurm's clock and kill are not ours
 
 
@@ -22,7 +23,9 @@ class _Limit:
 
 
 class StopRequests:
-    """Gathers the requests to end; as a context manager it also takes SIGTERM and SIGUSR1, which then only ask.
+    """Gathers the requests to end; as a context manager it also takes SIGTERM, SIGUSR1 and Ctrl-C, which then only ask.
+
+    A second Ctrl-C is Python's: it ends the process at once.
 
     Ranks may be asked at different times: the caller agrees with the others on what `reason` says.
     """
@@ -69,7 +72,10 @@ class StopRequests:
         return None
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        self._signal = self._signal or signal.Signals(number).name
+        name = signal.Signals(number).name
+        asked, self._signal = self._signal, self._signal or SPOKEN.get(name, name)
+        if number == signal.SIGINT and asked == SPOKEN["SIGINT"]:
+            raise KeyboardInterrupt
 
 
 def _spoken(seconds: float) -> str:

@@ -59,16 +59,17 @@ def no_report() -> None:
 
 
 def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
-    """Runs as srun would have started it. RAISE_AT=STEP makes it fail in that step, as a fault of the code would;
-    NO_NUMBER_FROM=STEP spoils its gradients from that step on, and with NO_REPORT=1 no report can be written."""
+    """Runs as srun would have started it. RAISE_AT=STEP makes the last rank fail in that step, as a fault of the code
+    would; NO_NUMBER_FROM=STEP spoils its gradients from that step on; with NO_REPORT=1 no report can be written."""
     os.setsid()  # whatever it starts can be told by its session
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if "RAISE_AT" in os.environ:
+    is_last = int(environment["RANK"]) == int(environment["WORLD_SIZE"]) - 1
+    if is_last and "RAISE_AT" in os.environ:
         fail_at(int(os.environ["RAISE_AT"]))
-    if "NO_NUMBER_FROM" in os.environ:
+    if is_last and "NO_NUMBER_FROM" in os.environ:
         no_number_from(int(os.environ["NO_NUMBER_FROM"]))
     if "NO_REPORT" in os.environ:
         no_report()

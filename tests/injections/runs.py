@@ -146,12 +146,12 @@ class Session:
 
 
 def begin(folder: Path, run_file: Path, setup: Setup, log: Path, overrides: Sequence[str] = (), **more: str) -> Session:
-    """Starts the ranks of a run, as srun would; `more` are variables for the last rank."""
+    """Starts the ranks of a run, as srun would; `more` are variables of rank.py."""
     shared = {"WORLD_SIZE": str(setup.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = ["--run-file", str(run_file), f"folder={folder}", *setup.overrides, *overrides]
     processes = []
     for rank in range(setup.ranks):
-        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (more if rank == setup.ranks - 1 else {})
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | more
         process = _ranks.Process(target=rank_work, args=(own, str(log), arguments), daemon=True)
         process.start()
         processes.append(process)

@@ -176,20 +176,24 @@ def calls(project: Path) -> list[str]:
     return (project / "calls").read_text().splitlines()
 
 
-SAVE = "mkdir -p runs/x/checkpoints/step-0000000{}\n"
+SAVE = "mkdir -p runs/{}/checkpoints/step-00000002\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("earlier", [False, True])
-def test_an_interrupted_run_is_requeued(project, script, earlier):
+@pytest.mark.parametrize(
+    ("argument", "folder"),
+    [("seed=1", "x"), ("--control", "x-control"), ("--control=mlm=0.4", "x-control"), ("folder=runs/y/", "y")],
+)
+def test_an_interrupted_run_is_requeued(project, script, earlier, argument, folder):
     if earlier:
-        (project / "runs/x/checkpoints/step-00000001").mkdir(parents=True)
-    ended = submit(project, script, SAVE.format(2) + "exit 75", "phases.detour.tokens=2B", "--control")
+        (project / "runs" / folder / "checkpoints/step-00000001").mkdir(parents=True)
+    ended = submit(project, script, SAVE.format(folder) + "exit 75", "phases.detour.tokens=2B", argument)
     assert (ended.returncode, ended.stderr) == (0, "")
     started, requeued = calls(project)
     assert started == (
         "srun --kill-on-bad-exit=1 --cpus-per-task=8 --gpu-bind=none python -u examples/pretrain_large.sh "
-        "folder=runs/x phases.detour.tokens=2B --control"
+        f"folder=runs/x phases.detour.tokens=2B {argument}"
     )
     assert requeued == "scontrol requeue 12"
     assert "interrupted at step-00000002" in ended.stdout
