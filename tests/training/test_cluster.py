@@ -211,13 +211,13 @@ def test_an_interrupted_run_without_progress_is_not_requeued(project, earlier):
 
 @pytest.mark.parametrize("status", [0, 1, 137])
 def test_another_end_is_the_job_s(project, status):
-    ended = submit(project, "many_nodes", SAVE.format(1) + f"exit {status}")
+    ended = submit(project, "many_nodes", SAVE.format("x") + f"exit {status}")
     assert (ended.returncode, ended.stderr) == (status, "")
     assert len(calls(project)) == 1
 
 
 def test_a_requeue_that_slurm_refuses_is_told(project):
-    ended = submit(project, "one_node", SAVE.format(1) + "exit 75", SCONTROL_STATUS="1")
+    ended = submit(project, "one_node", SAVE.format("x") + "exit 75", SCONTROL_STATUS="1")
     assert ended.returncode == 75
     assert "sbatch the same again" in ended.stderr
 

@@ -40,7 +40,6 @@ def whole(run_file, tmp_path_factory) -> Path:
     [
         (Setup(1, 1, "bf16"), ["damaged file", "SIGTERM", "full disk", "SIGKILL of all", "SIGUSR1", "SIGKILL of all"]),
         (Setup(2, 1), ["SIGKILL of one rank", "rank that raises", "SIGKILL of all", "SIGTERM", "SIGKILL of all"]),
-        (Setup(4, 2), ["SIGKILL of all", "SIGKILL of all"]),
     ],
     ids=str,
 )
