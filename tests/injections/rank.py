@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; more would wait for each other
 
 # ruff: noqa: F401  what takes seconds to load
 import deepspeed.runtime.zero.muon.muon_optimizer
