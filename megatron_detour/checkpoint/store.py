@@ -92,8 +92,13 @@ def prune(checkpoints: Path, newest: int, keep: int, is_kept: Callable[[int], bo
     for folder in known[:-keep]:
         if not is_kept(step_of(folder)):
             _remove(folder)
+    remove_leftovers(checkpoints)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Removes what killed runs have left half-written or half-removed; what cannot be removed stays for the next one."""
     for leftover in checkpoints.glob(".step-*-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:

@@ -67,7 +67,10 @@ class Checkpoints:
 
     def restore(self) -> int:
         """Sets weights and optimiser from the newest checkpoint or the start model; returns the tokens consumed."""
-        found = [store.latest(self.checkpoints, self.say) if self.state.is_first else None]
+        found = [None]
+        if self.state.is_first:
+            store.remove_leftovers(self.checkpoints)
+            found = [store.latest(self.checkpoints, self.say)]
         dist.broadcast_object_list(found, src=0)
         checkpoint, model = found[0], self.engine.module
         if checkpoint is None and self.start.weights is None:
