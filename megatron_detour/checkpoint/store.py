@@ -96,7 +96,7 @@ def prune(checkpoints: Path, newest: int, keep: int, is_kept: Callable[[int], bo
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Removes what killed runs have left half-written or half-removed; what cannot be removed stays for the next one."""
+    """Removes what killed runs have left half-written or half-removed, where it can be removed."""
     for leftover in checkpoints.glob(".step-*-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
