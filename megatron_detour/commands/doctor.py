@@ -112,7 +112,8 @@ def _memory(told: Forecast) -> Iterator[Item]:
     most = told.most_memory
     if most is None:
         return
-    text = f"about {most.needed / machine.GIB:.1f} GiB a rank with a margin, {told.ranks} ranks"
+    ranks = f"{told.ranks} rank{'s' if told.ranks > 1 else ''}"
+    text = f"about {most.needed / machine.GIB:.1f} GiB a rank with a margin, {ranks}"
     room = told.gpu_memory * 1e9 if most.on_gpu else psutil.virtual_memory().total / told.ranks
     if most.needed > room:
         advice = told.advice or "a smaller batch.micro_sequences or compute.recompute=full takes less"

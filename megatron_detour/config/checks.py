@@ -88,7 +88,7 @@ def _check_corpora(config: RunConfig, faults: Faults) -> None:
                 f"must be above 0, it is {corpus.weight:g}; leave the corpus out instead",
             )
         prefixes = [corpus.prefix for corpus in corpora]
-        for prefix in _twice(prefixes):
+        for prefix in sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
             faults.add(key, f"the corpus {prefix!r} is there twice; give it the sum of its weights once")
 
 
@@ -271,14 +271,10 @@ def _check_names(config: RunConfig, faults: Faults) -> None:
         faults.add("phases", "at least one phase is needed")
     names = [phase.name for phase in config.phases]
     for number, name in enumerate(names):
+        key = f"phases.{number}.name"
         if name in names[:number]:
-            faults.add(f"phases.{number}.name", f"the name {name!r} is used twice")
+            faults.add(key, f"the name {name!r} is used twice")
+        if not NAME.fullmatch(name):
+            faults.add(key, f"{name!r} is no name: letters, digits, spaces, - and _ make one")
     for key, text in (("name", config.name), ("folder", config.folder)):
         faults.refuse_unless(bool(text.strip()), key, "must not be empty")
-    for number, phase in enumerate(config.phases):
-        if not NAME.fullmatch(phase.name):
-            faults.add(f"phases.{number}.name", f"{phase.name!r} is no name: letters, digits, spaces, - and _ make one")
-
-
-def _twice(names: list[str]) -> list[str]:
-    return sorted({name for name in names if names.count(name) > 1})

@@ -23,7 +23,6 @@ class Segment:
 
     corpora: tuple[Corpus, ...]
     sequences: Sequences
-    end: int  # the number of the first sequence after it
 
 
 class Course:
@@ -40,7 +39,7 @@ class Course:
             packs = {prefix: -(-read // first.sequence_length) for prefix, read in tokens.items()}
             beginning = Beginning(first.first_sequence, packs, seeds)
             sequences = Sequences(first.corpora, first.sequence_length, order_seed, vocabulary, beginning)
-            segment = Segment(first.corpora, sequences, end)
+            segment = Segment(first.corpora, sequences)
             self.segments.append(segment)
             self._of_phase |= {phase.name: segment for phase in run}
             tokens |= {prefix: n * first.sequence_length for prefix, n in sequences.packs_read(end).items()}

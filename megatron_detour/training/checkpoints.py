@@ -30,6 +30,7 @@ from megatron_detour.training.start import StartModel
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+FORMAT = 2  # of run_state.json and optimizer.safetensors
 SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
 
 
@@ -85,6 +86,11 @@ class Checkpoints:
                 scatter(self.engine, self.state, weights)
                 return 0
             run_state = huggingface.read_run_state(checkpoint)
+            if run_state.get("format") != FORMAT:
+                raise DetourError(
+                    f"{checkpoint}: of another version of this project, which does not resume it; start in another "
+                    f"folder=... with model.start={checkpoint}"
+                )
             if run_state["tokens"] < self.plan.total_tokens:
                 self._check_corpora(run_state, checkpoint)
             scatter(self.engine, self.state, weights, *huggingface.open_optimizer(checkpoint, stack))
@@ -162,6 +168,7 @@ class Checkpoints:
 
     def _run_state(self, done: Step | None) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "step": done.number if done else 0,
             "total_steps": self.plan.total_steps,
             "tokens": done.tokens if done else 0,

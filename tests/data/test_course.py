@@ -41,7 +41,7 @@ def course_of(prefixes: list[str], vocabulary: Vocabulary, phases: list[dict]) -
                  "sequence_length": LENGTH},
         "batch": {"sequences": 8},
         "phases": [
-            {"name": str(i), "objective": "clm", "learning_rate": {"peak": 1}, "tokens": "2 steps"} | phase
+            {"name": f"phase{i}", "objective": "clm", "learning_rate": {"peak": 1}, "tokens": "2 steps"} | phase
             for i, phase in enumerate(phases)
         ],
         "deepspeed": "unused",

@@ -14,7 +14,7 @@ from megatron_detour.plan import Plan
 from megatron_detour.training.freezing import frozen_parameters
 from tests.harness import ROOT, run_ranks
 from tests.models import loss_of, microbatch, tiny
-from tests.training.test_zero2 import LEARNING_RATE, microbatches, run_config
+from tests.training.test_zero2 import LEARNING_RATE, microbatches, plain_optimizer, run_config
 
 STEPS = 2  # of each phase
 FREEZE = ("embeddings", "layers.0-2")
@@ -68,10 +68,7 @@ def phased_steps(tensor: int, dtype: str):
 def plain_steps():
     """The same with plain torch, whose AdamW leaves out parameters without gradients."""
     model, config = tiny(), phased(1)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = plain_optimizer(model)
     norms = []
     for step in range(3 * STEPS):
         frozen = frozen_parameters(model, config.phases[step // STEPS].freeze, "test")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_detour.checkpoint import store
 from megatron_detour.errors import EXIT_INTERRUPTED
+from megatron_detour.files import file_facts
 from megatron_detour.observe.sinks import read_metrics
 from tests.injections.campaign import Victim
 from tests.injections.faults import wait_for
@@ -125,3 +127,17 @@ def test_what_changed_between_sessions_is_told(whole, run_file, tmp_path):
     sessions = json.loads((folder / "environment.json").read_text())["sessions"]
     assert [s["ended"] for s in sessions] == ["error: injected", "finished"]
     assert [s["dtype"] for s in sessions] == ["float32", "bfloat16"]
+
+
+def test_a_checkpoint_of_another_version_is_not_resumed(whole, run_file, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    newest = store.find_checkpoints(folder / "checkpoints")[-1]
+    state = json.loads((newest / "run_state.json").read_text())
+    (newest / "run_state.json").write_text(json.dumps(state | {"format": 1}))
+    listing = json.loads((newest / store.LISTING).read_text())
+    (newest / store.LISTING).write_text(json.dumps(listing | {"run_state.json": file_facts(newest / "run_state.json")}))
+    session = started(folder, run_file, Setup())
+    assert session.wait() == [1]
+    assert f"error: {newest}: of another version of this project" in session.output()
+    assert "Traceback" not in session.output()

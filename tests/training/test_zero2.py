@@ -78,13 +78,18 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
     return norms, first, last
 
 
-def plain_steps(steps: int):
-    """Norms, weights after the first step, and weights and Adam's states after the last."""
-    model = tiny()
+def plain_optimizer(model) -> torch.optim.AdamW:
+    """The optimiser of `run_config`, of torch alone."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6)
+
+
+def plain_steps(steps: int):
+    """Norms, weights after the first step, and weights and Adam's states after the last."""
+    model = tiny()
+    optimizer = plain_optimizer(model)
     norms, first = [], None
     for step in range(steps):
         batches = microbatches(step)
