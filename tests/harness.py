@@ -68,6 +68,9 @@ def _main() -> None:
     module, function = target.split(":")
     arguments = pickle.loads((folder / "arguments.pkl").read_bytes())
     result = getattr(importlib.import_module(module), function)(*arguments)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        distributed.barrier()  # rank 0 keeps the store that a slower rank may still make its groups with
     (folder / f"rank{os.environ['RANK']}.pkl").write_bytes(pickle.dumps(result))
 
 
