@@ -107,9 +107,16 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _let_the_first_speak(error: Exception, grace: float) -> None:
+    """Waits; a rank that the launcher had asked to end before its own fault came (training/stop.py) leaves instead."""
+    if getattr(error, "asked_to_end", False):
+        leave(1)
+    time.sleep(grace)
+
+
 def _tell(error: Exception, sentence: str, grace: float) -> int:
     if not getattr(error, "first_to_fail", _rank() == 0 and not of_another_rank(error)):
-        time.sleep(grace)
+        _let_the_first_speak(error, grace)
     say_error(sentence, _rank())
     return 1
 
@@ -119,6 +126,6 @@ def _tell_unexpected(error: Exception, grace: float) -> int:
         cause = str(error).partition("\n")[0]
         return _tell(error, f"another rank has ended or cannot be reached ({type(error).__name__}: {cause})", grace)
     if not getattr(error, "first_to_fail", True):
-        time.sleep(grace)
+        _let_the_first_speak(error, grace)
     os.write(2, "".join(traceback.format_exception(error)).encode())
     return 1

@@ -55,6 +55,8 @@ class StopRequests:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, Exception) and self._signal == signal.SIGTERM.name:
+            error.asked_to_end = True  # by a launcher most likely, as another rank has failed
 
     def margin(self, seconds: float) -> None:
         """Says how long a step and a save take: so much before a limit the run has to stop."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from megatron_detour.training.stop import SIGNALS, SPOKEN, StopRequests
+from tests.harness import ROOT, environment
 
 
 class Clock:
@@ -63,6 +66,40 @@ def test_a_second_ctrl_c_does_not_wait(clock):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
+
+
+SLOW_RANK = """
+import os, signal
+from megatron_detour.errors import DetourError, command_line
+from megatron_detour.training.stop import StopRequests
+
+def main():
+    with StopRequests():
+        os.kill(os.getpid(), signal.{signal})  # as a launcher does when another rank has failed
+        raise DetourError("a fault that every rank meets")
+
+command_line(main, grace=0.5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "asked", "told"),
+    [
+        ("1", "SIGTERM", ""),
+        ("0", "SIGTERM", "error: a fault that every rank meets\n"),
+        ("1", "SIGUSR1", "error (rank 1): a fault that every rank meets\n"),
+    ],
+)
+def test_a_rank_that_was_ended_before_it_failed_says_nothing(rank, asked, told):
+    result = subprocess.run(
+        [sys.executable, "-c", SLOW_RANK.format(signal=asked)],
+        env=environment() | {"RANK": rank},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", told)
 
 
 def first_reason(stop, clock, step=10.0):
