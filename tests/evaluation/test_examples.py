@@ -1,0 +1,320 @@
+"""Data sets: every form is read into one, and a line that does not fit is named with its file and number."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.examples import Dataset, read_dataset, train_test_duplicates
+from megatron_detour.evaluation.task import FIELDS, Task
+
+GOOD = {
+    "token-classification": {"tokens": ["some", "pain"], "tags": ["O", "B-Finding"]},
+    "classification": {"text": "some pain", "label": "finding"},
+    "multi-label": {"text": "some pain", "labels": ["finding"]},
+    "similarity": {"text": "some pain", "text_b": "a fever", "score": 1.5},
+    "multiple-choice": {"question": "Which?", "options": {"a": "pain", "b": "dose"}, "answers": ["b"]},
+    "multiple-answer": {"question": "Which?", "options": {"a": "pain", "b": "dose"}, "answers": ["b", "a"]},
+}
+OTHER = {"text": "the dose", "label": "drug"}  # a second class
+
+
+def task_of(kind: str, **settings) -> Task:
+    return Task("small", "small", "en", kind, "", (), **settings)
+
+
+def lines(*records) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def write(data: Path, kind: str, **contents: bytes) -> Path:
+    """Writes splits; those that are not given hold good lines."""
+    folder = data / "small"
+    folder.mkdir(exist_ok=True)
+    good = [GOOD[kind], OTHER] if kind == "classification" else [GOOD[kind]]
+    for split in ("train", "dev", "test"):
+        (folder / f"{split}.jsonl").write_bytes(contents.get(split, lines(*good)))
+    return data
+
+
+def read(data: Path, kind: str, settings: dict | None = None, **contents: bytes) -> Dataset:
+    return read_dataset(task_of(kind, **(settings or {})), write(data, kind, **contents))
+
+
+@pytest.mark.parametrize(
+    ("kind", "example", "labels"),
+    [
+        ("token-classification", GOOD["token-classification"], ("O", "B-Finding", "I-Finding")),
+        ("classification", GOOD["classification"] | {"text_b": None}, ("drug", "finding")),
+        ("multi-label", GOOD["multi-label"] | {"text_b": None}, ("finding",)),
+        ("similarity", GOOD["similarity"], ()),
+        ("multiple-choice", {"question": "Which?", "options": ["pain", "dose"], "answers": [1]}, ()),
+        ("multiple-answer", {"question": "Which?", "options": ["pain", "dose"], "answers": [0, 1]}, ()),
+    ],
+)
+def test_every_type_is_read(tmp_path, kind, example, labels):
+    dataset = read(tmp_path, kind)
+    assert [dataset.train[0], dataset.dev[0], dataset.test[0]] == [example] * 3
+    assert dataset.labels == labels
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_other_keys_by_the_tasks_fields(tmp_path, kind):
+    renamed = [{f"my_{key}": value for key, value in record.items()} for record in (GOOD[kind], OTHER)]
+    content = lines(*(renamed if kind == "classification" else renamed[:1]))
+    fields = {key: f"my_{key}" for key in FIELDS[kind] if key in GOOD[kind]}
+    dataset = read(tmp_path, kind, {"fields": fields}, train=content, dev=content, test=content)
+    assert dataset.train == read(tmp_path, kind).train
+
+
+def test_pairs_of_texts(tmp_path):
+    pair = GOOD["classification"] | {"text_b": "a fever"}
+    content = lines(pair, OTHER | {"text_b": "today"})
+    dataset = read(tmp_path, "classification", train=content, dev=content, test=content)
+    assert [example["text_b"] for example in dataset.dev] == ["a fever", "today"]
+    with pytest.raises(DetourError, match=r"dev.jsonl, line 1: no key 'text_b' \(did you mean 'text'\?\)"):
+        read(tmp_path, "classification", train=content)
+    with pytest.raises(DetourError, match=r"dev.jsonl, line 2: has a second text under 'text_b', which the first"):
+        read(tmp_path, "classification", dev=lines(OTHER, pair))
+    with pytest.raises(DetourError, match=r"train.jsonl, line 1: no key 'second'"):
+        read(tmp_path, "classification", {"fields": {"text_b": "second"}})
+    assert read(tmp_path, "classification", dev=lines(OTHER | {"text_b": None})).dev[0]["text_b"] is None
+
+
+def test_line_ends_blank_lines_and_byte_order_mark(tmp_path):
+    text = "one\r\ntwo\u2028three\x85"
+    written = lines(GOOD["classification"] | {"text": text}, OTHER).replace(b"\n", b"\r\n")
+    dataset = read(tmp_path, "classification", train=b"\xef\xbb\xbf\r\n" + written + b"\n \n")
+    assert [example["text"] for example in dataset.train] == [text, "the dose"]
+
+
+def test_compressed_and_other_endings_are_the_same_data(tmp_path):
+    plain = read(tmp_path, "classification")
+    folder = tmp_path / "small"
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress((folder / "train.jsonl").read_bytes()))
+    with pytest.raises(DetourError, match=r"small: has both train.jsonl and train.jsonl.gz; keep the one"):
+        read_dataset(task_of("classification"), tmp_path)
+    (folder / "train.jsonl").unlink()
+    (folder / "dev.jsonl").rename(folder / "dev.json")
+    assert read_dataset(task_of("classification"), tmp_path) == plain
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(lines(*[OTHER] * 99, GOOD["classification"]))[:-20])
+    with pytest.raises(DetourError, match=r"train.jsonl.gz: cannot be read to its end"):
+        read_dataset(task_of("classification"), tmp_path)
+    (folder / "train.jsonl.gz").write_bytes(b"nothing")
+    with pytest.raises(DetourError, match=r"train.jsonl.gz: cannot be read to its end: Not a gzipped file"):
+        read_dataset(task_of("classification"), tmp_path)
+
+
+def test_the_hash_is_that_of_all_three_splits(tmp_path):
+    content = lines(GOOD["classification"], OTHER)
+    hashes = {read(tmp_path, "classification").sha256}
+    for split in ("train", "dev", "test"):
+        hashes.add(read(tmp_path, "classification", **{split: content + lines(OTHER)}).sha256)
+    assert len(hashes) == 4
+    assert read(tmp_path, "classification").sha256 in hashes
+
+
+def test_missing_folders_and_files_are_named(tmp_path):
+    with pytest.raises(DetourError, match=r"small: there is no such folder; the task small needs its data there"):
+        read_dataset(task_of("similarity"), tmp_path)
+    (tmp_path / "small").mkdir()
+    with pytest.raises(DetourError, match=r"small: has none of train.jsonl, train.jsonl.gz, .*; it is empty"):
+        read_dataset(task_of("similarity"), tmp_path)
+    write(tmp_path, "similarity")
+    (tmp_path / "small/dev.jsonl").rename(tmp_path / "small/validation.jsonl")
+    with pytest.raises(DetourError, match=r"none of dev.jsonl, .*; it holds test.jsonl, train.jsonl, validation.jsonl"):
+        read_dataset(task_of("similarity"), tmp_path)
+
+
+def changed(kind: str, **values) -> bytes:
+    return json.dumps(GOOD[kind] | values).encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "says"),
+    [
+        ("similarity", b"{", r"not JSON \(Expecting"),
+        ("similarity", b"[{}, {}]", "not a JSON object; write one object a line"),
+        ("similarity", b"[{}, ", r"not JSON \(.*\); write one object a line, not a list"),
+        ("similarity", b"5", "not a JSON object"),
+        ("similarity", b"\xff", "not UTF-8"),
+        ("similarity", rb'{"text": "\ud800"}', "holds half a surrogate pair"),
+        ("similarity", b'{"txt": "a"}', r"no key 'text' \(did you mean 'txt'\?\); where .* fields: {text: KEY}"),
+        ("similarity", changed("similarity", text=None), "the value of 'text' is null, not a text"),
+        ("similarity", changed("similarity", text=["a"]), "the value of 'text' is a list, not a text"),
+        ("similarity", changed("similarity", text=" "), "the text under 'text' is blank"),
+        ("similarity", changed("similarity", score="high"), "a text under 'score', where a number is needed"),
+        ("similarity", changed("similarity", score=True), "true under 'score'"),
+        ("similarity", changed("similarity", score=None), "null under 'score'"),
+        ("similarity", changed("similarity", score=float("nan")), "NaN under 'score'"),
+        ("similarity", changed("similarity", score=10**400), "1000.* under 'score'"),
+        ("classification", changed("classification", label=None), "null under 'label', where a name or a whole"),
+        ("classification", changed("classification", label=1.5), "1.5 under 'label'"),
+        ("classification", changed("classification", label=True), "true under 'label'"),
+        ("classification", changed("classification", label=""), "a text without anything in it under 'label'"),
+        ("classification", b'{"text": "a"}', "no key 'label'; where"),
+        ("multi-label", changed("multi-label", labels="finding"), "the value of 'labels' is a text, not a list"),
+        ("multi-label", changed("multi-label", labels=["a", "b", "a"]), "'a' stands twice under 'labels'"),
+        ("multi-label", changed("multi-label", labels=[["a"]]), "a list under 'labels'"),
+        (
+            "token-classification",
+            changed("token-classification", tags=["O"]),
+            "2 values under 'tokens', but 1 under 'tags'",
+        ),
+        (
+            "token-classification",
+            changed("token-classification", tags=["O", "Finding"]),
+            "the tag 'Finding' is none of BIO",
+        ),
+        ("token-classification", changed("token-classification", tags=["O", "B-"]), "the tag 'B-' is none"),
+        (
+            "token-classification",
+            changed("token-classification", tags=["O", "E-Finding"]),
+            "the tag 'E-Finding' is none",
+        ),
+        (
+            "token-classification",
+            changed("token-classification", tags=["O", 3]),
+            "the values of 'tags' are not all texts",
+        ),
+        (
+            "token-classification",
+            changed("token-classification", tokens="a b"),
+            "the value of 'tokens' is a text, not a list",
+        ),
+        ("token-classification", b'{"tokens": [], "tags": []}', "nothing under 'tokens'; leave out"),
+        ("multiple-choice", changed("multiple-choice", options={"a": "pain"}), "1 options; a choice needs two"),
+        ("multiple-choice", changed("multiple-choice", options="ab"), "'options' is neither an object nor a list"),
+        ("multiple-choice", changed("multiple-choice", options=["a", ""]), "the text under 'options' is blank"),
+        (
+            "multiple-choice",
+            changed("multiple-choice", answers=["c"]),
+            "the answer 'c' names no option; there are a, b",
+        ),
+        (
+            "multiple-choice",
+            changed("multiple-choice", options=["x", "y"], answers=[2]),
+            "'2' names no option; there are 0, 1",
+        ),
+        (
+            "multiple-choice",
+            changed("multiple-choice", answers=[]),
+            "0 right answers; multiple-choice needs exactly one",
+        ),
+        (
+            "multiple-choice",
+            changed("multiple-choice", answers=["a", "b"]),
+            "2 right answers; multiple-choice needs exactly",
+        ),
+        ("multiple-answer", changed("multiple-answer", answers=["a", "a"]), "'a' stands twice under 'answers'"),
+        (
+            "multiple-answer",
+            changed("multiple-answer", answers=[]),
+            "0 right answers; multiple-answer needs one at least",
+        ),
+        ("multiple-answer", changed("multiple-answer", answers=[None]), "null under 'answers'"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, kind, line, says):
+    with pytest.raises(DetourError, match=says) as caught:
+        read(tmp_path, kind, dev=b"\n" + lines(GOOD[kind]) + line + b"\n")
+    assert str(caught.value).startswith(f"{tmp_path / 'small/dev.jsonl'}, line 3: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_hold_no_text_of_the_data(tmp_path):
+    secret = "Mrs Example of Ward 5"
+    for value in (secret, [secret], {"a": secret}):
+        with pytest.raises(DetourError) as caught:
+            read(tmp_path, "similarity", dev=changed("similarity", score=value))
+        assert "Mrs" not in str(caught.value)
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_an_empty_split_is_refused(tmp_path, split):
+    with pytest.raises(DetourError, match=rf"{split}.jsonl: has no examples"):
+        read(tmp_path, "similarity", **{split: b"\n"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "known", "new", "label"),
+    [
+        ("classification", {}, {"label": "findings"}, "label 'findings'"),
+        ("multi-label", {}, {"labels": ["finding", "drug"]}, "label 'drug'"),
+        ("token-classification", {}, {"tags": ["O", "I-Drug"]}, "type of entity 'Drug'"),
+    ],
+)
+def test_a_label_that_train_lacks(tmp_path, kind, known, new, label):
+    content = lines(GOOD[kind], GOOD[kind] | new)
+    for split in ("dev", "test"):
+        with pytest.raises(DetourError, match=rf"{split}.jsonl, line 2: the {label} is not in the training split"):
+            read(tmp_path, kind, **{split: content})
+    # a task that lists it takes it, and one that lists others refuses it in every split
+    listed = ("finding", "findings", "drug", "Finding", "Drug")
+    assert len(read(tmp_path, kind, {"labels": listed}, test=content).test) == 2
+    with pytest.raises(DetourError, match=rf"train.jsonl, line 2: the {label} is not under labels of the task"):
+        read(tmp_path, kind, {"labels": ("finding", "Finding")}, train=content)
+
+
+def test_listed_labels_are_the_data_sets(tmp_path):
+    assert read(tmp_path, "classification", {"labels": ("z", "finding", "drug")}).labels == ("drug", "finding", "z")
+    labels = read(tmp_path, "token-classification", {"labels": ("Finding", "Drug")}).labels
+    assert labels == ("O", "B-Drug", "I-Drug", "B-Finding", "I-Finding")
+
+
+def test_nothing_to_learn_is_told(tmp_path):
+    with pytest.raises(DetourError, match=r"train.jsonl: has the label 'finding' alone, so there is nothing to learn"):
+        read(tmp_path, "classification", train=lines(GOOD["classification"]))
+    with pytest.raises(DetourError, match=r"train.jsonl: has no label, so"):
+        read(tmp_path, "multi-label", train=lines(GOOD["multi-label"] | {"labels": []}))
+    with pytest.raises(DetourError, match=r"train.jsonl: has no label, so"):
+        read(tmp_path, "token-classification", train=lines(GOOD["token-classification"] | {"tags": ["O", "O"]}))
+
+
+def test_bio_is_kept_as_it_is(tmp_path):
+    tags = ["I-Finding", "B-Finding"]
+    dataset = read(tmp_path, "token-classification", dev=changed("token-classification", tags=tags))
+    assert dataset.dev[0]["tags"] == tags
+    tags = ["B-Multi-tissue_structure", "I-gène p53"]  # types may hold hyphens and spaces
+    dataset = read(
+        tmp_path,
+        "token-classification",
+        train=lines(GOOD["token-classification"] | {"tags": tags}),
+        **{split: changed("token-classification", tags=tags) for split in ("dev", "test")},
+    )
+    assert dataset.labels[1:] == ("B-Multi-tissue_structure", "I-Multi-tissue_structure", "B-gène p53", "I-gène p53")
+
+
+def test_whole_numbers_are_labels_and_answers(tmp_path):
+    content = lines({"text": "a", "label": 0}, {"text": "b", "label": 1})
+    dataset = read(tmp_path, "classification", train=content, dev=content, test=content)
+    assert dataset.labels == ("0", "1") and dataset.test[1]["label"] == "1"
+    question = {"question": "Which?", "options": {"1": "pain", "2": "dose"}, "answers": 2}
+    content = lines(question)
+    assert read(tmp_path, "multiple-choice", train=content, dev=content, test=content).dev[0]["answers"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "test", "count"),
+    [
+        # tokens that join to the same words; twice in test is once
+        ("token-classification", [{"tokens": ["a", "b"]}], [{"tokens": ["a", "b"]}, {"tokens": ["a", "b"]}], 1),
+        ("classification", [{"text": "x"}, {"text": "y"}], [{"text": "x"}, {"text": "z"}, {"text": "y"}], 2),
+        ("similarity", [{"text_b": "a"}], [{"text_b": "b"}], 0),
+        ("similarity", [{"score": 1}], [{"score": 2}], 1),
+        ("multiple-choice", [{}], [{"options": ["c", "d"], "answers": [0]}], 1),
+    ],
+)
+def test_overlap_of_train_and_test(tmp_path, kind, train, test, count):
+    extra = [OTHER] if kind == "classification" else []
+    dataset = read(
+        tmp_path,
+        kind,
+        train=lines(*(GOOD[kind] | values for values in train), *extra),
+        test=lines(*(GOOD[kind] | values for values in test)),
+    )
+    assert train_test_duplicates(dataset) == count
