@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-slow lint install clean
 
 demo: $(INSTALLED)
 	@examples/quickstart.sh
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not slow"
+
+test-slow: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q -m "slow and not gpu"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

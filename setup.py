@@ -21,7 +21,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_detour", "megatron_detour.*"]),
-    package_data={"megatron_detour.observe": ["*.html.j2"]},
+    package_data={
+        "megatron_detour.observe": ["*.html.j2"],
+        "megatron_detour.evaluation": ["*.html.j2", "tasks/*.yaml", "protocols/*.yaml"],
+        "megatron_detour.checkpoint": ["*.j2"],
+    },
     entry_points={"console_scripts": ["megatron-detour = megatron_detour.commands.main:entry"]},
     install_requires=[
         "torch>=2.11",
@@ -45,6 +49,11 @@ setup(
         "protobuf>=5",
         "psutil>=5.9",
         "packaging>=23",
+        # evaluation
+        "accelerate>=1.10",
+        "scikit-learn>=1.5",
+        "scipy>=1.11",
+        "seqeval>=1.2.2",
         # The fast engine of byte-level BPE, where there are wheels of it; elsewhere tokenizers does the work.
         "fastokens>=0.3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],

@@ -13,7 +13,7 @@ from tests.harness import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:tools|examples)/\w+\.(?:py|sh)[^\n`|]*(?:\\\n[^\n`]*)*")
-WITH_SUBCOMMANDS = ("tools/benchmark.py", "tools/preprocess_data.py")
+WITH_SUBCOMMANDS = ("tools/benchmark.py", "tools/evaluate.py", "tools/preprocess_data.py")
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 

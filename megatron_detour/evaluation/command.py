@@ -1,0 +1,141 @@
+"""The command lines of tools/evaluate.py: arguments, and what they start."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.protocol import known_protocols, load_protocol
+from megatron_detour.evaluation.task import Task, known_tasks, load_task
+
+GROUPS = ("all", "paper-en", "paper-fr")
+MOST_SEEDS = 1000
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folders, or NAME=DIR; the first one is what the others are compared with",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="tasks, YAML files of your own, or: all (that --data has), paper-en, paper-fr",
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="has a folder for each task")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for results and report")
+    parser.add_argument("--seeds", type=_count, metavar="N", help="of each model and task (the protocol's)")
+    parser.add_argument(
+        "--protocol", default="quick", metavar="NAME", help=f"{', '.join(known_protocols())}, or a YAML file (quick)"
+    )
+    parser.add_argument("--ner-head", choices=("tokens", "span"), help="for named entities (the protocol's)")
+    parser.add_argument("--jobs", type=_count, metavar="N", help="fine-tunings at once (one a GPU; 1 without)")
+    parser.add_argument("--shuffle-labels", action="store_true", help="train on shuffled labels: what is chance?")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", help="change the protocol: --set epochs=1 batch=8"
+    )
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", metavar="OUTPUT", help="folder of an evaluation")
+    parser.add_argument("--baseline", metavar="MODEL", help="the model to compare with (the first)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Fine-tunes what is missing, then writes the report. Raises DetourError."""
+    from megatron_detour.evaluation.suite import Suite, run_suite
+
+    overrides = options.set + ([f"ner_head={options.ner_head}"] if options.ner_head else [])
+    protocol = load_protocol(options.protocol, overrides)
+    models = named_models(options.model)
+    devices = visible_gpus()
+    suite = Suite(
+        models=models,
+        tasks=chosen_tasks(options.tasks, options.data),
+        data=options.data,
+        protocol=protocol,
+        seeds=protocol.first_seeds(options.seeds),
+        output=options.output,
+        shuffled=options.shuffle_labels,
+        jobs=options.jobs or max(1, len(devices)),
+        devices=devices,
+    )
+    run_suite(suite)
+    return report(options.output, next(iter(models)))
+
+
+def report(output: Path, baseline: str | None) -> int:
+    from megatron_detour.evaluation.report import as_text, read_summary, write_report
+
+    page = write_report(output, baseline)
+    as_text(read_summary(output), Console())
+    print(f"report   {page}\nresults  {output / 'results.jsonl'}")
+    return 0
+
+
+def list_tasks() -> int:
+    rows = [("name", "", "type", "metric", "paper", "title")]
+    for task in map(load_task, known_tasks()):
+        rows.append((task.name, task.language, task.type, task.metric, task.paper, task.title))
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    for *cells, title in rows:
+        print("  ".join([*map(str.ljust, cells, widths), title]))
+    print(f"groups: {', '.join(GROUPS)}; docs/tasks.md says where each comes from and what its files look like")
+    return 0
+
+
+def named_models(given: list[str]) -> dict[str, Path]:
+    """Folders by name: NAME=DIR, else the folder's own. Raises DetourError where two have the same."""
+    models: dict[str, Path] = {}
+    for word in given:
+        name, equals, folder = word.partition("=")
+        path = Path(folder if equals else word)
+        name = name if equals else path.resolve().name
+        if not name or "/" in name or name.startswith("."):
+            raise DetourError(f"--model {word}: give NAME=DIR with a name that can be a folder's")
+        if name in models:
+            raise DetourError(f"--model {word}: a second model named {name!r}; give NAME=DIR to tell them apart")
+        models[name] = path
+    return models
+
+
+def chosen_tasks(names: list[str], data: Path) -> tuple[Task, ...]:
+    """The tasks of names, files and groups, each once. Raises DetourError."""
+    tasks: dict[str, Task] = {}
+    for name in names:
+        for task in _group(name, data) if name in GROUPS else [load_task(name)]:
+            tasks.setdefault(task.name, task)
+    return tuple(tasks.values())
+
+
+def _group(name: str, data: Path) -> list[Task]:
+    known = [load_task(task) for task in known_tasks()]
+    if name != "all":
+        return [task for task in known if task.paper == name.removeprefix("paper-")]
+    there = [task for task in known if (data / task.name).is_dir()]
+    if not there:
+        raise DetourError(f"--tasks all: {data} has no folder named as a task; see docs/tasks.md")
+    return there
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    return tuple(named or map(str, range(torch.cuda.device_count())))[: torch.cuda.device_count()]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 to {MOST_SEEDS:,} is needed, it is {text!r}")
+    return int(text)

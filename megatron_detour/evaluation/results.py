@@ -1,0 +1,71 @@
+"""What an evaluation has found so far: OUTPUT/results.jsonl, a line a fine-tuning, and the predictions beside it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_detour.errors import DetourError
+from megatron_detour.files import write_whole
+
+RESULTS = "results.jsonl"
+Result = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """What a result is of."""
+
+    model: str
+    task: str
+    seed: int
+    shuffled: bool = False
+
+    @classmethod
+    def of(cls, result: Result) -> Cell:
+        return cls(result["model"], result["task"], result["seed"], result["shuffled"])
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.task}, seed {self.seed}{', shuffled labels' if self.shuffled else ''}"
+
+
+def read_results(output: Path) -> dict[Cell, Result]:
+    """The results by their cells, the latest where there are several. Raises DetourError for a file of another kind.
+
+    A last line that was cut off by a kill is passed over; its cell is done again.
+    """
+    path = output / RESULTS
+    if not path.exists():
+        return {}
+    found: dict[Cell, Result] = {}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            result = json.loads(line)
+            found[Cell.of(result)] = result
+        except (ValueError, KeyError, TypeError):
+            raise DetourError(f"{path}, line {number}: not a result of tools/evaluate.py; remove the line") from None
+    return found
+
+
+def predictions_path(output: Path, cell: Cell) -> Path:
+    name = f"{cell.seed}-shuffled.json" if cell.shuffled else f"{cell.seed}.json"
+    return output / "predictions" / cell.model / cell.task / name
+
+
+def add_result(output: Path, result: Result, predictions: dict[str, Any]) -> None:
+    """Writes the predictions, then the line: a line that is there has its predictions. Safe with several writers."""
+    path = predictions_path(output, Cell.of(result))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(predictions, ensure_ascii=False))
+    descriptor = os.open(output / RESULTS, os.O_RDWR | os.O_CREAT, 0o666)
+    with os.fdopen(descriptor, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        content = file.read()
+        file.seek(content.rfind(b"\n") + 1)  # over what a kill has left of a line
+        file.truncate()
+        file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

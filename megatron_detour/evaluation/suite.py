@@ -1,0 +1,229 @@
+"""Models x tasks x seeds: what is to be done, what is done already, and the workers that do the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from megatron_detour.errors import DetourError, told
+from megatron_detour.evaluation.examples import Dataset, read_dataset
+from megatron_detour.evaluation.progress import SuiteProgress
+from megatron_detour.evaluation.protocol import Protocol
+from megatron_detour.evaluation.results import Cell, Result, add_result, predictions_path, read_results
+from megatron_detour.evaluation.task import Task
+from megatron_detour.evaluation.worker import Job, begin_worker, run_job
+
+FORMAT = 1  # of what a result means: another one makes older results those of another evaluation
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is evaluated, and where the results go. `jobs` fine-tunings run at once, each on a GPU of its own."""
+
+    models: dict[str, Path]
+    tasks: tuple[Task, ...]
+    data: Path
+    protocol: Protocol
+    seeds: tuple[int, ...]
+    output: Path
+    shuffled: bool = False
+    jobs: int = 1
+    devices: tuple[str, ...] = ()  # of CUDA_VISIBLE_DEVICES, one a job; empty: the CPU
+
+
+def run_suite(suite: Suite) -> int:
+    """Does what is not done yet, in an order that makes models comparable early; returns how many it did.
+
+    Raises DetourError, before anything is trained, with every fault of models, tasks and earlier results.
+    """
+    datasets = _read_all(suite)
+    done = read_results(suite.output)
+    with _scratch(suite.output) as scratch:
+        jobs = list(_jobs(suite, datasets, scratch))
+        _refuse_others(suite, jobs, done)
+        todo = [job for job in jobs if not _is_done(suite.output, job, done)]
+        with SuiteProgress(len(jobs), len(jobs) - len(todo), sum(job.cost for job in todo)) as progress:
+            _run(suite, todo, progress)
+    return len(todo)
+
+
+def _read_all(suite: Suite) -> dict[str, Dataset]:
+    """All data sets, each checked against the models' tokenizers and heads; every fault is told at once."""
+    faults: list[str] = []
+    datasets: dict[str, Dataset] = {}
+    for task in suite.tasks:
+        try:
+            datasets[task.name] = read_dataset(task, suite.data)
+        except DetourError as fault:
+            faults.append(str(fault))
+    for path in suite.models.values():
+        try:
+            check_model(path)
+        except DetourError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise DetourError(told(faults))
+    return datasets
+
+
+def check_model(folder: Path) -> None:
+    """Raises DetourError for a folder that is no Hugging Face model with a tokenizer."""
+    if not folder.is_dir():
+        raise DetourError(f"--model {folder}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise DetourError(
+            f"--model {folder}: no config.json there; give a Hugging Face folder (tools/convert_to_hf.py)"
+        )
+    if not _weight_files(folder):
+        raise DetourError(f"--model {folder}: no *.safetensors there, so it has no weights that could be read")
+    if not (folder / "tokenizer.json").is_file():
+        raise DetourError(f"--model {folder}: no tokenizer.json there; save the model's fast tokenizer into the folder")
+
+
+def _jobs(suite: Suite, datasets: dict[str, Dataset], scratch: Path) -> Iterator[Job]:
+    identities = {name: _model_identity(path) for name, path in suite.models.items()}
+    sizes = {name: sum(file.stat().st_size for file in _weight_files(path)) for name, path in suite.models.items()}
+    for seed in suite.seeds:
+        for task in suite.tasks:
+            settings = suite.protocol.by_type[task.type]
+            dataset = datasets[task.name]
+            fixed = {
+                "format": str(FORMAT),
+                "task": _hash(repr((task.type, task.metrics, sorted(task.fields.items()), task.labels))),
+                "data": dataset.sha256,
+                "protocol": _hash(msgspec.json.encode(settings).decode()),
+            }
+            for name, path in suite.models.items():
+                yield Job(
+                    cell=Cell(name, task.name, seed, suite.shuffled),
+                    path=path,
+                    task=task,
+                    data=suite.data,
+                    settings=settings,
+                    protocol=suite.protocol.name,
+                    identity=fixed | {"model": identities[name]},
+                    cost=_cost(dataset, settings) * sizes[name],
+                    scratch=scratch,
+                )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Without the optimiser's state, which a checkpoint has beside its weights."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != "optimizer.safetensors"]
+
+
+def _cost(dataset: Dataset, settings: Any) -> float:
+    """Examples that go through a model, a training one counted three times: what shares of the time are guessed by."""
+    train = min(len(dataset.train), settings.train_examples or len(dataset.train))
+    dev = min(len(dataset.dev), settings.dev_examples or len(dataset.dev))
+    steps = settings.steps or settings.epochs * train / settings.batch
+    validations = steps / settings.validate_every if settings.validate_every else settings.epochs
+    return 3 * steps * settings.batch + validations * dev + len(dataset.test)
+
+
+def _model_identity(folder: Path) -> str:
+    """SHA-256 over the files that decide what a model computes."""
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", folder / "tokenizer.json", *_weight_files(folder)):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse_others(suite: Suite, jobs: list[Job], done: dict[Cell, Result]) -> None:
+    """Raises DetourError where a result that is there was made of something else."""
+    protocols = {result["protocol"] for result in done.values()} - {suite.protocol.name}
+    if protocols:
+        raise DetourError(
+            f"{suite.output}: holds results of the protocol {protocols.pop()!r}, this one is {suite.protocol.name!r}; "
+            "choose another --output"
+        )
+    for job in jobs:
+        identity = done.get(job.cell, {}).get("identity", job.identity)
+        changed = [part for part in job.identity if identity.get(part) != job.identity[part]]
+        if changed:
+            raise DetourError(
+                f"{suite.output}: has a result for {job.cell}, but of another {changed[0]}; choose another --output, "
+                "another name for the model (--model NAME=DIR), or remove its lines from results.jsonl"
+            )
+
+
+def _is_done(output: Path, job: Job, done: dict[Cell, Result]) -> bool:
+    return job.cell in done and predictions_path(output, job.cell).exists()
+
+
+def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
+    """A fault of one job stops no other; all faults are told at the end."""
+    if not todo:
+        return
+    context = multiprocessing.get_context("spawn")
+    workers = min(suite.jobs, len(todo))
+    shares, stop = context.Array("d", workers), context.Event()  # of each worker's job that are done
+    slots = context.Queue()
+    for slot in range(workers):
+        slots.put((slot, suite.devices[slot % len(suite.devices)] if suite.devices else ""))
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    pool = ProcessPoolExecutor(workers, context, begin_worker, (slots, shares, stop, threads, os.getpid()))
+    left, running = iter(todo), {}
+    faults: list[str] = []
+    try:
+        while True:
+            while len(running) < workers and (job := next(left, None)):
+                running[pool.submit(run_job, job)] = job
+            if not running:
+                break
+            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            progress.show(list(shares), [job.cost for job in running.values()])
+            for future in finished:
+                job = running.pop(future)
+                try:
+                    result, predictions = future.result()
+                except DetourError as fault:
+                    faults.append(f"{job.cell}: {fault}")
+                    continue
+                add_result(suite.output, result, predictions)
+                progress.finished(result, job.cost)
+    except BrokenProcessPool:
+        raise DetourError(
+            "a worker process died, most likely for want of memory: what was finished is kept; try fewer --jobs, or "
+            "--set batch=N max_length=N for less memory"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+    if faults:
+        raise DetourError(told(faults))
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder for the checkpoints of this process's workers; what killed processes of this machine left goes first."""
+    whole, host = output / ".scratch", socket.gethostname()
+    whole.mkdir(parents=True, exist_ok=True)
+    for left in whole.glob(f"{host}-*"):
+        if not Path(f"/proc/{left.name.removeprefix(f'{host}-')}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    mine = whole / f"{host}-{os.getpid()}"
+    mine.mkdir(exist_ok=True)
+    try:
+        yield mine
+    finally:
+        shutil.rmtree(mine, ignore_errors=True)
+        with suppress(OSError):  # another process uses it
+            whole.rmdir()

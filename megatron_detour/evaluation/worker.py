@@ -1,0 +1,127 @@
+"""A process that fine-tunes: one GPU, or a share of the cores, and one job after the other."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.examples import Dataset, read_dataset
+from megatron_detour.evaluation.protocol import Settings
+from megatron_detour.evaluation.results import Cell, Result
+from megatron_detour.evaluation.task import Task
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PACKAGES = ("torch", "transformers", "tokenizers", "seqeval", "scikit-learn", "scipy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning, and its result's identity: hashes of all that decides on its figures, by what they are of."""
+
+    cell: Cell
+    path: Path
+    task: Task
+    data: Path
+    settings: Settings
+    protocol: str
+    identity: dict[str, str]
+    cost: float  # in any unit that is the same for all jobs
+    scratch: Path  # for checkpoints meanwhile
+
+
+class Stopped(Exception):
+    """The parent wants no more results."""
+
+
+# Set in each worker by begin_worker; the shares are read by the parent's display.
+_slot: int
+_shares: Any
+_stop: Any
+_read: dict[str, Dataset] = {}  # by the task's name
+
+
+def begin_worker(slots: Any, shares: Any, stop: Any, threads: int, parent: int) -> None:
+    """Takes a slot and its device before torch is loaded, and ends with the parent."""
+    global _slot, _shares, _stop
+    _slot, device = slots.get()
+    _shares, _stop = shares, stop
+    os.environ["CUDA_VISIBLE_DEVICES"] = device
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _end_with(parent: int) -> None:
+    """A worker that waits for work would not notice that its parent was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os._exit(1)
+
+
+def run_job(job: Job) -> tuple[Result, dict[str, Any]]:
+    """Returns the line for results.jsonl and the predictions. Raises DetourError."""
+    import torch
+
+    from megatron_detour.evaluation.finetune import finetune
+
+    dataset = _dataset(job.task, job.data)
+    try:
+        outcome = finetune(
+            job.path,
+            dataset,
+            job.settings,
+            job.cell.seed,
+            shuffled=job.cell.shuffled,
+            scratch=job.scratch,
+            report=_report,
+        )
+    except torch.OutOfMemoryError:
+        raise DetourError(
+            f"the GPU's memory does not hold {job.settings.batch} texts of {job.settings.max_length} tokens; give "
+            "--set batch=N or max_length=N"
+        ) from None
+    result = job.cell._asdict() | {
+        "path": str(job.path),
+        "protocol": job.protocol,
+        "ner_head": job.settings.ner_head if job.task.type == "token-classification" else None,
+        "metric": job.task.metric,
+        "score": outcome.scores[job.task.metric],
+        "scores": outcome.scores,
+        "dev_score": outcome.dev_score,
+        "best_step": outcome.best_step,
+        "steps": outcome.steps,
+        "examples": outcome.examples,
+        "cut": outcome.cut,
+        "seconds": round(outcome.seconds, 1),
+        "device": outcome.device,
+        "versions": {package: version(package) for package in PACKAGES},
+        "identity": job.identity,
+    }
+    return result, {"labels": list(dataset.labels), "gold": outcome.gold, "predicted": outcome.predicted}
+
+
+def _report(share: float) -> None:
+    _shares[_slot] = share
+    if _stop.is_set():
+        raise Stopped
+
+
+def _dataset(task: Task, data: Path) -> Dataset:
+    """The last one is kept, as jobs of a task follow each other."""
+    if task.name not in _read:
+        _read.clear()
+        _read[task.name] = read_dataset(task, data)
+    return _read[task.name]

@@ -1,0 +1,285 @@
+"""Suites: what is done is not done again, kills lose what ran, faults come before any training, commands read well."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_detour.errors import DetourError
+from megatron_detour.evaluation import command
+from megatron_detour.evaluation.protocol import known_protocols, load_protocol
+from megatron_detour.evaluation.results import Cell, add_result, predictions_path, read_results
+from megatron_detour.evaluation.task import TYPES
+from tests.evaluation.small_tasks import write_small_tasks
+from tests.evaluation.test_finetune import write_tiny_model
+from tests.harness import ROOT, environment
+
+FAST = ("learning_rate=3e-3", "epochs=1", "batch=8")
+TIMES = ("seconds",)
+
+
+@pytest.fixture(scope="module")
+def workshop(tokenizer_folder, tmp_path_factory) -> Path:
+    """A folder with two models, `first` and `second`, and tiny tasks under `tasks`."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "tasks").mkdir()
+    write_small_tasks(folder / "tasks")
+    for name in ("first", "second"):
+        write_tiny_model(folder / name, tokenizer_folder)
+    config = json.loads((folder / "second" / "config.json").read_text())
+    (folder / "second" / "config.json").write_text(json.dumps(config | {"local_attention": 16}))
+    return folder
+
+
+def arguments(workshop: Path, output: Path, *more: str, tasks=("classification", "token_classification"), seeds=2):
+    files = [str(workshop / "tasks" / f"small_{task}.yaml") for task in tasks]
+    return [
+        *("--model", str(workshop / "first"), f"other={workshop / 'second'}", "--tasks", *files),
+        *("--data", str(workshop / "tasks"), "--seeds", str(seeds), "--output", str(output), *more, "--set", *FAST),
+    ]
+
+
+def start(workshop: Path, output: Path, *more: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "evaluate.py"), *arguments(workshop, output, *more, **options)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def figures(output: Path) -> dict[Cell, dict]:
+    """Results without their times, and the predictions, which have to be there."""
+    found = {}
+    for cell, result in read_results(output).items():
+        kept = {key: value for key, value in result.items() if key not in TIMES}
+        found[cell] = kept | {"predictions": json.loads(predictions_path(output, cell).read_text())}
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(workshop, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("evaluations") / "unbroken"
+    status, out, err = finish(start(workshop, output))
+    assert status == 0, err
+    assert "8/8  other, small_token_classification, seed 43: entity_f1" in err
+    assert str(output / "report.html") in out and "small_classification" in out
+    return output
+
+
+def test_a_suite_writes_what_it_promises(unbroken):
+    results = read_results(unbroken)
+    assert [tuple(cell) for cell in results] == [
+        (model, task, seed, False)
+        for seed in (42, 43)
+        for task in ("small_classification", "small_token_classification")
+        for model in ("first", "other")
+    ]
+    for cell, result in results.items():
+        predictions = json.loads(predictions_path(unbroken, cell).read_text())
+        assert len(predictions["gold"]) == len(predictions["predicted"]) == result["examples"]["test"] == 20
+        assert result["score"] == result["scores"][result["metric"]] and result["steps"] == 8
+        assert result["protocol"] == "quick batch=8 epochs=1 learning_rate=0.003"
+    assert {path.name for path in unbroken.iterdir()} >= {"report.html", "report.md", "scores.png", "summary.json"}
+    assert not (unbroken / ".scratch").exists()
+
+
+def test_kills_lose_nothing_that_was_finished(workshop, unbroken, tmp_path):
+    """The parent alone is killed, or all; workers end with it; the numbers are those of the unbroken suite."""
+    output, lines = tmp_path / "killed", []
+    for everyone in (False, True):
+        process = start(workshop, output)
+        deadline = time.monotonic() + 120
+        while len(read_results(output)) < len(lines) + 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(random.random() / 4)
+        workers = _children(process.pid)
+        os.killpg(process.pid, signal.SIGKILL) if everyone else os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        _await_end(workers)
+        before, lines = lines, (output / "results.jsonl").read_text().splitlines()
+        assert lines[: len(before)] == before and len(before) + 2 <= len(lines) < 8
+    status, _, err = finish(start(workshop, output))
+    assert status == 0 and f"{len(lines)} of 8 fine-tunings were finished before" in err
+    assert (output / "results.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert figures(output) == figures(unbroken)
+    assert not (output / ".scratch").exists()
+
+
+def _children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert found
+    return [int(child) for child in found]
+
+
+def _await_end(processes: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(_lives(pid) for pid in processes):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_finished_suite_does_nothing_and_more_seeds_only_theirs(workshop, unbroken, tmp_path, capsys):
+    before = (unbroken / "results.jsonl").read_bytes()
+    assert command.run(_options(arguments(workshop, unbroken))) == 0
+    assert "8 of 8 fine-tunings were finished before" in capsys.readouterr().err
+    assert (unbroken / "results.jsonl").read_bytes() == before
+
+
+def _options(words: list[str]):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_run_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["epochs=2"], "holds results of the protocol"),
+        (["--seeds", "0"], None),
+        (["--tasks", "hocc"], r"hocc.*did you mean 'hoc'"),
+        (["epoch=2"], r"epoch=2: give key=value.*did you mean 'epochs'"),
+        (["batch=many"], "batch=many.*Expected `int"),
+        (["warmup=2"], "warmup is a share"),
+        (["--model", "/nowhere"], r"--model /nowhere: there is no such folder"),
+        (["--model", "a=one/x", "a=two/x"], "a second model named 'a'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_in_one_sentence(workshop, unbroken, change, told, capsys):
+    words = arguments(workshop, unbroken)
+    if change[0].startswith("--"):
+        at = words.index(change[0])
+        after = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
+        words[at:after] = change
+    else:
+        words.append(change[0])
+    if told is None:
+        with pytest.raises(SystemExit):
+            _options(words)
+        assert "a whole number from 1" in capsys.readouterr().err
+        return
+    with pytest.raises(DetourError, match=told) as caught:
+        command.run(_options(words))
+    assert "\n" not in str(caught.value)
+
+
+def test_models_without_weights_or_tokenizer_are_told_together(workshop, unbroken, tmp_path):
+    for name, missing in (("bare", "tokenizer.json"), ("empty", "model.safetensors")):
+        (tmp_path / name).mkdir()
+        for path in (workshop / "first").iterdir():
+            if path.name != missing:
+                (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    words = arguments(workshop, tmp_path / "out")
+    words[1:3] = [str(tmp_path / "bare"), str(tmp_path / "empty")]
+    with pytest.raises(DetourError, match="2 faults") as caught:
+        command.run(_options(words))
+    assert "no tokenizer.json there" in str(caught.value) and "no weights" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    words[words.index("--data") + 1] = str(tmp_path)
+    with pytest.raises(DetourError, match=r"4 faults[\s\S]*small_classification: there is no such folder"):
+        command.run(_options(words))
+
+
+def test_a_result_of_other_weights_or_data_is_refused(workshop, unbroken, tmp_path):
+    words = arguments(workshop, unbroken)
+    words[1] = f"first={workshop / 'second'}"
+    with pytest.raises(DetourError, match="has a result for first, small_classification, seed 42, but of another model"):
+        command.run(_options(words))
+    data = tmp_path / "tasks"
+    for path in (workshop / "tasks").glob("*/*"):
+        (data / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (data / path.parent.name / path.name).write_bytes(path.read_bytes())
+    train = data / "small_classification" / "train.jsonl"
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:-1]))
+    words = arguments(workshop, unbroken)
+    words[words.index("--data") + 1] = str(data)
+    with pytest.raises(DetourError, match="but of another data"):
+        command.run(_options(words))
+
+
+def result_of(seed: int, **changes) -> dict:
+    return {"model": "m", "task": "t", "seed": seed, "shuffled": False, "score": 0.5} | changes
+
+
+def test_results_survive_a_torn_line_and_take_the_latest(tmp_path):
+    for seed in (1, 2):
+        add_result(tmp_path, result_of(seed), {"gold": []})
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert list(read_results(tmp_path)) == [Cell("m", "t", 1)]
+    add_result(tmp_path, result_of(2, score=0.7), {"gold": []})
+    add_result(tmp_path, result_of(1, score=0.9), {"gold": []})
+    assert [r["score"] for r in read_results(tmp_path).values()] == [0.9, 0.7]
+    assert len(path.read_text().splitlines()) == 3
+    path.write_text('{"model": "m"}\n')
+    with pytest.raises(DetourError, match=r"results.jsonl, line 1: not a result of"):
+        read_results(tmp_path)
+
+
+def test_protocols_hold_the_paper_s_figures():
+    assert known_protocols() == ["paper-en", "paper-fr", "quick"]
+    english, french = load_protocol("paper-en"), load_protocol("paper-fr")
+    assert (english.seeds, french.seeds) == (tuple(range(42, 47)), tuple(range(42, 51)))
+    assert {english.by_type[kind].learning_rate for kind in TYPES} == {5e-5}
+    assert {english.by_type[kind].batch for kind in TYPES} == {16}
+    assert english.by_type["token-classification"].epochs == 20 and english.by_type["classification"].epochs == 10
+    assert english.by_type["classification"].select_by == "weighted_f1"
+    entities, classes = french.by_type["token-classification"], french.by_type["multi-label"]
+    assert (entities.ner_head, entities.steps, entities.batch) == ("span", 4000, 16)
+    assert (entities.learning_rate, entities.head_learning_rate) == (5e-5, 1e-3)
+    assert (classes.learning_rate, classes.batch, classes.epochs, classes.warmup) == (2e-5, 4, 15, 0.1)
+    assert (classes.head, classes.max_length, classes.weight_decay) == ("linear", 2048, 0.01)
+
+
+def test_seeds_go_on_after_the_protocol_s_own():
+    quick = load_protocol("quick")
+    assert [quick.first_seeds(n) for n in (None, 1, 5)] == [(42, 43, 44), (42,), (42, 43, 44, 45, 46)]
+
+
+def test_a_protocol_of_one_s_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("about: mine\nseeds: [1]\ndefaults: {learning_rate: 1.0e-4, batch: 4, max_length: 64}\n")
+    assert load_protocol(str(path)).name == "mine" and load_protocol(str(path)).by_type["similarity"].batch == 4
+    with pytest.raises(DetourError, match="paper-de: neither a file nor one of paper-en, paper-fr, quick"):
+        load_protocol("paper-de")
+    for wrong, told in (
+        ("about: mine\nseeds: [1]\ndefaults: {batch: 4, max_length: 64}\n", "learning_rate"),
+        ("about: mine\nseeds: [1]\ndefaults: {}\ntypes: {ner: {}}\n", "types.ner is no type of task"),
+        ("about: mine\nseeds: [\n", "not a YAML file"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(DetourError, match=told):
+            load_protocol(str(path))
+
+
+def test_groups_and_lists_of_tasks(workshop, capsys):
+    assert len(command.chosen_tasks(["paper-en"], workshop)) == 11
+    assert len(command.chosen_tasks(["paper-fr", "quaero_emea"], workshop)) == 8
+    with pytest.raises(DetourError, match="--tasks all: .* has no folder named as a task"):
+        command.chosen_tasks(["all"], workshop)
+    assert command.list_tasks() == 0
+    assert "quaero_medline" in capsys.readouterr().out
