@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from megatron_detour.errors import command_line
-from megatron_detour.evaluation import command, intrinsic_command
+from megatron_detour.evaluation import command
+from megatron_detour.evaluation.intrinsic import command as intrinsic_command
 
 COMMANDS = ("run", "report", "tasks", "intrinsic")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.models import named_models
 from megatron_detour.evaluation.protocol import known_protocols, load_protocol
 from megatron_detour.evaluation.task import Task, known_tasks, load_task
 
@@ -91,21 +92,6 @@ def list_tasks() -> int:
         print("  ".join([*map(str.ljust, cells, widths), title]))
     print(f"groups: {', '.join(GROUPS)}; docs/tasks.md says where each comes from and what its files look like")
     return 0
-
-
-def named_models(given: list[str]) -> dict[str, Path]:
-    """Folders by name: NAME=DIR, else the folder's own. Raises DetourError where two have the same."""
-    models: dict[str, Path] = {}
-    for word in given:
-        name, equals, folder = word.partition("=")
-        path = Path(folder if equals else word)
-        name = name if equals else path.resolve().name
-        if not name or "/" in name or name.startswith("."):
-            raise DetourError(f"--model {word}: give NAME=DIR with a name that can be a folder's")
-        if name in models:
-            raise DetourError(f"--model {word}: a second model named {name!r}; give NAME=DIR to tell them apart")
-        models[name] = path
-    return models
 
 
 def chosen_tasks(names: list[str], data: Path) -> tuple[Task, ...]:

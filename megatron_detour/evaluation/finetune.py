@@ -195,7 +195,7 @@ def _arguments(settings: Settings, seed: int, folder: Path) -> Any:
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
         warmup_steps=settings.warmup,  # below 1: a share
-        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
         train_sampling_strategy="group_by_length" if settings.by_length else "random",
         bf16=cuda,
         use_cpu=not cuda,

@@ -159,15 +159,17 @@ def masked_ids(
     return ids, where, answer
 
 
-def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Opens a Hugging Face folder in float32 on the CPU; raises DetourError if it lacks files, weights or a mask."""
+def load_model(
+    folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Opens a Hugging Face folder; raises DetourError if it lacks files, weights or a mask."""
     if not (folder / "config.json").is_file():
         raise DetourError(f"{folder}: no config.json there, give the folder of a Hugging Face model")
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, loading = AutoModelForMaskedLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -178,7 +180,7 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise DetourError(f"{folder}: {len(missing)} weights are missing, {missing[0]} first, give a masked-LM model")
     if tokenizer.mask_token_id is None or not tokenizer.is_fast:
         raise DetourError(f"{folder}: the tokenizer has no mask token or no tokenizer.json, give one that has both")
-    return model.eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 @torch.inference_mode()

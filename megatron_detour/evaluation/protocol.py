@@ -27,6 +27,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     warmup: float = 0.0  # share of the steps
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     weight_decay: float = 0.0
+    clip: float = 1.0  # norm of the gradient
     head: Literal["transformers", "linear"] = "transformers"  # linear: without the dense layer in front of it
     ner_head: Literal["tokens", "span"] = "tokens"
     select_by: str | None = None  # the metric on the validation split; None: the task's own
@@ -35,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     dev_examples: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("learning_rate", "batch", "max_length", "epochs"):
+        for key in ("learning_rate", "batch", "max_length", "epochs", "clip"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key} must be above 0, it is {getattr(self, key)}")
         for key in ("steps", "validate_every", "head_learning_rate", "train_examples", "dev_examples"):

@@ -19,6 +19,7 @@ import msgspec
 
 from megatron_detour.errors import DetourError, told
 from megatron_detour.evaluation.examples import Dataset, read_dataset
+from megatron_detour.evaluation.models import check_model, identity_of, weight_files
 from megatron_detour.evaluation.progress import SuiteProgress
 from megatron_detour.evaluation.protocol import Protocol
 from megatron_detour.evaluation.results import Cell, Result, add_result, predictions_path, read_results
@@ -78,23 +79,9 @@ def _read_all(suite: Suite) -> dict[str, Dataset]:
     return datasets
 
 
-def check_model(folder: Path) -> None:
-    """Raises DetourError for a folder that is no Hugging Face model with a tokenizer."""
-    if not folder.is_dir():
-        raise DetourError(f"--model {folder}: there is no such folder")
-    if not (folder / "config.json").is_file():
-        raise DetourError(
-            f"--model {folder}: no config.json there; give a Hugging Face folder (tools/convert_to_hf.py)"
-        )
-    if not _weight_files(folder):
-        raise DetourError(f"--model {folder}: no *.safetensors there, so it has no weights that could be read")
-    if not (folder / "tokenizer.json").is_file():
-        raise DetourError(f"--model {folder}: no tokenizer.json there; save the model's fast tokenizer into the folder")
-
-
 def _jobs(suite: Suite, datasets: dict[str, Dataset], scratch: Path) -> Iterator[Job]:
-    identities = {name: _model_identity(path) for name, path in suite.models.items()}
-    sizes = {name: sum(file.stat().st_size for file in _weight_files(path)) for name, path in suite.models.items()}
+    identities = {name: _hash(repr(identity_of(path))) for name, path in suite.models.items()}
+    sizes = {name: sum(file.stat().st_size for file in weight_files(path)) for name, path in suite.models.items()}
     for seed in suite.seeds:
         for task in suite.tasks:
             settings = suite.protocol.by_type[task.type]
@@ -119,11 +106,6 @@ def _jobs(suite: Suite, datasets: dict[str, Dataset], scratch: Path) -> Iterator
                 )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Without the optimiser's state, which a checkpoint has beside its weights."""
-    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != "optimizer.safetensors"]
-
-
 def _cost(dataset: Dataset, settings: Any) -> float:
     """Examples that go through a model, a training one counted three times: what shares of the time are guessed by."""
     train = min(len(dataset.train), settings.train_examples or len(dataset.train))
@@ -131,15 +113,6 @@ def _cost(dataset: Dataset, settings: Any) -> float:
     steps = settings.steps or settings.epochs * train / settings.batch
     validations = steps / settings.validate_every if settings.validate_every else settings.epochs
     return 3 * steps * settings.batch + validations * dev + len(dataset.test)
-
-
-def _model_identity(folder: Path) -> str:
-    """SHA-256 over the files that decide what a model computes."""
-    digest = hashlib.sha256()
-    for path in (folder / "config.json", folder / "tokenizer.json", *_weight_files(folder)):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _hash(text: str) -> str:

@@ -21,7 +21,6 @@ from megatron_detour.evaluation.protocol import load_protocol
 from megatron_detour.evaluation.task import TYPES, load_task
 from tests.evaluation.small_tasks import write_small_tasks
 
-
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tasks"
 
 
@@ -72,7 +71,8 @@ def test_a_type_is_learned_and_its_test_split_scored(kind, small, model, tmp_pat
     settings = settings_of(kind, "epochs=12")
     outcome = finetune(model, dataset, settings, 42, scratch=tmp_path, report=shares.append)
     metric = dataset.task.metric
-    chance = scores(dataset.task, dataset.labels, outcome.gold, baseline_predictions(dataset.task, dataset, np.random.default_rng(0)))
+    guesses = baseline_predictions(dataset.task, dataset, np.random.default_rng(0))
+    chance = scores(dataset.task, dataset.labels, outcome.gold, guesses)
     assert outcome.scores[metric] > chance[metric] + 0.15
     assert outcome.scores == scores(dataset.task, dataset.labels, outcome.gold, outcome.predicted)
     assert outcome.examples == {"train": 60, "dev": 20, "test": 20} and len(outcome.predicted) == 20

@@ -1,0 +1,1 @@
+"""How well models restore masked words of text: measures that need no labels."""
