@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["megatron_detour", "megatron_detour.*"]),
     package_data={
         "megatron_detour.observe": ["*.html.j2"],
-        "megatron_detour.evaluation": ["*.html.j2", "tasks/*.yaml", "protocols/*.yaml"],
+        "megatron_detour.evaluation": ["tasks/*.yaml", "finetuning/protocols/*.yaml", "report/*.html.j2"],
         "megatron_detour.checkpoint": ["*.j2"],
     },
     entry_points={"console_scripts": ["megatron-detour = megatron_detour.commands.main:entry"]},

@@ -1,1 +1,1 @@
-"""What a trained model knows: probes."""
+"""What a trained model knows: tasks, measures without labels, probes."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.finetuning.protocol import known_protocols, load_protocol
 from megatron_detour.evaluation.models import named_models
-from megatron_detour.evaluation.protocol import known_protocols, load_protocol
 from megatron_detour.evaluation.task import Task, known_tasks, load_task
 
 GROUPS = ("all", "paper-en", "paper-fr")
@@ -53,7 +53,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fine-tunes what is missing, then writes the report. Raises DetourError."""
-    from megatron_detour.evaluation.suite import Suite, run_suite
+    from megatron_detour.evaluation.finetuning.suite import Suite, run_suite
 
     overrides = options.set + ([f"ner_head={options.ner_head}"] if options.ner_head else [])
     protocol = load_protocol(options.protocol, overrides)
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report(output: Path, baseline: str | None) -> int:
-    from megatron_detour.evaluation.report import as_text, read_summary, write_report
+    from megatron_detour.evaluation.report.page import as_text, read_summary, write_report
 
     page = write_report(output, baseline)
     as_text(read_summary(output), Console())

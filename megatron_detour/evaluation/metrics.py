@@ -11,14 +11,12 @@ that perfect predictions score 1 where a split lacks a rare label.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.evaluation.examples import Dataset
 from megatron_detour.evaluation.task import METRICS, Task
 
 if TYPE_CHECKING:
@@ -107,32 +105,6 @@ def score_of(name: str, totals: NDArray[np.float64]) -> NDArray[np.float64]:
     each = _f1(by_label)
     weights = by_label[..., 0] + by_label[..., 2] if name == "weighted_f1" else by_label.any(-1).astype(np.float64)
     return _ratio((each * weights).sum(-1), weights.sum(-1))
-
-
-def baseline_predictions(task: Task, dataset: Dataset, rng: np.random.Generator) -> list[Any]:
-    """What a model that knows only the training labels' frequencies predicts on the test split.
-
-    The most frequent label; in multi-label those of half the examples or more, or the most frequent one; no entity;
-    the mean score; a random option.
-    """
-    test = dataset.test
-    if task.type == "token-classification":
-        return [["O"] * len(example["tags"]) for example in test]
-    if task.type == "similarity":
-        return [float(np.mean([example["score"] for example in dataset.train]))] * len(test)
-    if task.type in ("multiple-choice", "multiple-answer"):
-        drawn = [int(rng.integers(len(example["options"]))) for example in test]
-        return drawn if task.type == "multiple-choice" else [[option] for option in drawn]
-    if task.type == "classification":
-        return [_by_frequency(example["label"] for example in dataset.train)[0][0]] * len(test)
-    frequencies = _by_frequency(label for example in dataset.train for label in example["labels"])
-    half = [label for label, count in frequencies if 2 * count >= len(dataset.train)]
-    return [list(half or [frequencies[0][0]]) for _ in test]
-
-
-def _by_frequency(labels: Iterable[str]) -> list[tuple[str, int]]:
-    """Labels and their counts, the most frequent first, equals in alphabetical order."""
-    return sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))
 
 
 def _check_name(name: str) -> None:

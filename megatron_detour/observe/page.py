@@ -42,12 +42,12 @@ def write_pictures(pictures: list[Picture], folder: Path) -> None:
             (folder / picture.file).unlink(missing_ok=True)
 
 
-def render(template: str, **values: Any) -> str:
-    """Returns the page that `template`, a file beside this one, makes of `values`."""
+def render(template: str, templates: Path | None = None, **values: Any) -> str:
+    """Returns the page that `template`, a file beside this one or in the folder `templates`, makes of `values`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([*([templates] if templates else []), Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

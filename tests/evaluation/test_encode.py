@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_detour.evaluation.encode import IGNORED, Encoder, Scale, collator, first_tokens, was_cut
+from megatron_detour.evaluation.finetuning.encode import IGNORED, Encoder, Scale, collator, first_tokens, was_cut
 from megatron_detour.evaluation.task import Task
 
 

@@ -12,18 +12,15 @@ from sklearn.metrics import accuracy_score, f1_score, jaccard_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.examples import Dataset, read_dataset
 from megatron_detour.evaluation.metrics import (
     NAMES,
-    baseline_predictions,
     contributions,
     decomposes,
     score,
     score_of,
     scores,
 )
-from megatron_detour.evaluation.task import METRICS, Task, load_task
-from tests.evaluation.small_tasks import SIZES, write_small_tasks
+from megatron_detour.evaluation.task import METRICS, Task
 
 LABELS = ("a", "b", "c", "d", "e")  # e never occurs in the made-up answers
 TAGS = ("O", "O", "O", "B-X", "I-X", "B-Y-Z", "I-Y-Z")
@@ -201,47 +198,3 @@ def test_answers_that_do_not_fit_are_named(name, gold, predicted, says):
 def test_totals_of_an_unknown_metric_are_refused():
     with pytest.raises(DetourError, match="bleu is no metric"):
         score_of("bleu", np.ones(3))
-
-
-def test_baseline_knows_frequencies_only(tmp_path):
-    for kind, name in write_small_tasks(tmp_path).items():
-        task = load_task(str(tmp_path / f"{name}.yaml"))
-        dataset = read_dataset(task, tmp_path)
-        predicted = baseline_predictions(task, dataset, np.random.default_rng(0))
-        assert len(predicted) == SIZES["test"]
-        key = {"token-classification": "tags", "classification": "label", "multi-label": "labels"}
-        key |= {"similarity": "score", "multiple-choice": "answers", "multiple-answer": "answers"}
-        gold = [example[key[kind]] for example in dataset.test]
-        if kind == "multiple-choice":
-            gold = [right for (right,) in gold]
-        found = scores(task, dataset.labels, gold, predicted)
-        assert found[task.metric] < 0.7, kind
-        if kind in ("token-classification", "similarity"):
-            assert set(found.values()) == {0.0}
-
-
-def dataset_of(kind: str, train: list[dict], test: list[dict]) -> Dataset:
-    task = Task("small", "small", "en", kind, METRICS[kind][0], METRICS[kind])
-    return Dataset(task, train, test, test, LABELS, "")
-
-
-def baseline(kind: str, train: list[dict], test: list[dict], seed: int = 0) -> list:
-    dataset = dataset_of(kind, train, test)
-    return baseline_predictions(dataset.task, dataset, np.random.default_rng(seed))
-
-
-def test_baseline_predictions_by_type():
-    labels = [{"label": label} for label in "cbcba"]
-    assert baseline("classification", labels, labels) == ["b"] * 5  # as frequent as c, and before it
-    several = [{"labels": list(labels)} for labels in ("ab", "a", "b", "")]
-    assert baseline("multi-label", several, several) == [["a", "b"]] * 4
-    assert baseline("multi-label", [*several, {"labels": []}], several) == [["a"]] * 4  # none in half of them
-    tags = [{"tags": ["B-X", "O"]}, {"tags": ["O"]}]
-    assert baseline("token-classification", tags, tags) == [["O", "O"], ["O"]]
-    assert baseline("similarity", [{"score": 1.0}, {"score": 4.0}], [{"score": 0.0}]) == [2.5]
-    questions = [{"options": ["x", "y"] if i % 2 else ["x", "y", "z"]} for i in range(300)]
-    drawn = baseline("multiple-choice", questions, questions)
-    assert all(30 < drawn[0::2].count(option) < 70 for option in range(3))  # of 150
-    assert all(50 < drawn[1::2].count(option) < 100 for option in range(2))
-    assert baseline("multiple-answer", questions, questions) == [[option] for option in drawn]
-    assert baseline("multiple-choice", questions, questions, seed=1) != drawn

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation import command
-from megatron_detour.evaluation.protocol import known_protocols, load_protocol
+from megatron_detour.evaluation.finetuning.protocol import known_protocols, load_protocol
 from megatron_detour.evaluation.results import Cell, add_result, predictions_path, read_results
 from megatron_detour.evaluation.task import TYPES
 from tests.evaluation.small_tasks import write_small_tasks

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.crf import BEGIN, INSIDE, LAST, UNIT, BoundaryCrf, Span, best_spans, tags_of
+from megatron_detour.evaluation.finetuning.crf import BEGIN, INSIDE, LAST, UNIT, BoundaryCrf, Span, best_spans, tags_of
 
 LONGEST_SPAN = 40  # words
 RARE = math.log(0.01 / 0.99)

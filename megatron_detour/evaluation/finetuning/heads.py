@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.encode import IGNORED, Example
 from megatron_detour.evaluation.examples import Dataset
-from megatron_detour.evaluation.protocol import Settings
-from megatron_detour.evaluation.span import SpanTagger
+from megatron_detour.evaluation.finetuning.encode import IGNORED, Example
+from megatron_detour.evaluation.finetuning.protocol import Settings
+from megatron_detour.evaluation.finetuning.span import SpanTagger
 
 
 def open_model(folder: Path, dataset: Dataset, settings: Settings) -> nn.Module:

@@ -16,11 +16,11 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 
-from megatron_detour.evaluation.encode import Encoder, Example, Scale, collator, length_of, was_cut
 from megatron_detour.evaluation.examples import Dataset
-from megatron_detour.evaluation.heads import loss_of, open_model, optimizer_of
+from megatron_detour.evaluation.finetuning.encode import Encoder, Example, Scale, collator, length_of, was_cut
+from megatron_detour.evaluation.finetuning.heads import loss_of, open_model, optimizer_of
+from megatron_detour.evaluation.finetuning.protocol import Settings
 from megatron_detour.evaluation.metrics import scores
-from megatron_detour.evaluation.protocol import Settings
 
 SUBSET_SEED = 0  # of the examples that a protocol's train_examples and dev_examples leave: the same for all seeds
 Report = Callable[[float], None]  # gets the share of the steps that are done

@@ -19,12 +19,12 @@ import msgspec
 
 from megatron_detour.errors import DetourError, told
 from megatron_detour.evaluation.examples import Dataset, read_dataset
+from megatron_detour.evaluation.finetuning.progress import SuiteProgress
+from megatron_detour.evaluation.finetuning.protocol import Protocol
+from megatron_detour.evaluation.finetuning.worker import Job, begin_worker, run_job
 from megatron_detour.evaluation.models import check_model, identity_of, weight_files
-from megatron_detour.evaluation.progress import SuiteProgress
-from megatron_detour.evaluation.protocol import Protocol
 from megatron_detour.evaluation.results import Cell, Result, add_result, predictions_path, read_results
 from megatron_detour.evaluation.task import Task
-from megatron_detour.evaluation.worker import Job, begin_worker, run_job
 
 FORMAT = 1  # of what a result means: another one makes older results those of another evaluation
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset, read_dataset
-from megatron_detour.evaluation.protocol import Settings
+from megatron_detour.evaluation.finetuning.protocol import Settings
 from megatron_detour.evaluation.results import Cell, Result
 from megatron_detour.evaluation.task import Task
 
@@ -75,7 +75,7 @@ def run_job(job: Job) -> tuple[Result, dict[str, Any]]:
     """Returns the line for results.jsonl and the predictions. Raises DetourError."""
     import torch
 
-    from megatron_detour.evaluation.finetune import finetune
+    from megatron_detour.evaluation.finetuning.finetune import finetune
 
     dataset = _dataset(job.task, job.data)
     try:

@@ -1,0 +1,1 @@
+"""Fine-tuning models on tasks: protocols, heads, jobs and the workers that do them."""

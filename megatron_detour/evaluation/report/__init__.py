@@ -1,0 +1,1 @@
+"""What an evaluation has found: statistics, tables, plots and pages."""

@@ -1,0 +1,173 @@
+"""The report of an evaluation: Markdown, a self-contained HTML page, a plot, all figures as JSON, and the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_detour.errors import DetourError, nearest
+from megatron_detour.evaluation.report.comparable import read_evaluation
+from megatron_detour.evaluation.report.statistics import Spread
+from megatron_detour.evaluation.report.summary import PERMUTATIONS, summarise
+from megatron_detour.evaluation.report.tables import (
+    Summary,
+    Table,
+    against_table,
+    comparisons_words,
+    counted,
+    p_words,
+    points,
+    scores_table,
+    tables,
+)
+from megatron_detour.files import write_whole
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PAGE, TEXT, FIGURES = "report.html", "report.md", "summary.json"
+TEMPLATE = "evaluation.html.j2"
+
+
+def write_report(output: Path, baseline: str | None = None, permutations: int = PERMUTATIONS) -> Path:
+    """Writes scores.png, report.md, report.html and summary.json into OUTPUT; returns the page's path.
+
+    `baseline` is the model that the others are compared with, the first one unless given. Raises DetourError where
+    there is no result, or where results do not compare.
+    """
+    from megatron_detour.evaluation.report.plots import SCORES
+    from megatron_detour.observe.page import Picture, write_pictures
+
+    output = Path(output)
+    summary = summarise(output, baseline, permutations)
+    picture = Picture.of(SCORES, SCORES.draw(summary))
+    write_pictures([picture], output)
+    write_whole(output / TEXT, _markdown(summary, picture.file if picture.content else ""))
+    write_whole(output / PAGE, _page(summary, picture))
+    write_whole(output / FIGURES, json.dumps(summary, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    return output / PAGE
+
+
+def read_summary(output: Path) -> Summary:
+    """The figures that write_report has written. Raises DetourError where it has not, or for a damaged file."""
+    path = Path(output) / FIGURES
+    if not path.is_file():
+        raise DetourError(f"{path}: no such file; write the report first (tools/evaluate.py report {output})")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise DetourError(f"{path}: not JSON; write the report again (tools/evaluate.py report {output})") from None
+
+
+def model_table(output: Path, model: str) -> list[dict[str, Any]]:
+    """What a model card says of a model: task, title, metric, mean and sd (shares of 1; None for one seed), seeds.
+
+    `seeds` is their number. Raises DetourError where the evaluation has no such model, or none of its tasks.
+    """
+    evaluation = read_evaluation(Path(output))
+    known = [*evaluation.models, *evaluation.shuffled_models]
+    if model not in known:
+        raise DetourError(
+            f"{output}: the evaluation has no model {model!r}{nearest(model, known)}; it has {', '.join(known)}"
+        )
+    rows = []
+    for task in evaluation.tasks:
+        if scores := evaluation.scores(model, task.name):
+            spread = Spread.of(list(scores.values()))
+            facts = {"task": task.name, "title": task.title, "metric": task.metric}
+            rows.append(facts | {"mean": spread.mean, "sd": spread.sd, "seeds": spread.count})
+    if not rows:
+        raise DetourError(f"{output}: the evaluation has no finished task of {model!r}; evaluate it first")
+    return rows
+
+
+def as_text(summary: Summary, console: Console) -> None:
+    """Prints scores, differences to the baseline, and what has to be known of them."""
+    for table in (scores_table(summary), against_table(summary)):
+        if table.rows:
+            console.print(_rich(table))
+    if len(summary["models"]) > 1:
+        console.print(comparisons_words(summary), markup=False, highlight=False)
+    for note in summary["notes"]:
+        console.print(f"Note: {note}", style="yellow", markup=False, highlight=False)
+
+
+def _rich(table: Table) -> Any:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    # Text, not str, since rich would read brackets as its own markup
+    shown = RichTable(
+        title=Text(table.title, "bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for number, header in enumerate(table.headers):
+        shown.add_column(Text(header), justify="left" if number < table.words else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(Text(entry.text, "bold green" if entry.bold else "") for entry in row))
+    return shown
+
+
+# ------------------------------------------------------------------------------------------------ pages
+
+
+def _about(summary: Summary) -> str:
+    tasks, seeds = counted(len(summary["tasks"]), "task"), summary["seeds"]
+    of_seeds = f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}" if seeds else "shuffled labels only"
+    return f"{tasks}, {of_seeds}, protocol {summary['protocol']}."
+
+
+def _page(summary: Summary, picture: Any) -> str:
+    from megatron_detour.observe.page import render
+    from megatron_detour.observe.plots import appearance
+
+    return render(
+        TEMPLATE,
+        templates=Path(__file__).parent,
+        about=_about(summary),
+        chips={model: appearance(number)["color"] for number, model in enumerate(summary["models"])},
+        cards=[_card(found, summary) for found in summary["against_baseline"] if found["cells"]],
+        notes=summary["notes"],
+        tables=tables(summary),
+        picture=picture if picture.content else None,
+        versions=summary["versions"],
+    )
+
+
+def _card(found: dict[str, Any], summary: Summary) -> dict[str, str]:
+    cells, by_tasks = found["cells"], found["by_tasks"]
+    return {
+        "title": f"{found['model']} against {summary['baseline']}",
+        "value": f"{points(cells['mean'])} points",
+        "remark": f"95% {points(by_tasks['low'])} to {points(by_tasks['high'])} by tasks, p {p_words(by_tasks['p'])}; "
+        f"{points(cells['low'])} to {points(cells['high'])} by cells, p {p_words(cells['p'])}",
+    }
+
+
+def _markdown(summary: Summary, picture: str) -> str:
+    parts = ["# Evaluation", _about(summary)]
+    if summary["notes"]:
+        parts.append("\n".join(f"- {_escaped(note)}" for note in summary["notes"]))
+    for number, table in enumerate(tables(summary)):
+        parts.append(f"## {_escaped(table.title)}")
+        parts.append(_markdown_table(table))
+        parts += [_escaped(remark) for remark in table.remarks]
+        if not number and picture:
+            parts.append(f"![Scores by task, and differences to the baseline]({picture})")
+    if summary["versions"]:
+        parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    rule = ["---" if number < table.words else "---:" for number in range(len(table.headers))]
+    rows = [[f"**{_escaped(e.text)}**" if e.bold and e.text else _escaped(e.text) for e in row] for row in table.rows]
+    lines = [[_escaped(header) for header in table.headers], rule, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """A name may hold what Markdown would take for its own."""
+    for mark in ("\\", "|", "*", "_", "`", "<", "[", "$"):
+        text = text.replace(mark, f"\\{mark}")
+    return text

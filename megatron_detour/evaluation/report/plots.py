@@ -1,0 +1,192 @@
+"""The plot of an evaluation: scores by task, and differences to the baseline, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_detour.evaluation.report.statistics import LEVEL
+from megatron_detour.evaluation.report.tables import Summary, counted, metric_words
+from megatron_detour.observe.frame import GREY, INK
+from megatron_detour.observe.plots import appearance
+from megatron_detour.observe.words import shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 9.2  # inches, as the other plots of a report
+LEAST_ROW, MODEL_ROW = 0.36, 0.105  # inches of a task, and of a model in it
+LONGEST_TITLE, LONGEST_MODEL, LONGEST_BASELINE = 30, 60, 26  # characters
+LEGEND_WIDTH = 112  # characters in a row of the legend
+REACH = 0.75  # of the range of the means, which an interval may widen on either side
+LEAST_REACH = 2.0  # points
+FULL_SCORE = 101.5  # percent; no score lies above 100, whatever its interval
+
+
+@dataclass(frozen=True)
+class EvaluationPlot:
+    """A plot of the report: its file, its caption, and how it is drawn."""
+
+    file: str
+    title: str
+    caption: str
+    draw: Callable[[Summary], Figure | None]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A mean with its interval, in percent or points. A full mark is any score, or a clear difference."""
+
+    row: int
+    model: int
+    mean: float
+    interval: tuple[float, float] | None
+    full: bool = True
+
+
+def draw_scores(summary: Summary) -> Figure | None:
+    """Draws a row a task, the average in the first one; None where there is no score."""
+    from matplotlib.figure import Figure
+
+    rows = _rows(summary)
+    if not rows:
+        return None
+    models = summary["models"]
+    height = max(LEAST_ROW, 0.12 + MODEL_ROW * len(models))
+    figure = Figure((WIDTH, 1.15 + height * len(rows)), dpi=150, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06, wspace=0.02)
+    differences = _differences(summary)
+    panels = figure.subplots(1, 2 if differences else 1, sharey=True, squeeze=False)[0]
+    baseline = shortened(models[0], LONGEST_BASELINE)
+    _panel(panels[0], rows, _scores(summary), len(models), "score on the test split (%)")
+    if differences:
+        _panel(panels[1], rows, differences, len(models), f"difference to {baseline} (points)", zero=True)
+    for axes, title in zip(panels, ("Scores", "Differences"), strict=False):
+        axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=8)
+    if differences:
+        panels[1].set_title("full mark: clear difference", loc="right", fontsize=8.2, color=GREY, pad=8)
+    _name_rows(panels[0], rows)
+    _legend(figure, models, differences=bool(differences))
+    return figure
+
+
+def _rows(summary: Summary) -> list[tuple[str, str]]:
+    """Title and metric of each row."""
+    tasks = [(task["name"], metric_words(task["metric"])) for task in summary["tasks"] if task["scores"]]
+    average = summary["average"]
+    return [(f"Mean of {counted(len(average['tasks']), 'task')}", "")] * bool(average["scores"]) + tasks
+
+
+def _scores(summary: Summary) -> list[Mark]:
+    groups = [summary["average"]["scores"]] if summary["average"]["scores"] else []
+    groups += [task["scores"] for task in summary["tasks"] if task["scores"]]
+    return [
+        Mark(row, number, 100 * found["mean"], _percent(found["interval"]))
+        for row, scores in enumerate(groups)
+        for number, found in ((n, scores[m]) for n, m in enumerate(summary["models"]) if m in scores)
+    ]
+
+
+def _differences(summary: Summary) -> list[Mark]:
+    first, models = int(bool(summary["average"]["scores"])), summary["models"]
+    marks = []
+    for found in summary["against_baseline"]:
+        if found["cells"] and first:
+            tasks = found["by_tasks"]
+            interval, clear = (tasks["low"], tasks["high"]), tasks["p"] < LEVEL
+            marks.append(Mark(0, models.index(found["model"]), 100 * tasks["mean"], _percent(interval), clear))
+    for row, task in enumerate((task for task in summary["tasks"] if task["scores"]), start=first):
+        for model, found in task["differences"].items():
+            mark = Mark(row, models.index(model), 100 * found["mean"], _percent(found["interval"]), found["clear"])
+            marks.append(mark)
+    return marks
+
+
+def _percent(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return (100 * interval[0], 100 * interval[1]) if interval else None
+
+
+def _panel(axes: Axes, rows: list[Any], marks: list[Mark], models: int, label: str, *, zero: bool = False) -> None:
+    low, high = _limits(marks, zero)
+    for row in range(0, len(rows), 2):
+        axes.axhspan(row - 0.5, row + 0.5, facecolor="#f1f4f7", linewidth=0, zorder=0)
+    if rows[0][1] == "" and len(rows) > 1:
+        axes.axhline(0.5, color="#9aa4af", linewidth=1.0)
+    if zero:
+        axes.axvline(0, color=INK, linewidth=1.0, zorder=1)
+    for mark in marks:
+        _draw(axes, mark, models)
+    axes.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xlabel(label, color=INK, fontsize=9.5, parse_math=False)
+    axes.grid(axis="x", color="#d5dae0", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#9aa4af")
+    axes.tick_params(axis="x", labelsize=8.5, colors=INK, color="#9aa4af")
+    axes.tick_params(axis="y", left=False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "−") if zero and value else f"{value:g}")
+    beyond = sum(bool(m.interval and (m.interval[0] < low or m.interval[1] > high)) for m in marks)
+    if beyond:
+        text = f"{counted(beyond, 'interval')} reach{'es' if beyond == 1 else ''} beyond the range shown"
+        place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+        axes.annotate(text, (1, 0), (0, -33), fontsize=8, color=GREY, **place)
+
+
+def _draw(axes: Axes, mark: Mark, models: int) -> None:
+    look = appearance(mark.model)
+    # the models of a row lie below each other, in four fifths of it
+    y = mark.row + 0.8 * ((mark.model + 0.5) / models - 0.5)
+    if mark.interval:
+        axes.plot(mark.interval, (y, y), color=look["color"], linewidth=1.3, solid_capstyle="butt", zorder=2)
+    face = look["color"] if mark.full else "white"
+    style = {"marker": look["marker"], "markersize": 4.6, "markeredgewidth": 1.1, "linestyle": "none", "zorder": 3}
+    axes.plot([mark.mean], [y], markerfacecolor=face, markeredgecolor=look["color"], **style)
+
+
+def _limits(marks: list[Mark], zero: bool) -> tuple[float, float]:
+    """A range that the means set, and intervals as far as they do not dwarf them: those of two seeds are huge."""
+    means = [mark.mean for mark in marks] + [0.0] * zero
+    ends = [end for mark in marks for end in mark.interval or ()]
+    reach = max(REACH * (max(means) - min(means)), LEAST_REACH)
+    low = max(min([*means, *ends]), min(means) - reach)
+    high = min(max([*means, *ends]), max(means) + reach)
+    margin = 0.04 * (high - low) or 1.0
+    return (low - margin, high + margin) if zero else (low - margin, min(high + margin, FULL_SCORE))
+
+
+def _name_rows(axes: Axes, rows: list[tuple[str, str]]) -> None:
+    names = [f"{shortened(title, LONGEST_TITLE)}\n{metric}".strip() for title, metric in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8.2, color=INK, linespacing=1.25)
+    for number, text in enumerate(axes.get_yticklabels()):
+        text.set_parse_math(False)
+        if not rows[number][1]:
+            text.set_fontweight("bold")
+
+
+def _legend(figure: Figure, models: list[str], *, differences: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = {}
+    for number, model in enumerate(models):
+        look = appearance(number)
+        line = Line2D([], [], color=look["color"], marker=look["marker"], markersize=5, linewidth=1.3)
+        handles[f"{shortened(model, LONGEST_MODEL)}{' (baseline)' * (differences and not number)}"] = line
+    columns = max(1, min(len(handles), LEGEND_WIDTH // (max(map(len, handles)) + 9)))
+    rows = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))
+    style = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, "handlelength": 2.2, "columnspacing": 1.8}
+    figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns, **style)
+    for text in figure.legends[0].get_texts():
+        text.set_parse_math(False)
+
+
+SCORES = EvaluationPlot(
+    "scores.png",
+    "Scores by task and differences to the baseline",
+    "Left, the mean over seeds with its 95% interval (Student's t). Right, the difference to the baseline with its "
+    "95% interval: of a task over seeds, in the first row over tasks by bootstrap. A full mark on the right is a "
+    "clear difference: of a task by permutation test and seeds both, in the first row by p below 0.05.",
+    draw_scores,
+)

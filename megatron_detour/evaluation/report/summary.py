@@ -1,0 +1,290 @@
+"""All figures of an evaluation: what summary.json holds, and tables, plot and terminal show. Scores are shares of 1."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_detour.evaluation.report.chance import chance
+from megatron_detour.evaluation.report.comparable import (
+    Evaluation,
+    Predictions,
+    TaskFacts,
+    read_evaluation,
+    read_predictions,
+)
+from megatron_detour.evaluation.report.statistics import (
+    LEVEL,
+    Spread,
+    holds,
+    holm,
+    paired_bootstrap,
+    permutation_test,
+    tally,
+)
+from megatron_detour.evaluation.results import Cell
+
+FORMAT = 1
+PERMUTATIONS = 10_000
+RESAMPLES = 10_000
+MOST_NAMED = 6  # missing cells, all of which stand in summary.json
+FEW_TASKS = 6  # with fewer p is above 0.05 even where all of them point one way (5 tasks: 2 / 2^5 = 0.06)
+
+
+def summarise(output: Path, baseline: str | None = None, permutations: int = PERMUTATIONS) -> dict[str, Any]:
+    """Returns the content of summary.json. Raises DetourError where results do not compare (comparable.py)."""
+    evaluation = read_evaluation(output, baseline)
+    notes = Notes()
+    tasks = [_task(evaluation, task, permutations, notes) for task in evaluation.tasks]
+    comparisons = _correct(evaluation, tasks)
+    if comparisons / (permutations + 1) > LEVEL:
+        notes.add(f"{permutations:,} permutations are too few for {comparisons:,} comparisons: none can be significant")
+    return {
+        "format": FORMAT,
+        "protocol": evaluation.protocol,
+        "models": list(evaluation.models),
+        "baseline": evaluation.baseline,
+        "seeds": list(evaluation.seeds),
+        "permutations": permutations,
+        "resamples": RESAMPLES,
+        "comparisons": comparisons,
+        "tasks": tasks,
+        "average": _average(evaluation, notes),
+        "against_baseline": [_against(evaluation, tasks, model) for model in evaluation.models[1:]],
+        "cost": [_cost(evaluation, m) for m in dict.fromkeys([*evaluation.models, *evaluation.shuffled_models])],
+        "machines": sorted({str(result["device"]) for result in _all(evaluation) if result.get("device")}),
+        "versions": _versions(evaluation, notes),
+        "notes": notes.said(evaluation),
+    }
+
+
+class Notes:
+    """What a reader has to know of missing and doubtful figures, a sentence each."""
+
+    def __init__(self) -> None:
+        self._said: list[str] = []
+        self._without_predictions: dict[str, list[str]] = {}
+
+    def add(self, sentence: str) -> None:
+        self._said.append(sentence)
+
+    def no_predictions(self, task: TaskFacts, models: tuple[str, str]) -> None:
+        self._without_predictions.setdefault(task.name, []).append(" and ".join(models))
+
+    def said(self, evaluation: Evaluation) -> list[str]:
+        found = list(self._said)
+        for name, pairs in self._without_predictions.items():
+            found.append(f"no permutation test on {name}, as predictions are missing ({'; '.join(pairs)})")
+        if len(evaluation.seeds) == 1:
+            found.append("one seed tells nothing of how much scores vary over seeds, so no difference counts as clear")
+        elif 1 < len(evaluation.seeds) < 5:
+            found.append(f"{len(evaluation.seeds)} seeds: the intervals over seeds are wide and rough")
+        if 0 < len(evaluation.tasks) < FEW_TASKS and len(evaluation.models) > 1:
+            found.append(f"{len(evaluation.tasks)} tasks are too few for an interval over tasks that means much")
+        return found
+
+
+def _all(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    return itertools.chain(evaluation.trained.values(), evaluation.shuffled.values())
+
+
+# ------------------------------------------------------------------------------------------------ one task
+
+
+def _task(evaluation: Evaluation, task: TaskFacts, permutations: int, notes: Notes) -> dict[str, Any]:
+    """The figures of a task; its predictions are held no longer than it takes."""
+    scores = {model: evaluation.scores(model, task.name) for model in evaluation.models}
+    spreads = {model: Spread.of(list(own.values())) for model, own in scores.items() if own}
+    cells = [Cell(model, task.name, seed) for model, own in scores.items() for seed in own]
+    shuffled = [cell for cell in evaluation.shuffled if cell.task == task.name]
+    predictions = read_predictions(evaluation.output, [*cells, *shuffled])
+    pairs = Pairs(task, scores, predictions, permutations, notes)
+    others = [model for model in evaluation.models[1:] if pairs.seeds(model, evaluation.baseline)]
+    ranked = sorted(spreads, key=lambda model: -spreads[model].mean)
+    return {
+        **asdict(task),
+        "scores": {
+            model: _shown(spreads[model]) | {"values": {str(seed): score for seed, score in scores[model].items()}}
+            for model in spreads
+        },
+        "differences": {model: pairs.difference(model, evaluation.baseline) for model in others},
+        "best": _best(pairs, ranked) if len(ranked) == len(evaluation.models) > 1 else None,
+        "sanity": _sanity(evaluation, task, predictions, spreads),
+    }
+
+
+def _shown(spread: Spread) -> dict[str, Any]:
+    return {"mean": spread.mean, "sd": spread.sd, "seeds": spread.count, "interval": spread.interval()}
+
+
+class Pairs:
+    """Differences between models on one task, each tested once."""
+
+    def __init__(
+        self,
+        task: TaskFacts,
+        scores: dict[str, dict[int, float]],
+        predictions: Predictions | None,
+        permutations: int,
+        notes: Notes,
+    ) -> None:
+        self._task, self._scores, self._predictions = task, scores, predictions
+        self._permutations, self._notes = permutations, notes
+        self._found: dict[tuple[str, str], dict[str, Any]] = {}
+        self._contributions: dict[Cell, np.ndarray] = {}
+
+    def seeds(self, model: str, other: str) -> list[int]:
+        """The seeds that both have."""
+        return [seed for seed in self._scores[model] if seed in self._scores[other]]
+
+    def difference(self, model: str, other: str) -> dict[str, Any]:
+        """How much better `model` is, by the seeds that both have: mean, interval over seeds, p of the permutation."""
+        if (other, model) in self._found:
+            back = self._found[other, model]
+            interval = back["interval"] and (-back["interval"][1], -back["interval"][0])
+            return back | {"mean": -back["mean"], "interval": interval}
+        if (model, other) not in self._found:
+            seeds = self.seeds(model, other)
+            spread = Spread.of([self._scores[model][seed] - self._scores[other][seed] for seed in seeds])
+            self._found[model, other] = _shown(spread) | {"p": self._p(model, other, seeds)}
+        return self._found[model, other]
+
+    def _p(self, model: str, other: str, seeds: list[int]) -> float | None:
+        from megatron_detour.evaluation.metrics import score_of
+
+        a, b = (self._contributions_of(name, seeds) for name in (model, other))
+        if a is None or b is None:
+            self._notes.no_predictions(self._task, (model, other))
+            return None
+        return permutation_test(a, b, lambda totals: score_of(self._task.metric, totals), self._permutations).p
+
+    def _contributions_of(self, model: str, seeds: list[int]) -> np.ndarray | None:
+        """What each test example adds to the score [seeds, n, k]; None where predictions are missing."""
+        predictions, cells = self._predictions, [Cell(model, self._task.name, seed) for seed in seeds]
+        if predictions is None or any(cell not in predictions.predicted for cell in cells):
+            return None
+        for cell in cells:
+            if cell not in self._contributions:
+                self._contributions[cell] = predictions.contributions(self._task.metric, cell)
+        return np.stack([self._contributions[cell] for cell in cells])
+
+
+def _best(pairs: Pairs, ranked: list[str]) -> dict[str, Any] | None:
+    """The best model by its mean; `p` is the greatest against any other, `over_seeds` if all intervals exclude 0."""
+    best, *others = ranked
+    if not all(pairs.seeds(best, other) for other in others):
+        return None
+    found = [pairs.difference(best, other) for other in others]
+    p_values = [each["p"] for each in found]
+    return {
+        "model": best,
+        "p": None if None in p_values else max(p_values),
+        "over_seeds": all(each["interval"] is not None and each["interval"][0] > 0 for each in found),
+    }
+
+
+def _correct(evaluation: Evaluation, tasks: list[dict[str, Any]]) -> int:
+    """Adds Holm's p over all comparisons with the baseline, which it counts, and over the best models of all tasks."""
+    tested = [each for task in tasks for each in task["differences"].values() if each["p"] is not None]
+    for each, p in zip(tested, holm(each["p"] for each in tested), strict=True):
+        each["p_holm"] = p
+    for each in (each for task in tasks for each in task["differences"].values()):
+        each.setdefault("p_holm", None)
+        each["clear"] = holds(each["p_holm"], each["interval"])
+    best = [task["best"] for task in tasks if task["best"] and task["best"]["p"] is not None]
+    for each, p in zip(best, holm(each["p"] for each in best), strict=True):
+        each["p_holm"] = p
+    for each in (task["best"] for task in tasks if task["best"]):
+        each.setdefault("p_holm", None)
+        each["clear"] = each["over_seeds"] and each["p_holm"] is not None and each["p_holm"] < LEVEL
+    return len(tested)
+
+
+def _sanity(
+    evaluation: Evaluation, task: TaskFacts, predictions: Predictions | None, spreads: dict[str, Spread]
+) -> dict[str, Any]:
+    """Chance, what shuffled labels gave, and which models are not above chance; None where it is not known."""
+    by_luck = chance(task.metric, predictions.labels, predictions.gold) if predictions else None
+    found = {}
+    for model in evaluation.shuffled_models:
+        if own := evaluation.scores(model, task.name, shuffled=True):
+            spread = Spread.of(list(own.values()))
+            found[model] = _shown(spread) | {"at_chance": by_luck and spread.mean <= by_luck.high}
+    return {
+        "chance": asdict(by_luck) if by_luck else None,
+        "shuffled": found,
+        "not_above": [model for model, spread in spreads.items() if by_luck and spread.mean <= by_luck.high],
+    }
+
+
+# ------------------------------------------------------------------------------------------------ over all tasks
+
+
+def _average(evaluation: Evaluation, notes: Notes) -> dict[str, Any]:
+    """The mean over the tasks that all models have finished, by seed; says which cells are missing."""
+    matrices = {model: evaluation.matrix(model) for model in evaluation.models}
+    complete = np.all([~np.isnan(matrix).any(1) for matrix in matrices.values()], axis=0)
+    complete &= bool(evaluation.seeds)
+    missing = [
+        str(Cell(model, task.name, seed))
+        for model, matrix in matrices.items()
+        for row, task in enumerate(evaluation.tasks)
+        for column, seed in enumerate(evaluation.seeds)
+        if np.isnan(matrix[row, column])
+    ]
+    if missing:
+        left = [task.name for task, whole in zip(evaluation.tasks, complete, strict=True) if not whole]
+        named = f" ({'; '.join(missing)})" if len(missing) <= MOST_NAMED else ""
+        are = "cell is" if len(missing) == 1 else "cells are"
+        notes.add(f"{len(missing):,} {are} missing{named}; the average leaves out {', '.join(left)}")
+    return {
+        "tasks": [task.name for task, whole in zip(evaluation.tasks, complete, strict=True) if whole],
+        "scores": {model: _shown(Spread.of(matrix[complete].mean(0))) for model, matrix in matrices.items()}
+        if complete.any()
+        else {},
+        "missing": missing,
+    }
+
+
+def _against(evaluation: Evaluation, tasks: list[dict[str, Any]], model: str) -> dict[str, Any]:
+    """One model against the baseline over all cells that both have; None where they have none."""
+    own, other = evaluation.matrix(model), evaluation.matrix(evaluation.baseline)
+    there = bool((~np.isnan(own - other)).any())
+    found = [task["differences"][model] for task in tasks if model in task["differences"]]
+    return {
+        "model": model,
+        "cells": asdict(paired_bootstrap(own, other, RESAMPLES)) if there else None,
+        "by_tasks": asdict(paired_bootstrap(own, other, RESAMPLES, clusters="tasks")) if there else None,
+        "tally": asdict(tally([each["mean"] for each in found], [each["clear"] for each in found])),
+        "tested": sum(each["p"] is not None for each in found),
+    }
+
+
+def _cost(evaluation: Evaluation, model: str) -> dict[str, Any]:
+    """The time that a model's fine-tunings took, those with shuffled labels apart."""
+    seconds = [result["seconds"] for cell, result in evaluation.trained.items() if cell.model == model]
+    shuffled = [result["seconds"] for cell, result in evaluation.shuffled.items() if cell.model == model]
+    return {
+        "model": model,
+        "runs": len(seconds),
+        "seconds": sum(seconds),
+        "shuffled_runs": len(shuffled),
+        "shuffled_seconds": sum(shuffled),
+    }
+
+
+def _versions(evaluation: Evaluation, notes: Notes) -> dict[str, str]:
+    """The versions of the libraries, of a package that was changed on the way all that there were."""
+    found: dict[str, dict[str, None]] = {}
+    for result in _all(evaluation):
+        for package, version in (result.get("versions") or {}).items():
+            found.setdefault(package, {})[str(version)] = None
+    for package, versions in found.items():
+        if len(versions) > 1:
+            notes.add(f"results were made with several versions of {package}: {', '.join(versions)}")
+    return {package: ", ".join(versions) for package, versions in found.items()}

@@ -1,0 +1,254 @@
+"""The figures of an evaluation in words: tables that Markdown, HTML and terminal show alike. Scores in percent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_detour.evaluation.report.statistics import LEVEL, TIE
+from megatron_detour.observe.words import duration
+
+ABSENT = "–"
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The text of a cell."""
+
+    text: str
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns after the first `words` ones hold numbers."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[Entry]]
+    remarks: list[str]
+    words: int = 1
+
+
+def tables(summary: Summary) -> list[Table]:
+    """All tables of a report, those that would be empty left out."""
+    found = [scores_table(summary), against_table(summary)]
+    found += [_by_task(summary, model) for model in summary["models"][1:]]
+    found += [_sanity(summary), _tasks(summary), _cost(summary)]
+    return [table for table in found if table.rows]
+
+
+def scores_table(summary: Summary) -> Table:
+    """Tasks in rows, models in columns, and the average over what all models have finished."""
+    models = summary["models"]
+    rows = [
+        [Entry(task["name"]), Entry(metric_words(task["metric"]))]
+        + [_score(task["scores"].get(model), summary, _is_best(task, model)) for model in models]
+        for task in summary["tasks"]
+        if task["scores"]
+    ]
+    average = summary["average"]
+    if average["scores"]:
+        title = f"Mean of {counted(len(average['tasks']), 'task')}"
+        rows.append([Entry(title), Entry("")] + [_score(average["scores"][model], summary) for model in models])
+    remarks = [f"{_of_seeds(summary)} In percent, on the test split."]
+    if len(models) > 1:
+        remarks.append(
+            "Bold: better than every other model, by the permutation test (p below 0.05 after Holm's correction over "
+            f"{counted(sum(task['best'] is not None for task in summary['tasks']), 'task')}) and by the interval of "
+            "the difference over seeds."
+        )
+    return Table("Scores", ["Task", "Metric", *models], rows, remarks, words=2)
+
+
+def _of_seeds(summary: Summary) -> str:
+    count = len(summary["seeds"])
+    if count < 2:
+        return "One seed."
+    return f"Mean ± standard deviation over {count} seeds, or as many as stand in brackets."
+
+
+def _is_best(task: dict[str, Any], model: str) -> bool:
+    return bool(task["best"] and task["best"]["clear"] and task["best"]["model"] == model)
+
+
+def _score(score: dict[str, Any] | None, summary: Summary, bold: bool = False) -> Entry:
+    if not score:
+        return Entry(ABSENT)
+    text = percent(score["mean"])
+    if score["sd"] is not None:
+        text += f" ± {percent(score['sd'])}"
+    if score["seeds"] != len(summary["seeds"]):
+        text += f" ({score['seeds']})"
+    return Entry(text, bold)
+
+
+def against_table(summary: Summary) -> Table:
+    """Every other model against the baseline, over all cells that both have."""
+    rows = [
+        [
+            Entry(found["model"]),
+            Entry(points(found["cells"]["mean"])),
+            Entry(_interval(found["cells"])),
+            Entry(p_words(found["cells"]["p"])),
+            Entry(_interval(found["by_tasks"])),
+            Entry(p_words(found["by_tasks"]["p"])),
+            Entry("{wins} / {losses} / {ties}".format(**found["tally"])),
+            Entry("{clear_wins} / {clear_losses}".format(**found["tally"])),
+        ]
+        for found in summary["against_baseline"]
+        if found["cells"]
+    ]
+    headers = [
+        "Model",
+        "Difference (points)",
+        "95% interval, cells",
+        "p, cells",
+        "95% interval, tasks",
+        "p, tasks",
+        "Better / worse / equal",
+        "Clear: better / worse",
+    ]
+    return Table(f"Against {summary['baseline']}", headers, rows, _of_the_comparison(summary))
+
+
+def _of_the_comparison(summary: Summary) -> list[str]:
+    return [
+        "Difference: the mean over all cells (a task with a seed) that both models have; above 0 the model is better. "
+        f"Paired bootstrap of {summary['resamples']:,} resamples, two-sided p: of cells, as in arXiv 2605.12438, and "
+        "of whole tasks with their seeds, which is the one to go by where other tasks of the kind are meant.",
+        f"Better, worse, equal: on how many tasks, by the mean over seeds; equal is less than {100 * TIE:g} points. "
+        "Clear: by the permutation test after Holm's correction and by the interval over seeds, both.",
+        comparisons_words(summary),
+    ]
+
+
+def comparisons_words(summary: Summary) -> str:
+    """How many comparisons were made, and what that means."""
+    count = summary["comparisons"]
+    if not count:
+        return "No comparison by task was made."
+    others, false = len(summary["models"]) - 1, count * LEVEL
+    by_luck = "less than one" if false < 1 else f"about {false:.0f}"
+    return (
+        f"{counted(count, 'comparison')} by task ({counted(others, 'model')} against {summary['baseline']}): without a "
+        f"correction {by_luck} of them would be below {LEVEL:g} by luck alone where no model differs."
+    )
+
+
+def _by_task(summary: Summary, model: str) -> Table:
+    rows = [
+        [
+            Entry(task["name"]),
+            Entry(points(found["mean"]), found["clear"]),
+            Entry(ABSENT if found["interval"] is None else _range(*found["interval"])),
+            Entry(p_words(found["p"])),
+            Entry(p_words(found["p_holm"])),
+            Entry(("better" if found["mean"] > 0 else "worse") if found["clear"] else ""),
+        ]
+        for task in summary["tasks"]
+        for found in [task["differences"].get(model)]
+        if found
+    ]
+    remark = (
+        "The interval is of the seeds (Student's t, paired by seed); p is of a permutation test over the test examples "
+        f"with {summary['permutations']:,} permutations; Holm's correction is over all "
+        f"{counted(summary['comparisons'], 'comparison')} with {summary['baseline']}."
+    )
+    headers = ["Task", "Difference (points)", "95% interval over seeds", "p", "p after Holm", "Clear"]
+    return Table(f"{model} against {summary['baseline']}, by task", headers, rows, [remark])
+
+
+def _sanity(summary: Summary) -> Table:
+    models = list(dict.fromkeys(model for task in summary["tasks"] for model in task["sanity"]["shuffled"]))
+    rows = [
+        [Entry(task["name"]), Entry(_chance(task["sanity"]["chance"]))]
+        + [_shuffled(task["sanity"]["shuffled"].get(model)) for model in models]
+        + [Entry(", ".join(task["sanity"]["not_above"]))]
+        for task in summary["tasks"]
+        if task["sanity"]["chance"] or task["sanity"]["shuffled"]
+    ]
+    remarks = [
+        "Chance: the best of guesses that know the answers' frequencies and none of the texts, and up to where the "
+        "luck of a test split reaches. A model trained on shuffled labels belongs there, any other one above it. Runs "
+        "with shuffled labels are in no other table.",
+    ]
+    headers = ["Task", "Chance (up to)", *(f"{model}, shuffled labels" for model in models), "No better than chance"]
+    return Table("Sanity", headers, rows, remarks)
+
+
+def _chance(chance: dict[str, float] | None) -> str:
+    return f"{percent(chance['score'])} ({percent(chance['high'])})" if chance else ABSENT
+
+
+def _shuffled(score: dict[str, Any] | None) -> Entry:
+    if not score:
+        return Entry(ABSENT)
+    sd = "" if score["sd"] is None else f" ± {percent(score['sd'])}"
+    verdict = {True: ", at chance", False: ", above chance", None: ""}[score["at_chance"]]
+    return Entry(f"{percent(score['mean'])}{sd} ({score['seeds']}){verdict}", score["at_chance"] is False)
+
+
+def _tasks(summary: Summary) -> Table:
+    rows = [
+        [
+            Entry(task["name"]),
+            Entry(task["title"]),
+            Entry(task["language"] or ABSENT),
+            Entry(metric_words(task["metric"])),
+            Entry(f"{task['test']:,}"),
+        ]
+        for task in summary["tasks"]
+    ]
+    return Table("Tasks", ["Task", "What it is", "Language", "Metric", "Test examples"], rows, [], words=4)
+
+
+def _cost(summary: Summary) -> Table:
+    rows = [
+        [
+            Entry(cost["model"]),
+            Entry(f"{cost['runs']:,}"),
+            Entry(duration(cost["seconds"])),
+            Entry(duration(cost["seconds"] / cost["runs"]) if cost["runs"] else ABSENT),
+            Entry(duration(cost["shuffled_seconds"]) if cost["shuffled_runs"] else ABSENT),
+        ]
+        for cost in summary["cost"]
+    ]
+    headers = ["Model", "Fine-tunings", "Time", "Mean time", "Time with shuffled labels"]
+    machines = ", ".join(summary["machines"]) or "machines that the results do not name"
+    return Table("Cost", headers, rows, [f"The sum of the fine-tunings' own times, on {machines}."])
+
+
+def metric_words(metric: str) -> str:
+    """E.g. ``entity F1``, ``accuracy``."""
+    return metric.replace("_f1", " F1").replace("_", " ")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}".replace("-", "−")
+
+
+def points(share: float) -> str:
+    """A difference with its sign, ``0.0`` without one."""
+    text = f"{100 * share:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def p_words(p: float | None) -> str:
+    """As many digits as mean something."""
+    if p is None:
+        return ABSENT
+    return f"{p:.4f}" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _interval(found: dict[str, float]) -> str:
+    return _range(found["low"], found["high"])
+
+
+def _range(low: float, high: float) -> str:
+    return f"{points(low)} to {points(high)}"
+
+
+def counted(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
