@@ -51,9 +51,24 @@ ALLOWED = {
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.sinks": ("observe errors files", "torch wandb"),
     "observe.compare": ("observe errors files", "yaml"),
-    "evaluation": (
-        "evaluation data.documents errors files",
-        "numpy torch safetensors transformers rich",
+    "evaluation": ("evaluation errors files", "numpy"),
+    "evaluation.task": ("errors", "yaml"),
+    "evaluation.examples": ("evaluation.task errors", ""),
+    "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
+    "evaluation.command": ("evaluation errors", "torch rich"),
+    "evaluation.probes": ("data.documents errors", "torch safetensors transformers rich"),
+    "evaluation.finetuning": (
+        "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
+        "evaluation.results errors",
+        "numpy torch transformers safetensors msgspec yaml rich",
+    ),
+    "evaluation.report": (
+        "evaluation.report evaluation.task evaluation.metrics evaluation.results observe errors files",
+        "numpy scipy matplotlib rich",
+    ),
+    "evaluation.intrinsic": (
+        "evaluation.intrinsic evaluation.models evaluation.probes data.documents data.splitmix errors files",
+        "numpy torch transformers rich",
     ),
     "benchmark": (
         "benchmark data model observe parallel kernels errors files objectives",
@@ -103,6 +118,12 @@ LAZY = {
     "checkpoint.state": "deepspeed",
     "training.engine": "deepspeed",
     "observe.sinks": "torch wandb",
+    "evaluation.command": "torch",
+    "evaluation.metrics": "sklearn scipy seqeval",
+    "evaluation.finetuning.worker": "torch",
+    "evaluation.report.statistics": "scipy",
+    "evaluation.report.plots": "matplotlib",
+    "evaluation.intrinsic.measure": "torch transformers",
 }
 TYPES_ONLY = {
     "training": "deepspeed",
@@ -215,7 +236,7 @@ def test_libraries_are_kept_to_their_places():
         return {place for place, (_, libraries) in ALLOWED.items() if library in libraries.split()}
 
     assert places("deepspeed") == {"training.engine", "checkpoint.state"}
-    assert places("transformers") == {"checkpoint.huggingface", "evaluation", "benchmark", "benchmark.checkpoints"}
+    assert {place.split(".")[0] for place in places("transformers")} == {"checkpoint", "evaluation", "benchmark"}
     assert places("triton") == {"kernels.fused"}
     assert {place for place in places("torch") if place.startswith("data")} == {"data.batches"}
     assert {place for place in places("tokenizers") if place.startswith("data")} == {
