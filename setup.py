@@ -24,7 +24,7 @@ setup(
     package_data={
         "megatron_detour.observe": ["*.html.j2"],
         "megatron_detour.evaluation": ["tasks/*.yaml", "finetuning/protocols/*.yaml", "report/*.html.j2"],
-        "megatron_detour.checkpoint": ["*.j2"],
+        "megatron_detour.release": ["*.j2"],
     },
     entry_points={"console_scripts": ["megatron-detour = megatron_detour.commands.main:entry"]},
     install_requires=[

@@ -47,6 +47,10 @@ ALLOWED = {
         "torch safetensors tokenizers transformers",
     ),
     "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
+    "release": (
+        "release checkpoint model data.vocabulary data.manifest observe.run_folder observe.words config plan errors",
+        "torch yaml jinja2 huggingface_hub",
+    ),
     "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.sinks": ("observe errors files", "torch wandb"),
@@ -118,6 +122,8 @@ LAZY = {
     "checkpoint.state": "deepspeed",
     "training.engine": "deepspeed",
     "observe.sinks": "torch wandb",
+    "release.card": "jinja2",
+    "release.hub": "huggingface_hub",
     "evaluation.command": "torch",
     "evaluation.metrics": "sklearn scipy seqeval",
     "evaluation.finetuning.worker": "torch",
@@ -236,7 +242,8 @@ def test_libraries_are_kept_to_their_places():
         return {place for place, (_, libraries) in ALLOWED.items() if library in libraries.split()}
 
     assert places("deepspeed") == {"training.engine", "checkpoint.state"}
-    assert {place.split(".")[0] for place in places("transformers")} == {"checkpoint", "evaluation", "benchmark"}
+    packages = {place.split(".")[0] for place in places("transformers")}
+    assert packages == {"checkpoint", "evaluation", "benchmark"}
     assert places("triton") == {"kernels.fused"}
     assert {place for place in places("torch") if place.startswith("data")} == {"data.batches"}
     assert {place for place in places("tokenizers") if place.startswith("data")} == {

@@ -4,8 +4,8 @@
 import argparse
 from pathlib import Path
 
-from megatron_detour.checkpoint import command
 from megatron_detour.errors import command_line
+from megatron_detour.release import command
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = None
     if options.evaluation:
-        from megatron_detour.evaluation.report import model_table
+        from megatron_detour.evaluation.report.page import model_table
 
         rows = model_table(Path(options.evaluation), command.evaluated_name(options))
     command.run(options, rows)

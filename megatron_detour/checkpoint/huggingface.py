@@ -28,6 +28,7 @@ OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run_state.json"
 STEP = "step"  # of Adam, by parameter name beside the moments
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOLERANCE = 1e-4  # of fp32 logits, as a share of the greatest
+COMPARED_TOKENS, COMPARED_TOGETHER = 1024, 5  # of a text, texts of a padded batch: whole logits are large
 OLD_CONFIG_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
 
 
@@ -191,27 +192,61 @@ def open_optimizer(folder: Path, stack: ExitStack) -> tuple[Callable[[str, str],
 
 
 @torch.no_grad()
-def compare_with_transformers(name: str | Path, model: ModernBert) -> float:
+def compare_with_transformers(
+    name: str | Path, model: ModernBert, texts: tuple[str, ...] = (), causal: bool = False
+) -> float:
     """The greatest difference of our fp32 logits to those of transformers' model, as a share of the greatest logit.
 
-    The documents are random ids, shorter and longer than the local window, so that every kind of layer is exercised.
-    A greatest logit below 1 counts as 1.
+    The documents are random ids, shorter and longer than the local window, so that every kind of layer is exercised,
+    and `texts` in the tokens of the folder `name`, each alone and in padded batches. A greatest logit below 1 counts as
+    1. `causal`: the folder is a ModernBertDecoder's. Raises DetourError where transformers' tokenizer gives
+    other ids than training read.
     """
-    from transformers import AutoModelForMaskedLM
-    from transformers.utils import logging
+    import transformers
 
-    logging.disable_progress_bar()
-    theirs = AutoModelForMaskedLM.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval()
+    transformers.utils.logging.disable_progress_bar()
+    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+    theirs = kind.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval()
     generator = torch.Generator().manual_seed(0)
     longest = min(4 * model.shape.window + 7, model.shape.max_positions)
+    sizes = {2, model.shape.window // 2 + 1, longest}
+    batches = [[torch.randint(model.shape.vocabulary, (size,), generator=generator)] for size in sizes]
+    if texts:
+        documents = _token_ids(Path(name), texts, min(model.shape.max_positions, COMPARED_TOKENS))
+        batches += [[ids] for ids in documents]
+        batches += [documents[i : i + COMPARED_TOGETHER] for i in range(0, len(documents), COMPARED_TOGETHER)]
     worst = 0.0
-    for length in {2, model.shape.window // 2 + 1, longest}:
-        ids = torch.randint(model.shape.vocabulary, (length,), generator=generator)
-        ours = model.logits(ids, torch.arange(length), (length,))
-        reference = theirs(input_ids=ids[None]).logits[0]
-        share = float((reference - ours).abs().max() / reference.abs().max().clamp(min=1))
-        worst = max(worst, share) if math.isfinite(share) else math.inf
+    for batch in batches:
+        lengths = [len(ids) for ids in batch]
+        inputs = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)  # with any id: the mask hides it
+        mask = torch.arange(inputs.shape[1]) < torch.tensor(lengths)[:, None]
+        references = theirs(input_ids=inputs, attention_mask=mask.long()).logits
+        for ids, length, reference in zip(batch, lengths, references, strict=True):
+            ours = model.logits(ids, torch.arange(length), (length,), causal)
+            worst = max(worst, _share(ours, reference[:length]))
     return worst
+
+
+def _token_ids(folder: Path, texts: tuple[str, ...], longest: int) -> list[torch.Tensor]:
+    """The ids of each text by the tokenizer of a folder as transformers opens it, cut at `longest`."""
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(folder, local_files_only=True), load_tokenizer(folder)
+    found = []
+    for text in texts:
+        ids = theirs(text, verbose=False)["input_ids"]
+        if ids != ours.encode(text).ids:
+            raise DetourError(
+                "transformers' tokenizer gives other ids than tokenizer.json, with which the corpus was built; look "
+                "for a key of tokenizer_config.json that changes them, such as additional_special_tokens"
+            )
+        found.append(torch.tensor(ids[:longest]))
+    return found
+
+
+def _share(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    share = float((reference - ours).abs().max() / reference.abs().max().clamp(min=1))
+    return share if math.isfinite(share) else math.inf
 
 
 def refuse_difference(difference: float, what: str) -> None:

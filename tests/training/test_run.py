@@ -17,10 +17,10 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_detour.checkpoint import store
-from megatron_detour.checkpoint.export import export
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 from megatron_detour.observe.sinks import read_metrics
+from megatron_detour.release.export import export
 from tests.harness import ROOT, environment, free_port
 
 SCRIPT = ROOT / "examples" / "pretrain_large.sh"

@@ -55,6 +55,8 @@ def begin_worker(slots: Any, shares: Any, stop: Any, threads: int, parent: int) 
     os.environ["CUDA_VISIBLE_DEVICES"] = device
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if not device:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning, as transformers loads DeepSpeed
     _end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     from transformers.utils import logging

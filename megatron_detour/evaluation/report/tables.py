@@ -102,10 +102,10 @@ def against_table(summary: Summary) -> Table:
     ]
     headers = [
         "Model",
-        "Difference (points)",
-        "95% interval, cells",
+        "Points",
+        "95%, cells",
         "p, cells",
-        "95% interval, tasks",
+        "95%, tasks",
         "p, tasks",
         "Better / worse / equal",
         "Clear: better / worse",
@@ -115,9 +115,10 @@ def against_table(summary: Summary) -> Table:
 
 def _of_the_comparison(summary: Summary) -> list[str]:
     return [
-        "Difference: the mean over all cells (a task with a seed) that both models have; above 0 the model is better. "
-        f"Paired bootstrap of {summary['resamples']:,} resamples, two-sided p: of cells, as in arXiv 2605.12438, and "
-        "of whole tasks with their seeds, which is the one to go by where other tasks of the kind are meant.",
+        "Points: the mean difference over all cells (a task with a seed) that both models have; above 0 the model is "
+        f"better. 95%: its interval. Paired bootstrap of {summary['resamples']:,} resamples, two-sided p: of cells, as "
+        "in arXiv 2605.12438, and of whole tasks with their seeds, which is the one to go by where other tasks of the "
+        "kind are meant.",
         f"Better, worse, equal: on how many tasks, by the mean over seeds; equal is less than {100 * TIE:g} points. "
         "Clear: by the permutation test after Holm's correction and by the interval over seeds, both.",
         comparisons_words(summary),

@@ -1,0 +1,303 @@
+"""The model card: README.md with the front matter that the hub reads, from the facts of a run and what is given.
+
+It names no paths: corpora go by the last part of their prefix. What has no value is left out, or says so in words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_detour import __version__
+from megatron_detour.checkpoint.huggingface import RUN_STATE, Source
+from megatron_detour.errors import DetourError, nearest
+from megatron_detour.model.shape import FULL, Shape
+from megatron_detour.observe.run_folder import VALIDATION_FIGURES
+from megatron_detour.observe.words import batch_words, compact, duration, frozen_words, mask_words, rate_words
+from megatron_detour.release.facts import Corpus, Facts
+from megatron_detour.release.given import Given
+
+TEMPLATE = "card.md.j2"
+BY_CORPUS = ("val_mlm_loss", "val_mlm_accuracy")  # of the validation figures; the others are told over all corpora
+NOT_STATED = "not stated by the corpus's manifest"
+
+
+class Table(NamedTuple):
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card to be written: the facts, and how the folder that it lies in was made."""
+
+    facts: Facts
+    given: Given
+    shape: Shape
+    parameters: int
+    folder: str  # name of the folder, for a model that was given none
+    repository: str | None  # on the hub
+    dtype: str
+    difference: float  # of the logits to transformers', relative
+    decoder: bool
+    first_version: str  # of transformers, that reads the folder
+    evaluation: list[dict[str, Any]] | None  # rows: task, title, metric, mean, sd, seeds
+
+    def text(self) -> str:
+        """The whole README.md. Raises DetourError where corpora are spoken of that the run does not have."""
+        import yaml
+
+        refuse_unknown_corpora(self.given, self.facts.corpora)
+        front = yaml.safe_dump(self.front_matter(), sort_keys=False, allow_unicode=True, width=1000)
+        return f"---\n{front}---\n\n{self._body()}"
+
+    @property
+    def name(self) -> str:
+        return self.given.name or self.folder
+
+    def front_matter(self) -> dict[str, Any]:
+        """Only keys with values."""
+        licence = self.given.licence
+        named = licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence)
+        pipeline = "text-generation" if self.decoder else "fill-mask"
+        entries = {
+            "language": list(self.languages) or None,
+            "license": "other" if named else licence or "unknown",
+            "license_name": licence if named else None,
+            "library_name": "transformers",
+            "pipeline_tag": pipeline,
+            "base_model": self.base_model,
+            "tags": ["modernbert", "continued-pretraining", "megatron-detour", *self._detour_tag(), *self.given.tags],
+        }
+        return {key: value for key, value in entries.items() if value}
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Those that are given, or that every corpus was filtered for; none otherwise."""
+        if self.given.languages:
+            return self.given.languages
+        filtered = [corpus.languages for corpus in self.facts.corpora]
+        return tuple(dict.fromkeys(code for codes in filtered for code in codes)) if all(filtered) else ()
+
+    @property
+    def base_model(self) -> str | None:
+        """What is given, or the start model where it is a hub id; a local folder says nothing to the hub."""
+        start = self.facts.config.model.start
+        if self.given.base_model or not start or Path(start).exists():
+            return self.given.base_model
+        return start if Source(start).has("config.json") else None
+
+    def _detour_tag(self) -> list[str]:
+        return ["causal-detour"] if any(phase.objective == "clm" for phase in self.facts.plan.phases) else []
+
+    def warnings(self) -> list[str]:
+        """What the card cannot say, with the option that would say it, and what a user of the model should know."""
+        facts, found = self.facts, []
+        last = facts.last_phase
+        if not facts.finished:
+            where = f"in phase {last.name!r}" if last else "before the first step"
+            found.append(f"the run is not done; {facts.checkpoint} is {where}")
+        if last and self.decoder and last.objective != "clm":
+            found.append(f"the last phase, {last.name!r}, was not causal: as a decoder the model continues texts badly")
+        if last and not self.decoder and last.objective == "clm":
+            found.append(f"the last phase, {last.name!r}, was causal: the model has to be trained on as an encoder")
+        if not facts.has_run_folder:
+            found.append("the folder of the run is not beside the checkpoint: the card has no figures of the run")
+        if not self.languages:
+            found.append("the card names no language; give --language")
+        if not self.given.licence:
+            found.append("the card states no licence; give --licence")
+        if facts.config.model.start and not self.base_model:
+            found.append("the card cannot name the start model on the hub; give --base-model")
+        return found
+
+    def _body(self) -> str:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        environment.filters.update(
+            count="{:,}".format, compact=compact, duration=duration, cell=cell, quoted=json.dumps, batch=batch_words
+        )
+        facts, shape = self.facts, self.shape
+        return environment.get_template(TEMPLATE).render(
+            card=self,
+            facts=facts,
+            shape=shape,
+            run=facts.run,
+            model=self.repository or self.folder,
+            start=self._start(),
+            lengths=" and ".join(f"{length:,}" for length in sorted({p.sequence_length for p in facts.plan.phases})),
+            recipe=self._recipe(),
+            french=bool(self.languages) and self.languages[0] == "fr",
+            causal=[phase for phase in facts.plan.phases if phase.objective == "clm" and facts.steps_of(phase)],
+            pending=[phase.name for phase in facts.plan.phases if not facts.steps_of(phase)],
+            global_layers=shape.layer_types.count(FULL),
+            phases=self._phases(),
+            corpora=self._corpora(),
+            validation=self._validation(),
+            scores=self._scores(),
+            hardware=self._hardware(),
+            device_hours=sum(session["seconds"] * session["ranks"] for session in facts.sessions) / 3600,
+            resumptions=[step for step in facts.run.resumptions if step < facts.step],
+            padding=self._padding(),
+            validated=facts.run_settings.get("validation") or {},
+            settings=facts.config.to_dict(),
+            transformers=self._opens_in(),
+            software=__version__,
+        )
+
+    def _opens_in(self) -> str:
+        mistaken = not self.decoder and self.first_version.startswith("4.")
+        exception = "; not 4.54.0, whose local layers differ" if mistaken else ""
+        return f"transformers {self.first_version} and later{exception}"
+
+    def _start(self) -> str:
+        """Where the weights came from, in words and without a path."""
+        start = self.facts.config.model.start
+        if not start:
+            return "freshly initialised weights"
+        if self.base_model:
+            return f"[{self.base_model}](https://huggingface.co/{self.base_model})"
+        folder = Path(start)
+        if (folder / RUN_STATE).is_file():
+            before = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
+            return f"step {before['step']:,} of an earlier run of this software, after {before['tokens']:,} tokens"
+        return f"a local folder, {folder.name}, whose name on the hub was not given"
+
+    def _recipe(self) -> str:
+        """For instance: CLM on 10B tokens, then MLM (15% masked) on 1B tokens."""
+        parts = []
+        for phase in self.facts.plan.to_dict()["phases"]:
+            mask = mask_words(phase)
+            masked = f" ({mask} masked)" if mask else ""
+            parts.append(f"{phase['objective'].upper()}{masked} on {compact(phase['tokens'])} tokens")
+        return ", then ".join(parts)
+
+    def _phases(self) -> Table:
+        header = ["Phase", "Objective", "Tokens", "Steps", "Learning rate", "Masked", "Frozen"]
+        rows = []
+        for phase, said in zip(self.facts.plan.phases, self.facts.plan.to_dict()["phases"], strict=True):
+            words = ", whole words" if said["whole_word_masking"] else ""
+            rows.append(
+                [
+                    phase.name,
+                    said["objective"].upper(),
+                    _of(self.facts.tokens_of(phase), phase.tokens),
+                    _of(self.facts.steps_of(phase), phase.steps),
+                    rate_words(said["learning_rate"]),
+                    (mask_words(said) or "nothing") + words,
+                    frozen_words(said) or "nothing",
+                ]
+            )
+        return Table(header, rows)
+
+    def _corpora(self) -> Table:
+        """The columns that something is known of."""
+        corpora = self.facts.corpora
+        said = [self.given.corpora.get(corpus.name, {}) for corpus in corpora]
+        columns: dict[str, list[str]] = {
+            "Corpus": [
+                _linked(more.get("title", c.name), more.get("url")) for c, more in zip(corpora, said, strict=True)
+            ]
+        }
+        if any("description" in more for more in said):
+            columns["What it is"] = [more.get("description", "not described") for more in said]
+        if any(corpus.documents is not None for corpus in corpora):
+            columns["Documents"] = [_known(corpus.documents) for corpus in corpora]
+            columns["Tokens"] = [_known(corpus.tokens) for corpus in corpora]
+            columns["Read"] = [self._times_read(corpus) for corpus in corpora]
+        columns["Share"] = [_share_words(corpus, len(self.facts.plan.phases)) for corpus in corpora]
+        columns["Licence"] = [more.get("licence", NOT_STATED) for more in said]
+        return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
+
+    def _times_read(self, corpus: Corpus) -> str:
+        if not corpus.tokens:
+            return "not known"
+        phases = self.facts.plan.phases
+        read = sum(self.facts.tokens_of(phase) * corpus.shares.get(phase.name, 0) for phase in phases)
+        return f"about {read / corpus.tokens:.2g} times"
+
+    def _validation(self) -> Table:
+        run = self.facts.run
+        boundaries = run.boundaries()
+        header = ["Held-out figure", *(boundary.title for boundary in boundaries)]
+        rows = []
+        for key, figure in VALIDATION_FIGURES.items():
+            for corpus in ["", *(run.validation_corpora if key in BY_CORPUS else [])]:
+                held = [boundary.record.get(f"{key}/{corpus}" if corpus else key) for boundary in boundaries]
+                if any(value is not None for value in held):
+                    words = ["not measured" if value is None else figure.value(value) for value in held]
+                    rows.append([f"{figure.title}, {corpus}" if corpus else figure.title, *words])
+        return Table(header, rows)
+
+    def _scores(self) -> Table:
+        rows = []
+        for row in self.evaluation or []:
+            spread = "one seed" if row["sd"] is None else f"{100 * row['sd']:.1f}"
+            metric = str(row["metric"]).replace("_", " ")
+            rows.append([row["title"], metric, f"{100 * row['mean']:.1f}", spread, str(row["seeds"])])
+        return Table(["Task", "Metric", "Mean", "Standard deviation", "Seeds"], rows)
+
+    def _hardware(self) -> Table:
+        rows: dict[tuple[str, ...], list[float]] = {}
+        for session in self.facts.sessions:
+            kind = (f"{session['ranks']} x {session['device']}", f"{session['tensor_parallel']}", f"{session['dtype']}")
+            counted = rows.setdefault(kind, [0, 0.0])
+            counted[0] += session["steps"]
+            counted[1] += session["seconds"]
+        header = ["Devices", "Tensor-parallel", "Numbers", "Steps", "Time of the steps"]
+        return Table(
+            header,
+            [
+                [*kind, f"{steps:,}", duration(seconds) if seconds else "not recorded"]
+                for kind, (steps, seconds) in rows.items()
+            ],
+        )
+
+    def _padding(self) -> float | None:
+        """The share of the tokens that was padding; None where it was not recorded."""
+        known = [r for r in self.facts.run.records if r.get("padding_share") is not None and r.get("sequences")]
+        positions = sum(record["sequences"] for record in known)
+        return sum(r["padding_share"] * r["sequences"] for r in known) / positions if positions else None
+
+
+def refuse_unknown_corpora(given: Given, corpora: list[Corpus]) -> None:
+    """Raises DetourError for a corpus of --card-facts that no phase reads."""
+    names = [corpus.name for corpus in corpora]
+    for name in given.corpora:
+        if name not in names:
+            hint = nearest(name, names) or f"; it has {', '.join(names)}"
+            raise DetourError(f"--card-facts: corpora.{name}: the run reads no corpus of this name{hint}")
+
+
+def cell(text: str) -> str:
+    """Text inside a table of Markdown."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def _of(done: int, planned: int) -> str:
+    return f"{planned:,}" if done == planned else f"{done:,} of {planned:,}"
+
+
+def _known(count: int | None) -> str:
+    return "not known" if count is None else f"{count:,}"
+
+
+def _linked(title: str, url: str | None) -> str:
+    return f"[{title}]({url})" if url else title
+
+
+def _share_words(corpus: Corpus, phases: int) -> str:
+    shares = {phase: f"{100 * share:.3g}%" for phase, share in corpus.shares.items()}
+    if len(shares) == phases and len(set(shares.values())) == 1:
+        return next(iter(shares.values()))
+    return ", ".join(f"{phase}: {share}" for phase, share in shares.items())

@@ -1,0 +1,68 @@
+"""An exported folder, and one that transformers saved, are start models as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_detour.checkpoint import huggingface
+from megatron_detour.checkpoint.huggingface import Source, Weights
+from megatron_detour.config import Model
+from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.model.shape import Shape
+from megatron_detour.parallel.state import ParallelState
+from megatron_detour.release.export import export
+from megatron_detour.training.start import StartModel
+from tests.release.made import make_run, scaled_weights
+from tests.training.test_zero2 import run_config
+
+
+def started(folder: Path) -> ModernBert:
+    """The model that a run with `model.start` of this folder begins with, compared with transformers as there."""
+    start = StartModel.of(dataclasses.replace(run_config(1), model=Model(start=str(folder))))
+    model = ModernBert(start.shape, ParallelState())
+    with Weights(start.weights) as weights:
+        weights.check(model.full_sizes())
+        model.load_state_dict({name: weights(name) for name in model.full_sizes()})
+    assert huggingface.compare_with_transformers(folder, model.eval()) < 1e-5
+    return model
+
+
+@pytest.fixture(scope="module")
+def encoder(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("back")
+    export(str(make_run(folder / "run", corpus, steps=(6,))), str(folder / "encoder"), "fp32")
+    return folder / "encoder"
+
+
+def test_an_exported_folder_is_a_start_model(encoder, corpus):
+    found = started(encoder).state_dict()
+    for name, weight in scaled_weights(corpus.tokenizer).items():
+        assert torch.equal(found[name], weight), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_transformers_saves_is_a_start_model(encoder, tmp_path, dtype):
+    """In shards, without decoder.weight, which is the embedding."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    theirs = AutoModelForMaskedLM.from_pretrained(encoder, dtype=dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1 and "decoder.weight" not in index["weight_map"]
+    found = started(tmp_path).state_dict()
+    for name, weight in theirs.float().state_dict().items():
+        assert name == "decoder.weight" or torch.equal(found[name], weight), name
+
+
+def test_a_decoder_is_no_start_model(corpus, tmp_path):
+    from megatron_detour.errors import DetourError
+
+    export(str(make_run(tmp_path / "run", corpus, steps=(4,))), str(tmp_path / "decoder"), "fp32", as_decoder=True)
+    with pytest.raises(DetourError, match="not a ModernBERT but a 'modernbert-decoder' model"):
+        Shape.of(Source(str(tmp_path / "decoder")).config(), str(tmp_path / "decoder"))
