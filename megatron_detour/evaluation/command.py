@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         nargs="+",
+        action="extend",
         required=True,
         metavar="DIR",
         help="Hugging Face folders, or NAME=DIR; the first one is what the others are compared with",
@@ -28,6 +30,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         nargs="+",
+        action="extend",
         required=True,
         metavar="NAME",
         help="tasks, YAML files of your own, or: all (that --data has), paper-en, paper-fr",
@@ -42,13 +45,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=_count, metavar="N", help="fine-tunings at once (one a GPU; 1 without)")
     parser.add_argument("--shuffle-labels", action="store_true", help="train on shuffled labels: what is chance?")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="key=value", help="change the protocol: --set epochs=1 batch=8"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="key=value",
+        help="change the protocol",
     )
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="folder of an evaluation")
-    parser.add_argument("--baseline", metavar="MODEL", help="the model to compare with (the first)")
+    parser.add_argument("--baseline", metavar="MODEL", help="the model to compare with (that of the first result)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,13 +79,15 @@ def run(options: argparse.Namespace) -> int:
         devices=devices,
     )
     run_suite(suite)
-    return report(options.output, None)
+    return report(options.output, None if suite.shuffled else next(iter(models)))
 
 
 def report(output: Path, baseline: str | None) -> int:
     from megatron_detour.evaluation.report.page import as_text, read_summary, write_report
 
-    page = write_report(output, baseline)
+    with (output / ".lock").open("w") as lock:  # several commands may share an output
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        page = write_report(output, baseline)
     as_text(read_summary(output), Console())
     print(f"report   {page}\nresults  {output / 'results.jsonl'}")
     return 0

@@ -5,8 +5,8 @@ Predictions and right answers are lists with an item an example: tags (list of s
 in multiple-choice, several of them (list of int) in multiple-answer.
 
 What is undefined counts as 0: precision, recall and F1 without a prediction or a right answer, and a correlation of
-constant scores. Macro F1 is the mean over the labels that are right or predicted somewhere, as in scikit-learn, so
-that perfect predictions score 1 where a split lacks a rare label.
+constant scores. Macro F1 is scikit-learn's: of classes the mean over those that are right or predicted somewhere, in
+multi-label over all labels, so that one that the split lacks counts as 0 for every model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def score(name: str, labels: Sequence[str], gold: Answers, predicted: Answers) -
     if name == "accuracy":
         return float(metrics.accuracy_score(gold, predicted))
     ones = _ones(labels if name in _OF_LABELS else _options(gold, predicted), gold, predicted)
-    there = np.flatnonzero(ones.any(axis=(0, 1)))
+    there = np.arange(ones.shape[2]) if _several(gold) else np.flatnonzero(ones.any(axis=(0, 1)))
     ones = np.pad(ones, ((0, 0), (0, 0), (0, 1)))  # scikit-learn takes a single column for two classes
     if name == "exact_match":
         return float(metrics.accuracy_score(*ones))
@@ -68,10 +68,10 @@ def contributions(name: str, labels: Sequence[str], gold: Answers, predicted: An
     """What each example adds to a metric's totals: [examples, k], see `score_of`. Raises DetourError as `scores` does.
 
     entity_f1 adds entities found, predicted and right (k 3); micro_f1 true positives, false positives and false
-    negatives (k 3), macro_f1 and weighted_f1 these for each label (k 3 * labels); accuracy, exact_match and hamming
-    their value and 1 (k 2); pearson the sums x, y, xx, yy, xy and 1 of gold (x) and predicted scores (y), both less the
-    mean of gold, which changes no correlation but keeps the sums exact; spearman the same of ranks (k 6). Ranks are
-    those among the predictions given here.
+    negatives (k 3), macro_f1 and weighted_f1 these and 1 where it counts in any case, for each label (k 4 *
+    labels); accuracy, exact_match and hamming their value and 1 (k 2); pearson the sums x, y, xx, yy, xy and 1 of
+    gold (x) and predicted scores (y), both less the mean of gold, which changes no correlation but keeps the sums
+    exact; spearman the same of ranks (k 6). Ranks are those among the predictions given here.
     """
     _check(name, gold, predicted)
     if name in _CORRELATIONS:
@@ -85,8 +85,9 @@ def contributions(name: str, labels: Sequence[str], gold: Answers, predicted: An
         return _with_ones((right == given).all(1).astype(np.float64))
     if name == "hamming":
         return _with_ones((right & given).sum(1) / np.maximum((right | given).sum(1), 1))
-    counts = np.stack([right & given, given & ~right, right & ~given], axis=-1).astype(np.float64)
-    return counts.sum(1) if name == "micro_f1" else counts.reshape(len(counts), -1)
+    counts = np.stack([right & given, given & ~right, right & ~given, np.full_like(right, _several(gold))], axis=-1)
+    counts = counts.astype(np.float64)
+    return counts[..., :3].sum(1) if name == "micro_f1" else counts.reshape(len(counts), -1)
 
 
 def score_of(name: str, totals: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -101,8 +102,8 @@ def score_of(name: str, totals: NDArray[np.float64]) -> NDArray[np.float64]:
         return _ratio(2 * totals[..., 0], totals[..., 1] + totals[..., 2])
     if name == "micro_f1":
         return _f1(totals)
-    by_label = totals.reshape(*totals.shape[:-1], -1, 3)
-    each = _f1(by_label)
+    by_label = totals.reshape(*totals.shape[:-1], -1, 4)
+    each = _f1(by_label[..., :3])
     weights = by_label[..., 0] + by_label[..., 2] if name == "weighted_f1" else by_label.any(-1).astype(np.float64)
     return _ratio((each * weights).sum(-1), weights.sum(-1))
 
@@ -124,6 +125,15 @@ def _check(name: str, gold: Answers, predicted: Answers) -> None:
                 raise DetourError(f"{name}: example {number} has {len(tags)} words, but {len(others)} predicted tags")
     if name in _CORRELATIONS and not (np.isfinite(gold).all() and np.isfinite(predicted).all()):
         raise DetourError(f"{name}: not all scores are finite numbers; the model has most likely diverged")
+
+
+def _several(gold: Answers) -> bool:
+    """Whether answers are sets of labels.
+
+    scikit-learn's macro F1 then counts every label, one that never occurs as 0; of classes it leaves out those that are
+    neither right nor predicted anywhere.
+    """
+    return isinstance(gold[0], list | tuple)
 
 
 def _options(gold: Answers, predicted: Answers) -> list[Any]:

@@ -43,5 +43,6 @@ def weight_files(folder: Path) -> list[Path]:
 
 def identity_of(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that decide on what a model computes, by their names."""
-    files = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
-    return {path.name: file_facts(path)["sha256"] for path in files}
+    named = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    files = [*named, *weight_files(folder)]
+    return {path.name: file_facts(path)["sha256"] for path in files if path.is_file()}

@@ -40,8 +40,7 @@ def read_results(output: Path) -> dict[Cell, Result]:
     if not path.exists():
         return {}
     found: dict[Cell, Result] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             result = json.loads(line)
             found[Cell.of(result)] = result

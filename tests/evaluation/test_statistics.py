@@ -145,14 +145,26 @@ def test_bootstrap_is_antisymmetric(clusters):
 
 def test_bootstrap_interval_agrees_with_scipy():
     a, b = np.random.default_rng(4).normal(0.6, 0.02, (2, 8, 9))
-    cells, tasks = (a - b).ravel(), (a - b).mean(1)
-    for clusters, units in ((None, cells), ("tasks", tasks)):
-        own = paired_bootstrap(a, b, 20_000, clusters=clusters)
-        other = stats.bootstrap(
-            (units,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(0)
-        ).confidence_interval
-        width = other.high - other.low
-        assert (own.low, own.high) == pytest.approx((other.low, other.high), abs=0.03 * width)
+    own = paired_bootstrap(a, b, 20_000)
+    other = stats.bootstrap(
+        ((a - b).ravel(),), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert (own.low, own.high) == pytest.approx((other.low, other.high), abs=0.03 * (other.high - other.low))
+
+
+def test_the_interval_over_tasks_is_student_s_and_holds_what_it_says():
+    a, b = np.random.default_rng(4).normal(0.6, 0.02, (2, 8, 9))
+    tasks = (a - b).mean(1)
+    own = paired_bootstrap(a, b, 100, clusters="tasks")
+    assert (own.low, own.high) == pytest.approx(stats.ttest_1samp(tasks, 0).confidence_interval(0.95))
+    alone = paired_bootstrap(a[:1], b[:1], 100, clusters="tasks")
+    assert (alone.low, alone.high, alone.p) == (None, None, 1.0)
+    missed = 0
+    for seed in range(400):  # four tasks without a difference
+        one, two = np.random.default_rng(seed).normal(0.6, 0.02, (2, 4, 3))
+        found = paired_bootstrap(one, two, 10, clusters="tasks")
+        missed += not found.low < 0 < found.high
+    assert 0.02 < missed / 400 < 0.09
 
 
 def test_missing_cells_leave_out_their_pair():

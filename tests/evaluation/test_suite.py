@@ -112,13 +112,17 @@ def test_kills_lose_nothing_that_was_finished(workshop, unbroken, tmp_path):
         os.killpg(process.pid, signal.SIGKILL) if everyone else os.kill(process.pid, signal.SIGKILL)
         process.wait()
         _await_end(workers)
-        before, lines = lines, (output / "results.jsonl").read_text().splitlines()
+        before, lines = lines, _whole_lines(output)
         assert lines[: len(before)] == before and len(before) + 2 <= len(lines) < 8
     status, _, err = finish(start(workshop, output))
     assert status == 0 and f"{len(lines)} of 8 fine-tunings were finished before" in err
-    assert (output / "results.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert _whole_lines(output)[: len(lines)] == lines
     assert figures(output) == figures(unbroken)
     assert not (output / ".scratch").exists()
+
+
+def _whole_lines(output: Path) -> list[str]:
+    return (output / "results.jsonl").read_text().split("\n")[:-1]
 
 
 def _children(pid: int) -> list[int]:

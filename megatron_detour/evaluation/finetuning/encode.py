@@ -183,6 +183,7 @@ def _with_tags(feature: dict[str, Any], ner_head: str) -> dict[str, Any]:
     kept = {key: value for key, value in feature.items() if key not in ("tags", "word_starts")}
     starts, tags = feature["word_starts"], feature["tags"]
     if ner_head == "span":
+        kept.pop("token_type_ids", None)  # the head takes none
         labels = [tag if start >= 0 else IGNORED for start, tag in zip(starts, tags, strict=True)]
         return kept | {"word_starts": starts, "labels": labels}
     labels = [IGNORED] * len(feature["input_ids"])

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 
+from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset
 from megatron_detour.evaluation.finetuning.encode import Encoder, Example, Scale, collator, length_of, was_cut
 from megatron_detour.evaluation.finetuning.heads import loss_of, open_model, optimizer_of
@@ -118,6 +119,8 @@ def _subset(examples: list[Example], most: int | None) -> list[Example]:
 
 def _encoder(model: Path, dataset: Dataset, settings: Settings, train: list[Example]) -> Encoder:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        raise DetourError(f"{model}: the tokenizer has no padding token; name one in its tokenizer_config.json")
     config = transformers.AutoConfig.from_pretrained(model, local_files_only=True)
     limit = getattr(config, "max_position_embeddings", settings.max_length)
     longest = min(settings.max_length, tokenizer.model_max_length, limit)
@@ -197,7 +200,7 @@ def _arguments(settings: Settings, seed: int, folder: Path) -> Any:
         warmup_steps=settings.warmup,  # below 1: a share
         max_grad_norm=settings.clip,
         train_sampling_strategy="group_by_length" if settings.by_length else "random",
-        bf16=cuda,
+        bf16=cuda and torch.cuda.is_bf16_supported(),
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
         eval_strategy=rhythm,
@@ -222,6 +225,8 @@ def _answers(encoder: Encoder) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     of_tags = encoder.task.type == "token-classification"
 
     def kept(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(outputs[0] if isinstance(outputs, tuple) else outputs).all():
+            raise DetourError("the model has diverged: its outputs are no numbers; try a smaller learning_rate")
         if of_tags and encoder.ner_head == "span":
             return outputs[1]  # SpanOutput.tags
         logits = outputs[0] if isinstance(outputs, tuple) else outputs

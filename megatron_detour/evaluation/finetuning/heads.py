@@ -36,8 +36,12 @@ def open_model(folder: Path, dataset: Dataset, settings: Settings) -> nn.Module:
         options = {"num_labels": 1}
     if kind == "multi-label":
         options["problem_type"] = "multi_label_classification"
+    if settings.pooling and hasattr(transformers.AutoConfig.from_pretrained(folder), "classifier_pooling"):
+        options["classifier_pooling"] = settings.pooling  # released ModernBERTs differ in it
     network = _pretrained(classes.get(kind, transformers.AutoModelForSequenceClassification), folder, **options)
-    if settings.head == "linear" and hasattr(network, "head"):
+    if settings.head == "linear":
+        if not isinstance(getattr(network, "head", None), nn.Module):
+            raise DetourError(f"{folder}: its kind of model has no dense layer that head=linear could leave out")
         network.head = nn.Identity()
     return network
 

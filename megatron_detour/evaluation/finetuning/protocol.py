@@ -28,6 +28,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     schedule: Literal["linear", "constant", "cosine"] = "linear"
     weight_decay: float = 0.0
     clip: float = 1.0  # norm of the gradient
+    pooling: Literal["cls", "mean"] | None = None  # of a text; None: as the model's own configuration says
     head: Literal["transformers", "linear"] = "transformers"  # linear: without the dense layer in front of it
     ner_head: Literal["tokens", "span"] = "tokens"
     select_by: str | None = None  # the metric on the validation split; None: the task's own

@@ -91,6 +91,13 @@ class SpanTagger(nn.Module):
         [batch, words], ids of BIO tags, -100 for padding; an I-X that continues nothing begins an entity.
         """
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        # Autocast would run the LSTM of a GPU in fp16; beside the encoder the head costs little.
+        with torch.autocast(states.device.type, enabled=False):
+            return self._tag(states.float(), input_ids, attention_mask, word_starts, labels)
+
+    def _tag(
+        self, states: Tensor, input_ids: Tensor, attention_mask: Tensor, word_starts: Tensor, labels: Tensor | None
+    ) -> SpanOutput:
         logits = states.new_zeros((*word_starts.shape, len(self.tags)), dtype=torch.float32)
         tags = torch.zeros_like(word_starts)
         places = [(row >= 0).nonzero().squeeze(1) for row in word_starts.cpu()]  # of the words that are there

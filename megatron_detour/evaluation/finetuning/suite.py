@@ -61,7 +61,7 @@ def run_suite(suite: Suite) -> int:
 
 
 def _read_all(suite: Suite) -> dict[str, Dataset]:
-    """All data sets, each checked against the models' tokenizers and heads; every fault is told at once."""
+    """All data sets; every fault of them and of the models' folders is told at once."""
     faults: list[str] = []
     datasets: dict[str, Dataset] = {}
     for task in suite.tasks:
@@ -128,13 +128,21 @@ def _refuse_others(suite: Suite, jobs: list[Job], done: dict[Cell, Result]) -> N
             "choose another --output"
         )
     for job in jobs:
-        identity = done.get(job.cell, {}).get("identity", job.identity)
-        changed = [part for part in job.identity if identity.get(part) != job.identity[part]]
-        if changed:
-            raise DetourError(
-                f"{suite.output}: has a result for {job.cell}, but of another {changed[0]}; choose another --output, "
-                "another name for the model (--model NAME=DIR), or remove its lines from results.jsonl"
-            )
+        for cell, result in done.items():
+            changed = _changed(job, cell, result.get("identity", {}))
+            if changed:
+                raise DetourError(
+                    f"{suite.output}: has a result for {cell}, but of another {changed}; choose another --output, "
+                    "another name for the model (--model NAME=DIR), or remove its lines from results.jsonl"
+                )
+
+
+def _changed(job: Job, cell: Cell, identity: dict[str, str]) -> str | None:
+    """What of a job an earlier result has otherwise: a name stands for one model, and a task for one set of data."""
+    parts = ["model"] * (cell.model == job.cell.model) + ["format", "task", "data", "protocol"] * (
+        cell.task == job.cell.task
+    )
+    return next((part for part in parts if identity.get(part) != job.identity[part]), None)
 
 
 def _is_done(output: Path, job: Job, done: dict[Cell, Result]) -> bool:
@@ -167,8 +175,11 @@ def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
                 job = running.pop(future)
                 try:
                     result, predictions = future.result()
-                except DetourError as fault:
-                    faults.append(f"{job.cell}: {fault}")
+                except BrokenProcessPool:
+                    raise
+                except Exception as fault:  # of a library perhaps: the other models and tasks go on
+                    kind = "" if isinstance(fault, DetourError) else f"{type(fault).__name__}: "
+                    faults.append(f"{job.cell}: {kind}{fault}")
                     continue
                 add_result(suite.output, result, predictions)
                 progress.finished(result, job.cost)

@@ -1,6 +1,6 @@
 """How well models restore masked words of a text: perplexity, bits a byte and accuracy, without any label.
 
-The masked words are chosen on the text (intrinsic_words.py), so that the figures of models with different tokenizers
+The masked words are chosen on the text (intrinsic/words.py), so that the figures of models with different tokenizers
 are about the same words.
 """
 

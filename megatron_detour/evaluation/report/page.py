@@ -136,10 +136,11 @@ def _page(summary: Summary, picture: Any) -> str:
 
 def _card(found: dict[str, Any], summary: Summary) -> dict[str, str]:
     cells, by_tasks = found["cells"], found["by_tasks"]
+    over_tasks = "" if by_tasks["low"] is None else f"{points(by_tasks['low'])} to {points(by_tasks['high'])} "
     return {
         "title": f"{found['model']} against {summary['baseline']}",
         "value": f"{points(cells['mean'])} points",
-        "remark": f"95% {points(by_tasks['low'])} to {points(by_tasks['high'])} by tasks, p {p_words(by_tasks['p'])}; "
+        "remark": f"95% {over_tasks}by tasks, p {p_words(by_tasks['p'])}; "
         f"{points(cells['low'])} to {points(cells['high'])} by cells, p {p_words(cells['p'])}",
     }
 

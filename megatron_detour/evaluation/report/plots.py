@@ -95,7 +95,8 @@ def _differences(summary: Summary) -> list[Mark]:
     for found in summary["against_baseline"]:
         if found["cells"] and first:
             tasks = found["by_tasks"]
-            interval, clear = (tasks["low"], tasks["high"]), tasks["p"] < LEVEL
+            interval = None if tasks["low"] is None else (tasks["low"], tasks["high"])
+            clear = tasks["p"] < LEVEL
             marks.append(Mark(0, models.index(found["model"]), 100 * tasks["mean"], _percent(interval), clear))
     for row, task in enumerate((task for task in summary["tasks"] if task["scores"]), start=first):
         for model, found in task["differences"].items():
@@ -186,7 +187,7 @@ SCORES = EvaluationPlot(
     "scores.png",
     "Scores by task and differences to the baseline",
     "Left, the mean over seeds with its 95% interval (Student's t). Right, the difference to the baseline with its "
-    "95% interval: of a task over seeds, in the first row over tasks by bootstrap. A full mark on the right is a "
+    "95% interval: of a task over seeds, in the first row over tasks. A full mark on the right is a "
     "clear difference: of a task by permutation test and seeds both, in the first row by p below 0.05.",
     draw_scores,
 )

@@ -244,7 +244,7 @@ def p_words(p: float | None) -> str:
 
 
 def _interval(found: dict[str, float]) -> str:
-    return _range(found["low"], found["high"])
+    return ABSENT if found["low"] is None else _range(found["low"], found["high"])
 
 
 def _range(low: float, high: float) -> str:
