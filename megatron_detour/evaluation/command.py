@@ -85,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
 def report(output: Path, baseline: str | None) -> int:
     from megatron_detour.evaluation.report.page import as_text, read_summary, write_report
 
+    if not output.is_dir():
+        raise DetourError(f"{output}: there is no such folder; give the --output of an evaluation")
     with (output / ".lock").open("w") as lock:  # several commands may share an output
         fcntl.flock(lock, fcntl.LOCK_EX)
         page = write_report(output, baseline)

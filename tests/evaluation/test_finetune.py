@@ -128,6 +128,13 @@ def test_the_span_head_is_one_of_the_heads(small, model, tmp_path):
     assert [len(tags) for tags in outcome.predicted] == [len(example["tokens"]) for example in dataset.test]
 
 
+def test_a_model_that_diverges_gets_no_score(small, model, tmp_path):
+    with pytest.raises(DetourError, match="the model has diverged"):
+        finetune(
+            model, small["classification"], settings_of("classification", "learning_rate=1e9"), 42, scratch=tmp_path
+        )
+
+
 def test_a_part_of_the_examples_is_the_same_for_every_seed(small, model, tmp_path):
     settings = settings_of("classification", "epochs=1", "train_examples=16", "dev_examples=5")
     outcome = finetune(model, small["classification"], settings, 42, scratch=tmp_path)
@@ -157,6 +164,8 @@ def test_heads_and_rates(small, model):
     dataset = small["classification"]
     network = open_model(model, dataset, settings_of("classification", "head=linear"))
     assert isinstance(network.head, torch.nn.Identity)
+    assert network.config.classifier_pooling == "cls"
+    assert open_model(model, dataset, settings_of("classification", "pooling=mean")).config.classifier_pooling == "mean"
     kept = open_model(model, dataset, settings_of("classification"))
     pretrained = transformers.AutoModelForMaskedLM.from_pretrained(model)
     assert torch.equal(kept.head.dense.weight, pretrained.head.dense.weight)  # transformers' head goes on from it

@@ -225,6 +225,31 @@ def test_a_result_of_other_weights_or_data_is_refused(workshop, unbroken, tmp_pa
         command.run(_options(words))
 
 
+def test_a_name_stands_for_one_model_and_options_add_up(workshop, unbroken):
+    """Also on tasks and seeds that have no result yet."""
+    words = arguments(workshop, unbroken, tasks=("multi_label",))
+    words[1] = f"first={workshop / 'second'}"
+    with pytest.raises(DetourError, match="small_classification, seed 42, but of another model"):
+        command.run(_options(words))
+    options = _options([*words, "--model", "a=x", "--tasks", "hoc", "--set", "epochs=3"])
+    assert len(options.model) == 3 and options.tasks[-1] == "hoc" and options.set == [*FAST, "epochs=3"]
+    with pytest.raises(DetourError, match="there is no such folder"):
+        command.report(workshop / "nowhere", None)
+
+
+def test_a_fault_of_one_job_stops_no_other(workshop, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (workshop / "first").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    words = arguments(workshop, tmp_path / "out", tasks=("classification",), seeds=1)
+    words[1:3] = [str(broken), str(workshop / "second")]
+    with pytest.raises(DetourError, match="broken, small_classification, seed 42: .*cannot be opened as a model"):
+        command.run(_options(words))
+    assert list(read_results(tmp_path / "out")) == [Cell("second", "small_classification", 42)]
+
+
 def result_of(seed: int, **changes) -> dict:
     return {"model": "m", "task": "t", "seed": seed, "shuffled": False, "score": 0.5} | changes
 
@@ -239,6 +264,9 @@ def test_results_survive_a_torn_line_and_take_the_latest(tmp_path):
     add_result(tmp_path, result_of(1, score=0.9), {"gold": []})
     assert [r["score"] for r in read_results(tmp_path).values()] == [0.9, 0.7]
     assert len(path.read_text().splitlines()) == 3
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"model": "é'.encode()[:-1])
+    assert len(read_results(tmp_path)) == 2
     path.write_text('{"model": "m"}\n')
     with pytest.raises(DetourError, match=r"results.jsonl, line 1: not a result of"):
         read_results(tmp_path)
