@@ -245,7 +245,7 @@ def test_a_fault_of_one_job_stops_no_other(workshop, tmp_path):
     (broken / "model.safetensors").write_bytes(b"no weights")
     words = arguments(workshop, tmp_path / "out", tasks=("classification",), seeds=1)
     words[1:3] = [str(broken), str(workshop / "second")]
-    with pytest.raises(DetourError, match="broken, small_classification, seed 42: .*cannot be opened as a model"):
+    with pytest.raises(DetourError, match=r"broken, small_classification, seed 42: .*cannot be opened as a model"):
         command.run(_options(words))
     assert list(read_results(tmp_path / "out")) == [Cell("second", "small_classification", 42)]
 
