@@ -67,7 +67,8 @@ ALLOWED = {
         "numpy torch transformers safetensors msgspec yaml rich",
     ),
     "evaluation.report": (
-        "evaluation.report evaluation.task evaluation.metrics evaluation.results observe errors files",
+        "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results observe errors "
+        "files",
         "numpy scipy matplotlib rich",
     ),
     "evaluation.intrinsic": (

@@ -12,12 +12,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     command.add_arguments(parser)
     options = parser.parse_args()
-    rows = None
+    rows = scored = None
     if options.evaluation:
-        from megatron_detour.evaluation.report.page import model_table
+        from megatron_detour.evaluation.report.page import model_table, scored_folder
 
-        rows = model_table(Path(options.evaluation), command.evaluated_name(options))
-    command.run(options, rows)
+        evaluation, name = Path(options.evaluation), command.evaluated_name(options)
+        rows, scored = model_table(evaluation, name), scored_folder(evaluation, name)
+    command.run(options, rows, scored)
 
 
 if __name__ == "__main__":

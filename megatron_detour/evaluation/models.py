@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from megatron_detour.errors import DetourError
@@ -29,16 +31,36 @@ def check_model(folder: Path) -> None:
     """Raises DetourError for a folder that is no Hugging Face model with a tokenizer."""
     if not folder.is_dir():
         raise DetourError(f"--model {folder}: there is no such folder")
+    if (folder / "checkpoints").is_dir():
+        raise DetourError(f"--model {folder}: this is a run; give a checkpoint of it, NAME={folder}/checkpoints/step-N")
     if not (folder / "config.json").is_file():
         raise DetourError(f"--model {folder}: no config.json there; give the folder of a Hugging Face model")
+    if "decoder" in _model_type(folder):
+        raise DetourError(
+            f"--model {folder}: this is a decoder, which reads from left to right only; export the checkpoint without "
+            "--decoder"
+        )
     if not weight_files(folder):
         raise DetourError(f"--model {folder}: no *.safetensors there, so it has no weights that could be read")
     if not (folder / "tokenizer.json").is_file():
         raise DetourError(f"--model {folder}: no tokenizer.json there; save the model's fast tokenizer into the folder")
 
 
+def _model_type(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config.get("model_type"))
+    except (ValueError, AttributeError):
+        raise DetourError(f"--model {folder}: its config.json is not that of a model") from None
+
+
 def weight_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.safetensors")) if path.name != OPTIMIZER]
+
+
+def fingerprint(folder: Path) -> str:
+    """identity_of in one word, as results hold it."""
+    return hashlib.sha256(repr(identity_of(folder)).encode()).hexdigest()
 
 
 def identity_of(folder: Path) -> dict[str, str]:

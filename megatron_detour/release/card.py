@@ -70,7 +70,7 @@ class Card:
             "library_name": "transformers",
             "pipeline_tag": pipeline,
             "base_model": self.base_model,
-            "tags": ["modernbert", "continued-pretraining", "megatron-detour", *self._detour_tag(), *self.given.tags],
+            "tags": ["modernbert", *self._start_tag(), "megatron-detour", *self._detour_tag(), *self.given.tags],
         }
         return {key: value for key, value in entries.items() if value}
 
@@ -86,9 +86,14 @@ class Card:
     def base_model(self) -> str | None:
         """What is given, or the start model where it is a hub id; a local folder says nothing to the hub."""
         start = self.facts.config.model.start
-        if self.given.base_model or not start or Path(start).exists():
+        if not start:
+            return None
+        if self.given.base_model or Path(start).exists():
             return self.given.base_model
         return start if Source(start).has("config.json") else None
+
+    def _start_tag(self) -> list[str]:
+        return ["continued-pretraining"] if self.facts.config.model.start else []
 
     def _detour_tag(self) -> list[str]:
         return ["causal-detour"] if any(phase.objective == "clm" for phase in self.facts.plan.phases) else []
@@ -110,6 +115,8 @@ class Card:
             found.append("the card names no language; give --language")
         if not self.given.licence:
             found.append("the card states no licence; give --licence")
+        if self.given.base_model and not facts.config.model.start:
+            found.append("the run started from nothing: the base model that was given is left off the card")
         if facts.config.model.start and not self.base_model:
             found.append("the card cannot name the start model on the hub; give --base-model")
         return found
@@ -145,6 +152,8 @@ class Card:
             corpora=self._corpora(),
             validation=self._validation(),
             scores=self._scores(),
+            protocol=(self.evaluation or [{}])[0].get("protocol"),
+            continued=bool(facts.config.model.start),
             hardware=self._hardware(),
             device_hours=sum(session["seconds"] * session["ranks"] for session in facts.sessions) / 3600,
             resumptions=[step for step in facts.run.resumptions if step < facts.step],

@@ -38,8 +38,11 @@ def evaluated_name(options: argparse.Namespace) -> str:
     return options.evaluation_model or options.name or Path(options.output).name
 
 
-def run(options: argparse.Namespace, evaluation: list[dict[str, Any]] | None) -> None:
-    """Exports, says what came of it, and uploads where that was asked for. Raises DetourError."""
+def run(options: argparse.Namespace, evaluation: list[dict[str, Any]] | None, scored: Path | None = None) -> None:
+    """Exports, says what came of it, and uploads where that was asked for. Raises DetourError.
+
+    `evaluation` are rows for the card, `scored` the folder whose scores they are, where it is there unchanged.
+    """
     repository = options.push_to_hub
     if options.private and not repository:
         raise DetourError("--private: is of --push-to-hub REPO, which is not there")
@@ -55,6 +58,7 @@ def run(options: argparse.Namespace, evaluation: list[dict[str, Any]] | None) ->
         text=options.text,
         given=_given(options),
         evaluation=evaluation,
+        scored=scored,
         repository=repository,
     )
     step, steps = exported.run_state["step"], exported.run_state["total_steps"]

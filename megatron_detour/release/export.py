@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_detour.checkpoint import huggingface, store
-from megatron_detour.checkpoint.huggingface import RUN_STATE, Source
+from megatron_detour.checkpoint.huggingface import RUN_STATE, Source, Weights
 from megatron_detour.data.vocabulary import Vocabulary, load_vocabulary
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import Shape
@@ -42,13 +42,14 @@ def export(
     text: str | None = None,
     given: Given | None = None,
     evaluation: list[dict[str, Any]] | None = None,
+    scored: Path | None = None,
     repository: str | None = None,
 ) -> Exported:
     """Writes the Hugging Face folder `output`, of a ModernBertDecoder where `as_decoder`.
 
     Both sides compute in fp32 on the weights as written, on random ids and on real text: the lines of the file `text`,
-    or some of our own. `evaluation` are rows for the card, `repository` the name that its code uses. Raises
-    DetourError, leaving nothing, when logits differ or anything is missing.
+    or some of our own. `evaluation` are rows for the card, of the model in the folder `scored`; `repository`
+    is the name that its code uses. Raises DetourError, leaving nothing, when logits differ or anything is missing.
     """
     target, given, texts = Path(output), given or Given(), read_texts(text)
     if target.exists():
@@ -61,6 +62,8 @@ def export(
     vocabulary = load_vocabulary(folder)
     shape = Shape.of(config, str(folder))
     model = huggingface.load_model(source, shape)
+    if scored:
+        _refuse_other_weights(scored, model.state_dict(), folder)
     rounded = {name: weight.to(DTYPES[dtype]) for name, weight in model.state_dict().items()}
     model.load_state_dict(rounded)
     written: list[Card] = []
@@ -88,11 +91,25 @@ def export(
     store.publish(target, write)
     (card,) = written
     warnings = card.warnings()
+    if evaluation and not scored:
+        warnings.append("the evaluated folder is gone or has changed: whether the scores are this model's is open")
     if not as_decoder and portable.every_n_layers(shape) is None:
         warnings.append("transformers 4 cannot express the pattern of global and local layers: it opens in 5 only")
     if as_decoder and not decoder.turns_alike(shape):
         warnings.append("transformers 4's decoder has one rope theta where the model has two: it opens in 5 only")
     return Exported(folder, facts.state, card.difference, warnings)
+
+
+def _refuse_other_weights(scored: Path, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    """Raises DetourError unless `scored` has these weights, up to the rounding of an export."""
+    with Weights(Source(str(scored))) as found:
+        found.check({name: tuple(weight.shape) for name, weight in weights.items()})
+        for name, weight in weights.items():
+            if not torch.equal(found(name).bfloat16(), weight.bfloat16()):
+                raise DetourError(
+                    f"--evaluation: the scores are of {scored}, whose {name} is not that of {checkpoint}; evaluate "
+                    "this checkpoint, or name the model that is meant with --evaluation-model"
+                )
 
 
 def _write_model(

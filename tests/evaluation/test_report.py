@@ -345,6 +345,7 @@ def test_a_table_for_the_model_card(two_models):
         "task": "bc5cdr",
         "title": rows[0]["title"],
         "metric": "entity_f1",
+        "protocol": "quick",
         "mean": pytest.approx(np.mean(scores)),
         "sd": pytest.approx(np.std(scores, ddof=1)),
         "seeds": 3,

@@ -16,6 +16,7 @@ import pytest
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation import command
 from megatron_detour.evaluation.finetuning.protocol import known_protocols, load_protocol
+from megatron_detour.evaluation.models import check_model
 from megatron_detour.evaluation.results import Cell, add_result, predictions_path, read_results
 from megatron_detour.evaluation.task import TYPES
 from tests.evaluation.small_tasks import write_small_tasks
@@ -225,12 +226,23 @@ def test_a_result_of_other_weights_or_data_is_refused(workshop, unbroken, tmp_pa
         command.run(_options(words))
 
 
-def test_a_name_stands_for_one_model_and_options_add_up(workshop, unbroken):
+def test_a_name_stands_for_one_model_and_options_add_up(workshop, unbroken, tmp_path):
     """Also on tasks and seeds that have no result yet."""
     words = arguments(workshop, unbroken, tasks=("multi_label",))
     words[1] = f"first={workshop / 'second'}"
     with pytest.raises(DetourError, match="small_classification, seed 42, but of another model"):
         command.run(_options(words))
+    kinds = (("modernbert-decoder", None, "this is a decoder"), ("x", "checkpoints", "this is a run"))
+    for model_type, extra, told in kinds:
+        folder = tmp_path / model_type
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        for name in ("model.safetensors", "tokenizer.json"):
+            (folder / name).write_bytes((workshop / "first" / name).read_bytes())
+        if extra:
+            (folder / extra).mkdir()
+        with pytest.raises(DetourError, match=told):
+            check_model(folder)
     options = _options([*words, "--model", "a=x", "--tasks", "hoc", "--set", "epochs=3"])
     assert len(options.model) == 3 and options.tasks[-1] == "hoc" and options.set == [*FAST, "epochs=3"]
     with pytest.raises(DetourError, match="there is no such folder"):

@@ -88,7 +88,8 @@ def test_the_hub_reads_the_front_matter(run, tmp_path):
 
     card_of(run, 6, tmp_path / "model", given=GIVEN)
     data = ModelCard.load(tmp_path / "model" / "README.md").data
-    assert (data.language, data.license, data.base_model) == (["en", "fr"], "cc-by-4.0", GIVEN.base_model)
+    assert (data.language, data.license, data.base_model) == (["en", "fr"], "cc-by-4.0", None)
+    assert "continued-pretraining" not in data.tags  # the run started from nothing, whatever base model was given
     assert data.pipeline_tag == "fill-mask" and {"causal-detour", "clinical"} <= set(data.tags)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import runpy
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.models import fingerprint
 from megatron_detour.release import command, hub
 from tests.evaluation.evaluations import MadeUp, make_evaluation
 from tests.harness import ROOT
@@ -148,6 +152,31 @@ def test_an_evaluation_without_the_model_is_told(convert, run, tmp_path):
     with pytest.raises(DetourError, match="nowhere"):
         convert([*where, str(tmp_path / "nowhere")])
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
+
+
+def test_scores_of_other_weights_are_refused(convert, run, tmp_path):
+    """Those of a rounded export of the checkpoint are not, and those of a folder that is gone only with a warning."""
+    where = ["--checkpoint", str(run), "--output"]
+    convert([*where, str(tmp_path / "rounded")])
+    shutil.copytree(tmp_path / "rounded", tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["head.dense.weight"] = weights["head.dense.weight"] + 1
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    for name, told in (("rounded", None), ("other", r"whose head\.dense\.weight is not that of"), ("gone", None)):
+        output = tmp_path / f"scores-{name}"
+        make_evaluation(output, [MadeUp("hoc", "multi-label", 9)], {name: 0.8})
+        lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+        for line in lines:
+            line["path"] = str(tmp_path / name)
+            line["identity"]["model"] = "" if name == "gone" else fingerprint(tmp_path / name)
+        (output / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        asked = [*where, str(tmp_path / f"card-{name}"), "--evaluation", str(output), "--evaluation-model", name]
+        if told:
+            with pytest.raises(DetourError, match=told):
+                convert(asked)
+        else:
+            convert(asked)
+            assert "by the protocol `" in (tmp_path / f"card-{name}" / "README.md").read_text()
 
 
 def test_a_repository_is_checked_without_the_network():

@@ -22,7 +22,7 @@ from megatron_detour.evaluation.examples import Dataset, read_dataset
 from megatron_detour.evaluation.finetuning.progress import SuiteProgress
 from megatron_detour.evaluation.finetuning.protocol import Protocol
 from megatron_detour.evaluation.finetuning.worker import Job, begin_worker, run_job
-from megatron_detour.evaluation.models import check_model, identity_of, weight_files
+from megatron_detour.evaluation.models import check_model, fingerprint, weight_files
 from megatron_detour.evaluation.results import Cell, Result, add_result, predictions_path, read_results
 from megatron_detour.evaluation.task import Task
 
@@ -80,7 +80,7 @@ def _read_all(suite: Suite) -> dict[str, Dataset]:
 
 
 def _jobs(suite: Suite, datasets: dict[str, Dataset], scratch: Path) -> Iterator[Job]:
-    identities = {name: _hash(repr(identity_of(path))) for name, path in suite.models.items()}
+    identities = {name: fingerprint(path) for name, path in suite.models.items()}
     sizes = {name: sum(file.stat().st_size for file in weight_files(path)) for name, path in suite.models.items()}
     for seed in suite.seeds:
         for task in suite.tasks:
@@ -131,9 +131,10 @@ def _refuse_others(suite: Suite, jobs: list[Job], done: dict[Cell, Result]) -> N
         for cell, result in done.items():
             changed = _changed(job, cell, result.get("identity", {}))
             if changed:
+                way = "another name for the model (--model NAME=DIR), " if changed == "model" else ""
                 raise DetourError(
-                    f"{suite.output}: has a result for {cell}, but of another {changed}; choose another --output, "
-                    "another name for the model (--model NAME=DIR), or remove its lines from results.jsonl"
+                    f"{suite.output}: has a result for {cell}, but of another {changed}; choose another --output, {way}"
+                    "or remove its lines from results.jsonl"
                 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_detour.errors import DetourError, nearest
+from megatron_detour.evaluation.models import fingerprint
 from megatron_detour.evaluation.report.comparable import read_evaluation
 from megatron_detour.evaluation.report.statistics import Spread
 from megatron_detour.evaluation.report.summary import PERMUTATIONS, summarise
@@ -21,6 +22,7 @@ from megatron_detour.evaluation.report.tables import (
     scores_table,
     tables,
 )
+from megatron_detour.evaluation.results import read_results
 from megatron_detour.files import write_whole
 
 if TYPE_CHECKING:
@@ -61,9 +63,9 @@ def read_summary(output: Path) -> Summary:
 
 
 def model_table(output: Path, model: str) -> list[dict[str, Any]]:
-    """What a model card says of a model: task, title, metric, mean and sd (shares of 1; None for one seed), seeds.
+    """What a model card says of a model on each task: title, metric, protocol, mean, sd (None for one seed), seeds.
 
-    `seeds` is their number. Raises DetourError where the evaluation has no such model, or none of its tasks.
+    Mean and sd are shares of 1, `seeds` is the number of them. Raises DetourError where the evaluation has no such model, or none of its tasks.
     """
     evaluation = read_evaluation(Path(output))
     known = [*evaluation.models, *evaluation.shuffled_models]
@@ -75,11 +77,22 @@ def model_table(output: Path, model: str) -> list[dict[str, Any]]:
     for task in evaluation.tasks:
         if scores := evaluation.scores(model, task.name):
             spread = Spread.of(list(scores.values()))
-            facts = {"task": task.name, "title": task.title, "metric": task.metric}
+            facts = {"task": task.name, "title": task.title, "metric": task.metric, "protocol": evaluation.protocol}
             rows.append(facts | {"mean": spread.mean, "sd": spread.sd, "seeds": spread.count})
     if not rows:
         raise DetourError(f"{output}: the evaluation has no finished task of {model!r}; evaluate it first")
     return rows
+
+
+def scored_folder(output: Path, model: str) -> Path | None:
+    """The folder that a model's scores are of; None where it is gone or has changed since."""
+    results = [result for cell, result in read_results(Path(output)).items() if cell.model == model]
+    folder = Path(results[-1]["path"])
+    try:
+        same = fingerprint(folder) == results[-1].get("identity", {}).get("model")
+    except OSError:
+        return None
+    return folder if same else None
 
 
 def as_text(summary: Summary, console: Console) -> None:

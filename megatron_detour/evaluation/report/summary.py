@@ -85,7 +85,8 @@ class Notes:
         elif 1 < len(evaluation.seeds) < 5:
             found.append(f"{len(evaluation.seeds)} seeds: the intervals over seeds are wide and rough")
         if 0 < len(evaluation.tasks) < FEW_TASKS and len(evaluation.models) > 1:
-            found.append(f"{len(evaluation.tasks)} tasks are too few for an interval over tasks that means much")
+            few = f"{len(evaluation.tasks)} tasks are" if len(evaluation.tasks) > 1 else "1 task is"
+            found.append(f"{few} too few for an interval over tasks that means much")
         return found
 
 
