@@ -63,9 +63,10 @@ def read_summary(output: Path) -> Summary:
 
 
 def model_table(output: Path, model: str) -> list[dict[str, Any]]:
-    """What a model card says of a model on each task: title, metric, protocol, mean, sd (None for one seed), seeds.
+    """What a card says of a model on each task: task, title, metric, protocol, mean, sd (None for one seed), seeds.
 
-    Mean and sd are shares of 1, `seeds` is the number of them. Raises DetourError where the evaluation has no such model, or none of its tasks.
+    Mean and sd are shares of 1, `seeds` is the number of them. Raises DetourError where the evaluation has no such
+    model, or none of its tasks.
     """
     evaluation = read_evaluation(Path(output))
     known = [*evaluation.models, *evaluation.shuffled_models]
