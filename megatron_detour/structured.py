@@ -1,0 +1,90 @@
+"""JSON and YAML from outside: read whole, in UTF-8, each key once, or refused in one sentence that names the place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_detour.errors import DetourError
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises DetourError; FileNotFoundError is left to the caller, who knows the remedy."""
+    return parse_json(_text(path, "JSON"), str(path))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file. Raises DetourError; FileNotFoundError is left to the caller, who knows the remedy."""
+    return parse_yaml(_text(path, "YAML"), str(path))
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises DetourError for anything else; FileNotFoundError is left to the caller."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DetourError(f"{path}: not a JSON object")
+    return content
+
+
+def parse_json(text: str, origin: str) -> Any:
+    """Raises DetourError where `text` is not JSON, has a key twice in one object, or is nested too deep to read."""
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _mapping_of(pairs, origin))
+    except json.JSONDecodeError as error:
+        raise DetourError(f"{origin}: not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise DetourError(f"{origin}: not JSON that can be read: {_cause(error)}") from None
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Raises DetourError where `text` is not YAML, has a key twice in one mapping, or is nested too deep to read."""
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except _DuplicateKeyError as error:
+        raise DetourError(f"{origin}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DetourError(f"{origin}: not YAML: {_cause(error)}") from None
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        first: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+            if key in first:
+                raise _DuplicateKeyError(f"line {line}: the key {key!r} appears twice, first in line {first[key]}")
+            first[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _mapping_of(pairs: list[tuple[str, Any]], origin: str) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise DetourError(f"{origin}: the key {double!r} appears twice in one object")
+    return mapping
+
+
+def _text(path: str | Path, kind: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DetourError(f"{path}: not {kind}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _cause(error: Exception) -> str:
+    return "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
