@@ -1,11 +1,12 @@
 """An objective is one object: the direction of attention, the corruption of the input and the labels.
 
-A third objective is one more small class here and a name in `make`. Corruption depends on (seed, sample, position)
-alone: counter-based random numbers leave no state behind, and a sample's do not depend on its neighbours in a batch.
+A third objective is one more small class here and a name in `make`. Corruption depends on (seed, document, position)
+alone: counter-based random numbers leave no state behind, and a document's do not depend on its neighbours in a batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,14 +27,14 @@ BLOCK = 1 << 16  # positions masked at once: what is needed in between stays in 
 class Corrupted:
     """What a model is given and asked for; all int64."""
 
-    inputs: np.ndarray  # [samples, positions]
-    labelled: np.ndarray  # [L], the labelled positions, ascending, counted through all samples
+    inputs: np.ndarray  # [positions]
+    labelled: np.ndarray  # [L], the labelled positions, ascending
     labels: np.ndarray  # [L]
 
     def all_labels(self) -> np.ndarray:
-        """[samples, positions], IGNORE where there is none."""
+        """[positions], IGNORE where there is none."""
         labels = np.full(self.inputs.shape, IGNORE, dtype=np.int64)
-        labels.reshape(-1)[self.labelled] = self.labels
+        labels[self.labelled] = self.labels
         return labels
 
 
@@ -41,10 +42,10 @@ class Objective(Protocol):
     causal: bool
 
     def apply(self, tokens: np.ndarray, lengths: np.ndarray, seed: int, numbers: np.ndarray) -> Corrupted:
-        """Corrupts packs.
+        """Corrupts documents.
 
-        tokens: int [samples, positions], documents one after the other; lengths: int64 [documents] of all samples,
-        those of a sample summing to `positions`; numbers: int64 [samples], by which the samples draw.
+        tokens: int [positions], one document after the other; lengths: int64 [documents], summing to `positions`;
+        numbers: int64 [documents], by which the documents draw.
         """
         ...
 
@@ -67,50 +68,49 @@ class MaskedLM:
 
     def apply(self, tokens: np.ndarray, lengths: np.ndarray, seed: int, numbers: np.ndarray) -> Corrupted:
         inputs = tokens.astype(np.int64)
-        samples, positions = tokens.shape
-        together, ends, parts = max(BLOCK // positions, 1), np.cumsum(lengths), []
-        for first in range(0, samples, together):
-            last = min(first + together, samples)
-            hit = _choices(seed, numbers[first:last], positions) < round(self.mask_rate * FULL_CHOICE)
+        labelled, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for documents, positions in _blocks(lengths):
+            some, draws = lengths[documents], numbers[documents]
+            hit = _choices(seed, draws, some) < round(self.mask_rate * FULL_CHOICE)
             if self.words is not None:
-                documents = slice(*ends.searchsorted([first * positions, last * positions], side="right"))
-                begins = self.words.first_tokens(inputs[first:last].reshape(-1), lengths[documents])
-                hit = _as_first_token(hit, begins)
-            chosen, were = self._replace(inputs[first:last], hit, seed, numbers[first:last])
-            parts.append((chosen + first * positions, were))
-        labelled, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Corrupted(inputs, labelled, labels)
+                begins = self.words.first_tokens(inputs[positions], some)
+                hit = np.repeat(hit[begins], np.diff(begins, append=len(hit)))  # as a word's first token drew
+            chosen, were = self._replace(inputs[positions], hit, seed, draws, some)
+            labelled.append(chosen + positions.start)
+            labels.append(were)
+        return Corrupted(inputs, np.concatenate(labelled), np.concatenate(labels))
 
     def _replace(
-        self, inputs: np.ndarray, hit: np.ndarray, seed: int, numbers: np.ndarray
+        self, inputs: np.ndarray, hit: np.ndarray, seed: int, numbers: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Replaces tokens of `inputs` where `hit`, but for special ones; returns where, counted through, and which."""
-        flat, positions = inputs.reshape(-1), inputs.shape[1]
+        """Replaces tokens of `inputs` where `hit`, but for special ones; returns where, and which they were."""
         chosen = np.flatnonzero(hit)
-        chosen = chosen[~self._special.take(flat.take(chosen))]
-        tokens = flat.take(chosen)
-        sample, position = np.divmod(chosen, positions)
-        bits = _draws(streams(seed, ACTION, numbers).take(sample), position)
+        chosen = chosen[~self._special.take(inputs.take(chosen))]
+        tokens = inputs.take(chosen)
+        ends = np.cumsum(lengths)
+        starts = streams(seed, ACTION, numbers) - (ends - lengths).astype(np.uint64) * np.uint64(GOLDEN)
+        per_document = np.diff(chosen.searchsorted(ends), prepend=0)
+        bits = mix(np.repeat(starts, per_document) + chosen.astype(np.uint64) * np.uint64(GOLDEN))
         action = bits & np.uint64(FULL_ACTION - 1)
-        flat[chosen] = self.vocabulary.mask
+        inputs[chosen] = self.vocabulary.mask
         others = np.flatnonzero(action >= round(REPLACE_BY_MASK * FULL_ACTION))
         random_ids = self._ordinary[((bits[others] >> np.uint64(32)) * np.uint64(len(self._ordinary))) >> np.uint64(32)]
         kept = action[others] < round((REPLACE_BY_MASK + KEEP) * FULL_ACTION)
-        flat[chosen[others]] = np.where(kept, tokens[others], random_ids)
+        inputs[chosen[others]] = np.where(kept, tokens[others], random_ids)
         return chosen, tokens
 
 
 @dataclass(frozen=True)
 class CausalLM:
     """Causal; a position's label is the next token of its document, and the last one has none. [CLS] is never a
-    target, nor is padding, which is a document of its own."""
+    target."""
 
     vocabulary: Vocabulary
     causal = True
 
     def apply(self, tokens: np.ndarray, lengths: np.ndarray, seed: int, numbers: np.ndarray) -> Corrupted:
         inputs = tokens.astype(np.int64)
-        following = np.roll(inputs.reshape(-1), -1)
+        following = np.roll(inputs, -1)
         has_label = np.ones(len(following), dtype=bool)
         has_label[np.cumsum(lengths) - 1] = False
         for special in (self.vocabulary.pad, self.vocabulary.cls):
@@ -125,17 +125,26 @@ def make(name: str, mask_rate: float | None, vocabulary: Vocabulary, words: Word
     return CausalLM(vocabulary) if name == "clm" else MaskedLM(vocabulary, mask_rate, words)
 
 
-def _as_first_token(hit: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Of bool [samples, positions]: what a word's first token drew, for all of its tokens, bool [positions]."""
-    return np.repeat(hit.reshape(-1)[first], np.diff(first, append=hit.size))
+def _blocks(lengths: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Documents that are masked together, and their positions: about BLOCK of these."""
+    ends = np.cumsum(lengths)
+    first = begin = 0
+    while first < len(ends):
+        last = max(int(ends.searchsorted(begin + BLOCK, side="right")), first + 1)
+        end = int(ends[last - 1])
+        yield slice(first, last), slice(begin, end)
+        first, begin = last, end
 
 
-def _choices(seed: int, numbers: np.ndarray, positions: int) -> np.ndarray:
-    """Draws for all positions, uint16 [samples, positions]: 64 bits serve four of them."""
-    words = _draws(streams(seed, CHOICE, numbers)[:, None], np.arange(-(-positions // 4)))
-    return words.astype("<u8", copy=False).view("<u2")[:, :positions]
-
-
-def _draws(stream: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """uint64 draws number `counter`, int64, of these streams, uint64."""
-    return mix(stream + counter.astype(np.uint64) * np.uint64(GOLDEN))
+def _choices(seed: int, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A draw for each position, uint16 [positions]: 64 bits serve four of a document's."""
+    fours = -(-lengths // 4)
+    first = (np.cumsum(fours) - fours).astype(np.uint64)
+    counters = np.arange(fours.sum(), dtype=np.uint64) * np.uint64(GOLDEN)
+    counters += np.repeat(streams(seed, CHOICE, numbers) - first * np.uint64(GOLDEN), fours)
+    drawn = mix(counters).astype("<u8", copy=False).view("<u2")
+    ends = np.cumsum(4 * fours)
+    used = np.ones(len(drawn), dtype=bool)
+    for left in (1, 2, 3):  # by a document whose length is no multiple of four
+        used[ends[4 * fours - lengths >= left] - left] = False
+    return drawn[used]

@@ -20,7 +20,6 @@ class Stretch:
     first_step: int  # 1-based
     steps: int
     sequences: int  # a step
-    first_sequence: int  # of the run, 0-based
     start: int
     tokens: int
 
@@ -74,15 +73,6 @@ class PlannedPhase:
         """Tokens of the run once the phase is done."""
         return self.start + self.tokens
 
-    @property
-    def first_sequence(self) -> int:
-        return self.stretches[0].first_sequence
-
-    @property
-    def end_sequence(self) -> int:
-        last = self.stretches[-1]
-        return last.first_sequence + last.steps * last.sequences
-
 
 @dataclass(frozen=True)
 class Step:
@@ -92,7 +82,6 @@ class Step:
     phase: PlannedPhase
     learning_rate: float
     mask_rate: float | None
-    first_sequence: int
     sequences: int
     start: int
     tokens: int
@@ -153,7 +142,6 @@ class Plan:
             phase=phase,
             learning_rate=learning_rate(phase, done),
             mask_rate=_mask_rate(phase, done),
-            first_sequence=stretch.first_sequence + before * stretch.sequences,
             sequences=stretch.sequences,
             start=tokens,
             tokens=tokens + size,
@@ -256,14 +244,14 @@ def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> Pl
     length = phase.sequence_length or config.data.sequence_length
     sequences = phase.sequences or config.batch.sequences
     stretches: list[Stretch] = []
-    step, sequence, start = (before.last_step + 1, before.end_sequence, before.end) if before else (1, 0, 0)
+    step, start = (before.last_step + 1, before.end) if before else (1, 0)
     done = 0
     for size, until in _batch_sizes(phase, sequences):
         steps = math.ceil((until - done) / (size * length))
         if steps > 0:
             tokens = steps * size * length
-            stretches.append(Stretch(step, steps, size, sequence, start + done, tokens))
-            step, sequence, done = step + steps, sequence + steps * size, done + tokens
+            stretches.append(Stretch(step, steps, size, start + done, tokens))
+            step, done = step + steps, done + tokens
     return PlannedPhase(
         settings=phase,
         sequence_length=length,

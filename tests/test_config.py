@@ -248,12 +248,7 @@ CHECKS = {
     ),
     "sequences": (small(batch__sequences=0, phases__1__tokens=2_048), "batch.sequences: must be above 0, it is 0"),
     "micro": (small(batch__micro_sequences=0), "batch.micro_sequences: must be above 0, it is 0"),
-    "micro divides": (small(batch__micro_sequences=3), "batch.micro_sequences: 3 does not divide batch.sequences, 8"),
     "tensor": (small(parallel__tensor=0), "parallel.tensor: must be above 0, it is 0"),
-    "sequence parallelism": (
-        small(parallel={"tensor": 3, "sequence": True}, data__sequence_length=64),
-        "parallel.sequence: data.sequence_length, 64, is not divisible by parallel.tensor, 3",
-    ),
     "attention": (
         small(compute__attention="flash"),
         "compute.attention: 'flash' is not one of auto, flash4, flash3, flash2, varlen, sdpa (did you mean 'flash4'?)",
@@ -327,14 +322,6 @@ CHECKS = {
         small(phases__0__optimizer_state="rest"),
         "phases.0.optimizer_state: 'rest' is not one of keep, reset (did you mean 'reset'?)",
     ),
-    "phase's sequences": (
-        small(phases__0__sequences=3),
-        "phases.0.sequences: microbatches of 2 do not divide the phase's 3 sequences a step",
-    ),
-    "phase's microbatch": (
-        small(phases__0__micro_sequences=3),
-        "phases.0.micro_sequences: microbatches of 3 do not divide the phase's 8 sequences a step",
-    ),
     "phase's length": (
         small(phases__0__sequence_length=-1),
         "phases.0.sequence_length: must be above 0, it is -1",
@@ -342,10 +329,6 @@ CHECKS = {
     "batch warm-up": (
         small(phases__0__batch_warmup={"start": 2, "increment": 4, "tokens": "1k"}),
         "phases.0.batch_warmup: 4 sequences at a time do not lead from 2 to the phase's 8",
-    ),
-    "batch warm-up's microbatch": (
-        small(phases__0__batch_warmup={"start": 5, "increment": 1, "tokens": "1k"}),
-        "phases.0.batch_warmup: start and increment must be divisible by the microbatch, 2 sequences",
     ),
     "batch warm-up's tokens": (
         small(phases__0__batch_warmup={"start": 2, "increment": 2, "tokens": "5k"}),

@@ -41,7 +41,7 @@ ALLOWED = {
     "data.build.progress": ("", "rich"),
     "data.train_tokenizer": ("data errors files", "tokenizers"),
     "data.batches": ("data errors files objectives config", "numpy torch"),
-    "data.course": ("data config plan", ""),
+    "data.phase_data": ("data config plan", ""),
     "checkpoint": ("parallel model checkpoint data.vocabulary errors files", "torch safetensors"),
     "checkpoint.huggingface": (
         "parallel model checkpoint data.vocabulary data.spm errors files",
@@ -91,7 +91,8 @@ ALLOWED = {
     ),
     "benchmark.process": ("benchmark errors", "psutil"),
     "forecast": (
-        "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.vocabulary errors",
+        "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
+        "data.vocabulary errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
@@ -141,7 +142,7 @@ TYPES_ONLY = {
 
 @dataclass(frozen=True)
 class Import:
-    module: str  # absolute, for instance megatron_detour.data.pack or torch.nn
+    module: str  # absolute, for instance megatron_detour.data.stream or torch.nn
     line: int
     at_load: bool
     for_types: bool
@@ -271,15 +272,15 @@ def test_libraries_are_kept_to_their_places():
         ("config", "from megatron_detour import plan", "may not import megatron_detour.plan"),
         ("config", "from . import plan", "may not import megatron_detour.plan"),
         ("config", "from .plan import Plan", "may not import megatron_detour.plan"),
-        ("plan", "def f():\n    import megatron_detour.data.pack", "may not import megatron_detour.data.pack"),
+        ("plan", "def f():\n    import megatron_detour.data.stream", "may not import megatron_detour.data.stream"),
         ("errors", "from megatron_detour.files import flush", "may not import megatron_detour.files"),
         ("parallel.state", "import numpy", "may not import numpy"),
         ("parallel.state", "from ..model import shape", "may not import megatron_detour.model.shape"),
         ("model.shape", "from megatron_detour.config import load", "may not import megatron_detour.config"),
-        ("objectives", "from megatron_detour.data.pack import Packs", "may not import megatron_detour.data.pack"),
-        ("objectives", "from megatron_detour.data import pack", "may not import megatron_detour.data.pack"),
-        ("data.pack", "def f():\n    import torch", "may not import torch"),
-        ("data.pack", "from megatron_detour.config import Corpus", "may not import megatron_detour.config"),
+        ("objectives", "from megatron_detour.data.stream import Pieces", "may not import megatron_detour.data.stream"),
+        ("objectives", "from megatron_detour.data import stream", "may not import megatron_detour.data.stream"),
+        ("data.stream", "def f():\n    import torch", "may not import torch"),
+        ("data.stream", "from megatron_detour.config import Corpus", "may not import megatron_detour.config"),
         ("data.indexed", "from tokenizers import Tokenizer", "may not import tokenizers"),
         ("data.build.engines", "from tokenizers import Tokenizer", "inside functions only"),
         ("data.build.engines", "if x:\n    import tokenizers", "inside functions only"),

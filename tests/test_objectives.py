@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -30,17 +31,23 @@ def tokens() -> np.ndarray:
     return ids.reshape(SAMPLES, POSITIONS).astype(np.int32)
 
 
-def whole(tokens: np.ndarray) -> np.ndarray:
-    return np.full(tokens.shape[0], tokens.shape[1])
+@dataclass(frozen=True)
+class Rows(Corrupted):
+    """Documents of one length, a row each: inputs and labels [samples, positions]."""
+
+    def all_labels(self) -> np.ndarray:
+        return Corrupted(self.inputs.reshape(-1), self.labelled, self.labels).all_labels().reshape(self.inputs.shape)
 
 
-def masked(tokens: np.ndarray, rate: float = 0.3, seed: int = 17, numbers=None, words=None) -> Corrupted:
+def masked(tokens: np.ndarray, rate: float = 0.3, seed: int = 17, numbers=None, words=None) -> Rows:
     numbers = np.arange(len(tokens)) if numbers is None else np.array(numbers)
-    return MaskedLM(VOCABULARY, rate, words).apply(tokens, whole(tokens), seed, numbers)
+    lengths = np.full(tokens.shape[0], tokens.shape[1])
+    corrupted = MaskedLM(VOCABULARY, rate, words).apply(tokens.reshape(-1), lengths, seed, numbers)
+    return Rows(corrupted.inputs.reshape(tokens.shape), corrupted.labelled, corrupted.labels)
 
 
 def chosen(corrupted: Corrupted) -> np.ndarray:
-    """bool [samples, positions]."""
+    """bool, as all_labels."""
     return corrupted.all_labels() != IGNORE
 
 
@@ -107,22 +114,30 @@ def test_special_tokens_are_neither_chosen_nor_drawn(tokens, words):
 
 
 @given(
-    numbers=st.lists(st.integers(0, 2**40), min_size=1, max_size=6, unique=True),
-    positions=st.integers(1, 70),
+    numbers=st.lists(st.integers(0, 2**60), min_size=1, max_size=6, unique=True),
+    lengths=st.lists(st.integers(1, 70), min_size=6, max_size=6),
     block=st.sampled_from([1, 100, 1 << 16]),
     words=st.sampled_from([None, WORDS]),
 )
 @settings(deadline=None, max_examples=60)
-def test_a_sample_is_corrupted_alike_in_any_company(tokens, numbers, positions, block, words):
-    some = tokens[: len(numbers), :positions]
-    together = masked(some, numbers=numbers, words=words)
+def test_a_document_is_corrupted_alike_in_any_company(tokens, numbers, lengths, block, words):
+    lengths = np.array(lengths[: len(numbers)])
+    some, objective = tokens.reshape(-1)[: lengths.sum()], MaskedLM(VOCABULARY, 0.3, words)
+    together = objective.apply(some, lengths, 17, np.array(numbers))
+    bounds = np.cumsum(lengths)[:-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objectives, "BLOCK", block)
-        for row, number in enumerate(numbers):
-            alone = masked(some[row : row + 1], numbers=[number], words=words)
-            assert np.array_equal(alone.inputs[0], together.inputs[row])
-            assert np.array_equal(alone.all_labels()[0], together.all_labels()[row])
-        again = masked(some, numbers=numbers, words=words)
+        for number, text, inputs, labels in zip(
+            numbers,
+            np.split(some, bounds),
+            np.split(together.inputs, bounds),
+            np.split(together.all_labels(), bounds),
+            strict=True,
+        ):
+            alone = objective.apply(text, np.array([len(text)]), 17, np.array([number]))
+            assert np.array_equal(alone.inputs, inputs)
+            assert np.array_equal(alone.all_labels(), labels)
+        again = objective.apply(some, lengths, 17, np.array(numbers))
         assert np.array_equal(again.inputs, together.inputs)
         assert np.array_equal(again.labelled, together.labelled)
 
@@ -171,12 +186,11 @@ def test_a_higher_rate_masks_what_a_lower_one_does(tokens, words):
 
 
 def test_all_tokens_of_a_word_are_chosen_or_none():
-    """Also where documents, samples and special tokens part them."""
+    """Also where documents and special tokens part them."""
     rng = np.random.default_rng(3)
-    tokens = rng.choice([20, 21, 23, 25, 27, SEP], (200, 64))
+    flat = rng.choice([20, 21, 23, 25, 27, SEP], 200 * 64)
     lengths = np.tile([10, 1, 33, 20], 200)
-    corrupted = MaskedLM(VOCABULARY, 0.4, WORDS).apply(tokens, lengths, 17, np.arange(200))
-    flat, labelled = tokens.reshape(-1), chosen(corrupted).reshape(-1)
+    labelled = chosen(MaskedLM(VOCABULARY, 0.4, WORDS).apply(flat, lengths, 17, np.arange(800)))
     firsts = set((np.cumsum(lengths) - lengths).tolist())
     words: list[list[int]] = []
     for place, token in enumerate(flat.tolist()):
@@ -201,16 +215,16 @@ def test_actions_of_a_word_are_drawn_token_by_token():
 
 
 def causal(documents: list[list[int]], vocabulary: Vocabulary = VOCABULARY) -> Corrupted:
-    tokens = np.array([list(chain(*documents))])
+    tokens = np.array(list(chain(*documents)))
     before = tokens.copy()
-    corrupted = CausalLM(vocabulary).apply(tokens, np.array([len(d) for d in documents]), 17, np.array([4]))
+    corrupted = CausalLM(vocabulary).apply(tokens, np.array([len(d) for d in documents]), 17, np.arange(len(documents)))
     assert corrupted.inputs.tolist() == tokens.tolist() == before.tolist()
     return corrupted
 
 
 def test_causal_labels():
     corrupted = causal([[CLS, 20, 21, SEP], [CLS, 22, SEP], [23, 24], [25], [PAD, PAD, PAD]])
-    assert corrupted.all_labels()[0].tolist() == [
+    assert corrupted.all_labels().tolist() == [
         *(20, 21, SEP, IGNORE),
         *(22, SEP, IGNORE),
         *(24, IGNORE),
@@ -222,21 +236,15 @@ def test_causal_labels():
 def test_causal_labels_of_random_documents():
     rng = np.random.default_rng(1)
     documents = [[CLS, *rng.integers(20, 400, rng.integers(0, 30)).tolist(), SEP] for _ in range(200)]
-    labels = causal(documents).all_labels()[0]
+    labels = causal(documents).all_labels()
     assert labels.tolist() == [label for document in documents for label in (*document[1:], IGNORE)]
     assert CLS not in labels
     assert (labels == SEP).sum() == 200
 
 
-def test_causal_labels_of_many_samples_stay_in_theirs():
-    tokens = np.arange(20, 32).reshape(3, 4)
-    labels = CausalLM(VOCABULARY).apply(tokens, np.array([4, 1, 3, 4]), 0, np.arange(3)).all_labels()
-    assert labels.tolist() == [[21, 22, 23, IGNORE], [IGNORE, 26, 27, IGNORE], [29, 30, 31, IGNORE]]
-
-
 def test_causal_labels_without_a_padding_token():
     vocabulary = Vocabulary(10, (), None, None, None, None, None, "")
-    assert causal([[1, 2, 3]], vocabulary).all_labels().tolist() == [[2, 3, IGNORE]]
+    assert causal([[1, 2, 3]], vocabulary).all_labels().tolist() == [2, 3, IGNORE]
 
 
 def test_make():

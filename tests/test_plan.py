@@ -68,11 +68,11 @@ def test_every_step_of_english_base_10b():
     control = Plan.of(as_control(load(RECIPES / "english_base_10b.yaml"), 0.3))
     twins = [control.at(step.start) for step in steps]
     assert [twin.learning_rate for twin in twins] == [step.learning_rate for step in steps]
-    assert [(twin.first_sequence, twin.tokens) for twin in twins] == [(s.first_sequence, s.tokens) for s in steps]
+    assert [(twin.start, twin.tokens) for twin in twins] == [(s.start, s.tokens) for s in steps]
     assert [(twin.phase.objective, twin.mask_rate) for twin in twins] == [("mlm", 0.3)] * 3179 + [("mlm", 0.15)] * 318
     assert [step.number for step in steps] == list(range(1, 3_498))
     assert [step.tokens for step in steps] == [i * TOKENS_PER_STEP for i in range(1, 3_498)]
-    assert [step.first_sequence for step in steps] == [i * 384 for i in range(3_497)]
+    assert [step.start for step in steps] == [i * TOKENS_PER_STEP for i in range(3_497)]
     assert {step.sequences for step in steps} == {384}
     assert [step.number for step in steps if step.ends_phase] == [3_179, 3_497]
     assert sum(step.learning_rate < peak for step in steps[:3_179]) == 31  # the 32nd passes 100M tokens
@@ -142,8 +142,7 @@ def test_a_batch_grows_in_equal_shares_of_its_warm_up():
     sizes = [2] * 5 + [4] * 3 + [6] * 2 + [8] * 2  # 100; 120, so that 220 are done; 120, so that 340; the rest of 500
     assert [step.sequences for step in steps] == [4, *sizes, 4]
     assert [step.number for step in steps] == list(range(1, len(steps) + 1))
-    ends = [step.first_sequence + step.sequences for step in steps]
-    assert [step.first_sequence for step in steps] == [0, *ends[:-1]]
+    assert [step.start for step in steps] == [0, *(step.tokens for step in steps[:-1])]
     assert [step.phase.name for step in steps if step.begins_phase] == ["a", "g", "b"]
     assert [step.phase.name for step in steps if step.ends_phase] == ["a", "g", "b"]
     assert [plan.step(step.number) for step in steps] == steps
@@ -157,7 +156,7 @@ def test_a_phase_may_have_a_length_and_a_batch_of_its_own():
     plan = small([phase("a", 80), phase("b", 200) | {"sequence_length": 5, "sequences": 10}, phase("c", 40)])
     steps = [plan.step(number) for number in range(1, plan.total_steps + 1)]
     assert [step.tokens - step.start for step in steps] == [40, 40, 50, 50, 50, 50, 40]
-    assert [step.first_sequence for step in steps] == [0, 4, 8, 18, 28, 38, 48]
+    assert [step.start for step in steps] == [0, 40, 80, 130, 180, 230, 280]
     assert [step.passes(100) for step in steps] == [False, False, True, False, True, False, True]
 
 
@@ -174,7 +173,7 @@ def test_a_longer_run_begins_like_a_shorter_one():
     short, long = small([phase("a", 400, warmup=100)]), small([phase("a", 4_000, warmup=100)])
     for tokens in range(0, 400, 40):
         first, second = short.at(tokens), long.at(tokens)
-        assert (first.learning_rate, first.first_sequence) == (second.learning_rate, second.first_sequence)
+        assert (first.learning_rate, first.start) == (second.learning_rate, second.start)
 
 
 @pytest.mark.parametrize("tokens", [-40, 1, 39, 41, 120, 160])

@@ -23,7 +23,6 @@ from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.errors import DetourError
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
-from megatron_detour.plan import Plan
 from megatron_detour.training.engine import create_engine, start_distributed
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def _engine(settings: Settings) -> tuple[DeepSpeedEngine, object]:
             "deepspeed": settings.deepspeed,
         }
     )
-    state, _ = start_distributed(config, Plan.of(config))
+    state, _ = start_distributed(config)
     model = ModernBert(shape, state)
     engine = create_engine(model, config, read_deepspeed_config(settings.deepspeed), state)
     sizes, generator = model.full_sizes(), torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""How fast a large corpus is read: start-up at any place, sequences, masks, memory, padding. No model, no GPU.
+"""How fast a large corpus is read: start-up at any place, documents, masks, memory. No model, no GPU.
 
 The corpus is made up: documents of log-normal lengths in a real index, and a sparse .bin, so that tens of billions of
 tokens take no room. Each figure comes from a fresh process.
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.config import Corpus
-from megatron_detour.data.batches import Sequences, rank_batch
+from megatron_detour.data.batches import DocumentMixture, rank_batch
 from megatron_detour.data.indexed import CODES, HEADER, MAGIC, bin_path, idx_path
 from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
-from megatron_detour.data.pack import PackedCorpus
+from megatron_detour.data.order import micro_batches_of
 from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
@@ -56,10 +56,10 @@ def measure(settings: Settings, say: Callable[[str], None]) -> list[tuple[str, s
     prefix = make_corpus(settings, say)
     rows = []
     for length in settings.sequence_length:
-        deep = int(DEEP * read_manifest(prefix).tokens / length)
-        for kept in settings.folder.glob(f"{Path(prefix).name}.packs-*"):
+        deep = int(DEEP * read_manifest(prefix).tokens)
+        for kept in settings.folder.glob(f"{Path(prefix).name}.windows-*"):
             kept.unlink()
-        for name, first in (("sequence 0", 0), (f"sequence {deep:,}, first time", deep), ("there again", deep)):
+        for name, first in (("token 0", 0), (f"token {deep:,}", deep), ("there again", deep)):
             say(f"opening at length {length:,}, {name}")
             rows.append((f"{length:,}: start at {name}", _started(_fresh(start, prefix, length, first, settings))))
         say(f"reading and masking at length {length:,}")
@@ -106,50 +106,50 @@ def make_corpus(settings: Settings, say: Callable[[str], None]) -> str:
 
 
 def start(prefix: str, length: int, first: int, settings: Settings) -> dict[str, float]:
-    """Seconds from opening to a first batch at sequence `first`, and what it added to this process's memory."""
+    """Seconds from opening to a first batch at token `first`, and what it added to this process's memory."""
     before = _memory()
     started = time.perf_counter()
-    _open(prefix, length).read(range(first, first + settings.sequences))
+    mixture = _open(prefix, length)
+    mixture.tokens(mixture.documents(first, first + settings.sequences * length))
     seconds = time.perf_counter() - started
     after = _memory()
     return {"seconds": seconds} | {key: after[key] - before[key] for key in after} | {"whole": after["VmHWM"]}
 
 
 def speeds(prefix: str, length: int, settings: Settings) -> list[tuple[str, str]]:
-    """Batches in training order from the beginning, then the memory that this took; padding over an epoch."""
-    sequences, objective, count = _open(prefix, length), MaskedLM(VOCABULARY, MASK_RATE), settings.sequences
-    before = _memory()
-    batches = [range(i * count, (i + 1) * count) for i in range(settings.batches)]
+    """Batches in training order from the beginning, then the memory that this took."""
+    mixture, objective, count = _open(prefix, length), MaskedLM(VOCABULARY, MASK_RATE), settings.sequences
+    before, step = _memory(), count * length
+    starts = [number * step for number in range(settings.batches)]
     reading = []
     for _ in range(2):
         started = time.perf_counter()
-        for numbers in batches:
-            batch = sequences.read(numbers)
-        reading.append(len(batches) * count / (time.perf_counter() - started))
-    numbers, times = np.arange(count), []
-    for _ in batches:
+        for start in starts:
+            documents = mixture.documents(start, start + step)
+            tokens = mixture.tokens(documents)
+        reading.append(len(starts) * count / (time.perf_counter() - started))
+    times = []
+    for _ in starts:
         started = time.perf_counter()
-        objective.apply(batch.tokens, batch.lengths, 17, numbers)
+        objective.apply(tokens, documents.lengths, 17, documents.numbers)
         times.append(time.perf_counter() - started)
     started = time.perf_counter()
-    for numbers in batches:
-        rank_batch(sequences, numbers, min(count, 64), objective, 17)
-    both = len(batches) * count / (time.perf_counter() - started)
+    for start in starts:
+        mine, of = micro_batches_of(step, min(count, 64) * length, 0, 1)
+        rank_batch(mixture, mixture.documents(start, start + step), mine, of, objective, 17)
+    both = len(starts) * count / (time.perf_counter() - started)
     grown = _memory()["VmHWM"] - before["VmRSS"]
-    (corpus,) = sequences.corpora
-    packs = sum(PackedCorpus(corpus, length, 42).count_epoch(0))
     return [
-        ("sequences read a second, from what the system fetches first", f"{reading[0]:,.0f}"),
-        ("sequences read a second, again", f"{reading[1]:,.0f}"),
+        ("sequences read per second, from what the system fetches first", f"{reading[0]:,.0f}"),
+        ("sequences read per second, again", f"{reading[1]:,.0f}"),
         (f"masking {count} sequences", f"{statistics.median(times) * 1_000:.2f} ms"),
-        ("sequences read, masked and put into microbatches a second", f"{both:,.0f}"),
-        (f"memory that reading {len(batches) * count:,} took at most", _megabytes(grown)),
-        ("padding", f"{1 - corpus.token_count / (packs * length):.4%}"),
+        ("sequences read, masked and put into micro-batches per second", f"{both:,.0f}"),
+        (f"memory that reading {len(starts) * count:,} took at most", _megabytes(grown)),
     ]
 
 
-def _open(prefix: str, length: int) -> Sequences:
-    return Sequences((Corpus(prefix),), length, 42, VOCABULARY)
+def _open(prefix: str, length: int) -> DocumentMixture:
+    return DocumentMixture((Corpus(prefix),), length, 42, VOCABULARY)
 
 
 def _fresh(function: Callable, *arguments: Any) -> Any:

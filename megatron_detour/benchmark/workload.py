@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from dataclasses import dataclass
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.manifest import read_manifest
-from megatron_detour.data.pack import best_fit_decreasing
 from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.objectives import make
 
@@ -68,15 +68,23 @@ def make_workload(
     documents = []
     for number in sorted(chosen):
         ids = pool[number]
-        corrupted = corruption.apply(ids[None], np.array([len(ids)]), seed, np.array([number]))
-        documents.append(Document(corrupted.inputs[0], corrupted.all_labels()[0]))
+        corrupted = corruption.apply(ids, np.array([len(ids)]), seed, np.array([number]))
+        documents.append(Document(corrupted.inputs, corrupted.all_labels()))
     return Workload(documents, sequence_length, objective, vocabulary)
 
 
 def _packed(texts: list[np.ndarray], sequence_length: int) -> list[list[int]]:
-    """The numbers of the texts in each pack."""
-    pieces, bounds = best_fit_decreasing(np.array([len(ids) for ids in texts]), sequence_length)
-    return [pieces[begin:end].tolist() for begin, end in itertools.pairwise(bounds)]
+    """The numbers of the texts in each pack, by best fit decreasing: longest first, each where it leaves least room."""
+    packs: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free positions, pack), ascending
+    for number in sorted(range(len(texts)), key=lambda number: -len(texts[number])):
+        fitting = bisect.bisect_left(rooms, (len(texts[number]), -1))
+        room, pack = rooms.pop(fitting) if fitting < len(rooms) else (sequence_length, len(packs))
+        if pack == len(packs):
+            packs.append([])
+        packs[pack].append(number)
+        bisect.insort(rooms, (room - len(texts[number]), pack))
+    return packs
 
 
 def _texts(corpus: str | None, sequence_length: int, full: bool, vocabulary: Vocabulary, generator):

@@ -132,42 +132,18 @@ def _check_numbers(config: RunConfig, faults: Faults) -> None:
 
 
 def _check_batches(config: RunConfig, faults: Faults) -> None:
-    micro, whole = config.batch.micro_sequences, config.batch.sequences
-    if micro > 0 and whole % micro:
-        faults.add("batch.micro_sequences", f"{micro} does not divide batch.sequences, {whole}", ["batch.sequences"])
-    tensor = config.parallel.tensor
-    lengths = {"data.sequence_length": config.data.sequence_length}
     for number, phase in enumerate(config.phases):
-        key = f"phases.{number}"
-        if phase.sequences is not None or phase.micro_sequences is not None:
-            here, size = phase.micro_sequences or micro, phase.sequences or whole
-            if here > 0 and size > 0 and size % here:
-                faults.add(
-                    f"{key}.micro_sequences" if phase.micro_sequences else f"{key}.sequences",
-                    f"microbatches of {here} do not divide the phase's {size} sequences a step",
-                    ["batch"],
-                )
-        if phase.sequence_length is not None:
-            lengths[f"{key}.sequence_length"] = phase.sequence_length
-        _check_batch_warmup(config, phase, key, faults)
-    for key, length in lengths.items():
-        if config.parallel.sequence and tensor > 0 and length % tensor:
-            faults.add(
-                "parallel.sequence",
-                f"{key}, {length}, is not divisible by parallel.tensor, {tensor}",
-                [key, "parallel.tensor"],
-            )
+        _check_batch_warmup(config, phase, f"phases.{number}.batch_warmup", faults)
 
 
 def _check_batch_warmup(config: RunConfig, phase: Phase, key: str, faults: Faults) -> None:
-    warmup, key = phase.batch_warmup, f"{key}.batch_warmup"
+    warmup, size = phase.batch_warmup, phase.sequences or config.batch.sequences
     if warmup is None:
         return
-    size, micro = phase.sequences or config.batch.sequences, phase.micro_sequences or config.batch.micro_sequences
     for name in ("start", "increment", "tokens"):
         value = getattr(warmup, name)
         faults.refuse_unless(value > 0, f"{key}.{name}", f"must be above 0, it is {value}")
-    if min(warmup.start, warmup.increment, micro, size) <= 0:
+    if min(warmup.start, warmup.increment, size) <= 0:
         return
     if warmup.start >= size or (size - warmup.start) % warmup.increment:
         faults.add(
@@ -175,8 +151,6 @@ def _check_batch_warmup(config: RunConfig, phase: Phase, key: str, faults: Fault
             f"{warmup.increment} sequences at a time do not lead from {warmup.start} to the phase's {size}",
             ["batch"],
         )
-    elif warmup.start % micro or warmup.increment % micro:
-        faults.add(key, f"start and increment must be divisible by the microbatch, {micro} sequences", ["batch"])
     if warmup.tokens > phase.tokens > 0:
         faults.add(
             f"{key}.tokens",

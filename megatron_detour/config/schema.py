@@ -92,7 +92,7 @@ class Data:
 @dataclass(frozen=True)
 class Batch:
     sequences: int  # a step, over all ranks
-    micro_sequences: int = 1  # a rank and a forward pass
+    micro_sequences: int = 1  # in a forward pass of a rank, about: documents stay whole
 
 
 @dataclass(frozen=True)

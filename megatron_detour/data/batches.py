@@ -1,41 +1,47 @@
-"""Sequences by number into flat microbatches: the place where numpy becomes torch.
+"""Stretches of a run's text into flat micro-batches: the place where numpy becomes torch.
 
-A microbatch holds whole sequences one after the other, T = sequences * sequence_length positions. Sequence number k of
-a run is the same pack with the same corruption for any number of ranks and any micro-batch.
+A step reads the documents that begin in its stretch of tokens, and shares them out over ranks and micro-batches. Which
+documents these are, and how each is corrupted, is the same for any number of ranks and any micro-batch.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 
 import numpy as np
 import torch
 
 from megatron_detour.config import Corpus
-from megatron_detour.data.counts import CountsFile
-from megatron_detour.data.indexed import IndexedCorpus
+from megatron_detour.data.indexed import IndexedCorpus, bin_path
+from megatron_detour.data.integrity import refuse_changed
 from megatron_detour.data.manifest import Manifest, read_manifest
-from megatron_detour.data.order import Mixture
-from megatron_detour.data.pack import PackedCorpus, Packs
+from megatron_detour.data.order import deal
+from megatron_detour.data.stream import DocumentStream
 from megatron_detour.data.vocabulary import Vocabulary
-from megatron_detour.errors import DetourError
+from megatron_detour.data.window_cache import WindowCache
+from megatron_detour.errors import DetourError, told
 from megatron_detour.objectives import Objective
+
+NUMBER_BITS = 48  # of a document's number, for its place in its corpus's stream; the corpus is above
 
 
 @dataclass(frozen=True)
-class SequenceBatch:
-    """Sequences that are packs: whole documents one after the other, and padding as the last document of each."""
+class Documents:
+    """Documents, or pieces of long ones, each corpus's together. All arrays are int64 [documents]."""
 
-    tokens: np.ndarray  # int32 [n, sequence_length]
-    lengths: np.ndarray  # int64 [documents], those of the first sequence first
-    padding: np.ndarray  # int64 [n]
+    corpora: np.ndarray  # ascending
+    places: np.ndarray  # the first token in the corpus's .bin, in bytes
+    lengths: np.ndarray  # in tokens
+    numbers: np.ndarray  # by which they draw their corruption
 
-    @property
-    def crc(self) -> int:
-        """Checksums of the uncorrupted tokens, summed; over a step they tell whether two runs saw the same text."""
-        return sum(zlib.crc32(row) for row in self.tokens)
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, which: slice | np.ndarray) -> Documents:
+        return Documents(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class MicroBatch:
     positions: torch.Tensor  # [T], within the document
     lengths: tuple[int, ...]  # of the documents
     causal: bool
-    labelled: torch.Tensor  # [L], the positions in the microbatch that have labels
+    labelled: torch.Tensor  # [L], the positions in the micro-batch that have labels
     labels: torch.Tensor  # [L]
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -69,27 +75,29 @@ class RankBatch:
     """One rank's share of a step, with the figures that ranks add up."""
 
     micro_batches: list[MicroBatch]
+    tokens: int  # of documents
     labelled: int
     padding: int
-    crc: int
+    crc: int  # checksums of the uncorrupted documents, summed: over a step they tell whether two runs saw the same text
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where sequences begin: the number of the first, and how many of each corpus's packs were read before, by prefix.
+class StreamOffset:
+    """Where a mixture begins: at which token of the run, and how many of each corpus's were read before, by prefix.
 
     `seeds` are added to the order's seed, by prefix: a corpus keeps its order in whatever company it is read.
     """
 
-    number: int = 0
-    packs: dict[str, int] = field(default_factory=dict)
+    start: int = 0
+    read: dict[str, int] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
 
 
-class Sequences:
-    """The endless sequences of a mixture of corpora, each a pure function of its number and the order's seed.
+class DocumentMixture:
+    """The documents of several corpora by weight: a pure function of the run's tokens and the order's seed.
 
-    It can be pickled, for the workers of a DataLoader: they open the files again.
+    Over any stretch that begins at the start each corpus has its share of the tokens, to within a sequence. It can be
+    pickled, for other processes: they open the files again.
     """
 
     def __init__(
@@ -98,113 +106,121 @@ class Sequences:
         sequence_length: int,
         seed: int,
         vocabulary: Vocabulary,
-        beginning: Beginning | None = None,
+        offset: StreamOffset | None = None,
     ) -> None:
-        beginning = beginning or Beginning()
+        self._offset = offset or StreamOffset()
         self.sequence_length = sequence_length
         self.vocabulary = vocabulary
-        self.first = beginning.number
         self.prefixes = [corpus.prefix for corpus in corpora]
         self.manifests = _manifests(corpora)
         for corpus, manifest in zip(corpora, self.manifests, strict=True):
             _check_tokenizer(corpus.prefix, Vocabulary.from_dict(manifest.tokenizer), vocabulary)
-        self.corpora = [IndexedCorpus(corpus.prefix) for corpus in corpora]
-        self._packed = [
-            PackedCorpus(
-                c,
-                sequence_length,
-                seed + beginning.seeds.get(c.prefix, i),
-                CountsFile(c.prefix, manifest.files["idx"]["sha256"]),
-            )
-            for i, (c, manifest) in enumerate(zip(self.corpora, self.manifests, strict=True))
+        self.corpora = [
+            _opened(corpus.prefix, manifest) for corpus, manifest in zip(corpora, self.manifests, strict=True)
         ]
-        self._before = [beginning.packs.get(prefix, 0) for prefix in self.prefixes]
-        self._mixture = Mixture([corpus.weight for corpus in corpora])
+        weights = [Fraction(str(corpus.weight)) for corpus in corpora]
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._seeds = [self._offset.seeds.get(prefix, i) for i, prefix in enumerate(self.prefixes)]
+        self._streams = [
+            DocumentStream(
+                corpus,
+                sequence_length,
+                seed + own,
+                WindowCache(corpus.prefix, manifest.files["idx"]["sha256"]),
+            )
+            for corpus, own, manifest in zip(self.corpora, self._seeds, self.manifests, strict=True)
+        ]
 
-    def __getitem__(self, number: int) -> SequenceBatch:
-        return self.read([number])
+    def read_before(self, token: int) -> dict[str, int]:
+        """How many tokens of each corpus, by prefix, come before this token of the run."""
+        return {
+            prefix: self._offset.read.get(prefix, 0) + int((token - self._offset.start) * share)
+            for prefix, share in zip(self.prefixes, self._shares, strict=True)
+        }
 
-    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of sequences by number, int64 [n]: each one's corpus and how many of that corpus come before it here."""
-        return self._mixture.locate(numbers - self.first)
+    def documents(self, start: int, stop: int) -> Documents:
+        """The documents that begin in the run's tokens from `start` to before `stop`."""
+        parts = []
+        limits = zip(self.read_before(start).values(), self.read_before(stop).values(), strict=True)
+        for number, (stream, (first, last)) in enumerate(zip(self._streams, limits, strict=True)):
+            pieces = stream.between(first, last)
+            draws = (self._seeds[number] << NUMBER_BITS) + pieces.offsets
+            parts.append((np.full(len(pieces), number), pieces.places, pieces.lengths, draws))
+        return Documents(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    def packs_read(self, end: int) -> dict[str, int]:
-        """How many packs of each corpus, by prefix, are read before sequence number `end`, those before `first` too."""
-        here = self._mixture.before(end - self.first)
-        return {p: before + n for p, before, n in zip(self.prefixes, self._before, here.tolist(), strict=True)}
-
-    def read(self, numbers: Sequence[int] | np.ndarray) -> SequenceBatch:
-        """The sequences with these numbers."""
-        which, ranks = self.locate(np.asarray(numbers))
-        tokens = np.empty((len(which), self.sequence_length), dtype=np.int32)
-        used = np.zeros(len(which), dtype=np.int64)
-        lengths, rows = [], []
-        for number, (corpus, packed) in enumerate(zip(self.corpora, self._packed, strict=True)):
-            mine = np.flatnonzero(which == number)
+    def tokens(self, documents: Documents) -> np.ndarray:
+        """Their tokens, one document after the other: int32 [sum of lengths]."""
+        parts = []
+        for number, corpus in enumerate(self.corpora):
+            mine = documents[slice(*documents.corpora.searchsorted([number, number + 1]))]
             if len(mine):
-                packs = packed.packs(ranks[mine] + self._before[number])
-                tokens[mine] = _read_packs(corpus, packs, self.sequence_length, self.vocabulary.pad)
-                rows.append(np.repeat(mine, np.diff(packs.bounds)))
-                lengths.append(packs.lengths)
-                used[mine] = np.add.reduceat(packs.lengths, packs.bounds[:-1])
-        padding = self.sequence_length - used
-        padded = np.flatnonzero(padding)
-        in_order = np.argsort(np.concatenate([*rows, padded]), kind="stable")  # padding last in each
-        return SequenceBatch(tokens, np.concatenate([*lengths, padding[padded]])[in_order], padding)
-
-
-def _read_packs(corpus: IndexedCorpus, packs: Packs, sequence_length: int, pad: int) -> np.ndarray:
-    """Tokens of the corpus's type [packs, sequence_length], padded."""
-    rows = np.full((len(packs), sequence_length), pad, dtype=corpus.dtype)
-    ends, counts = np.cumsum(packs.lengths), np.diff(packs.bounds)
-    before = np.concatenate([[0], ends])[packs.bounds[:-1]]  # tokens in earlier packs
-    to = ends - packs.lengths + np.repeat(np.arange(len(packs)) * sequence_length - before, counts)
-    width = corpus.dtype.itemsize
-    corpus.read(rows, zip((to * width).tolist(), packs.places.tolist(), (packs.lengths * width).tolist(), strict=True))
-    return rows
+                tokens = corpus.read(mine.places, mine.lengths).astype(np.int32)
+                wrong = (tokens < 0) | (tokens >= self.vocabulary.size)
+                if wrong.any():  # the embedding has no row for it
+                    raise DetourError(
+                        f"{bin_path(corpus.prefix)}: holds the id {int(tokens[wrong.argmax()])}, the vocabulary has "
+                        f"{self.vocabulary.size:,} ids: the file has changed since it was built; bring the file back "
+                        "or build the corpus again"
+                    )
+                parts.append(tokens)
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
 
 def rank_batch(
-    sequences: Sequences, numbers: Sequence[int] | np.ndarray, micro_sequences: int, objective: Objective, seed: int
+    mixture: DocumentMixture,
+    documents: Documents,
+    micro_batches: range,
+    of: int,
+    objective: Objective,
+    seed: int,
+    multiple: int = 1,
 ) -> RankBatch:
-    """The microbatches of the sequences with these numbers, corrupted under `seed`."""
-    micro_batches, labelled, padding, crc = [], 0, 0, 0
-    for first in range(0, len(numbers), micro_sequences):
-        chosen = numbers[first : first + micro_sequences]
-        micro_batch, batch = micro_batch_of(sequences, chosen, objective, seed)
-        micro_batches.append(micro_batch)
-        labelled += len(micro_batch.labels)
-        padding += int(batch.padding.sum())
-        crc += batch.crc
-    return RankBatch(micro_batches, labelled, padding, crc)
+    """A rank's micro-batches, by number, of the `of` into which all ranks share out `documents`.
+
+    Each is padded to a multiple of `multiple` positions, as sequence parallelism asks.
+    """
+    shares = deal(documents.lengths, of)
+    made, tokens, padding, crc = [], 0, 0, 0
+    for number in micro_batches:
+        mine = documents[shares[number]]
+        text = mixture.tokens(mine)
+        made.append(micro_batch(text, mine, objective, seed, mixture.vocabulary.pad, multiple))
+        tokens += len(text)
+        padding += len(made[-1].input_ids) - len(text)
+        crc += sum(zlib.crc32(document) for document in split(text, mine.lengths))
+    return RankBatch(made, tokens, sum(len(one.labels) for one in made), padding, crc)
 
 
-def micro_batch_of(
-    sequences: Sequences, numbers: Sequence[int] | np.ndarray, objective: Objective, seed: int
-) -> tuple[MicroBatch, SequenceBatch]:
-    batch = sequences.read(numbers)
-    corrupted = objective.apply(batch.tokens, batch.lengths, seed, np.asarray(numbers))
-    micro_batch = MicroBatch(
-        torch.from_numpy(corrupted.inputs.reshape(-1)),
-        torch.from_numpy(positions_of(batch.lengths)),
-        tuple(batch.lengths.tolist()),
+def micro_batch(
+    tokens: np.ndarray, documents: Documents, objective: Objective, seed: int, pad: int, multiple: int = 1
+) -> MicroBatch:
+    """Documents corrupted under `seed`; padding, if any, is a document of its own."""
+    corrupted = objective.apply(tokens, documents.lengths, seed, documents.numbers)
+    inputs, lengths = corrupted.inputs, documents.lengths
+    padding = -len(inputs) % multiple if len(inputs) else multiple  # a model is not asked for nothing
+    if padding:
+        inputs, lengths = np.pad(inputs, (0, padding), constant_values=pad), np.append(lengths, padding)
+    return MicroBatch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(positions_of(lengths)),
+        tuple(lengths.tolist()),
         objective.causal,
         torch.from_numpy(corrupted.labelled),
         torch.from_numpy(corrupted.labels),
     )
-    return micro_batch, batch
+
+
+def split(tokens: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Each document's tokens."""
+    ends = np.cumsum(lengths).tolist()
+    for length, end in zip(lengths.tolist(), ends, strict=True):
+        yield tokens[end - length : end]
 
 
 def positions_of(lengths: np.ndarray) -> np.ndarray:
     """Positions within documents, int64 [sum of lengths], of documents with these lengths."""
     starts = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) - np.repeat(starts, lengths)
-
-
-def rank_numbers(first: int, count: int, rank: int, ranks: int) -> range:
-    """The sequence numbers of a data-parallel rank: its contiguous share of a step's `count` from `first` on."""
-    share = count // ranks
-    return range(first + rank * share, first + (rank + 1) * share)
 
 
 def _manifests(corpora: tuple[Corpus, ...]) -> list[Manifest]:
@@ -216,8 +232,14 @@ def _manifests(corpora: tuple[Corpus, ...]) -> list[Manifest]:
         except DetourError as fault:
             faults.append(str(fault))
     if faults:
-        raise DetourError(faults[0] if len(faults) == 1 else "\n  - ".join([f"{len(faults)} faults:", *faults]))
+        raise DetourError(told(faults))
     return manifests
+
+
+def _opened(prefix: str, manifest: Manifest) -> IndexedCorpus:
+    corpus = IndexedCorpus(prefix)  # a file of another size is told as such
+    refuse_changed(prefix, manifest)
+    return corpus
 
 
 def _check_tokenizer(prefix: str, built_with: Vocabulary, used: Vocabulary) -> None:

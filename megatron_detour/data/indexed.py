@@ -16,7 +16,6 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -82,6 +81,8 @@ class IndexedCorpus:
         """The lengths of the documents from `first` to before `last`, int32, read and not mapped."""
         lengths = np.empty(last - first, dtype="<i4")
         _read(self._files[0], memoryview(lengths).cast("B"), HEADER.size + 4 * first)
+        if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= self.token_count:
+            raise self.damage()
         return lengths
 
     def find(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,22 +96,34 @@ class IndexedCorpus:
             offsets[part] = self.offsets[documents[part]]
             if len(self._index) > MAPPED_BYTES:
                 self._index.madvise(mmap.MADV_DONTNEED)
+        ends = offsets + lengths * self.dtype.itemsize
+        if (lengths < 0).any() or (offsets < 0).any() or (ends > self.token_count * self.dtype.itemsize).any():
+            raise self.damage()
         return lengths, offsets
 
-    def read(self, rows: np.ndarray, pieces: Iterable[tuple[int, int, int]]) -> None:
-        """Reads pieces of documents into `rows`, a contiguous array of the corpus's type.
+    def read(self, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The tokens of documents, one after the other, in the corpus's type: [sum of lengths].
 
-        pieces: (where in `rows`, where in .bin, how much), all in bytes. Read and not mapped, so that text that was
-        used is not this process's memory.
+        places: where in .bin each begins, in bytes; lengths: in tokens; both int64 [documents]. Read and not mapped, so
+        that text that was used is not this process's memory.
         """
-        file, target = self._files[1], memoryview(rows).cast("B")
+        tokens = np.empty(int(lengths.sum()), dtype=self.dtype)
+        file, target, to = self._files[1], memoryview(tokens).cast("B"), 0
         descriptor, pread = file.fileno(), os.pread
-        for to, place, count in pieces:
+        for place, count in zip(places.tolist(), (lengths * self.dtype.itemsize).tolist(), strict=True):
             content = pread(descriptor, count, place)
             if len(content) == count:
                 target[to : to + count] = content
             else:
                 _read(file, target[to : to + count], place)
+            to += count
+        return tokens
+
+    def damage(self) -> DetourError:
+        return DetourError(
+            f"{idx_path(self.prefix)}: lengths and offsets do not fit {bin_path(self.prefix).name}, so one of the two "
+            "has changed since it was written; bring the files back or build the corpus again"
+        )
 
     def tokens(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """The ids of a document, or `length` of them from `start` on: shape [length], read only."""

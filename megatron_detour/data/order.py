@@ -1,10 +1,9 @@
-"""Which document comes when, and which corpus: pure functions of a seed and a number, without an index in memory."""
+"""Which document comes when, and with which others: pure functions, without an index in memory."""
 
 from __future__ import annotations
 
-from fractions import Fraction
+import heapq
 from functools import lru_cache
-from math import lcm
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from megatron_detour.data.splitmix import WORD, mix
 
 ROUNDS = 6
 TABLES = 1 << 16  # the largest half whose round functions are kept as tables
-FINEST = 10_000  # mixtures are exact in steps of 1 / FINEST
 
 
 def permute(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -29,32 +27,27 @@ def place_of(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
     return _walk(numbers, size, key, backward=True)
 
 
-class Mixture:
-    """Deals sequences to corpora by weight: over any prefix each corpus is within one sequence of its share.
+def deal(lengths: np.ndarray, shares: int) -> list[np.ndarray]:
+    """Shares documents out by length, int64 [documents]: the numbers of those in each share, ascending.
 
-    The weights become whole numbers of sequences in a cycle, dealt by earliest deadline (Steiner and Yeomans, Level
-    Schedules for Mixed-Model, Just-in-Time Processes, 1993), so `locate` needs one cycle's table and no state.
+    The longest come first, each to the share that has least (Graham, Bounds on Multiprocessing Timing Anomalies, 1969):
+    none has more than the mean and one document.
     """
+    loads = [(0, share) for share in range(shares)]
+    share_of = np.empty(len(lengths), dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        load, share = loads[0]
+        heapq.heapreplace(loads, (load + length, share))
+        share_of[document] = share
+    in_order = np.argsort(share_of, kind="stable")
+    return np.split(in_order, np.searchsorted(share_of[in_order], np.arange(1, shares)))
 
-    def __init__(self, weights: list[float]) -> None:
-        self.counts = _whole(weights)
-        self.cycle = int(self.counts.sum())
-        self._corpus = _deal(self.counts)
-        self._rank = np.zeros(self.cycle, dtype=np.int64)
-        for corpus in range(len(weights)):
-            mine = self._corpus == corpus
-            self._rank[mine] = np.arange(mine.sum())
 
-    def locate(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of sequences by number, int64 [n]: each one's corpus and how many came from that corpus before it."""
-        rounds, place = np.divmod(sequences, self.cycle)
-        corpus = self._corpus[place].astype(np.int64)
-        return corpus, rounds * self.counts[corpus] + self._rank[place]
-
-    def before(self, sequence: int) -> np.ndarray:
-        """How many of the sequences before this number fall to each corpus, int64 [corpora]."""
-        rounds, place = divmod(sequence, self.cycle)
-        return rounds * self.counts + np.bincount(self._corpus[:place], minlength=len(self.counts))
+def micro_batches_of(tokens: int, micro_tokens: int, rank: int, ranks: int) -> tuple[range, int]:
+    """The numbers of a data-parallel rank's micro-batches of about `micro_tokens` each, and how many all ranks have."""
+    each = -(-tokens // (ranks * micro_tokens))
+    return range(rank * each, (rank + 1) * each), ranks * each
 
 
 def _walk(numbers: np.ndarray, size: int, key: int, backward: bool) -> np.ndarray:
@@ -97,33 +90,3 @@ def _compute_round(values: np.ndarray, half: int, key: int, turn: int) -> np.nda
     # Keys are longer than 64 bits: what is above them must count as well.
     salt = key * 0x9E3779B97F4A7C15 + (key >> 64) * 0xA24BAED4963EE407 + (turn + 1) * 0xD1B54A32D192ED03
     return (mix(values.astype(np.uint64) + np.uint64(salt & WORD)) & np.uint64((1 << half) - 1)).astype(np.int64)
-
-
-def _whole(weights: list[float]) -> np.ndarray:
-    exact = [Fraction(str(weight)) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
-    cycle = lcm(*(share.denominator for share in shares))
-    if cycle <= FINEST:
-        return np.array([int(share * cycle) for share in shares], dtype=np.int64)
-    counts = [max(int(share * FINEST), 1) for share in shares]
-    remainders = [share * FINEST - count for share, count in zip(shares, counts, strict=True)]
-    while sum(counts) != FINEST:  # to those that are furthest from their share
-        step = 1 if sum(counts) < FINEST else -1
-        chosen = max(range(len(counts)), key=lambda i: (remainders[i] * step, counts[i]))
-        counts[chosen] += step
-        remainders[chosen] -= step
-    return np.array(counts, dtype=np.int64)
-
-
-def _deal(counts: np.ndarray) -> np.ndarray:
-    cycle = int(counts.sum())
-    dealt = [0] * len(counts)
-    table = np.empty(cycle, dtype=np.int16)
-    for place in range(cycle):
-        # Unit j of a corpus with n in a cycle of c may come from place floor(j c / n) on and must come before
-        # ceil((j + 1) c / n).
-        ready = [i for i, n in enumerate(counts) if dealt[i] < n and dealt[i] * cycle // int(n) <= place]
-        chosen = min(ready, key=lambda i: -(-(dealt[i] + 1) * cycle // int(counts[i])))
-        table[place] = chosen
-        dealt[chosen] += 1
-    return table

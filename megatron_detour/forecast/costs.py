@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from megatron_detour.model.shape import Shape
 from megatron_detour.plan import PlannedPhase
 
 STRETCHES, DOCUMENTS = 40, 250  # read of each corpus: stretches of documents, from its start to its end
+MOST_DOCUMENTS = 100_000  # looked at of a step
 SESSION_SECONDS = 24 * 3600  # where the run file has no time_limit
 
 
@@ -40,6 +42,7 @@ class PhaseCost:
     seconds: float | None  # None: the speed is not known
     sampled: bool  # whether the documents are the corpora's, or else packs of one document each
     mean_document: float  # tokens, as the model sees them: cut at the sequence length
+    lengths: tuple[int, ...]  # of such documents, in the corpora's shares: about a step's
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,15 @@ def of_phase(shape: Shape, phase: PlannedPhase, frozen: Frozen, recompute: str, 
         seconds = phase.tokens / (speed.tokens_per_second * gpus)
     elif speed.known:
         seconds = flops * again / (speed.peak * speed.mfu * gpus)
-    return PhaseCost(phase.name, phase.tokens, flops, seconds, sampled, 1 / documents)
+    step = phase.sequences * phase.sequence_length
+    of_step = tuple(length for weight, lengths in pairs for length in _filling(round(weight * step), lengths))
+    return PhaseCost(phase.name, phase.tokens, flops, seconds, sampled, 1 / documents, of_step)
+
+
+def _filling(tokens: int, lengths: tuple[int, ...]) -> Iterator[int]:
+    """Lengths, from all over those given, of about `tokens` in all."""
+    count = min(round(tokens * len(lengths) / sum(lengths)), MOST_DOCUMENTS)
+    return (lengths[number * len(lengths) // count] for number in range(count))
 
 
 def lengths_of(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:

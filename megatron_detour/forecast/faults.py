@@ -16,33 +16,12 @@ MASKS = (0.05, 0.50)
 SHORT_OF_WARMUP = 2  # a phase is short when it is less than this many warm-ups long
 
 
-def of_ranks(config: RunConfig, plan: Plan, ranks: int) -> list[str]:
-    """Of ranks, tensor-parallel groups and microbatches."""
+def of_ranks(config: RunConfig, ranks: int) -> list[str]:
+    """Of ranks and tensor-parallel groups."""
     tensor = config.parallel.tensor
     if ranks % tensor:
         return [f"parallel.tensor: {tensor} does not divide the {ranks} GPUs; start a multiple of {tensor}"]
-    data, faults = ranks // tensor, []
-    told: set[tuple[int, int]] = set()
-    for phase in plan.phases:
-        sizes = sorted({stretch.sequences for stretch in phase.stretches})
-        wrong = [size for size in sizes if size % (data * phase.micro_sequences)]
-        if not wrong or (wrong[0], phase.micro_sequences) in told:
-            continue
-        told.add((wrong[0], phase.micro_sequences))
-        own = phase.settings.sequences or phase.settings.micro_sequences or phase.settings.batch_warmup
-        key = f"phases.{phase.name}" if own else "batch"
-        faults.append(
-            f"{key}: {wrong[0]} sequences a step do not divide into microbatches of {phase.micro_sequences} on {data} "
-            f"data-parallel ranks; {_mend_batch(wrong[0], phase.micro_sequences, data)}"
-        )
-    return faults
-
-
-def _mend_batch(sequences: int, micro: int, data: int) -> str:
-    fitting = [size for size in range(micro, 0, -1) if sequences % (data * size) == 0]
-    if fitting:
-        return f"set micro_sequences to {fitting[0]}"
-    return f"make sequences a multiple of {data}, for instance {max(round(sequences / data), 1) * data}"
+    return []
 
 
 def of_shape(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from megatron_detour.config import RunConfig
+from megatron_detour.data.order import deal, micro_batches_of
 from megatron_detour.forecast import costs, faults, memory, storage
 from megatron_detour.forecast.costs import Frozen, PhaseCost, Speed
 from megatron_detour.forecast.memory import Load, Memory, Setting
@@ -108,15 +111,14 @@ def forecast(
     if not speed.known:
         notes.append(f"time: the peak of {device!r} is not known here; give a measured rate with --rate")
     shape = start.shape
-    found = [*start.faults, *zero_faults, *faults.of_ranks(config, plan, ranks)]
+    found = [*start.faults, *zero_faults, *faults.of_ranks(config, ranks)]
     found += faults.of_shape(config, plan, shape) if shape else []
     found += attempt("corpora", lambda: faults.of_corpora(config, plan, start.vocabulary)) or []
     parameters = sum(memory.parameters(shape)) if shape else None
     phase_costs = shape and attempt("time", lambda: _costs(config, plan, shape, speed, ranks))
     by_phase = advice = None
     if shape and setting:
-        means = {cost.name: cost.mean_document for cost in phase_costs or ()}
-        search = Search(plan, shape, setting, means, gpu_memory)
+        search = Search(plan, shape, setting, {cost.name: cost for cost in phase_costs or ()}, gpu_memory)
         a_rank = config.batch.sequences // setting.data
         by_phase = attempt("memory", search.memory)
         advice = attempt("memory", lambda: search.advice(config.batch.micro_sequences, a_rank))
@@ -180,7 +182,7 @@ class Search:
     plan: Plan
     shape: Shape
     setting: Setting
-    means: dict[str, float]  # tokens a document, by phase
+    costs: dict[str, PhaseCost]  # by phase
     gigabytes: float
 
     def memory(self, recompute: str | None = None, share: float = 1) -> dict[str, Memory]:
@@ -215,8 +217,15 @@ class Search:
         )
 
     def _load(self, phase: PlannedPhase, share: float) -> Load:
+        """The fullest micro-batch: documents stay whole, so some are fuller than micro_sequences says."""
         positions = max(round(phase.micro_sequences * share), 1) * phase.sequence_length
-        labelled = costs.labelled_share(phase, self.means.get(phase.name, phase.sequence_length))
+        cost, mean = self.costs.get(phase.name), phase.sequence_length
+        if cost is not None:
+            mean = cost.mean_document
+            _, count = micro_batches_of(phase.sequences * phase.sequence_length, positions, 0, self.setting.data)
+            lengths = np.array(cost.lengths, dtype=np.int64)
+            positions = max(positions, *(int(lengths[mine].sum()) for mine in deal(lengths, count)))
+        labelled = costs.labelled_share(phase, mean)
         return Load(positions, round(positions * labelled), phase.objective == "clm", Frozen.of(phase).below)
 
 

@@ -51,6 +51,11 @@ class ParallelState:
         """Whether this rank speaks and writes for all."""
         return self.data_rank == 0 and self.tensor_rank == 0
 
+    @property
+    def sequence_multiple(self) -> int:
+        """What the positions of a micro-batch must be a multiple of."""
+        return self.tensor_size if self.sequence_parallel else 1
+
     # The names that DeepSpeed asks its `mpu` for.
     def get_model_parallel_rank(self) -> int:
         return self.tensor_rank

@@ -17,7 +17,7 @@ from megatron_detour.checkpoint.huggingface import Source
 from megatron_detour.checkpoint.saver import Background
 from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.config import RunConfig
-from megatron_detour.data.course import Course
+from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import DetourError
 from megatron_detour.files import flush
 from megatron_detour.forecast.storage import CHECKPOINT_BYTES
@@ -45,12 +45,12 @@ class Checkpoints:
         engine: DeepSpeedEngine,
         state: ParallelState,
         start: StartModel,
-        course: Course,
+        data: PhaseData,
         guard: Guard,
         background: Background,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.plan, self.folder, self.start, self.course = config, plan, folder, start, course
+        self.config, self.plan, self.folder, self.start, self.data = config, plan, folder, start, data
         self.engine, self.state, self.guard, self.say = engine, state, guard, say
         self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
         self.background = background
@@ -113,9 +113,9 @@ class Checkpoints:
         self._write(target, self._run_state(done), then=lambda: self._published(target))
 
     def inspect(self, step: Step, figures: dict[str, Any]) -> None:
-        """Keeps the state of a run that cannot go on: weights, what went wrong, and which sequences were read."""
+        """Keeps the state of a run that cannot go on: weights, what went wrong, and which tokens were read."""
         target = self.folder / "inspect" / f"step-{step.number:08d}"
-        numbers = {"first_sequence": step.first_sequence, "sequences": step.sequences, "figures": figures}
+        numbers = {"read": [step.start, step.tokens], "figures": figures}  # tokens of the run
         self._write(target, self._run_state(step) | numbers, then=lambda: self.say(f"kept {target}"))
         self.background.wait()
         dist.barrier()  # whoever ends now ends the others
@@ -192,7 +192,7 @@ class Checkpoints:
             self.say(f"{source.name}: logits equal transformers' within {difference:.1e}")
 
     def _identities(self) -> dict[str, str]:
-        return {prefix: manifest.files["bin"]["sha256"] for prefix, manifest in self.course.manifests().items()}
+        return {prefix: manifest.files["bin"]["sha256"] for prefix, manifest in self.data.manifests().items()}
 
     def _check_corpora(self, run_state: dict[str, Any], checkpoint: Path) -> None:
         for prefix, sha256 in self._identities().items():

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_detour.config import RunConfig
-from megatron_detour.data.batches import Sequences
-from megatron_detour.data.course import Course
+from megatron_detour.data.batches import DocumentMixture
+from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.model.choose import Choice
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe import meter
@@ -41,28 +41,28 @@ def session_facts(
 
 
 def run_facts(
-    config: RunConfig, start: StartModel, course: Course, validation: Validation | None, model: ModernBert
+    config: RunConfig, start: StartModel, data: PhaseData, validation: Validation | None, model: ModernBert
 ) -> dict[str, Any]:
     """What a run trains and reads, and with which versions."""
-    first = course.segments[0]
+    first = data.spans[0]
     weights = [corpus.weight for corpus in first.corpora]
     sizes = {key: start.config[key] for key in SIZES}
     corpora: dict[str, dict[str, Any]] = {}
-    for segment in course.segments:
-        for facts in _corpora(segment.sequences, [corpus.weight for corpus in segment.corpora]):
+    for span in data.spans:
+        for facts in _corpora(span.mixture, [corpus.weight for corpus in span.corpora]):
             corpora.setdefault(facts["prefix"], facts)
     return {
         "versions": meter.versions(),
         "model": {"parameters": sum(torch.Size(size).numel() for size in model.full_sizes().values()), **sizes},
         "corpora": list(corpora.values()),
-        "validation_corpora": _corpora(validation.sequences, [c.weight for c in config.validation.corpora])
+        "validation_corpora": _corpora(validation.mixture, [c.weight for c in config.validation.corpora])
         if validation
         else [],
-        "unigram_loss": validation.unigram_loss(first.sequences, weights) if validation else None,
+        "unigram_loss": validation.unigram_loss(first.mixture, weights) if validation else None,
     }
 
 
-def _corpora(sequences: Sequences, weights: list[float]) -> list[dict[str, Any]]:
+def _corpora(mixture: DocumentMixture, weights: list[float]) -> list[dict[str, Any]]:
     return [
         {
             "prefix": prefix,
@@ -73,5 +73,5 @@ def _corpora(sequences: Sequences, weights: list[float]) -> list[dict[str, Any]]
             "tokenizer_sha256": manifest.tokenizer["sha256"],
             "sources": manifest.sources,
         }
-        for prefix, weight, manifest in zip(sequences.prefixes, weights, sequences.manifests, strict=True)
+        for prefix, weight, manifest in zip(mixture.prefixes, weights, mixture.manifests, strict=True)
     ]

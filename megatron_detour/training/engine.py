@@ -15,7 +15,6 @@ from torch import nn
 from megatron_detour.config import RunConfig
 from megatron_detour.errors import DetourError
 from megatron_detour.parallel.state import PATIENCE, ParallelState
-from megatron_detour.plan import Plan
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
 
 if TYPE_CHECKING:
@@ -29,10 +28,10 @@ def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if deepspeed_config.get("bf16", {}).get("enabled") else torch.float32
 
 
-def start_distributed(config: RunConfig, plan: Plan) -> tuple[ParallelState, torch.device]:
+def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
     """Joins the ranks and makes the groups. Raises DetourError when the ranks do not fit the run file."""
     ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    check_ranks(config, plan, ranks)
+    check_ranks(config, ranks)
     port = "29500" if ranks > 1 else "0"  # 0: any that is free
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, default)
@@ -106,20 +105,11 @@ def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate
 
 
-def check_ranks(config: RunConfig, plan: Plan, ranks: int) -> None:
-    """Raises DetourError when the run file's batches cannot be shared out over this many ranks."""
+def check_ranks(config: RunConfig, ranks: int) -> None:
+    """Raises DetourError when the run file's tensor-parallel groups cannot be made of this many ranks."""
     tensor = config.parallel.tensor
     if ranks % tensor:
         raise DetourError(f"parallel.tensor: {tensor} does not divide the {ranks} ranks that were started")
-    data_size = ranks // tensor
-    for phase in plan.phases:
-        for stretch in phase.stretches:
-            if stretch.sequences % (data_size * phase.micro_sequences):
-                raise DetourError(
-                    f"batch: the {stretch.sequences} sequences a step of phase {phase.name!r} do not divide into "
-                    f"microbatches of {phase.micro_sequences} on {data_size} data-parallel ranks; change "
-                    "micro_sequences or the number of ranks"
-                )
 
 
 def _quiet_deepspeed() -> None:

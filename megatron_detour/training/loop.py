@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from megatron_detour.checkpoint.state import forget_moments, refuse_unequal_replicas
 from megatron_detour.config import RunConfig
-from megatron_detour.data.batches import RankBatch, rank_batch, rank_numbers
-from megatron_detour.data.course import Course
+from megatron_detour.data.batches import RankBatch, rank_batch
+from megatron_detour.data.order import micro_batches_of
+from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import DetourError
 from megatron_detour.model.flops import training_flops
 from megatron_detour.objectives import make
@@ -48,7 +49,7 @@ class Trainer:
         engine: DeepSpeedEngine,
         state: ParallelState,
         device: torch.device,
-        course: Course,
+        data: PhaseData,
         start: StartModel,
         guard: Guard,
         *,
@@ -59,7 +60,7 @@ class Trainer:
         stop: Callable[[], bool],
     ) -> None:
         self.config, self.plan, self.engine, self.state, self.device = config, plan, engine, state, device
-        self.course, self.start, self.guard = course, start, guard
+        self.data, self.start, self.guard = data, start, guard
         self.validate, self.save, self.inspect, self.record, self.stop = validate, save, inspect, record, stop
 
     def run(self, tokens: int) -> bool:
@@ -76,7 +77,7 @@ class Trainer:
             started = time.perf_counter()
             figures, stop = self.train_step(step, batch)
             seconds = time.perf_counter() - started + waited
-            figures |= self._speed(step, seconds, figures.pop("flops"))
+            figures |= self._speed(figures["document_tokens"], seconds, figures.pop("flops"))
             figures |= {"data_wait_seconds": waited, "memory_bytes": memory_bytes(self.device)}
             if self.validate and (step.ends_phase or step.passes(self.config.validation.every)):
                 figures |= self.validate(self.engine.module)
@@ -94,7 +95,7 @@ class Trainer:
 
         Returns what it did, and whether a rank has been asked to stop.
         """
-        labelled, padding, crc, flops = self._sum_over_ranks(batch)
+        tokens, labelled, padding, crc, flops = self._sum_over_ranks(batch)
         # ZeRO averages over the ranks, which is undone, so that the update does not depend on how the labelled
         # positions fall on them.
         scale = self.state.data_size / max(labelled, 1)
@@ -118,7 +119,8 @@ class Trainer:
             "grad_norm": norm if math.isfinite(norm) else None,
             "sequences": step.sequences,
             "labelled_tokens": labelled,
-            "padding_share": padding / (step.tokens - step.start),
+            "document_tokens": tokens,
+            "padding_share": padding / (tokens + padding),
             "data_crc": crc,
             "flops": flops,
         }
@@ -182,17 +184,20 @@ class Trainer:
         phase = step.phase
         words = self.start.words if phase.settings.whole_word_masking else None
         objective = make(phase.objective, step.mask_rate, self.start.vocabulary, words)
-        numbers = rank_numbers(step.first_sequence, step.sequences, self.state.data_rank, self.state.data_size)
-        sequences = self.course.of(phase)
-        return step, rank_batch(sequences, numbers, phase.micro_sequences, objective, self.config.seed)
+        mixture, state = self.data.of(phase), self.state
+        micro_tokens = phase.micro_sequences * phase.sequence_length
+        mine, of = micro_batches_of(step.tokens - step.start, micro_tokens, state.data_rank, state.data_size)
+        documents = mixture.documents(step.start, step.tokens)
+        return step, rank_batch(mixture, documents, mine, of, objective, self.config.seed, state.sequence_multiple)
 
     def _sum_over_ranks(self, batch: RankBatch) -> list[int]:
-        """Labelled positions, padding, checksum and floating-point operations of all data-parallel ranks."""
+        """Tokens, labelled positions, padding, checksum and floating-point operations of all data-parallel ranks."""
         flops = sum(
             training_flops(self.start.shape, micro.lengths, micro.causal, len(micro.labels))
             for micro in batch.micro_batches
         )
-        totals = torch.tensor([batch.labelled, batch.padding, batch.crc, flops], dtype=torch.int64, device=self.device)
+        mine = [batch.tokens, batch.labelled, batch.padding, batch.crc, flops]
+        totals = torch.tensor(mine, dtype=torch.int64, device=self.device)
         dist.all_reduce(totals, group=self.state.data_group)
         return totals.tolist()
 
@@ -204,9 +209,9 @@ class Trainer:
         loss, stop = totals.tolist()
         return loss, stop > 0
 
-    def _speed(self, step: Step, seconds: float, flops: int) -> dict[str, float]:
+    def _speed(self, tokens: int, seconds: float, flops: int) -> dict[str, float]:
         speed = {
-            "tokens_per_second": (step.tokens - step.start) / seconds,
+            "tokens_per_second": tokens / seconds,
             "seconds": seconds,
             "model_tflops": flops / seconds / 1e12,
         }

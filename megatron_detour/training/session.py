@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_detour.checkpoint.saver import Background
 from megatron_detour.config import RunConfig
 from megatron_detour.config.deepspeed import read_deepspeed_config
-from megatron_detour.data.course import Course
+from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import EXIT_INTERRUPTED
 from megatron_detour.forecast import Start, forecast, headline
 from megatron_detour.model.choose import Choice, choose_compute
@@ -49,8 +49,8 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
     """
     deepspeed_config = read_deepspeed_config(config.deepspeed)
     start = StartModel.of(config)
-    course = Course(plan, config.data.order_seed, start.vocabulary)
-    state, device = start_distributed(config, plan)
+    data = PhaseData(plan, config.data.order_seed, start.vocabulary)
+    state, device = start_distributed(config)
     with Watch():
         choice = choose_compute(
             config.compute.attention,
@@ -60,7 +60,7 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
             device,
             training_dtype(deepspeed_config),
         )
-        session = Session(config, plan, folder, start, course, state, device, choice, stop)
+        session = Session(config, plan, folder, start, data, state, device, choice, stop)
         model = ModernBert(start.shape, state, choice.compute, config.z_loss)
         engine = create_engine(model, config, deepspeed_config, state)
         with session.own_folder():
@@ -77,14 +77,14 @@ class Session:
         plan: Plan,
         folder: Path,
         start: StartModel,
-        course: Course,
+        data: PhaseData,
         state: ParallelState,
         device: torch.device,
         choice: Choice,
         stop: StopRequests,
     ) -> None:
         self.config, self.plan, self.folder, self.start, self.choice = config, plan, folder, start, choice
-        self.course, self.state, self.device, self.stop = course, state, device, stop
+        self.data, self.state, self.device, self.stop = data, state, device, stop
         self.validation = None
         if config.validation.corpora:
             self.validation = Validation(config, start.vocabulary, start.tokenizer_file, state, device)
@@ -124,7 +124,7 @@ class Session:
             engine,
             self.state,
             self.start,
-            self.course,
+            self.data,
             guard,
             self.writing,
             self._say,
@@ -165,7 +165,7 @@ class Session:
             engine,
             self.state,
             self.device,
-            self.course,
+            self.data,
             self.start,
             guard,
             validate=self.validation,
@@ -216,7 +216,7 @@ class Session:
         self._say(str(self.choice))
         self._say(self._forecast())
         step = self.plan.at(tokens).number - 1
-        facts = run_facts(self.config, self.start, self.course, self.validation, engine.module)
+        facts = run_facts(self.config, self.start, self.data, self.validation, engine.module)
         add_session(self.folder, session_facts(step, self.state, self.device, self.choice, engine.module), facts)
         self._described = True
         if facts["unigram_loss"] is not None:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_detour.config import RunConfig
-from megatron_detour.data.batches import Sequences, micro_batch_of
+from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
+from megatron_detour.data.order import micro_batches_of
 from megatron_detour.data.pieces import byte_lengths
 from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.model.modernbert import ModernBert
@@ -22,7 +23,7 @@ UNIGRAM_TOKENS = 20_000_000  # read of each corpus for its unigram distribution
 
 
 class Validation:
-    """The first `validation.sequences` packs of the held-out corpora, masked under `validation.seed`."""
+    """The documents of the first `validation.sequences` times a sequence's tokens, masked under `validation.seed`."""
 
     def __init__(
         self,
@@ -33,18 +34,18 @@ class Validation:
         device: torch.device,
     ) -> None:
         settings = config.validation
-        self.sequences = Sequences(settings.corpora, config.data.sequence_length, settings.seed, vocabulary)
-        self.count, self.seed = settings.sequences, settings.seed
-        self.micro = config.batch.micro_sequences
+        self.mixture = DocumentMixture(settings.corpora, config.data.sequence_length, settings.seed, vocabulary)
+        self.seed = settings.seed
+        self.micro_tokens = config.batch.micro_sequences * config.data.sequence_length
         self.objectives: dict[str, Objective] = {
             "mlm": MaskedLM(vocabulary, settings.mask_rate),
             "clm": CausalLM(vocabulary),
         }
         self.bytes_of = byte_lengths(tokenizer_file, vocabulary)
         self.state, self.device = state, device
-        which, _ = self.sequences.locate(np.arange(self.count))
-        names = _names(self.sequences.prefixes)
-        self.numbers = {name: np.flatnonzero(which == i) for i, name in enumerate(names)}  # of sequences, by corpus
+        self.documents = self.mixture.documents(0, settings.sequences * config.data.sequence_length)
+        names = _names(self.mixture.prefixes)
+        self.by_corpus = {name: self.documents[self.documents.corpora == i] for i, name in enumerate(names)}
 
     def __call__(self, model: ModernBert) -> dict[str, float]:
         """Losses in nats a labelled token, bits a byte of them, the share of masked tokens restored; over all corpora,
@@ -52,7 +53,7 @@ class Validation:
         figures: dict[str, float] = {}
         model.eval()
         for name, objective in self.objectives.items():
-            sums = {corpus: self._sums(model, objective, numbers) for corpus, numbers in self.numbers.items()}
+            sums = {corpus: self._sums(model, objective, texts) for corpus, texts in self.by_corpus.items()}
             figures |= _figures(name, sum(sums.values()), "")
             if len(sums) > 1:
                 for corpus, of_corpus in sums.items():
@@ -61,12 +62,13 @@ class Validation:
         return figures
 
     @torch.no_grad()
-    def _sums(self, model: ModernBert, objective: Objective, numbers: np.ndarray) -> np.ndarray:
-        """Of the sequences with these numbers: loss, right answers, labelled tokens and their bytes, float64 [4]."""
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        mine = numbers[self.state.data_rank :: self.state.data_size]
-        for first in range(0, len(mine), self.micro):
-            batch, _ = micro_batch_of(self.sequences, mine[first : first + self.micro], objective, self.seed)
+    def _sums(self, model: ModernBert, objective: Objective, documents: Documents) -> np.ndarray:
+        """Of these documents: loss, right answers, labelled tokens and their bytes, float64 [4]."""
+        totals, state = torch.zeros(4, dtype=torch.float64, device=self.device), self.state
+        tokens = int(documents.lengths.sum())
+        mine, of = micro_batches_of(tokens, self.micro_tokens, state.data_rank, state.data_size)
+        share = rank_batch(self.mixture, documents, mine, of, objective, self.seed, state.sequence_multiple)
+        for batch in share.micro_batches:
             covered = int(self.bytes_of.take(batch.labels.numpy()).sum())
             out = model(*batch.to(self.device).arguments)
             counts = totals.new_tensor([out.labelled, covered])
@@ -74,7 +76,7 @@ class Validation:
         dist.all_reduce(totals, group=self.state.data_group)
         return totals.cpu().numpy()
 
-    def unigram_loss(self, training: Sequences, weights: list[float]) -> float:
+    def unigram_loss(self, training: DocumentMixture, weights: list[float]) -> float:
         """Loss in nats, on the masked tokens, of always answering with the training corpora's token frequencies.
 
         The distribution covers ordinary tokens only, with one count added to each; it is the floor of a model that has
@@ -87,9 +89,8 @@ class Validation:
         ordinary = training.vocabulary.ordinary()
         probabilities = np.zeros_like(frequencies)
         probabilities[ordinary] = (frequencies[ordinary] + 1) / (frequencies[ordinary] + 1).sum()
-        numbers = np.arange(self.count)
-        batch = self.sequences.read(numbers)
-        labels = self.objectives["mlm"].apply(batch.tokens, batch.lengths, self.seed, numbers).labels
+        tokens, chosen = self.mixture.tokens(self.documents), self.documents
+        labels = self.objectives["mlm"].apply(tokens, chosen.lengths, self.seed, chosen.numbers).labels
         return float(-np.log(probabilities[labels]).mean())
 
 

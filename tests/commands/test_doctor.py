@@ -164,9 +164,8 @@ def test_gpus(two_gpus):
 
 
 def test_a_run_on_gpus_is_one_of_their_number_and_memory(two_gpus, run_file, monkeypatch):
-    found = by_what(doctor.items(str(run_file), ["batch.sequences=9", "batch.micro_sequences=3"]))
+    found = by_what(doctor.items(str(run_file), []))
     assert ", 2 ranks" in found["fit"][0].text
-    assert "9 sequences a step do not divide into microbatches of 3 on 2 data-parallel ranks" in found["plan"][0].text
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (1 << 30, 1 << 30))
     (fit,) = by_what(doctor.items(str(run_file), []))["fit"]
     assert fit.state == FAULT and "more than the 1.0 GiB" in fit.text

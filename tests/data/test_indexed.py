@@ -154,25 +154,35 @@ def test_documents_are_found_in_any_order(tmp_path, monkeypatch, mapped):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_pieces_are_read_into_rows(tmp_path, dtype):
+def test_documents_are_read_one_after_the_other(tmp_path, dtype):
     opened, width = corpus_of(tmp_path, [5, 7, 3], dtype), np.dtype(dtype).itemsize
-    rows = np.full((2, 4), 99, dtype=dtype)
-    pieces = [(0, 12, 3), (5, 2, 2)]  # in tokens
-    opened.read(rows, [(to * width, place * width, count * width) for to, place, count in pieces])
-    assert rows.tolist() == [[12, 13, 14, 99], [99, 2, 3, 99]]
+    tokens = opened.read(np.array([12, 2, 0]) * width, np.array([3, 2, 0]))
+    assert (tokens.tolist(), tokens.dtype) == ([12, 13, 14, 2, 3], np.dtype(dtype))
 
 
 def test_a_corpus_that_became_shorter_is_told(tmp_path):
     opened = corpus_of(tmp_path, [5, 7])
     os.truncate(tmp_path / "c.bin", 10)
     with pytest.raises(DetourError, match=r"c\.bin: became shorter while it was in use"):
-        opened.read(np.zeros(7, dtype=np.uint16), [(0, 10, 14)])
+        opened.read(np.array([10]), np.array([7]))
+
+
+@pytest.mark.parametrize("bit", [31, 30, 20, 6])
+@pytest.mark.parametrize("document", [0, 1])
+def test_a_length_that_does_not_fit_the_text_is_refused(tmp_path, document, bit):
+    """A high bit made the start count windows for over 90 seconds."""
+    corpus_of(tmp_path, [5, 7, 3])
+    content = bytearray((tmp_path / "c.idx").read_bytes())
+    content[34 + 4 * document + bit // 8] ^= 1 << bit % 8
+    (tmp_path / "c.idx").write_bytes(content)
+    opened = IndexedCorpus(tmp_path / "c")
+    for look in (lambda: opened.find(np.arange(3)), lambda: opened.read_lengths(0, 3)):
+        with pytest.raises(DetourError, match=r"c\.idx: lengths and offsets do not fit c\.bin"):
+            look()
 
 
 def test_a_copy_of_an_open_corpus_opens_its_files_again(tmp_path):
     opened = corpus_of(tmp_path, [5, 7])
     copy = pickle.loads(pickle.dumps(opened))
     assert copy.tokens(1).tolist() == opened.tokens(1).tolist()
-    rows = np.zeros(7, dtype=np.uint16)
-    copy.read(rows, [(0, 10, 14)])
-    assert rows.tolist() == list(range(5, 12))
+    assert copy.read(np.array([10]), np.array([7])).tolist() == list(range(5, 12))

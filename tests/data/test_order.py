@@ -1,8 +1,6 @@
-"""The order: a bijection without a table, and a mixture that keeps to its shares over every prefix."""
+"""The order: a bijection without a table, and shares of like size."""
 
 from __future__ import annotations
-
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_detour.data import order
-from megatron_detour.data.order import FINEST, Mixture, permute, place_of
+from megatron_detour.data.order import deal, micro_batches_of, permute, place_of
 
 KEYS = st.integers(0, 2**72)
-WEIGHTS = st.lists(st.floats(1e-3, 1e3) | st.integers(1, 20).map(float), min_size=1, max_size=6)
 
 
 @given(size=st.integers(1, 3_000), key=KEYS)
@@ -72,62 +69,23 @@ def test_a_permutation_mixes():
     assert (permuted == np.arange(size)).sum() < 8  # a random permutation has one fixed point on average
 
 
-def shares_of(weights: list[float], mixture: Mixture) -> list[Fraction]:
-    """The shares the mixture deals: the weights', rounded to 1 / FINEST where they are awkward."""
-    shares = [Fraction(int(count), mixture.cycle) for count in mixture.counts]
-    total = sum(Fraction(str(weight)) for weight in weights)
-    for share, weight in zip(shares, weights, strict=True):
-        assert abs(share - Fraction(str(weight)) / total) <= Fraction(len(weights), FINEST)
-    return shares
-
-
-@given(weights=WEIGHTS)
-@settings(deadline=None, max_examples=20)
-def test_every_prefix_of_a_mixture_keeps_to_its_shares(weights):
-    mixture = Mixture(weights)
-    shares = shares_of(weights, mixture)
-    assert mixture.cycle <= FINEST
-    dealt = [0] * len(weights)
-    corpora, ranks = mixture.locate(np.arange(mixture.cycle + 50))  # past the end of a cycle
-    for number, (corpus, rank) in enumerate(zip(corpora.tolist(), ranks.tolist(), strict=True)):
-        assert rank == dealt[corpus]
-        dealt[corpus] += 1
-        for count, share in zip(dealt, shares, strict=True):
-            distance = count * share.denominator - (number + 1) * share.numerator
-            assert abs(distance) < share.denominator
-    assert sum(dealt) == mixture.cycle + 50
+@given(lengths=st.lists(st.integers(1, 100), max_size=200), shares=st.integers(1, 12))
+@settings(deadline=None, max_examples=100)
+def test_shares_are_of_like_size(lengths, shares):
+    dealt = deal(np.array(lengths, dtype=np.int64), shares)
+    assert len(dealt) == shares
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(len(lengths)))
+    assert all((np.diff(share) > 0).all() for share in dealt)
+    loads = [sum(lengths[document] for document in share) for share in dealt]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+    assert max(loads) <= sum(lengths) / shares + max(lengths, default=0)
 
 
 @pytest.mark.parametrize(
-    ("weights", "counts"),
-    [
-        ([1.0], [1]),
-        ([0.6, 0.2, 0.2], [3, 1, 1]),
-        ([0.7, 0.2, 0.06, 0.04], [35, 10, 3, 2]),
-        ([3.0, 1.0], [3, 1]),
-        ([0.1, 0.2], [1, 2]),
-        ([1e-9, 1.0], [1, FINEST - 1]),
-    ],
+    ("tokens", "micro_tokens", "ranks", "expected"),
+    [(64, 8, 2, 4), (64, 64, 1, 1), (64, 8, 3, 3), (65, 8, 2, 5), (8, 64, 4, 1)],
 )
-def test_counts_in_a_cycle(weights, counts):
-    assert Mixture(weights).counts.tolist() == counts
-
-
-def test_a_mixture_far_along():
-    mixture = Mixture([0.6, 0.4])
-    assert mixture.cycle == 5
-    corpora, ranks = mixture.locate(np.arange(5))
-    assert sorted(corpora.tolist()) == [0, 0, 0, 1, 1]
-    far_corpora, far_ranks = mixture.locate(5 * 10**12 + np.arange(5))
-    assert far_corpora.tolist() == corpora.tolist()
-    ahead = np.array([3 * 10**12, 2 * 10**12])
-    assert far_ranks.tolist() == (ranks + ahead[corpora]).tolist()
-
-
-@given(weights=WEIGHTS, numbers=st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
-@settings(deadline=None, max_examples=20)
-def test_a_mixture_is_the_same_one_by_one(weights, numbers):
-    mixture = Mixture(weights)
-    corpora, ranks = mixture.locate(np.array(numbers))
-    alone = [mixture.locate(np.array([number])) for number in numbers]
-    assert list(zip(corpora.tolist(), ranks.tolist(), strict=True)) == [(int(c[0]), int(r[0])) for c, r in alone]
+def test_micro_batches_of_ranks(tokens, micro_tokens, ranks, expected):
+    found = [micro_batches_of(tokens, micro_tokens, rank, ranks) for rank in range(ranks)]
+    assert {of for _, of in found} == {expected * ranks}
+    assert [number for numbers, _ in found for number in numbers] == list(range(expected * ranks))

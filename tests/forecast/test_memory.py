@@ -17,7 +17,6 @@ from megatron_detour.model.modernbert import Compute, ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel import loss
 from megatron_detour.parallel.state import ParallelState
-from megatron_detour.plan import Plan
 from tests.harness import ROOT, run_ranks
 from tests.models import CONFIG, microbatch, tiny
 
@@ -181,7 +180,7 @@ def partitions(tensor: int):
     from tests.training.test_zero2 import run_config
 
     config = run_config(tensor)
-    state, _ = start_distributed(config, Plan.of(config))
+    state, _ = start_distributed(config)
     engine = create_engine(tiny(state), config, read_deepspeed_config(config.deepspeed), state)
     zero = engine.optimizer
     masters = sum(p.numel() for p in zero.single_partition_of_fp32_groups)

@@ -40,7 +40,7 @@ def phased_steps(tensor: int, dtype: str):
 
     config = phased(tensor, dtype)
     plan = Plan.of(config)
-    state, _ = start_distributed(config, plan)
+    state, _ = start_distributed(config)
     model = tiny(state)
     reference = dict(tiny().named_parameters())
     engine = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)

@@ -91,7 +91,7 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     config = load(run_file, [*GENTLE, *overrides, f"folder={folder}"])
     plan, start = Plan.of(config), StartModel.of(config)
     course = Course(plan, config.data.order_seed, start.vocabulary)
-    state, _ = start_distributed(config, plan)
+    state, _ = start_distributed(config)
     engine = create_engine(ModernBert(start.shape, state), config, read_deepspeed_config(config.deepspeed), state)
     guard, held = Guard(config.guards), TrainingState()
     background = Background()

@@ -59,10 +59,11 @@ def test_losses_and_bytes_are_those_of_the_definition(corpus, tokenizer_folder):
     model = model_of(tokenizer_folder)
     figures = held_out(model)
     assert model.training
-    batch, numbers = held_out.sequences.read(range(12)), np.arange(12)
-    vocabulary, tokenizer = held_out.sequences.vocabulary, load_tokenizer(tokenizer_folder)
+    mixture, batch = held_out.mixture, held_out.documents
+    assert batch.lengths.sum() == pytest.approx(12 * 50, abs=50)
+    vocabulary, tokenizer = mixture.vocabulary, load_tokenizer(tokenizer_folder)
     for name, objective in (("mlm", MaskedLM(vocabulary, 0.15)), ("clm", CausalLM(vocabulary))):
-        corrupted = objective.apply(batch.tokens, batch.lengths, 0, numbers)
+        corrupted = objective.apply(mixture.tokens(batch), batch.lengths, 0, batch.numbers)
         ids = torch.from_numpy(corrupted.inputs.reshape(-1))
         starts = np.cumsum(batch.lengths) - batch.lengths
         positions = torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, batch.lengths))
@@ -84,20 +85,20 @@ def test_each_of_several_corpora_has_figures_of_its_own(corpus, second, tokenize
     both = validation(tokenizer_folder, (Corpus(corpus.prefix, 0.75), Corpus(second, 0.25)))
     figures = both(model)
     names = [Path(corpus.prefix).name, "leaflets"]
-    assert {name: len(numbers) for name, numbers in both.numbers.items()} == dict(zip(names, (9, 3), strict=True))
+    assert list(both.by_corpus) == names
     for key in ("val_mlm_loss", "val_clm_loss", "val_mlm_bits_per_byte", "val_clm_bits_per_byte"):
         low, high = sorted(figures[f"{key}/{name}"] for name in names)
         assert low < figures[key] < high
     assert not any("/" in key for key in validation(tokenizer_folder, (Corpus(second),))(model))
 
 
-def test_ranks_share_the_sequences_out(corpus, second, tokenizer_folder):
+def test_ranks_share_the_documents_out(corpus, second, tokenizer_folder):
     """What two ranks sum separately adds up to what one sums."""
     corpora = (Corpus(corpus.prefix, 0.75), Corpus(second, 0.25))
     model = model_of(tokenizer_folder).eval()
     whole = validation(tokenizer_folder, corpora)
     shares = [validation(tokenizer_folder, corpora, ParallelState(data_rank=rank, data_size=2)) for rank in (0, 1)]
-    for name, numbers in whole.numbers.items():
+    for name, documents in whole.by_corpus.items():
         for objective in whole.objectives.values():
-            parts = sum(share._sums(model, objective, share.numbers[name]) for share in shares)
-            np.testing.assert_allclose(parts, whole._sums(model, objective, numbers), rtol=1e-6)
+            parts = sum(share._sums(model, objective, share.by_corpus[name]) for share in shares)
+            np.testing.assert_allclose(parts, whole._sums(model, objective, documents), rtol=1e-6)

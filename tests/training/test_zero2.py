@@ -10,7 +10,6 @@ import torch
 
 from megatron_detour.config import from_dict
 from megatron_detour.data.batches import MicroBatch
-from megatron_detour.plan import Plan
 from tests.harness import ROOT, run_ranks
 from tests.models import loss_of, microbatch, tiny, together
 
@@ -51,7 +50,7 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
     from megatron_detour.training.engine import create_engine, start_distributed
 
     config = run_config(tensor, sequence, micro)
-    state, _ = start_distributed(config, Plan.of(config))
+    state, _ = start_distributed(config)
     model = tiny(state)
     reference = dict(tiny().named_parameters())
     engine = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)

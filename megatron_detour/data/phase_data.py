@@ -1,0 +1,65 @@
+"""Which documents each phase of a run reads: phases that read the same data go on in one order, and a phase with other
+corpora, weights or sequence length goes on in each corpus behind as many tokens as the phases before it have read.
+
+Where the sequence length changes, long documents are cut into other pieces, which are shuffled anew inside a window of
+the order (data/stream.py): in the window where the change falls some come again while others wait for the next epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_detour.config import Corpus
+from megatron_detour.data.batches import DocumentMixture, StreamOffset
+from megatron_detour.data.manifest import Manifest
+from megatron_detour.data.vocabulary import Vocabulary
+from megatron_detour.plan import Plan, PlannedPhase
+
+
+@dataclass(frozen=True)
+class DataSpan:
+    """Phases with the same data, one after the other, and their documents."""
+
+    corpora: tuple[Corpus, ...]
+    mixture: DocumentMixture
+
+
+class PhaseData:
+    """The documents of all phases of a plan."""
+
+    def __init__(self, plan: Plan, order_seed: int, vocabulary: Vocabulary) -> None:
+        prefixes = dict.fromkeys(corpus.prefix for phase in plan.phases for corpus in phase.corpora)
+        seeds = {prefix: number for number, prefix in enumerate(prefixes)}
+        read: dict[str, int] = {}  # tokens of each corpus before the span
+        self.spans: list[DataSpan] = []
+        self._of_phase: dict[str, DataSpan] = {}
+        for phases in _spans_of_equal_data(plan.phases):
+            first = phases[0]
+            offset = StreamOffset(first.start, dict(read), seeds)
+            mixture = DocumentMixture(first.corpora, first.sequence_length, order_seed, vocabulary, offset)
+            span = DataSpan(first.corpora, mixture)
+            self.spans.append(span)
+            self._of_phase |= {phase.name: span for phase in phases}
+            read |= mixture.read_before(phases[-1].end)
+
+    def of(self, phase: PlannedPhase) -> DocumentMixture:
+        return self._of_phase[phase.name].mixture
+
+    def manifests(self) -> dict[str, Manifest]:
+        """Of every corpus that the run reads, by prefix."""
+        return {
+            prefix: manifest
+            for span in self.spans
+            for prefix, manifest in zip(span.mixture.prefixes, span.mixture.manifests, strict=True)
+        }
+
+
+def _spans_of_equal_data(phases: tuple[PlannedPhase, ...]) -> list[list[PlannedPhase]]:
+    spans: list[list[PlannedPhase]] = []
+    for phase in phases:
+        same = spans and (spans[-1][0].corpora, spans[-1][0].sequence_length) == (phase.corpora, phase.sequence_length)
+        if same:
+            spans[-1].append(phase)
+        else:
+            spans.append([phase])
+    return spans
