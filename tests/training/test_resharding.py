@@ -80,7 +80,7 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     from megatron_detour.checkpoint.saver import Background
     from megatron_detour.checkpoint.state import TrainingState, gather
     from megatron_detour.config.deepspeed import read_deepspeed_config
-    from megatron_detour.data.course import Course
+    from megatron_detour.data.phase_data import PhaseData
     from megatron_detour.model.modernbert import ModernBert
     from megatron_detour.plan import Plan
     from megatron_detour.training.checkpoints import Checkpoints
@@ -90,12 +90,12 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
 
     config = load(run_file, [*GENTLE, *overrides, f"folder={folder}"])
     plan, start = Plan.of(config), StartModel.of(config)
-    course = Course(plan, config.data.order_seed, start.vocabulary)
+    data = PhaseData(plan, config.data.order_seed, start.vocabulary)
     state, _ = start_distributed(config)
     engine = create_engine(ModernBert(start.shape, state), config, read_deepspeed_config(config.deepspeed), state)
     guard, held = Guard(config.guards), TrainingState()
     background = Background()
-    Checkpoints(config, plan, Path(folder), engine, state, start, course, guard, background, print).restore()
+    Checkpoints(config, plan, Path(folder), engine, state, start, data, guard, background, print).restore()
     gather(engine, state, held)
     return held
 

@@ -80,7 +80,7 @@ def test_gradients_that_are_no_numbers_are_left_out_and_then_end_the_run_with_a_
     kept = folder / "inspect" / "step-00000008"
     store.verify(kept)
     state = json.loads((kept / "run_state.json").read_text())
-    assert (state["sequences"], state["figures"]["step"]) == (8, 8)
+    assert (state["read"][1], state["figures"]["step"]) == (state["tokens"], 8)
     weights = load_file(kept / "model.safetensors")
     before = load_file(store.checkpoint_folder(folder / "checkpoints", 5) / "model.safetensors")
     assert all(torch.equal(weights[name], before[name]) for name in weights)  # steps 6 to 8 changed nothing
