@@ -32,6 +32,7 @@ ALLOWED = {
     "data.sources": ("errors", "pyarrow datasets huggingface_hub"),
     "data.records": ("errors", "msgspec numpy"),
     "data.documents": ("data.sources data.records errors", "msgspec pyarrow"),
+    "data.manifest": ("errors structured", "msgspec"),
     "data.examine": ("data errors files", "numpy matplotlib"),
     "data.build": ("data errors files", "numpy"),
     "data.build.engines": ("data.spm data.vocabulary errors", "numpy tokenizers fastokens sentencepiece"),

@@ -31,7 +31,7 @@ SPREAD = 0.8  # of the logarithms of the documents' lengths
 SHORTEST = 3
 CHUNK = 1 << 20  # documents written at once
 # A sparse file reads as zeros: here they are an ordinary id.
-VOCABULARY = Vocabulary(50_368, (1, 2, 3, 4, 5), mask=1, pad=2, cls=3, sep=4, unk=5, sha256="made up")
+VOCABULARY = Vocabulary(50_368, (1, 2, 3, 4, 5), mask=1, pad=2, cls=3, sep=4, unk=5, sha256="0" * 64)
 DTYPE = np.dtype(np.uint16)
 DEEP = 0.9  # of an epoch
 MASK_RATE = 0.3
@@ -93,7 +93,7 @@ def make_corpus(settings: Settings, say: Callable[[str], None]) -> str:
     with bin_path(prefix).open("wb") as out:
         out.truncate(tokens * DTYPE.itemsize)
     # Nothing reads the checksum of the text: it is not computed over a file full of holes.
-    files = {"bin": {"bytes": tokens * DTYPE.itemsize, "sha256": ""}, "idx": file_facts(idx_path(prefix))}
+    files = {"bin": {"bytes": tokens * DTYPE.itemsize, "sha256": "0" * 64}, "idx": file_facts(idx_path(prefix))}
     manifest = Manifest(
         documents=settings.documents,
         tokens=tokens,

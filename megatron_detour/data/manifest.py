@@ -1,41 +1,99 @@
 """What a corpus is: PREFIX.manifest.json says which text, which tokenizer, how much, and what the two files must be.
 
-It is written last, so that a corpus without one is a corpus that was never finished."""
+It is written last, so that a corpus without one is a corpus that was never finished. Its types are its rules: reading
+checks each value against them, as a manifest comes from outside like any other file.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_type_hints
+
+import msgspec
 
 from megatron_detour.errors import DetourError
+from megatron_detour.structured import read_json_object
 
 FORMAT = 2
+LARGEST_VOCABULARY = 1 << 24  # beyond any tokenizer, and small enough for tables of ids
+SHOWN_CHARACTERS = 120  # of a fault, which may hold what stands in the file
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Some = Annotated[int, msgspec.Meta(ge=1, lt=1 << 62)]
+Id = Annotated[int, msgspec.Meta(ge=0, lt=LARGEST_VOCABULARY)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class FileFacts(TypedDict):
+    bytes: Count
+    sha256: Sha256
+
+
+class TokenizerFacts(TypedDict):
+    """As Vocabulary.to_dict() gives them."""
+
+    size: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_VOCABULARY)]
+    special_ids: list[Id]
+    mask: Id | None
+    pad: Id | None
+    cls: Id | None
+    sep: Id | None
+    unk: Id | None
+    sha256: Sha256
+
+
+class Source(TypedDict):
+    path: str
+    bytes: Count
+    state: NotRequired[str]  # size and time of change
+    sha256: NotRequired[Sha256]  # of a corpus that was merged into this one
+
+
+class EngineFacts(TypedDict):
+    """What made the ids, and why others did not."""
+
+    name: str
+    version: str
+    judged: NotRequired[Count]
+    passed_over: NotRequired[dict[str, str]]
+
+
+class Options(TypedDict, total=False):
+    """Of the build, those that decide on the bytes; all that is listed here is read by others than the builder."""
+
+    language: list[str]
+    normalize: str | None
+    deduplicate: str | None
+    min_chars: Count
+    max_chars: Count | None
+    held_out: float
 
 
 @dataclass(frozen=True)
 class Manifest:
-    documents: int
-    tokens: int
-    tokenizer: dict[str, Any]  # Vocabulary.to_dict()
-    files: dict[str, dict[str, Any]]  # "bin" and "idx": bytes, sha256
-    records: int = 0  # of the input: documents + held_out + empty + rejects + removed
-    empty: int = 0  # without text
-    rejects: int = 0  # that are no documents, listed in PREFIX.rejects.jsonl
-    removed: dict[str, int] = field(default_factory=dict)  # by the options: short, long, language, duplicate
-    unknown: int = 0  # tokens that are [UNK], before duplicates and the held-out share were taken out
-    held_out: int = 0  # documents of PREFIX.heldout
-    sources: list[dict[str, Any]] = field(default_factory=list)  # path, bytes, state (size and time of change)
+    documents: Some
+    tokens: Some
+    tokenizer: TokenizerFacts
+    files: Annotated[dict[Literal["bin", "idx"], FileFacts], msgspec.Meta(min_length=2)]
+    records: Count = 0  # of the input: documents + held_out + empty + rejects + removed
+    empty: Count = 0  # without text
+    rejects: Count = 0  # that are no documents, listed in PREFIX.rejects.jsonl
+    removed: dict[str, Count] = field(default_factory=dict)  # by the options: short, long, language, duplicate
+    unknown: Count = 0  # tokens that are [UNK], before duplicates and the held-out share were taken out
+    held_out: Count = 0  # documents of PREFIX.heldout
+    sources: list[Source] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)  # files of the input folders that are of no known kind
-    engine: dict[str, Any] = field(default_factory=dict)  # what made the ids, and why others did not
-    options: dict[str, Any] = field(default_factory=dict)  # those that shape the corpus
+    engine: EngineFacts = field(default_factory=lambda: EngineFacts(name="unknown", version=""))
+    options: Options = field(default_factory=lambda: Options())
     versions: dict[str, str] = field(default_factory=dict)  # of packages that decide on ids and cleaning
     plan: str = ""  # SHA-256 over input, options, tokenizer and engine
     created: str = ""
     version: str = ""
-    format: int = FORMAT
+    format: Literal[2] = FORMAT
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -46,28 +104,53 @@ def manifest_path(prefix: str | Path) -> Path:
 
 
 def read_manifest(prefix: str | Path) -> Manifest:
-    """Reads a corpus's manifest and checks the sizes of its files. Raises DetourError."""
+    """Reads a corpus's manifest, and checks it and the sizes of its files. Raises DetourError."""
     path = manifest_path(prefix)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json_object(path)
     except FileNotFoundError:
         raise DetourError(
             f"{path}: there is no such corpus; build it with tools/preprocess_data.py --output-prefix {prefix}"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise DetourError(f"{path}: not a JSON file; build the corpus again") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+    if raw.get("format") != FORMAT:
         raise DetourError(f"{path}: not a corpus manifest of format {FORMAT}; build the corpus again")
-    try:
-        manifest = Manifest(**raw)
-    except TypeError:
-        raise DetourError(f"{path}: keys are missing or unknown; build the corpus again") from None
+    faults = list(_faults(raw))
+    if faults:
+        raise DetourError(f"{path}: {'; '.join(faults)}; build or copy the corpus again")
+    manifest = Manifest(**raw)
     for kind, facts in manifest.files.items():
-        file = Path(f"{prefix}.{kind}")
-        actual = file.stat().st_size if file.exists() else None
-        if actual != facts["bytes"]:
-            found = "is missing" if actual is None else f"has {actual:,} bytes"
-            raise DetourError(
-                f"{file}: {found} where the manifest says {facts['bytes']:,}; build the corpus again, with --overwrite"
-            )
+        _check_size(Path(f"{prefix}.{kind}"), facts["bytes"])
     return manifest
+
+
+def _faults(raw: dict[str, Any]) -> Iterator[str]:
+    """What keeps a JSON object from being a manifest."""
+    kinds = get_type_hints(Manifest, include_extras=True)
+    if unknown := sorted(raw.keys() - kinds.keys()):
+        yield f"unknown keys: {', '.join(unknown)[:SHOWN_CHARACTERS]}"
+    if missing := sorted({"documents", "tokens", "tokenizer", "files"} - raw.keys()):
+        yield f"missing keys: {', '.join(missing)}"
+    wrong = [f"{name}: {fault}" for name in kinds if name in raw and (fault := _fault(raw[name], kinds[name], name))]
+    yield from wrong
+    tokenizer = raw.get("tokenizer")
+    if not wrong and tokenizer:
+        roles = (tokenizer[role] for role in ("mask", "pad", "cls", "sep", "unk"))
+        if any(number is not None and number >= tokenizer["size"] for number in (*tokenizer["special_ids"], *roles)):
+            yield "tokenizer: a special id is not below its size"
+
+
+def _fault(value: Any, kind: Any, name: str) -> str | None:
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        return str(error).replace("`$", f"`{name}")[:SHOWN_CHARACTERS]
+    return None
+
+
+def _check_size(file: Path, expected: int) -> None:
+    actual = file.stat().st_size if file.exists() else None
+    if actual != expected:
+        found = "is missing" if actual is None else f"has {actual:,} bytes"
+        raise DetourError(
+            f"{file}: {found} where the manifest says {expected:,}; build the corpus again, with --overwrite"
+        )

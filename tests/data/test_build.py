@@ -246,11 +246,11 @@ def test_a_damaged_corpus_is_refused(corpus, tmp_path, suffix, change):
     ("content", "says"),
     [
         (None, "there is no such corpus; build it with tools/preprocess_data.py"),
-        (b"{", "not a JSON file"),
-        (b"\xff", "not a JSON file"),
-        (b"[]", "not a corpus manifest of format 2"),
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[]", "not a JSON object"),
         (b'{"format": 1}', "not a corpus manifest of format 2"),
-        (b'{"format": 2, "documents": 3}', "keys are missing or unknown"),
+        (b'{"format": 2, "documents": 3}', "missing keys: files, tokenizer, tokens"),
     ],
 )
 def test_a_damaged_manifest_is_refused(corpus, tmp_path, content, says):
