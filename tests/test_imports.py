@@ -36,7 +36,7 @@ ALLOWED = {
     "data.examine": ("data errors files", "numpy matplotlib"),
     "data.build": ("data errors files", "numpy"),
     "data.build.engines": ("data.spm data.vocabulary errors", "numpy tokenizers fastokens sentencepiece"),
-    "data.publish": ("data.indexed data.manifest errors files", "numpy"),
+    "data.publish": ("data.indexed data.manifest data.integrity errors files", "numpy"),
     "data.build.clean": ("data.build errors", "numpy rensa py3langid"),
     "data.build.cluster": ("data errors", "ray"),
     "data.build.progress": ("", "rich"),

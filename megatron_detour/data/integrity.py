@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from megatron_detour.data.indexed import bin_path, idx_path
 from megatron_detour.data.manifest import Manifest
@@ -12,11 +11,6 @@ from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 
 BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a sample
-
-
-def corpus_file_facts(path: Path) -> dict[str, Any]:
-    """Size in bytes, SHA-256, and the SHA-256 of a sample of a corpus's file."""
-    return file_facts(path) | {"sample": sample_sha256(path)}
 
 
 def sample_sha256(path: Path) -> str:

@@ -31,6 +31,7 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 class FileFacts(TypedDict):
     bytes: Count
     sha256: Sha256
+    sample: NotRequired[Sha256]  # of evenly spaced blocks (data/integrity.py)
 
 
 class TokenizerFacts(TypedDict):

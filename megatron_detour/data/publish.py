@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_detour.data.indexed import CHUNK, bin_path, idx_path, write_index
+from megatron_detour.data.integrity import sample_sha256
 from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts, flush, write_whole
@@ -96,7 +97,7 @@ class CorpusWriter:
         lengths = np.memmap(self._at["lengths"], "<i4", "r") if self.documents else np.zeros(0, "<i4")
         write_index(self._at["idx"], lengths, self._dtype)
         binary = {"bytes": self._at["bin"].stat().st_size, "sha256": self._hash.hexdigest()}
-        files = {"bin": binary, "idx": file_facts(self._at["idx"])}
+        files = {"bin": binary | {"sample": sample_sha256(self._at["bin"])}, "idx": file_facts(self._at["idx"])}
         manifest = Manifest(documents=self.documents, tokens=self.tokens, files=files, **about)
         manifest.write(self._at["manifest.json"])
         for suffix in ("bin", "idx", "manifest.json"):

@@ -208,10 +208,10 @@ def test_an_id_beyond_the_vocabulary_is_refused(corpus, vocabulary, tmp_path, va
     for path in bin_path(corpus.prefix).parent.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     prefix = tmp_path / bin_path(corpus.prefix).stem
+    mixture = DocumentMixture((Corpus(str(prefix)),), LENGTH, 42, vocabulary)
     content = bytearray(bin_path(prefix).read_bytes())
     content[20:22] = value.to_bytes(2, "little")
     bin_path(prefix).write_bytes(content)
-    mixture = DocumentMixture((Corpus(str(prefix)),), LENGTH, 42, vocabulary)
     with pytest.raises(
         DetourError, match=rf"\.bin: holds the id {value}, the vocabulary has 400.* bring the file back"
     ):
