@@ -21,7 +21,7 @@ PAPER = {  # name: (start, detour, decay)
     "french_base_10b": ("almanach/moderncamembert-base", 10 * 10**9, 10**9),
     "french_large_25b": ("almanach/moderncamembert-large", 25 * 10**9, 25 * 10**8),
 }
-MIXTURES = {"english": [0.6, 0.2, 0.2], "french": [0.7, 0.2, 0.06, 0.04]}
+MIXTURES = {"english_base_10b": [0.8, 0.2], "english": [0.6, 0.2, 0.2], "french": [0.7, 0.2, 0.06, 0.04]}
 
 SMALL = {
     "name": "small",
@@ -521,6 +521,21 @@ def test_all_of_the_papers_recipes_are_there():
     assert {path.stem for path in RECIPES} >= {*PAPER, "quickstart"}
 
 
+@pytest.mark.parametrize(
+    ("name", "phase", "frozen"),
+    [("low", 0, "layers.0-7"), ("middle", 0, "layers.8-14"), ("decay", 1, "layers.0-7")],
+)
+def test_the_papers_freezing_experiments(name, phase, frozen):
+    """Each is the French base recipe, and nothing but what it freezes differs."""
+    whole = load(ROOT / "examples/recipes/french_base_10b.yaml").trajectory()
+    frozen_run = load(ROOT / f"examples/recipes/french_base_10b_freeze_{name}.yaml").trajectory()
+    differing = {key: value for key, value in frozen_run.items() if whole.get(key) != value}
+    assert frozen in differing.values()
+    assert set(differing.values()) <= {frozen, "embeddings"}
+    assert {key.rpartition(".")[0] for key in differing} == {f"phases.{phase}.freeze"}
+    assert not whole.keys() - frozen_run.keys()
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_numbers(name):
     start, detour_tokens, decay_tokens = PAPER[name]
@@ -528,7 +543,7 @@ def test_the_papers_numbers(name):
     assert config.model.start == start
     assert config.batch.sequences * config.data.sequence_length == 3_145_728
     assert (config.data.sequence_length, config.seed, config.data.order_seed) == (8_192, 17, 42)
-    assert [corpus.weight for corpus in config.data.corpora] == MIXTURES[name.split("_")[0]]
+    assert [corpus.weight for corpus in config.data.corpora] == (MIXTURES.get(name) or MIXTURES[name.split("_")[0]])
     optimizer = config.optimizer
     assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.98), 1e-6, 0.05)
     detour, decay = config.phases

@@ -60,6 +60,15 @@ def write(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem[:6] in ("englis", "french")], ids=lambda r: r.stem)
+def test_the_papers_recipes_fill_the_papers_gpus(recipe):
+    """micro_sequences are what the plan itself advises on four GPUs of 80 GB."""
+    config = load(recipe)
+    told = forecast(config, Plan.of(config), 4, device="h100", gpu_memory=80)
+    assert all(memory.fits(80) for memory in told.memory.values())
+    assert told.advice is None
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_planned(recipe, capsys, monkeypatch, tmp_path):
     """Nothing of them is there: it is told as faults, and what does not depend on it is forecast all the same."""
