@@ -10,7 +10,10 @@ import pytest
 import yaml
 
 from megatron_detour.commands.main import main
+from megatron_detour.config import load
 from megatron_detour.errors import DetourError
+from megatron_detour.forecast.forecast import forecast
+from megatron_detour.plan import Plan
 from tests.harness import ROOT
 from tests.models import CONFIG
 
