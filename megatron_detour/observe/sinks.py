@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_detour.errors import DetourError
-from megatron_detour.files import write_whole
+from megatron_detour.files import retry, write_whole
+from megatron_detour.structured import read_json_object
 
 Record = dict[str, Any]
 
@@ -42,28 +43,31 @@ class Sink(Protocol):
 class MetricsFile:
     """Appends one JSON object a line to `path`.
 
-    Opening removes every line with a step above `resume_step` and a torn last line, so that a resumed run
-    holds each step once; `counts` says how many of the kept steps were skipped or had a spike. Raises DetourError where
-    a line before the last is unreadable, and OSError with the file's name where the disk takes no more.
+    Opening removes every line with a step above `resume_step`, lines that stand twice and a torn last line, so that a
+    resumed run holds each step once; `counts` says how many of the kept steps were skipped or had a spike, and
+    `missing` which are not there, as text. Raises DetourError where a line before the last is unreadable, and OSError
+    with the file's name where the disk takes no more.
     """
 
     def __init__(self, path: Path | str, resume_step: int) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = _read_lines(self.path) if self.path.exists() else []
-        kept = [(line, record) for line, record in kept if record["step"] <= resume_step]
-        self.counts = {field: sum(bool(record.get(field)) for _, record in kept) for field in COUNTED}
+        by_step = {record["step"]: (line, record) for line, record in kept if record["step"] <= resume_step}
+        steps = sorted(by_step)
+        self.counts = {field: sum(bool(by_step[step][1].get(field)) for step in steps) for field in COUNTED}
+        self.missing = _gaps([step for step in steps if step > 0], resume_step)
         with _naming(self.path):
             if self.path.exists():
-                write_whole(self.path, b"".join(line + b"\n" for line, _ in kept))
-            self._file = self.path.open("a", encoding="utf-8")
+                write_whole(self.path, b"".join(by_step[step][0] + b"\n" for step in steps))
+            self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: Record) -> None:
-        """Writes and flushes one line. Raises ValueError, writing nothing, where a figure is NaN or infinite."""
-        line = _line(record)
+        """Writes one line. Raises ValueError, writing nothing, where a figure is NaN or infinite."""
+        left = _line(record).encode()
         with _naming(self.path):
-            self._file.write(line)
-            self._file.flush()
+            while left:  # what was written of it before an error is not written again
+                left = left[retry(lambda rest=left: self._file.write(rest)) :]
 
     def close(self) -> None:
         """Brings the file to the disk and closes it; a second call does nothing."""
@@ -71,8 +75,7 @@ class MetricsFile:
             return
         with _naming(self.path):
             try:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                retry(lambda: os.fsync(self._file.fileno()))
             finally:
                 self._file.close()
 
@@ -169,12 +172,14 @@ class _Numbers:
 def _wandb_id(folder: Path) -> str:
     path = folder / "wandb.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        known = read_json_object(path).get("id")
+        if not isinstance(known, str) or not known:
+            raise DetourError(f"{path}: has no id of a wandb run")
+        return known
     except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError):
-        raise DetourError(f"{path} holds no id of a wandb run; restore it, or remove it to begin another") from None
-    made = secrets.token_hex(4)
+        made = secrets.token_hex(4)
+    except DetourError as fault:
+        raise DetourError(f"{fault}; restore it, or remove it to begin another wandb run") from None
     folder.mkdir(parents=True, exist_ok=True)
     with _naming(path):
         write_whole(path, json.dumps({"id": made}) + "\n")
@@ -225,11 +230,18 @@ def _read_lines(path: Path) -> list[tuple[bytes, Record]]:
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:  # also what a character cut in half raises
+    except (ValueError, RecursionError):  # also what a character cut in half raises
         return None
     if isinstance(record, dict) and type(record.get("step")) is int:
         return record
     return None
+
+
+def _gaps(steps: list[int], last: int) -> str:
+    """Which of the steps from 1 to `last` are not among `steps`, in order: "" or, for instance, "3, 7-9"."""
+    edges = zip([0, *steps], [*steps, last + 1], strict=True)
+    gaps = [(before + 1, after - 1) for before, after in edges if after - before > 1]
+    return ", ".join(str(first) if first == end else f"{first}-{end}" for first, end in gaps)
 
 
 def _line(record: Record) -> str:
