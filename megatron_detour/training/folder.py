@@ -23,7 +23,8 @@ from megatron_detour.training.lock import LOCK
 RUN_FILE, PLAN, DEEPSPEED, METRICS = "run.yaml", "plan.json", "deepspeed.json", "metrics.jsonl"
 ENVIRONMENT, CHECKPOINTS, RUN_STATE, TOKENIZER = "environment.json", "checkpoints", "run_state.json", "tokenizer.json"
 LEFT_BY_A_KILL = {LOCK, f".{RUN_FILE}.part"}  # before there was a run.yaml
-# Keys of the DeepSpeed file that decide in which precision is computed and summed.
+DEEPSPEED_KEY = "the DeepSpeed file's "
+# Those that decide in which precision is computed and summed.
 PRECISION = ("bf16", "fp16", "amp", "torch_autocast", "data_types", "communication_data_type", "fp32_allreduce")
 
 
@@ -37,7 +38,7 @@ def refuse_another_run(folder: Path, config: RunConfig) -> None:
         return
     if not any((folder / name).exists() for name in (METRICS, CHECKPOINTS, ENVIRONMENT)):
         return  # it never began
-    before = from_dict(read_yaml(folder / RUN_FILE), str(folder / RUN_FILE))
+    before = _run_before(folder)
     moved = _moved(folder, before, config)
     there = {key: moved.get((key.rpartition(".")[2], value), value) for key, value in before.trajectory().items()}
     here = config.trajectory()
@@ -102,24 +103,26 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     if not (folder / ENVIRONMENT).exists():
         return []  # no session has begun
     try:
-        before = from_dict(read_yaml(folder / RUN_FILE))
+        before = _run_before(folder)
     except (OSError, DetourError):
         return []
-    moved = dict.fromkeys(_moved(folder, before, config).values(), "; the same content by its hash")
     old, now = dict(flatten(before.to_dict())), dict(flatten(config.to_dict()))
     content = read_deepspeed_config(config.deepspeed)
-    old |= flatten(_deepspeed_before(folder) or content, "the DeepSpeed file's")
-    now |= flatten(content, "the DeepSpeed file's")
-    remarks = {
-        "validation": "; validation figures before and after do not compare",
-        "the DeepSpeed file's": "; rounding may differ",
-    }
+    old |= _spoken_of_deepspeed(_deepspeed_before(folder) or content)
+    now |= _spoken_of_deepspeed(content)
+    same = dict.fromkeys(_moved(folder, before, config).values(), "; the same content by its hash")
     return [
         f"changed since the last session: {_spoken(key, config)} was {_shown(old, key)} and is {_shown(now, key)}"
-        f"{moved.get(now.get(key)) or (remarks.get(key.partition('.')[0], '') if key != 'validation.every' else '')}"
+        f"{same.get(now.get(key)) or _remark(key)}"
         for key in dict.fromkeys([*old, *now])
         if old.get(key) != now.get(key) and key != "folder"
     ]
+
+
+def _remark(key: str) -> str:
+    if key.startswith("validation.") and key != "validation.every":
+        return "; validation figures before and after do not compare"
+    return "; rounding may differ" if key.startswith(DEEPSPEED_KEY) else ""
 
 
 def take(folder: Path, config: RunConfig, plan: Plan) -> None:
@@ -224,6 +227,19 @@ def _tokenizer_hash(tokenizer: str) -> str | None:
     return file_facts(path)["sha256"] if path.is_file() else None
 
 
+def _run_before(folder: Path) -> RunConfig:
+    """The run file of the last session."""
+    path = folder / RUN_FILE
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise DetourError(f"{path}: not a run file; bring it back, or choose another folder=...")
+    return from_dict(content, str(path))
+
+
+def _spoken_of_deepspeed(content: dict[str, Any]) -> dict[str, Any]:
+    return {f"{DEEPSPEED_KEY}{key}": value for key, value in flatten(content)}
+
+
 def _deepspeed_before(folder: Path) -> dict[str, Any] | None:
     """The content of the DeepSpeed file in the last session."""
     try:
@@ -235,7 +251,7 @@ def _deepspeed_before(folder: Path) -> dict[str, Any] | None:
 def _precision(deepspeed: dict[str, Any]) -> dict[str, Any]:
     chosen = {key: deepspeed[key] for key in PRECISION if key in deepspeed}
     on = {key: value for key, value in chosen.items() if not isinstance(value, dict) or value.get("enabled", True)}
-    return dict(flatten(on, "the DeepSpeed file's"))
+    return _spoken_of_deepspeed(on)
 
 
 def _shown(settings: dict[str, Any], key: str) -> str:
