@@ -143,7 +143,8 @@ def damage(start: Start, rng: random.Random) -> str:
     session.kill()
     session.wait()
     newest = store.latest(session.folder / "checkpoints", warn=print)
-    if newest is None or store.step_of(newest) in (0, PHASE_ENDS[-1]):
+    trained = [folder for folder in store.find_checkpoints(session.folder / "checkpoints") if store.step_of(folder)]
+    if len(trained) < 2 or store.step_of(newest) == PHASE_ENDS[-1]:  # a run that has lost all is refused
         return "nothing to damage"
     harms = ["flip", "truncate", "empty", "delete"]
     if session.step() > store.step_of(newest):  # what comes before a checkpoint is on the disk before it
