@@ -82,7 +82,11 @@ class Weights:
             index = json.loads(self.source.file(WEIGHTS_INDEX).read_text(encoding="utf-8"))
             files = sorted(set(index["weight_map"].values()))
         for name in files:
-            opened = _open(self.source.file(name), self._stack)
+            path = self.source.file(name)
+            try:
+                opened = self._stack.enter_context(safe_open(path, "pt"))
+            except SafetensorError as error:
+                raise DetourError(f"{path}: not a safetensors file: {error}") from None
             self._where.update(dict.fromkeys(opened.keys(), opened))
         return self
 
@@ -184,9 +188,10 @@ def read_run_state(folder: Path) -> dict[str, Any]:
 
 def open_optimizer(folder: Path, stack: ExitStack) -> tuple[Callable[[str, str], torch.Tensor], dict[str, int]]:
     """A reader of Adam's moments by kind and parameter name, open as long as `stack`; and Adam's steps by name."""
-    if not (folder / OPTIMIZER).is_file():
-        raise DetourError(f"{folder}: has no {OPTIMIZER}, so nothing can go on from it; bring the file back")
-    opened = _open(folder / OPTIMIZER, stack)
+    try:
+        opened = stack.enter_context(safe_open(folder / OPTIMIZER, "pt"))
+    except (SafetensorError, OSError):
+        raise DetourError(f"{folder / OPTIMIZER}: missing or not a safetensors file; bring it back") from None
     counted = [key for key in opened.keys() if key.startswith(f"{STEP}.")]  # noqa: SIM118 no mapping
     steps = {key.removeprefix(f"{STEP}."): int(opened.get_tensor(key)) for key in counted}
     return lambda kind, name: opened.get_tensor(f"{kind}.{name}"), steps
@@ -266,13 +271,6 @@ def load_model(source: Source, shape: Shape) -> ModernBert:
         weights.check(model.full_sizes())
         model.load_state_dict({name: weights(name) for name in model.full_sizes()})
     return model.eval()
-
-
-def _open(path: Path, stack: ExitStack) -> Any:
-    try:
-        return stack.enter_context(safe_open(path, "pt"))
-    except SafetensorError as error:
-        raise DetourError(f"{path}: not a safetensors file: {error}") from None
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -134,10 +134,12 @@ class Session:
             except BaseException as error:
                 with suppress(Exception):  # the first fault is the one to tell
                     self.writing.wait()
-                with suppress(Exception):
-                    self._note(ended=f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C")
+                how = f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C"
                 if is_transient(error) and self.checkpoints and self.checkpoints.has_saved:
                     error.start_again = True  # else the next session would end in the same place
+                    how = f"a disk that was away: {error}"
+                with suppress(Exception):
+                    self._note(ended=how)
                 raise
 
     def train(self, engine: DeepSpeedEngine) -> bool:

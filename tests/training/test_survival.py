@@ -151,6 +151,8 @@ def test_a_disk_that_stays_away_ends_a_run_that_goes_on_where_it_has_saved(whole
         assert ("start the same command again, which goes on from what was saved" in told) == remedy
         assert "Traceback" not in told
     assert started(folder, run_file, Setup()).wait() == [0]
+    ended = [s["ended"].partition(": ")[0] for s in json.loads((folder / "environment.json").read_text())["sessions"]]
+    assert ended == ["error", "a disk that was away", "error", "finished"]
     assert_same_run(folder, whole)
 
 
