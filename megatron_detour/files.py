@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,21 +38,23 @@ def retry(work: Callable[[], T]) -> T:
     return work()
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes | Iterator[bytes]) -> None:
     """Writes a file beside `path`, brings it to the disk and gives it its name in one move."""
     aside = path.with_name(f".{path.name}.part")
+    whole = content.encode() if isinstance(content, str) else content
 
     def write() -> None:
         with aside.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.writelines([whole] if isinstance(whole, bytes) else whole)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
 
     try:
-        retry(write)
-    except OSError as error:  # a write to a full disk does not say which file
-        error.filename = error.filename or str(path)
+        retry(write) if isinstance(whole, bytes) else write()  # parts are made once
+    except Exception as error:
+        if isinstance(error, OSError):  # a write to a full disk does not say which file
+            error.filename = error.filename or str(path)
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise

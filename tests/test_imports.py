@@ -42,9 +42,9 @@ ALLOWED = {
     "data.train_tokenizer": ("data errors files", "tokenizers"),
     "data.batches": ("data errors files objectives config", "numpy torch"),
     "data.course": ("data config plan", ""),
-    "checkpoint": ("parallel model checkpoint data.vocabulary errors files structured", "torch safetensors"),
+    "checkpoint": ("parallel model checkpoint data.vocabulary errors files", "torch safetensors"),
     "checkpoint.huggingface": (
-        "parallel model checkpoint data.vocabulary data.spm errors files structured",
+        "parallel model checkpoint data.vocabulary data.spm errors files",
         "torch safetensors tokenizers transformers",
     ),
     "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
@@ -54,7 +54,7 @@ ALLOWED = {
     ),
     "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
-    "observe.sinks": ("observe errors files structured", "torch wandb"),
+    "observe.sinks": ("observe errors files", "torch wandb"),
     "observe.compare": ("observe errors files", "yaml"),
     "evaluation": ("evaluation errors files", "numpy"),
     "evaluation.task": ("errors", "yaml"),
@@ -102,8 +102,7 @@ ALLOWED = {
     "commands.main": ("commands errors", ""),
     "commands.plan": ("forecast config plan errors", ""),
     "training": (
-        "training checkpoint data model observe parallel kernels config errors files structured forecast objectives "
-        "plan",
+        "training checkpoint data model observe parallel kernels config errors files forecast objectives plan",
         "numpy torch yaml",
     ),
     "training.engine": ("training parallel config plan errors files", "torch deepspeed"),
