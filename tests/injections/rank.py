@@ -80,10 +80,24 @@ def disk_away_from(step_number: int) -> None:
     MetricsFile.write = write
 
 
+def folder_gone_at(step_number: int) -> None:
+    """Somebody moves the run's folder away after a step."""
+    from megatron_detour.observe.sinks import MetricsFile
+
+    honest = MetricsFile.write
+
+    def write(sink, record):
+        honest(sink, record)
+        if record["step"] == step_number:
+            sink.path.parent.rename(sink.path.parent.with_suffix(".gone"))
+
+    MetricsFile.write = write
+
+
 def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
     """Runs as srun would have started it. RAISE_AT=STEP makes the last rank fail in that step, as a fault of the code
     would; NO_NUMBER_FROM=STEP spoils its gradients from that step on; with NO_REPORT=1 no report can be written, with
-    DISK_AWAY_FROM=STEP no figures from that step on."""
+    DISK_AWAY_FROM=STEP no figures from that step on; FOLDER_GONE_AT=STEP takes the folder away."""
     os.setsid()  # whatever it starts can be told by its session
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -96,6 +110,8 @@ def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
         no_number_from(int(os.environ["NO_NUMBER_FROM"]))
     if "DISK_AWAY_FROM" in os.environ:
         disk_away_from(int(os.environ["DISK_AWAY_FROM"]))
+    if "FOLDER_GONE_AT" in os.environ:
+        folder_gone_at(int(os.environ["FOLDER_GONE_AT"]))
     if "NO_REPORT" in os.environ:
         no_report()
     command_line(lambda: main("no run file was given", arguments))

@@ -156,6 +156,14 @@ def test_a_disk_that_stays_away_ends_a_run_that_goes_on_where_it_has_saved(whole
     assert_same_run(folder, whole)
 
 
+def test_a_run_whose_folder_is_removed_says_so_and_ends(run_file, tmp_path):
+    session = started(tmp_path / "run", run_file, Setup(), FOLDER_GONE_AT="2")
+    assert session.wait() == [1], session.output()[-3000:]
+    told = session.output()
+    assert "Traceback" not in told
+    assert told.count("error: ") == 1 and f"error: {tmp_path / 'run'}" in told
+
+
 def test_a_run_goes_on_with_its_corpus_elsewhere_and_its_tokenizer_gone(whole, corpus, run_file, tmp_path):
     folder = tmp_path / "run"
     (tmp_path / "a").mkdir()
