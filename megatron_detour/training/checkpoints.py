@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from megatron_detour.data.course import Course
 from megatron_detour.errors import DetourError
 from megatron_detour.files import flush, retry
 from megatron_detour.forecast.storage import CHECKPOINT_BYTES
+from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
@@ -91,6 +93,7 @@ class Checkpoints:
             run_state = _read_state(checkpoint)
             if run_state["tokens"] < self.plan.total_tokens:
                 self._check_corpora(run_state, checkpoint)
+                refuse_another_shape(checkpoint, self.start.shape)
             scatter(self.engine, self.state, weights, *huggingface.open_optimizer(checkpoint, stack))
             self.guard.restore(run_state["guard"])
             self._start_hash = run_state.get("start")
@@ -215,6 +218,18 @@ class Checkpoints:
                     f"{prefix}: the corpus has changed since {checkpoint} was saved; bring the old one back, or start "
                     "in another folder=..."
                 )
+
+
+def refuse_another_shape(checkpoint: Path, shape: Shape) -> None:
+    """Weights may fit a model that computes something else: other heads, windows, thetas. Raises DetourError."""
+    there = Shape.of(Source(str(checkpoint)).config(), str(checkpoint))
+    for name in (field.name for field in fields(Shape) if field.name not in ("max_positions", "initializer_range")):
+        before, now = getattr(there, name), getattr(shape, name)
+        if before != now:
+            raise DetourError(
+                f"{checkpoint}: was saved with {name} {before}, and the start model now says {now}; bring back the start "
+                "model that the run began with, or choose another folder=..."
+            )
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:

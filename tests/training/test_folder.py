@@ -14,8 +14,9 @@ from megatron_detour.checkpoint import store
 from megatron_detour.config import RunConfig, from_dict
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
+from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan
-from megatron_detour.training.checkpoints import FORMAT, _read_state
+from megatron_detour.training.checkpoints import FORMAT, _read_state, refuse_another_shape
 from megatron_detour.training.folder import (
     add_session,
     changed_settings,
@@ -29,7 +30,7 @@ from megatron_detour.training.folder import (
 )
 from megatron_detour.training.guards import Guard
 from tests.harness import ROOT
-from tests.release.made import PHASES, SIZES
+from tests.release.made import PHASES, SIZES, tiny_config
 
 END = 6
 WRONG = ["", "{", "[]", "null", "3", '"text"', "[" * 100_000, '{"a": 1, "a": 2}', b"\xff\xfe"]
@@ -340,6 +341,25 @@ def test_a_state_that_is_none_is_told_in_a_sentence(run, config, content):
     go_on(run, config)
     finished(run, Plan.of(config))
     changed_settings(run, config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"local_attention": 64},
+        {"num_attention_heads": 4},
+        {"norm_eps": 1e-3},
+        {"global_attn_every_n_layers": 2},
+    ],
+    ids=str,
+)
+def test_a_start_model_that_has_changed_its_shape_is_told(run, corpus, changes):
+    final = store.checkpoint_folder(run / "checkpoints", END)
+    shape = Shape.of(tiny_config(corpus.tokenizer), "tests")
+    (final / "config.json").write_text(json.dumps(tiny_config(corpus.tokenizer)))
+    refuse_another_shape(final, shape)
+    with pytest.raises(DetourError, match=r"was saved with .*, and the start model now says"):
+        refuse_another_shape(final, Shape.of(tiny_config(corpus.tokenizer, changes), "tests"))
 
 
 def test_a_model_of_a_run_file_needs_no_start(run, config, corpus):
