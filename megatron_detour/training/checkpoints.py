@@ -227,8 +227,8 @@ def refuse_another_shape(checkpoint: Path, shape: Shape) -> None:
         before, now = getattr(there, name), getattr(shape, name)
         if before != now:
             raise DetourError(
-                f"{checkpoint}: was saved with {name} {before}, and the start model now says {now}; bring back the start "
-                "model that the run began with, or choose another folder=..."
+                f"{checkpoint}: was saved with {name} {before}, and the start model now says {now}; bring back the "
+                "start model that the run began with, or choose another folder=..."
             )
 
 
