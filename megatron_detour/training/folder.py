@@ -70,17 +70,17 @@ def newest_checkpoint(folder: Path, config: RunConfig, say: Callable[[str], None
     return found
 
 
-def finished(folder: Path, plan: Plan) -> Path | None:
-    """The last checkpoint of a run that reached the end of `plan` and said so, where it is whole; else None."""
+def is_finished(folder: Path, plan: Plan) -> bool:
+    """Whether the last session wrote down that it reached the end of `plan`, and the last checkpoint is whole."""
     final = store.checkpoint_folder(folder / CHECKPOINTS, plan.total_steps)
     sessions = _environment(folder)["sessions"]
     if not sessions or sessions[-1].get("ended") != "finished" or not (folder / METRICS).exists():
-        return None
+        return False
     try:
         store.verify(final)
     except store.Broken:
-        return None
-    return final if _state(final).get("tokens") == plan.total_tokens else None
+        return False
+    return _state(final).get("tokens") == plan.total_tokens
 
 
 def stand_in(folder: Path, model: Model) -> Model | None:

@@ -20,7 +20,7 @@ from megatron_detour.training.checkpoints import FORMAT, _read_state, refuse_ano
 from megatron_detour.training.folder import (
     add_session,
     changed_settings,
-    finished,
+    is_finished,
     newest_checkpoint,
     note,
     refuse_another_run,
@@ -171,7 +171,7 @@ def test_a_run_that_has_saved_nothing_begins_anew(run, config):
 def test_a_finished_run_is_known_by_its_folder_and_a_stray_file_makes_it_no_other(run, config, stray):
     plan, final = Plan.of(config), store.checkpoint_folder(run / "checkpoints", END)
     (final / stray).write_text("")
-    assert finished(run, plan) == go_on(run, config) == final
+    assert is_finished(run, plan) and go_on(run, config) == final
     assert (final / stray).exists()
 
 
@@ -188,7 +188,7 @@ def a_longer_plan(folder: Path) -> None:
 @pytest.mark.parametrize("harm", [checkpoints_gone, all_damaged, not_told, a_longer_plan, metrics_gone_as_well])
 def test_what_is_not_finished_is_not_called_so(run, config, harm):
     harm(run)
-    assert finished(run, Plan.of(config)) is None
+    assert not is_finished(run, Plan.of(config))
 
 
 def moved(config: RunConfig, folder: Path) -> RunConfig:
@@ -288,7 +288,7 @@ def test_an_environment_that_is_none_is_told_in_a_sentence(run, config, content)
     uses = [
         lambda: add_session(run, {"step": 0}, {}),
         lambda: note(run, ended="x"),
-        lambda: finished(run, Plan.of(config)),
+        lambda: is_finished(run, Plan.of(config)),
         lambda: refuse_another_run(run, config),
     ]
     for use in uses:
@@ -300,7 +300,7 @@ def test_an_environment_that_is_none_is_told_in_a_sentence(run, config, content)
 @pytest.mark.parametrize("content", ['{"sessions": [{"step": [], "saved": {}}]}', '{"sessions": [{"ended": 3}]}'])
 def test_odd_facts_of_sessions_harm_nothing(run, config, content):
     put(run / "environment.json", content)
-    assert finished(run, Plan.of(config)) is None
+    assert not is_finished(run, Plan.of(config))
     assert store.step_of(go_on(run, config)) == END
 
 
@@ -339,7 +339,7 @@ def test_a_state_that_is_none_is_told_in_a_sentence(run, config, content):
     listing["run_state.json"] = store.file_facts(final / "run_state.json")
     (final / store.LISTING).write_text(json.dumps(listing))
     go_on(run, config)
-    finished(run, Plan.of(config))
+    is_finished(run, Plan.of(config))
     changed_settings(run, config)
 
 
