@@ -74,9 +74,10 @@ def test_prune_keeps_the_newest_and_the_boundaries(tmp_path):
         store.publish(store.checkpoint_folder(tmp_path, step), write_numbers(step))
     (tmp_path / ".step-00000004.writing-some-host.org-77").mkdir()
     store.publish(store.checkpoint_folder(tmp_path, 9), write_numbers(9))
+    (tmp_path / ".step-00000004.copy-of-mine").mkdir()
     store.prune(tmp_path, 5, 2, {0, 3}.__contains__, print)
     assert [store.step_of(folder) for folder in store.find_checkpoints(tmp_path)] == [0, 3, 4, 5, 9]
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".step-00000004.copy-of-mine"]
 
 
 PUBLISHER = """
