@@ -14,7 +14,10 @@ from typing import NoReturn
 SECONDS_OF_GRACE = 10  # a launcher ends the other ranks well before
 SECONDS_TO_FLUSH = 5
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: all is saved, start the same command again
+# Of files and disks, also where an error does not name the file.
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+_OF_THE_MACHINE |= {errno.ESTALE, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY}
+_OF_THE_MACHINE |= {errno.EREMOTEIO, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO}
 # What gloo and torch's store say on a rank whose peer has gone (seen with torch 2.13), and NCCL (not seen).
 _OF_ANOTHER_RANK = (
     "Connection closed by peer",
@@ -71,8 +74,11 @@ def command_line(main: Callable[[], int | None], grace: float = SECONDS_OF_GRACE
             print(interrupt, file=sys.stderr, flush=True)
         status = 130
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-            status = _tell(error, f"{error.filename or 'a file'}: {error.strerror}", grace)
+        if isinstance(error, OSError) and (error.errno in _OF_THE_MACHINE or error.filename is not None):
+            again = getattr(error, "start_again", False)  # a run says so that has saved, see training/session.py
+            remedy = "; the disk may be back: start the same command again, which goes on from what was saved"
+            status = _tell(error, f"{error.filename or 'a file'}: {error.strerror}{remedy if again else ''}", grace)
+            status = EXIT_INTERRUPTED if again else status
         elif "RANK" not in os.environ:
             raise
         else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,6 +24,7 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.structured import read_json_object
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run_state.json"
@@ -180,12 +183,15 @@ def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str,
 
 
 def read_run_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
+    return read_json_object(folder / RUN_STATE)
 
 
 def open_optimizer(folder: Path, stack: ExitStack) -> tuple[Callable[[str, str], torch.Tensor], dict[str, int]]:
     """A reader of Adam's moments by kind and parameter name, open as long as `stack`; and Adam's steps by name."""
-    opened = stack.enter_context(safe_open(folder / OPTIMIZER, "pt"))
+    try:
+        opened = stack.enter_context(safe_open(folder / OPTIMIZER, "pt"))
+    except (SafetensorError, OSError):
+        raise DetourError(f"{folder / OPTIMIZER}: missing or not a safetensors file; bring it back") from None
     counted = [key for key in opened.keys() if key.startswith(f"{STEP}.")]  # noqa: SIM118 no mapping
     steps = {key.removeprefix(f"{STEP}."): int(opened.get_tensor(key)) for key in counted}
     return lambda kind, name: opened.get_tensor(f"{kind}.{name}"), steps
@@ -268,10 +274,16 @@ def load_model(source: Source, shape: Shape) -> ModernBert:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.touch()  # as files are made here: safetensors leaves its own to its owner alone
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk among others
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number:  # a full disk, or one that is away for a moment
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
         raise DetourError(f"{path}: cannot be written: {error}") from None
+    path.chmod(mode)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +25,12 @@ class Background:
         while self._given and self._given[0].done():
             self._given.popleft().result()
 
-    def wait(self) -> None:
-        """Waits until all is done."""
+    def wait(self, seconds: float | None = None) -> Any:
+        """Waits until all is done, and returns what came last; None where that takes longer than `seconds`."""
+        deadline, last = time.monotonic() + (seconds or 0), None
         while self._given:
-            self._given.popleft().result()
+            left = None if seconds is None else max(deadline - time.monotonic(), 0)
+            if not futures.wait([self._given[0]], left).done:
+                return None
+            last = self._given.popleft().result()
+        return last

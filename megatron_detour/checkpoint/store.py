@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
+from typing import Any
 
-from megatron_detour.files import file_facts, flush
+from megatron_detour.errors import DetourError
+from megatron_detour.files import aside_of, discard, file_facts, flush, remove_abandoned, retry
+from megatron_detour.structured import parse_json
 
 LISTING = "files.json"
+NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+LEFTOVER = re.compile(r"\.step-\d+\.(writing|replaced)-.+")
 
 
 class Broken(Exception):
@@ -19,14 +24,18 @@ class Broken(Exception):
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder beside `folder`, then gives it its name, replacing a folder that has it already.
+    """Lets `write` fill a folder beside `folder`, then gives it its name, replacing whatever has it already.
 
-    On any error nothing is left behind.
+    On any error nothing is left behind; where the disk was away for a moment it is all done again.
     """
-    aside = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-    replaced = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
+    remove_abandoned(folder)
+    retry(lambda: _publish(folder, write))
+
+
+def _publish(folder: Path, write: Callable[[Path], None]) -> None:
+    aside, replaced = aside_of(folder, "writing"), aside_of(folder, "replaced")
     for leftover in (aside, replaced):  # of a killed writer that had the same process number
-        shutil.rmtree(leftover, ignore_errors=True)
+        discard(leftover)
     aside.mkdir(parents=True)
     try:
         write(aside)
@@ -34,29 +43,46 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
         (aside / LISTING).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for path in [*aside.iterdir(), aside]:
             flush(path)
-        if folder.exists():
+        if os.path.lexists(folder):
             folder.rename(replaced)
         aside.rename(folder)
         flush(folder.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        for leftover in (aside, replaced):
+            discard(leftover)
 
 
-def verify(folder: Path) -> None:
-    """Checks a published folder against its listing, sizes first. Raises Broken."""
-    try:
-        listing = json.loads((folder / LISTING).read_text(encoding="utf-8"))
-        sizes = {name: facts["bytes"] for name, facts in listing.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        raise Broken(f"{folder / LISTING} is missing or unreadable") from None
-    for name, size in sizes.items():
+def verify(folder: Path, needless: Container[str] = ()) -> None:
+    """Checks a published folder against its listing, sizes first. Raises Broken.
+
+    What the listing does not name is not ours and tells nothing; nor do files that are `needless` to the caller.
+    """
+    listed = {name: facts for name, facts in _listing(folder).items() if name not in needless}
+    for name, facts in listed.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise Broken(f"{path} is missing or has the wrong size")
-    for path in sorted(folder.iterdir()):
-        if path.name != LISTING and file_facts(path) != listing.get(path.name):
-            raise Broken(f"{path} has changed since it was written")
+    for name, facts in listed.items():
+        if file_facts(folder / name) != facts:
+            raise Broken(f"{folder / name} has changed since it was written")
+
+
+def _listing(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / LISTING
+    try:
+        listing = parse_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        if error.errno not in NOT_THERE:  # a disk that cannot be read is no reason to go on from an older one
+            raise
+        raise Broken(f"{path} is missing") from None
+    except (DetourError, UnicodeDecodeError):
+        raise Broken(f"{path} is unreadable") from None
+    if not isinstance(listing, dict) or not listing:
+        raise Broken(f"{path} lists no files")
+    for name, facts in listing.items():
+        if name != Path(name).name or not isinstance(facts, dict) or facts.keys() != {"bytes", "sha256"}:
+            raise Broken(f"{path} does not list files with their bytes and sha256")
+    return listing
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -72,37 +98,57 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def latest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
+def latest(checkpoints: Path, warn: Callable[[str], None], needless: Container[str] = ()) -> Path | None:
     """The newest checkpoint that is whole; a broken one is passed over with a warning."""
     for folder in reversed(find_checkpoints(checkpoints)):
         try:
-            verify(folder)
+            retry(lambda folder=folder: verify(folder, needless))
             return folder
         except Broken as fault:
             warn(f"{folder} is passed over: {fault}")
     return None
 
 
-def prune(checkpoints: Path, newest: int, keep: int, is_kept: Callable[[int], bool]) -> None:
+def prune(
+    checkpoints: Path, newest: int, keep: int, is_kept: Callable[[int], bool], say: Callable[[str], None]
+) -> None:
     """Removes what killed runs left behind, and checkpoints older than the `keep` up to step `newest`.
 
-    Those whose step `is_kept` stay.
+    Those whose step `is_kept` stay, and those that hold what no run has put there, or are links to another place.
     """
     known = [folder for folder in find_checkpoints(checkpoints) if step_of(folder) <= newest]  # a later one is broken
     for folder in known[:-keep]:
-        if not is_kept(step_of(folder)):
+        if is_kept(step_of(folder)):
+            continue
+        foreign = _foreign(folder)
+        if foreign:
+            say(f"{folder} stays: {foreign}")
+        else:
             _remove(folder)
     remove_leftovers(checkpoints)
+
+
+def _foreign(folder: Path) -> str | None:
+    """What speaks against removing a checkpoint: it may be somebody's. Hidden files are of tools, not of people."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is not a folder of this run"
+    try:
+        ours = {LISTING, *_listing(folder)}
+    except Broken:
+        return None
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ours and path.name[0] != ".")
+    return f"it holds {others[0]}, which the run has not written" if others else None
 
 
 def remove_leftovers(checkpoints: Path) -> None:
     """Removes what killed runs have left half-written or half-removed, where it can be removed."""
     for leftover in checkpoints.glob(".step-*-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if LEFTOVER.fullmatch(leftover.name):
+            discard(leftover)
 
 
 def _remove(folder: Path) -> None:
     """Under its own name a folder is whole, even while it goes."""
-    going = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
+    going = aside_of(folder, "replaced")
     folder.rename(going)
-    shutil.rmtree(going)
+    discard(going, silent=False)

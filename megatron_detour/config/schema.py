@@ -177,6 +177,7 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guards: Guards = field(default_factory=Guards)
     time_limit: Seconds | None = None  # of a session: it saves and ends in time
+    restart: bool = False  # whether a run whose checkpoints are gone or damaged begins anew; a whole one is resumed
     tensorboard: bool = True
     wandb: Wandb | None = None
 

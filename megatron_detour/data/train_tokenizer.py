@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from megatron_detour.data.documents import read_documents
 from megatron_detour.data.sources import find_inputs
 from megatron_detour.errors import DetourError
+from megatron_detour.files import aside_of, remove_abandoned
 
 SPECIAL_TOKENS = {
     "unk_token": "[UNK]",
@@ -98,7 +98,8 @@ def _added_tokens() -> list[AddedToken]:
 
 def _publish(tokenizer: Tokenizer, output: Path) -> None:
     """Writes a sibling folder, then renames it, so that `output` is never half there."""
-    part = output.parent / f".{output.name}.part-{os.getpid()}"
+    remove_abandoned(output)
+    part = aside_of(output, "writing")
     try:
         part.mkdir(parents=True)
         tokenizer.save(str(part / "tokenizer.json"))

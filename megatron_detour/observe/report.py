@@ -123,9 +123,11 @@ def _figures_by_boundary(run: Run) -> list[dict[str, Any]]:
 def _sessions(run: Run) -> list[dict[str, Any]]:
     """The sessions with how each ended; one that could not say was killed, or is still at work."""
     silent = ["killed"] * (len(run.sessions) - 1) + ["finished" if run.finished else "at work, or killed"]
+    gaps = [session.get("missing_steps") for session in run.sessions]  # of the figures, when it began
+    remarks = [f"; no figures of steps {steps}" if steps else "" for steps in gaps]
     return [
-        {**session, "ended": session.get("ended") or otherwise}
-        for session, otherwise in zip(run.sessions, silent, strict=False)
+        {**session, "ended": f"{session.get('ended') or otherwise}{remark}"}
+        for session, otherwise, remark in zip(run.sessions, silent, remarks, strict=False)
     ]
 
 

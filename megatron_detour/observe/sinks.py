@@ -8,11 +8,13 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_detour.errors import DetourError
-from megatron_detour.files import write_whole
+from megatron_detour.files import retry, write_whole
+from megatron_detour.structured import read_json_object
 
 Record = dict[str, Any]
 
@@ -42,28 +44,47 @@ class Sink(Protocol):
 class MetricsFile:
     """Appends one JSON object a line to `path`.
 
-    Opening removes every line with a step above `resume_step` and a torn last line, so that a resumed run
-    holds each step once; `counts` says how many of the kept steps were skipped or had a spike. Raises DetourError where
-    a line before the last is unreadable, and OSError with the file's name where the disk takes no more.
+    Opening removes every line with a step above `resume_step`, lines that stand twice and a torn last line, so that a
+    resumed run holds each step once; `counts` says how many of the kept steps were skipped or had a spike. Raises
+    DetourError where a line before the last is unreadable, and OSError with the file's name where the disk takes no
+    more.
     """
 
     def __init__(self, path: Path | str, resume_step: int) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _read_lines(self.path) if self.path.exists() else []
-        kept = [(line, record) for line, record in kept if record["step"] <= resume_step]
-        self.counts = {field: sum(bool(record.get(field)) for _, record in kept) for field in COUNTED}
+        self.counts = dict.fromkeys(COUNTED, 0)
+        self._gaps = [(1, resume_step)] if resume_step > 0 else []
         with _naming(self.path):
             if self.path.exists():
-                write_whole(self.path, b"".join(line + b"\n" for line, _ in kept))
-            self._file = self.path.open("a", encoding="utf-8")
+                retry(lambda: write_whole(self.path, self._kept(resume_step)))
+            self._file = self.path.open("ab", buffering=0)
+
+    @property
+    def missing(self) -> str:
+        """The steps before the one that comes that have no line, for instance "3, 7-9"; "" where there are none."""
+        return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in self._gaps)
+
+    def _kept(self, resume_step: int) -> Iterator[bytes]:
+        """The lines up to `resume_step`, one at a time: a long run's file does not fit in memory many times."""
+        self.counts, self._gaps, done = dict.fromkeys(COUNTED, 0), [], 0
+        for line, record in _in_order(self.path):
+            if record["step"] <= resume_step:
+                if record["step"] > done + 1:
+                    self._gaps.append((done + 1, record["step"] - 1))
+                done = record["step"]
+                for field in COUNTED:
+                    self.counts[field] += bool(record.get(field))
+                yield line + b"\n"
+        if done < resume_step:
+            self._gaps.append((done + 1, resume_step))
 
     def write(self, record: Record) -> None:
-        """Writes and flushes one line. Raises ValueError, writing nothing, where a figure is NaN or infinite."""
-        line = _line(record)
+        """Writes one line. Raises ValueError, writing nothing, where a figure is NaN or infinite."""
+        left = _line(record).encode()
         with _naming(self.path):
-            self._file.write(line)
-            self._file.flush()
+            while left:  # what was written of it before an error is not written again
+                left = left[retry(lambda rest=left: self._file.write(rest)) :]
 
     def close(self) -> None:
         """Brings the file to the disk and closes it; a second call does nothing."""
@@ -71,8 +92,7 @@ class MetricsFile:
             return
         with _naming(self.path):
             try:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                retry(lambda: os.fsync(self._file.fileno()))
             finally:
                 self._file.close()
 
@@ -169,12 +189,14 @@ class _Numbers:
 def _wandb_id(folder: Path) -> str:
     path = folder / "wandb.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        known = read_json_object(path).get("id")
+        if not isinstance(known, str) or not known:
+            raise DetourError(f"{path}: has no id of a wandb run")
+        return known
     except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError):
-        raise DetourError(f"{path} holds no id of a wandb run; restore it, or remove it to begin another") from None
-    made = secrets.token_hex(4)
+        made = secrets.token_hex(4)
+    except DetourError as fault:
+        raise DetourError(f"{fault}; restore it, or remove it to begin another wandb run") from None
     folder.mkdir(parents=True, exist_ok=True)
     with _naming(path):
         write_whole(path, json.dumps({"id": made}) + "\n")
@@ -204,28 +226,40 @@ def read_metrics(path: Path | str) -> list[Record]:
 
     Raises DetourError where the file is missing or a line before the last is no record.
     """
-    return [record for _, record in _read_lines(Path(path))]
+    return [record for _, record in metrics_lines(Path(path))]
 
 
-def _read_lines(path: Path) -> list[tuple[bytes, Record]]:
+def metrics_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """Each line with its record, without a torn last line. Raises DetourError as read_metrics does."""
     try:
-        lines = path.read_bytes().splitlines()
+        file = path.open("rb")
     except FileNotFoundError as error:
         raise DetourError(f"{path} is missing; is this the folder of a run?") from error
-    kept: list[tuple[bytes, Record]] = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is not None:
-            kept.append((line, record))
-        elif number < len(lines):
-            raise DetourError(f"{path}, line {number} is no record of a step; remove that line or restore the file")
-    return kept
+    with file:
+        unread = 0  # the number of a line that is no record: torn where it is the last one
+        for number, line in enumerate(file, start=1):
+            if unread:
+                raise DetourError(f"{path}, line {unread} is no record of a step; remove that line or restore the file")
+            record = _parse(line)
+            if record is None:
+                unread = number
+            else:
+                yield line.rstrip(b"\r\n"), record
+
+
+def _in_order(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """Each step's line once, as it was written last; at once in memory only where a hand has mixed them."""
+    steps = [record["step"] for _, record in metrics_lines(path)]
+    if all(before < after for before, after in pairwise(steps)):
+        return metrics_lines(path)
+    by_step = {record["step"]: (line, record) for line, record in metrics_lines(path)}
+    return iter([by_step[step] for step in sorted(by_step)])
 
 
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:  # also what a character cut in half raises
+    except (ValueError, RecursionError):  # also what a character cut in half raises
         return None
     if isinstance(record, dict) and type(record.get("step")) is int:
         return record

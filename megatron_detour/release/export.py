@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_detour.checkpoint import huggingface, store
-from megatron_detour.checkpoint.huggingface import RUN_STATE, Source, Weights
+from megatron_detour.checkpoint.huggingface import OPTIMIZER, RUN_STATE, Source, Weights
 from megatron_detour.data.vocabulary import Vocabulary, load_vocabulary
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import Shape
@@ -52,7 +53,7 @@ def export(
     is the name that its code uses. Raises DetourError, leaving nothing, when logits differ or anything is missing.
     """
     target, given, texts = Path(output), given or Given(), read_texts(text)
-    if target.exists():
+    if os.path.lexists(target):
         raise DetourError(f"{target}: is already there; choose another --output or remove it")
     folder = _find(Path(checkpoint))
     facts = Facts.of(folder)
@@ -128,8 +129,6 @@ def _write_model(
     huggingface.write_model(aside, config, source, vocabulary, weights, DTYPES[dtype])
     (aside / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     portable.make_tokenizer_portable(aside, shape)
-    # safetensors leaves its file to its owner alone; a model is for whoever may read the rest of the folder.
-    (aside / huggingface.WEIGHTS).chmod((aside / "config.json").stat().st_mode)
 
 
 def _find(path: Path) -> Path:
@@ -138,12 +137,14 @@ def _find(path: Path) -> Path:
         raise DetourError(f"{path}: there is no such folder")
     if (path / RUN_STATE).is_file() or (path / store.LISTING).is_file():
         try:
-            store.verify(path)
+            store.verify(path, needless=(OPTIMIZER,))
         except store.Broken as fault:
             raise DetourError(f"{path}: not a whole checkpoint: {fault}") from None
     if (path / RUN_STATE).is_file():
         return path
-    newest = store.latest(path / "checkpoints", warn=lambda message: print(f"warning: {message}"))
+    newest = store.latest(
+        path / "checkpoints", warn=lambda message: print(f"warning: {message}"), needless=(OPTIMIZER,)
+    )
     if newest is None:
         raise DetourError(f"{path}: neither a checkpoint nor a run's folder with one")
     return newest

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.config import RunConfig
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import DetourError
-from megatron_detour.files import flush
+from megatron_detour.files import flush, retry
 from megatron_detour.forecast.storage import CHECKPOINT_BYTES
+from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
-from megatron_detour.training.guards import Guard
+from megatron_detour.training.folder import CHECKPOINTS, METRICS, newest_checkpoint, note, start_hash
+from megatron_detour.training.guards import Guard, is_memory
 from megatron_detour.training.start import StartModel
 
 if TYPE_CHECKING:
@@ -52,8 +55,10 @@ class Checkpoints:
     ) -> None:
         self.config, self.plan, self.folder, self.start, self.data = config, plan, folder, start, data
         self.engine, self.state, self.guard, self.say = engine, state, guard, say
-        self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
+        self.checkpoints, self.metrics = folder / CHECKPOINTS, folder / METRICS
         self.background = background
+        self.has_saved = False  # a step of this session
+        self._start_hash: str | None = None
         self.seconds = 0.0  # that the last save took in all, gathering and writing
         self._gathered = TrainingState()
 
@@ -71,7 +76,7 @@ class Checkpoints:
         found = [None]
         if self.state.is_first:
             store.remove_leftovers(self.checkpoints)
-            found = [store.latest(self.checkpoints, self.say)]
+            found = [newest_checkpoint(self.folder, self.config, self.say)]
         dist.broadcast_object_list(found, src=0)
         checkpoint, model = found[0], self.engine.module
         if checkpoint is None and self.start.weights is None:
@@ -85,16 +90,16 @@ class Checkpoints:
                 self._compare(source)
                 scatter(self.engine, self.state, weights)
                 return 0
-            run_state = huggingface.read_run_state(checkpoint)
-            if run_state.get("format") != FORMAT:
-                raise DetourError(
-                    f"{checkpoint}: of another version of this project, which does not resume it; start in another "
-                    f"folder=... with model.start={checkpoint}"
-                )
+            run_state = _read_state(checkpoint)
             if run_state["tokens"] < self.plan.total_tokens:
                 self._check_corpora(run_state, checkpoint)
+                refuse_another_shape(checkpoint, self.start.shape)
             scatter(self.engine, self.state, weights, *huggingface.open_optimizer(checkpoint, stack))
             self.guard.restore(run_state["guard"])
+            self._start_hash = run_state.get("start")
+            model = self.config.model
+            if self.start.tokenizer.name not in (model.tokenizer, model.start):
+                self.say(f"{model.start or model.tokenizer} is gone; {self.start.tokenizer.name} stands in for it")
             self.say(f"resuming from {checkpoint} at {run_state['tokens']:,} tokens")
             return run_state["tokens"]
 
@@ -103,6 +108,10 @@ class Checkpoints:
         if self.state.is_first:
             sizes, pinned = self.engine.module.full_sizes(), next(self.engine.module.parameters()).is_cuda
             self.background.submit(lambda: self._gathered.reserve(sizes, pinned))
+            self.background.submit(self._hash_start)
+
+    def _hash_start(self) -> None:
+        self._start_hash = self._start_hash or start_hash(self.config.model.start)
 
     def save(self, done: Step | None) -> None:
         """Publishes a checkpoint after step `done`, or of the start, while training goes on.
@@ -132,11 +141,11 @@ class Checkpoints:
 
         def write(aside: Path) -> None:
             huggingface.write_model(aside, start.config, start.tokenizer, start.vocabulary, training.weights)
-            huggingface.write_checkpoint(aside, training, run_state)
+            huggingface.write_checkpoint(aside, training, run_state | {"start": self._start_hash})
 
         def work() -> None:
             if self.metrics.exists():
-                flush(self.metrics)  # no checkpoint without the figures of the steps before it
+                retry(lambda: flush(self.metrics))  # no checkpoint without the figures of the steps before it
             store.publish(target, write)
             then()
             self.seconds = time.perf_counter() - began
@@ -144,11 +153,14 @@ class Checkpoints:
         self.background.submit(work)
 
     def _published(self, target: Path) -> None:
+        step = store.step_of(target)
+        self.has_saved = self.has_saved or step > 0
+        note(self.folder, saved=step)
         self.say(f"saved {target}")
         try:
-            store.prune(self.checkpoints, store.step_of(target), self.config.checkpoint.keep, self._is_kept)
+            store.prune(self.checkpoints, step, self.config.checkpoint.keep, self._is_kept, self.say)
         except OSError as error:  # somebody reads it, on a file system that minds
-            self.say(f"warning: {error.filename or self.checkpoints}: not removed yet: {error.strerror}")
+            self.say(f"warning: {error.filename or self.checkpoints}: not removed yet: {error.strerror or error}")
 
     def _is_kept(self, number: int) -> bool:
         """Whether the checkpoint of this step stays for good: the start, phase boundaries, what `keep_every` asks."""
@@ -159,7 +171,10 @@ class Checkpoints:
 
     def refuse_full_disk(self) -> None:
         """Raises DetourError unless the disk has room for one more checkpoint."""
-        free, needed = shutil.disk_usage(self.folder).free, self.bytes + SPARE_BYTES
+        try:
+            free, needed = shutil.disk_usage(self.folder).free, self.bytes + SPARE_BYTES
+        except (FileNotFoundError, NotADirectoryError):
+            raise DetourError(f"{self.folder}: the run's folder was removed while the run wrote it") from None
         if free < needed:
             raise DetourError(
                 f"{self.folder}: the disk has {free / 1e9:.2f} GB left, and a checkpoint takes {needed / 1e9:.2f} GB; "
@@ -195,9 +210,42 @@ class Checkpoints:
         return {prefix: manifest.files["bin"]["sha256"] for prefix, manifest in self.data.manifests().items()}
 
     def _check_corpora(self, run_state: dict[str, Any], checkpoint: Path) -> None:
-        for prefix, sha256 in self._identities().items():
-            if run_state.get("corpora", {}).get(prefix) != sha256:
+        """By their content, in the order in which they are read: the paths may be others, see training/folder.py."""
+        known = list(run_state["corpora"].values())
+        for number, (prefix, sha256) in enumerate(self._identities().items()):
+            if known[number : number + 1] != [sha256]:
                 raise DetourError(
                     f"{prefix}: the corpus has changed since {checkpoint} was saved; bring the old one back, or start "
                     "in another folder=..."
                 )
+
+
+def refuse_another_shape(checkpoint: Path, shape: Shape) -> None:
+    """Weights may fit a model that computes something else: other heads, windows, thetas. Raises DetourError."""
+    there = Shape.of(Source(str(checkpoint)).config(), str(checkpoint))
+    for name in (field.name for field in fields(Shape) if field.name not in ("max_positions", "initializer_range")):
+        before, now = getattr(there, name), getattr(shape, name)
+        if before != now:
+            raise DetourError(
+                f"{checkpoint}: was saved with {name} {before}, and the start model now says {now}; bring back the "
+                "start model that the run began with, or choose another folder=..."
+            )
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """Raises DetourError for what is not the state of a run, or is of another version."""
+    path = checkpoint / huggingface.RUN_STATE
+    run_state = huggingface.read_run_state(checkpoint)
+    if run_state.get("format") != FORMAT:
+        raise DetourError(
+            f"{checkpoint}: of another version of this project, which does not resume it; start in another "
+            f"folder=... with model.start={checkpoint}"
+        )
+    wanted = {"step": int, "tokens": int, "guard": dict, "corpora": dict}
+    wrong = [key for key, kind in wanted.items() if type(run_state.get(key)) is not kind]
+    if wrong or not is_memory(run_state["guard"]):
+        raise DetourError(
+            f"{path}: {wrong[0] if wrong else 'guard'} is not what a run writes there; remove {checkpoint} to go on "
+            "from the checkpoint before it"
+        )
+    return run_state

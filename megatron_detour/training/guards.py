@@ -10,6 +10,16 @@ from typing import Any
 
 from megatron_detour.config.schema import Guards
 
+KINDS = ("loss", "gradient norm")
+
+
+def is_memory(value: Any) -> bool:
+    """Whether `value` is what Guard.to_dict gives."""
+    recent = value.get("recent") if isinstance(value, dict) else None
+    if not isinstance(recent, dict) or type(value.get("skipped_in_row")) is not int or set(recent) != set(KINDS):
+        return False
+    return all(isinstance(v, list) and all(type(number) in (int, float) for number in v) for v in recent.values())
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -30,7 +40,7 @@ class Guard:
 
     def begin_phase(self) -> None:
         """Losses of different objectives do not compare."""
-        self._recent = {kind: deque(maxlen=self.settings.window) for kind in ("loss", "gradient norm")}
+        self._recent = {kind: deque(maxlen=self.settings.window) for kind in KINDS}
 
     def judge(self, loss: float, norm: float) -> Verdict:
         """The verdict on a step with this loss and gradient norm; -1 and inf are DeepSpeed's words for no number."""

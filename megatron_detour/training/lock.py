@@ -145,9 +145,19 @@ class RunLock:
                 if look and look.content["token"] != self._own["token"]:
                     say_error(f"{self._path}: {_spoken(look.content)} has taken over while this run stood still", 0)
                     leave(1)
+                if not self._path.exists():
+                    self._make_again()
                 os.utime(self._file)
             except OSError:  # a disk that is away for a moment
                 continue
+
+    def _make_again(self) -> None:
+        """Somebody has removed the file: without it a second run would be let in."""
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        _flock(file)
+        self._file, removed = file, self._file
+        os.close(removed)
+        self._write(file, settle=False)
 
 
 def _flock(file: int) -> bool | None:
@@ -167,7 +177,7 @@ def _read(file: int) -> dict[str, Any]:
     """The content of a lock file, empty where there is none or it is being written."""
     try:
         content = json.loads(os.pread(file, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError, IsADirectoryError):
         return {}
     return content if isinstance(content, dict) and content.keys() >= set(KEYS) else {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from megatron_detour.checkpoint.saver import Background
 from megatron_detour.config import RunConfig
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.phase_data import PhaseData
-from megatron_detour.errors import EXIT_INTERRUPTED
+from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
+from megatron_detour.files import is_transient
 from megatron_detour.forecast import Start, forecast, headline
 from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
@@ -29,7 +30,15 @@ from megatron_detour.plan import Plan, Step
 from megatron_detour.training.checkpoints import Checkpoints
 from megatron_detour.training.describe import run_facts, session_facts
 from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
-from megatron_detour.training.folder import add_session, changed_settings, end_session, refuse_another_run, take
+from megatron_detour.training.folder import (
+    METRICS,
+    add_session,
+    changed_settings,
+    note,
+    refuse_another_run,
+    stand_in,
+    take,
+)
 from megatron_detour.training.guards import Guard
 from megatron_detour.training.lock import RunLock
 from megatron_detour.training.loop import Trainer
@@ -41,6 +50,8 @@ from megatron_detour.training.watch import Watch
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+REPORT_SECONDS = 10.0  # that a session which has to stop gives its report
+
 
 def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests) -> int:
     """Trains from the newest whole checkpoint of `folder`, or from the start, to the end of the plan or till `stop`.
@@ -48,7 +59,7 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
     Returns the exit status: 0 at the end, EXIT_INTERRUPTED where it was asked to stop before.
     """
     deepspeed_config = read_deepspeed_config(config.deepspeed)
-    start = StartModel.of(config)
+    start = _start_model(config, folder)
     data = PhaseData(plan, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
     with Watch():
@@ -68,6 +79,17 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
         dist.barrier()
     dist.destroy_process_group()
     return 0 if finished else EXIT_INTERRUPTED
+
+
+def _start_model(config: RunConfig, folder: Path) -> StartModel:
+    """What the run starts from; once it has a checkpoint, that says the same where the start model is gone."""
+    try:
+        return StartModel.of(config)
+    except DetourError:
+        model = stand_in(folder, config.model)
+        if model is None:
+            raise
+        return StartModel.of(replace(config, model=model))
 
 
 class Session:
@@ -90,6 +112,7 @@ class Session:
             self.validation = Validation(config, start.vocabulary, start.tokenizer_file, state, device)
         self.sinks: list[Sink] = []
         self.progress: Progress | None = None
+        self.checkpoints: Checkpoints | None = None
         self.writing, self.reports = Background(), Background()  # of checkpoints; of reports
         self._described = False
         self._slowest, self._recorded_at = 0.0, 0.0
@@ -110,14 +133,19 @@ class Session:
                 yield
             except BaseException as error:
                 with suppress(Exception):  # the first fault is the one to tell
-                    self._end(f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C")
                     self.writing.wait()
+                how = f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C"
+                if is_transient(error) and self.checkpoints and self.checkpoints.has_saved:
+                    error.start_again = True  # else the next session would end in the same place
+                    how = f"a disk that was away: {error}"
+                with suppress(Exception):
+                    self._note(ended=how)
                 raise
 
     def train(self, engine: DeepSpeedEngine) -> bool:
         """Returns whether the end of the plan was reached; otherwise the run was asked to stop, and has saved."""
         guard = Guard(self.config.guards)
-        checkpoints = Checkpoints(
+        self.checkpoints = checkpoints = Checkpoints(
             self.config,
             self.plan,
             self.folder,
@@ -179,7 +207,7 @@ class Session:
         """Before a time limit there must be room for a step, with a validation perhaps, and for saving."""
         now = time.monotonic()
         self._slowest, self._recorded_at = max(self._slowest, now - self._recorded_at), now
-        self.stop.margin(1.5 * (self._slowest + checkpoints.seconds))
+        self.stop.margin(1.5 * (self._slowest + checkpoints.seconds) + REPORT_SECONDS)
 
     def _begin(self, engine: DeepSpeedEngine, checkpoints: Checkpoints) -> None:
         """Step 0: the figures before training, and a checkpoint where no folder holds these weights yet."""
@@ -190,7 +218,10 @@ class Session:
 
     def _open_sinks(self, stack: ExitStack, tokens: int) -> None:
         done = self.plan.at(tokens).number - 1
-        metrics = MetricsFile(self.folder / "metrics.jsonl", done if done else -1)
+        metrics = MetricsFile(self.folder / METRICS, done if done else -1)
+        if metrics.missing:
+            self._say(f"warning: {metrics.path} has no figures of steps {metrics.missing}; the report lacks them")
+            self._note(missing_steps=metrics.missing)
         self.sinks = [metrics]
         if self.config.tensorboard:
             self.sinks.append(TensorBoardSink(self.folder / "tensorboard", done, metrics.counts))
@@ -234,9 +265,9 @@ class Session:
         )
         return headline(told)
 
-    def _end(self, how: str) -> None:
+    def _note(self, **facts: Any) -> None:
         if self._described:
-            end_session(self.folder, how)
+            note(self.folder, **facts)
 
     def _report(self) -> Path | None:
         try:
@@ -247,10 +278,15 @@ class Session:
 
     def _finish(self, checkpoints: Checkpoints, finished: bool) -> None:
         why = self.stop.reason() or "a request to another rank"
-        self._end("finished" if finished else why)
-        report = self._report()
+        self._note(ended="finished" if finished else why)
         if finished:
+            report = self._report()
             print(f"model    {checkpoints.path(self.plan.total_steps)}")
         else:
-            print(f"stopped by {why}: saved, and the same command goes on from there (exit status {EXIT_INTERRUPTED})")
+            print(
+                f"stopped by {why}: saved, and the same command goes on from there (exit status {EXIT_INTERRUPTED})",
+                flush=True,
+            )
+            self.reports.submit(self._report)
+            report = self.reports.wait(REPORT_SECONDS)  # whoever has asked to stop does not wait for long
         print(f"report   {report or 'not written'}\nmetrics  {self.folder / 'metrics.jsonl'}", flush=True)

@@ -38,3 +38,20 @@ def test_what_it_raises_is_raised_by_the_next_check_or_wait():
             background.check()
             threading.Event().wait(0.001)
     background.wait()
+
+
+def test_what_takes_too_long_is_not_waited_for():
+    background, gate = Background(), threading.Event()
+    background.submit(lambda: "early")
+    assert background.wait(30) == "early"
+    background.submit(lambda: gate.wait(30) and "late")
+    assert background.wait(0.01) is None
+    gate.set()
+    assert background.wait() == "late"
+
+    def fails() -> None:
+        raise TimeoutError("its own")
+
+    background.submit(fails)
+    with pytest.raises(TimeoutError, match="its own"):
+        background.wait(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import socket
 import unicodedata
 from pathlib import Path
 
@@ -172,3 +173,12 @@ def test_bad_file_is_named(tmp_path):
     ):
         with pytest.raises(DetourError, match=message):
             train_tokenizer([tmp_path / name], tmp_path / "out", 512)
+
+
+def test_what_a_killed_training_has_left_aside_goes(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"a text about the patient, number {number}\n" for number in range(200)))
+    left = tmp_path / f".tokenizer.writing-{socket.gethostname()}-{2**22 + 1}"  # no process has so high a number
+    left.mkdir()
+    train_tokenizer([texts], tmp_path / "tokenizer", SMALLEST_VOCABULARY)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.txt", "tokenizer"}

@@ -137,15 +137,16 @@ def full_disk(start: Start, rng: random.Random) -> str:
 
 
 def damage(start: Start, rng: random.Random) -> str:
-    """A killed run's newest checkpoint or metrics are damaged: the one before is taken, with a warning."""
+    """A killed run's newest checkpoint or metrics are damaged: the one before is taken, where it has to be."""
     session = start()
     wait_for(lambda: session.step() > INTERVAL, session)
     session.kill()
     session.wait()
     newest = store.latest(session.folder / "checkpoints", warn=print)
-    if newest is None or store.step_of(newest) in (0, PHASE_ENDS[-1]):
+    trained = [folder for folder in store.find_checkpoints(session.folder / "checkpoints") if store.step_of(folder)]
+    if len(trained) < 2 or store.step_of(newest) == PHASE_ENDS[-1]:  # a run that has lost all is refused
         return "nothing to damage"
-    harms = ["flip", "truncate", "empty", "delete"]
+    harms = ["flip", "truncate", "empty", "delete", "stray", "double"]
     if session.step() > store.step_of(newest):  # what comes before a checkpoint is on the disk before it
         harms.append("metrics")
     how = rng.choice(harms)
@@ -161,6 +162,14 @@ def damage(start: Start, rng: random.Random) -> str:
         newest.mkdir()
     elif how == "delete":
         victim.unlink()
+    elif how == "stray":  # no damage: nothing is lost by it
+        (newest / "README.md").write_text("of somebody")
+        (newest / "notes").mkdir(exist_ok=True)
+        assert store.latest(session.folder / "checkpoints", warn=print) == newest
+    elif how == "double":
+        metrics = session.folder / "metrics.jsonl"
+        lines = metrics.read_bytes().splitlines(keepends=True)
+        metrics.write_bytes(b"".join([*lines[:-1], *lines[rng.randrange(len(lines)) : -1], lines[-1]]))
     else:
         metrics = session.folder / "metrics.jsonl"
         metrics.write_bytes(metrics.read_bytes()[: -rng.randrange(1, 40)])

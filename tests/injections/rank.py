@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; more would wait for each other
@@ -59,9 +61,43 @@ def no_report() -> None:
     session.write_report = write_report
 
 
+def disk_away_from(step_number: int) -> None:
+    """From a step on no figures can be written."""
+    from megatron_detour import files
+    from megatron_detour.observe.sinks import MetricsFile
+
+    files.PAUSES = (0.0, 0.0)
+    honest = MetricsFile.write
+
+    def fail(line):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def write(sink, record):
+        if record["step"] >= step_number:
+            sink._file = SimpleNamespace(write=fail, closed=True)
+        return honest(sink, record)
+
+    MetricsFile.write = write
+
+
+def folder_gone_at(step_number: int) -> None:
+    """Somebody moves the run's folder away after a step."""
+    from megatron_detour.observe.sinks import MetricsFile
+
+    honest = MetricsFile.write
+
+    def write(sink, record):
+        honest(sink, record)
+        if record["step"] == step_number:
+            sink.path.parent.rename(sink.path.parent.with_suffix(".gone"))
+
+    MetricsFile.write = write
+
+
 def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
     """Runs as srun would have started it. RAISE_AT=STEP makes the last rank fail in that step, as a fault of the code
-    would; NO_NUMBER_FROM=STEP spoils its gradients from that step on; with NO_REPORT=1 no report can be written."""
+    would; NO_NUMBER_FROM=STEP spoils its gradients from that step on; with NO_REPORT=1 no report can be written, with
+    DISK_AWAY_FROM=STEP no figures from that step on; FOLDER_GONE_AT=STEP takes the folder away."""
     os.setsid()  # whatever it starts can be told by its session
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -72,6 +108,10 @@ def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
         fail_at(int(os.environ["RAISE_AT"]))
     if is_last and "NO_NUMBER_FROM" in os.environ:
         no_number_from(int(os.environ["NO_NUMBER_FROM"]))
+    if "DISK_AWAY_FROM" in os.environ:
+        disk_away_from(int(os.environ["DISK_AWAY_FROM"]))
+    if "FOLDER_GONE_AT" in os.environ:
+        folder_gone_at(int(os.environ["FOLDER_GONE_AT"]))
     if "NO_REPORT" in os.environ:
         no_report()
     command_line(lambda: main("no run file was given", arguments))

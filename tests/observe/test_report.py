@@ -120,6 +120,15 @@ def test_a_folder_that_is_no_run_is_a_fault(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_a_report_names_the_steps_without_figures_and_how_many_files_it_leaves_out(tmp_path: Path) -> None:
+    corpora = [ENVIRONMENT["corpora"][0] | {"more_sources": 99_980}]
+    sessions = [ENVIRONMENT["sessions"][0] | {"missing_steps": "3-5", "ended": "SIGTERM"}]
+    folder = make_run(tmp_path, done=30, environment=ENVIRONMENT | {"corpora": corpora, "sessions": sessions})
+    text = page_words(folder)
+    assert "and 99,980 more" in text
+    assert "SIGTERM; no figures of steps 3-5" in text
+
+
 def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     folder = make_run(tmp_path, done=3, validate_every=0)
     with (folder / "metrics.jsonl").open("a") as file:

@@ -16,7 +16,7 @@ from megatron_detour.data.vocabulary import load_tokenizer
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import FULL, SLIDING, Shape
 from megatron_detour.release import portable
-from megatron_detour.release.export import export
+from megatron_detour.release.export import _find, export
 from megatron_detour.release.texts import TEXTS, read_texts
 from tests.release.made import PHASES, SIZES, make_run
 
@@ -34,6 +34,23 @@ def encoder(run) -> Path:
     exported = export(str(run), str(run.parent / "encoder"), "fp32")
     assert exported.run_state["step"] == 6 and exported.difference < 1e-5
     return run.parent / "encoder"
+
+
+def test_an_export_needs_no_optimizer_and_refuses_other_damage(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = store.checkpoint_folder(tmp_path / "run" / "checkpoints", 6)
+    (checkpoint / "optimizer.safetensors").unlink()
+    assert _find(tmp_path / "run") == _find(checkpoint) == checkpoint
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(DetourError, match="not a whole checkpoint"):
+        _find(checkpoint)
+
+
+def test_an_export_over_a_dangling_link_is_refused(run, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DetourError, match="is already there"):
+        export(str(run), str(tmp_path / "out"), "fp32")
+    assert (tmp_path / "out").is_symlink()
 
 
 def test_the_configuration_is_in_both_spellings(encoder):

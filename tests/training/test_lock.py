@@ -6,10 +6,12 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -207,7 +209,29 @@ def test_a_run_whose_lock_was_taken_over_ends(tmp_path, holder):
     assert json.loads(path.read_text())["token"] == "theirs"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_lock_that_somebody_removes_is_made_again(tmp_path, holder):
+    path = tmp_path / LOCK
+    content = path.read_text()
+    path.unlink()
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.read_text() != content:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(DetourError, match="another run"), lock(tmp_path):
+        pass
+    holder.communicate("\n")
+    assert (holder.returncode, list(tmp_path.iterdir())) == (0, [])
+
+
+def test_a_run_whose_folder_is_removed_lets_its_lock_go(tmp_path):
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+        time.sleep(3 * BEAT)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", "3", '"text"', "[" * 4096, '{"host": 1}'])
 def test_a_file_that_is_no_lock_is_overwritten(tmp_path, content):
     (tmp_path / LOCK).write_text(content)
     with lock(tmp_path):

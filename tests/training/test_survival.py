@@ -14,6 +14,7 @@ from megatron_detour.checkpoint import store
 from megatron_detour.errors import EXIT_INTERRUPTED
 from megatron_detour.files import file_facts
 from megatron_detour.observe.sinks import read_metrics
+from tests.harness import ROOT
 from tests.injections.campaign import Victim
 from tests.injections.faults import wait_for
 from tests.injections.runs import PHASE_ENDS, Session, Setup, assert_same_run, begin, figures, write_run_file
@@ -117,16 +118,69 @@ def test_checkpoints_are_kept_by_rule(run_file, tmp_path):
 
 def test_what_changed_between_sessions_is_told(whole, run_file, tmp_path):
     folder = tmp_path / "run"
-    session = started(folder, run_file, Setup(), RAISE_AT="4")
+    deepspeed = tmp_path / "deepspeed.json"
+    shutil.copy(ROOT / "ds_configs" / "zero2_fp32_cpu.json", deepspeed)
+    session = started(folder, run_file, Setup(), f"deepspeed={deepspeed}", RAISE_AT="4")
     assert session.wait() == [1]
-    session = begin(folder, run_file, Setup(1, 1, "bf16"), tmp_path / "second.log", ["validation.seed=5"])
+    content = json.loads(deepspeed.read_text())
+    more = [f"deepspeed={deepspeed}", "validation.seed=5"]
+    deepspeed.write_text((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
+    session = begin(folder, run_file, Setup(), tmp_path / "refused.log", more)
+    assert session.wait() == [1]
+    assert "another run: the DeepSpeed file's bf16.enabled is not set there and True here" in session.output()
+    content["zero_optimization"]["reduce_bucket_size"] = 5000
+    deepspeed.write_text(json.dumps(content))
+    session = begin(folder, run_file, Setup(), tmp_path / "second.log", more)
     assert session.wait() == [0], session.output()[-3000:]
     told = session.output()
     assert "changed since the last session: validation.seed was 0 and is 5; validation figures before and after" in told
-    assert "changed since the last session: deepspeed was" in told
+    assert "changed since the last session: the DeepSpeed file's zero_optimization.reduce_bucket_size was not" in told
     sessions = json.loads((folder / "environment.json").read_text())["sessions"]
     assert [s["ended"] for s in sessions] == ["error: injected", "finished"]
-    assert [s["dtype"] for s in sessions] == ["float32", "bfloat16"]
+
+
+def test_a_disk_that_stays_away_ends_a_run_that_goes_on_where_it_has_saved(whole, run_file, tmp_path):
+    """Exit status 75 puts a job back into the queue: not where the next session would get no further."""
+    folder = tmp_path / "run"
+    for ends, step, remedy in ((1, 2, False), (EXIT_INTERRUPTED, 9, True), (1, 10, False)):
+        session = started(folder, run_file, Setup(), DISK_AWAY_FROM=str(step))
+        assert session.wait() == [ends], session.output()[-3000:]
+        told = session.output()
+        (tmp_path / "run.log").unlink()
+        assert told.count("error: ") == 1 and "metrics.jsonl: Input/output error" in told
+        assert ("start the same command again, which goes on from what was saved" in told) == remedy
+        assert "Traceback" not in told
+    assert started(folder, run_file, Setup()).wait() == [0]
+    ended = [s["ended"].partition(": ")[0] for s in json.loads((folder / "environment.json").read_text())["sessions"]]
+    assert ended == ["error", "a disk that was away", "error", "finished"]
+    assert_same_run(folder, whole)
+
+
+def test_a_run_whose_folder_is_removed_says_so_and_ends(run_file, tmp_path):
+    session = started(tmp_path / "run", run_file, Setup(), FOLDER_GONE_AT="2")
+    assert session.wait() == [1], session.output()[-3000:]
+    told = session.output()
+    assert "Traceback" not in told
+    assert told.count("error: ") == 1 and f"error: {tmp_path / 'run'}" in told
+
+
+def test_a_run_goes_on_with_its_corpus_elsewhere_and_its_tokenizer_gone(whole, corpus, run_file, tmp_path):
+    folder = tmp_path / "run"
+    (tmp_path / "a").mkdir()
+    for kind in ("bin", "idx", "manifest.json"):
+        shutil.copy(f"{corpus.prefix}.{kind}", tmp_path / "a" / f"corpus.{kind}")
+    shutil.copytree(corpus.tokenizer, tmp_path / "a" / "tokenizer")
+
+    def read_from(place: str) -> list[str]:
+        return [f"data.corpora.0.prefix={tmp_path / place / 'corpus'}", f"model.tokenizer={tmp_path / 'a/tokenizer'}"]
+
+    assert started(folder, run_file, Setup(), *read_from("a"), RAISE_AT="9").wait() == [1]
+    (tmp_path / "a").rename(tmp_path / "b")
+    session = started(folder, run_file, Setup(), *read_from("b"))
+    assert session.wait() == [0], session.output()[-3000:]
+    assert f"was '{tmp_path / 'a/corpus'}' and is '{tmp_path / 'b/corpus'}'; the same content" in session.output()
+    assert "stands in for it" in session.output()
+    assert_same_run(folder, whole)
 
 
 def test_a_checkpoint_of_another_version_is_not_resumed(whole, run_file, tmp_path):
