@@ -6,8 +6,8 @@ from megatron_detour.config import Corpus, RunConfig
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.errors import DetourError
-from megatron_detour.forecast.costs import Frozen
 from megatron_detour.forecast.storage import Disk, Reading, validation_tokens
+from megatron_detour.model.flops import Frozen
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan, PlannedPhase
 
@@ -78,7 +78,7 @@ def of_shape(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:
                     f"{shape.layers - 1}"
                 )
     for phase in plan.phases:
-        frozen = Frozen.of(phase)
+        frozen = Frozen.of(phase.settings.freeze)
         ends = frozen.embeddings and frozen.head and "final_norm" in phase.settings.freeze
         if ends and frozen.layers >= set(range(shape.layers)):
             faults.append(f"phases.{phase.name}.freeze: the whole model is frozen; leave something to train")

@@ -9,11 +9,12 @@ from typing import Any
 
 from megatron_detour.config import RunConfig
 from megatron_detour.forecast import costs, faults, memory, storage
-from megatron_detour.forecast.costs import Frozen, PhaseCost, Speed
+from megatron_detour.forecast.costs import PhaseCost, Speed
 from megatron_detour.forecast.memory import Load, Memory, Setting
 from megatron_detour.forecast.start import Start, look
 from megatron_detour.forecast.storage import Disk, Reading
 from megatron_detour.forecast.zero import Zero2, faults_of
+from megatron_detour.model.flops import Frozen
 from megatron_detour.model.peaks import peak_flops
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan, PlannedPhase
@@ -217,10 +218,10 @@ class Search:
     def _load(self, phase: PlannedPhase, share: float) -> Load:
         positions = max(round(phase.micro_sequences * share), 1) * phase.sequence_length
         labelled = costs.labelled_share(phase, self.means.get(phase.name, phase.sequence_length))
-        return Load(positions, round(positions * labelled), phase.objective == "clm", Frozen.of(phase).below)
+        return Load(
+            positions, round(positions * labelled), phase.objective == "clm", Frozen.of(phase.settings.freeze).below
+        )
 
 
 def _costs(config: RunConfig, plan: Plan, shape: Shape, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:
-    return tuple(
-        costs.of_phase(shape, phase, Frozen.of(phase), config.compute.recompute, speed, ranks) for phase in plan.phases
-    )
+    return tuple(costs.of_phase(shape, phase, config.compute.recompute, speed, ranks) for phase in plan.phases)

@@ -16,7 +16,7 @@ from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import RankBatch, rank_batch, rank_numbers
 from megatron_detour.data.course import Course
 from megatron_detour.errors import DetourError
-from megatron_detour.model.flops import training_flops
+from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.objectives import make
 from megatron_detour.observe.meter import memory_bytes, utilisation
 from megatron_detour.parallel.shard import spec_of
@@ -94,7 +94,7 @@ class Trainer:
 
         Returns what it did, and whether a rank has been asked to stop.
         """
-        labelled, padding, crc, flops = self._sum_over_ranks(batch)
+        labelled, padding, crc, flops = self._sum_over_ranks(batch, Frozen.of(step.phase.settings.freeze))
         # ZeRO averages over the ranks, which is undone, so that the update does not depend on how the labelled
         # positions fall on them.
         scale = self.state.data_size / max(labelled, 1)
@@ -186,10 +186,10 @@ class Trainer:
         sequences = self.course.of(phase)
         return step, rank_batch(sequences, numbers, phase.micro_sequences, objective, self.config.seed)
 
-    def _sum_over_ranks(self, batch: RankBatch) -> list[int]:
+    def _sum_over_ranks(self, batch: RankBatch, frozen: Frozen) -> list[int]:
         """Labelled positions, padding, checksum and floating-point operations of all data-parallel ranks."""
         flops = sum(
-            training_flops(self.start.shape, micro.lengths, micro.causal, len(micro.labels))
+            training_flops(self.start.shape, micro.lengths, micro.causal, len(micro.labels), frozen)
             for micro in batch.micro_batches
         )
         totals = torch.tensor([batch.labelled, batch.padding, batch.crc, flops], dtype=torch.int64, device=self.device)
