@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from megatron_detour.config import Corpus, RunConfig
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.data.vocabulary import Vocabulary
@@ -14,6 +16,16 @@ from megatron_detour.plan import Plan, PlannedPhase
 MANY_EPOCHS = 4  # from which repeated text teaches clearly less (Muennighoff et al., 2023)
 MASKS = (0.05, 0.50)
 SHORT_OF_WARMUP = 2  # a phase is short when it is less than this many warm-ups long
+
+
+def of_packages(config: RunConfig) -> list[str]:
+    """Of libraries that nothing but a setting needs."""
+    wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb is not None}
+    return [
+        f"{package}: the package {package} is not installed: pip install {package}, or set {package}: {off}"
+        for package, off in (("tensorboard", "false"), ("wandb", "null"))
+        if wanted[package] and importlib.util.find_spec(package) is None
+    ]
 
 
 def of_ranks(config: RunConfig, plan: Plan, ranks: int) -> list[str]:

@@ -98,7 +98,7 @@ def forecast(
     rate: measured tokens a second and GPU; without it the time is that of `mfu` of the device's peak (0.25)
     """
     notes: list[str] = []
-    start = start or look(config.model)
+    start = start or look(config.model, any(phase.whole_word_masking for phase in config.phases))
     zero, zero_faults = faults_of(config.deepspeed)
     device = device or ("h100" if zero is None or zero.bf16 else "cpu")
     attempt = _Attempt(notes)
@@ -109,7 +109,7 @@ def forecast(
     if not speed.known:
         notes.append(f"time: the peak of {device!r} is not known here; give a measured rate with --rate")
     shape = start.shape
-    found = [*start.faults, *zero_faults, *faults.of_ranks(config, plan, ranks)]
+    found = [*start.faults, *zero_faults, *faults.of_packages(config), *faults.of_ranks(config, plan, ranks)]
     found += faults.of_shape(config, plan, shape) if shape else []
     found += attempt("corpora", lambda: faults.of_corpora(config, plan, start.vocabulary)) or []
     parameters = sum(memory.parameters(shape)) if shape else None

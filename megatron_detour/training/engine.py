@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_detour.config import RunConfig
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, told
+from megatron_detour.forecast.faults import of_ranks
 from megatron_detour.parallel.state import PATIENCE, ParallelState
 from megatron_detour.plan import Plan
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
@@ -32,7 +33,9 @@ def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
 def start_distributed(config: RunConfig, plan: Plan) -> tuple[ParallelState, torch.device]:
     """Joins the ranks and makes the groups. Raises DetourError when the ranks do not fit the run file."""
     ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    check_ranks(config, plan, ranks)
+    faults = of_ranks(config, plan, ranks)
+    if faults:
+        raise DetourError(told(faults))
     port = "29500" if ranks > 1 else "0"  # 0: any that is free
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, default)
@@ -80,6 +83,7 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
     Steps differ in their microbatches: whoever calls it sets the boundary of accumulation before each one.
     """
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
 
     settings = deepspeed_config | {
         "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
@@ -95,6 +99,11 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
         eps=config.optimizer.eps,
         fused=torch.cuda.is_available() or None,
     )
+    try:
+        DeepSpeedConfig(dict(settings), mpu=state)
+    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
+        cause = " ".join(str(error).split())
+        raise DetourError(f"{config.deepspeed}: DeepSpeed does not take it: {type(error).__name__}: {cause}") from None
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=state, dist_init_required=False
     )
@@ -104,22 +113,6 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-
-
-def check_ranks(config: RunConfig, plan: Plan, ranks: int) -> None:
-    """Raises DetourError when the run file's batches cannot be shared out over this many ranks."""
-    tensor = config.parallel.tensor
-    if ranks % tensor:
-        raise DetourError(f"parallel.tensor: {tensor} does not divide the {ranks} ranks that were started")
-    data_size = ranks // tensor
-    for phase in plan.phases:
-        for stretch in phase.stretches:
-            if stretch.sequences % (data_size * phase.micro_sequences):
-                raise DetourError(
-                    f"batch: the {stretch.sequences} sequences a step of phase {phase.name!r} do not divide into "
-                    f"microbatches of {phase.micro_sequences} on {data_size} data-parallel ranks; change "
-                    "micro_sequences or the number of ranks"
-                )
 
 
 def _quiet_deepspeed() -> None:

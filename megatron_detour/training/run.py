@@ -53,7 +53,9 @@ def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argpars
         description="Continued pretraining with a causal detour. Started again in the same folder, a run goes on.",
         epilog="key=value changes a key of the run file, for instance phases.detour.tokens=1B or folder=runs/mine.",
     )
-    parser.add_argument("--run-file", default=str(default_run_file), metavar="RUN.yaml", help="%(default)s")
+    parser.add_argument(
+        "--run-file", default=str(default_run_file), metavar="RUN.yaml", help="the run to train (%(default)s)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--control",
