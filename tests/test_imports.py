@@ -107,6 +107,7 @@ ALLOWED = {
         "training checkpoint data model observe parallel kernels config errors files forecast objectives plan",
         "numpy torch yaml",
     ),
+    "training.launch": ("training.cluster errors", "psutil"),
     "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
 }
 # These load only when a function needs them, so that the rest of the module works fast and without them.

@@ -72,7 +72,7 @@ def look_at_deepspeed_config(path: str) -> tuple[dict[str, Any] | None, list[str
     if raw.get("fp16", {}).get("enabled"):
         faults.append(f"{path}: fp16 is not supported; use bf16 or fp32")
     if raw.get("bf16", {}).get("enabled") and not raw["bf16"].get("check_grad_overflow"):
-        faults.append(f"{path}: set bf16.check_grad_overflow to true, or gradients that are no numbers are applied")
+        faults.append(f"{path}: set bf16.check_grad_overflow to true, or gradients that are NaN are applied")
     return (None if faults else raw), faults
 
 

@@ -12,6 +12,7 @@ from megatron_detour.config import RunConfig, flatten, from_dict
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.plan import Plan
+from megatron_detour.structured import read_json_object
 from megatron_detour.training.lock import LOCK
 
 LEFT_BY_A_KILL = {LOCK, ".run.yaml.part"}  # before there was a run.yaml
@@ -53,6 +54,16 @@ def _spoken(key: str, config: RunConfig) -> str:
     if first == "phases" and int(number) < len(config.phases):
         return f"phases.{config.phases[int(number)].name}.{last}"
     return key
+
+
+def is_finished(folder: Path, plan: Plan) -> bool:
+    """Whether the last session wrote down that it reached the end of this plan, and the last checkpoint is there."""
+    if not (folder / "checkpoints" / f"step-{plan.total_steps:08d}" / "files.json").is_file():
+        return False
+    try:
+        return read_json_object(folder / "environment.json")["sessions"][-1].get("ended") == "finished"
+    except (OSError, DetourError, LookupError, TypeError, AttributeError):  # a start looks closer and tells
+        return False
 
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:

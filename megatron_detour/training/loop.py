@@ -24,7 +24,7 @@ from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
 from megatron_detour.training.engine import set_learning_rate
 from megatron_detour.training.freezing import freeze
-from megatron_detour.training.guards import Guard, Verdict
+from megatron_detour.training.guards import Guard, Verdict, not_finite
 from megatron_detour.training.start import StartModel
 
 if TYPE_CHECKING:
@@ -79,9 +79,13 @@ class Trainer:
             figures |= self._speed(step, seconds, figures.pop("flops"))
             figures |= {"data_wait_seconds": waited, "memory_bytes": memory_bytes(self.device)}
             if self.validate and (step.ends_phase or step.passes(self.config.validation.every)):
-                figures |= self.validate(self.engine.module)
+                validated = self.validate(self.engine.module)
+                wrong = not_finite(validated)
+                figures |= validated | dict.fromkeys(wrong)
+            else:
+                wrong = []
             self.record(figures)
-            self._refuse_to_go_on(step, figures)
+            self._refuse_to_go_on(step, figures, wrong)
             due = self.config.checkpoint
             if stop or step.ends_phase or step.passes(due.every) or step.passes(due.keep_every):
                 self.save(step)
@@ -141,7 +145,7 @@ class Trainer:
         zero.optimizer.permit = permit
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        # Of a gradient that is no number ZeRO itself leaves the step out.
+        # Of a gradient that is NaN ZeRO itself leaves the step out.
         verdict = verdicts[0] if verdicts else self.guard.judge(loss, norm)
         self.guard.remember(loss, norm, verdict)
         return norm, verdict
@@ -154,7 +158,15 @@ class Trainer:
             if step.phase.settings.optimizer_state == "reset":
                 forget_moments(self.engine)
 
-    def _refuse_to_go_on(self, step: Step, figures: dict[str, Any]) -> None:
+    def _refuse_to_go_on(self, step: Step, figures: dict[str, Any], wrong: list[str]) -> None:
+        """`wrong` are validation's figures that are NaN or infinite: such weights do not replace good checkpoints."""
+        if wrong:
+            self.inspect(step, figures)
+            raise DetourError(
+                f"validation after step {step.number} of phase {step.phase.name}: {wrong[0]} is NaN or infinite; nothing "
+                "was saved since the last checkpoint: look at the folder inspect/ and the metrics, lower the learning "
+                "rate and start in another folder=..."
+            )
         if self.guard.out_of_patience:
             self.inspect(step, figures)
             raise DetourError(

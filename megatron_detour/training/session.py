@@ -16,7 +16,7 @@ from megatron_detour.checkpoint.saver import Background
 from megatron_detour.config import RunConfig
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.course import Course
-from megatron_detour.errors import EXIT_INTERRUPTED
+from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.forecast import Start, forecast, headline
 from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
@@ -30,7 +30,7 @@ from megatron_detour.training.checkpoints import Checkpoints
 from megatron_detour.training.describe import run_facts, session_facts
 from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
 from megatron_detour.training.folder import add_session, changed_settings, end_session, refuse_another_run, take
-from megatron_detour.training.guards import Guard
+from megatron_detour.training.guards import Guard, not_finite
 from megatron_detour.training.lock import RunLock
 from megatron_detour.training.loop import Trainer
 from megatron_detour.training.start import StartModel
@@ -51,7 +51,7 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
     start = StartModel.of(config)
     course = Course(plan, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config, plan)
-    with Watch():
+    with Watch(asked=lambda: stop.reason() is not None):
         choice = choose_compute(
             config.compute.attention,
             config.compute.kernels,
@@ -184,7 +184,11 @@ class Session:
     def _begin(self, engine: DeepSpeedEngine, checkpoints: Checkpoints) -> None:
         """Step 0: the figures before training, and a checkpoint where no folder holds these weights yet."""
         if self.validation:
-            self._record({"step": 0, "tokens": 0} | self.validation(engine.module))
+            figures = self.validation(engine.module)
+            wrong = not_finite(figures)
+            self._record({"step": 0, "tokens": 0} | figures | dict.fromkeys(wrong))
+            if wrong:
+                raise DetourError(f"model.start: {wrong[0]} is NaN or infinite before any training; start from another")
         if self.start.weights is None:
             checkpoints.save(None)
 
