@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_detour.config import RunConfig
+from megatron_detour.errors import nearest
 from megatron_detour.forecast import costs, faults, memory, storage
 from megatron_detour.forecast.costs import PhaseCost, Speed
 from megatron_detour.forecast.memory import Load, Memory, Setting
@@ -15,6 +16,7 @@ from megatron_detour.forecast.start import Start, look
 from megatron_detour.forecast.storage import Disk, Reading
 from megatron_detour.forecast.zero import Zero2, faults_of
 from megatron_detour.model.flops import Frozen
+from megatron_detour.model.peaks import NAMES as PEAK_NAMES
 from megatron_detour.model.peaks import peak_flops
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan, PlannedPhase
@@ -107,7 +109,8 @@ def forecast(
         rate, None if rate else mfu or MFU, peak_flops(device, "bf16" if zero is None or zero.bf16 else "fp32")
     )
     if not speed.known:
-        notes.append(f"time: the peak of {device!r} is not known here; give a measured rate with --rate")
+        hint = nearest(device, PEAK_NAMES)
+        notes.append(f"time: the peak of {device!r} is not known here{hint}; or give a measured rate with --rate")
     shape = start.shape
     found = [*start.faults, *zero_faults, *faults.of_packages(config), *faults.of_ranks(config, plan, ranks)]
     found += faults.of_shape(config, plan, shape) if shape else []

@@ -163,9 +163,9 @@ class Trainer:
         if wrong:
             self.inspect(step, figures)
             raise DetourError(
-                f"validation after step {step.number} of phase {step.phase.name}: {wrong[0]} is NaN or infinite; nothing "
-                "was saved since the last checkpoint: look at the folder inspect/ and the metrics, lower the learning "
-                "rate and start in another folder=..."
+                f"validation after step {step.number} of phase {step.phase.name}: {wrong[0]} is NaN or infinite; "
+                "nothing was saved since the last checkpoint: look at the folder inspect/ and the metrics, lower the "
+                "learning rate and start in another folder=..."
             )
         if self.guard.out_of_patience:
             self.inspect(step, figures)

@@ -178,6 +178,15 @@ def test_gpus_without_bf16_or_nccl(two_gpus, monkeypatch):
     assert (machine.precision().state, machine.collectives().state) == (NOTE, FAULT)
 
 
+def test_the_file_that_is_in_use_is_not_advised(run_file, monkeypatch):
+    monkeypatch.setattr(machine, "_cpu_flags", set)
+    (bf16,) = by_what(doctor.items(str(run_file), []))["bf16"]
+    assert (bf16.state, bf16.remedy) == (OK, "")
+    other = f"deepspeed={ROOT / 'ds_configs/zero2_bf16.json'}"
+    (bf16,) = by_what(doctor.items(str(run_file), [other]))["bf16"]
+    assert bf16.state == NOTE and "zero2_fp32_cpu.json" in bf16.remedy
+
+
 @pytest.mark.parametrize(("flags", "state"), [({"avx2", "avx512_bf16"}, OK), ({"avx2"}, NOTE), (set(), NOTE)])
 def test_bf16_of_a_cpu(monkeypatch, flags, state):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -98,6 +98,14 @@ def test_a_good_run_file_is_told_to_be_good(good, write, capsys):
     assert capsys.readouterr().out.rstrip().endswith("nothing here would stop the run")
 
 
+@pytest.mark.parametrize(("gpu", "hint"), [("h10", "h100"), ("H1OO", "h100"), ("mi300", "mi300x"), ("abacus", None)])
+def test_a_gpu_by_almost_its_name(good, write, capsys, gpu, hint):
+    main(["plan", write(good), "--gpu", gpu])
+    out = " ".join(capsys.readouterr().out.split())
+    meant = f" (did you mean {hint!r}?)" if hint else ""
+    assert f"time: the peak of {gpu!r} is not known here{meant}; or give a measured rate" in out
+
+
 def test_the_control_is_planned(good, write, capsys):
     path = write(good)
     for words in (["--control"], ["--control", "mlm=0.4"]):
