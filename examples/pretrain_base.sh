@@ -12,7 +12,7 @@
 set -euo pipefail
 beside="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin"
 [ -x "$beside/deepspeed" ] && PATH="$beside:$PATH"
-exec python "$0" --launch "$@"
+exec "$(command -v python || command -v python3)" "$0" --launch "$@"
 : <<'# end of the Python part'
 '''
 from pathlib import Path

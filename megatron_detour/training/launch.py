@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -31,29 +34,31 @@ def launch(script: str, arguments: list[str]) -> int:
     ranks = ["--num_gpus", os.environ["RANKS"]] if os.environ.get("RANKS") else []
     command = [deepspeed, "--log_level", "critical", "--master_port", port, *ranks, script, *arguments]
     process = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C does not get there
+    in_vain = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        started = _ranks(process.pid)
-        for rank in started:
+        ranks = _ranks_that_listen(process.pid)
+        for rank in ranks:
             rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-        if not started:
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher alone: nothing has begun
+        if not ranks:  # nothing has begun, and nothing is lost
+            in_vain.append(number)
+            os.killpg(process.pid, signal.SIGKILL)
 
     for number in FORWARDED:
         signal.signal(number, forward)
     status = process.wait()
-    if status == -signal.SIGKILL and not _ranks(process.pid):
+    if in_vain:
         print("stopped before the run began", file=sys.stderr)
         return 130
     return status if status >= 0 else 128 - status
 
 
-def _ranks(launcher: int) -> list[psutil.Process]:
+def _ranks_that_listen(launcher: int) -> list[psutil.Process]:
+    """Those that take signals already (training/stop.py): others would die of them."""
     found = []
-    try:
-        for process in psutil.Process(launcher).children(recursive=True):
-            if "RANK" in process.environ():
+    for process in psutil.Process(launcher).children(recursive=True):
+        with suppress(psutil.Error, OSError):  # one that has just ended
+            caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.M)
+            if "RANK" in process.environ() and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1:
                 found.append(process)
-    except psutil.Error:  # one that has just ended
-        pass
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from megatron_detour.training.cluster import join_slurm
 from megatron_detour.training.folder import is_finished, refuse_another_run
 from megatron_detour.training.launch import launch
 from megatron_detour.training.stop import StopRequests
+from megatron_detour.training.terminal import ctrl_c_for_this_rank
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +56,9 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
     if options.launch:
         _refuse_early(config, plan)
         return launch(sys.argv[0], [word for word in arguments if word != "--launch"])
-    with StopRequests(config.time_limit) as stop:  # a request that comes while libraries load is kept
+    launched = os.environ.get("LOCAL_RANK") == "0" and first
+    own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
+    with StopRequests(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
         # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
         from megatron_detour.training.session import run_session
 

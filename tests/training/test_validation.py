@@ -100,4 +100,4 @@ def test_ranks_share_the_sequences_out(corpus, second, tokenizer_folder):
     for name, numbers in whole.numbers.items():
         for objective in whole.objectives.values():
             parts = sum(share._sums(model, objective, share.numbers[name]) for share in shares)
-            np.testing.assert_allclose(parts, whole._sums(model, objective, numbers), rtol=1e-6)
+            np.testing.assert_allclose(parts, whole._sums(model, objective, numbers), rtol=1e-5)  # fp32
