@@ -6,13 +6,13 @@
 #   deepspeed [--num_gpus N] examples/pretrain_large.sh ...
 #   torchrun --nproc_per_node N examples/pretrain_large.sh ...
 #
-# This file is bash and Python at once: bash starts the launcher, the launcher runs the Python part on every rank.
-# Started by bash, RANKS=N sets the number of ranks (default: one a GPU).
+# This file is bash and Python at once: bash starts the Python part, which looks at the run file and starts DeepSpeed's
+# launcher, which runs the Python part on every rank. Started by bash, RANKS=N sets the number of ranks (default: one a
+# GPU), and a Ctrl-C lets the ranks save before the prompt comes back.
 set -euo pipefail
 beside="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin"
 [ -x "$beside/deepspeed" ] && PATH="$beside:$PATH"
-command -v deepspeed >/dev/null || { echo "error: deepspeed is not installed; run make install" >&2; exit 1; }
-exec deepspeed --log_level warning --master_port "${MASTER_PORT:-$((20000 + RANDOM % 20000))}" ${RANKS:+--num_gpus "$RANKS"} "$0" "$@"
+exec "$(command -v python || command -v python3)" "$0" --launch "$@"
 : <<'# end of the Python part'
 '''
 from pathlib import Path

@@ -91,9 +91,13 @@ if [ -z "${RANKS:-}" ]; then
   command -v nvidia-smi >/dev/null && RANKS=1
 fi
 [ -n "$(command -v nvidia-smi)" ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=cpu  # spares a warning
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} deepspeed --log_level error --num_gpus "$RANKS" \
-  --master_port $((20000 + RANDOM % 20000)) "$root/examples/pretrain_base.sh" "${recipe[@]}" ||
-  fail "training has stopped, see above; where it was interrupted, this command goes on from the last checkpoint (to start anew, remove $work)"
+status=0
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} RANKS=$RANKS bash "$root/examples/pretrain_base.sh" "${recipe[@]}" || status=$?
+case $status in
+  0) ;;
+  75|130) exit "$status" ;;  # Ctrl-C: the run has said what is saved
+  *) fail "training has stopped, see above; where it was interrupted, this command goes on from the last checkpoint (to start anew, remove $work)" ;;
+esac
 
 step "converting to a Hugging Face folder: $work/model"
 if [ ! -e "$work/model" ] || [ "$work/run/checkpoints" -nt "$work/model" ]; then

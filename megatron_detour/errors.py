@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 SECONDS_OF_GRACE = 10  # a launcher ends the other ranks well before
@@ -39,12 +39,18 @@ def told(faults: list[str]) -> str:
     return faults[0] if len(faults) == 1 else f"{len(faults)} faults:\n  - " + "\n  - ".join(faults)
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """Returns ``" (did you mean 'x'?)"`` for the known word closest to `word`, or an empty string."""
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns ``" (did you mean 'x'?)"`` for the known word closest to `word`, or an empty string.
+
+    Capitals do not count. What was typed itself is never suggested: where it is known, something else is wrong.
+    """
     import difflib
 
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    by_lower = {name.lower(): name for name in known}
+    if word in by_lower.values():
+        return ""
+    match = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return f" (did you mean {by_lower[match[0]]!r}?)" if match else ""
 
 
 def of_another_rank(error: BaseException) -> bool:

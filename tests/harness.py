@@ -14,7 +14,7 @@ from typing import Any
 from megatron_detour.errors import command_line
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT_SECONDS = 180
+TIMEOUT_SECONDS = 1800  # only what hangs takes that long, on any machine
 
 
 def environment() -> dict[str, str]:

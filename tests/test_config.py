@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_detour.config import Corpus, RunConfig, as_control, from_dict, load, parse_tokens
-from megatron_detour.errors import DetourError
+from megatron_detour.config.deepspeed import NEEDED, read_deepspeed_config
+from megatron_detour.errors import DetourError, nearest
+from megatron_detour.forecast import forecast
+from megatron_detour.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
@@ -178,7 +183,7 @@ def test_later_overrides_win(tmp_path):
         ("phases.detuor.tokens=1B", "'detuor' is neither"),
         ("phases.²=1", "'²' is neither"),
         ("name.first=x", "name has no keys of its own"),
-        ("name=[", "the value is not YAML"),
+        ("name=[", "not YAML"),
         ("batch.sequence=9", "batch.sequence: there is no such key (did you mean 'sequences'?)"),
         ("checkpoint.evry=9", "checkpoint.evry: there is no such key (did you mean 'every'?)"),
     ],
@@ -303,7 +308,7 @@ CHECKS = {
     "end above peak": (small(phases__1__learning_rate__end=1), "phases.1.learning_rate.end: 1-sqrt needs an end"),
     "two ends": (
         small(phases__1__learning_rate__end_ratio=0.1),
-        "phases.1.learning_rate.end_ratio: end says the same; give one of the two",
+        "phases.1.learning_rate.end_ratio: set either end or end_ratio",
     ),
     "end ratio": (
         small(phases__1__learning_rate={"peak": 1, "shape": "cosine", "end_ratio": 2}),
@@ -328,7 +333,7 @@ CHECKS = {
     ),
     "batch warm-up": (
         small(phases__0__batch_warmup={"start": 2, "increment": 4, "tokens": "1k"}),
-        "phases.0.batch_warmup: 4 sequences at a time do not lead from 2 to the phase's 8",
+        "phases.0.batch_warmup: increment 4 does not divide 8 - 2",
     ),
     "batch warm-up's tokens": (
         small(phases__0__batch_warmup={"start": 2, "increment": 2, "tokens": "5k"}),
@@ -339,8 +344,8 @@ CHECKS = {
         small(data__corpora=[{"prefix": "a"}, {"prefix": "a"}]),
         "data.corpora: the corpus 'a' is there twice",
     ),
-    "phase's name": (small(phases__0__name="a.b"), "phases.0.name: 'a.b' is no name"),
-    "number as a name": (small(phases__0__name="12"), "phases.0.name: '12' is no name"),
+    "phase's name": (small(phases__0__name="a.b"), "phases.0.name: invalid name 'a.b'"),
+    "number as a name": (small(phases__0__name="12"), "phases.0.name: invalid name '12'"),
     "empty folder": (small(folder=""), "folder: must not be empty"),
     "spikes": (
         small(guards__spikes="skipp"),
@@ -381,8 +386,8 @@ def test_edges_that_are_allowed():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"a: [", "not a YAML file"),
-        (b"name: \xff", "not a YAML file"),
+        (b"a: [", "not YAML"),
+        (b"name: \xff", "not YAML: not UTF-8"),
         (b"- a\n", "a run file is a YAML mapping"),
         (b"", "a run file is a YAML mapping"),
     ],
@@ -551,3 +556,104 @@ def test_the_papers_numbers(name):
     assert dataclasses.astuple(detour.learning_rate) == (2e-4, 10**8, "constant", None, None)
     assert (decay.objective, decay.tokens, decay.mask_rate) == ("mlm", decay_tokens, 0.15)
     assert dataclasses.astuple(decay.learning_rate) == (2e-4, 0, "1-sqrt", 2e-5, None)
+
+
+def keys_of(cls: type, key: str = "") -> list[str]:
+    """Every key that a run file may have; of a list its first entry."""
+    found = []
+    for field in dataclasses.fields(cls):
+        here = f"{key}.{field.name}".lstrip(".")
+        hints = [typing.get_type_hints(cls)[field.name]]
+        while hints and not dataclasses.is_dataclass(hints[0]):
+            hints = [*typing.get_args(hints[0]), *hints[1:]] if typing.get_args(hints[0]) else hints[1:]
+        found.append(here)
+        inner = hints[0] if hints else None
+        if inner and field.name in ("phases", "corpora"):
+            found += [f"{here}.0", *keys_of(inner, f"{here}.0")]
+        elif inner:
+            found += keys_of(inner, here)
+    return found
+
+
+WRONG = (None, [], [None], {}, {"a": {"b": []}}, True, -1, 0, 0.5, 10**18, 10**400, "", "x", "a\nb", "1e99", "\ud800")
+
+
+@pytest.mark.parametrize("key", keys_of(RunConfig))
+def test_a_wrong_value_is_a_sentence_or_a_plan(key, tmp_path):
+    """Whatever stands at a key: all faults in a sentence, or a run that can be planned and forecast."""
+    whole = small(
+        validation__corpora=[{"prefix": "h"}],
+        wandb={"project": "p"},
+        phases__0__corpora=[{"prefix": "c"}],
+        phases__0__batch_warmup={"start": 2, "increment": 2, "tokens": 2048},
+        folder=str(tmp_path / "run"),
+        model__start=str(tmp_path),  # no hub is asked
+    )
+    for value in WRONG:
+        raw = copy.deepcopy(whole)
+        *way, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+        here = raw
+        for part in way:
+            here = here[part] if isinstance(here, list) else here.setdefault(part, {})
+        here[last] = value
+        try:
+            config = from_dict(raw)
+        except DetourError as error:
+            assert "\ud800" not in str(error)
+            continue
+        told = forecast(config, Plan.of(config), config.parallel.tensor)
+        assert [note for note in told.notes if "not known:" in note] == [], (key, value)
+
+
+@pytest.mark.parametrize("depth", [100, 2_000])
+def test_what_is_nested_too_deep_is_a_sentence(tmp_path, depth):
+    deep = "[" * depth + "]" * depth
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(SMALL) + f"model.config: {deep}\n")
+    with pytest.raises(DetourError):
+        load(tmp_path / "run.yaml")
+    for override in (f"model.config={deep}", f"seed={deep}", f"model.config={{layer_types: {deep}}}"):
+        with pytest.raises(DetourError):
+            load(written(tmp_path, SMALL), [override])
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SMALL) + "phases: []\n")
+    with pytest.raises(DetourError, match=r"line \d+: the key 'phases' appears twice"):
+        load(path)
+    with pytest.raises(DetourError, match="the key 'spikes' appears twice"):
+        load(written(tmp_path, SMALL), ["guards={spikes: skip, spikes: report}"])
+
+
+@pytest.mark.parametrize("folder", ["a\nb", "a\tb", "a\x1b[31mb", "a\u202eb", "a\u2028b"])
+def test_control_characters_in_names_are_refused(tmp_path, folder):
+    with pytest.raises(DetourError, match="holds a line break or a control character"):
+        load(written(tmp_path, SMALL), [f"folder={folder}"])
+    assert "folder: a text in one line" in fault(small(folder=folder))
+
+
+@pytest.mark.parametrize("key", [*NEEDED, "zero_optimization.stage"])
+def test_a_wrong_value_of_a_deepspeed_file_is_a_sentence(key, tmp_path):
+    path = tmp_path / "ds.json"
+    section, _, name = key.rpartition(".")
+    for value in (None, [], {"a": 1}, True, -1, 0, 0.5, 10**400, "x", "auto"):
+        raw = {"zero_optimization": {"stage": 2}}
+        (raw.setdefault(section, {}) if section else raw)[name] = value
+        path.write_text(json.dumps(raw))
+        try:
+            read_deepspeed_config(str(path))
+        except DetourError as error:
+            assert str(error).startswith(f"{path}: ") and key.split(".")[0] in str(error), value
+        else:
+            assert value in (True, False, {"a": 1}, "x", "auto"), (key, value)
+    for text in ("[]", "null", "{", "[" * 100_000, '{"bf16": {}, "bf16": {}}'):
+        path.write_text(text)
+        with pytest.raises(DetourError, match="deepspeed: "):
+            read_deepspeed_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("MLM", "mlm"), ("Clm", "clm"), ("mlm", ""), ("h10", ""), ("mlmm", "mlm"), ("zzz", "")]
+)
+def test_a_hint_is_never_what_was_typed(word, hint):
+    assert nearest(word, ["mlm", "clm"]) == (f" (did you mean {hint!r}?)" if hint else "")

@@ -48,6 +48,7 @@ ALLOWED = {
         "parallel model checkpoint data.vocabulary data.spm errors files",
         "torch safetensors tokenizers transformers",
     ),
+    "checkpoint.source": ("data.vocabulary model.shape errors", ""),
     "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
     "release": (
         "release checkpoint model data.vocabulary data.manifest observe.run_folder observe.words config plan errors",
@@ -93,7 +94,7 @@ ALLOWED = {
     "benchmark.process": ("benchmark errors", "psutil"),
     "forecast": (
         "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
-        "data.vocabulary errors",
+        "data.vocabulary data.words checkpoint.source errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
@@ -107,7 +108,8 @@ ALLOWED = {
         "training checkpoint data model observe parallel kernels config errors files forecast objectives plan",
         "numpy torch yaml",
     ),
-    "training.engine": ("training parallel config plan errors files", "torch deepspeed"),
+    "training.launch": ("training.cluster errors", "psutil"),
+    "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
 }
 # These load only when a function needs them, so that the rest of the module works fast and without them.
 LAZY = {

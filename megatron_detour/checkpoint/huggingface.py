@@ -9,7 +9,6 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +16,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_detour.checkpoint.source import WEIGHTS, Source, StoredWeights
 from megatron_detour.checkpoint.state import TrainingState
 from megatron_detour.data.spm import SUFFIXES
-from megatron_detour.data.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, hub_file, load_tokenizer
-from megatron_detour.errors import DetourError, nearest
+from megatron_detour.data.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, load_tokenizer
+from megatron_detour.errors import DetourError
 from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.shape import Shape, refuse_unknown_keys
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
 
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run_state.json"
 STEP = "step"  # of Adam, by parameter name beside the moments
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOLERANCE = 1e-4  # of fp32 logits, as a share of the greatest
 COMPARED_TOKENS, COMPARED_TOGETHER = 1024, 5  # of a text, texts of a padded batch: whole logits are large
-OLD_CONFIG_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A Hugging Face model: a folder, or a hub id in the local cache, or fetched where that is allowed."""
-
-    name: str
-    download: bool = False
-
-    def file(self, name: str) -> Path:
-        """Raises DetourError when there is no such file."""
-        folder = Path(self.name)
-        if not folder.is_dir():
-            return hub_file(self.name, name, self.download, "model")
-        if not (folder / name).is_file():
-            raise DetourError(f"{folder}: the folder has no {name}, so it is not a Hugging Face model")
-        return folder / name
-
-    def config(self) -> dict[str, Any]:
-        path = self.file("config.json")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise DetourError(f"{path}: not a JSON file") from None
-        if not isinstance(config, dict):
-            raise DetourError(f"{path}: not a model's configuration")
-        return config
-
-    def has(self, name: str) -> bool:
-        try:
-            return self.file(name).is_file()
-        except DetourError:
-            return False
 
 
 class Weights:
@@ -74,20 +39,16 @@ class Weights:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._stack = ExitStack()
-        self._where: dict[str, Any] = {}
 
     def __enter__(self) -> Weights:
-        files = [WEIGHTS]
-        if self.source.has(WEIGHTS_INDEX) and not self.source.has(WEIGHTS):
-            index = json.loads(self.source.file(WEIGHTS_INDEX).read_text(encoding="utf-8"))
-            files = sorted(set(index["weight_map"].values()))
-        for name in files:
-            path = self.source.file(name)
-            try:
-                opened = self._stack.enter_context(safe_open(path, "pt"))
-            except SafetensorError as error:
-                raise DetourError(f"{path}: not a safetensors file: {error}") from None
-            self._where.update(dict.fromkeys(opened.keys(), opened))
+        self._stored = StoredWeights.of(self.source)
+        self._files: dict[Path, Any] = {}
+        for path, _ in self._stored.where.values():
+            if path not in self._files:
+                try:
+                    self._files[path] = self._stack.enter_context(safe_open(path, "pt"))
+                except SafetensorError as error:
+                    raise DetourError(f"{path}: not a safetensors file: {error}") from None
         return self
 
     def __exit__(self, *exception) -> None:
@@ -95,28 +56,19 @@ class Weights:
 
     def __call__(self, name: str) -> torch.Tensor:
         """The tensor in fp32."""
-        return self._where[name].get_tensor(name).to(torch.float32)
+        path, stored = self._stored.where[name]
+        return self._files[path].get_tensor(stored).to(torch.float32)
 
     def check(self, sizes: dict[str, tuple[int, ...]]) -> None:
         """Raises DetourError unless every parameter is there in its size."""
-        for name, size in sizes.items():
-            if name not in self._where:
-                raise DetourError(f"{self.source.name}: the weights have no {name}; a masked language model is needed")
-            found = tuple(self._where[name].get_slice(name).get_shape())
-            if found != size:
-                raise DetourError(f"{self.source.name}: {name} is {found} where the configuration means {size}")
+        self._stored.check(sizes, self.source.name)
 
 
 def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """A config.json for a new model: transformers' defaults, the tokenizer's ids, and what the run file gives."""
     from transformers import ModernBertConfig
 
-    known = [*ModernBertConfig().to_dict(), *OLD_CONFIG_KEYS]
-    for key in given:
-        if key not in known:
-            raise DetourError(
-                f"model.config.{key}: transformers' ModernBertConfig has no such key{nearest(key, known)}"
-            )
+    refuse_unknown_keys(given)
     ids = {
         "vocab_size": vocabulary.size,
         "pad_token_id": vocabulary.pad,

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
 
-from megatron_detour.checkpoint.huggingface import Weights
+from megatron_detour.checkpoint.source import weight_sizes
 from megatron_detour.commands import machine
 from megatron_detour.commands.item import FAULT, NOTE, OK, Item
+from megatron_detour.commands.plan import listed
 from megatron_detour.config import RunConfig, load
 from megatron_detour.data.examine import verify
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast import Forecast, Start, forecast
-from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.parallel.state import ParallelState
+from megatron_detour.forecast.start import look
+from megatron_detour.forecast.zero import faults_of
 from megatron_detour.plan import Plan
-from megatron_detour.training.start import StartModel
 
 
 def run(run_file: str | None, overrides: list[str]) -> int:
@@ -35,37 +36,30 @@ def run(run_file: str | None, overrides: list[str]) -> int:
 
 
 def items(run_file: str | None, overrides: list[str]) -> Iterator[Item]:
+    faults, config = [], None
+    if run_file is not None:
+        try:
+            config = load(run_file, overrides)
+        except DetourError as fault:
+            faults = listed(fault)
     yield from machine.packages()
     yield from machine.gpus()
-    yield machine.precision()
+    yield machine.precision(faults_of(config.deepspeed)[0] if config else None)
     yield machine.collectives()
     yield from machine.host()
-    if run_file is None:
+    yield from (Item(FAULT, "run file", fault) for fault in faults)
+    if config:
+        yield Item(OK, "run file", f"{run_file}: {config.name}")
+        yield from _of_run(config)
+    else:
         yield from machine.compute()
         yield machine.disk(Path.cwd())
-        return
-    try:
-        config = load(run_file, overrides)
-    except DetourError as fault:
-        yield from machine.compute()
-        first, *others = str(fault).split("\n  - ")
-        yield from (Item(FAULT, "run file", told) for told in others or [first])
-        return
-    yield Item(OK, "run file", f"{run_file}: {config.name}")
-    yield from _of_run(config)
 
 
 def _of_run(config: RunConfig) -> Iterator[Item]:
-    try:
-        start = StartModel.of(config)
-    except DetourError as fault:
-        start, known = None, None
-        yield Item(FAULT, "model", str(fault))
-    else:
-        known = Start(start.shape, start.vocabulary)
-        yield from _model(start)
-    ranks = _ranks(config)
-    told = _forecast(config, ranks, known)
+    start = look(config.model, any(phase.whole_word_masking for phase in config.phases))
+    yield from _model(config, start)
+    told = _forecast(config, _ranks(config), dataclasses.replace(start, faults=()))  # they are told already
     yield from machine.compute(
         config.compute.attention,
         config.compute.kernels,
@@ -74,8 +68,7 @@ def _of_run(config: RunConfig) -> Iterator[Item]:
     )
     yield machine.disk(Path(config.folder), told.disk.needed if told.disk else 0)
     yield from _memory(told)
-    absent = [fault for fault in told.faults if known is None and fault.startswith("model.")]  # told above
-    yield from (Item(FAULT, "plan", fault) for fault in told.faults if fault not in absent)
+    yield from (Item(FAULT, "plan", fault) for fault in told.faults)
     yield from (Item(NOTE, "plan", warning) for warning in told.warnings)
     yield from _corpora(config)
 
@@ -85,7 +78,7 @@ def _ranks(config: RunConfig) -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else config.parallel.tensor
 
 
-def _forecast(config: RunConfig, ranks: int, known: Start | None) -> Forecast:
+def _forecast(config: RunConfig, ranks: int, known: Start) -> Forecast:
     plan = Plan.of(config)
     if not torch.cuda.is_available():
         return forecast(config, plan, ranks, start=known, device="cpu")
@@ -94,18 +87,12 @@ def _forecast(config: RunConfig, ranks: int, known: Start | None) -> Forecast:
     return forecast(config, plan, ranks, start=known, device=name, gpu_memory=total / 1e9)
 
 
-def _model(start: StartModel) -> Iterator[Item]:
-    if start.weights is None:
+def _model(config: RunConfig, start: Start) -> Iterator[Item]:
+    yield from (Item(FAULT, "model", fault) for fault in start.faults)
+    if not start.faults and config.model.start is None:
         yield Item(OK, "model", "initialised from the seed")
-        return
-    with torch.device("meta"):
-        sizes = ModernBert(start.shape, ParallelState()).full_sizes()
-    try:
-        with Weights(start.weights) as weights:
-            weights.check(sizes)
-        yield Item(OK, "model", f"{start.weights.name}: {len(sizes)} weights of the sizes that its config.json means")
-    except DetourError as fault:
-        yield Item(FAULT, "model", str(fault))
+    elif not start.faults:
+        yield Item(OK, "model", f"{config.model.start}: {len(weight_sizes(start.shape))} weights match config.json")
 
 
 def _memory(told: Forecast) -> Iterator[Item]:

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 
 from megatron_detour.commands.item import FAULT, NOTE, OK, Item, item
 from megatron_detour.errors import DetourError
+from megatron_detour.forecast.zero import Zero2
 from megatron_detour.kernels.choose import choose_kernels
 from megatron_detour.model.backends import choose_attention
 
@@ -84,13 +85,15 @@ def gpus() -> Iterator[Item]:
         yield Item(OK, "driver", driver.read_text(encoding="utf-8").splitlines()[0].strip())
 
 
-def precision() -> Item:
-    """Whether bf16 is computed or emulated."""
+def precision(run: Zero2 | None = None) -> Item:
+    """Whether bf16 is computed or emulated; where `run` computes in fp32 that does not matter."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return item(native, "bf16", "native" if native else "not native", "use fp32, or an Ampere GPU or later")
     native = any(flag in _cpu_flags() for flag in CPU_BF16)
     remedy = "use deepspeed=ds_configs/zero2_fp32_cpu.json"
+    if not native and run and not run.bf16:
+        return Item(OK, "bf16", "emulated on this CPU; the run computes in fp32")
     return item(native, "bf16", "native on this CPU" if native else "emulated on this CPU, which is slow", remedy)
 
 
@@ -186,4 +189,4 @@ def disk(folder: Path, needed: int = 0) -> Item:
     except OSError as error:
         return Item(FAULT, "disk", f"{there}: cannot be written: {error.strerror}", "set folder=... to one that can")
     text = f"{there}: {free / 1e9:.1f} GB are free, {speed / 1e6:,.0f} MB/s to the disk"
-    return item(speed >= SLOW_DISK, "disk", text, "checkpoints will take long: checkpoint.every should be rare")
+    return item(speed >= SLOW_DISK, "disk", text, "checkpoints will take long: increase checkpoint.every")

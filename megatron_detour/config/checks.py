@@ -23,6 +23,7 @@ from megatron_detour.errors import nearest
 
 NAME = re.compile(r"(?!\d+$)[\w -]+")  # what key=value can address
 MODULES = re.compile(r"embeddings|final_norm|head|layers\.(\d+)(?:-(\d+))?")
+SIZES, LARGEST = ("sequence_length", "sequences", "micro_sequences", "tensor", "keep", "window"), 2**20
 
 
 @dataclass
@@ -114,6 +115,8 @@ def _check_numbers(config: RunConfig, faults: Faults) -> None:
             above_zero[f"phases.{number}.{name}"] = getattr(phase, name)
     for key, value in above_zero.items():
         faults.refuse_unless(value is None or value > 0, key, f"must be above 0, it is {value}")
+        if key.rpartition(".")[2] in SIZES and value is not None:
+            faults.refuse_unless(value <= LARGEST, key, f"must be {LARGEST:,} or less, it is {value:,}")
     seeds = {
         "seed": config.seed,
         "data.order_seed": config.data.order_seed,
@@ -148,7 +151,7 @@ def _check_batch_warmup(config: RunConfig, phase: Phase, key: str, faults: Fault
     if warmup.start >= size or (size - warmup.start) % warmup.increment:
         faults.add(
             key,
-            f"{warmup.increment} sequences at a time do not lead from {warmup.start} to the phase's {size}",
+            f"increment {warmup.increment} does not divide {size} - {warmup.start}, the phase's sequences less start",
             ["batch"],
         )
     if warmup.tokens > phase.tokens > 0:
@@ -218,7 +221,7 @@ def _check_rate(phase: Phase, key: str, faults: Faults) -> None:
             )
     elif rate.shape in SHAPES:
         if len(ends) == 2:
-            faults.add(f"{key}.end_ratio", "end says the same; give one of the two", related)
+            faults.add(f"{key}.end_ratio", "set either end or end_ratio", related)
         elif rate.end_ratio is not None and not 0 <= rate.end_ratio <= 1:
             faults.add(f"{key}.end_ratio", f"must lie in [0, 1], it is {rate.end_ratio:g}", related)
         elif not ends or (rate.end is not None and not 0 <= rate.end <= rate.peak):
@@ -249,6 +252,4 @@ def _check_names(config: RunConfig, faults: Faults) -> None:
         if name in names[:number]:
             faults.add(key, f"the name {name!r} is used twice")
         if not NAME.fullmatch(name):
-            faults.add(key, f"{name!r} is no name: letters, digits, spaces, - and _ make one")
-    for key, text in (("name", config.name), ("folder", config.folder)):
-        faults.refuse_unless(bool(text.strip()), key, "must not be empty")
+            faults.add(key, f"invalid name {name!r}; use letters, digits, spaces, - and _")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from megatron_detour.errors import DetourError, told
+from megatron_detour.structured import read_json_object
 
 FROM_RUN_FILE = {
     "train_batch_size": "batch.sequences",
@@ -21,6 +21,24 @@ REFUSED = {
     "overlap_comm": "it has given wrong gradients in several releases",
     "offload_optimizer": "checkpoints are read from the optimiser on the device",
 }
+MAPPING, SIZE, FLAG, TEXT = "a mapping", "a whole number above 0", "true or false", "a text"
+NEEDED = {  # what stands in the files of ds_configs/, or is looked at here
+    "zero_optimization": MAPPING,
+    "zero_optimization.stage": SIZE,
+    "zero_optimization.reduce_bucket_size": SIZE,
+    "zero_optimization.allgather_bucket_size": SIZE,
+    "zero_optimization.contiguous_gradients": FLAG,
+    "zero_optimization.reduce_scatter": FLAG,
+    "zero_optimization.overlap_comm": FLAG,
+    "bf16": MAPPING,
+    "bf16.enabled": FLAG,
+    "bf16.check_grad_overflow": FLAG,
+    "fp16": MAPPING,
+    "fp16.enabled": FLAG,
+    "data_types": MAPPING,
+    "data_types.grad_accum_dtype": TEXT,
+    "communication_data_type": TEXT,
+}
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
@@ -34,15 +52,14 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 def look_at_deepspeed_config(path: str) -> tuple[dict[str, Any] | None, list[str]]:
     """The file's content, or None with every reason why a run refuses it."""
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = read_json_object(path)
     except FileNotFoundError:
         return None, [f"deepspeed: {path}: there is no such file; ds_configs/ has two"]
-    except OSError as error:
-        return None, [f"deepspeed: {path}: cannot be read: {error.strerror}"]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return None, [f"{path}: not a JSON file: {error}"]
-    if not isinstance(raw, dict):
-        return None, [f"{path}: a DeepSpeed file is a JSON object"]
+    except DetourError as fault:
+        return None, [f"deepspeed: {fault}"]
+    faults = [fault for key, needed in NEEDED.items() if (fault := _fault_of(raw, key, needed))]
+    if faults:
+        return None, [f"{path}: {fault}" for fault in faults]
     faults = [
         f"{path}: remove {key}; it follows from {home} in the run file"
         for key, home in FROM_RUN_FILE.items()
@@ -55,5 +72,21 @@ def look_at_deepspeed_config(path: str) -> tuple[dict[str, Any] | None, list[str
     if raw.get("fp16", {}).get("enabled"):
         faults.append(f"{path}: fp16 is not supported; use bf16 or fp32")
     if raw.get("bf16", {}).get("enabled") and not raw["bf16"].get("check_grad_overflow"):
-        faults.append(f"{path}: set bf16.check_grad_overflow to true, or gradients that are no numbers are applied")
+        faults.append(f"{path}: set bf16.check_grad_overflow to true, or gradients that are NaN are applied")
     return (None if faults else raw), faults
+
+
+def _fault_of(raw: dict[str, Any], key: str, needed: str) -> str | None:
+    section, _, name = key.rpartition(".")
+    inside = raw.get(section, {}) if section else raw
+    if not isinstance(inside, dict) or name not in inside:  # its section is told, or it is left out
+        return None
+    value = inside[name]
+    good = {
+        MAPPING: isinstance(value, dict),
+        # DeepSpeed's examples write sizes as 5e8.
+        SIZE: type(value) in (int, float) and 0 < value < 2**63 and value == int(value),
+        FLAG: isinstance(value, bool),
+        TEXT: isinstance(value, str),
+    }[needed]
+    return None if good else f"{key} is {json.dumps(value)[:60]}; {needed} is needed"

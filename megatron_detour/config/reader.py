@@ -11,30 +11,30 @@ import math
 import os
 import re
 import types
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from megatron_detour.config.checks import Faults, check
 from megatron_detour.config.schema import Phase, RunConfig, Seconds, join_key
 from megatron_detour.errors import DetourError, nearest, told
+from megatron_detour.structured import parse_yaml, read_yaml
+
+GREATEST = 2**53  # of whole numbers
+MOST = 10**15  # of tokens and seconds: what lies above is a slip, and more than floating-point numbers tell apart
+SHOWN = 200  # characters of a wrong value
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Reads a run file and applies overrides such as ``phases.detour.tokens=1B``. Raises DetourError."""
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except FileNotFoundError:
         raise DetourError(f"{path}: there is no such run file") from None
-    except OSError as error:
-        raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DetourError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise DetourError(f"{path}: a run file is a YAML mapping with keys such as name, model, data and phases")
     for override in overrides or []:
@@ -61,7 +61,7 @@ def parse_tokens(value: Any, tokens_per_step: int | None = None) -> int:
     """Reads an amount of tokens: an integer, "50B", "1.5M", "200k" or "3 steps". Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    match = re.fullmatch(r"\s*([\d_,]*\.?\d+(?:[eE][+-]?\d+)?)\s*(k|M|B|T|steps?)?\s*", str(value))
+    match = re.fullmatch(r"\s*([\d_,]{0,30}\.?\d{1,30}(?:[eE][+-]?\d\d?)?)\s*(k|M|B|T|steps?)?\s*", str(value))
     if not match or isinstance(value, bool):
         raise ValueError('an amount of tokens, such as 50B, 100M, 3145728 or "3 steps", is needed')
     number = Fraction(match[1].replace(",", "").replace("_", ""))
@@ -81,7 +81,8 @@ def parse_seconds(value: Any) -> int:
     """Reads a time: seconds as an integer, or "23h30m", "90m", "2d", "45s". Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    match = re.fullmatch(r"\s*(?:(\d+)d)?\s*(?:(\d+)h)?\s*(?:(\d+)m)?\s*(?:(\d+)s)?\s*", str(value))
+    part = r"\s*(?:(\d{1,9})%s)?\s*"
+    match = re.fullmatch("".join(part % unit for unit in "dhms"), str(value))
     if not match or not any(match.groups()):
         raise ValueError("a time, such as 23h30m, 90m or 3600, is needed")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -100,7 +101,7 @@ class _Reader:
 
     def build(self, cls: type, raw: Any, key: str) -> Any:
         if not isinstance(raw, dict):
-            self.faults.unreadable(key, f"a mapping with {', '.join(_names(cls))} is needed, it is {raw!r}")
+            self.faults.unreadable(key, f"a mapping with {', '.join(_names(cls))} is needed, it is {_shown(raw)}")
             return _any_value(cls)
         hints = get_type_hints(cls, include_extras=True)
         known = {f.name: f for f in dataclasses.fields(cls)}
@@ -125,14 +126,17 @@ class _Reader:
             return self.build(hint, raw, key)
         try:
             if origin is Annotated:
-                return parse_seconds(raw) if hint is Seconds else parse_tokens(raw, _product(*self.sizes))
+                amount = parse_seconds(raw) if hint is Seconds else parse_tokens(raw, _product(*self.sizes))
+                if abs(amount) > MOST:
+                    raise ValueError(f"an amount up to {MOST:,} is needed")
+                return amount
             if origin is tuple:
                 return self._sequence(arguments, raw, key)
             return _mapping(raw) if origin is dict else _scalar(hint, raw)
         except _NeedsSizes:
             self.faults.unread.append(key)  # what is wrong with the sizes is told of them
         except ValueError as error:
-            self.faults.unreadable(key, f"{error}, it is {raw!r}")
+            self.faults.unreadable(key, f"{error}, it is {_shown(raw)}")
         return _any_value(hint)
 
     def _sequence(self, arguments: tuple, raw: Any, key: str) -> tuple:
@@ -153,6 +157,16 @@ class _Reader:
         self.sizes = outside
 
 
+def _has_controls(text: str) -> bool:
+    """Line breaks, control characters, bidirectional marks, halves of characters."""
+    return any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text)
+
+
+def _shown(raw: Any) -> str:
+    text = repr(raw)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+
+
 def _scalar(hint: type, raw: Any) -> Any:
     if hint is float and not isinstance(raw, bool):
         try:  # YAML 1.1 reads 2e-4 as a string
@@ -165,6 +179,12 @@ def _scalar(hint: type, raw: Any) -> Any:
     if type(raw) is not hint:
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
         raise ValueError(f"{wanted} is needed")
+    if hint is int and abs(raw) > GREATEST:
+        raise ValueError(f"a number up to {GREATEST:,} is needed")
+    if hint is str and not raw.strip():
+        raise ValueError("must not be empty")
+    if hint is str and _has_controls(raw):
+        raise ValueError("a text in one line without control characters is needed")
     return raw
 
 
@@ -194,10 +214,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise DetourError(f"override {override!r}: write it as key=value, for instance phases.detour.tokens=1B")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise DetourError(f"override {override!r}: the value is not YAML") from None
+    if _has_controls(override):  # YAML would make a space of a line break
+        raise DetourError(f"override {override!r}: holds a line break or a control character")
+    value = parse_yaml(text, f"override {override[:80]!r}")
     here: Any = raw
     *way, last = key.split(".")
     for depth, part in enumerate(way):

@@ -140,7 +140,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Guards:
-    """What happens to a step whose loss or gradient is no number, or stands far above those before it.
+    """What happens to a step whose loss or gradient is NaN, or stands far above those before it.
 
     A step that is skipped changes neither weights nor optimiser; its tokens count as consumed.
     """

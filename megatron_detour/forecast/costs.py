@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from megatron_detour.config import Corpus
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.errors import DetourError
-from megatron_detour.model.flops import training_flops
+from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import PlannedPhase
 
@@ -45,32 +44,7 @@ class PhaseCost:
     lengths: tuple[int, ...]  # of such documents, in the corpora's shares: about a step's
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """What a phase does not train. `below` counts the layers at the bottom that nothing trainable is under: they need
-    no backward pass at all."""
-
-    layers: frozenset[int] = frozenset()
-    embeddings: bool = False
-    head: bool = False
-
-    @property
-    def below(self) -> int:
-        if not self.embeddings:
-            return 0
-        return next(i for i in range(len(self.layers) + 1) if i not in self.layers)
-
-    @classmethod
-    def of(cls, phase: PlannedPhase) -> Frozen:
-        layers: set[int] = set()
-        for name in phase.settings.freeze:
-            if name.startswith("layers."):
-                first, _, last = name.removeprefix("layers.").partition("-")
-                layers |= set(range(int(first), int(last or first) + 1))
-        return cls(frozenset(layers), "embeddings" in phase.settings.freeze, "head" in phase.settings.freeze)
-
-
-def of_phase(shape: Shape, phase: PlannedPhase, frozen: Frozen, recompute: str, speed: Speed, gpus: int) -> PhaseCost:
+def of_phase(shape: Shape, phase: PlannedPhase, recompute: str, speed: Speed, gpus: int) -> PhaseCost:
     """What a phase costs, over all GPUs."""
     found = [lengths_of(corpus, phase.sequence_length) for corpus in phase.corpora]
     sampled = all(lengths is not None for lengths in found)
@@ -78,7 +52,7 @@ def of_phase(shape: Shape, phase: PlannedPhase, frozen: Frozen, recompute: str, 
         found = [(phase.sequence_length,)] * len(phase.corpora)
     weights = [corpus.weight / sum(c.weight for c in phase.corpora) for corpus in phase.corpora]
     pairs = list(zip(weights, found, strict=True))
-    a_token = sum(weight * _flops_of(shape, phase, lengths, frozen) / sum(lengths) for weight, lengths in pairs)
+    a_token = sum(weight * _flops_of(shape, phase, lengths) / sum(lengths) for weight, lengths in pairs)
     documents = sum(weight * len(lengths) / sum(lengths) for weight, lengths in pairs)
     flops = round(a_token * phase.tokens)
     again = 4 / 3 if recompute == "full" else 1.0  # the forward pass once more
@@ -122,25 +96,10 @@ def labelled_share(phase: PlannedPhase, mean_document: float) -> float:
     return first if last is None else (first + last) / 2
 
 
-def _flops_of(shape: Shape, phase: PlannedPhase, lengths: tuple[int, ...], frozen: Frozen) -> int:
-    causal, tokens = phase.objective == "clm", sum(lengths)
+def _flops_of(shape: Shape, phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
+    tokens = sum(lengths)
     labelled = round(tokens * labelled_share(phase, tokens / len(lengths)))
-    flops = training_flops(shape, lengths, causal, labelled)
-    of_kind = {
-        kind: training_flops(dataclasses.replace(shape, layer_types=(kind,)), lengths, causal, 0)
-        for kind in set(shape.layer_types)
-    }
-    weights = tokens * 2 * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
-    for number, kind in enumerate(shape.layer_types):
-        if number < frozen.below:
-            flops -= of_kind[kind] * 2 // 3  # all of the backward pass
-        elif number in frozen.layers:
-            flops -= weights  # the gradients of its weights
-    if frozen.head:
-        flops -= labelled * 2 * shape.hidden**2
-    if frozen.embeddings:  # they are the decoder's weight too
-        flops -= labelled * 2 * shape.hidden * shape.vocabulary
-    return flops
+    return training_flops(shape, lengths, phase.objective == "clm", labelled, Frozen.of(phase.settings.freeze))
 
 
 def sessions(seconds: float, time_limit: int | None) -> int:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from megatron_detour.config import Corpus, RunConfig
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.errors import DetourError
-from megatron_detour.forecast.costs import Frozen
 from megatron_detour.forecast.storage import Disk, Reading, validation_tokens
+from megatron_detour.model.flops import Frozen
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan, PlannedPhase
 
 MANY_EPOCHS = 4  # from which repeated text teaches clearly less (Muennighoff et al., 2023)
 MASKS = (0.05, 0.50)
 SHORT_OF_WARMUP = 2  # a phase is short when it is less than this many warm-ups long
+
+
+def of_packages(config: RunConfig) -> list[str]:
+    """Of libraries that nothing but a setting needs."""
+    wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb is not None}
+    return [
+        f"{package}: the package {package} is not installed: pip install {package}, or set {package}: {off}"
+        for package, off in (("tensorboard", "false"), ("wandb", "null"))
+        if wanted[package] and importlib.util.find_spec(package) is None
+    ]
 
 
 def of_ranks(config: RunConfig, ranks: int) -> list[str]:
@@ -57,7 +69,7 @@ def of_shape(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:
                     f"{shape.layers - 1}"
                 )
     for phase in plan.phases:
-        frozen = Frozen.of(phase)
+        frozen = Frozen.of(phase.settings.freeze)
         ends = frozen.embeddings and frozen.head and "final_norm" in phase.settings.freeze
         if ends and frozen.layers >= set(range(shape.layers)):
             faults.append(f"phases.{phase.name}.freeze: the whole model is frozen; leave something to train")

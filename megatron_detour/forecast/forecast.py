@@ -11,12 +11,15 @@ import numpy as np
 
 from megatron_detour.config import RunConfig
 from megatron_detour.data.order import deal, micro_batches_of
+from megatron_detour.errors import nearest
 from megatron_detour.forecast import costs, faults, memory, storage
-from megatron_detour.forecast.costs import Frozen, PhaseCost, Speed
+from megatron_detour.forecast.costs import PhaseCost, Speed
 from megatron_detour.forecast.memory import Load, Memory, Setting
 from megatron_detour.forecast.start import Start, look
 from megatron_detour.forecast.storage import Disk, Reading
 from megatron_detour.forecast.zero import Zero2, faults_of
+from megatron_detour.model.flops import Frozen
+from megatron_detour.model.peaks import NAMES as PEAK_NAMES
 from megatron_detour.model.peaks import peak_flops
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan, PlannedPhase
@@ -100,7 +103,7 @@ def forecast(
     rate: measured tokens a second and GPU; without it the time is that of `mfu` of the device's peak (0.25)
     """
     notes: list[str] = []
-    start = start or look(config.model)
+    start = start or look(config.model, any(phase.whole_word_masking for phase in config.phases))
     zero, zero_faults = faults_of(config.deepspeed)
     device = device or ("h100" if zero is None or zero.bf16 else "cpu")
     attempt = _Attempt(notes)
@@ -109,9 +112,10 @@ def forecast(
         rate, None if rate else mfu or MFU, peak_flops(device, "bf16" if zero is None or zero.bf16 else "fp32")
     )
     if not speed.known:
-        notes.append(f"time: the peak of {device!r} is not known here; give a measured rate with --rate")
+        hint = nearest(device, PEAK_NAMES)
+        notes.append(f"time: the peak of {device!r} is not known here{hint}; or give a measured rate with --rate")
     shape = start.shape
-    found = [*start.faults, *zero_faults, *faults.of_ranks(config, ranks)]
+    found = [*start.faults, *zero_faults, *faults.of_packages(config), *faults.of_ranks(config, ranks)]
     found += faults.of_shape(config, plan, shape) if shape else []
     found += attempt("corpora", lambda: faults.of_corpora(config, plan, start.vocabulary)) or []
     parameters = sum(memory.parameters(shape)) if shape else None
@@ -226,10 +230,10 @@ class Search:
             lengths = np.array(cost.lengths, dtype=np.int64)
             positions = max(positions, *(int(lengths[mine].sum()) for mine in deal(lengths, count)))
         labelled = costs.labelled_share(phase, mean)
-        return Load(positions, round(positions * labelled), phase.objective == "clm", Frozen.of(phase).below)
+        return Load(
+            positions, round(positions * labelled), phase.objective == "clm", Frozen.of(phase.settings.freeze).below
+        )
 
 
 def _costs(config: RunConfig, plan: Plan, shape: Shape, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:
-    return tuple(
-        costs.of_phase(shape, phase, Frozen.of(phase), config.compute.recompute, speed, ranks) for phase in plan.phases
-    )
+    return tuple(costs.of_phase(shape, phase, config.compute.recompute, speed, ranks) for phase in plan.phases)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights, weight_sizes
 from megatron_detour.config import Model
-from megatron_detour.data.vocabulary import Vocabulary, hub_file, load_vocabulary
+from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
+from megatron_detour.data.words import Words
 from megatron_detour.errors import DetourError
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.shape import Shape, refuse_unknown_keys
 
 # Of transformers' ModernBertConfig; a shape to initialise gives what differs. It is ModernBERT-base's.
 DEFAULTS = {
@@ -28,7 +28,6 @@ PUBLISHED = {  # so that a plan can be made before a model of the recipes is fet
     "almanach/moderncamembert-base": DEFAULTS | {"vocab_size": 32_768},
     "almanach/moderncamembert-large": DEFAULTS | LARGE | {"vocab_size": 32_768},
 }
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,15 @@ class Start:
     note: str = ""  # where the shape comes from, if not from the model itself
 
 
-def look(model: Model) -> Start:
-    """Nothing is fetched unless model.download allows it."""
+def look(model: Model, whole_words: bool = False) -> Start:
+    """Nothing is fetched unless model.download allows it. `whole_words`: a phase masks them."""
     faults: list[str] = []
     vocabulary = _vocabulary(model, faults)
+    if whole_words and vocabulary:
+        try:
+            Words.of(find_tokenizer(model.tokenizer or model.start, model.download), vocabulary)
+        except DetourError as fault:
+            faults.append(str(fault))
     shape, note = _started(model, faults) if model.start else (_fresh(model, vocabulary, faults), "")
     if shape and vocabulary and vocabulary.size > shape.vocabulary:
         faults.append(
@@ -55,44 +59,26 @@ def look(model: Model) -> Start:
 
 
 def _started(model: Model, faults: list[str]) -> tuple[Shape | None, str]:
+    source = Source(model.start, model.download)
     try:
-        shape = Shape.of(_config(model), model.start)
+        shape = Shape.of(source.config(), model.start)
     except DetourError as fault:
         faults.append(f"model.start: {fault}")
         known = PUBLISHED.get(model.start)
         return (Shape.of(known, model.start), "as published; the model is not here") if known else (None, "")
-    if not model.download and not any(_has(model.start, name) for name in WEIGHTS):
-        where = "the folder" if Path(model.start).is_dir() else "the hub's local cache"
-        faults.append(f"model.start: {model.start}: {where} has no {WEIGHTS[0]}; download the model again")
+    here = Source(model.start)  # weights are large: a plan leaves them to the run
+    if not model.download or any(here.has(name) for name in (WEIGHTS, WEIGHTS_INDEX)):
+        try:
+            StoredWeights.of(here).check(weight_sizes(shape), model.start)
+        except DetourError as fault:
+            faults.append(f"model.start: {fault}")
     return shape, ""
-
-
-def _has(start: str, name: str) -> bool:
-    if Path(start).is_dir():
-        return (Path(start) / name).is_file()
-    try:
-        return hub_file(start, name, False, "model").is_file()
-    except DetourError:
-        return False
-
-
-def _config(model: Model) -> dict[str, Any]:
-    folder = Path(model.start)
-    path = folder / "config.json" if folder.is_dir() else hub_file(model.start, "config.json", model.download, "model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DetourError(f"{folder}: the folder has no config.json, so it is not a Hugging Face model") from None
-    except (OSError, ValueError):
-        raise DetourError(f"{path}: not a JSON file") from None
-    if not isinstance(config, dict):
-        raise DetourError(f"{path}: not a model's configuration")
-    return config
 
 
 def _fresh(model: Model, vocabulary: Vocabulary | None, faults: list[str]) -> Shape | None:
     size = {"vocab_size": vocabulary.size} if vocabulary else {}
     try:
+        refuse_unknown_keys(model.config)
         return Shape.of(DEFAULTS | size | model.config, "model.config")
     except DetourError as fault:
         faults.append(str(fault))

@@ -6,20 +6,63 @@ pairs of query and key that see each other and no others; what activation checkp
 
 from __future__ import annotations
 
-from megatron_detour.model.shape import FULL, Shape
+from dataclasses import dataclass
+
+from megatron_detour.model.shape import FULL, SLIDING, Shape
 
 BACKWARD = 2  # times the forward pass: the gradients by the input and by the weight
 
 
-def training_flops(shape: Shape, lengths: tuple[int, ...], causal: bool, labelled: int) -> int:
-    """Of a forward and backward pass over documents of these lengths with `labelled` positions, all tensor ranks."""
-    tokens = sum(lengths)
-    forward = tokens * shape.layers * 2 * _layer_weights(shape)
-    for kind in set(shape.layer_types):
-        pairs = sum(visible_pairs(length, causal, None if kind == FULL else shape.window) for length in lengths)
-        forward += shape.layer_types.count(kind) * pairs * 4 * shape.hidden  # scores and their sum of values
-    forward += labelled * 2 * (shape.hidden**2 + shape.hidden * shape.vocabulary)
-    return (1 + BACKWARD) * forward
+@dataclass(frozen=True)
+class Frozen:
+    """What a phase does not train. `below` counts the layers at the bottom that nothing trainable is under: they need
+    no backward pass at all."""
+
+    layers: frozenset[int] = frozenset()
+    embeddings: bool = False
+    head: bool = False
+
+    @property
+    def below(self) -> int:
+        if not self.embeddings:
+            return 0
+        return next(i for i in range(len(self.layers) + 1) if i not in self.layers)
+
+    @classmethod
+    def of(cls, parts: tuple[str, ...]) -> Frozen:
+        """Of a phase's `freeze`: embeddings, layers.0, layers.0-7, final_norm, head."""
+        layers: set[int] = set()
+        for part in parts:
+            if part.startswith("layers."):
+                first, _, last = part.removeprefix("layers.").partition("-")
+                layers |= set(range(int(first), int(last or first) + 1))
+        return cls(frozenset(layers), "embeddings" in parts, "head" in parts)
+
+
+NOTHING_FROZEN = Frozen()
+
+
+def training_flops(
+    shape: Shape, lengths: tuple[int, ...], causal: bool, labelled: int, frozen: Frozen = NOTHING_FROZEN
+) -> int:
+    """Of a forward and backward pass over documents of these lengths with `labelled` positions, all tensor ranks.
+
+    A frozen weight needs no gradient of its own; a layer with nothing trainable under it has no backward pass.
+    """
+    products = sum(lengths) * 2 * _layer_weights(shape)
+    windows = {FULL: None, SLIDING: shape.window}
+    scores = {  # and their sums of values
+        kind: sum(visible_pairs(length, causal, windows[kind]) for length in lengths) * 4 * shape.hidden
+        for kind in set(shape.layer_types)
+    }
+    flops = 0
+    for number, kind in enumerate(shape.layer_types):
+        flops += products + scores[kind]
+        if number >= frozen.below:
+            flops += BACKWARD * scores[kind] + (BACKWARD - (number in frozen.layers)) * products
+    dense, decoder = labelled * 2 * shape.hidden**2, labelled * 2 * shape.hidden * shape.vocabulary
+    # The embeddings are the decoder's weight too.
+    return flops + (1 + BACKWARD - frozen.head) * dense + (1 + BACKWARD - frozen.embeddings) * decoder
 
 
 def visible_pairs(length: int, causal: bool, window: int | None) -> int:

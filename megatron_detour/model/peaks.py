@@ -33,8 +33,10 @@ TERAFLOPS = (
     (r"\ba6000\b", 154.8),
     (r"\brtx 4090\b", 165.2),
     (r"\brtx 3090\b", 71.0),
-    (r"\bmi3(00|25)x\b", 1307.4),
+    (r"\bmi300x\b", 1307.4),
+    (r"\bmi325x\b", 1307.4),
 )
+NAMES = tuple(pattern.replace(r"\b", "") for pattern, _ in TERAFLOPS)
 HALF = ("bf16", "bfloat16", "fp16", "float16")
 
 

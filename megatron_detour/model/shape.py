@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, nearest
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # What the layers here do not have; another value would change the function that the weights stand for.
@@ -22,6 +23,20 @@ FIXED = {
     "embedding_dropout": 0.0,
     "mlp_dropout": 0.0,
 }
+TOKEN_IDS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
+# Keys that a shape to initialise may give besides: those that transformers 4 wrote, and those without effect here.
+OLD_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
+INERT_KEYS = (
+    *("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "problem_type"),
+    *("id2label", "label2id", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+    *("is_encoder_decoder", "initializer_cutoff_factor", "classifier_pooling", "classifier_dropout"),
+    *("deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index"),
+)
+READ_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_types"),
+    *("local_attention", "norm_eps", "max_position_embeddings", "initializer_range", "rope_parameters"),
+)
+GREATEST, MOST_LAYERS = 10**7, 1000  # what lies above is a slip, and would be laid out in memory before anything else
 
 
 @dataclass(frozen=True)
@@ -54,27 +69,28 @@ class Shape:
         for key, value in FIXED.items():
             if config.get(key, value) != value:
                 raise DetourError(f"{origin}: {key} is {config[key]!r}; only ModernBERTs with {value!r} are supported")
-        try:
-            hidden, heads, layers = (
-                int(config[f]) for f in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-            )
-            vocabulary, intermediate = int(config["vocab_size"]), int(config["intermediate_size"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DetourError(f"{origin}: hidden_size, num_attention_heads or another size is wrong: {error}") from None
+        read = _Reader(config, origin)
+        hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
         if hidden % heads or (hidden // heads) % 2:
             raise DetourError(f"{origin}: hidden_size {hidden} does not divide into {heads} heads of an even size")
+        vocabulary = read.size("vocab_size")
+        for key in TOKEN_IDS:
+            if isinstance(config.get(key), list):  # eos_token_id may be several
+                continue
+            if config.get(key) is not None:
+                read.size(key, least=0)
         return cls(
             vocabulary=vocabulary,
             hidden=hidden,
-            intermediate=intermediate,
+            intermediate=read.size("intermediate_size"),
             heads=heads,
-            layer_types=_layer_types(config, layers, origin),
-            global_theta=_theta(config, FULL, "global_rope_theta", 160_000.0, origin),
-            local_theta=_theta(config, SLIDING, "local_rope_theta", 10_000.0, origin),
-            window=int(config.get("local_attention", 128)) // 2,
-            norm_eps=float(config.get("norm_eps", 1e-5)),
-            max_positions=int(config.get("max_position_embeddings", 8192)),
-            initializer_range=float(config.get("initializer_range", 0.02)),
+            layer_types=_layer_types(read, read.size("num_hidden_layers", most=MOST_LAYERS)),
+            global_theta=_theta(read, FULL, "global_rope_theta", 160_000.0),
+            local_theta=_theta(read, SLIDING, "local_rope_theta", 10_000.0),
+            window=read.size("local_attention", 128, least=2) // 2,
+            norm_eps=read.number("norm_eps", 1e-5),
+            max_positions=read.size("max_position_embeddings", 8192),
+            initializer_range=read.number("initializer_range", 0.02),
         )
 
     def check_tensor_parallel(self, size: int) -> None:
@@ -86,21 +102,71 @@ class Shape:
             raise DetourError(f"parallel.tensor: {size} is too much for a vocabulary of {self.vocabulary}")
 
 
-def _layer_types(config: dict[str, Any], layers: int, origin: str) -> tuple[str, ...]:
-    types = config.get("layer_types")
+def refuse_unknown_keys(given: dict[str, Any]) -> None:
+    """Raises DetourError for a key of a run file's model.config that no ModernBERT has."""
+    known = [*READ_KEYS, *FIXED, *TOKEN_IDS, *OLD_KEYS, *INERT_KEYS]
+    for key in given:
+        if key not in known:
+            hint = nearest(str(key), known)
+            raise DetourError(f"model.config.{key}: transformers' ModernBertConfig has no such key{hint}")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Values of a config.json in their type. Raises DetourError for a missing key, null, true, a text, a size below."""
+
+    config: dict[str, Any]
+    origin: str
+
+    def size(self, key: str, default: int | None = None, least: int = 1, most: int = GREATEST) -> int:
+        value = self.config.get(key, default)
+        if type(value) is not int or not least <= value <= most:
+            self.refuse(key, f"a whole number from {least} to {most:,} is needed")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        return self.positive(key, self.config.get(key, default))
+
+    def positive(self, key: str, value: Any) -> float:
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            self.refuse(key, "a number above 0 is needed", value)
+        return float(value)
+
+    def mapping(self, key: str, inside: dict[str, Any], name: str = "") -> dict[str, Any]:
+        """The mapping or null at `key`; `name` is what a fault calls it."""
+        value = inside.get(key)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(name or key, "a mapping is needed", value)
+        return value or {}
+
+    def refuse(self, key: str, needed: str, value: Any = None) -> None:
+        if value is None and key not in self.config:
+            raise DetourError(f"{self.origin}: {key} is missing; {needed}")
+        shown = json.dumps(self.config.get(key) if value is None else value, default=str)
+        raise DetourError(f"{self.origin}: {key} is {shown[:60]}; {needed}")
+
+
+def _layer_types(read: _Reader, layers: int) -> tuple[str, ...]:
+    types = read.config.get("layer_types")
     if types is None:
-        every = int(config.get("global_attn_every_n_layers", 3))
-        types = [SLIDING if i % every else FULL for i in range(layers)]
-    if len(types) != layers or not set(types) <= {FULL, SLIDING}:
-        raise DetourError(f"{origin}: layer_types must name {FULL} or {SLIDING} for each of the {layers} layers")
+        every = read.size("global_attn_every_n_layers", 3)
+        return tuple(SLIDING if i % every else FULL for i in range(layers))
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (FULL, SLIDING) for kind in types):
+        raise DetourError(f"{read.origin}: layer_types must name {FULL} or {SLIDING} for each of the {layers} layers")
     return tuple(types)
 
 
-def _theta(config: dict[str, Any], layer_type: str, old_key: str, default: float, origin: str) -> float:
-    parameters = (config.get("rope_parameters") or {}).get(layer_type) or {}
+def _theta(read: _Reader, layer_type: str, old_key: str, default: float) -> float:
+    given = read.mapping("rope_parameters", read.config)
+    for key in given:
+        if key not in (FULL, SLIDING):
+            read.refuse(f"rope_parameters.{key}", f"give it under {FULL} and {SLIDING}", given[key])
+    parameters = read.mapping(layer_type, given, f"rope_parameters.{layer_type}")
     if parameters.get("rope_type", "default") != "default":
-        raise DetourError(f"{origin}: rope_type {parameters['rope_type']!r} is not supported, only 'default'")
-    old = config.get(old_key, default)
-    if old is None:  # transformers 4: a local theta of null means the global one
-        old = config.get("global_rope_theta") or default
-    return float(parameters.get("rope_theta", old))
+        raise DetourError(f"{read.origin}: rope_type {parameters['rope_type']!r} is not supported, only 'default'")
+    if "rope_theta" in parameters:
+        return read.positive(f"rope_parameters.{layer_type}.rope_theta", parameters["rope_theta"])
+    old = read.config.get(old_key, default)
+    if old is None and layer_type == SLIDING:  # transformers 4: a local theta of null means the global one
+        return read.number("global_rope_theta", 160_000.0)
+    return read.positive(old_key, old)

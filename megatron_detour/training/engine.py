@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_detour.config import RunConfig
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, told
+from megatron_detour.forecast.faults import of_ranks
 from megatron_detour.parallel.state import PATIENCE, ParallelState
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
 
@@ -31,7 +32,9 @@ def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
 def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
     """Joins the ranks and makes the groups. Raises DetourError when the ranks do not fit the run file."""
     ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    check_ranks(config, ranks)
+    faults = of_ranks(config, ranks)
+    if faults:
+        raise DetourError(told(faults))
     port = "29500" if ranks > 1 else "0"  # 0: any that is free
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, default)
@@ -79,6 +82,7 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
     Steps differ in their microbatches: whoever calls it sets the boundary of accumulation before each one.
     """
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
 
     settings = deepspeed_config | {
         "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
@@ -94,6 +98,11 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
         eps=config.optimizer.eps,
         fused=torch.cuda.is_available() or None,
     )
+    try:
+        DeepSpeedConfig(dict(settings), mpu=state)
+    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
+        cause = " ".join(str(error).split())
+        raise DetourError(f"{config.deepspeed}: DeepSpeed does not take it: {type(error).__name__}: {cause}") from None
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=state, dist_init_required=False
     )
@@ -103,13 +112,6 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-
-
-def check_ranks(config: RunConfig, ranks: int) -> None:
-    """Raises DetourError when the run file's tensor-parallel groups cannot be made of this many ranks."""
-    tensor = config.parallel.tensor
-    if ranks % tensor:
-        raise DetourError(f"parallel.tensor: {tensor} does not divide the {ranks} ranks that were started")
 
 
 def _quiet_deepspeed() -> None:

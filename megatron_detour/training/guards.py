@@ -1,4 +1,4 @@
-"""Steps that went wrong: a loss or gradient that is no number, or far above those of the steps before."""
+"""Steps that went wrong: a loss or gradient that is NaN or infinite, or far above those of the steps before."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ class Verdict:
     skip: bool = False
 
 
+def not_finite(figures: dict[str, float]) -> list[str]:
+    """The figures that are NaN or infinite."""
+    return [name for name, value in figures.items() if not math.isfinite(value)]
+
+
 class Guard:
     """Judges steps in their order. What it remembers goes with checkpoints, so that a resumed run judges alike."""
 
@@ -43,11 +48,11 @@ class Guard:
         self._recent = {kind: deque(maxlen=self.settings.window) for kind in KINDS}
 
     def judge(self, loss: float, norm: float) -> Verdict:
-        """The verdict on a step with this loss and gradient norm; -1 and inf are DeepSpeed's words for no number."""
+        """The verdict on a step with this loss and gradient norm; -1 and inf are DeepSpeed's words for NaN."""
         figures = {"loss": loss, "gradient norm": norm}
         for kind, value in figures.items():
             if not math.isfinite(value) or value < 0:
-                return Verdict(f"the {kind} is {'no number' if value < 0 else value}", skip=True)
+                return Verdict(f"the {kind} is {'NaN or infinite' if value < 0 else value}", skip=True)
         if self.settings.spikes != "ignore":
             for kind, value in figures.items():
                 spike = self._spike(kind, value)

@@ -17,7 +17,7 @@ from megatron_detour.data.batches import RankBatch, rank_batch
 from megatron_detour.data.order import micro_batches_of
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import DetourError
-from megatron_detour.model.flops import training_flops
+from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.objectives import make
 from megatron_detour.observe.meter import memory_bytes, utilisation
 from megatron_detour.parallel.shard import spec_of
@@ -25,7 +25,7 @@ from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
 from megatron_detour.training.engine import set_learning_rate
 from megatron_detour.training.freezing import freeze
-from megatron_detour.training.guards import Guard, Verdict
+from megatron_detour.training.guards import Guard, Verdict, not_finite
 from megatron_detour.training.start import StartModel
 
 if TYPE_CHECKING:
@@ -80,9 +80,13 @@ class Trainer:
             figures |= self._speed(figures["document_tokens"], seconds, figures.pop("flops"))
             figures |= {"data_wait_seconds": waited, "memory_bytes": memory_bytes(self.device)}
             if self.validate and (step.ends_phase or step.passes(self.config.validation.every)):
-                figures |= self.validate(self.engine.module)
+                validated = self.validate(self.engine.module)
+                wrong = not_finite(validated)
+                figures |= validated | dict.fromkeys(wrong)
+            else:
+                wrong = []
             self.record(figures)
-            self._refuse_to_go_on(step, figures)
+            self._refuse_to_go_on(step, figures, wrong)
             due = self.config.checkpoint
             if stop or step.ends_phase or step.passes(due.every) or step.passes(due.keep_every):
                 self.save(step)
@@ -95,7 +99,7 @@ class Trainer:
 
         Returns what it did, and whether a rank has been asked to stop.
         """
-        tokens, labelled, padding, crc, flops = self._sum_over_ranks(batch)
+        tokens, labelled, padding, crc, flops = self._sum_over_ranks(batch, Frozen.of(step.phase.settings.freeze))
         # ZeRO averages over the ranks, which is undone, so that the update does not depend on how the labelled
         # positions fall on them.
         scale = self.state.data_size / max(labelled, 1)
@@ -143,7 +147,7 @@ class Trainer:
         zero.optimizer.permit = permit
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        # Of a gradient that is no number ZeRO itself leaves the step out.
+        # Of a gradient that is NaN ZeRO itself leaves the step out.
         verdict = verdicts[0] if verdicts else self.guard.judge(loss, norm)
         self.guard.remember(loss, norm, verdict)
         return norm, verdict
@@ -156,7 +160,15 @@ class Trainer:
             if step.phase.settings.optimizer_state == "reset":
                 forget_moments(self.engine)
 
-    def _refuse_to_go_on(self, step: Step, figures: dict[str, Any]) -> None:
+    def _refuse_to_go_on(self, step: Step, figures: dict[str, Any], wrong: list[str]) -> None:
+        """`wrong` are validation's figures that are NaN or infinite: such weights do not replace good checkpoints."""
+        if wrong:
+            self.inspect(step, figures)
+            raise DetourError(
+                f"validation after step {step.number} of phase {step.phase.name}: {wrong[0]} is NaN or infinite; "
+                "nothing was saved since the last checkpoint: look at the folder inspect/ and the metrics, lower the "
+                "learning rate and start in another folder=..."
+            )
         if self.guard.out_of_patience:
             self.inspect(step, figures)
             raise DetourError(
@@ -190,10 +202,10 @@ class Trainer:
         documents = mixture.documents(step.start, step.tokens)
         return step, rank_batch(mixture, documents, mine, of, objective, self.config.seed, state.sequence_multiple)
 
-    def _sum_over_ranks(self, batch: RankBatch) -> list[int]:
+    def _sum_over_ranks(self, batch: RankBatch, frozen: Frozen) -> list[int]:
         """Tokens, labelled positions, padding, checksum and floating-point operations of all data-parallel ranks."""
         flops = sum(
-            training_flops(self.start.shape, micro.lengths, micro.causal, len(micro.labels))
+            training_flops(self.start.shape, micro.lengths, micro.causal, len(micro.labels), frozen)
             for micro in batch.micro_batches
         )
         mine = [batch.tokens, batch.labelled, batch.padding, batch.crc, flops]

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_detour.config import as_control, load, parse_control
-from megatron_detour.errors import DetourError
+from megatron_detour.config import RunConfig, as_control, load, parse_control
+from megatron_detour.config.deepspeed import look_at_deepspeed_config
+from megatron_detour.errors import DetourError, told
+from megatron_detour.forecast import faults
+from megatron_detour.forecast.start import look
 from megatron_detour.plan import Plan
 from megatron_detour.training.cluster import join_slurm
-from megatron_detour.training.folder import refuse_another_run
+from megatron_detour.training.folder import is_finished, refuse_another_run
+from megatron_detour.training.launch import launch
 from megatron_detour.training.stop import StopRequests
+from megatron_detour.training.terminal import ctrl_c_for_this_rank
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,27 +32,57 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
 
     Raises DetourError.
     """
-    join_slurm(os.environ)
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(default_run_file, arguments)
+    if not options.launch:
+        join_slurm(os.environ)
     config = load(options.run_file, options.overrides)
     if options.control is not None:
         config = as_control(config, parse_control(options.control))
     plan = Plan.of(config)
+    folder = Path(config.folder)
     first = int(os.environ.get("RANK", "0")) == 0
-    if first:
+    if first and not options.launch:
         print(plan.table(), flush=True)
     if options.plan:
-        if first:
-            print("only the run file was read: megatron-detour plan looks at the model and the corpora as well")
+        print("only the run file was read: megatron-detour plan looks at the model and the corpora as well" * first)
         return 0
-    folder = Path(config.folder)
     if first:
         refuse_another_run(folder, config)
-    with StopRequests(config.time_limit) as stop:  # a request that comes while libraries load is kept
+    if is_finished(folder, plan):
+        if first:
+            print(_what_next(folder, plan), flush=True)
+        return 0
+    if options.launch:
+        _refuse_early(config, plan)
+        return launch(sys.argv[0], [word for word in arguments if word != "--launch"])
+    launched = os.environ.get("LOCAL_RANK") == "0" and first
+    own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
+    with StopRequests(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
         # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
         from megatron_detour.training.session import run_session
 
         return run_session(config, plan, folder, stop)
+
+
+def _refuse_early(config: RunConfig, plan: Plan) -> None:
+    """What every rank would refuse is told in a second or two, before a launcher and torch are started for it."""
+    start = look(config.model, any(phase.whole_word_masking for phase in config.phases))
+    found = [*start.faults, *look_at_deepspeed_config(config.deepspeed)[1], *faults.of_packages(config)]
+    found += faults.of_shape(config, plan, start.shape) if start.shape else []
+    found += faults.of_corpora(config, plan, start.vocabulary)
+    if found:
+        raise DetourError(told(found))
+
+
+def _what_next(folder: Path, plan: Plan) -> str:
+    return (
+        f"this run is finished: {plan.total_steps:,} steps, {plan.total_tokens:,} tokens; to train another one choose "
+        f"another folder=...\nmodel    {folder / 'checkpoints' / f'step-{plan.total_steps:08d}'}\n"
+        f"next     python tools/convert_to_hf.py --checkpoint {folder} --output ...\n"
+        f"         python tools/evaluate.py --model ...\n"
+        f"         megatron-detour report {folder}"
+    )
 
 
 def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argparse.Namespace:
@@ -53,7 +90,9 @@ def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argpars
         description="Continued pretraining with a causal detour. Started again in the same folder, a run goes on.",
         epilog="key=value changes a key of the run file, for instance phases.detour.tokens=1B or folder=runs/mine.",
     )
-    parser.add_argument("--run-file", default=str(default_run_file), metavar="RUN.yaml", help="%(default)s")
+    parser.add_argument(
+        "--run-file", default=str(default_run_file), metavar="RUN.yaml", help="the run to train (%(default)s)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--control",
@@ -63,6 +102,7 @@ def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argpars
         help="the equal-compute twin: causal phases become MLM at this rate (mlm=0.30)",
     )
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
+    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)  # bash's: start the ranks
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
     options = parser.parse_intermixed_args(arguments)
     if options.control is not None and not options.control.startswith("mlm=") and "=" in options.control:

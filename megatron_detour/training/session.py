@@ -39,7 +39,7 @@ from megatron_detour.training.folder import (
     stand_in,
     take,
 )
-from megatron_detour.training.guards import Guard
+from megatron_detour.training.guards import Guard, not_finite
 from megatron_detour.training.lock import RunLock
 from megatron_detour.training.loop import Trainer
 from megatron_detour.training.start import StartModel
@@ -62,7 +62,7 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
     start = _start_model(config, folder)
     data = PhaseData(plan, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
-    with Watch():
+    with Watch(asked=lambda: stop.reason() is not None):
         choice = choose_compute(
             config.compute.attention,
             config.compute.kernels,
@@ -212,7 +212,11 @@ class Session:
     def _begin(self, engine: DeepSpeedEngine, checkpoints: Checkpoints) -> None:
         """Step 0: the figures before training, and a checkpoint where no folder holds these weights yet."""
         if self.validation:
-            self._record({"step": 0, "tokens": 0} | self.validation(engine.module))
+            figures = self.validation(engine.module)
+            wrong = not_finite(figures)
+            self._record({"step": 0, "tokens": 0} | figures | dict.fromkeys(wrong))
+            if wrong:
+                raise DetourError(f"model.start: {wrong[0]} is NaN or infinite before any training; start from another")
         if self.start.weights is None:
             checkpoints.save(None)
 

@@ -11,6 +11,7 @@ interpreter's lock looks dead after the same time as a dead rank.
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import secrets
@@ -19,7 +20,9 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +35,9 @@ BEAT_SECONDS = 3.0
 LOST_SECONDS = 45.0
 GRACE_SECONDS = 2.0  # from a verdict to the end, so that the guilty rank's message comes first
 CONNECT_SECONDS = 60.0
-LONGEST_LINE = 65536  # bytes
+GREETING_SECONDS = 5.0  # a connection that has not said by then of which rank it is, is closed
+MOST_STRANGERS = 64  # connections at a time that have not said it
+LONGEST_LINE = 8192  # bytes
 LONGEST_REASON = 500  # characters of a failure's text
 
 
@@ -49,19 +54,22 @@ class Verdict:
 
 
 class _Line:
-    """A connection that carries one JSON object a line."""
+    """A connection that carries one JSON object a line, each with its code by the run's secret in front: nothing else
+    that comes is so much as parsed."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, secret: bytes) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket = connection
+        self.socket, self._secret = connection, secret
+        self.since = time.monotonic()
         self._rest = b""
         self._sending = threading.Lock()
 
     def send(self, message: dict[str, Any]) -> None:
         """From any thread. That the other end has gone is found by reading."""
+        body = json.dumps(message).encode()
         try:
             with self._sending:
-                self.socket.sendall(json.dumps(message).encode() + b"\n")
+                self.socket.sendall(self._code(body) + b" " + body + b"\n")
         except OSError:
             return
 
@@ -69,13 +77,18 @@ class _Line:
         """What has come on a connection that is readable, or None when it has ended or is none of ours."""
         try:
             came = self.socket.recv(LONGEST_LINE)
-            if not came or len(self._rest) > LONGEST_LINE:
-                return None
-            *lines, self._rest = (self._rest + came).split(b"\n")
-            messages = [json.loads(line) for line in lines]
-        except (OSError, ValueError):
+        except OSError:
             return None
-        return messages if all(isinstance(message, dict) for message in messages) else None
+        *lines, self._rest = (self._rest + came).split(b"\n")
+        if not came or len(self._rest) > LONGEST_LINE:
+            return None
+        parts = [line.partition(b" ") for line in lines]
+        if not all(hmac.compare_digest(code, self._code(body)) for code, _, body in parts):
+            return None
+        return [json.loads(body) for _, _, body in parts]
+
+    def _code(self, body: bytes) -> bytes:
+        return hmac.new(self._secret, body, "sha256").hexdigest().encode()
 
 
 @dataclass
@@ -97,8 +110,18 @@ class Watch:
     Of one that comes of another rank's end the guilty one is told. Then the other ranks end, status 1, after one line.
     """
 
-    def __init__(self, beat: float = BEAT_SECONDS, lost: float = LOST_SECONDS, grace: float = GRACE_SECONDS) -> None:
-        """Connects the ranks of the default process group. Raises DetourError where rank 0 cannot be reached."""
+    def __init__(
+        self,
+        beat: float = BEAT_SECONDS,
+        lost: float = LOST_SECONDS,
+        grace: float = GRACE_SECONDS,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Connects the ranks of the default process group. `asked` tells whether this rank is to end already.
+
+        Raises DetourError where rank 0 cannot be reached.
+        """
+        self._asked = asked
         self.rank, ranks = dist.get_rank(), dist.get_world_size()
         self._beat, self._lost, self._grace = beat, lost, grace
         self._host = socket.gethostname()
@@ -111,6 +134,8 @@ class Watch:
         self._leaving = False  # the main thread is ending this process
         self._closed = threading.Event()
         self._peers: dict[int, _Peer] = {}
+        self._strangers: list[_Line] = []
+        self.listens: dict[str, int] = {}  # rank 0's ports by address
         if ranks > 1:
             self._connect(ranks)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -152,51 +177,83 @@ class Watch:
         self._selector.close()
 
     def _connect(self, ranks: int) -> None:
-        address = os.environ["MASTER_ADDR"]
+        address = _resolved(os.environ["MASTER_ADDR"])
+        addresses: list[Any] = [None] * ranks
+        dist.all_gather_object(addresses, address)  # a name may mean another address on rank 0's own machine
         told: list[Any] = [None]
         if self.rank == 0:
-            server = _serve()
-            told = [(server.getsockname()[1], secrets.token_hex(16), self._host)]
+            servers = {address: _serve(address) for address in set(addresses)}
+            self.listens = {address: server.getsockname()[1] for address, server in servers.items()}
+            told = [(self.listens, secrets.token_bytes(32), self._host)]
         dist.broadcast_object_list(told, src=0)
-        port, self._token, first_host = told[0]
+        ports, self._secret, first_host = told[0]
         if self.rank == 0:
             self._peers = {rank: _Peer(rank) for rank in range(1, ranks)}
-            self._selector.register(server, selectors.EVENT_READ, lambda: self._accept(server))
+            for server in servers.values():
+                self._selector.register(server, selectors.EVENT_READ, partial(self._accept, server))
             return
-        try:
-            line = _Line(socket.create_connection((address, port), CONNECT_SECONDS))
-        except OSError as error:
-            raise DetourError(
-                f"rank {self.rank} cannot reach rank 0 at {address}, port {port} ({error}); ranks talk on ports that "
-                "the system chooses: let the nodes reach each other on them"
-            ) from None
-        line.socket.settimeout(None)
-        line.send({"token": self._token, "rank": self.rank, "host": self._host})
         self._peers = {0: _Peer(0, first_host)}
+        line, more = self._greet(address, ports[address])
         self._listen(self._peers[0], line)
+        for message in more:
+            self._receive(self._peers[0], message)
+
+    def _greet(self, address: str, port: int) -> tuple[_Line, list[dict[str, Any]]]:
+        """A connection that rank 0 has taken, and what it has said at once. Strangers may be in the way for a while."""
+        until = time.monotonic() + CONNECT_SECONDS
+        fault = "no answer"
+        while time.monotonic() < until:
+            try:
+                line = _Line(socket.create_connection((address, port), until - time.monotonic()), self._secret)
+                line.send({"rank": self.rank, "host": self._host})
+                while (welcome := line.read()) == []:
+                    continue
+                if welcome:
+                    line.socket.settimeout(None)
+                    return line, welcome
+                line.socket.close()
+            except OSError as error:
+                fault = str(error)
+            time.sleep(0.2)
+        raise DetourError(
+            f"rank {self.rank} cannot reach rank 0 at {address}, port {port} ({fault}); ranks talk on ports that "
+            "the system chooses: let the nodes reach each other on them"
+        )
 
     def _accept(self, server: socket.socket) -> None:
         try:
-            line = _Line(server.accept()[0])
+            connection = server.accept()[0]
         except OSError:  # it has gone again
             return
+        connection.setblocking(True)
+        line = _Line(connection, self._secret)
+        self._strangers.append(line)
+        self._selector.register(line.socket, selectors.EVENT_READ, partial(self._introduce, line))
+        if len(self._strangers) > MOST_STRANGERS:
+            self._turn_away(self._strangers[0])
 
-        def greet() -> None:
-            messages = line.read()
-            if messages == []:
-                return
-            self._selector.unregister(line.socket)
-            hello, *more = messages or [{}]
-            peer = self._peers.get(hello.get("rank")) if hello.get("token") == self._token else None
-            if peer is None:
-                line.socket.close()  # not of this run
-                return
-            peer.host = hello["host"]
-            self._listen(peer, line)
-            for message in more:
-                self._receive(peer, message)
+    def _introduce(self, line: _Line) -> None:
+        """What a new connection says first has to be of which rank it is."""
+        messages = line.read() if line in self._strangers else []  # or it was turned away a moment ago
+        if messages == []:
+            return
+        hello, *more = messages or [{}]
+        peer = self._peers.get(hello.get("rank"))
+        if peer is None or peer.line:
+            self._turn_away(line)
+            return
+        self._strangers.remove(line)
+        self._selector.unregister(line.socket)
+        peer.host = hello["host"]
+        line.send({"welcome": True})
+        self._listen(peer, line)
+        for message in more:
+            self._receive(peer, message)
 
-        self._selector.register(line.socket, selectors.EVENT_READ, greet)
+    def _turn_away(self, line: _Line) -> None:
+        self._strangers.remove(line)
+        self._selector.unregister(line.socket)
+        line.socket.close()
 
     def _listen(self, peer: _Peer, line: _Line) -> None:
         peer.line, peer.silence = line, 0.0
@@ -258,6 +315,8 @@ class Watch:
             for key, _ in self._selector.select(min(self._beat, self._grace, 1.0) / 2):
                 key.data()
             now = time.monotonic()
+            for line in [line for line in self._strangers if now - line.since > GREETING_SECONDS]:
+                self._turn_away(line)
             # Where this process was stopped itself it cannot say how long the others were silent.
             self._count_silence(min(now - last, self._beat))
             last = now
@@ -282,14 +341,28 @@ class Watch:
         """A rank whose launcher is gone would hold its GPU with nobody to end it: it asks itself to save and end."""
         if self._launchers and self._launchers != _launchers():
             self._launchers = ()
-            say_error("the launcher has ended; this rank ends as if by SIGTERM", self.rank)
+            if not self._asked():  # a Ctrl-C ends launchers as well
+                say_error("the launcher has ended; this rank ends as if by SIGTERM", self.rank)
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _serve() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
+def _resolved(name: str) -> str:
+    """The address that this machine finds under a name."""
+    try:
+        return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return name
+
+
+def _serve(address: str) -> socket.socket:
+    """Listens at the address that ranks use; at all where it is none of this machine's, as one that is forwarded."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        server = socket.create_server((address, 0), family=family)
+    except OSError:
+        server = socket.create_server(("", 0), family=family)
+    server.setblocking(False)
+    return server
 
 
 def _launchers() -> tuple[int, ...]:

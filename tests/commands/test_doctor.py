@@ -78,7 +78,7 @@ def test_this_machine(capsys):
 def test_a_run_that_can_start(run_file):
     found = by_what(doctor.items(str(run_file), []))
     assert found["run file"][0].text.endswith("run.yaml: small")
-    assert "weights of the sizes" in found["model"][0].text
+    assert "weights match config.json" in found["model"][0].text
     assert found["corpus"][0].text.split(": ", 1)[1].startswith("whole, 300 documents")
     assert len(found["corpus"]) == 1  # used twice, read once
     assert "plan" not in found
@@ -89,7 +89,7 @@ def test_a_run_that_can_start(run_file):
 def test_what_a_run_lacks_is_told(run_file, capsys):
     assert main(["doctor", str(run_file), "data.sequence_length=512", "compute.attention=flash2"]) == 1
     out = capsys.readouterr().out
-    assert "fault  model         data.sequence_length: 512 is more than the model's 256 positions" in out
+    assert "fault  plan          data.sequence_length: 512 is more than the model's 256 positions" in out
     assert "fault  attention     compute.attention: flash2 needs a GPU and bf16; use auto or sdpa" in out
     assert main(["doctor", str(run_file), "data.corpora=[{prefix: nowhere}]"]) == 1
     assert (
@@ -175,6 +175,15 @@ def test_gpus_without_bf16_or_nccl(two_gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     assert (machine.precision().state, machine.collectives().state) == (NOTE, FAULT)
+
+
+def test_the_file_that_is_in_use_is_not_advised(run_file, monkeypatch):
+    monkeypatch.setattr(machine, "_cpu_flags", set)
+    (bf16,) = by_what(doctor.items(str(run_file), []))["bf16"]
+    assert (bf16.state, bf16.remedy) == (OK, "")
+    other = f"deepspeed={ROOT / 'ds_configs/zero2_bf16.json'}"
+    (bf16,) = by_what(doctor.items(str(run_file), [other]))["bf16"]
+    assert bf16.state == NOTE and "zero2_fp32_cpu.json" in bf16.remedy
 
 
 @pytest.mark.parametrize(("flags", "state"), [({"avx2", "avx512_bf16"}, OK), ({"avx2"}, NOTE), (set(), NOTE)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 
 from megatron_detour.commands.main import main
 from megatron_detour.config import load
@@ -15,14 +17,14 @@ from megatron_detour.errors import DetourError
 from megatron_detour.forecast.forecast import forecast
 from megatron_detour.plan import Plan
 from tests.harness import ROOT
-from tests.models import CONFIG
+from tests.models import CONFIG, tiny
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 
 
 @pytest.fixture
 def model(tokenizer_folder, tmp_path) -> str:
-    """A folder of a model of 400 ids, without weights that could be read."""
+    """A folder of a model of 400 ids."""
     from megatron_detour.data.vocabulary import load_vocabulary
 
     folder = tmp_path / "model"
@@ -31,7 +33,8 @@ def model(tokenizer_folder, tmp_path) -> str:
         (folder / file.name).write_bytes(file.read_bytes())
     size = load_vocabulary(tokenizer_folder).size
     (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": size}))
-    (folder / "model.safetensors").write_bytes(b"")
+    weights = {name: parameter.detach() for name, parameter in tiny(vocab_size=size).named_parameters()}
+    save_file(weights, folder / "model.safetensors")
     return str(folder)
 
 
@@ -107,6 +110,14 @@ def test_a_good_run_file_is_told_to_be_good(good, write, capsys):
     assert capsys.readouterr().out.rstrip().endswith("nothing here would stop the run")
 
 
+@pytest.mark.parametrize(("gpu", "hint"), [("h10", "h100"), ("H1OO", "h100"), ("mi300", "mi300x"), ("abacus", None)])
+def test_a_gpu_by_almost_its_name(good, write, capsys, gpu, hint):
+    main(["plan", write(good), "--gpu", gpu])
+    out = " ".join(capsys.readouterr().out.split())
+    meant = f" (did you mean {hint!r}?)" if hint else ""
+    assert f"time: the peak of {gpu!r} is not known here{meant}; or give a measured rate" in out
+
+
 def test_the_control_is_planned(good, write, capsys):
     path = write(good)
     for words in (["--control"], ["--control", "mlm=0.4"]):
@@ -176,6 +187,32 @@ def test_ten_faults_of_what_is_not_there_and_does_not_fit_at_once(good, write, c
     out = capsys.readouterr().out
     assert all(f"fault: {fault}" in out for fault in told["faults"])
     assert out.rstrip().endswith("10 faults would stop the run")
+
+
+def test_what_only_a_start_would_find_is_a_fault_of_the_plan(
+    good, write, tokenizer_folder, tmp_path, capsys, monkeypatch
+):
+    """An unknown key of the shape, whole words under a tokenizer of words, and libraries that are missing."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[MASK]": 1, "[UNK]": 2, "a": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    absent = ("wandb", "tensorboard")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    good["model"] = {"config": {"hiden_size": 32}, "tokenizer": str(tmp_path / "words.json")}
+    good["phases"][1]["whole_word_masking"] = True
+    good["wandb"] = {"project": "p"}
+    assert main(["plan", write(good), "--json"]) == 1
+    faults = json.loads(capsys.readouterr().out)["faults"]
+    assert any("model.config.hiden_size: transformers' ModernBertConfig has no such key (did" in f for f in faults)
+    assert any(f.startswith("whole_word_masking: ") and "model type WordLevel" in f for f in faults)
+    for package, off in (("wandb", "null"), ("tensorboard", "false")):
+        assert (
+            f"{package}: the package {package} is not installed: pip install {package}, or set {package}: {off}"
+            in faults
+        )
 
 
 def check_faults(faults: list[str], expected: list[tuple[str, str, str]]) -> None:

@@ -14,12 +14,12 @@ import pytest
 from megatron_detour.config import Corpus, from_dict, load
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.forecast import costs, forecast, headline, render
-from megatron_detour.forecast.costs import Frozen, Speed, lengths_of
+from megatron_detour.forecast.costs import Speed, lengths_of
 from megatron_detour.forecast.faults import warnings
 from megatron_detour.forecast.start import DEFAULTS, Start
 from megatron_detour.forecast.storage import disk, readings
 from megatron_detour.forecast.text import duration
-from megatron_detour.model.flops import training_flops
+from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.model.peaks import peak_flops
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan
@@ -71,7 +71,7 @@ def test_the_twins_differ_by_attention_and_head():
     """In the decay the head sees 15% of the positions, and attention both sides."""
     _, plan = planned(data={"corpora": [{"prefix": "a"}], "sequence_length": 128})
     speed = Speed(tokens_per_second=100.0)
-    detour, decay = (costs.of_phase(TINY, phase, Frozen(), "none", speed, 2) for phase in plan.phases)
+    detour, decay = (costs.of_phase(TINY, phase, "none", speed, 2) for phase in plan.phases)
     assert detour.flops == 40 * 8 * training_flops(TINY, (128,), True, 127)
     assert decay.flops == 10 * 8 * training_flops(TINY, (128,), False, round(0.2 * 128))
     assert (detour.sampled, detour.mean_document) == (False, 128)
@@ -81,11 +81,11 @@ def test_the_twins_differ_by_attention_and_head():
 def test_time_follows_peak_share_and_what_is_computed_again():
     _, plan = planned()
     speed = Speed(mfu=0.5, peak=1e9)
-    once, again = (costs.of_phase(TINY, plan.phases[0], Frozen(), r, speed, 1) for r in ("none", "full"))
+    once, again = (costs.of_phase(TINY, plan.phases[0], r, speed, 1) for r in ("none", "full"))
     assert once.seconds == pytest.approx(once.flops / 5e8)
     assert again.seconds == pytest.approx(once.seconds * 4 / 3)
     assert again.flops == once.flops
-    unknown = costs.of_phase(TINY, plan.phases[0], Frozen(), "none", Speed(mfu=0.5), 1)
+    unknown = costs.of_phase(TINY, plan.phases[0], "none", Speed(mfu=0.5), 1)
     assert unknown.seconds is None
 
 
@@ -96,7 +96,7 @@ def test_frozen_layers_cost_less():
     def flops(*freeze: str) -> float:
         settings = dataclasses.replace(phase.settings, freeze=freeze)
         frozen = dataclasses.replace(phase, settings=settings)
-        return costs.of_phase(TINY, frozen, Frozen.of(frozen), "none", speed, 1).flops
+        return costs.of_phase(TINY, frozen, "none", speed, 1).flops
 
     weights = phase.tokens * 2 * (4 * 32 * 32 + 3 * 32 * 48)  # the gradients of a layer's weights
     assert flops() - flops("layers.0-1") == 2 * weights
@@ -125,7 +125,7 @@ def test_lengths_come_from_all_over_a_corpus(corpus, monkeypatch):
 
 def test_documents_of_a_corpus_are_what_is_counted(corpus):
     _, plan = planned(data={"corpora": [{"prefix": corpus.prefix}], "sequence_length": 128})
-    cost = costs.of_phase(TINY, plan.phases[0], Frozen(), "none", Speed(), 1)
+    cost = costs.of_phase(TINY, plan.phases[0], "none", Speed(), 1)
     lengths = lengths_of(Corpus(corpus.prefix), 128)
     expected = training_flops(TINY, lengths, True, sum(lengths) - len(lengths)) / sum(lengths)
     assert cost.sampled

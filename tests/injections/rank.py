@@ -52,6 +52,19 @@ def no_number_from(step_number: int) -> None:
     Trainer.train_step = train_step
 
 
+def validate_to_nan(call: int) -> None:
+    """One validation of the run, counted from 1, gives NaN for a loss."""
+    from megatron_detour.training.validation import Validation
+
+    honest, calls = Validation.__call__, []
+
+    def validate(validation, model):
+        calls.append(model)
+        return honest(validation, model) | ({"val_mlm_loss": float("nan")} if len(calls) == call else {})
+
+    Validation.__call__ = validate
+
+
 def no_report() -> None:
     from megatron_detour.training import session
 
@@ -96,7 +109,8 @@ def folder_gone_at(step_number: int) -> None:
 
 def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
     """Runs as srun would have started it. RAISE_AT=STEP makes the last rank fail in that step, as a fault of the code
-    would; NO_NUMBER_FROM=STEP spoils its gradients from that step on; with NO_REPORT=1 no report can be written, with
+    would; NO_NUMBER_FROM=STEP spoils its gradients from that step on; NAN_VALIDATION=N makes the Nth validation give
+    NaN; with NO_REPORT=1 no report can be written, with
     DISK_AWAY_FROM=STEP no figures from that step on; FOLDER_GONE_AT=STEP takes the folder away."""
     os.setsid()  # whatever it starts can be told by its session
     os.environ.update(environment)
@@ -112,6 +126,8 @@ def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
         disk_away_from(int(os.environ["DISK_AWAY_FROM"]))
     if "FOLDER_GONE_AT" in os.environ:
         folder_gone_at(int(os.environ["FOLDER_GONE_AT"]))
+    if "NAN_VALIDATION" in os.environ:
+        validate_to_nan(int(os.environ["NAN_VALIDATION"]))
     if "NO_REPORT" in os.environ:
         no_report()
     command_line(lambda: main("no run file was given", arguments))

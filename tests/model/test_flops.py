@@ -10,10 +10,11 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_detour.model.attention import AttentionPattern, dense_attention
-from megatron_detour.model.flops import training_flops, visible_pairs
+from megatron_detour.model.flops import Frozen, training_flops, visible_pairs
 from megatron_detour.model.modernbert import Compute, ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.training.freezing import frozen_parameters
 from tests.models import CONFIG, microbatch
 
 SHAPE = Shape.of(CONFIG, "tests")
@@ -64,6 +65,24 @@ def test_torch_counts_as_many(lengths, labelled):
     counted = training_flops(SHAPE, lengths, causal=False, labelled=len(batch.labelled))
     assert forward.get_total_flops() == counted / 3
     assert backward.get_total_flops() == counted * 2 / 3
+
+
+@pytest.mark.parametrize(
+    "parts", [(), ("layers.1-2",), ("embeddings", "layers.0"), ("embeddings", "layers.0-1", "layers.3"), ("head",)]
+)
+def test_torch_counts_as_many_where_parts_are_frozen(parts):
+    model = ModernBert(SHAPE, ParallelState(), Compute(attention=dense_by_document))
+    frozen = frozen_parameters(model, parts, "a") if parts else ()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    batch = microbatch((5, 9, 1), causal=False, labelled=0.4)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.model(batch.input_ids, batch.positions, batch.lengths, False)
+        features = model.head(hidden[batch.labelled])
+        weight = model.model.embeddings.tok_embeddings.weight
+        functional.linear(features, weight, model.decoder.bias).sum().backward()
+    counted = training_flops(SHAPE, (5, 9, 1), False, len(batch.labelled), Frozen.of(parts))
+    assert counter.get_total_flops() == counted
 
 
 def test_causal_training_costs_less():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -67,6 +69,36 @@ def test_old_and_new_configurations_mean_the_same_shape():
 def test_another_kind_of_model_is_refused(change, told):
     with pytest.raises(DetourError, match=told):
         Shape.of(CONFIG | change, "somewhere")
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL_SIZES = ("local_attention", "max_position_embeddings", "global_attn_every_n_layers")
+NUMBERS = ("norm_eps", "initializer_range", "global_rope_theta")
+ROPE = ("rope_parameters", "rope_parameters.full_attention", "rope_parameters.full_attention.rope_theta")
+WRONG = (None, [], [1], {}, True, False, -1, 0, 0.5, 10**400, float("nan"), float("inf"), "", "768", "\ud800")
+
+
+@pytest.mark.parametrize("key", [*SIZES, *OPTIONAL_SIZES, *NUMBERS, *ROPE, "layer_types", "pad_token_id", "norm_bias"])
+def test_a_wrong_value_of_a_configuration_is_a_sentence(key):
+    """With its key. What is accepted makes a shape that operations and memory can be counted of."""
+    for value in WRONG:
+        config = copy.deepcopy(CONFIG | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}})
+        here = config
+        *way, last = key.split(".")
+        for part in way:
+            here = here[part]
+        here[last] = value
+        if key.startswith("global_"):
+            del config["rope_parameters"]  # it rules
+        try:
+            shape = Shape.of(config, "config.json")
+        except DetourError as error:
+            assert str(error).startswith("config.json: ") and last in str(error), (value, str(error))
+            continue
+        # null and an empty mapping are "not given" where there may be nothing; numbers may be of any size.
+        nothing = key in ("layer_types", "pad_token_id", *ROPE[:2]) and value in (None, {}, [], [1], 0)
+        assert nothing or (key in (*NUMBERS, ROPE[2]) and value == 0.5) or (key == "norm_bias" and value == 0)
+        assert shape.hidden == 32 and shape.window == 8
 
 
 @pytest.mark.parametrize("causal", [False, True])

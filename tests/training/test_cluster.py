@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -214,6 +216,43 @@ def test_another_end_is_the_job_s(project, status):
     ended = submit(project, "many_nodes", SAVE.format("x") + f"exit {status}")
     assert (ended.returncode, ended.stderr) == (status, "")
     assert len(calls(project)) == 1
+
+
+def ended(*how: str | None) -> str:
+    """Writes environment.json as a run does: a session for each `how`."""
+    sessions = [{"started": "2026-01-01T00:00:00Z", "step": 0} | ({"ended": h} if h else {}) for h in how]
+    content = json.dumps({"sessions": sessions, "versions": {"torch": "2"}}, indent=1)
+    return f"mkdir -p runs/x\ncat > runs/x/environment.json <<'END'\n{content}\nEND\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "requeued"),
+    [
+        ([], ["SIGUSR1"], True),
+        (["SIGUSR1"], ["SIGUSR1", "SIGTERM"], True),
+        (["SIGUSR1"], ["SIGUSR1", "the end of the Slurm job at 12:00"], True),
+        (["SIGUSR1"], ["SIGUSR1"], False),  # this start came to nothing
+        (["SIGUSR1"], ["SIGUSR1", None], False),  # killed
+        ([], ["error: SIGUSR1"], False),
+        ([], ["finished"], False),
+    ],
+)
+def test_what_the_run_wrote_down_decides_where_tasks_end_apart(project, before, after, requeued):
+    """srun tells 143 where one task was still being ended when another had saved."""
+    if before:
+        subprocess.run(["bash", "-c", ended(*before)], cwd=project, check=True)
+    told = submit(project, "one_node", SAVE.format("x") + ended(*after) + "exit 143")
+    assert told.returncode == (0 if requeued else 143)
+    assert [call.startswith("scontrol requeue") for call in calls(project)] == [False, True][: 1 + requeued]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_lines_of_the_site_come_first(project, script):
+    (project / "examples" / "slurm").unlink()
+    shutil.copytree(ROOT / "examples" / "slurm", project / "examples" / "slurm")
+    (project / "examples" / "slurm" / "site.sh").write_text("export TRAIN=examples/pretrain_base.sh\n")
+    assert submit(project, script, "exit 0").returncode == 0
+    assert "examples/pretrain_base.sh" in calls(project)[0]
 
 
 def test_a_requeue_that_slurm_refuses_is_told(project):

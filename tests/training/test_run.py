@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from megatron_detour.checkpoint import store
-from megatron_detour.errors import DetourError
+from megatron_detour.config import load
+from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.files import file_facts
+from megatron_detour.forecast import forecast
 from megatron_detour.observe.sinks import read_metrics
+from megatron_detour.plan import Plan
 from megatron_detour.release.export import export
 from tests.harness import ROOT, environment, free_port
 
@@ -55,6 +63,7 @@ def run_file(corpus, tmp_path_factory) -> Path:
                 "objective": "mlm",
                 "mask_rate": 0.15,
                 "whole_word_masking": True,
+                "freeze": ["embeddings", "layers.0"],
                 "tokens": f"{STEPS[1]} steps",
                 "learning_rate": {"peak": 1e-2, "shape": "1-sqrt", "end": 1e-3},
             },
@@ -125,6 +134,16 @@ def test_a_run_writes_what_it_promises(unbroken):
         store.verify(path)
 
 
+def test_the_loop_counts_the_operations_that_the_forecast_counts(unbroken, run_file):
+    """In the phase with frozen layers too: MFU and model TFLOP/s rest on them."""
+    config = load(run_file)
+    costs = forecast(config, Plan.of(config), 2).costs
+    for cost in costs:
+        records = [r for r in read_metrics(unbroken / "metrics.jsonl")[1:] if r["phase"] == cost.name]
+        counted = sum(r["model_tflops"] * 1e12 * r["seconds"] for r in records)
+        assert counted == pytest.approx(cost.flops, rel=0.08), cost.name  # which documents come, which are masked
+
+
 def test_a_checkpoint_opens_in_transformers_with_equal_logits(unbroken, tmp_path):
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -182,22 +201,25 @@ def test_the_control_sees_the_same_documents(unbroken, run_file, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(unbroken, run_file, tmp_path):
-    folder = tmp_path / "killed"
-    arguments = ("--run-file", str(run_file), f"folder={folder}")
-    process = subprocess.Popen(
-        command(2, *arguments, launcher="deepspeed"),  # its ranks are of its process group; torchrun's are not
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step-00000002").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    left = [path.name for path in store.find_checkpoints(folder / "checkpoints")]
-    assert "step-00000002" in left and "step-00000006" not in left
+    for attempt in itertools.count():
+        folder = tmp_path / f"killed-{attempt}"
+        arguments = ("--run-file", str(run_file), f"folder={folder}")
+        process = subprocess.Popen(
+            command(2, *arguments, launcher="deepspeed"),  # its ranks are of its process group; torchrun's are not
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while not (folder / "checkpoints" / "step-00000002").exists() and process.poll() is None:
+            time.sleep(0.02)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        left = [path.name for path in store.find_checkpoints(folder / "checkpoints")]
+        assert "step-00000002" in left
+        if "step-00000006" not in left:  # else it was done before the kill: once more
+            break
     time.sleep(2)
     assert [path.name for path in store.find_checkpoints(folder / "checkpoints")] == left  # no orphan goes on
     assert "resuming from" in finished(start(2, *arguments)).stdout
@@ -209,6 +231,83 @@ def test_a_killed_run_resumes_to_the_same_bits(unbroken, run_file, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert len(json.loads((folder / "environment.json").read_text())["sessions"]) == 2
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("how", ["bash", "deepspeed", "torchrun"])
+def test_one_ctrl_c_in_a_terminal_saves_and_comes_back_when_all_have_ended(run_file, tmp_path, how):
+    folder = tmp_path / "run"
+    endless = ["phases.decay.tokens=100000 steps", "validation.corpora=[]", "checkpoint.every=null"]
+    arguments = ["--run-file", str(run_file), f"folder={folder}", *endless]
+    started = ["bash", str(SCRIPT), *arguments] if how == "bash" else command(2, *arguments, launcher=how)
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(ROOT)
+        os.execvpe(started[0], started, environment() | {"RANKS": "2", "DS_ACCELERATOR": "cpu"})
+    output, asked, ranks = b"", False, []
+    metrics = folder / "metrics.jsonl"
+    with suppress(OSError):  # EIO: the last process has closed the terminal
+        while True:
+            if select.select([terminal], [], [], 0.05)[0]:
+                output += os.read(terminal, 65536)
+            if not asked and metrics.exists() and len(metrics.read_text().splitlines()) > 2:
+                ranks = [p for p in psutil.Process(process).children(recursive=True) if p.environ().get("RANK")]
+                os.write(terminal, b"\x03")
+                asked = True
+    _, status = os.waitpid(process, 0)
+    left = [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+    told = output.decode(errors="replace")
+    assert len(ranks) == 2 and not left, told
+    assert told.count("stopped by Ctrl-C: saved, and the same command goes on from there") == 1, told
+    if how != "torchrun":  # which makes 1 of every status, and tells of it at length
+        assert os.waitstatus_to_exitcode(status) == EXIT_INTERRUPTED, told
+        assert not [word for word in ("Traceback", "launcher has ended", "SIGTERM") if word in told], told
+    (checkpoint,) = store.find_checkpoints(folder / "checkpoints")[-1:]
+    assert store.step_of(checkpoint) == read_metrics(metrics)[-1]["step"]
+
+
+WITHOUT_TORCH = """
+import sys
+from megatron_detour.errors import command_line
+from megatron_detour.training.run import main
+def run():
+    try:
+        return main(sys.argv[1], sys.argv[2:])
+    finally:
+        assert not {"torch", "deepspeed", "transformers"} & sys.modules.keys()
+command_line(run)
+"""
+
+
+def start_without_torch(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("launch", [[], ["--launch"]])
+def test_a_finished_run_says_so_before_anything_is_loaded(unbroken, run_file, launch):
+    before = sorted(unbroken.rglob("*"))
+    told = start_without_torch(str(run_file), *launch, f"folder={unbroken}")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert f"this run is finished: {sum(STEPS)} steps" in told.stdout
+    assert f"convert_to_hf.py --checkpoint {unbroken}" in told.stdout
+    assert sorted(unbroken.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.corpora.0.prefix=nowhere", "data.corpora: nowhere.manifest.json: there is no such corpus"),
+        ("model.config.hiden_size=3", "model.config.hiden_size: "),
+        ("phases.detour.freeze=[layers.7]", "the model has 3 layers"),
+        ("deepspeed=nowhere.json", "deepspeed: "),
+        ("phases.detour.objective=CLM", "did you mean 'clm'?"),
+    ],
+)
+def test_faults_are_told_before_a_launcher_is_started(run_file, tmp_path, override, says):
+    told = start_without_torch(str(run_file), "--launch", f"folder={tmp_path / 'run'}", override)
+    assert told.returncode == 1 and told.stdout == ""
+    assert told.stderr.startswith("error: ") and says in told.stderr and len(told.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_changed_corpus_is_not_resumed(unbroken, run_file, corpus, tmp_path):

@@ -89,6 +89,20 @@ def test_gradients_that_are_no_numbers_are_left_out_and_then_end_the_run_with_a_
     assert set(started(folder, run_file, setup).wait()) == {0}
 
 
+@pytest.mark.parametrize(("call", "step"), [(1, 0), (2, PHASE_ENDS[0])])
+def test_a_validation_that_is_nan_is_kept_and_ends_the_run_with_a_state(run_file, tmp_path, call, step):
+    folder = tmp_path / "run"
+    session = started(folder, run_file, Setup(), NAN_VALIDATION=str(call))
+    assert session.wait() == [1], session.output()[-3000:]
+    assert "val_mlm_loss is NaN or infinite" in session.output() and "Traceback" not in session.output()
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    assert (last["step"], last["val_mlm_loss"]) == (step, None) and last["val_clm_loss"] > 0
+    saved = [store.step_of(path) for path in store.find_checkpoints(folder / "checkpoints")]
+    assert step not in saved
+    if step:
+        store.verify(folder / "inspect" / f"step-{step:08d}")
+
+
 def test_a_report_that_cannot_be_written_ends_no_run(whole, run_file, tmp_path):
     session = started(tmp_path / "run", run_file, Setup(), NO_REPORT="1")
     assert session.wait() == [0], session.output()[-3000:]

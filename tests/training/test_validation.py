@@ -101,4 +101,4 @@ def test_ranks_share_the_documents_out(corpus, second, tokenizer_folder):
     for name, documents in whole.by_corpus.items():
         for objective in whole.objectives.values():
             parts = sum(share._sums(model, objective, share.by_corpus[name]) for share in shares)
-            np.testing.assert_allclose(parts, whole._sums(model, objective, documents), rtol=1e-6)
+            np.testing.assert_allclose(parts, whole._sums(model, objective, documents), rtol=1e-5)  # fp32

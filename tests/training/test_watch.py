@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError, command_line, of_another_rank
 from megatron_detour.training.stop import StopRequests
+from megatron_detour.training.watch import LONGEST_LINE, MOST_STRANGERS, _Line
 from tests.harness import ROOT, environment, free_port
 
 BEAT, LOST, GRACE = 0.3, 4.0, 0.5
@@ -40,8 +42,9 @@ def _work(how: str, guilty: int, folder: Path) -> int:
 
     dist.init_process_group("gloo")
     rank, ones = dist.get_rank(), torch.ones(4)
-    with StopRequests() as stop, Watch(BEAT, LOST, GRACE):
+    with StopRequests() as stop, Watch(BEAT, LOST, GRACE) as watch:
         dist.all_reduce(ones)
+        (folder / f"listens-{rank}").write_text(json.dumps(watch.listens))
         (folder / f"started-{rank}").write_text(str(os.getpid()))
         if how == "until asked":
             while stop.reason() is None:
@@ -189,6 +192,81 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path):
             process.send_signal(signal.SIGUSR1)
         assert run.end() == [EXIT_INTERRUPTED] * 3
         assert [run.log(rank) for rank in range(3)] == ["", "", ""]
+
+
+VERDICT = b'{"verdict": {"rank": 1, "host": "h", "how": "is said to have failed"}}'
+HOSTILE = {
+    "nothing": b"",
+    "half a line": b"GET / HTTP/1.1",
+    "lines": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "deep": b"[" * 7000 + b"\n",
+    "a long line": b"[" * 1_000_000,
+    "no UTF-8": b"\xff\xfe\x00\n",
+    "a rank without the secret": b'{"rank": 1, "host": "h"}\n' + VERDICT + b"\n",
+    "a wrong code": b"0" * 64 + b" " + VERDICT + b"\n",
+    "an empty code": b" " + VERDICT + b"\n",
+    "a deep one with a code": b"0" * 64 + b" " + b"[" * 7000 + b"\n",
+}
+
+
+def test_nothing_that_a_stranger_sends_ends_a_run(tmp_path):
+    with ranks(tmp_path, "until asked") as run:
+        wait_for(tmp_path, "started", 3)
+        ((address, port),) = json.loads((tmp_path / "listens-0").read_text()).items()
+        assert address == "127.0.0.1"  # MASTER_ADDR, and no other interface
+        open_ones = []
+        for content in HOSTILE.values():
+            for half in (False, True):
+                connection = socket.create_connection((address, port))
+                open_ones.append(connection)
+                with suppress(OSError):  # it hangs up
+                    connection.sendall(content)
+                    if half:
+                        connection.shutdown(socket.SHUT_WR)
+        open_ones += [socket.create_connection((address, port)) for _ in range(3 * MOST_STRANGERS)]
+        time.sleep(4 * BEAT)
+        assert [process.poll() for process in run.processes] == [None] * 3
+        for connection in open_ones:
+            connection.close()
+        for process in run.processes:
+            process.send_signal(signal.SIGUSR1)
+        assert run.end() == [EXIT_INTERRUPTED] * 3
+        assert [run.log(rank) for rank in range(3)] == ["", "", ""]
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[_Line, socket.socket]]:
+    """A line and the other end's bare socket."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        other = socket.create_connection(server.getsockname())
+        line = _Line(server.accept()[0], b"secret")
+    yield line, other
+    line.socket.close()
+    other.close()
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_line_takes_nothing_without_the_secret(pair, kind):
+    line, other = pair
+    other.sendall(HOSTILE[kind][: LONGEST_LINE // 2] + b"\n")
+    assert line.read() is None
+    _Line(other, b"another secret").send({"done": True})
+    assert line.read() is None
+
+
+def test_a_line_reads_what_its_own_kind_sends(pair):
+    line, other = pair
+    mine = _Line(other, b"secret")
+    mine.send({"rank": 1})
+    mine.send({"done": True})
+    found = []
+    while len(found) < 2:
+        found += line.read()
+    assert found == [{"rank": 1}, {"done": True}]
+    other.sendall(b"x" * (2 * LONGEST_LINE))
+    while (read := line.read()) == []:
+        pass
+    assert read is None
 
 
 def wait_for(folder: Path, name: str, ranks: int) -> None:

@@ -1,0 +1,161 @@
+"""A Hugging Face model as it lies in a folder or in the hub's cache, looked at without torch: its configuration, and
+the names and sizes of its weights from the headers of its safetensors files."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.data.vocabulary import hub_file
+from megatron_detour.errors import DetourError
+from megatron_detour.model.shape import Shape
+from megatron_detour.structured import parse_json, read_json_object
+
+WEIGHTS, WEIGHTS_INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before names
+ENCODER, HEAD = "model.", "head.dense.weight"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face model: a folder, or a hub id in the local cache, or fetched where that is allowed."""
+
+    name: str
+    download: bool = False
+
+    def file(self, name: str) -> Path:
+        """Raises DetourError when there is no such file."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return hub_file(self.name, name, self.download, "model")
+        if not (folder / name).is_file():
+            raise DetourError(f"{folder}: the folder has no {name}, so it is not a Hugging Face model")
+        return folder / name
+
+    def config(self) -> dict[str, Any]:
+        return read_json_object(self.file("config.json"))
+
+    def has(self, name: str) -> bool:
+        try:
+            return self.file(name).is_file()
+        except DetourError:
+            return False
+
+    def weight_files(self) -> list[Path]:
+        """Raises DetourError where the model has no safetensors files."""
+        if self.has(WEIGHTS):
+            return [self.file(WEIGHTS)]
+        if self.has(WEIGHTS_INDEX):
+            path = self.file(WEIGHTS_INDEX)
+            names = read_json_object(path).get("weight_map")
+            if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+                raise DetourError(f"{path}: weight_map must name a file for each weight; save the model again")
+            for name in names.values():
+                if Path(name).name != name:
+                    raise DetourError(f"{path}: weight_map names {name!r}, which is no file beside it")
+            return [self.file(name) for name in sorted(set(names.values()))]
+        if self.has(PICKLED):
+            raise DetourError(
+                f"{self.name}: the weights are in {PICKLED} alone, and pickled files are not opened; write "
+                f"{WEIGHTS} with transformers: AutoModelForMaskedLM.from_pretrained({self.name!r})"
+                ".save_pretrained('another-folder')"
+            )
+        where = "the folder" if Path(self.name).is_dir() else "the hub's local cache"
+        raise DetourError(f"{self.name}: {where} has no {WEIGHTS}; download the model again")
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Which file holds each weight, under which name, and in which size."""
+
+    where: dict[str, tuple[Path, str]]
+    sizes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, source: Source) -> StoredWeights:
+        """Raises DetourError where the files cannot be read. A wrapper's prefix that all names bear is taken off."""
+        found = [(name, path, size) for path in source.weight_files() for name, size in _header(path).items()]
+        prefixes = {match[0] if (match := WRAPPED.match(name)) else "" for name, *_ in found}
+        cut = len(prefixes.pop()) if len(prefixes) == 1 else 0
+        return cls({name[cut:]: (path, name) for name, path, _ in found}, {name[cut:]: size for name, _, size in found})
+
+    def check(self, sizes: dict[str, tuple[int, ...]], origin: str) -> None:
+        """Raises DetourError unless every parameter is there in its size."""
+        for name, size in sizes.items():
+            found = self.sizes.get(name)
+            if found is None:
+                raise DetourError(f"{origin}: the weights have no {name}; {self._why_not(name)}")
+            if found != size:
+                raise DetourError(f"{origin}: {name} is {found} where the configuration means {size}")
+
+    def _why_not(self, name: str) -> str:
+        if name.removeprefix(ENCODER) in self.sizes:
+            return (
+                "this is an encoder without the head for masked words (saved by AutoModel); start from the folder or "
+                "hub id that it was loaded from, or from one saved by AutoModelForMaskedLM"
+            )
+        if any(key.startswith(ENCODER) for key in self.sizes):
+            return "a model with the head for masked words is needed, as AutoModelForMaskedLM saves it"
+        names = ", ".join(sorted(self.sizes)[:2]) or "nothing"
+        return f"they are named otherwise ({names}, ...); save the model with AutoModelForMaskedLM's save_pretrained"
+
+
+def weight_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Names and whole sizes of a ModernBERT's weights, as model/modernbert.py makes them."""
+    hidden, inner = shape.hidden, shape.intermediate
+    sizes: dict[str, tuple[int, ...]] = {
+        "model.embeddings.tok_embeddings.weight": (shape.vocabulary, hidden),
+        "model.embeddings.norm.weight": (hidden,),
+        "model.final_norm.weight": (hidden,),
+        HEAD: (hidden, hidden),
+        "head.norm.weight": (hidden,),
+        "decoder.bias": (shape.vocabulary,),
+    }
+    for number in range(shape.layers):
+        layer = f"model.layers.{number}"
+        if number:
+            sizes[f"{layer}.attn_norm.weight"] = (hidden,)
+        sizes |= {
+            f"{layer}.attn.Wqkv.weight": (3 * hidden, hidden),
+            f"{layer}.attn.Wo.weight": (hidden, hidden),
+            f"{layer}.mlp_norm.weight": (hidden,),
+            f"{layer}.mlp.Wi.weight": (2 * inner, hidden),
+            f"{layer}.mlp.Wo.weight": (hidden, inner),
+        }
+    return sizes
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Sizes by name. Raises DetourError unless the file is a whole safetensors file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, LONGEST_HEADER))
+        whole = path.stat().st_size
+    except OSError as error:
+        raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
+    if not 2 <= length <= LONGEST_HEADER or len(text) < length:
+        raise DetourError(f"{path}: not a safetensors file, or cut; download or save the model again")
+    header = parse_json(text.decode("utf-8", "replace"), str(path))
+    if not isinstance(header, dict):
+        raise DetourError(f"{path}: not a safetensors file; download or save the model again")
+    header.pop("__metadata__", None)
+    sizes = {name: _size(entry, whole - 8 - length) for name, entry in header.items()}
+    for name, size in sizes.items():
+        if size is None:
+            raise DetourError(f"{path}: cut or damaged at the weight {name!r}; download or save the model again")
+    return sizes
+
+
+def _size(entry: Any, bytes_of_data: int) -> tuple[int, ...] | None:
+    """The size in a header's entry; None where the entry is not one, or its data lie beyond the file."""
+    try:
+        size, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+        good = all(type(n) is int and n >= 0 for n in (*size, start, end)) and start <= end <= bytes_of_data
+        return size if good and math.prod(size) <= end - start else None
+    except (TypeError, KeyError, ValueError):
+        return None
