@@ -45,7 +45,12 @@ def _publish(folder: Path, write: Callable[[Path], None]) -> None:
             flush(path)
         if os.path.lexists(folder):
             folder.rename(replaced)
-        aside.rename(folder)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if os.path.lexists(replaced):
+                replaced.rename(folder)  # what was there stays there
+            raise
         flush(folder.parent)
     finally:
         for leftover in (aside, replaced):

@@ -38,6 +38,7 @@ def refuse_another_run(folder: Path, config: RunConfig) -> None:
         return
     if not any((folder / name).exists() for name in (METRICS, CHECKPOINTS, ENVIRONMENT)):
         return  # it never began
+    _environment(folder)  # what is wrong with it is told now, not when the libraries have loaded
     before = _run_before(folder)
     moved = _moved(folder, before, config)
     there = {key: moved.get((key.rpartition(".")[2], value), value) for key, value in before.trajectory().items()}

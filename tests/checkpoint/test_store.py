@@ -274,3 +274,20 @@ def test_a_disk_that_cannot_be_read_is_not_a_damaged_checkpoint(tmp_path, monkey
     monkeypatch.setattr(Path, "read_text", fail)
     with pytest.raises(OSError, match="Stale"):
         store.latest(tmp_path, print)
+
+
+def test_what_was_there_stays_where_the_new_one_cannot_get_its_name(tmp_path, monkeypatch):
+    store.publish(tmp_path / "a", write_numbers(1))
+    honest = Path.rename
+
+    def rename(path, target):
+        if "writing" in path.name:
+            raise OSError(errno.EPERM, "not permitted")
+        return honest(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="not permitted"):
+        store.publish(tmp_path / "a", write_numbers(2))
+    store.verify(tmp_path / "a")
+    assert (tmp_path / "a" / "0.txt").read_text() == "1 0"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -284,7 +284,6 @@ def put(path: Path, content: str | bytes) -> None:
 @pytest.mark.parametrize("content", [*WRONG, "{}", '{"sessions": 3}', '{"sessions": {}}', '{"sessions": [3, null]}'])
 def test_an_environment_that_is_none_is_told_in_a_sentence(run, config, content):
     put(run / "environment.json", content)
-    shutil.rmtree(run / "checkpoints")
     uses = [
         lambda: add_session(run, {"step": 0}, {}),
         lambda: note(run, ended="x"),
