@@ -16,7 +16,8 @@ HEAD = ("Model", "Words", "Masked", "Perplexity a word", "Bits a byte", "Accurac
 CHANGE_HEAD = ("Model", "Words", "Perplexity, ratio", "Bits a byte, difference", "Accuracy, points")
 NOTE = (
     "Words are masked at the same places for every model, all tokens of a word and all words of a window at once. In "
-    "brackets: the 95% interval of a bootstrap over documents. Ratios and differences are of the same documents."
+    "brackets: the 95% interval of a bootstrap over documents, of 20 or more. Ratios and differences are of the same "
+    "documents."
 )
 
 Line = dict[str, Any]
@@ -81,7 +82,7 @@ def _figure_rows(lines: list[Line]) -> list[tuple[str, ...]]:
             line["model"],
             kind,
             f"{line[kind]['words']:,}",
-            _interval(line[kind]["perplexity"], ",.1f" if line[kind]["perplexity"]["low"] < 1000 else ",.0f"),
+            _interval(line[kind]["perplexity"], ",.1f" if line[kind]["perplexity"]["value"] < 1000 else ",.0f"),
             _interval(line[kind]["bits_per_byte"], ".3f"),
             _interval(line[kind]["accuracy"], ".1%"),
         )
@@ -98,7 +99,9 @@ def _change_rows(lines: list[Line]) -> list[tuple[str, ...]]:
             kind,
             _interval(line["change"][kind]["perplexity"], ".3g"),
             _interval(line["change"][kind]["bits_per_byte"], "+.3f"),
-            _interval({name: 100 * share for name, share in line["change"][kind]["accuracy"].items()}, "+.1f"),
+            _interval(
+                {name: share and 100 * share for name, share in line["change"][kind]["accuracy"].items()}, "+.1f"
+            ),
         )
         for kind in ("all", "domain")
         for line in lines
@@ -106,7 +109,9 @@ def _change_rows(lines: list[Line]) -> list[tuple[str, ...]]:
     ]
 
 
-def _interval(figure: dict[str, float], form: str) -> str:
+def _interval(figure: dict[str, float | None], form: str) -> str:
+    if figure["low"] is None:
+        return f"{figure['value']:{form}}"
     return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
 
 

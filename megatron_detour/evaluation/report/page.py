@@ -97,7 +97,8 @@ def scored_folder(output: Path, model: str) -> Path | None:
 
 
 def as_text(summary: Summary, console: Console) -> None:
-    """Prints scores, differences to the baseline, and what has to be known of them."""
+    """Prints the verdict, scores, differences to the baseline, and what has to be known of them."""
+    console.print(summary["verdict"], style="bold", markup=False, highlight=False)
     for table in (scores_table(summary), against_table(summary)):
         if table.rows:
             console.print(_rich(table))
@@ -138,6 +139,7 @@ def _page(summary: Summary, picture: Any) -> str:
     return render(
         TEMPLATE,
         templates=Path(__file__).parent,
+        verdict=summary["verdict"],
         about=_about(summary),
         chips={model: appearance(number)["color"] for number, model in enumerate(summary["models"])},
         cards=[_card(found, summary) for found in summary["against_baseline"] if found["cells"]],
@@ -160,7 +162,7 @@ def _card(found: dict[str, Any], summary: Summary) -> dict[str, str]:
 
 
 def _markdown(summary: Summary, picture: str) -> str:
-    parts = ["# Evaluation", _about(summary)]
+    parts = ["# Evaluation", f"**{_escaped(summary['verdict'])}**", _about(summary)]
     if summary["notes"]:
         parts.append("\n".join(f"- {_escaped(note)}" for note in summary["notes"]))
     for number, table in enumerate(tables(summary)):
