@@ -56,7 +56,8 @@ ALLOWED = {
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.sinks": ("observe errors files", "torch wandb"),
     "observe.compare": ("observe errors files", "yaml"),
-    "evaluation": ("evaluation errors files structured", "numpy"),
+    "evaluation": ("evaluation errors files structured", "numpy msgspec"),
+    "evaluation.terminal": ("", "rich"),
     "evaluation.task": ("errors structured", ""),
     "evaluation.examples": ("evaluation.task errors structured", ""),
     "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
@@ -68,13 +69,13 @@ ALLOWED = {
         "numpy torch transformers msgspec rich",
     ),
     "evaluation.report": (
-        "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results observe errors "
-        "files structured",
-        "numpy scipy matplotlib rich",
+        "evaluation.report evaluation.terminal evaluation.task evaluation.metrics evaluation.models evaluation.results "
+        "observe errors files structured",
+        "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.intrinsic": (
-        "evaluation.intrinsic evaluation.models evaluation.probes data.documents data.splitmix errors files "
-        "structured",
+        "evaluation.intrinsic evaluation.terminal evaluation.models evaluation.probes data.documents data.splitmix "
+        "errors files structured",
         "numpy torch transformers rich",
     ),
     "benchmark": (

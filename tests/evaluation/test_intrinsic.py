@@ -522,3 +522,33 @@ def test_wrong_inputs_get_one_sentence(model_folder, texts, reference, tmp_path)
     letters = tmp_path / "long.txt"
     letters.write_text("a b " * 400)
     check("random on .*long.txt: a window has .* and the model reads 512", corpora=[letters], window_words=800)
+
+
+WRONG = [
+    "",
+    "[]",
+    "null",
+    "{",
+    "[" * 100_000,
+    '{"a": 1, "a": 2}',
+    '{"model": 1}',
+    b"\xff",
+    '{"model": "a", "corpus": "b"}',
+]
+
+
+@pytest.mark.parametrize("content", WRONG)
+def test_what_lies_in_the_output_is_never_a_traceback(content, model_folder, texts, tmp_path):
+    """A damaged cell is measured again; lines of another kind are one sentence."""
+    content, out = content if isinstance(content, bytes) else content.encode(), tmp_path / "out"
+    options = IntrinsicOptions(**OPTIONS | {"windows": 1, "window_words": 5})
+    (whole,) = measure({"a": model_folder}, [texts], options, out)
+    (cell,) = (out / "cells").iterdir()
+    cell.write_bytes(content)
+    (again,) = measure({"a": model_folder}, [texts], options, out)
+    assert again["all"] == whole["all"]
+    (out / "intrinsic.jsonl").write_bytes(content + b"\n")
+    if content:
+        with pytest.raises(DetourError, match=r"intrinsic.jsonl: not the lines of .*remove the file") as caught:
+            measure({"a": model_folder}, [texts], options, out)
+        assert "\n" not in str(caught.value)

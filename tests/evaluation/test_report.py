@@ -307,7 +307,10 @@ def test_a_result_without_a_key_is_named(two_models):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("{", "not predictions of the form"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON that can be read: nested too deep"),
+        ('{"labels": [], "labels": []}', "the key 'labels' appears twice"),
+        ("[]", "not a JSON object"),
         ('{"labels": [], "gold": [1]}', "not predictions of the form"),
         ('{"labels": [], "gold": [], "predicted": []}', "not predictions of the form"),
     ],
@@ -317,6 +320,45 @@ def test_damaged_predictions_are_named(two_models, content, fault):
     path.write_text(content)
     with pytest.raises(DetourError, match=f"{path}: {fault}.*remove the file"):
         write_report(two_models, None)
+
+
+@pytest.mark.parametrize("wrong", [None, [], {}, True, -1, 1e308, "", "x", [[]], [None], [{}], [[[]]], [True], [-5]])
+@pytest.mark.parametrize("kind", METRICS)
+def test_predictions_of_other_types_are_never_a_traceback(wrong, kind, tmp_path):
+    output = make_evaluation(tmp_path, [MadeUp(kind, kind, 4)], SKILLS, seeds=[1, 2])
+    path = tmp_path / f"predictions/detour/{kind}/2.json"
+    content = json.loads(path.read_text())
+    for key in content:
+        for value in (wrong, [wrong] * 4, [[wrong]] * 4):
+            path.write_text(json.dumps(content | {key: value}))
+            # gold that all files share is read by chance too
+            if key != "predicted":
+                for other in tmp_path.glob("predictions/*/*/*.json"):
+                    other.write_text(json.dumps(json.loads(other.read_text()) | {key: value}))
+            try:
+                summarise(output, None, 20)
+            except DetourError as fault:
+                assert "\n" not in str(fault) and str(tmp_path) in str(fault)
+        make_evaluation(output, [MadeUp(kind, kind, 4)], SKILLS, seeds=[1, 2])
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", "[" * 100_000, '{"a": 1, "a": 2}', '{"format": 1}', "{}"])
+def test_a_summary_of_another_kind_is_one_sentence(content, tmp_path):
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(DetourError, match="write the report again"):
+        read_summary(tmp_path)
+
+
+def test_a_task_of_one_s_own_keeps_its_title_and_language(tmp_path):
+    own = MadeUp("ward", examples=20)
+    output = make_evaluation(tmp_path, [own], SKILLS, title="Which ward a letter goes to", language="de")
+    text = words(write_report(output, None, FEW))
+    assert "ward Which ward a letter goes to de macro F1 20" in text
+    assert {(row["title"], row["language"]) for row in model_table(output, "detour")} == {
+        ("Which ward a letter goes to", "de")
+    }
+    make_evaluation(output, [own], SKILLS, title="a\u202eb\x1b[31m")
+    assert model_table(output, "detour")[0]["title"] == r"'a\u202eb\x1b[31m'"
 
 
 def test_predictions_on_other_data_are_refused(two_models):
@@ -406,6 +448,7 @@ def test_a_table_for_the_model_card(two_models):
     assert rows[0] == {
         "task": "bc5cdr",
         "title": rows[0]["title"],
+        "language": "en",
         "metric": "entity_f1",
         "protocol": "quick",
         "mean": pytest.approx(np.mean(scores)),

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich import progress
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from megatron_detour.evaluation.terminal import print_table
 
 SECONDS_A_LINE = 30
 HEAD = ("Model", "Words", "Masked", "Perplexity a word", "Bits a byte", "Accuracy")
@@ -44,12 +45,12 @@ def print_tables(lines: list[Line], console: Console | None = None) -> None:
     console = console or Console()
     for corpus, own in _grouped(lines, "corpus").items():
         console.print(Text(f"{corpus}: {_facts(own[0])}"))
-        console.print(_rich_table(HEAD, _figure_rows(own)))
+        _print_table(console, HEAD, _figure_rows(own))
         for sentence in _unknown(own):
             console.print(Text(f"{sentence}."))
         for baseline, changed in _grouped(own, "compared_with").items():
             console.print(Text(f"{corpus}, against {baseline}"))
-            console.print(_rich_table(CHANGE_HEAD, _change_rows(changed)))
+            _print_table(console, CHANGE_HEAD, _change_rows(changed))
 
 
 def _grouped(lines: list[Line], key: str) -> dict[str, list[Line]]:
@@ -124,15 +125,11 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _rich_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+def _print_table(console: Console, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Intervals stand below their values, as side by side they are wider than a terminal."""
     # Text, as rich would read brackets as its own markup.
-    table = Table()
-    for number, name in enumerate(head):
-        table.add_column(Text(name), justify="left" if number < 2 else "right")
-    for row in rows:
-        table.add_row(*(Text(cell.replace(" [", "\n[") if number > 1 else cell) for number, cell in enumerate(row)))
-    return table
+    cells = [[Text(cell.replace(" [", "\n[") if at > 1 else cell) for at, cell in enumerate(row)] for row in rows]
+    print_table(console, "", head, cells, words=2)
 
 
 class Progress:

@@ -31,7 +31,7 @@ from megatron_detour.evaluation.report.statistics import (
 from megatron_detour.evaluation.report.verdict import verdict
 from megatron_detour.evaluation.results import Cell
 
-FORMAT = 1
+FORMAT = 2
 PERMUTATIONS = 10_000
 RESAMPLES = 10_000
 MOST_NAMED = 6  # missing cells, all of which stand in summary.json
@@ -108,7 +108,7 @@ def _task(evaluation: Evaluation, task: TaskFacts, permutations: int, notes: Not
     spreads = {model: Spread.of(list(own.values())) for model, own in scores.items() if own}
     cells = [Cell(model, task.name, seed) for model, own in scores.items() for seed in own]
     shuffled = [cell for cell in evaluation.shuffled if cell.task == task.name]
-    predictions = read_predictions(evaluation.output, [*cells, *shuffled])
+    predictions = read_predictions(evaluation.output, task.metric, [*cells, *shuffled])
     pairs = Pairs(task, scores, predictions, permutations, notes)
     others = [model for model in evaluation.models[1:] if pairs.seeds(model, evaluation.baseline)]
     ranked = sorted(spreads, key=lambda model: -spreads[model].mean)
