@@ -267,6 +267,19 @@ def test_a_fault_of_one_job_stops_no_other(workshop, tmp_path):
     assert list(read_results(tmp_path / "out")) == [Cell("second", "small_classification", 42)]
 
 
+def test_the_help_names_every_command_and_run_may_be_left_out():
+    def told(*words: str) -> tuple[int, str]:
+        command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *words]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    status, text = told("--help")
+    assert status == 0 and all(f"  {name} " in text for name in ("run", "report", "tasks", "intrinsic"))
+    assert told()[0] == 2
+    status, text = told("--model", "/nowhere", "--tasks", "hoc", "--data", "/nowhere", "--output", "/tmp/nothing")
+    assert status == 1 and "--model /nowhere: there is no such folder" in text and "Traceback" not in text
+
+
 def result_of(seed: int, **changes) -> dict:
     return {"model": "m", "task": "t", "seed": seed, "shuffled": False, "score": 0.5} | changes
 

@@ -26,7 +26,7 @@ from megatron_detour.evaluation.models import check_model, fingerprint, weight_f
 from megatron_detour.evaluation.results import Cell, Result, add_result, predictions_path, read_results
 from megatron_detour.evaluation.task import Task
 
-FORMAT = 1  # of what a result means: another one makes older results those of another evaluation
+FORMAT = 2  # of what a result means: another one makes older results those of another evaluation
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _hash(text: str) -> str:
 
 def _refuse_others(suite: Suite, jobs: list[Job], done: dict[Cell, Result]) -> None:
     """Raises DetourError where a result that is there was made of something else."""
-    protocols = {result["protocol"] for result in done.values()} - {suite.protocol.name}
+    protocols = {result.get("protocol", "") for result in done.values()} - {suite.protocol.name}
     if protocols:
         raise DetourError(
             f"{suite.output}: holds results of the protocol {protocols.pop()!r}, this one is {suite.protocol.name!r}; "
