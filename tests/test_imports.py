@@ -58,24 +58,26 @@ ALLOWED = {
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.sinks": ("observe errors files", "torch wandb"),
     "observe.compare": ("observe errors files", "yaml"),
-    "evaluation": ("evaluation errors files", "numpy"),
-    "evaluation.task": ("errors", "yaml"),
-    "evaluation.examples": ("evaluation.task errors", ""),
+    "evaluation": ("evaluation errors files structured", "numpy msgspec"),
+    "evaluation.terminal": ("", "rich"),
+    "evaluation.task": ("errors structured", ""),
+    "evaluation.examples": ("evaluation.task errors structured", ""),
     "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
     "evaluation.command": ("evaluation errors", "torch rich"),
-    "evaluation.probes": ("data.documents errors", "torch safetensors transformers rich"),
+    "evaluation.probes": ("data.documents evaluation.models errors structured", "torch transformers rich"),
     "evaluation.finetuning": (
         "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
-        "evaluation.results errors",
-        "numpy torch transformers safetensors msgspec yaml rich",
+        "evaluation.results errors structured",
+        "numpy torch transformers msgspec rich",
     ),
     "evaluation.report": (
-        "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results observe errors "
-        "files",
-        "numpy scipy matplotlib rich",
+        "evaluation.report evaluation.terminal evaluation.task evaluation.metrics evaluation.models evaluation.results "
+        "observe errors files structured",
+        "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.intrinsic": (
-        "evaluation.intrinsic evaluation.models evaluation.probes data.documents data.splitmix errors files",
+        "evaluation.intrinsic evaluation.terminal evaluation.models evaluation.probes data.documents data.splitmix "
+        "errors files structured",
         "numpy torch transformers rich",
     ),
     "benchmark": (

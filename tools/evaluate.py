@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fine-tunes models on downstream tasks and says which is better, and how sure that is.
 
-Started again with the same arguments it does only what is missing. For what is there: evaluate.py report OUTPUT,
-evaluate.py tasks, and evaluate.py intrinsic for measures that need no labels (--help after each of these).
+Started again with the same arguments it does only what is missing. The word "run" may be left out: evaluate.py --model
+... is evaluate.py run --model ..., whose options evaluate.py run --help tells.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int | None:
     words = sys.argv[1:]
-    named = bool(words) and not words[0].startswith("-")
-    options = parser().parse_args(words if named else ["run", *words])
+    of_run = bool(words) and words[0].startswith("-") and words[0] not in ("-h", "--help")
+    options = parser().parse_args(["run", *words] if of_run else words)
     if options.command == "run":
         return command.run(options)
     if options.command == "report":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import sys
+import textwrap
 from pathlib import Path
 
 from rich.console import Console
@@ -12,10 +14,12 @@ from rich.console import Console
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.finetuning.protocol import known_protocols, load_protocol
 from megatron_detour.evaluation.models import named_models
+from megatron_detour.evaluation.results import RESULTS
 from megatron_detour.evaluation.task import Task, known_tasks, load_task
 
 GROUPS = ("all", "paper-en", "paper-fr")
 MOST_SEEDS = 1000
+COLUMNS = 80
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,11 +69,13 @@ def run(options: argparse.Namespace) -> int:
 
     overrides = options.set + ([f"ner_head={options.ner_head}"] if options.ner_head else [])
     protocol = load_protocol(options.protocol, overrides)
-    models = named_models(options.model)
+    models, tasks = named_models(options.model), chosen_tasks(options.tasks, options.data)
+    for name in protocol.unused_sections(tasks):
+        print(f"protocol {protocol.name}: tasks.{name} is of no task of this evaluation", file=sys.stderr)
     devices = visible_gpus()
     suite = Suite(
         models=models,
-        tasks=chosen_tasks(options.tasks, options.data),
+        tasks=tasks,
         data=options.data,
         protocol=protocol,
         seeds=protocol.first_seeds(options.seeds),
@@ -87,6 +93,8 @@ def report(output: Path, baseline: str | None) -> int:
 
     if not output.is_dir():
         raise DetourError(f"{output}: there is no such folder; give the --output of an evaluation")
+    if not (output / RESULTS).exists():
+        raise DetourError(f"{output / RESULTS}: holds no result yet; evaluate a model first (tools/evaluate.py run)")
     with (output / ".lock").open("w") as lock:  # several commands may share an output
         fcntl.flock(lock, fcntl.LOCK_EX)
         page = write_report(output, baseline)
@@ -96,13 +104,16 @@ def report(output: Path, baseline: str | None) -> int:
 
 
 def list_tasks() -> int:
+    """Prints a line of facts for each task, and its title below, in 80 columns."""
     rows = [("name", "", "type", "metric", "paper", "title")]
     for task in map(load_task, known_tasks()):
         rows.append((task.name, task.language, task.type, task.metric, task.paper, task.title))
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     for *cells, title in rows:
-        print("  ".join([*map(str.ljust, cells, widths), title]))
-    print(f"groups: {', '.join(GROUPS)}; docs/tasks.md says where each comes from and what its files look like")
+        print("  ".join(map(str.ljust, cells, widths)).rstrip())
+        print(textwrap.fill(title, COLUMNS, initial_indent="    ", subsequent_indent="    "))
+    words = f"groups: {', '.join(GROUPS)}; docs/tasks.md says where each comes from and what its files look like"
+    print(textwrap.fill(words, COLUMNS))
     return 0
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.task import WITH_LABELS, Task
+from megatron_detour.structured import parse_json
 
 SPLITS = ("train", "dev", "test")
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -42,6 +44,10 @@ class Dataset:
     test: list[Example]
     labels: tuple[str, ...]
     sha256: str
+
+
+ZEROS_ONES = ("0", "1", "0.0", "1.0", "False", "True")
+VECTOR = "labels are names; this looks like a vector of 0 and 1: list the names of those that hold"
 
 
 class _BadLine(ValueError):
@@ -115,15 +121,19 @@ class _Reader:
         self.pairs: bool | None = True if task.type == "similarity" or "text_b" in task.fields else None
         self.known: set[str] | None = set(task.labels) or None  # labels, in token-classification types of entities
         self.tags = {"O"}  # found to be good
+        self.vectors = True  # whether all lists of labels or answers so far are as long, of 0 and 1 alone
+        self.lengths: set[int] = set()
+        self.kinds: dict[str, type] = {}  # of labels: numbers or texts
 
     def split(self, path: Path, content: bytes) -> list[Example]:
         examples = []
         for number, line in _lines(content):
+            place = f"{path}, line {number:,}"
             try:
-                example = self.example(_record(line))
+                example = self.example(_record(line, place))
                 self.check_labels(example)
             except _BadLine as reason:
-                raise DetourError(f"{path}, line {number:,}: {reason}") from None
+                raise DetourError(f"{place}: {reason}") from None
             examples.append(example)
         if not examples:
             raise DetourError(f"{path}: has no examples; every split needs one at least")
@@ -133,7 +143,10 @@ class _Reader:
         """Takes the labels of the training split for the task's where it does not list its own."""
         if self.task.type not in WITH_LABELS:
             return
+        if self.vectors and not self.task.labels and len(self.lengths) == 1:
+            raise DetourError(f"{path}: {VECTOR}")
         found = set().union(*(_labels(example) for example in train))
+        _refuse_look_alikes(found, path)
         if len(found) < (2 if self.task.type == "classification" else 1):
             what = f"the label {found.pop()!r} alone" if found else "no label"
             raise DetourError(f"{path}: has {what}, so there is nothing to learn")
@@ -168,12 +181,28 @@ class _Reader:
         example: Example = {"text": self._text(record, "text"), "text_b": self._second_text(record)}
         if kind == "classification":
             key, value = self._value(record, "label")
-            return example | {"label": _label(key, value)}
+            return example | {"label": self._name(key, value)}
         if kind == "multi-label":
             key, value = self._value(record, "labels")
-            labels = [_label(key, label) for label in _list(key, value)]
-            return example | {"labels": _once(key, labels)}
+            self._look_for_vectors(_list(key, value))
+            return example | {"labels": _once(key, [self._name(key, label) for label in value])}
         return example | {"score": _score(*self._value(record, "score"))}
+
+    def _name(self, key: str, value: Any) -> str:
+        """A label, which is a number everywhere or a text everywhere: 1 and "1" are not the same."""
+        label = _label(key, value)
+        if self.kinds.setdefault(label, type(value)) is not type(value):
+            raise _BadLine(f"the label {label!r} is a number in one line and a text in another; write it one way")
+        return label
+
+    def _look_for_vectors(self, values: list[Any]) -> None:
+        """Raises _BadLine for what can only be a vector of 0 and 1; notes what may be one (know_labels)."""
+        ones = [value for value in values if isinstance(value, bool | int | float | str) and str(value) in ZEROS_ONES]
+        if not values or len(ones) < len(values):
+            self.vectors = False
+        elif any(isinstance(value, bool | float) for value in values) or len(set(map(str, values))) < len(values):
+            raise _BadLine(VECTOR)
+        self.lengths.add(len(values))
 
     def _value(self, record: Example, canonical: str) -> tuple[str, Any]:
         key = self.task.key(canonical)
@@ -222,6 +251,8 @@ class _Reader:
         names = list(options) if isinstance(options, dict) else [str(i) for i in range(len(options))]
         texts = [_text(key, text) for text in (options.values() if isinstance(options, dict) else options)]
         key, answers = self._value(record, "answers")
+        if isinstance(answers, list) and self.task.type == "multiple-answer":
+            self._look_for_vectors(answers)
         answers = _once(key, [_label(key, answer) for answer in (answers if isinstance(answers, list) else [answers])])
         for answer in answers:
             if answer not in names:
@@ -241,19 +272,18 @@ def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _record(line: bytes) -> Example:
+def _record(line: bytes, place: str) -> Example:
+    if line.lstrip().startswith(b"["):
+        raise _BadLine("not a JSON object; write one object a line, not a list of them")
     try:
         text = line.decode("utf-8")
-        record = json.loads(text)
+        record = parse_json(text, place)
         if "\\u" in text:  # an escape can be half of a pair, which no tokenizer takes
             json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError:
         raise _BadLine("not UTF-8") from None
     except UnicodeEncodeError:
         raise _BadLine("holds half a surrogate pair") from None
-    except (ValueError, RecursionError) as error:
-        hint = "; write one object a line, not a list of them" if line.lstrip().startswith(b"[") else ""
-        raise _BadLine(f"not JSON ({error}){hint}") from None
     if not isinstance(record, dict):
         raise _BadLine("not a JSON object; write one object a line")
     return record
@@ -263,6 +293,18 @@ def _labels(example: Example) -> set[str]:
     if "tags" in example:
         return {tag[2:] for tag in example["tags"] if tag != "O"}
     return {example["label"]} if "label" in example else set(example["labels"])
+
+
+def _refuse_look_alikes(labels: set[str], path: Path) -> None:
+    """Raises DetourError for two labels that differ in nothing that is seen."""
+    seen: dict[str, str] = {}
+    for label in sorted(labels):
+        shown = " ".join(
+            "".join(c for c in unicodedata.normalize("NFC", label) if c.isprintable() or c.isspace()).split()
+        )
+        if shown in seen:
+            raise DetourError(f"{path}: the labels {seen[shown]!a} and {label!a} look alike; write them one way")
+        seen[shown] = label
 
 
 def _text(key: str, value: Any) -> str:
@@ -280,7 +322,7 @@ def _list(key: str, value: Any) -> list[Any]:
 
 
 def _label(key: str, value: Any) -> str:
-    if value == "" or isinstance(value, bool) or not isinstance(value, str | int):
+    if isinstance(value, bool) or (isinstance(value, str) and not value.strip()) or not isinstance(value, str | int):
         raise _BadLine(f"{_shown(value)} under {key!r}, where a name or a whole number is needed")
     return str(value)
 

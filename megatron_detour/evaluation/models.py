@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
+from megatron_detour.structured import read_json_object
 
 OPTIMIZER = "optimizer.safetensors"  # of a checkpoint, beside its weights
 
@@ -17,14 +21,22 @@ def named_models(given: list[str]) -> dict[str, Path]:
     models: dict[str, Path] = {}
     for word in given:
         name, equals, folder = word.partition("=")
-        path = Path(folder if equals else word)
-        name = name if equals else path.resolve().name
-        if not name or "/" in name or name.startswith("."):
-            raise DetourError(f"--model {word}: give NAME=DIR with a name that can be a folder's")
+        if not equals or "/" in name or (Path(word).is_dir() and not Path(folder).is_dir()):
+            name, folder = Path(word).resolve().name, word
+            if equals and not Path(word).is_dir():
+                raise DetourError(
+                    f"--model {_plain(word)}: there is no such folder; as the path holds '=', give NAME={_plain(word)}"
+                )
+        if not name or "/" in name or name.startswith(".") or not name.isprintable():
+            raise DetourError(f"--model {_plain(word)}: give NAME=DIR with a name that can be a folder's")
         if name in models:
             raise DetourError(f"--model {word}: a second model named {name!r}; give NAME=DIR to tell them apart")
-        models[name] = path
+        models[name] = Path(folder)
     return models
+
+
+def _plain(word: str) -> str:
+    return word if word.isprintable() else repr(word)
 
 
 def check_model(folder: Path) -> None:
@@ -47,15 +59,46 @@ def check_model(folder: Path) -> None:
 
 
 def _model_type(folder: Path) -> str:
+    """Reads what decides on a model, so that a key that appears twice, or what is no JSON, is told before training."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"):
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    model_type = read_json_object(folder / "config.json").get("model_type")
+    if not isinstance(model_type, str):
+        raise DetourError(f"--model {folder}: its config.json is not that of a model: model_type is {model_type!r}")
+    return model_type
+
+
+@contextmanager
+def opening(folder: Path) -> Iterator[None]:
+    """Makes a DetourError of whatever a library raises over the files of a model's folder."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return str(config.get("model_type"))
-    except (ValueError, AttributeError):
-        raise DetourError(f"--model {folder}: its config.json is not that of a model") from None
+        yield
+    except DetourError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise DetourError(f"{folder}: cannot be opened as a model ({reason})") from None
+
+
+def most_positions(network: Any, tokenizer: Any) -> int:
+    """How many tokens a model reads at most.
+
+    RoBERTa and its kin number positions from the padding's on: 514 of them hold 512 tokens. Raises DetourError.
+    """
+    limits = [tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None) or math.inf]
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
+            padding = module.padding_idx
+            limits.append(module.num_embeddings - (0 if padding is None else padding + 1))
+    for limit in limits:
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+            raise DetourError(f"{tokenizer.name_or_path}: model_max_length {limit!r} is no number of tokens")
+    return int(min(limits))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != OPTIMIZER]
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != OPTIMIZER and path.is_file()]
 
 
 def fingerprint(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from megatron_detour.data.documents import read_documents
 from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.models import opening
+from megatron_detour.structured import parse_json
 
 PLACEHOLDER = "[MASK]"
 _DOCUMENTS_READ = 10_000
@@ -86,10 +86,7 @@ def read_probes(path: Path) -> list[Probe]:
 
 
 def _probe(line: str, place: str) -> Probe:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DetourError(f"{place}: not JSON ({error})") from None
+    record = parse_json(line, place)
     if not isinstance(record, dict):
         raise DetourError(f'{place}: not a JSON object such as {{"text": "... {PLACEHOLDER}.", "answer": "..."}}')
     for key in ("text", "answer"):
@@ -166,14 +163,11 @@ def load_model(
     if not (folder / "config.json").is_file():
         raise DetourError(f"{folder}: no config.json there, give the folder of a Hugging Face model")
     logging.disable_progress_bar()
-    try:
+    with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, loading = AutoModelForMaskedLM.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DetourError(f"{folder}: cannot be opened ({reason})") from None
     # transformers fills missing weights with random numbers, whose answers would mean nothing
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])

@@ -8,11 +8,37 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
+from megatron_detour.structured import parse_json
 
 RESULTS = "results.jsonl"
 Result = dict[str, Any]
+
+
+class _Shape(msgspec.Struct):
+    """The types of what is read from a result; keys of later versions are passed over."""
+
+    model: str
+    task: str
+    seed: int
+    shuffled: bool
+    path: str = ""
+    protocol: str = ""
+    title: str = ""
+    language: str = ""
+    ner_head: str | None = None
+    metric: str = ""
+    score: float | None = None
+    scores: dict[str, float] = {}
+    dev_score: float = 0.0
+    examples: dict[str, int] = {}
+    seconds: float = 0.0
+    device: str | None = None
+    versions: dict[str, str] | None = None
+    identity: dict[str, str] = {}
 
 
 class Cell(NamedTuple):
@@ -40,12 +66,23 @@ def read_results(output: Path) -> dict[Cell, Result]:
     if not path.exists():
         return {}
     found: dict[Cell, Result] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
         try:
-            result = json.loads(line)
-            found[Cell.of(result)] = result
-        except (ValueError, KeyError, TypeError):
-            raise DetourError(f"{path}, line {number}: not a result of tools/evaluate.py; remove the line") from None
+            result = parse_json(line.decode(), str(path))
+            msgspec.convert(result, _Shape)
+        except (DetourError, UnicodeDecodeError, msgspec.ValidationError) as fault:
+            reason = " ".join(str(fault).removeprefix(f"{path}: ").split()).replace("$.", "")
+            raise DetourError(
+                f"{path}, line {number}: not a result of tools/evaluate.py ({reason}); remove the line"
+            ) from None
+        names = [result[key] for key in ("model", "task")]
+        if not all(name.isprintable() and name and "/" not in name and name[0] != "." for name in names):
+            raise DetourError(f"{path}, line {number}: {names[0]!r} or {names[1]!r} is no name; remove the line")
+        found[Cell.of(result)] = result
     return found
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_detour.errors import DetourError, nearest
+from megatron_detour.structured import read_yaml
 
 FOLDER = Path(__file__).parent / "tasks"
 TYPES = ("token-classification", "classification", "multi-label", "similarity", "multiple-choice", "multiple-answer")
@@ -81,12 +80,7 @@ def load_task(name_or_path: str) -> Task:
         raise DetourError(
             f"task {name_or_path}: neither a task of docs/tasks.md nor a YAML file{nearest(name_or_path, known)}"
         )
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DetourError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path)
     try:
         return _task(raw)
     except _Fault as fault:
@@ -145,9 +139,12 @@ def _check_metrics(key: str, names: Sequence[str], kind: str) -> None:
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _Fault(f"{key}: a text is needed, it is {value!r}; quotes make it one")
-    if not value.strip():
+    text = " ".join(value.split())
+    if not text:
         raise _Fault(f"{key}: the text is empty")
-    return value.strip()
+    if not text.isprintable():
+        raise _Fault(f"{key}: the text {text!r} holds characters that do not print, such as escapes")
+    return text
 
 
 def _list(key: str, value: Any) -> tuple[str, ...]:

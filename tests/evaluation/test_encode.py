@@ -115,3 +115,12 @@ def test_a_tokenizer_without_a_first_token_is_refused(tokenizer_folder):
     encoder = Encoder(task("classification", "accuracy"), ("no", "yes"), bare, 64)
     with pytest.raises(DetourError, match=r"does not begin a text with its \[CLS\]"):
         encoder([{"text": "the nurse", "text_b": None, "label": "yes"}])
+
+
+def test_a_word_has_the_same_tokens_wherever_it_stands(tokenizer):
+    """The first word of a sentence has a space before it as well: with byte-level BPE it would be another word."""
+    encoder = Encoder(task("token-classification", "entity_f1"), ("O",), tokenizer, 64)
+    (feature,) = encoder([{"tokens": ["dose", "of", "dose"], "tags": ["O"] * 3}])
+    ids, starts = feature["input_ids"], feature["word_starts"]
+    first, last = ids[starts[0] : starts[1]], ids[starts[2] : -1]
+    assert first == last and tokenizer.decode(first).strip() == "dose"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset, read_dataset, train_test_duplicates
-from megatron_detour.evaluation.task import FIELDS, Task
+from megatron_detour.evaluation.task import FIELDS, Task, load_task
 
 GOOD = {
     "token-classification": {"tokens": ["some", "pain"], "tags": ["O", "B-Finding"]},
@@ -137,9 +138,12 @@ def changed(kind: str, **values) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "line", "says"),
     [
-        ("similarity", b"{", r"not JSON \(Expecting"),
+        ("similarity", b"{", r"not JSON: Expecting"),
+        ("similarity", b'{"text": "a", "text": "b"}', "the key 'text' appears twice"),
+        ("similarity", b"[" * 100_000, "not a JSON object; write one object a line"),
+        ("similarity", b'{"a": ' + b"[" * 100_000, "nested too deep"),
         ("similarity", b"[{}, {}]", "not a JSON object; write one object a line"),
-        ("similarity", b"[{}, ", r"not JSON \(.*\); write one object a line, not a list"),
+        ("similarity", b"[{}, ", "not a JSON object; write one object a line, not a list"),
         ("similarity", b"5", "not a JSON object"),
         ("similarity", b"\xff", "not UTF-8"),
         ("similarity", rb'{"text": "\ud800"}', "holds half a surrogate pair"),
@@ -318,3 +322,84 @@ def test_overlap_of_train_and_test(tmp_path, kind, train, test, count):
         test=lines(*(GOOD[kind] | values for values in test)),
     )
     assert train_test_duplicates(dataset) == count
+
+
+# ------------------------------------------------------------------------------------------------ look-alikes
+
+
+def labelled(folder: Path, kind: str, values: list, labels: str = "") -> Dataset:
+    """Reads a task whose examples have these labels, the same in all splits."""
+    key = "label" if kind == "classification" else "labels"
+    (folder / "mine").mkdir()
+    for split in ("train", "dev", "test"):
+        lines = [json.dumps({"text": f"text {n}", key: value}) + "\n" for n, value in enumerate(values)]
+        (folder / "mine" / f"{split}.jsonl").write_text("".join(lines))
+    (folder / "mine.yaml").write_text(f"name: mine\nlanguage: en\ntype: {kind}\n{labels}")
+    return read_dataset(load_task(str(folder / "mine.yaml")), folder)
+
+
+def one_hot(number: int, zero, one) -> list[list]:
+    return [[one if at == row % number else zero for at in range(number)] for row in range(8)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 20])
+@pytest.mark.parametrize(("zero", "one"), [(0, 1), ("0", "1"), (0.0, 1.0), (False, True)])
+def test_vectors_of_zero_and_one_are_no_names(length, zero, one, tmp_path):
+    values = [[zero], [one]] * 4 if length == 1 else one_hot(length, zero, one)
+    with pytest.raises(DetourError, match="labels are names; this looks like a vector of 0 and 1"):
+        labelled(tmp_path, "multi-label", values)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "expected"),
+    [
+        ([[0], [1], [0, 1], []], "", ("0", "1")),
+        ([[0, 1], [2], [1, 2]], "", ("0", "1", "2")),
+        ([[0, 1], [1, 0]], "labels: ['0', '1']\n", ("0", "1")),
+    ],
+)
+def test_numbers_of_labels_are_names(values, labels, expected, tmp_path):
+    assert labelled(tmp_path, "multi-label", values, labels).labels == expected
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi-label"])
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        (1, "1", r"the label '1' is a number in one line and a text in another"),
+        ("yes", "yes ", "the labels 'yes' and 'yes ' look alike"),
+        ("a b", "a  b", "the labels .* look alike"),
+        ("é", "e\u0301", "the labels .* look alike"),
+        ("a", "a\u200b", "the labels .* look alike"),
+        ("a", " ", "where a name or a whole number is needed"),
+        ("a", True, "where a name or a whole number is needed|a vector of 0 and 1"),
+        ("a", None, "where a name or a whole number is needed"),
+        ("a", 1.0, "where a name or a whole number is needed|a vector of 0 and 1"),
+    ],
+)
+def test_labels_that_look_alike_are_refused(kind, one, other, told, tmp_path):
+    values = [one, other] if kind == "classification" else [[one], [other], []]
+    with pytest.raises(DetourError, match=told) as caught:
+        labelled(tmp_path, kind, values)
+    assert str(caught.value).isprintable()
+
+
+WRONG = [None, [], {}, True, -1, 1e308, "", " ", "x", [[]], [None], {"a": {}}, "\x1b[31m"]
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_value_of_another_type_is_one_sentence_or_holds(kind, tmp_path):
+    """Every part of an example of every type, with every kind of wrong value."""
+    (tmp_path / kind).mkdir()
+    (tmp_path / "t.yaml").write_text(f"name: {kind}\nlanguage: en\ntype: {kind}\n")
+    task = load_task(str(tmp_path / "t.yaml"))
+    whole = {"tokens": ["a"], "tags": ["B-X"], "text": "a", "text_b": "b", "label": "x", "labels": ["x"], "score": 1.5,
+             "question": "q", "options": ["a", "b"], "answers": [0]}  # fmt: skip
+    for key, value in itertools.product(FIELDS[kind], WRONG):
+        records = [whole, whole | {"label": "y"}, whole | {key: value}]
+        for split in ("train", "dev", "test"):
+            (tmp_path / kind / f"{split}.jsonl").write_bytes(lines(*records))
+        try:
+            read_dataset(task, tmp_path)
+        except DetourError as fault:
+            assert "jsonl" in str(fault) and "\n" not in str(fault)

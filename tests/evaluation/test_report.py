@@ -63,7 +63,7 @@ def test_a_report_of_every_kind_of_task(tmp_path):
     (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     assert base64.b64decode(image) == (output / "scores.png").read_bytes()
     assert not re.search(r"(src|href)=\"(?!data:)|<script|<link|url\(|@import|https?://", html)
-    assert "Evaluation of 2 models 6 tasks, seeds 42, 43, 44, protocol quick." in text
+    assert "6 tasks, seeds 42, 43, 44, protocol quick." in text and read_summary(output)["verdict"] in text
     assert "6 comparisons by task (1 model against base)" in text and "6 comparisons by task" in markdown
     assert "![Scores by task, and differences to the baseline](scores.png)" in markdown
     summary = read_summary(output)
@@ -88,11 +88,12 @@ def test_the_tables_in_words(tmp_path):
         ["rct_sections", "macro F1", "50.0 ± 1.0", "*62.5 ± 1.0*"],
         ["Mean of 2 tasks", "", "50.0 ± 1.0", "62.5 ± 1.0"],
     ]
-    row = ["detour", "+12.5", "+12.5 to +12.5", "0.031", "+12.5 to +12.5", "0.50", "2 / 0 / 0", "2 / 0"]
+    # tasks that differ by exactly as much say nothing of how tasks vary
+    row = ["detour", "+12.5", "+12.5 to +12.5", "0.0002", "–", "1.00", "2 / 0 / 0", "2 / 0"]
     assert shown(against_table(summary)) == [row]
     by_task = next(table for table in tables(summary) if "by task" in table.title)
     # 1 of 201 permutations twice, after Holm's correction the least of two
-    assert shown(by_task)[0] == ["bc5cdr", "*+12.5*", "+12.5 to +12.5", "0.005", "0.010", "better"]
+    assert shown(by_task)[0] == ["bc5cdr", "*+12.5*", "+12.5 to +12.5", "<0.0001", "0.005", "0.010", "better"]
     cost = next(table for table in tables(summary) if table.title == "Cost")
     assert shown(cost)[0] == ["base", "6", "1m15s", "12s", "–"]
     assert any("on cpu (2 threads)" in remark for remark in cost.remarks)
@@ -101,7 +102,14 @@ def test_the_tables_in_words(tmp_path):
 
 def test_figures_as_they_are_read():
     assert [points(share) for share in (0.0123, -0.0123, 0.0001, -0.0001)] == ["+1.2", "−1.2", "0.0", "0.0"]
-    assert [p_words(p) for p in (0.0001, 0.0123, 0.456, 1.0, None)] == ["0.0001", "0.012", "0.46", "1.00", "–"]
+    assert [p_words(p) for p in (1e-5, 0.0001, 0.0123, 0.456, 1.0, None)] == [
+        "<0.0001",
+        "0.0001",
+        "0.012",
+        "0.46",
+        "1.00",
+        "–",
+    ]
 
 
 def test_bold_needs_a_clear_lead_over_every_other_model(tmp_path):
@@ -142,8 +150,62 @@ def test_the_baseline_can_be_chosen(two_models):
 def test_a_single_model_has_scores_and_no_comparison(tmp_path):
     output = make_evaluation(tmp_path, [NER], {"only": 0.7})
     text = words(write_report(output, None, FEW))
-    assert "Evaluation of 1 model 1 task" in text and "Against" not in text
+    assert (
+        "Evaluation of 1 model" in text and "one model alone is no comparison. 1 task" in text and "Against" not in text
+    )
     assert read_summary(output)["comparisons"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ the verdict
+
+
+def fixed(output: Path, tasks: int, seeds: int, differences: list[float], models: int = 1) -> dict[str, Any]:
+    """The summary of made-up scores: base has 0.5, the others are better by a task's difference and by seeds' luck."""
+    names = [f"task{n}" for n in range(tasks)]
+    skills = {"base": 0.5} | {f"other{n}": 0.5 for n in range(models)}
+    make_evaluation(output, [MadeUp(name, examples=20) for name in names], skills, range(seeds))
+    rewrite(
+        output,
+        [
+            line
+            | {
+                "score": 0.5
+                + (line["model"] != "base") * (differences[names.index(line["task"])] + 0.01 * line["seed"])
+            }
+            for line in lines_of(output)
+        ],
+    )
+    return summarise(output, None, FEW)
+
+
+def test_the_first_line_says_what_could_have_been_shown(tmp_path):
+    summary = fixed(tmp_path, 2, 2, [0.01, 0.015])
+    # half of Student's interval of task means 1.5 and 2.0: 12.706 * 0.354 / sqrt(2)
+    assert summary["verdict"] == "No difference is clear: 2 tasks x 2 seeds cannot show less than 3.2 points."
+    write_report(tmp_path, None, FEW)
+    assert (tmp_path / "report.md").read_text().startswith(f"# Evaluation\n\n**{summary['verdict']}**\n")
+    several = fixed(tmp_path / "several", 2, 2, [0.01, 0.015], models=2)
+    assert several["verdict"].endswith("cannot show less than 6.4 points.")  # of two models, after Holm's correction
+    assert fixed(tmp_path / "one", 1, 3, [0.01])["verdict"].endswith(
+        "1 task x 3 seeds cannot show less than 2.5 points."
+    )
+    assert fixed(tmp_path / "least", 1, 1, [0.01])["verdict"].endswith("1 task x 1 seed cannot show any.")
+
+
+def test_the_first_line_says_which_model_is_better(tmp_path):
+    summary = fixed(tmp_path, 4, 2, [-0.03, -0.035, -0.04, -0.05])
+    assert re.fullmatch(
+        r"other0 is worse than base by 3\.4 points over 4 tasks \(95% −4\.7 to −2\.0, p 0\.00\d\)\.", summary["verdict"]
+    )
+    assert summary["against_baseline"][0]["by_tasks"]["clear"]
+
+
+def test_the_first_line_names_single_tasks(tmp_path):
+    output = make_evaluation(tmp_path, [CLASSES], SKILLS, seeds=range(5), luck=0.001)
+    verdict = summarise(output, None, 2000)["verdict"]
+    assert verdict.startswith(
+        "On single tasks: detour is better than base on rct_sections. Over all tasks no difference"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ what is missing
@@ -245,7 +307,10 @@ def test_a_result_without_a_key_is_named(two_models):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("{", "not predictions of the form"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON that can be read: nested too deep"),
+        ('{"labels": [], "labels": []}', "the key 'labels' appears twice"),
+        ("[]", "not a JSON object"),
         ('{"labels": [], "gold": [1]}', "not predictions of the form"),
         ('{"labels": [], "gold": [], "predicted": []}', "not predictions of the form"),
     ],
@@ -255,6 +320,45 @@ def test_damaged_predictions_are_named(two_models, content, fault):
     path.write_text(content)
     with pytest.raises(DetourError, match=f"{path}: {fault}.*remove the file"):
         write_report(two_models, None)
+
+
+@pytest.mark.parametrize("wrong", [None, [], {}, True, -1, 1e308, "", "x", [[]], [None], [{}], [[[]]], [True], [-5]])
+@pytest.mark.parametrize("kind", METRICS)
+def test_predictions_of_other_types_are_never_a_traceback(wrong, kind, tmp_path):
+    output = make_evaluation(tmp_path, [MadeUp(kind, kind, 4)], SKILLS, seeds=[1, 2])
+    path = tmp_path / f"predictions/detour/{kind}/2.json"
+    content = json.loads(path.read_text())
+    for key in content:
+        for value in (wrong, [wrong] * 4, [[wrong]] * 4):
+            path.write_text(json.dumps(content | {key: value}))
+            # gold that all files share is read by chance too
+            if key != "predicted":
+                for other in tmp_path.glob("predictions/*/*/*.json"):
+                    other.write_text(json.dumps(json.loads(other.read_text()) | {key: value}))
+            try:
+                summarise(output, None, 20)
+            except DetourError as fault:
+                assert "\n" not in str(fault) and str(tmp_path) in str(fault)
+        make_evaluation(output, [MadeUp(kind, kind, 4)], SKILLS, seeds=[1, 2])
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", "[" * 100_000, '{"a": 1, "a": 2}', '{"format": 1}', "{}"])
+def test_a_summary_of_another_kind_is_one_sentence(content, tmp_path):
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(DetourError, match="write the report again"):
+        read_summary(tmp_path)
+
+
+def test_a_task_of_one_s_own_keeps_its_title_and_language(tmp_path):
+    own = MadeUp("ward", examples=20)
+    output = make_evaluation(tmp_path, [own], SKILLS, title="Which ward a letter goes to", language="de")
+    text = words(write_report(output, None, FEW))
+    assert "ward Which ward a letter goes to de macro F1 20" in text
+    assert {(row["title"], row["language"]) for row in model_table(output, "detour")} == {
+        ("Which ward a letter goes to", "de")
+    }
+    make_evaluation(output, [own], SKILLS, title="a\u202eb\x1b[31m")
+    assert model_table(output, "detour")[0]["title"] == r"'a\u202eb\x1b[31m'"
 
 
 def test_predictions_on_other_data_are_refused(two_models):
@@ -344,6 +448,7 @@ def test_a_table_for_the_model_card(two_models):
     assert rows[0] == {
         "task": "bc5cdr",
         "title": rows[0]["title"],
+        "language": "en",
         "metric": "entity_f1",
         "protocol": "quick",
         "mean": pytest.approx(np.mean(scores)),
@@ -404,7 +509,7 @@ def made_up_summary(tasks: int, models: list[str], seeds: int = 5) -> dict[str, 
                 "differences": {model: score(rng.normal(0.01, 0.01)) for model in models[1:]},
             }
         )
-    found = {"mean": 0.01, "low": -0.002, "high": 0.022, "p": 0.1}
+    found = {"mean": 0.01, "low": -0.002, "high": 0.022, "p": 0.1, "clear": False}
     return {
         "models": models,
         "tasks": rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -10,15 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation import command
-from megatron_detour.evaluation.finetuning.protocol import known_protocols, load_protocol
+from megatron_detour.evaluation.finetuning.progress import SuiteProgress
+from megatron_detour.evaluation.finetuning.protocol import Settings, known_protocols, load_protocol
 from megatron_detour.evaluation.models import check_model
 from megatron_detour.evaluation.results import Cell, add_result, predictions_path, read_results
-from megatron_detour.evaluation.task import TYPES
+from megatron_detour.evaluation.task import TYPES, known_tasks, load_task
 from tests.evaluation.small_tasks import write_small_tasks
 from tests.evaluation.test_finetune import write_tiny_model
 from tests.harness import ROOT, environment
@@ -168,6 +171,7 @@ def _options(words: list[str]):
         (["--seeds", "0"], None),
         (["--tasks", "hocc"], r"hocc.*did you mean 'hoc'"),
         (["epoch=2"], r"epoch=2: give key=value.*did you mean 'epochs'"),
+        (["batch=8", "batch=9"], "batch=9: batch is given twice"),
         (["batch=many"], "batch=many.*Expected `int"),
         (["warmup=2"], "warmup is a share"),
         (["--model", "/nowhere"], r"--model /nowhere: there is no such folder"),
@@ -181,7 +185,8 @@ def test_what_cannot_be_evaluated_is_told_in_one_sentence(workshop, unbroken, ch
         after = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
         words[at:after] = change
     else:
-        words.append(change[0])
+        key = change[0].partition("=")[0]
+        words = [*(word for word in words if not word.startswith(f"{key}=")), *change]
     if told is None:
         with pytest.raises(SystemExit):
             _options(words)
@@ -262,8 +267,31 @@ def test_a_fault_of_one_job_stops_no_other(workshop, tmp_path):
     assert list(read_results(tmp_path / "out")) == [Cell("second", "small_classification", 42)]
 
 
+def test_the_help_names_every_command_and_run_may_be_left_out():
+    def told(*words: str) -> tuple[int, str]:
+        command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *words]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    status, text = told("--help")
+    assert status == 0 and all(f"  {name} " in text for name in ("run", "report", "tasks", "intrinsic"))
+    assert told()[0] == 2
+    status, text = told("--model", "/nowhere", "--tasks", "hoc", "--data", "/nowhere", "--output", "/tmp/nothing")
+    assert status == 1 and "--model /nowhere: there is no such folder" in text and "Traceback" not in text
+
+
 def result_of(seed: int, **changes) -> dict:
     return {"model": "m", "task": "t", "seed": seed, "shuffled": False, "score": 0.5} | changes
+
+
+SCALARS = ("model", "task", "seed", "shuffled", "score", "seconds", "metric", "protocol", "title", "path", "device")
+MAPPINGS = ("scores", "examples", "versions", "identity")
+WRONG_RESULTS = [
+    *("[]", "null", "3", "{", "[" * 100_000, '{"model": "m", "model": "n"}'),
+    *(json.dumps(result_of(1) | {key: []}) for key in SCALARS),
+    *(json.dumps(result_of(1) | {key: {"a": []}}) for key in MAPPINGS),
+    *(json.dumps(result_of(1, model=name)) for name in ("", "..", "a/b", "\x1b[31m", "a\u202eb", "a\nb")),
+]
 
 
 def test_results_survive_a_torn_line_and_take_the_latest(tmp_path):
@@ -279,6 +307,11 @@ def test_results_survive_a_torn_line_and_take_the_latest(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole + '{"model": "é'.encode()[:-1])
     assert len(read_results(tmp_path)) == 2
+    for wrong in WRONG_RESULTS:
+        path.write_text(wrong + "\n")
+        with pytest.raises(DetourError, match=r"results.jsonl, line 1: .*remove the line") as caught:
+            read_results(tmp_path)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 600
     path.write_text('{"model": "m"}\n')
     with pytest.raises(DetourError, match=r"results.jsonl, line 1: not a result of"):
         read_results(tmp_path)
@@ -294,9 +327,113 @@ def test_protocols_hold_the_paper_s_figures():
     assert english.by_type["classification"].select_by == "weighted_f1"
     entities, classes = french.by_type["token-classification"], french.by_type["multi-label"]
     assert (entities.ner_head, entities.steps, entities.batch) == ("span", 4000, 16)
+    assert (entities.validate_every, entities.clip, entities.warmup) == (500, 10, 0.1)
     assert (entities.learning_rate, entities.head_learning_rate) == (5e-5, 1e-3)
     assert (classes.learning_rate, classes.batch, classes.epochs, classes.warmup) == (2e-5, 4, 15, 0.1)
-    assert (classes.head, classes.max_length, classes.weight_decay) == ("linear", 2048, 0.01)
+    assert (classes.head, classes.max_length, classes.weight_decay) == ("linear", 4096, 0.01)
+
+
+# The longest inputs by the paper's table, and the kinds of tasks.
+LONGEST = {
+    **dict.fromkeys(("meddialog", "fracco_30", "fracco_100", "cantemist", "distemist"), ("multi-label", 4096)),
+    "diamed": ("classification", 2048),
+    **dict.fromkeys(("quaero_emea", "quaero_medline"), ("token-classification", 1024)),
+    **dict.fromkeys(
+        ("cos", "social_history", "anatem", "bc5cdr", "jnlpba", "ncbi_disease"), ("token-classification", 512)
+    ),
+    **dict.fromkeys(("chemprot", "gad"), ("classification", 512)),
+    "hoc": ("multi-label", 512),
+    "deid": ("token-classification", 8192),
+    "phenotype": ("multi-label", 8192),
+}
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_every_task_of_the_paper_is_cut_where_the_paper_cuts_it(name):
+    task = load_task(name)
+    settings = load_protocol(f"paper-{task.paper}").settings(task)
+    assert (task.type, settings.max_length) == LONGEST[name]
+    metric = "entity_f1" if task.type == "token-classification" else {"en": "weighted_f1", "fr": "macro_f1"}[task.paper]
+    assert settings.select_by == metric == task.metric
+
+
+def test_the_list_is_the_paper_s():
+    assert set(LONGEST) == {name for name in known_tasks() if load_task(name).paper}
+
+
+def test_a_protocol_can_differ_by_task(tmp_path):
+    path = tmp_path / "mine.yaml"
+    plain = "about: mine\nseeds: [1]\ndefaults: {learning_rate: 1.0e-4, batch: 4, max_length: 64}\n"
+    path.write_text(f"{plain}tasks:\n  hoc: {{batch: 2, select_by: micro_f1}}\n  hocc: {{batch: 3}}\n")
+    protocol, hoc, gad = load_protocol(str(path), ["epochs=9"]), load_task("hoc"), load_task("gad")
+    assert [(protocol.settings(t).batch, protocol.settings(t).epochs) for t in (hoc, gad)] == [(2, 9), (4, 9)]
+    assert load_protocol(str(path), ["batch=5"]).settings(hoc).batch == 5
+    assert protocol.unused_sections((gad,)) == ["hocc"]
+    with pytest.raises(DetourError, match=r"select_by 'micro_f1' is no metric of bc5cdr.*there are entity_f1"):
+        load_protocol(str(path), ["select_by=micro_f1"]).settings(load_task("bc5cdr"))
+    path.write_text(f"{plain}tasks:\n  hoc: {{bach: 2}}\n")
+    with pytest.raises(DetourError, match=r"tasks\.hoc: bach is no setting \(did you mean 'batch'\?\)"):
+        load_protocol(str(path))
+
+
+WRONG = (
+    "null",
+    "[]",
+    "{}",
+    "true",
+    "-1",
+    "0",
+    "x",
+    ".nan",
+    ".inf",
+    "1e99",
+    "[[1]]",
+    "9" * 400,
+    "!!python/object:os.x {}",
+)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("section", ["", "defaults", "types", "tasks"])
+def test_a_protocol_of_other_types_is_one_sentence_or_holds(wrong, section, tmp_path):
+    """Every key with a value of another type: a sentence with the file, or settings that can be used."""
+    keys = (
+        ("about", "seeds", "defaults", "types", "tasks")
+        if not section
+        else (*Settings.__struct_fields__, "classification")
+    )
+    hoc = load_task("hoc")
+    for key in keys:
+        parts = {"about": "mine", "seeds": "[1]", "defaults": "{learning_rate: 1.0e-4, batch: 4, max_length: 64}"}
+        if not section:
+            parts[key] = wrong
+        elif section == "defaults":
+            parts["defaults"] = parts["defaults"][:-1].replace(f" {key}: ", " x: ") + f", {key}: {wrong}}}"
+        else:
+            parts[section] = f"{{{'multi-label' if section == 'types' else 'hoc'}: {{{key}: {wrong}}}}}"
+        path = tmp_path / "p.yaml"
+        path.write_text("".join(f"{name}: {value}\n" for name, value in parts.items()))
+        try:
+            protocol = load_protocol(str(path))
+            assert min(protocol.seeds) >= 0 and math.isfinite(protocol.settings(hoc).learning_rate)
+        except DetourError as fault:
+            assert str(path) in str(fault) or "protocol p" in str(fault)
+            assert "\n" not in str(fault)
+
+
+@pytest.mark.parametrize("seeds", ["[1, 1]", "[]", "[-1]", "[4294967296]", "[true]", "[1.5]"])
+def test_seeds_that_cannot_be_are_refused(seeds, tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(f"about: a\nseeds: {seeds}\ndefaults: {{learning_rate: 1.0e-4, batch: 4, max_length: 64}}\n")
+    with pytest.raises(DetourError, match="seeds"):
+        load_protocol(str(path))
+
+
+def test_a_key_that_stands_twice_in_a_protocol_is_refused(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("about: a\nseeds: [1]\nseeds: [2]\ndefaults: {learning_rate: 1.0e-4, batch: 4, max_length: 64}\n")
+    with pytest.raises(DetourError, match="line 3: the key 'seeds' appears twice"):
+        load_protocol(str(path))
 
 
 def test_seeds_go_on_after_the_protocol_s_own():
@@ -313,7 +450,7 @@ def test_a_protocol_of_one_s_own(tmp_path):
     for wrong, told in (
         ("about: mine\nseeds: [1]\ndefaults: {batch: 4, max_length: 64}\n", "learning_rate"),
         ("about: mine\nseeds: [1]\ndefaults: {}\ntypes: {ner: {}}\n", "types.ner is no type of task"),
-        ("about: mine\nseeds: [\n", "not a YAML file"),
+        ("about: mine\nseeds: [\n", "not YAML"),
     ):
         path.write_text(wrong)
         with pytest.raises(DetourError, match=told):
@@ -327,3 +464,37 @@ def test_groups_and_lists_of_tasks(workshop, capsys):
         command.chosen_tasks(["all"], workshop)
     assert command.list_tasks() == 0
     assert "quaero_medline" in capsys.readouterr().out
+
+
+def _job(name: str, seed: int, cost: float = 10.0):
+    return SimpleNamespace(cell=Cell("m", name, seed), cost=cost)
+
+
+def test_the_time_left_is_that_of_the_fine_tunings_not_of_the_clock(monkeypatch, capsys):
+    """After a restart with most of it done, and with workers that load for long: 6 hours were told for 5 minutes."""
+    jobs = [_job("small", n) for n in range(4)] + [_job("large", n, 100.0) for n in range(4)]
+    took = {"small": 30.0, "large": 300.0}
+    result = {"metric": "f1", "score": 0.5, "dev_score": 0.5, "device": "cpu"}
+    done = {job.cell: result | {"seconds": took[job.cell.task]} for job in jobs[:-1]}
+    with SuiteProgress(jobs, done, 1) as progress:
+        assert progress.left() == "5 min left"  # before anything is done in this session
+        progress.show({jobs[-1].cell: 0.01})
+        assert progress.left() == "5 min left"
+        progress.show({jobs[-1].cell: 0.5})
+        assert progress.left() == "2 min left"
+        progress.finished(jobs[-1], result | {"seconds": 290.0})
+        assert (
+            progress.left() == ""
+            and "8/8  m, large, seed 3: f1 0.500 (validation 0.500), 290 s\n" in capsys.readouterr().err
+        )
+
+
+def test_the_time_left_of_a_new_task_is_guessed_by_its_cost_and_shared_by_the_workers():
+    jobs = [_job("small", 0), _job("large", 0, 100.0), _job("large", 1, 100.0)]
+    result = {"metric": "f1", "score": 0.5, "dev_score": 0.5, "device": "cpu", "seconds": 60.0}
+    with SuiteProgress(jobs, {}, 2) as progress:
+        assert progress.left() == ""  # nothing is known
+        progress.finished(jobs[0], result)
+        assert progress.left() == "10 min left"  # twice 10 minutes by two workers
+        progress.finished(jobs[1], result | {"seconds": 120.0, "device": "gpu"})
+        assert progress.left() == "2 min left"  # what took long was another machine

@@ -11,7 +11,7 @@ import pytest
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset, read_dataset, train_test_duplicates
 from megatron_detour.evaluation.metrics import NAMES
-from megatron_detour.evaluation.task import FIELDS, FOLDER, METRICS, TYPES, Task, known_tasks, load_task
+from megatron_detour.evaluation.task import _KEYS, FIELDS, FOLDER, METRICS, TYPES, Task, known_tasks, load_task
 from tests.evaluation.small_tasks import SIZES, write_small_tasks
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,9 @@ def test_a_short_file_is_filled_up(own):
     ("content", "says"),
     [
         ("[1]", "a task is a YAML mapping with the keys name, language, type"),
-        ("a: b: c", "not a YAML file"),
+        ("a: b: c", "not YAML"),
+        (f"{MINE}type: similarity\n", "line 4: the key 'type' appears twice"),
+        (f"{MINE}title: 'a\u202eb'\n", "title: the text .* characters that do not print"),
         ("language: en\ntype: similarity\n", "the key name is missing"),
         ("name: a\ntype: similarity\n", "the key language is missing"),
         ("name: a\nlanguage: en\n", "the key type is missing"),
@@ -196,3 +198,16 @@ def test_real_tasks_have_the_counts_of_their_makers(name):
 def test_every_folder_of_the_real_data_is_a_task():
     assert sorted(path.name for path in SHARED.iterdir() if path.is_dir()) == PUBLIC
     assert set(PUBLIC) <= {path.stem for path in FOLDER.glob("*.yaml")}
+
+
+WRONG = ("null", "[]", "{}", "true", "-1", "1e99", "[[1]]", "[null]", "{a: []}", "9" * 400, "!!python/object:os.x {}")
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("key", _KEYS)
+def test_a_task_of_other_types_is_one_sentence_or_holds(key, wrong, own):
+    parts = {"name": "mine", "language": "en", "type": "classification"} | {key: wrong}
+    try:
+        assert isinstance(own("".join(f"{name}: {value}\n" for name, value in parts.items())), Task)
+    except DetourError as fault:
+        assert "mine.yaml" in str(fault) and "\n" not in str(fault)

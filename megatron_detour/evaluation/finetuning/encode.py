@@ -77,11 +77,14 @@ class Encoder:
         return (example["score"] - self.scale.mean) / self.scale.deviation
 
     def _of_words(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """Words are joined by spaces, as every kind of tokenizer knows text; a word's first token stands for it."""
+        """Words are joined by spaces, as every kind of tokenizer knows text; a word's first token stands for it.
+
+        The first word has a space before it too, so that it is the word that it is elsewhere (add_prefix_space).
+        """
         ids = {tag: i for i, tag in enumerate(self.labels)}
-        features = self._tokenized([" ".join(e["tokens"]) for e in examples], return_offsets_mapping=True)
+        features = self._tokenized([" " + " ".join(e["tokens"]) for e in examples], return_offsets_mapping=True)
         for feature, example in zip(features, examples, strict=True):
-            starts = first_tokens(example["tokens"], feature.pop("offset_mapping"))
+            starts = first_tokens(example["tokens"], feature.pop("offset_mapping"), begin=1)
             feature["word_starts"] = starts
             feature["tags"] = [ids[tag] for tag in example["tags"]]
         return features
@@ -129,13 +132,14 @@ class Encoder:
         return [self.labels[row[i]] if is_known else "O" for i, is_known in zip(at, known, strict=True)]
 
 
-def first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """The first token of each of the words, which were joined by single spaces; -1 for one that has none.
+def first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]], begin: int = 0) -> list[int]:
+    """The first token of each of the words, which were joined by single spaces from character `begin` on; -1 for one
+    that has none.
 
     `offsets` are the tokens' first and one-past-last characters; (0, 0) for special tokens. A token may include the
     space before its word.
     """
-    starts, token, begin = [], 0, 0
+    starts, token = [], 0
     for word in words:
         end = begin + len(word)
         while token < len(offsets) and offsets[token][1] <= begin:

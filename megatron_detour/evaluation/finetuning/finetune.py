@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset
 from megatron_detour.evaluation.finetuning.encode import Encoder, Example, Scale, collator, length_of, was_cut
-from megatron_detour.evaluation.finetuning.heads import loss_of, open_model, optimizer_of
+from megatron_detour.evaluation.finetuning.heads import loss_of, open_model, optimizer_of, pretrained_part
 from megatron_detour.evaluation.finetuning.protocol import Settings
 from megatron_detour.evaluation.metrics import scores
+from megatron_detour.evaluation.models import most_positions, opening
 
 SUBSET_SEED = 0  # of the examples that a protocol's train_examples and dev_examples leave: the same for all seeds
 Report = Callable[[float], None]  # gets the share of the steps that are done
@@ -63,8 +64,8 @@ def finetune(
     if shuffled:
         train = shuffle_labels(train, seed)
     transformers.set_seed(seed)
-    encoder = _encoder(model, dataset, settings, train)
     network = open_model(model, dataset, settings)
+    encoder = encoder_of(model, network, dataset, settings, train)
     features = {name: encoder(split) for name, split in (("train", train), ("dev", dev), ("test", dataset.test))}
     with TemporaryDirectory(dir=scratch, prefix="finetune-") as folder:
         trainer = _trainer(network, encoder, settings, seed, features, dev, Path(folder), train, report)
@@ -117,13 +118,13 @@ def _subset(examples: list[Example], most: int | None) -> list[Example]:
     return [examples[i] for i in kept]
 
 
-def _encoder(model: Path, dataset: Dataset, settings: Settings, train: list[Example]) -> Encoder:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+def encoder_of(model: Path, network: nn.Module, dataset: Dataset, settings: Settings, train: list[Example]) -> Encoder:
+    """Texts are cut to the protocol's length, or to what the model reads where that is less. Raises DetourError."""
+    with opening(model):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
     if tokenizer.pad_token_id is None:
         raise DetourError(f"{model}: the tokenizer has no padding token; name one in its tokenizer_config.json")
-    config = transformers.AutoConfig.from_pretrained(model, local_files_only=True)
-    limit = getattr(config, "max_position_embeddings", settings.max_length)
-    longest = min(settings.max_length, tokenizer.model_max_length, limit)
+    longest = min(settings.max_length, most_positions(pretrained_part(network), tokenizer))
     scale = Scale.of(train) if dataset.task.type == "similarity" else None
     return Encoder(dataset.task, dataset.labels, tokenizer, longest, settings.ner_head, scale)
 

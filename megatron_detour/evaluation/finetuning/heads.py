@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from megatron_detour.errors import DetourError
@@ -16,6 +15,13 @@ from megatron_detour.evaluation.examples import Dataset
 from megatron_detour.evaluation.finetuning.encode import IGNORED, Example
 from megatron_detour.evaluation.finetuning.protocol import Settings
 from megatron_detour.evaluation.finetuning.span import SpanTagger
+from megatron_detour.evaluation.models import opening
+
+PROBLEMS = {
+    "classification": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "similarity": "regression",
+}
 
 
 def open_model(folder: Path, dataset: Dataset, settings: Settings) -> nn.Module:
@@ -34,9 +40,11 @@ def open_model(folder: Path, dataset: Dataset, settings: Settings) -> nn.Module:
         options["label2id"] = {label: i for i, label in enumerate(labels)}
     elif kind == "similarity":
         options = {"num_labels": 1}
-    if kind == "multi-label":
-        options["problem_type"] = "multi_label_classification"
-    if settings.pooling and hasattr(transformers.AutoConfig.from_pretrained(folder), "classifier_pooling"):
+    if kind in PROBLEMS:  # said always, as a fine-tuned folder says that of another task
+        options["problem_type"] = PROBLEMS[kind]
+    with opening(folder):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    if settings.pooling and hasattr(config, "classifier_pooling"):
         options["classifier_pooling"] = settings.pooling  # released ModernBERTs differ in it
     network = _pretrained(classes.get(kind, transformers.AutoModelForSequenceClassification), folder, **options)
     if settings.head == "linear":
@@ -51,25 +59,38 @@ def entity_types(tags: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _pretrained(kind: Any, folder: Path, **options: Any) -> transformers.PreTrainedModel:
-    try:
-        network, loading = kind.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DetourError(f"{folder}: cannot be opened as a model ({reason})") from None
+    """The encoder of a folder with a head that no task has trained."""
+    options |= {"local_files_only": True, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    with opening(folder):
+        network, loading = kind.from_pretrained(folder, output_loading_info=True, **options)
     # transformers fills what is missing with random numbers: right for a new head, never for the encoder
     own = f"{network.base_model_prefix}." if network.base_model is not network else ""
-    missing = sorted(name for name in loading["missing_keys"] if name.startswith(own) and "pooler" not in name)
-    if missing:
-        raise DetourError(f"{folder}: {len(missing)} weights of the encoder are missing, {missing[0]} first")
+    new = {name for name in loading["missing_keys"] if "pooler" not in name}
+    new |= {name for name, *_ in loading["mismatched_keys"]}
+    if missing := sorted(name for name in new if name.startswith(own)):
+        raise DetourError(
+            f"{folder}: {len(missing)} weights of the encoder are missing or of another size, {missing[0]} first"
+        )
+    of_head = {name for name, _ in network.named_parameters() if not name.startswith(own)}
+    if own and any(name not in loading["missing_keys"] and not name.startswith("head.") for name in of_head):
+        return _with_fresh_head(kind, network)
     return network
+
+
+def _with_fresh_head(kind: Any, tuned: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The folder is of a model that was fine-tuned: its classifier, and the layer before it, are another task's."""
+    fresh = kind.from_config(tuned.config, dtype=torch.float32)
+    fresh.base_model.load_state_dict(tuned.base_model.state_dict())
+    return fresh
+
+
+def pretrained_part(network: nn.Module) -> transformers.PreTrainedModel:
+    return network.encoder if isinstance(network, SpanTagger) else network.base_model
 
 
 def optimizer_of(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """AdamW without decay on norms and biases; the head, everything outside the encoder, may have its own rate."""
-    pretrained = network.encoder if isinstance(network, SpanTagger) else network.base_model
-    encoder = {id(parameter) for parameter in pretrained.parameters()}
+    encoder = {id(parameter) for parameter in pretrained_part(network).parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in network.parameters():
         rate = settings.learning_rate

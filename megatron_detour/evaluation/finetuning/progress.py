@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_detour.evaluation.results import Cell, Result
 
+if TYPE_CHECKING:
+    from megatron_detour.evaluation.finetuning.worker import Job
+
+
+class _Took(NamedTuple):
+    """What a finished fine-tuning tells of those that are left."""
+
+    cell: Cell
+    cost: float
+    seconds: float
+    device: str | None
+
 
 class SuiteProgress:
-    """`total` fine-tunings, `done` of them in earlier sessions; `cost` of the others, in any unit."""
+    """Shows `jobs`, of which those in `done` were finished in earlier sessions, while `workers` of them run at once.
 
-    def __init__(self, total: int, done: int, cost: float) -> None:
-        self._total, self._done, self._cost = total, done, cost
-        self._paid = 0.0
-        self._began = time.monotonic()
+    The time left is that of the fine-tunings, never of the clock: a session that has just begun, or whose workers still
+    load, is not taken for a slow one.
+    """
+
+    def __init__(self, jobs: Sequence[Job], done: Mapping[Cell, Result], workers: int) -> None:
+        self._total, self._workers = len(jobs), max(1, workers)
+        self._waiting = {job.cell: job for job in jobs if job.cell not in done}
+        self._took = [self._of(job, done[job.cell]) for job in jobs if job.cell in done]
+        self._running: dict[Cell, float] = {}  # shares
         console = Console(stderr=True)
         columns = (
             TextColumn("fine-tuning"),
@@ -28,8 +45,16 @@ class SuiteProgress:
             TextColumn("{task.fields[left]}"),
         )
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = self._bar.add_task("", total=max(cost, 1), count=f"{done}/{total}", left="") if self._bar else None
+        self._task = self._bar.add_task("", total=max(self._total, 1), count="", left="") if self._bar else None
         self._console = self._bar.console if self._bar else console
+
+    @staticmethod
+    def _of(job: Job, result: Result) -> _Took:
+        return _Took(job.cell, job.cost, result.get("seconds", 0.0), result.get("device"))
+
+    @property
+    def _done(self) -> int:
+        return self._total - len(self._waiting)
 
     def __enter__(self) -> SuiteProgress:
         if self._done:
@@ -42,27 +67,39 @@ class SuiteProgress:
         if self._bar:
             self._bar.stop()
 
-    def show(self, shares: list[float], costs: list[float]) -> None:
-        """`shares` of the jobs that run are done, which cost `costs`; their order does not matter much."""
+    def show(self, shares: Mapping[Cell, float]) -> None:
+        """`shares` of the jobs that run are done."""
+        self._running = dict(shares)
         if self._bar:
-            partly = sum(share * cost for share, cost in zip(sorted(shares), sorted(costs), strict=False))
-            paid = self._paid + partly
-            self._bar.update(self._task, completed=paid, count=f"{self._done}/{self._total}", left=self._left(paid))
+            partly = self._done + sum(shares.values())
+            self._bar.update(self._task, completed=partly, count=f"{self._done}/{self._total}", left=self.left())
 
-    def finished(self, result: Result, cost: float) -> None:
-        self._done += 1
-        self._paid += cost
+    def finished(self, job: Job, result: Result) -> None:
+        self._waiting.pop(job.cell, None)
+        self._running.pop(job.cell, None)
+        self._took.append(self._of(job, result))
+        left = self.left()
         self._say(
-            f"{self._done}/{self._total}  {Cell.of(result)}: {result['metric']} {result['score']:.3f} "
-            f"(validation {result['dev_score']:.3f}), {result['seconds']:.0f} s{self._left(self._paid, ', ')}"
+            f"{self._done}/{self._total}  {job.cell}: {result['metric']} {result['score']:.3f} "
+            f"(validation {result['dev_score']:.3f}), {result['seconds']:.0f} s{', ' * bool(left)}{left}"
         )
 
-    def _left(self, paid: float, before: str = "") -> str:
-        spent = time.monotonic() - self._began
-        if not paid or paid >= self._cost:
+    def left(self) -> str:
+        """The time left by what the same model and task took on this machine, else by cost; nothing while not known."""
+        took = [one for one in self._took if one.device == self._took[-1].device]
+        if not took or not self._waiting:
             return ""
-        minutes = spent * (self._cost - paid) / paid / 60
-        return f"{before}{minutes:.0f} min left" if minutes < 120 else f"{before}{minutes / 60:.1f} h left"
+        rate = sum(one.seconds for one in took) / (sum(one.cost for one in took) or 1.0)
+        alike: dict[tuple[str, str], list[float]] = {}
+        for one in took:
+            alike.setdefault(one.cell[:2], []).append(one.seconds)
+        seconds = 0.0
+        for cell, job in self._waiting.items():
+            same = alike.get(cell[:2])
+            expected = sum(same) / len(same) if same else job.cost * rate
+            seconds += expected * (1 - self._running.get(cell, 0.0))
+        minutes = seconds / min(self._workers, len(self._waiting)) / 60
+        return f"{minutes:.0f} min left" if minutes < 120 else f"{minutes / 60:.1f} h left"
 
-    def _say(self, line: Any) -> None:
+    def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

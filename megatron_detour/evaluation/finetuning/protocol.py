@@ -1,17 +1,20 @@
-"""How models are fine-tuned: a protocol is a file of settings, by the type of the task."""
+"""How models are fine-tuned: a protocol is a file of settings, by the type of a task and, where it says so, by task."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.evaluation.task import TYPES
+from megatron_detour.evaluation.task import METRICS, TYPES, Task, known_tasks
+from megatron_detour.structured import parse_yaml, read_yaml
 
 FOLDER = Path(__file__).parent / "protocols"
+LAST_SEED = 2**32 - 1 - 1000  # numpy's last one, less those that `first_seeds` may add
+SHORTEST = 8  # tokens: special ones and a few of a text
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,30 +40,61 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     dev_examples: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("learning_rate", "batch", "max_length", "epochs", "clip"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"{key} must be above 0, it is {getattr(self, key)}")
+        for key in ("learning_rate", "batch", "epochs", "clip"):
+            _above_zero(key, getattr(self, key))
         for key in ("steps", "validate_every", "head_learning_rate", "train_examples", "dev_examples"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise ValueError(f"{key} must be above 0 or left out, it is {getattr(self, key)}")
+            if getattr(self, key) is not None:
+                _above_zero(f"{key}, unless left out,", getattr(self, key))
+        if self.max_length < SHORTEST:
+            raise ValueError(f"max_length must be {SHORTEST} tokens or more, it is {self.max_length}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the steps, from 0 to below 1, it is {self.warmup}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be 0 or more, it is {self.weight_decay}")
+
+
+def _above_zero(key: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{key} must be above 0, it is {value}")
+
+
+Changes = dict[str, Any]  # of settings, by their names
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     about: str
     seeds: list[int]
-    defaults: dict[str, Any]
-    types: dict[str, dict[str, Any]] = {}
+    defaults: Changes
+    types: dict[str, Changes] = {}
+    tasks: dict[str, Changes] = {}
 
 
 class Protocol(msgspec.Struct, frozen=True):
-    """Settings for every type of task. `name` says the overrides as well: they make it another protocol."""
+    """Settings for every task. `name` says the overrides as well: they make it another protocol."""
 
     name: str
     about: str
     seeds: tuple[int, ...]
     by_type: dict[str, Settings]
+    by_task: dict[str, Changes]
+
+    def settings(self, task: Task) -> Settings:
+        """Those of the task's type with those of the task itself. Raises DetourError for what does not fit the task."""
+        try:
+            found = _converted(msgspec.to_builtins(self.by_type[task.type]) | self.by_task.get(task.name, {}))
+        except msgspec.ValidationError as error:
+            raise DetourError(f"protocol {self.name}, tasks.{task.name}: {_reason(error)}") from None
+        metrics = METRICS[task.type]
+        if found.select_by is not None and found.select_by not in metrics:
+            raise DetourError(
+                f"protocol {self.name}: select_by {found.select_by!r} is no metric of {task.name}, a task of "
+                f"{task.type}{nearest(found.select_by, list(metrics))}; there are {', '.join(metrics)}"
+            )
+        return found
+
+    def unused_sections(self, tasks: tuple[Task, ...]) -> list[str]:
+        """Names under `tasks` that are neither among these nor packaged: most likely misspelt."""
+        return sorted(self.by_task.keys() - {task.name for task in tasks} - set(known_tasks()))
 
     def first_seeds(self, count: int | None) -> tuple[int, ...]:
         """The protocol's own seeds, or the first `count` of them and the numbers that follow."""
@@ -80,29 +114,46 @@ def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B0
         known = known_protocols()
         raise DetourError(f"--protocol {name}: neither a file nor one of {', '.join(known)}{nearest(name, known)}")
     given = _parsed(overrides)
+    content = read_yaml(path)
     try:
-        file = msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), _File)
-        for key in file.types:
-            if key not in TYPES:
-                raise DetourError(f"{path}: types.{key} is no type of task{nearest(key, list(TYPES))}")
-        by_type = {kind: _settings(file, kind, given) for kind in TYPES}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DetourError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
-    except msgspec.ValidationError as error:
+        file = msgspec.convert(content, _File)
+        _check_names(file)
+        by_type = {kind: _converted(file.defaults | file.types.get(kind, {}) | given) for kind in TYPES}
+    except (ValueError, msgspec.ValidationError) as error:
         where = f"{path}{' with ' + ' '.join(overrides) if overrides else ''}"
-        raise DetourError(f"{where}: {str(error).replace('$.', '').replace(' - at `$`', '')}") from None
-    if not file.seeds:
-        raise DetourError(f"{path}: seeds: give one at least")
+        raise DetourError(f"{where}: {_reason(error)}") from None
     shown = path.stem + "".join(f" {key}={value}" for key, value in sorted(given.items()))
-    return Protocol(shown, file.about, tuple(file.seeds), by_type)
+    by_task = {name: changes | given for name, changes in file.tasks.items()}
+    return Protocol(shown, file.about, tuple(file.seeds), by_type, by_task)
 
 
-def _settings(file: _File, kind: str, given: dict[str, Any]) -> Settings:
-    return msgspec.convert(file.defaults | file.types.get(kind, {}) | given, Settings)
+def _check_names(file: _File) -> None:
+    """Raises ValueError for a type of task or a setting that is none, and for seeds that cannot be."""
+    for key in file.types:
+        if key not in TYPES:
+            raise ValueError(f"types.{key} is no type of task{nearest(key, list(TYPES))}")
+    known = Settings.__struct_fields__
+    sections = {f"types.{key}": changes for key, changes in file.types.items()}
+    sections |= {f"tasks.{key}": changes for key, changes in file.tasks.items()}
+    for section, changes in (("defaults", file.defaults), *sections.items()):
+        for key in changes:
+            if key not in known:
+                raise ValueError(f"{section}: {key} is no setting{nearest(key, list(known))}")
+    seeds = file.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > LAST_SEED:
+        raise ValueError(f"seeds: give one at least, each once, from 0 to {LAST_SEED:,}")
 
 
-def _parsed(overrides: list[str]) -> dict[str, Any]:
-    parsed = {}
+def _converted(values: Changes) -> Settings:
+    return msgspec.convert(values, Settings)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).replace("$.", "").replace(" - at `$`", "")
+
+
+def _parsed(overrides: list[str]) -> Changes:
+    parsed: Changes = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key not in Settings.__struct_fields__:
@@ -110,8 +161,10 @@ def _parsed(overrides: list[str]) -> dict[str, Any]:
             raise DetourError(
                 f"{override}: give key=value with a key of the protocol: {', '.join(known)}{nearest(key, known)}"
             )
+        if key in parsed:
+            raise DetourError(f"{override}: {key} is given twice; give it once")
         try:
-            parsed[key] = float(value) if key.endswith("learning_rate") else yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            raise DetourError(f"{override}: {value!r} cannot be read as a value") from None
+            parsed[key] = float(value) if key.endswith("learning_rate") else parse_yaml(value, override)
+        except ValueError:
+            raise DetourError(f"{override}: {value!r} cannot be read as a number") from None
     return parsed

@@ -26,7 +26,7 @@ from megatron_detour.evaluation.models import check_model, fingerprint, weight_f
 from megatron_detour.evaluation.results import Cell, Result, add_result, predictions_path, read_results
 from megatron_detour.evaluation.task import Task
 
-FORMAT = 1  # of what a result means: another one makes older results those of another evaluation
+FORMAT = 2  # of what a result means: another one makes older results those of another evaluation
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def run_suite(suite: Suite) -> int:
         jobs = list(_jobs(suite, datasets, scratch))
         _refuse_others(suite, jobs, done)
         todo = [job for job in jobs if not _is_done(suite.output, job, done)]
-        with SuiteProgress(len(jobs), len(jobs) - len(todo), sum(job.cost for job in todo)) as progress:
+        for job in todo:
+            done.pop(job.cell, None)  # its predictions are gone
+        with SuiteProgress(jobs, done, suite.jobs) as progress:
             _run(suite, todo, progress)
     return len(todo)
 
@@ -66,6 +68,7 @@ def _read_all(suite: Suite) -> dict[str, Dataset]:
     datasets: dict[str, Dataset] = {}
     for task in suite.tasks:
         try:
+            suite.protocol.settings(task)
             datasets[task.name] = read_dataset(task, suite.data)
         except DetourError as fault:
             faults.append(str(fault))
@@ -84,7 +87,7 @@ def _jobs(suite: Suite, datasets: dict[str, Dataset], scratch: Path) -> Iterator
     sizes = {name: sum(file.stat().st_size for file in weight_files(path)) for name, path in suite.models.items()}
     for seed in suite.seeds:
         for task in suite.tasks:
-            settings = suite.protocol.by_type[task.type]
+            settings = suite.protocol.settings(task)
             dataset = datasets[task.name]
             fixed = {
                 "format": str(FORMAT),
@@ -121,7 +124,7 @@ def _hash(text: str) -> str:
 
 def _refuse_others(suite: Suite, jobs: list[Job], done: dict[Cell, Result]) -> None:
     """Raises DetourError where a result that is there was made of something else."""
-    protocols = {result["protocol"] for result in done.values()} - {suite.protocol.name}
+    protocols = {result.get("protocol", "") for result in done.values()} - {suite.protocol.name}
     if protocols:
         raise DetourError(
             f"{suite.output}: holds results of the protocol {protocols.pop()!r}, this one is {suite.protocol.name!r}; "
@@ -171,7 +174,7 @@ def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
             if not running:
                 break
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            progress.show(list(shares), [job.cost for job in running.values()])
+            progress.show(_shares_of(sorted(shares), list(running.values())))
             for future in finished:
                 job = running.pop(future)
                 try:
@@ -183,7 +186,7 @@ def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
                     faults.append(f"{job.cell}: {kind}{fault}")
                     continue
                 add_result(suite.output, result, predictions)
-                progress.finished(result, job.cost)
+                progress.finished(job, result)
     except BrokenProcessPool:
         raise DetourError(
             "a worker process died, most likely for want of memory: what was finished is kept; try fewer --jobs, or "
@@ -194,6 +197,11 @@ def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
         pool.shutdown(wait=True, cancel_futures=True)
     if faults:
         raise DetourError(told(faults))
+
+
+def _shares_of(shares: list[float], running: list[Job]) -> dict[Cell, float]:
+    """Workers do not say which job is whose: the first to begin is taken for the furthest."""
+    return {job.cell: share for job, share in zip(running, reversed(shares), strict=False)}
 
 
 @contextmanager

@@ -98,6 +98,8 @@ def run_job(job: Job) -> tuple[Result, dict[str, Any]]:
     result = job.cell._asdict() | {
         "path": str(job.path),
         "protocol": job.protocol,
+        "title": job.task.title,
+        "language": job.task.language,
         "ner_head": job.settings.ner_head if job.task.type == "token-classification" else None,
         "metric": job.task.metric,
         "score": outcome.scores[job.task.metric],

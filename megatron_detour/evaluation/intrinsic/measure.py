@@ -20,6 +20,7 @@ from megatron_detour.evaluation.intrinsic.texts import Domain, IntrinsicOptions,
 from megatron_detour.evaluation.intrinsic.words import folded
 from megatron_detour.evaluation.models import check_model, identity_of
 from megatron_detour.files import write_whole
+from megatron_detour.structured import parse_json, read_json_object
 
 if TYPE_CHECKING:
     from megatron_detour.evaluation.intrinsic.score import WordScore
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["IntrinsicOptions", "measure"]
 
 LINES, TABLES, CELLS = "intrinsic.jsonl", "intrinsic.md", "cells"
+CIRCUMSTANCES = {"windows", "domain_words", "device", "dtype", "seconds", "versions"}
 Place = tuple[str, str]  # the names of a model and a corpus
 Cell = dict[str, Any]  # what was found there: sums by document
 
@@ -185,17 +187,37 @@ def _write(output: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of earlier calls. Raises DetourError for a file of another kind."""
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise DetourError(f"{path}: not JSON ({error}); remove the file, what is measured is kept beside it") from None
+        lines = [parse_json(line, str(path)) for line in path.read_text(encoding="utf-8").splitlines()]
+        markdown(lines)
+        if not all(isinstance(line[key], str) for line in lines for key in ("model", "corpus")):
+            raise TypeError("a name is no text")
+        [line["settings"] for line in lines]
+    except (DetourError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise DetourError(
+            f"{path}: not the lines of tools/evaluate.py intrinsic ({error!r:.200}); remove the file, what is measured "
+            "is kept beside it"
+        ) from None
+    return lines
 
 
 def _read_cell(output: Path, key: str) -> Cell | None:
+    """What was measured before; None where it is not there or damaged, as it can be measured again."""
     path = output / CELLS / f"{key}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        cell = read_json_object(path)
+        for kind in ("all", "domain"):
+            if cell[kind] is not None:
+                measured(cell[kind], draws(cell["documents"], 1, 0))
+        return cell if cell.keys() >= CIRCUMSTANCES else None
+    except FileNotFoundError:
+        return None
+    except (DetourError, ValueError, TypeError, KeyError, OverflowError, MemoryError):
+        say(f"{path}: damaged, so it is measured again")
+        return None
 
 
 def _device(name: str) -> tuple[str, str]:

@@ -13,9 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.intrinsic.words import Window
-
-# These number positions from pad_token_id + 1 on, and have as many fewer.
-_POSITIONS_AFTER_PADDING = ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm")
+from megatron_detour.evaluation.models import most_positions
 
 
 @dataclass
@@ -87,14 +85,6 @@ def score_windows(
             losses, right = losses[count:], right[count:]
         report(len(batch))
     return scores
-
-
-def most_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the model reads at most."""
-    limit = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if model.config.model_type in _POSITIONS_AFTER_PADDING:
-        limit -= model.config.pad_token_id + 1
-    return min(limit, tokenizer.model_max_length)
 
 
 def _word_scores(

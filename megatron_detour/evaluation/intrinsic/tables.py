@@ -8,15 +8,17 @@ from typing import Any
 
 from rich import progress
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from megatron_detour.evaluation.terminal import print_table
 
 SECONDS_A_LINE = 30
 HEAD = ("Model", "Words", "Masked", "Perplexity a word", "Bits a byte", "Accuracy")
 CHANGE_HEAD = ("Model", "Words", "Perplexity, ratio", "Bits a byte, difference", "Accuracy, points")
 NOTE = (
     "Words are masked at the same places for every model, all tokens of a word and all words of a window at once. In "
-    "brackets: the 95% interval of a bootstrap over documents. Ratios and differences are of the same documents."
+    "brackets: the 95% interval of a bootstrap over documents, of 20 or more. Ratios and differences are of the same "
+    "documents."
 )
 
 Line = dict[str, Any]
@@ -43,12 +45,12 @@ def print_tables(lines: list[Line], console: Console | None = None) -> None:
     console = console or Console()
     for corpus, own in _grouped(lines, "corpus").items():
         console.print(Text(f"{corpus}: {_facts(own[0])}"))
-        console.print(_rich_table(HEAD, _figure_rows(own)))
+        _print_table(console, HEAD, _figure_rows(own))
         for sentence in _unknown(own):
             console.print(Text(f"{sentence}."))
         for baseline, changed in _grouped(own, "compared_with").items():
             console.print(Text(f"{corpus}, against {baseline}"))
-            console.print(_rich_table(CHANGE_HEAD, _change_rows(changed)))
+            _print_table(console, CHANGE_HEAD, _change_rows(changed))
 
 
 def _grouped(lines: list[Line], key: str) -> dict[str, list[Line]]:
@@ -81,7 +83,7 @@ def _figure_rows(lines: list[Line]) -> list[tuple[str, ...]]:
             line["model"],
             kind,
             f"{line[kind]['words']:,}",
-            _interval(line[kind]["perplexity"], ",.1f" if line[kind]["perplexity"]["low"] < 1000 else ",.0f"),
+            _interval(line[kind]["perplexity"], ",.1f" if line[kind]["perplexity"]["value"] < 1000 else ",.0f"),
             _interval(line[kind]["bits_per_byte"], ".3f"),
             _interval(line[kind]["accuracy"], ".1%"),
         )
@@ -98,7 +100,9 @@ def _change_rows(lines: list[Line]) -> list[tuple[str, ...]]:
             kind,
             _interval(line["change"][kind]["perplexity"], ".3g"),
             _interval(line["change"][kind]["bits_per_byte"], "+.3f"),
-            _interval({name: 100 * share for name, share in line["change"][kind]["accuracy"].items()}, "+.1f"),
+            _interval(
+                {name: share and 100 * share for name, share in line["change"][kind]["accuracy"].items()}, "+.1f"
+            ),
         )
         for kind in ("all", "domain")
         for line in lines
@@ -106,7 +110,9 @@ def _change_rows(lines: list[Line]) -> list[tuple[str, ...]]:
     ]
 
 
-def _interval(figure: dict[str, float], form: str) -> str:
+def _interval(figure: dict[str, float | None], form: str) -> str:
+    if figure["low"] is None:
+        return f"{figure['value']:{form}}"
     return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
 
 
@@ -119,15 +125,11 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _rich_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+def _print_table(console: Console, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Intervals stand below their values, as side by side they are wider than a terminal."""
     # Text, as rich would read brackets as its own markup.
-    table = Table()
-    for number, name in enumerate(head):
-        table.add_column(Text(name), justify="left" if number < 2 else "right")
-    for row in rows:
-        table.add_row(*(Text(cell.replace(" [", "\n[") if number > 1 else cell) for number, cell in enumerate(row)))
-    return table
+    cells = [[Text(cell.replace(" [", "\n[") if at > 1 else cell) for at, cell in enumerate(row)] for row in rows]
+    print_table(console, "", head, cells, words=2)
 
 
 class Progress:

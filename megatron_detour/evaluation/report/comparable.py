@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.results import RESULTS, Cell, Result, predictions_path, read_results
+from megatron_detour.structured import read_json_object
 
 REQUIRED = ("protocol", "metric", "score", "scores", "examples", "seconds")
 OF_A_TASK = ("metric", "ner_head", "examples")  # keys of a result that must agree within a task
@@ -114,8 +115,10 @@ def _check(path: Path, cell: Cell, result: Result) -> None:
     for key in REQUIRED:
         if key not in result:
             raise DetourError(f"{path}: the result of {cell} lacks the key {key!r}; remove its line and evaluate again")
+    if result["metric"] not in FORMS:
+        raise DetourError(f"{path}: the metric of {cell} is {result['metric']!r}, which is none; remove its line")
     score = result["score"]
-    if not isinstance(score, int | float) or not math.isfinite(score):
+    if score is None or not math.isfinite(score):
         raise DetourError(f"{path}: the score of {cell} is {score!r}, no number; remove its line and evaluate again")
 
 
@@ -155,19 +158,26 @@ def _differing(values: Iterable[Any]) -> list[Any]:
 
 
 def _tasks(found: dict[Cell, Result]) -> tuple[TaskFacts, ...]:
-    first: dict[str, Result] = {}
+    latest: dict[str, Result] = {}
     for cell, result in found.items():
-        first.setdefault(cell.task, result)
-    facts = [_facts(name, result) for name, result in first.items()]
+        latest[cell.task] = result  # the latest, as a title may have been mended
+    facts = [_facts(name, result) for name, result in latest.items()]
     return tuple(sorted(facts, key=lambda task: (task.language, task.name)))
 
 
 def _facts(name: str, result: Result) -> TaskFacts:
     from megatron_detour.evaluation.task import known_tasks, load_task
 
-    task = load_task(name) if name in known_tasks() else None  # a user's own is known by its name only
-    title, language = (task.title, task.language) if task else (name, "")
-    return TaskFacts(name, title, language, result["metric"], result["examples"]["test"])
+    task = load_task(name) if name in known_tasks() else None
+    # a user's own is known by what its results say
+    title, language = (
+        (task.title, task.language) if task else (result.get("title") or name, result.get("language") or "")
+    )
+    return TaskFacts(name, _shown(title), _shown(language), result["metric"], result["examples"].get("test", 0))
+
+
+def _shown(text: str) -> str:
+    return text if text.isprintable() else ascii(text)
 
 
 @dataclass(frozen=True)
@@ -180,16 +190,27 @@ class Predictions:
     predicted: dict[Cell, list[Any]]
 
     def contributions(self, metric: str, cell: Cell) -> np.ndarray:
-        """What each example adds to the score of a cell [n, k]. Raises DetourError for predictions of another form."""
+        """What each example adds to the score of a cell [n, k]. Raises DetourError for what is no label or number."""
         from megatron_detour.evaluation.metrics import contributions
 
         try:
             return contributions(metric, self.labels, self.gold, self.predicted[cell])
-        except (DetourError, TypeError, ValueError) as fault:
+        except DetourError as fault:
             raise DetourError(f"{predictions_path(self.output, cell)}: {fault}; {REMEDY}") from None
 
 
-def read_predictions(output: Path, cells: Iterable[Cell]) -> Predictions | None:
+_CLASS, _LABELS, _NUMBERS = list[str], list[list[str]], list[list[int]]
+FORMS = {  # of right and predicted answers (metrics.py), by the metrics that judge them
+    "entity_f1": (_LABELS,),
+    "accuracy": (_CLASS, list[int]),
+    **dict.fromkeys(("macro_f1", "weighted_f1", "micro_f1"), (_CLASS, _LABELS)),
+    "exact_match": (_LABELS, _NUMBERS),
+    "hamming": (_NUMBERS,),
+    **dict.fromkeys(("pearson", "spearman"), (list[float],)),
+}
+
+
+def read_predictions(output: Path, metric: str, cells: Iterable[Cell]) -> Predictions | None:
     """Reads those of the cells, all of one task, that are there; None where there is none.
 
     Raises DetourError for a file that is damaged, and for two with other right answers.
@@ -200,7 +221,7 @@ def read_predictions(output: Path, cells: Iterable[Cell]) -> Predictions | None:
         path = predictions_path(output, cell)
         if not path.exists():
             continue
-        content = _read(path)
+        content = _read(path, metric)
         first = first or content
         if content["gold"] != first["gold"] or content["labels"] != first["labels"]:
             raise DetourError(
@@ -211,12 +232,21 @@ def read_predictions(output: Path, cells: Iterable[Cell]) -> Predictions | None:
     return Predictions(output, tuple(first["labels"]), first["gold"], predicted) if first else None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, metric: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        whole = len(content["gold"]) == len(content["predicted"]) > 0 and isinstance(content["labels"], list)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        whole = False
-    if not whole:
+        content = read_json_object(path)
+    except DetourError as fault:
+        raise DetourError(f"{fault}; {REMEDY}") from None
+    gold, predicted, labels = (content.get(key) for key in ("gold", "predicted", "labels"))
+    alike = any(_is(gold, form) and _is(predicted, form) for form in FORMS[metric])
+    if not alike or not _is(labels, _CLASS) or not len(gold) == len(predicted) > 0:
         raise DetourError(f'{path}: not predictions of the form {{"labels", "gold", "predicted"}}; {REMEDY}')
     return content
+
+
+def _is(value: Any, form: Any) -> bool:
+    try:
+        msgspec.convert(value, form)
+    except msgspec.ValidationError:
+        return False
+    return True

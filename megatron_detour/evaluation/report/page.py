@@ -10,7 +10,7 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.models import fingerprint
 from megatron_detour.evaluation.report.comparable import read_evaluation
 from megatron_detour.evaluation.report.statistics import Spread
-from megatron_detour.evaluation.report.summary import PERMUTATIONS, summarise
+from megatron_detour.evaluation.report.summary import FORMAT, PERMUTATIONS, summarise
 from megatron_detour.evaluation.report.tables import (
     Summary,
     Table,
@@ -24,6 +24,7 @@ from megatron_detour.evaluation.report.tables import (
 )
 from megatron_detour.evaluation.results import read_results
 from megatron_detour.files import write_whole
+from megatron_detour.structured import read_json_object
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,13 +58,17 @@ def read_summary(output: Path) -> Summary:
     if not path.is_file():
         raise DetourError(f"{path}: no such file; write the report first (tools/evaluate.py report {output})")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise DetourError(f"{path}: not JSON; write the report again (tools/evaluate.py report {output})") from None
+        summary = read_json_object(path)
+    except DetourError as fault:
+        raise DetourError(f"{fault}; write the report again (tools/evaluate.py report {output})") from None
+    if summary.get("format") != FORMAT:
+        raise DetourError(f"{path}: of another version; write the report again (tools/evaluate.py report {output})")
+    return summary
 
 
 def model_table(output: Path, model: str) -> list[dict[str, Any]]:
-    """What a card says of a model on each task: task, title, metric, protocol, mean, sd (None for one seed), seeds.
+    """What a card says of a model on each task: task, title, language, metric, protocol, mean, sd (None for one seed),
+    seeds.
 
     Mean and sd are shares of 1, `seeds` is the number of them. Raises DetourError where the evaluation has no such
     model, or none of its tasks.
@@ -78,7 +83,8 @@ def model_table(output: Path, model: str) -> list[dict[str, Any]]:
     for task in evaluation.tasks:
         if scores := evaluation.scores(model, task.name):
             spread = Spread.of(list(scores.values()))
-            facts = {"task": task.name, "title": task.title, "metric": task.metric, "protocol": evaluation.protocol}
+            facts = {key: getattr(task, key) for key in ("title", "language", "metric")}
+            facts |= {"task": task.name, "protocol": evaluation.protocol}
             rows.append(facts | {"mean": spread.mean, "sd": spread.sd, "seeds": spread.count})
     if not rows:
         raise DetourError(f"{output}: the evaluation has no finished task of {model!r}; evaluate it first")
@@ -88,7 +94,7 @@ def model_table(output: Path, model: str) -> list[dict[str, Any]]:
 def scored_folder(output: Path, model: str) -> Path | None:
     """The folder that a model's scores are of; None where it is gone or has changed since."""
     results = [result for cell, result in read_results(Path(output)).items() if cell.model == model]
-    folder = Path(results[-1]["path"])
+    folder = Path(results[-1].get("path", ""))
     try:
         same = fingerprint(folder) == results[-1].get("identity", {}).get("model")
     except OSError:
@@ -97,29 +103,25 @@ def scored_folder(output: Path, model: str) -> Path | None:
 
 
 def as_text(summary: Summary, console: Console) -> None:
-    """Prints scores, differences to the baseline, and what has to be known of them."""
+    """Prints the verdict, scores, differences to the baseline, and what has to be known of them."""
+    console.print(summary["verdict"], style="bold", markup=False, highlight=False)
     for table in (scores_table(summary), against_table(summary)):
         if table.rows:
-            console.print(_rich(table))
+            _print(table, console)
     if len(summary["models"]) > 1:
         console.print(comparisons_words(summary), markup=False, highlight=False)
     for note in summary["notes"]:
         console.print(f"Note: {note}", style="yellow", markup=False, highlight=False)
 
 
-def _rich(table: Table) -> Any:
-    from rich.table import Table as RichTable
+def _print(table: Table, console: Console) -> None:
     from rich.text import Text
 
+    from megatron_detour.evaluation.terminal import print_table
+
     # Text, not str, since rich would read brackets as its own markup
-    shown = RichTable(
-        title=Text(table.title, "bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    for number, header in enumerate(table.headers):
-        shown.add_column(Text(header), justify="left" if number < table.words else "right", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*(Text(entry.text, "bold green" if entry.bold else "") for entry in row))
-    return shown
+    rows = [[Text(entry.text, "bold green" if entry.bold else "") for entry in row] for row in table.rows]
+    print_table(console, table.title, table.headers, rows, table.words)
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -138,6 +140,7 @@ def _page(summary: Summary, picture: Any) -> str:
     return render(
         TEMPLATE,
         templates=Path(__file__).parent,
+        verdict=summary["verdict"],
         about=_about(summary),
         chips={model: appearance(number)["color"] for number, model in enumerate(summary["models"])},
         cards=[_card(found, summary) for found in summary["against_baseline"] if found["cells"]],
@@ -160,7 +163,7 @@ def _card(found: dict[str, Any], summary: Summary) -> dict[str, str]:
 
 
 def _markdown(summary: Summary, picture: str) -> str:
-    parts = ["# Evaluation", _about(summary)]
+    parts = ["# Evaluation", f"**{_escaped(summary['verdict'])}**", _about(summary)]
     if summary["notes"]:
         parts.append("\n".join(f"- {_escaped(note)}" for note in summary["notes"]))
     for number, table in enumerate(tables(summary)):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_detour.evaluation.report.statistics import LEVEL
 from megatron_detour.evaluation.report.tables import Summary, counted, metric_words
 from megatron_detour.observe.frame import GREY, INK
 from megatron_detour.observe.plots import appearance
@@ -96,8 +95,7 @@ def _differences(summary: Summary) -> list[Mark]:
         if found["cells"] and first:
             tasks = found["by_tasks"]
             interval = None if tasks["low"] is None else (tasks["low"], tasks["high"])
-            clear = tasks["p"] < LEVEL
-            marks.append(Mark(0, models.index(found["model"]), 100 * tasks["mean"], _percent(interval), clear))
+            marks.append(Mark(0, models.index(found["model"]), 100 * tasks["mean"], _percent(interval), tasks["clear"]))
     for row, task in enumerate((task for task in summary["tasks"] if task["scores"]), start=first):
         for model, found in task["differences"].items():
             mark = Mark(row, models.index(model), 100 * found["mean"], _percent(found["interval"]), found["clear"])
@@ -188,6 +186,7 @@ SCORES = EvaluationPlot(
     "Scores by task and differences to the baseline",
     "Left, the mean over seeds with its 95% interval (Student's t). Right, the difference to the baseline with its "
     "95% interval: of a task over seeds, in the first row over tasks. A full mark on the right is a "
-    "clear difference: of a task by permutation test and seeds both, in the first row by p below 0.05.",
+    "clear difference after Holm's correction: of a task by permutation test and seeds both, in the first row by "
+    "tasks.",
     draw_scores,
 )

@@ -21,19 +21,21 @@ from megatron_detour.evaluation.report.comparable import (
 from megatron_detour.evaluation.report.statistics import (
     LEVEL,
     Spread,
-    holds,
+    greater_p,
     holm,
+    over_tasks,
     paired_bootstrap,
     permutation_test,
     tally,
 )
+from megatron_detour.evaluation.report.verdict import verdict
 from megatron_detour.evaluation.results import Cell
 
-FORMAT = 1
+FORMAT = 2
 PERMUTATIONS = 10_000
 RESAMPLES = 10_000
 MOST_NAMED = 6  # missing cells, all of which stand in summary.json
-FEW_TASKS = 6  # with fewer p is above 0.05 even where all of them point one way (5 tasks: 2 / 2^5 = 0.06)
+FEW_TASKS = 6
 
 
 def summarise(output: Path, baseline: str | None = None, permutations: int = PERMUTATIONS) -> dict[str, Any]:
@@ -41,10 +43,12 @@ def summarise(output: Path, baseline: str | None = None, permutations: int = PER
     evaluation = read_evaluation(output, baseline)
     notes = Notes()
     tasks = [_task(evaluation, task, permutations, notes) for task in evaluation.tasks]
-    comparisons = _correct(evaluation, tasks)
+    comparisons = _correct(tasks)
     if comparisons / (permutations + 1) > LEVEL:
         notes.add(f"{permutations:,} permutations are too few for {comparisons:,} comparisons: none can be significant")
-    return {
+    against = [_against(evaluation, tasks, model) for model in evaluation.models[1:]]
+    _add_holm([found["by_tasks"] for found in against if found["by_tasks"]], "p")
+    summary = {
         "format": FORMAT,
         "protocol": evaluation.protocol,
         "models": list(evaluation.models),
@@ -55,12 +59,13 @@ def summarise(output: Path, baseline: str | None = None, permutations: int = PER
         "comparisons": comparisons,
         "tasks": tasks,
         "average": _average(evaluation, notes),
-        "against_baseline": [_against(evaluation, tasks, model) for model in evaluation.models[1:]],
+        "against_baseline": against,
         "cost": [_cost(evaluation, m) for m in dict.fromkeys([*evaluation.models, *evaluation.shuffled_models])],
         "machines": sorted({str(result["device"]) for result in _all(evaluation) if result.get("device")}),
         "versions": _versions(evaluation, notes),
         "notes": notes.said(evaluation),
     }
+    return {"verdict": verdict(summary)} | summary
 
 
 class Notes:
@@ -85,8 +90,8 @@ class Notes:
         elif 1 < len(evaluation.seeds) < 5:
             found.append(f"{len(evaluation.seeds)} seeds: the intervals over seeds are wide and rough")
         if 0 < len(evaluation.tasks) < FEW_TASKS and len(evaluation.models) > 1:
-            few = f"{len(evaluation.tasks)} tasks are" if len(evaluation.tasks) > 1 else "1 task is"
-            found.append(f"{few} too few for an interval over tasks that means much")
+            few = f"{len(evaluation.tasks)} tasks" if len(evaluation.tasks) > 1 else "1 task"
+            found.append(f"{few}: an interval over so few is wide, and right only where their differences are normal")
         return found
 
 
@@ -103,7 +108,7 @@ def _task(evaluation: Evaluation, task: TaskFacts, permutations: int, notes: Not
     spreads = {model: Spread.of(list(own.values())) for model, own in scores.items() if own}
     cells = [Cell(model, task.name, seed) for model, own in scores.items() for seed in own]
     shuffled = [cell for cell in evaluation.shuffled if cell.task == task.name]
-    predictions = read_predictions(evaluation.output, [*cells, *shuffled])
+    predictions = read_predictions(evaluation.output, task.metric, [*cells, *shuffled])
     pairs = Pairs(task, scores, predictions, permutations, notes)
     others = [model for model in evaluation.models[1:] if pairs.seeds(model, evaluation.baseline)]
     ranked = sorted(spreads, key=lambda model: -spreads[model].mean)
@@ -144,7 +149,8 @@ class Pairs:
         return [seed for seed in self._scores[model] if seed in self._scores[other]]
 
     def difference(self, model: str, other: str) -> dict[str, Any]:
-        """How much better `model` is, by the seeds that both have: mean, interval over seeds, p of the permutation."""
+        """How much better `model` is, by the seeds that both have: mean, interval and p over seeds, p of the
+        permutation test, and the greater of the two, which decides."""
         if (other, model) in self._found:
             back = self._found[other, model]
             interval = back["interval"] and (-back["interval"][1], -back["interval"][0])
@@ -152,7 +158,9 @@ class Pairs:
         if (model, other) not in self._found:
             seeds = self.seeds(model, other)
             spread = Spread.of([self._scores[model][seed] - self._scores[other][seed] for seed in seeds])
-            self._found[model, other] = _shown(spread) | {"p": self._p(model, other, seeds)}
+            p, p_seeds = self._p(model, other, seeds), spread.p()
+            p_values = {"p": p, "p_seeds": p_seeds, "p_greater": greater_p(p, p_seeds)}
+            self._found[model, other] = _shown(spread) | p_values
         return self._found[model, other]
 
     def _p(self, model: str, other: str, seeds: list[int]) -> float | None:
@@ -176,33 +184,29 @@ class Pairs:
 
 
 def _best(pairs: Pairs, ranked: list[str]) -> dict[str, Any] | None:
-    """The best model by its mean; `p` is the greatest against any other, `over_seeds` if all intervals exclude 0."""
+    """The best model by its mean; `p` is the greatest against any other."""
     best, *others = ranked
     if not all(pairs.seeds(best, other) for other in others):
         return None
-    found = [pairs.difference(best, other) for other in others]
-    p_values = [each["p"] for each in found]
-    return {
-        "model": best,
-        "p": None if None in p_values else max(p_values),
-        "over_seeds": all(each["interval"] is not None and each["interval"][0] > 0 for each in found),
-    }
+    p_values = [pairs.difference(best, other)["p_greater"] for other in others]
+    return {"model": best, "p": None if None in p_values else max(p_values)}
 
 
-def _correct(evaluation: Evaluation, tasks: list[dict[str, Any]]) -> int:
-    """Adds Holm's p over all comparisons with the baseline, which it counts, and over the best models of all tasks."""
-    tested = [each for task in tasks for each in task["differences"].values() if each["p"] is not None]
-    for each, p in zip(tested, holm(each["p"] for each in tested), strict=True):
-        each["p_holm"] = p
-    for each in (each for task in tasks for each in task["differences"].values()):
-        each.setdefault("p_holm", None)
-        each["clear"] = holds(each["p_holm"], each["interval"])
-    best = [task["best"] for task in tasks if task["best"] and task["best"]["p"] is not None]
-    for each, p in zip(best, holm(each["p"] for each in best), strict=True):
-        each["p_holm"] = p
-    for each in (task["best"] for task in tasks if task["best"]):
-        each.setdefault("p_holm", None)
-        each["clear"] = each["over_seeds"] and each["p_holm"] is not None and each["p_holm"] < LEVEL
+def _correct(tasks: list[dict[str, Any]]) -> int:
+    """Decides what is clear: Holm's p over all comparisons with the baseline, which it counts, and over the best models
+    of all tasks."""
+    found = [each for task in tasks for each in task["differences"].values()]
+    _add_holm([task["best"] for task in tasks if task["best"]], "p")
+    return _add_holm(found, "p_greater")
+
+
+def _add_holm(found: list[dict[str, Any]], key: str) -> int:
+    """Adds `p_holm` and `clear` by the p under `key`; what has none is no comparison. Returns how many there are."""
+    tested = [each for each in found if each[key] is not None]
+    for each in found:
+        each |= {"p_holm": None, "clear": False}
+    for each, p in zip(tested, holm(each[key] for each in tested), strict=True):
+        each |= {"p_holm": p, "clear": p < LEVEL}
     return len(tested)
 
 
@@ -260,10 +264,18 @@ def _against(evaluation: Evaluation, tasks: list[dict[str, Any]], model: str) ->
     return {
         "model": model,
         "cells": asdict(paired_bootstrap(own, other, RESAMPLES)) if there else None,
-        "by_tasks": asdict(paired_bootstrap(own, other, RESAMPLES, clusters="tasks")) if there else None,
+        "by_tasks": asdict(over_tasks(own, other)) if there else None,
+        "least": _least(own - other, len(evaluation.models) - 1) if there else None,
         "tally": asdict(tally([each["mean"] for each in found], [each["clear"] for each in found])),
-        "tested": sum(each["p"] is not None for each in found),
+        "tested": sum(each["p_greater"] is not None for each in found),
     }
+
+
+def _least(difference: np.ndarray, comparisons: int) -> float | None:
+    """The smallest mean difference that these tasks, or the seeds of a single one, could show; None for none."""
+    kept = difference[~np.isnan(difference).all(1)]
+    values = np.nanmean(kept, axis=1) if len(kept) > 1 else kept[~np.isnan(kept)]
+    return Spread.of(list(values)).half(comparisons) or None
 
 
 def _cost(evaluation: Evaluation, model: str) -> dict[str, Any]:

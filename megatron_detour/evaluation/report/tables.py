@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_detour.evaluation.report.statistics import LEVEL, TIE
+from megatron_detour.evaluation.report.statistics import TIE
 from megatron_detour.observe.words import duration
 
 ABSENT = "–"
@@ -55,9 +55,9 @@ def scores_table(summary: Summary) -> Table:
     remarks = [f"{_of_seeds(summary)} In percent, on the test split."]
     if len(models) > 1:
         remarks.append(
-            "Bold: better than every other model, by the permutation test (p below 0.05 after Holm's correction over "
-            f"{counted(sum(task['best'] is not None for task in summary['tasks']), 'task')}) and by the interval of "
-            "the difference over seeds."
+            "Bold: better than every other model, by the permutation test and over seeds (the greater p is below 0.05 "
+            "after Holm's correction over "
+            f"{counted(sum(task['best'] is not None for task in summary['tasks']), 'task')})."
         )
     return Table("Scores", ["Task", "Metric", *models], rows, remarks, words=2)
 
@@ -89,7 +89,7 @@ def against_table(summary: Summary) -> Table:
     rows = [
         [
             Entry(found["model"]),
-            Entry(points(found["cells"]["mean"])),
+            Entry(points(found["cells"]["mean"]), found["by_tasks"]["clear"]),
             Entry(_interval(found["cells"])),
             Entry(p_words(found["cells"]["p"])),
             Entry(_interval(found["by_tasks"])),
@@ -116,11 +116,13 @@ def against_table(summary: Summary) -> Table:
 def _of_the_comparison(summary: Summary) -> list[str]:
     return [
         "Points: the mean difference over all cells (a task with a seed) that both models have; above 0 the model is "
-        f"better. 95%: its interval. Paired bootstrap of {summary['resamples']:,} resamples, two-sided p: of cells, as "
-        "in arXiv 2605.12438, and of whole tasks with their seeds, which is the one to go by where other tasks of the "
-        "kind are meant.",
+        "better. 95%: its interval; p: two-sided, below 0.05 where the interval leaves out 0. Of cells by paired "
+        f"bootstrap ({summary['resamples']:,} resamples), as in arXiv 2605.12438; of tasks by Student's t of their "
+        "mean differences, which is the one to go by where other tasks of the kind are meant. Bold: by tasks p is "
+        f"below 0.05 after Holm's correction over {counted(len(summary['models']) - 1, 'model')}.",
         f"Better, worse, equal: on how many tasks, by the mean over seeds; equal is less than {100 * TIE:g} points. "
-        "Clear: by the permutation test after Holm's correction and by the interval over seeds, both.",
+        "Clear: more than chance for other test examples (permutation test) and for other seeds (Student's t), the "
+        "greater p being below 0.05 after Holm's correction.",
         comparisons_words(summary),
     ]
 
@@ -129,12 +131,10 @@ def comparisons_words(summary: Summary) -> str:
     """How many comparisons were made, and what that means."""
     count = summary["comparisons"]
     if not count:
-        return "No comparison by task was made."
-    others, false = len(summary["models"]) - 1, count * LEVEL
-    by_luck = "less than one" if false < 1 else f"about {false:.0f}"
+        return "No comparison by task was made: each needs the predictions of both models, with two seeds at least."
     return (
-        f"{counted(count, 'comparison')} by task ({counted(others, 'model')} against {summary['baseline']}): without a "
-        f"correction {by_luck} of them would be below {LEVEL:g} by luck alone where no model differs."
+        f"{counted(count, 'comparison')} by task ({counted(len(summary['models']) - 1, 'model')} against "
+        f"{summary['baseline']}): where no model differs, the chance that any of them is called clear is 5% at most."
     )
 
 
@@ -144,6 +144,7 @@ def _by_task(summary: Summary, model: str) -> Table:
             Entry(task["name"]),
             Entry(points(found["mean"]), found["clear"]),
             Entry(ABSENT if found["interval"] is None else _range(*found["interval"])),
+            Entry(p_words(found["p_seeds"])),
             Entry(p_words(found["p"])),
             Entry(p_words(found["p_holm"])),
             Entry(("better" if found["mean"] > 0 else "worse") if found["clear"] else ""),
@@ -153,11 +154,11 @@ def _by_task(summary: Summary, model: str) -> Table:
         if found
     ]
     remark = (
-        "The interval is of the seeds (Student's t, paired by seed); p is of a permutation test over the test examples "
-        f"with {summary['permutations']:,} permutations; Holm's correction is over all "
-        f"{counted(summary['comparisons'], 'comparison')} with {summary['baseline']}."
+        "Over seeds: Student's t, paired by seed. Over examples: a permutation test of the test examples, with "
+        f"{summary['permutations']:,} permutations. After Holm: the greater of the two, corrected for all "
+        f"{counted(summary['comparisons'], 'comparison')} with {summary['baseline']}; clear where it is below 0.05."
     )
-    headers = ["Task", "Difference (points)", "95% interval over seeds", "p", "p after Holm", "Clear"]
+    headers = ["Task", "Difference (points)", "95%, seeds", "p, seeds", "p, examples", "p after Holm", "Clear"]
     return Table(f"{model} against {summary['baseline']}, by task", headers, rows, [remark])
 
 
@@ -240,6 +241,8 @@ def p_words(p: float | None) -> str:
     """As many digits as mean something."""
     if p is None:
         return ABSENT
+    if p < 0.0001:
+        return "<0.0001"
     return f"{p:.4f}" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 

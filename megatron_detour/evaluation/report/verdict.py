@@ -1,0 +1,67 @@
+"""What an evaluation has shown, in one sentence: the first line of its report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_detour.evaluation.report.tables import Summary, counted, metric_words, p_words, percent, points
+
+
+def verdict(summary: Summary) -> str:
+    """Which models are clearly better or worse, or that none is and what difference could have been shown."""
+    baseline, others = summary["baseline"], summary["against_baseline"]
+    if not summary["seeds"]:
+        return (
+            "Models were trained on shuffled labels alone: this tells what chance is, and of no model how good it is."
+        )
+    if not others:
+        return _alone(summary)
+    clear = [found for found in others if found["by_tasks"] and found["by_tasks"]["clear"]]
+    if clear:
+        return f"{'; '.join(_over_tasks(found, baseline) for found in clear)}."
+    by_task = [words for found in others for words in _on_tasks(summary, found["model"])]
+    if by_task:
+        return f"On single tasks: {'; '.join(by_task)}. Over all tasks no difference is clear: {_reach(summary)}."
+    return f"No difference is clear: {_reach(summary)}."
+
+
+def _alone(summary: Summary) -> str:
+    (model,) = summary["models"]
+    if len(summary["tasks"]) == 1:
+        task = summary["tasks"][0]
+        score = f"{percent(task['scores'][model]['mean'])} ({metric_words(task['metric'])})"
+        return f"{model} scores {score} on {task['name']}; one model alone is no comparison."
+    return f"{model} was scored on {counted(len(summary['tasks']), 'task')}; one model alone is no comparison."
+
+
+def _over_tasks(found: dict[str, Any], baseline: str) -> str:
+    tasks = found["by_tasks"]
+    way = "better" if tasks["mean"] > 0 else "worse"
+    interval = f"{points(tasks['low'])} to {points(tasks['high'])}"
+    return (
+        f"{found['model']} is {way} than {baseline} by {percent(abs(tasks['mean']))} points over "
+        f"{counted(tasks['units'], 'task')} (95% {interval}, p {p_words(tasks['p'])})"
+    )
+
+
+def _on_tasks(summary: Summary, model: str) -> list[str]:
+    """Where a model is clearly better, and where it is clearly worse."""
+    clear = {True: [], False: []}
+    for task in summary["tasks"]:
+        if (found := task["differences"].get(model)) and found["clear"]:
+            clear[found["mean"] > 0].append(task["name"])
+    than = summary["baseline"]
+    return [
+        f"{model} is {'better' if better else 'worse'} than {than} on {', '.join(names)}"
+        for better, names in clear.items()
+        if names
+    ]
+
+
+def _reach(summary: Summary) -> str:
+    """The smallest mean difference that could have been clear, as tasks (or the seeds of a single one) vary here."""
+    size = f"{counted(len(summary['tasks']), 'task')} x {counted(len(summary['seeds']), 'seed')}"
+    least = [found["least"] for found in summary["against_baseline"] if found["least"] is not None]
+    if not least:
+        return f"{size} cannot show any"
+    return f"{size} cannot show less than {percent(min(least))} points"
