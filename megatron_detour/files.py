@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes | Iterator[bytes]) -> None:
     """Writes a file beside `path`, brings it to the disk and gives it its name in one move."""
+    if isinstance(content, str | bytes):
+        content = iter([content.encode("utf-8") if isinstance(content, str) else content])
     aside = path.with_name(f".{path.name}.part")
     try:
         with aside.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:  # a write to a full disk does not say which file
         error.filename = error.filename or str(path)
+        raise
+    except Exception:  # of whoever makes the parts
+        aside.unlink()
         raise
 
 

@@ -16,7 +16,8 @@ PACKAGE = "megatron_detour"
 # A module or a package -> what of the package it may import; then which libraries. The longest name that fits rules.
 ALLOWED = {
     "": ("", ""),
-    "errors": ("", ""),
+    "text": ("", ""),
+    "errors": ("text", ""),
     "structured": ("errors", "yaml"),
     "files": ("", ""),
     "config": ("config errors", "yaml"),
@@ -49,13 +50,14 @@ ALLOWED = {
     ),
     "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
     "release": (
-        "release checkpoint model data.vocabulary data.manifest observe.run_folder observe.words config plan errors",
+        "release checkpoint model data.vocabulary data.manifest observe.run_folder observe.steps observe.words "
+        "config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
     "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
-    "observe.sinks": ("observe errors files", "torch wandb"),
-    "observe.compare": ("observe errors files", "yaml"),
+    "observe.run_files": ("errors", "msgspec"),
+    "observe.sinks": ("observe errors files", "tensorboard wandb"),
     "evaluation": ("evaluation errors files", "numpy"),
     "evaluation.task": ("errors", "yaml"),
     "evaluation.examples": ("evaluation.task errors", ""),
@@ -123,7 +125,7 @@ LAZY = {
     "checkpoint.huggingface": "tokenizers transformers",
     "checkpoint.state": "deepspeed",
     "training.engine": "deepspeed",
-    "observe.sinks": "torch wandb",
+    "observe.sinks": "tensorboard wandb",
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
     "evaluation.command": "torch",
@@ -186,8 +188,8 @@ def rule_for(module: str) -> tuple[str, str]:
     if not fitting and module:
         raise KeyError(f"{module}: ALLOWED has no row for it")
     own, libraries = ALLOWED[max(fitting, key=len, default="")]
-    # Whoever may raise a DetourError may read a file from outside with it.
-    return (f"{own} structured" if "errors" in own.split() and module != "structured" else own), libraries
+    # Whoever may raise a DetourError may read a file from outside with it, and show what stood there.
+    return (f"{own} structured text" if "errors" in own.split() and module != "structured" else own), libraries
 
 
 def forbidden(module: str, found: Import) -> str | None:

@@ -6,6 +6,8 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megatron_detour.observe.run_folder import Run
 from megatron_detour.observe.words import compact, frozen_words, objective_words, shortened
 
@@ -21,7 +23,7 @@ STRIP = 0.44  # inches that the names of the phases take
 SWITCH = "objective switch"
 RESUMED = "resumed from a checkpoint"
 FROZEN = "some parameters frozen"
-LONGEST_CURVE = 4000  # points; more than a plot this wide can show
+BUCKETS = 900  # of a curve that has more points: each is drawn by its least and its greatest
 LONGEST_LABEL = 90  # characters of a legend's entry
 LEGEND_WIDTH = 118  # characters in a row of the legend
 LEGEND_ROW = 0.175  # inches
@@ -31,8 +33,8 @@ LEGEND_ROW = 0.175  # inches
 class Curve:
     """Values over tokens. Curves with the same label share an entry of the legend."""
 
-    x: list[float]
-    y: list[float]
+    x: np.ndarray
+    y: np.ndarray
     colour: str
     label: str
     style: Any = "-"
@@ -130,26 +132,26 @@ class Frame:
 
     def curves(self, axes: Axes, curves: list[Curve], *, from_zero: bool = False) -> None:
         """Draws each curve faintly and smoothed, in a range of the y axis that single peaks do not set."""
-        curves = [curve for curve in curves if curve.y]
+        curves = [curve for curve in curves if len(curve.y)]
         bounds: list[float] = []
         for curve in curves:
             if curve.faint and len(curve.y) > 2:
-                axes.plot(*_thinned(curve.x, curve.y), color=curve.colour, alpha=0.28, linewidth=0.9)
+                axes.plot(*thinned(curve.x, curve.y), color=curve.colour, alpha=0.28, linewidth=0.9)
             axes.plot(
-                *_thinned(curve.x, smoothed(curve.y)),
+                *thinned(curve.x, smoothed(curve.y)),
                 color=curve.colour,
                 linestyle=curve.style,
                 linewidth=1.9,
                 label=curve.label,
                 **dot(curve.x),
             )
-            bounds += _usual_range(curve.y, 0.0 if from_zero else min(curve.y))
+            bounds += _usual_range(curve.y, 0.0 if from_zero else float(curve.y.min()))
         if not bounds:
             return
         low, high = min(bounds), max(bounds)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         axes.set_ylim(0 if from_zero else low - margin, high + margin)
-        self._above += sum(value > high + margin for curve in curves for value in curve.y)
+        self._above += sum(int((curve.y > high + margin).sum()) for curve in curves)
 
     def finish(self) -> Figure:
         """Adds the resumptions, the legend and, once the widths are known, the names of the phases."""
@@ -246,40 +248,44 @@ def objective_colour(objective: str) -> str:
     return COLOURS.get(objective, GREY)
 
 
-def dot(x: list[float]) -> dict[str, Any]:
+def dot(x: np.ndarray) -> dict[str, Any]:
     """A line through a point or two is invisible or nearly so: mark them."""
     return {"marker": "o", "markersize": 4, "clip_on": False} if len(x) <= 2 else {}
 
 
-def smoothed(values: list[float]) -> list[float]:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """A centred mean: unlike a trailing one it does not shift the curve at the start of a phase."""
-    import numpy
-
     half = max(1, len(values) // 60)
-    total = numpy.concatenate([[0.0], numpy.cumsum(values)])
-    centre = numpy.arange(len(values))
+    total = np.append(0.0, np.cumsum(values))
+    centre = np.arange(len(values))
     # Where a phase starts the curve is steep, so the window shrinks on both sides; where it ends noise matters more.
-    before = numpy.minimum(half, centre)
-    after = numpy.minimum(before, len(values) - 1 - centre)
-    return list((total[centre + after + 1] - total[centre - before]) / (before + after + 1))
+    before = np.minimum(half, centre)
+    after = np.minimum(before, len(values) - 1 - centre)
+    return (total[centre + after + 1] - total[centre - before]) / (before + after + 1)
 
 
-def _usual_range(values: list[float], low: float) -> tuple[float, float]:
+def _usual_range(values: np.ndarray, low: float) -> tuple[float, float]:
     """The range of a phase from `low`, without its first steps and single peaks that stand far above the others."""
-    import numpy
-
     width = max(9, len(values) // 100)
     if len(values) < 2 * width:
-        return low, max(values)
-    windows = numpy.lib.stride_tricks.sliding_window_view(values, width)
-    high = float(numpy.median(windows, axis=1).max())
+        return low, float(values.max())
+    # Every window of a long curve would be a hundredth of its length, squared, in memory: a few hundred tell the same.
+    windows = np.lib.stride_tricks.sliding_window_view(values, width)[:: max(1, width // 9)]
+    high = float(np.median(windows, axis=1).max())
     limit = high + 0.3 * (high - low)
-    return low, max(value for value in values if value <= limit)
+    return low, float(values[values <= limit].max())
 
 
-def _thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    every = max(1, -(-len(x) // LONGEST_CURVE))
-    return x[::every], y[::every]
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends, and the least and the greatest of each of BUCKETS stretches: what a plot this wide can show."""
+    width = -(-len(y) // BUCKETS)
+    if width < 3:
+        return x, y
+    filled = np.append(y, np.full(-len(y) % width, y[-1])).reshape(-1, width)
+    first = width * np.arange(len(filled))
+    rows = np.concatenate([[0, len(y) - 1], first + filled.argmin(1), first + filled.argmax(1)])
+    rows = np.unique(np.minimum(rows, len(y) - 1))
+    return x[rows], y[rows]
 
 
 def _fit(label: Text, texts: list[str], room: float) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_detour.files import write_whole
 from megatron_detour.observe.page import Picture, render, write_pictures
 from megatron_detour.observe.plots import PLOTS
@@ -96,6 +98,7 @@ def _changes(run: Run) -> list[dict[str, Any]]:
         changes.append(
             {
                 "title": figure.title,
+                "unit": figure.unit,
                 "objective": figure.objective,
                 "first": figure.value(first[key]),
                 "last": figure.value(last[key]),
@@ -132,23 +135,19 @@ def _sessions(run: Run) -> list[dict[str, Any]]:
 def headline(run: Run) -> list[tuple[str, str, str]]:
     """The figures of the whole run, each a title, a value and a remark."""
     facts = [("Tokens trained", compact(run.done_tokens), f"of {compact(run.plan['total_tokens'])} planned")]
-    timed = [record for record in run.records if record.get("seconds")]
-    seconds = sum(record["seconds"] for record in timed)
+    steps = run.steps
+    seconds = steps.total("seconds")
     if seconds > 0:
         facts.append(("Training time", duration(seconds), "sum of the steps"))
-        tokens = sum(run.tokens_at(record["step"]) - run.tokens_at(record["step"] - 1) for record in timed)
-        facts.append(("Mean throughput", compact(tokens / seconds), "tokens per second"))
-        waited = sum(record.get("data_wait_seconds") or 0 for record in timed)
-        facts.append(("Waiting for data", f"{waited / seconds:.1%}", "of the training time"))
-        counted = [record for record in timed if record.get("mfu") is not None]
-        if counted:
-            used = sum(record["mfu"] * record["seconds"] for record in counted)
-            share = used / sum(record["seconds"] for record in counted)
+        tokens = run.tokens_of_steps()[steps["seconds"] > 0].sum()
+        facts.append(("Mean throughput", f"{compact(tokens / seconds)} tokens/s", "over all devices"))
+        facts.append(("Waiting for data", f"{steps.total('data_wait_seconds') / seconds:.1%}", "of the training time"))
+        share = steps.mean("mfu", "seconds")
+        if share is not None:
             facts.append(("MFU", f"{share:.1%}", "of the devices' peak, mean"))
-        operations = 1e12 * sum((record.get("model_tflops") or 0) * record["seconds"] for record in timed)
+        operations = 1e12 * steps.total_of("model_tflops", "seconds")
         if operations:
-            facts.append(("Operations", f"{operations:.2e}", "of the model, floating point"))
-    memory = max((record.get("memory_bytes") or 0 for record in run.records), default=0)
-    if memory:
-        facts.append(("Peak memory", byte_size(memory), "on one rank"))
+            facts.append(("Operations", f"{operations:.2e} FLOP", "of the model, floating point"))
+    if steps.has("memory_bytes"):
+        facts.append(("Peak memory", byte_size(float(np.nanmax(steps["memory_bytes"]))), "on one rank"))
     return facts

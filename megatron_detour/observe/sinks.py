@@ -6,17 +6,21 @@ import json
 import math
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
+from megatron_detour.observe.tfrecord import framed
 
 Record = dict[str, Any]
 
 COUNTED = ("skipped", "spike")  # fields whose text says why; services that draw numbers get how often it happened
+FLUSH_SECONDS = 30  # of TensorBoard's files
 GROUPS = {
     "tokens_per_second": "speed",
     "model_tflops": "speed",
@@ -50,13 +54,19 @@ class MetricsFile:
     def __init__(self, path: Path | str, resume_step: int) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _read_lines(self.path) if self.path.exists() else []
-        kept = [(line, record) for line, record in kept if record["step"] <= resume_step]
-        self.counts = {field: sum(bool(record.get(field)) for _, record in kept) for field in COUNTED}
+        self.counts = dict.fromkeys(COUNTED, 0)
         with _naming(self.path):
             if self.path.exists():
-                write_whole(self.path, b"".join(line + b"\n" for line, _ in kept))
+                write_whole(self.path, self._kept(resume_step))
             self._file = self.path.open("a", encoding="utf-8")
+
+    def _kept(self, resume_step: int) -> Iterator[bytes]:
+        """The lines up to `resume_step`, one at a time: a long run's file does not fit in memory many times."""
+        for line, record in metrics_lines(self.path):
+            if record["step"] <= resume_step:
+                for field in COUNTED:
+                    self.counts[field] += bool(record.get(field))
+                yield line + b"\n"
 
     def write(self, record: Record) -> None:
         """Writes and flushes one line. Raises ValueError, writing nothing, where a figure is NaN or infinite."""
@@ -80,28 +90,43 @@ class MetricsFile:
 class TensorBoardSink:
     """Writes event files under `folder`; the points of an earlier session after `resume_step` are hidden.
 
-    `counts` are those of the MetricsFile. Raises DetourError where the tensorboard package is missing.
+    `counts` are those of the MetricsFile. A step is one event, and the file is not named after the machine as torch's
+    SummaryWriter would. Raises DetourError where the tensorboard package is missing.
     """
 
     def __init__(self, folder: Path | str, resume_step: int, counts: dict[str, int] | None = None) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto import event_pb2, summary_pb2
         except ImportError as error:
             raise DetourError("TensorBoard files need the package tensorboard: pip install tensorboard") from error
         self._folder = Path(folder)
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._numbers = _Numbers(counts)
+        self._flushed = time.monotonic()
         with _naming(self._folder):
-            self._writer = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1, flush_secs=30)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads a folder's files in the order of their names.
+            self._file = (self._folder / f"events.out.tfevents.{time.time_ns()}").open("xb")
+            self._add(file_version="brain.Event:2")
+            begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(step=resume_step + 1, session_log=begun)
+            self._file.flush()
 
     def write(self, record: Record) -> None:
         """Logs every numeric field of the record at x = its step; text and missing figures are left out."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in self._numbers.of(record).items()]
         with _naming(self._folder):
-            for name, value in self._numbers.of(record).items():
-                self._writer.add_scalar(name, value, record["step"])
+            self._add(step=record["step"], summary=self._summary(value=values))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def _add(self, **fields: Any) -> None:
+        self._file.write(framed(self._event(wall_time=time.time(), **fields).SerializeToString()))
 
     def close(self) -> None:
         with _naming(self._folder):
-            self._writer.close()
+            self._file.close()
 
 
 class WandbSink:
@@ -153,6 +178,7 @@ class _Numbers:
 
     def __init__(self, counts: dict[str, int] | None) -> None:
         self._counts = {field: (counts or {}).get(field, 0) for field in COUNTED}
+        self._tag = cache(tensorboard_tag)
 
     def of(self, record: Record) -> dict[str, float]:
         for field in COUNTED:
@@ -160,7 +186,7 @@ class _Numbers:
         trained = record["step"] > 0
         fields = {**record, **self._counts} if trained else record
         return {
-            tensorboard_tag(field): value
+            self._tag(field): value
             for field, value in fields.items()
             if field != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
         }
@@ -204,28 +230,31 @@ def read_metrics(path: Path | str) -> list[Record]:
 
     Raises DetourError where the file is missing or a line before the last is no record.
     """
-    return [record for _, record in _read_lines(Path(path))]
+    return [record for _, record in metrics_lines(Path(path))]
 
 
-def _read_lines(path: Path) -> list[tuple[bytes, Record]]:
+def metrics_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """Each line with its record, without a torn last line. Raises DetourError as read_metrics does."""
     try:
-        lines = path.read_bytes().splitlines()
+        file = path.open("rb")
     except FileNotFoundError as error:
         raise DetourError(f"{path} is missing; is this the folder of a run?") from error
-    kept: list[tuple[bytes, Record]] = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is not None:
-            kept.append((line, record))
-        elif number < len(lines):
-            raise DetourError(f"{path}, line {number} is no record of a step; remove that line or restore the file")
-    return kept
+    with file:
+        unread = 0  # the number of a line that is no record: torn where it is the last one
+        for number, line in enumerate(file, start=1):
+            if unread:
+                raise DetourError(f"{path}, line {unread} is no record of a step; remove that line or restore the file")
+            record = _parse(line)
+            if record is None:
+                unread = number
+            else:
+                yield line.rstrip(b"\r\n"), record
 
 
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:  # also what a character cut in half raises
+    except (ValueError, RecursionError):  # also what a character cut in half raises
         return None
     if isinstance(record, dict) and type(record.get("step")) is int:
         return record

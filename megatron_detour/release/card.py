@@ -274,9 +274,7 @@ class Card:
 
     def _padding(self) -> float | None:
         """The share of the tokens that was padding; None where it was not recorded."""
-        known = [r for r in self.facts.run.records if r.get("padding_share") is not None and r.get("sequences")]
-        positions = sum(record["sequences"] for record in known)
-        return sum(r["padding_share"] * r["sequences"] for r in known) / positions if positions else None
+        return self.facts.run.steps.mean("padding_share", "sequences")
 
 
 def refuse_unknown_corpora(given: Given, corpora: list[Corpus]) -> None:

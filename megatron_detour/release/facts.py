@@ -14,6 +14,7 @@ from megatron_detour.config import RunConfig, from_dict
 from megatron_detour.data.manifest import manifest_path
 from megatron_detour.errors import DetourError
 from megatron_detour.observe.run_folder import Run, read_run
+from megatron_detour.observe.steps import Steps
 from megatron_detour.plan import Plan, PlannedPhase
 
 NOT_IN_THE_TRAJECTORY = {"name": "run", "folder": "run", "deepspeed": "not kept"}  # and not told by any card
@@ -58,11 +59,12 @@ class Facts:
             raise DetourError(f"{checkpoint / RUN_STATE}: step {step} and {tokens:,} tokens are not of its settings")
         folder = checkpoint.resolve().parent.parent
         has_folder = checkpoint.resolve().parent.name == "checkpoints" and (folder / "plan.json").is_file()
-        run = read_run(folder) if has_folder else Run(folder, "", plan.to_dict(), "", {}, [], [])
+        run = read_run(folder) if has_folder else Run(folder, "", plan.to_dict(), "", {}, Steps.none(), [], [])
         if run.plan["total_steps"] != total:
             raise DetourError(f"{folder / 'plan.json'}: of another run than {checkpoint.name}; bring its own back")
-        upto = [[r for r in records if r["step"] <= step] for records in (run.records, run.validations)]
-        run = dataclasses.replace(run, plan=plan.to_dict(), records=upto[0], validations=upto[1])
+        held, guarded = ([r for r in records if r["step"] <= step] for records in (run.validations, run.guarded))
+        upto = {"steps": run.steps.between(0, step), "validations": held, "guarded": guarded}
+        run = dataclasses.replace(run, plan=plan.to_dict(), **upto)
         return cls(checkpoint, state, config, plan, run, has_folder)
 
     @property
@@ -112,9 +114,8 @@ class Facts:
         found = []
         for session, start, end in zip(self.run.sessions, starts, ends, strict=True):
             end = min(end, self.step)
-            records = [record for record in self.run.records if start < record["step"] <= end]
             if end > start:
-                seconds = sum(record.get("seconds") or 0 for record in records)
+                seconds = self.run.steps.between(start + 1, end).total("seconds")
                 found.append({**UNRECORDED, **session, "steps": end - start, "seconds": seconds})
         return found
 

@@ -116,7 +116,7 @@ def test_a_folder_that_is_no_run_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(DetourError, match="folder of a run"):
         write_report(tmp_path)
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(DetourError, match="not valid JSON"):
+    with pytest.raises(DetourError, match="not JSON"):
         write_report(tmp_path)
 
 
@@ -124,7 +124,7 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     folder = make_run(tmp_path, done=3, validate_every=0)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')
-    assert [record["loss"] for record in read_run(folder).records][-1] == 99.0
+    assert read_run(folder).steps["loss"][-1] == 99.0
     assert read_run(folder).done_steps == 3
 
 
@@ -209,7 +209,7 @@ def test_figures_by_phase_and_corpus(tmp_path: Path) -> None:
 
 def test_a_plan_that_is_none_is_a_fault(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
-    for content, fault in (("[]", "no JSON object"), ("{}", "holds no plan")):
+    for content, fault in (("[]", "Expected `object`, got `array`"), ("{}", "missing required field")):
         (folder / "plan.json").write_text(content)
         with pytest.raises(DetourError, match=fault):
             write_report(folder)
