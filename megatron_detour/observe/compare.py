@@ -10,14 +10,18 @@ import numpy as np
 
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
+from megatron_detour.observe.colours import variable
 from megatron_detour.observe.compare_plots import COMPARISON_PLOTS
 from megatron_detour.observe.page import Picture, render, write_pictures
 from megatron_detour.observe.plots import appearance
 from megatron_detour.observe.report import headline
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
 from megatron_detour.observe.sinks import Record
+from megatron_detour.observe.terminal import columns, wrapped
+from megatron_detour.observe.verdict import verdict
 from megatron_detour.observe.words import compact, frozen_words, objective_words
 from megatron_detour.structured import parse_yaml
+from megatron_detour.text import visible
 
 PAGE = "compare.html"
 MARK = '<meta name="generator" content="megatron_detour comparison of runs">'
@@ -26,8 +30,10 @@ OF_THE_FOLDER = ("name", "folder")  # keys of a run file that differ between any
 OF_VALIDATION = ("sequences", "seed", "mask_rate", "sequence_length")
 
 
-def write_comparison(folders: list[Path], output: Path) -> Path:
-    """Draws the runs of `folders` together: writes PNG files and compare.html into `output`; returns the page's path.
+def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
+    """Draws the runs of `folders` together: writes PNG files and compare.html into `output`.
+
+    Returns the page's path, and the verdict and the validation figures as text for a terminal.
 
     Runs that are not finished are drawn as far as they go. The first run is the one that the others are compared with.
     Raises DetourError for fewer than two runs, a folder given twice or that is no run, and an output that is there and
@@ -46,7 +52,7 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
     # The page comes first: it tells another time that the folder is a comparison's.
     write_whole(output / PAGE, _page(runs, labels, settings, pictures))
     write_pictures(pictures, output)
-    return output / PAGE
+    return output / PAGE, _as_text(runs, labels, settings)
 
 
 def _take(output: Path) -> None:
@@ -70,18 +76,39 @@ def _labels(runs: list[Run]) -> list[str]:
 
 
 def _page(runs: list[Run], labels: list[str], settings: list[dict[str, Any]], pictures: list[Picture]) -> str:
+    verdicts = _verdicts(runs, labels, settings)
     return render(
         "compare.html.j2",
         mark=MARK,
-        runs=list(zip(runs, labels, (appearance(number)["color"] for number in range(len(runs))), strict=True)),
+        runs=list(
+            zip(runs, labels, (variable(appearance(number)["color"]) for number in range(len(runs))), strict=True)
+        ),
         pictures=pictures,
-        verdicts=_data_verdicts(runs, labels) + _validation_verdicts(runs, labels, settings),
+        verdict=verdict(runs, labels, verdicts),
+        verdicts=verdicts,
         totals=_totals(runs),
         phases=[[_phase(phase) for phase in run.phases] for run in runs],
         figures=_figures(runs),
         settings=_differing([_flat(own, OF_THE_FOLDER) for own in settings]),
         versions=_differing([_software(run) for run in runs]),
     )
+
+
+def _as_text(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]) -> str:
+    verdicts = _verdicts(runs, labels, settings)
+    numbers = [str(number) for number in range(1, len(runs) + 1)]
+    header = [*numbers, *(f"{number} against 1" for number in numbers[1:])]
+    named = [f"{number}: {visible(label)}" for number, label in zip(numbers, labels, strict=True)]
+    tables = [
+        columns([group["title"], *header], [[row["title"], *row["values"], *row["changes"]] for row in group["rows"]])
+        for group in _figures(runs)
+    ]
+    said = [f"{answer}: {text}" for answer, text in verdicts if answer != "Yes"]
+    return "\n\n".join([wrapped(verdict(runs, labels, verdicts)), "\n".join(named), *map(wrapped, said), *tables])
+
+
+def _verdicts(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return _data_verdicts(runs, labels) + _validation_verdicts(runs, labels, settings)
 
 
 def _settings(run: Run) -> dict[str, Any]:

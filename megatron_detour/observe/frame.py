@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_detour.observe.colours import AXIS, COLOURS, INK, LINE, PAGE, SOFT
 from megatron_detour.observe.run_folder import Run
 from megatron_detour.observe.words import compact, frozen_words, objective_words, shortened
+from megatron_detour.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-COLOURS = {"mlm": "#2563c9", "clm": "#c8540a"}
-INK = "#1f2933"
-GREY = "#66707c"
 STRIP = 0.44  # inches that the names of the phases take
 SWITCH = "objective switch"
 RESUMED = "resumed from a checkpoint"
@@ -64,7 +62,7 @@ class Frame:
         self._above = 0
         shown = _with_own_phases(runs)
         size = (9.2, height + STRIP * len(shown) + 0.26)
-        self.figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
+        self.figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor=PAGE)
         self.figure.get_layout_engine().set(hspace=0.0, h_pad=0.03, w_pad=0.06)
         rows = self._rows([STRIP] * len(shown) + _shares(len(labels), height - STRIP))
         self.strips, self.panels = dict(zip(shown, rows, strict=False)), rows[len(shown) :]
@@ -84,11 +82,11 @@ class Frame:
 
     def _style(self, axes: Axes, label: str, *, last: bool) -> None:
         axes.set_ylabel(label, color=INK, fontsize=9.5)
-        axes.grid(axis="y", color="#d5dae0", linewidth=0.6)
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#9aa4af")
-        axes.tick_params(labelsize=8.5, colors=INK, labelbottom=last, color="#9aa4af")
+        axes.spines[["left", "bottom"]].set_color(AXIS)
+        axes.tick_params(labelsize=8.5, colors=INK, labelbottom=last, color=AXIS)
         if last:
             axes.set_xlabel("tokens trained", color=INK, fontsize=9.5)
             axes.xaxis.set_major_formatter(lambda value, _: compact(value))
@@ -114,16 +112,16 @@ class Frame:
                 for axes in self.panels:
                     axes.axvspan(start, end, facecolor=colour, alpha=0.055, linewidth=0)
             if previous is not None:
-                strip.axvline(start, color="white", linewidth=1.6)
+                strip.axvline(start, color=PAGE, linewidth=1.6)
                 self._boundary(previous, phase)
             previous = phase
 
     def _boundary(self, previous: dict[str, Any], phase: dict[str, Any]) -> None:
         for axes in self.panels:
             if len(self.runs) > 1:
-                axes.axvline(phase["start_tokens"], color="#b6bec7", linewidth=1.0, zorder=0.9)
+                axes.axvline(phase["start_tokens"], color=AXIS, linewidth=1.0, zorder=0.9)
             elif previous["objective"] == phase["objective"]:
-                axes.axvline(phase["start_tokens"], color="white", linewidth=2.2, zorder=0.9)
+                axes.axvline(phase["start_tokens"], color=PAGE, linewidth=2.2, zorder=0.9)
             else:
                 axes.axvline(phase["start_tokens"], color=INK, linestyle=(0, (5, 3)), linewidth=1.1, label=SWITCH)
 
@@ -176,7 +174,7 @@ class Frame:
             return
         text = f"{self._above:,} value{'s' if self._above > 1 else ''} above the range shown"
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
-        self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=GREY, **place)
+        self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=SOFT, **place)
 
     def _legend(self, handles: dict[str, Any]) -> None:
         from matplotlib.lines import Line2D
@@ -186,7 +184,7 @@ class Frame:
             mark = {"marker": "|", "markersize": 8, "markeredgewidth": 1.4, "linestyle": "none"}
             handles[RESUMED] = Line2D([], [], color=INK, **mark)
         if FROZEN in handles:
-            handles[FROZEN] = Patch(facecolor="none", edgecolor=GREY, hatch="/////", linewidth=0)
+            handles[FROZEN] = Patch(facecolor="none", edgecolor=SOFT, hatch="/////", linewidth=0)
         for last in (SWITCH, RESUMED, FROZEN):
             if last in handles:
                 handles[last] = handles.pop(last)
@@ -223,11 +221,11 @@ class Frame:
                 label = strip.text((start + end) / 2, middle, "", fontsize=8.2, color=INK, parse_math=False)
                 label.set(ha="center", va="center_baseline", linespacing=1.2)
                 if not _fit(label, _phase_labels(phase), room):
-                    numbered.append(f"{number} {phase['name']}")
+                    numbered.append(f"{number} {visible(phase['name'])}")
                     _fit(label, [str(number)], room + 4)
         if numbered:
             first = next(iter(self.strips.values()))
-            key = first.set_title("", loc="right", fontsize=8.2, color=GREY, pad=7, parse_math=False)
+            key = first.set_title("", loc="right", fontsize=8.2, color=SOFT, pad=7, parse_math=False)
             texts = ["numbers in the strip: the phases in the order of the plan"]
             # several runs have several numberings
             if len(self.strips) == 1:
@@ -235,17 +233,8 @@ class Frame:
             _fit(key, texts, 0.62 * first.get_window_extent().width)
 
 
-def png(figure: Figure) -> bytes:
-    """Returns the figure as the content of a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    target = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(target)
-    return target.getvalue()
-
-
 def objective_colour(objective: str) -> str:
-    return COLOURS.get(objective, GREY)
+    return COLOURS.get(objective, SOFT)
 
 
 def dot(x: np.ndarray) -> dict[str, Any]:
@@ -299,7 +288,7 @@ def _fit(label: Text, texts: list[str], room: float) -> bool:
 
 
 def _phase_labels(phase: dict[str, Any]) -> list[str]:
-    name, objective, frozen = str(phase["name"]), objective_words(phase), frozen_words(phase)
+    name, objective, frozen = (visible(words) for words in (phase["name"], objective_words(phase), frozen_words(phase)))
     short = [f"{name}: {objective}", f"{name}\n{objective}", f"{name}\n{phase['objective'].upper()}", name]
     return (
         [f"{name}: {objective}, {frozen} frozen", f"{name}: {objective}\n{frozen} frozen", *short] if frozen else short

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_detour.observe.frame import COLOURS, GREY, Curve, Frame, dot, objective_colour, thinned
+from megatron_detour.observe.colours import COLOURS, GUARD, PALETTE, SOFT
+from megatron_detour.observe.frame import Curve, Frame, dot, objective_colour, thinned
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, stretches, validation_points
 from megatron_detour.observe.sinks import Record
 from megatron_detour.observe.steps import Steps
@@ -18,11 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GUARD = "#b3261e"
 MARKS = 400  # of a guard, side by side over the width of a plot
 LEAST_WAIT = 0.01  # of the time; a scale of less would draw noise
-# For lines that differ in no objective: told apart by lightness and style too, without the colours of the objectives.
-PALETTE = ["#1b1b1b", "#00916b", "#b0308c", "#e0a100", "#56b4e9", "#7a5200", "#8a8a8a"]
 STYLES = ["-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
@@ -99,7 +97,7 @@ def _draw_learning_rate(run: Run) -> Figure | None:
 def _draw_schedule(run: Run) -> Figure | None:
     """The mask rate and the batch, where they change within the run."""
     masked, batch = run.steps.varies("mask_rate"), run.steps.varies("sequences")
-    labels = ["tokens masked"] * masked + ["sequences a step"] * batch
+    labels = ["tokens masked"] * masked + ["sequences per step"] * batch
     if not labels:
         return None
     title = " and ".join(["Mask rate"] * masked + ["Batch"] * batch).replace("and B", "and b")
@@ -137,12 +135,12 @@ def _draw_machine(run: Run) -> Figure | None:
     frame = Frame([run], "Data wait and memory", labels, height=2.9 if len(labels) == 1 else 4.2)
     if waited:
         x, y = waits.points("waiting")
-        frame.curves(frame.panels[0], [Curve(x, y, GREY, "_share of the step's time")], from_zero=True)
+        frame.curves(frame.panels[0], [Curve(x, y, SOFT, "_share of the step's time")], from_zero=True)
         frame.panels[0].set_ylim(0, max(frame.panels[0].get_ylim()[1], LEAST_WAIT))
         percent(frame.panels[0])
     if memory:
         x, y = thinned(*run.steps.points("memory_bytes"))
-        frame.panels[-1].plot(x, y / 2**30, color=GREY, linewidth=1.8, **dot(x))
+        frame.panels[-1].plot(x, y / 2**30, color=SOFT, linewidth=1.8, **dot(x))
         counted(frame.panels[-1])
     return frame.finish()
 
@@ -165,7 +163,7 @@ def _draw_validation(run: Run) -> Figure | None:
     unigram = run.environment.get("unigram_loss")
     if losses and unigram is not None:
         label = "unigram distribution of the corpus"
-        frame.panels[0].axhline(unigram, color=GREY, linestyle=":", linewidth=1.6, label=label)
+        frame.panels[0].axhline(unigram, color=SOFT, linestyle=":", linewidth=1.6, label=label)
     if accuracy:
         _held_out(frame.panels[-1], run, "val_mlm_accuracy")
         percent(frame.panels[-1])
