@@ -11,7 +11,7 @@ _UNSEEN = re.compile(
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _MARKS = re.compile(r"[\\`*_\[\]<>|$~]")
-_FIRST = re.compile(r"^([#+=-]|\d+[.)])")  # what begins a heading, a list, a rule or front matter
+_FIRST = re.compile(r"^([#+=-]+|\d+[.)])(?=\s|$)")  # what begins a heading, a list, a rule or front matter
 
 
 def visible(text: str) -> str:

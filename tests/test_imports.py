@@ -50,8 +50,8 @@ ALLOWED = {
     ),
     "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
     "release": (
-        "release checkpoint model data.vocabulary data.manifest observe.run_folder observe.steps observe.words "
-        "config plan errors",
+        "release checkpoint model data.vocabulary data.manifest observe.run_files observe.run_folder "
+        "observe.steps observe.words config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
     "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),

@@ -37,8 +37,10 @@ def test_what_is_not_seen_becomes_a_code() -> None:
     [
         ("mit", "mit"),
         ("# <script>\n---\nlicense: mit\n---", "\\# \\<script\\> --- license: mit ---"),
-        ("---", "\\---"),
+        ("---", "--\\-"),
         ("1. first", "1\\. first"),
+        ("1.5", "1.5"),
+        ("-0.5", "-0.5"),
         ("a | [b](c) `d` *e*", "a \\| \\[b\\](c) \\`d\\` \\*e\\*"),
         ("x\u202e", "x\\\\u202e"),
     ],

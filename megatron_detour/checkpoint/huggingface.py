@@ -22,6 +22,7 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.structured import read_json_object
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run_state.json"
@@ -30,6 +31,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TOLERANCE = 1e-4  # of fp32 logits, as a share of the greatest
 COMPARED_TOKENS, COMPARED_TOGETHER = 1024, 5  # of a text, texts of a padded batch: whole logits are large
 OLD_CONFIG_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
+SPECIAL_TOKENS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    "additional_special_tokens",
+)
+# Of tokenizer_config.json and special_tokens_map.json: what changes ids or their use, not where it lay, nor code.
+TOKENIZER_KEYS = (
+    *SPECIAL_TOKENS,
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "clean_up_tokenization_spaces"),
+    *("do_lower_case", "errors", "extra_special_tokens", "keep_accents", "legacy", "model_input_names"),
+    *("model_max_length", "padding_side", "split_special_tokens", "strip_accents", "tokenize_chinese_chars"),
+    *("tokenizer_class", "trim_offsets", "truncation_side"),
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any
     """A config.json for a new model: transformers' defaults, the tokenizer's ids, and what the run file gives."""
     from transformers import ModernBertConfig
 
-    known = [*ModernBertConfig().to_dict(), *OLD_CONFIG_KEYS]
+    known = known_config_keys()
     for key in given:
         if key not in known:
             raise DetourError(
@@ -128,6 +141,13 @@ def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any
         raise DetourError(f"model.config: {' '.join(str(error).split())}") from None
 
 
+def known_config_keys() -> list[str]:
+    """Of config.json: others are not a ModernBERT's, such as auto_map, which would ask every user to run its code."""
+    from transformers import ModernBertConfig
+
+    return [*ModernBertConfig().to_dict(), *OLD_CONFIG_KEYS]
+
+
 def write_model(
     folder: Path,
     config: dict[str, Any],
@@ -136,8 +156,12 @@ def write_model(
     weights: dict[str, torch.Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes config.json, model.safetensors and the tokenizer's files into a folder. `weights` are full tensors."""
-    described = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "_name_or_path")}
+    """Writes config.json, model.safetensors and the tokenizer's files into a folder. `weights` are full tensors.
+
+    Only known keys of config.json are written.
+    """
+    kept = {*known_config_keys()} - {"dtype", "_name_or_path"}
+    described = {key: value for key, value in config.items() if key in kept}
     described |= {"architectures": ["ModernBertForMaskedLM"], "dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", described)
     save_weights(weights, folder, dtype)
@@ -149,7 +173,7 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
 
 
 def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
-    """Copies a tokenizer's files byte by byte, and makes those that a bare tokenizer.json or another model lacks."""
+    """Copies tokenizer.json byte by byte and the known keys of its other files, which are made where they lack."""
     from tokenizers import Tokenizer
 
     file = find_tokenizer(source.name, source.download)
@@ -167,7 +191,8 @@ def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None
         return
     for name in TOKENIZER_FILES[1:]:
         if source.has(name):
-            shutil.copyfile(source.file(name), folder / name)
+            content = read_json_object(source.file(name))
+            _write_json(folder / name, {key: value for key, value in content.items() if key in TOKENIZER_KEYS})
 
 
 def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What plan.json and environment.json hold, as far as reports read them: other content is refused with its place."""
+"""What plan.json, environment.json and run_state.json hold, as far as it is read; what is unfit is refused."""
 
 from __future__ import annotations
 
@@ -94,6 +94,20 @@ class _Environment(TypedDict):
     unigram_loss: NotRequired[Number | None]
 
 
+class _State(TypedDict):
+    step: Count
+    tokens: Count
+    total_steps: Count
+    trajectory: dict[str, Any]
+    corpora: dict[str, str]
+    versions: NotRequired[dict[str, str] | None]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's run_state.json. Raises DetourError where the file is missing or holds none."""
+    return _read(path, _State, "take another checkpoint")
+
+
 def read_plan(path: Path) -> dict[str, Any]:
     """Raises DetourError where the file is missing or holds no plan."""
     return _read(path, _Plan)
@@ -104,7 +118,7 @@ def read_environment(path: Path) -> dict[str, Any]:
     return _read(path, _Environment) if path.exists() else {}
 
 
-def _read(path: Path, kind: Any) -> dict[str, Any]:
+def _read(path: Path, kind: Any, remedy: str = "restore the file or start the run anew") -> dict[str, Any]:
     try:
         content = read_json(path)
     except OSError as error:
@@ -112,5 +126,5 @@ def _read(path: Path, kind: Any) -> dict[str, Any]:
     try:
         msgspec.convert(content, kind)
     except msgspec.ValidationError as fault:
-        raise DetourError(f"{path}: {fault}; restore the file or start the run anew") from None
+        raise DetourError(f"{path}: {fault}; {remedy}") from None
     return content

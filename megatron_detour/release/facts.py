@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.checkpoint.huggingface import RUN_STATE, read_run_state
+from megatron_detour.checkpoint.huggingface import RUN_STATE
 from megatron_detour.config import RunConfig, from_dict
 from megatron_detour.data.manifest import manifest_path
 from megatron_detour.errors import DetourError
+from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import Run, read_run
 from megatron_detour.observe.steps import Steps
 from megatron_detour.plan import Plan, PlannedPhase
+from megatron_detour.release.cleaning import told
+from megatron_detour.structured import parse_yaml, read_json_object
 
 NOT_IN_THE_TRAJECTORY = {"name": "run", "folder": "run", "deepspeed": "not kept"}  # and not told by any card
 
@@ -32,6 +34,8 @@ class Corpus:
     tokens: int | None
     shares: dict[str, float]  # of the sequences, by phase
     languages: tuple[str, ...]  # that its documents were chosen for when it was built
+    cleaning: str  # which documents were left out; empty where its manifest is not there
+    held_out: str  # which were set apart for validation
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,12 @@ class Facts:
     @classmethod
     def of(cls, checkpoint: Path) -> Facts:
         """Raises DetourError for a checkpoint whose state is of another version, or beside another run's files."""
-        state = read_run_state(checkpoint)
+        state = read_state(checkpoint / RUN_STATE)
         try:
             config = from_dict(_nested(state["trajectory"]), "its settings")
             plan = Plan.of(config)
             step, tokens, total = state["step"], state["tokens"], state["total_steps"]
-        except (KeyError, TypeError, DetourError) as fault:
+        except (KeyError, TypeError, AttributeError, DetourError) as fault:
             raise DetourError(f"{checkpoint / RUN_STATE}: of another version of this project: {fault}") from None
         if total != plan.total_steps or (step and plan.step(step).tokens != tokens):
             raise DetourError(f"{checkpoint / RUN_STATE}: step {step} and {tokens:,} tokens are not of its settings")
@@ -98,11 +102,9 @@ class Facts:
     @cached_property
     def run_settings(self) -> dict[str, Any]:
         """run.yaml, of which the checkpoint itself keeps only what the weights depend on."""
-        import yaml
-
         try:
-            found = yaml.safe_load(self.run.run_file)
-        except yaml.YAMLError:
+            found = parse_yaml(self.run.run_file, str(self.run.folder / "run.yaml"))
+        except DetourError:
             found = None
         return found if isinstance(found, dict) else {}
 
@@ -135,15 +137,17 @@ class Facts:
             weights = {corpus.prefix: corpus.weight for corpus in phase.corpora}
             if prefix in weights:
                 shares[phase.name] = weights[prefix] / sum(weights.values())
-        languages = (manifest.get("options") or {}).get("language") or ()
-        return Corpus(prefix, name, counted.get("documents"), counted.get("tokens"), shares, tuple(languages))
+        languages = tuple(manifest["options"].get("language") or ()) if manifest else ()
+        numbers = counted.get("documents"), counted.get("tokens")
+        return Corpus(prefix, name, *numbers, shares, languages, *(told(manifest) if manifest else ("", "")))
 
     def _manifest(self, prefix: str) -> dict[str, Any]:
         """The corpus's manifest, where it is still there and that of the text that was read."""
         try:
-            manifest = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))
+            manifest = read_json_object(manifest_path(prefix))
             same = manifest["files"]["bin"]["sha256"] == self.state["corpora"][prefix]
-        except (OSError, ValueError, KeyError, TypeError):
+            told(manifest)
+        except (DetourError, OSError, KeyError, TypeError, ValueError, AttributeError):
             return {}
         return manifest if same else {}
 
