@@ -12,7 +12,7 @@ def next_commands(folder: Path, checkpoint: Path, control: bool) -> str:
     model = f"models/{name}"
     steps = [
         ("convert", f"python tools/convert_to_hf.py --checkpoint {shlex.quote(str(checkpoint))} --output {model}"),
-        ("evaluate", f"python tools/evaluate.py --model {model} --data data/tasks --output {run}-scores"),
+        ("evaluate", f"python tools/evaluate.py --model {model} --tasks hoc --data tasks --output evaluation/{name}"),
     ]
     if control:
         steps += [

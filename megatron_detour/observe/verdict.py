@@ -7,7 +7,7 @@ from megatron_detour.observe.words import compact
 
 KEY = "val_mlm_loss"
 SAME = 0.0005  # nats: figures with three decimals do not show less
-ONE_RUN = "With one run of each, a difference made by luck of seed and order cannot be told from one made by the recipe"
+ONE_RUN = "with one run of each, a difference made by luck of seed and order cannot be told from one made by the recipe"
 
 
 def verdict(runs: list[Run], labels: list[str], compared: list[tuple[str, str]]) -> str:
@@ -25,7 +25,7 @@ def verdict(runs: list[Run], labels: list[str], compared: list[tuple[str, str]])
     doubt = " The runs did not read the same data." if any(answer == "No" for answer, _ in compared) else ""
     return (
         f"{begun} the held-out MLM loss of {labels[0]} is {figure.value(first)} {figure.unit}; "
-        f"{'; '.join(against)}. {ONE_RUN}.{doubt}"
+        f"{'; '.join(against)}; {ONE_RUN}.{doubt}"
     )
 
 

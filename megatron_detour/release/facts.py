@@ -23,6 +23,9 @@ NOT_IN_THE_TRAJECTORY = {"name": "run", "folder": "run", "deepspeed": "not kept"
 
 UNRECORDED = {"ranks": 1, "device": "a device that was not recorded", "tensor_parallel": 1, "dtype": "not recorded"}
 
+# What settings that no run of this version has end in, from outside as they are.
+UNFIT = (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, DetourError)
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -57,9 +60,10 @@ class Facts:
             config = from_dict(_nested(state["trajectory"]), "its settings")
             plan = Plan.of(config)
             step, tokens, total = state["step"], state["tokens"], state["total_steps"]
-        except (KeyError, TypeError, AttributeError, DetourError) as fault:
+            fits = total == plan.total_steps and (not step or plan.step(step).tokens == tokens)
+        except UNFIT as fault:
             raise DetourError(f"{checkpoint / RUN_STATE}: of another version of this project: {fault}") from None
-        if total != plan.total_steps or (step and plan.step(step).tokens != tokens):
+        if not fits:
             raise DetourError(f"{checkpoint / RUN_STATE}: step {step} and {tokens:,} tokens are not of its settings")
         folder = checkpoint.resolve().parent.parent
         has_folder = checkpoint.resolve().parent.name == "checkpoints" and (folder / "plan.json").is_file()

@@ -56,7 +56,7 @@ def test_a_detour_beside_its_control(twins: list[Path], tmp_path: Path) -> None:
     assert html.count("<svg ") == html.count("</desc>") == len(PLOTS) and "<img" not in html
     assert not re.search(r"(src|href)=\"(?!#)|<script|<link|url\((?!#)|@import|https?://", html)
     first = (
-        "After 13.1M tokens the held-out MLM loss of notes is 2.260 nats per token; that of notes-control is the same."
+        "After 13.1M tokens the held-out MLM loss of notes is 2.260 nats per token; that of notes-control is the same;"
     )
     assert text.partition("Comparison of 2 runs ")[2].partition("Comparison of 2 runs ")[2].startswith(first)
     assert " ".join(shown.split()).startswith(first) and "MLM loss" in shown
@@ -251,9 +251,9 @@ def test_runs_differ_in_colour_and_in_line(tmp_path: Path) -> None:
     [
         (
             {"val_mlm_loss": 2.0},
-            "notes is 2.260 nats per token; that of notes-control is 0.260 lower. With one run of each",
+            "notes is 2.260 nats per token; that of notes-control is 0.260 lower; with one run of each",
         ),
-        ({"val_mlm_loss": 2.5}, "notes is 2.260 nats per token; that of notes-control is 0.240 higher."),
+        ({"val_mlm_loss": 2.5}, "notes is 2.260 nats per token; that of notes-control is 0.240 higher;"),
         ({"data_crc": 7}, "told from one made by the recipe. The runs did not read the same data."),
     ],
 )

@@ -16,7 +16,9 @@ from megatron_detour.checkpoint import huggingface
 from megatron_detour.data.manifest import manifest_path
 from megatron_detour.errors import DetourError
 from megatron_detour.release.export import Exported, export
+from megatron_detour.release.facts import Facts
 from megatron_detour.release.given import Given, read_given
+from tests.observe.test_report import WRONG, places, with_other
 from tests.release.made import PHASES, STEP_TOKENS, make_run
 
 GIVEN = Given(
@@ -330,3 +332,21 @@ def test_filters_duplicates_and_the_held_out_share_are_told(run, corpus, tmp_pat
         "left out of 1,000: 40 too short, 7 duplicates"
     )
     assert row["Held out"] == "9 documents (1%)"
+
+
+def test_a_checkpoints_state_of_any_type_is_read_or_refused(run, tmp_path):
+    whole = run / "checkpoints" / "step-00000006"
+    folder = tmp_path / whole.name
+    folder.mkdir()
+    state = json.loads((whole / "run_state.json").read_text())
+    refused = 0
+    for way in places(state):
+        for value in WRONG:
+            (folder / "run_state.json").write_text(json.dumps(with_other(state, way, value)))
+            try:
+                facts = Facts.of(folder)
+                assert facts.corpora and facts.sessions == [] and facts.run_settings == {}
+            except DetourError as fault:
+                refused += 1
+                assert "run_state.json" in str(fault)
+    assert refused > 100
