@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from megatron_detour.text import visible
+
 SECONDS_OF_GRACE = 10  # a launcher ends the other ranks well before
 SECONDS_TO_FLUSH = 5
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: all is saved, start the same command again
@@ -112,7 +114,8 @@ def leave(status: int) -> NoReturn:
 
 def say_error(sentence: str, rank: int) -> None:
     """Writes the one line of an error, past the streams' locks, as another thread may hold them."""
-    os.write(2, (f"error: {sentence}\n" if not rank else f"error (rank {rank}): {sentence}\n").encode())
+    said = visible(sentence)  # a name from outside must not steer the terminal
+    os.write(2, (f"error: {said}\n" if not rank else f"error (rank {rank}): {said}\n").encode())
 
 
 def _rank() -> int:
@@ -139,5 +142,5 @@ def _tell_unexpected(error: Exception, grace: float) -> int:
         return _tell(error, f"another rank has ended or cannot be reached ({type(error).__name__}: {cause})", grace)
     if not getattr(error, "first_to_fail", True):
         _let_the_first_speak(error, grace)
-    os.write(2, "".join(traceback.format_exception(error)).encode())
+    os.write(2, visible("".join(traceback.format_exception(error))).encode())
     return 1

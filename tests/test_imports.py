@@ -16,7 +16,8 @@ PACKAGE = "megatron_detour"
 # A module or a package -> what of the package it may import; then which libraries. The longest name that fits rules.
 ALLOWED = {
     "": ("", ""),
-    "errors": ("", ""),
+    "text": ("", ""),
+    "errors": ("text", ""),
     "structured": ("errors", "yaml"),
     "files": ("", ""),
     "config": ("config errors", "yaml"),
@@ -32,7 +33,7 @@ ALLOWED = {
     "data.sources": ("errors", "pyarrow datasets huggingface_hub"),
     "data.records": ("errors", "msgspec numpy"),
     "data.documents": ("data.sources data.records errors", "msgspec pyarrow"),
-    "data.manifest": ("errors structured", "msgspec"),
+    "data.manifest": ("errors", "msgspec"),
     "data.examine": ("data errors files", "numpy matplotlib"),
     "data.build": ("data errors files", "numpy"),
     "data.build.engines": ("data.spm data.vocabulary errors", "numpy tokenizers fastokens sentencepiece"),
@@ -51,33 +52,34 @@ ALLOWED = {
     "checkpoint.source": ("data.vocabulary model.shape errors", ""),
     "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
     "release": (
-        "release checkpoint model data.vocabulary data.manifest observe.run_folder observe.words config plan errors",
+        "release checkpoint model data.vocabulary data.manifest observe.run_files observe.run_folder "
+        "observe.steps observe.words config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
     "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
-    "observe.sinks": ("observe errors files", "torch wandb"),
-    "observe.compare": ("observe errors files", "yaml"),
-    "evaluation": ("evaluation errors files structured", "numpy msgspec"),
+    "observe.run_files": ("errors", "msgspec"),
+    "observe.sinks": ("observe errors files", "tensorboard wandb"),
+    "evaluation": ("evaluation errors files", "numpy msgspec"),
     "evaluation.terminal": ("", "rich"),
-    "evaluation.task": ("errors structured", ""),
-    "evaluation.examples": ("evaluation.task errors structured", ""),
+    "evaluation.task": ("errors", ""),
+    "evaluation.examples": ("evaluation.task errors", ""),
     "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
     "evaluation.command": ("evaluation errors", "torch rich"),
-    "evaluation.probes": ("data.documents evaluation.models errors structured", "torch transformers rich"),
+    "evaluation.probes": ("data.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
         "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
-        "evaluation.results errors structured",
+        "evaluation.results errors",
         "numpy torch transformers msgspec rich",
     ),
     "evaluation.report": (
         "evaluation.report evaluation.terminal evaluation.task evaluation.metrics evaluation.models evaluation.results "
-        "observe errors files structured",
+        "observe errors files",
         "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.intrinsic": (
         "evaluation.intrinsic evaluation.terminal evaluation.models evaluation.probes data.documents data.splitmix "
-        "errors files structured",
+        "errors files",
         "numpy torch transformers rich",
     ),
     "benchmark": (
@@ -129,7 +131,7 @@ LAZY = {
     "checkpoint.huggingface": "tokenizers transformers",
     "checkpoint.state": "deepspeed",
     "training.engine": "deepspeed",
-    "observe.sinks": "torch wandb",
+    "observe.sinks": "tensorboard wandb",
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
     "evaluation.command": "torch",
@@ -192,8 +194,8 @@ def rule_for(module: str) -> tuple[str, str]:
     if not fitting and module:
         raise KeyError(f"{module}: ALLOWED has no row for it")
     own, libraries = ALLOWED[max(fitting, key=len, default="")]
-    # Whoever may raise a DetourError may read a file from outside with it.
-    return (f"{own} structured" if "errors" in own.split() and module != "structured" else own), libraries
+    # Whoever may raise a DetourError may read a file from outside with it, and show what stood there.
+    return (f"{own} structured text" if "errors" in own.split() and module != "structured" else own), libraries
 
 
 def forbidden(module: str, found: Import) -> str | None:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measures speed and memory beside peers in one run: train, preprocess (building corpora), read, checkpoint."""
+"""Measures speed and memory: train, preprocess (building corpora), read, checkpoint, report (of a long run)."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from megatron_detour.benchmark import checkpoints, preprocess, read, train
+from megatron_detour.benchmark import checkpoints, preprocess, read, report, train
 from megatron_detour.benchmark.train import DTYPES, SIZES
 from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
 from megatron_detour.errors import command_line
@@ -17,6 +17,7 @@ def main() -> None:
     shape = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     preprocess.add_command(commands)
     checkpoints.add_command(commands)
+    report.add_command(commands)
     what = "forward and backward passes of a model with random weights; no optimiser"
     add = commands.add_parser("train", help=what, **shape).add_argument
     add("--size", choices=SIZES, default="base", help="of the model")

@@ -22,7 +22,7 @@ from megatron_detour.data.spm import SUFFIXES
 from megatron_detour.data.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, load_tokenizer
 from megatron_detour.errors import DetourError
 from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.model.shape import Shape, refuse_unknown_keys
+from megatron_detour.model.shape import OLD_KEYS, Shape, refuse_unknown_keys
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
 
@@ -31,6 +31,18 @@ STEP = "step"  # of Adam, by parameter name beside the moments
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOLERANCE = 1e-4  # of fp32 logits, as a share of the greatest
 COMPARED_TOKENS, COMPARED_TOGETHER = 1024, 5  # of a text, texts of a padded batch: whole logits are large
+SPECIAL_TOKENS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    "additional_special_tokens",
+)
+# Of tokenizer_config.json and special_tokens_map.json: what changes ids or their use, not where it lay, nor code.
+TOKENIZER_KEYS = (
+    *SPECIAL_TOKENS,
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "clean_up_tokenization_spaces"),
+    *("do_lower_case", "errors", "extra_special_tokens", "keep_accents", "legacy", "model_input_names"),
+    *("model_max_length", "padding_side", "split_special_tokens", "strip_accents", "tokenize_chinese_chars"),
+    *("tokenizer_class", "trim_offsets", "truncation_side"),
+)
 
 
 class Weights:
@@ -83,6 +95,13 @@ def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any
         raise DetourError(f"model.config: {' '.join(str(error).split())}") from None
 
 
+def known_config_keys() -> list[str]:
+    """Of config.json: others are not a ModernBERT's, such as auto_map, which would ask every user to run its code."""
+    from transformers import ModernBertConfig
+
+    return [*ModernBertConfig().to_dict(), *OLD_KEYS]
+
+
 def write_model(
     folder: Path,
     config: dict[str, Any],
@@ -91,8 +110,12 @@ def write_model(
     weights: dict[str, torch.Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes config.json, model.safetensors and the tokenizer's files into a folder. `weights` are full tensors."""
-    described = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "_name_or_path")}
+    """Writes config.json, model.safetensors and the tokenizer's files into a folder. `weights` are full tensors.
+
+    Only known keys of config.json are written.
+    """
+    kept = {*known_config_keys()} - {"dtype", "_name_or_path"}
+    described = {key: value for key, value in config.items() if key in kept}
     described |= {"architectures": ["ModernBertForMaskedLM"], "dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", described)
     save_weights(weights, folder, dtype)
@@ -104,7 +127,7 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
 
 
 def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
-    """Copies a tokenizer's files byte by byte, and makes those that a bare tokenizer.json or another model lacks."""
+    """Copies tokenizer.json byte by byte and the known keys of its other files, which are made where they lack."""
     from tokenizers import Tokenizer
 
     file = find_tokenizer(source.name, source.download)
@@ -122,7 +145,8 @@ def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None
         return
     for name in TOKENIZER_FILES[1:]:
         if source.has(name):
-            shutil.copyfile(source.file(name), folder / name)
+            content = read_json_object(source.file(name))
+            _write_json(folder / name, {key: value for key, value in content.items() if key in TOKENIZER_KEYS})
 
 
 def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str, Any]) -> None:

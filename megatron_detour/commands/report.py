@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_detour.observe.report import write_report
+from megatron_detour.observe.report import as_text, write_report
 
 
 def run(folder: str) -> int:
-    print(write_report(Path(folder)))
+    page = write_report(Path(folder))
+    print(f"{as_text(Path(folder))}\n\nreport   {page}")
     return 0

@@ -6,17 +6,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
 
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
+from megatron_detour.observe.colours import variable
 from megatron_detour.observe.compare_plots import COMPARISON_PLOTS
 from megatron_detour.observe.page import Picture, render, write_pictures
 from megatron_detour.observe.plots import appearance
 from megatron_detour.observe.report import headline
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
 from megatron_detour.observe.sinks import Record
+from megatron_detour.observe.terminal import columns, wrapped
+from megatron_detour.observe.verdict import verdict
 from megatron_detour.observe.words import compact, frozen_words, objective_words
+from megatron_detour.structured import parse_yaml
+from megatron_detour.text import visible
 
 PAGE = "compare.html"
 MARK = '<meta name="generator" content="megatron_detour comparison of runs">'
@@ -25,8 +30,10 @@ OF_THE_FOLDER = ("name", "folder")  # keys of a run file that differ between any
 OF_VALIDATION = ("sequences", "seed", "mask_rate", "sequence_length")
 
 
-def write_comparison(folders: list[Path], output: Path) -> Path:
-    """Draws the runs of `folders` together: writes PNG files and compare.html into `output`; returns the page's path.
+def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
+    """Draws the runs of `folders` together: writes PNG files and compare.html into `output`.
+
+    Returns the page's path, and the verdict and the validation figures as text for a terminal.
 
     Runs that are not finished are drawn as far as they go. The first run is the one that the others are compared with.
     Raises DetourError for fewer than two runs, a folder given twice or that is no run, and an output that is there and
@@ -45,7 +52,7 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
     # The page comes first: it tells another time that the folder is a comparison's.
     write_whole(output / PAGE, _page(runs, labels, settings, pictures))
     write_pictures(pictures, output)
-    return output / PAGE
+    return output / PAGE, _as_text(runs, labels, settings)
 
 
 def _take(output: Path) -> None:
@@ -69,12 +76,16 @@ def _labels(runs: list[Run]) -> list[str]:
 
 
 def _page(runs: list[Run], labels: list[str], settings: list[dict[str, Any]], pictures: list[Picture]) -> str:
+    verdicts = _verdicts(runs, labels, settings)
     return render(
         "compare.html.j2",
         mark=MARK,
-        runs=list(zip(runs, labels, (appearance(number)["color"] for number in range(len(runs))), strict=True)),
+        runs=list(
+            zip(runs, labels, (variable(appearance(number)["color"]) for number in range(len(runs))), strict=True)
+        ),
         pictures=pictures,
-        verdicts=_data_verdicts(runs, labels) + _validation_verdicts(runs, labels, settings),
+        verdict=verdict(runs, labels, verdicts),
+        verdicts=verdicts,
         totals=_totals(runs),
         phases=[[_phase(phase) for phase in run.phases] for run in runs],
         figures=_figures(runs),
@@ -83,11 +94,25 @@ def _page(runs: list[Run], labels: list[str], settings: list[dict[str, Any]], pi
     )
 
 
+def _as_text(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]) -> str:
+    verdicts = _verdicts(runs, labels, settings)
+    numbers = [str(number) for number in range(1, len(runs) + 1)]
+    header = [*numbers, *(f"{number} against 1" for number in numbers[1:])]
+    named = [f"{number}: {visible(label)}" for number, label in zip(numbers, labels, strict=True)]
+    tables = [
+        columns([group["title"], *header], [[row["title"], *row["values"], *row["changes"]] for row in group["rows"]])
+        for group in _figures(runs)
+    ]
+    said = [f"{answer}: {text}" for answer, text in verdicts if answer != "Yes"]
+    return "\n\n".join([wrapped(verdict(runs, labels, verdicts)), "\n".join(named), *map(wrapped, said), *tables])
+
+
+def _verdicts(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return _data_verdicts(runs, labels) + _validation_verdicts(runs, labels, settings)
+
+
 def _settings(run: Run) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(run.run_file)
-    except yaml.YAMLError as error:
-        raise DetourError(f"{run.folder / 'run.yaml'} is not valid YAML; restore the file") from error
+    content = parse_yaml(run.run_file, str(run.folder / "run.yaml"))
     if not isinstance(content, dict):
         raise DetourError(f"{run.folder / 'run.yaml'} holds no settings; restore the file")
     return content
@@ -111,29 +136,26 @@ def _totals(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 def _data_verdicts(runs: list[Run], labels: list[str]) -> list[tuple[str, str]]:
     """Whether each run read the documents of the first one, step by step, by their checksums."""
-    first = _checksums(runs[0])
+    first = runs[0].steps
     found = []
     for run, label in zip(runs[1:], labels[1:], strict=True):
-        own, pair = _checksums(run), f"{label} and {labels[0]}"
-        steps = sorted(first.keys() & own.keys())
-        different = [step for step in steps if first[step] != own[step]]
+        own, pair = run.steps, f"{label} and {labels[0]}"
+        _, rows, own_rows = np.intersect1d(first.numbers, own.numbers, assume_unique=True, return_indices=True)
+        sums, own_sums = first["data_crc"][rows], own["data_crc"][own_rows]
+        there = ~np.isnan(sums) & ~np.isnan(own_sums)
+        same = (sums == own_sums) & (first["tokens"][rows] == own["tokens"][own_rows])
+        steps = int(there.sum())
         if not steps:
             found.append(("Unknown", f"{pair} have no checksums in common that would tell whether they read the same."))
-        elif not different:
-            found.append(("Yes", f"{pair} read the same documents in all {len(steps):,} steps that both have done."))
+        elif same[there].all():
+            found.append(("Yes", f"{pair} read the same documents in all {steps:,} steps that both have done."))
         else:
             text = (
-                f"{pair} did not read the same documents: {len(steps) - len(different):,} of {len(steps):,} steps are "
-                f"equal, and the first other one is step {different[0]:,}."
+                f"{pair} did not read the same documents: {int(same[there].sum()):,} of {steps:,} steps are "
+                f"equal, and the first other one is step {first.numbers[rows][there & ~same][0]:,}."
             )
             found.append(("No", text))
     return found
-
-
-def _checksums(run: Run) -> dict[int, tuple[int, int]]:
-    """By step: where it ends, and the checksum of its documents."""
-    held = (record for record in run.records if record.get("data_crc") is not None)
-    return {record["step"]: (run.tokens_at(record["step"]), record["data_crc"]) for record in held}
 
 
 def _validation_verdicts(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -156,7 +178,7 @@ def _validation_verdicts(runs: list[Run], labels: list[str], settings: list[dict
 def _validation(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
     """What decides which tokens validation measures."""
     corpora = run.environment.get("validation_corpora") or []
-    own, data = settings.get("validation") or {}, settings.get("data") or {}
+    own, data = (part if isinstance(part, dict) else {} for part in (settings.get("validation"), settings.get("data")))
     return {
         "corpora": [corpus.get("sha256") or corpus.get("prefix") for corpus in corpora],
         "tokenizer": [corpus.get("tokenizer_sha256") for corpus in corpora],

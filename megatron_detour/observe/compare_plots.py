@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_detour.observe.frame import Curve, Frame
 from megatron_detour.observe.plots import appearance, counted, has, markers, percent
-from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, points, stretches
+from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, stretches, validation_points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,10 +33,10 @@ def _draw_validation(runs: list[Run], labels: list[str], title: str, keys: list[
     keys = [key for key in keys if any(has(run.validations, key) for run in runs)]
     if not keys:
         return None
-    frame = _frame(runs, title, [VALIDATION_FIGURES[key].title for key in keys])
+    frame = _frame(runs, title, [VALIDATION_FIGURES[key].axis for key in keys])
     for axes, key in zip(frame.panels, keys, strict=True):
         for number, run in enumerate(runs):
-            x, y = points(run, run.validations, key)
+            x, y = validation_points(run, key)
             if x:
                 markers(axes, x, y, labels[number], **appearance(number))
         axes.margins(y=0.14)
@@ -63,7 +63,7 @@ def _draw_loss(runs: list[Run], labels: list[str]) -> Figure | None:
     held = [name for name in curves if curves[name]]
     if not held:
         return None
-    frame = _frame(runs, "Training loss", [f"{name.upper()} loss (nats)" for name in held])
+    frame = _frame(runs, "Training loss", [f"{name.upper()} loss (nats per token)" for name in held])
     for axes, name in zip(frame.panels, held, strict=True):
         frame.curves(axes, curves[name])
     return frame.finish()
@@ -96,9 +96,9 @@ def _curves(runs: list[Run], labels: list[str], key: str, objective: str | None 
     drawn = []
     for number, run in enumerate(runs):
         look = appearance(number)
-        for own, records in stretches(run):
-            x, y = points(run, records, key)
-            if y and objective in (None, own):
+        for own, steps in stretches(run):
+            x, y = steps.points(key)
+            if len(y) and objective in (None, own):
                 drawn.append(Curve(x, y, look["color"], labels[number], look["linestyle"], faint=False))
     return drawn
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from megatron_detour.observe.colours import AXIS, COLOURS, INK, LINE, PAGE, SOFT
 from megatron_detour.observe.run_folder import Run
 from megatron_detour.observe.words import compact, frozen_words, objective_words, shortened
+from megatron_detour.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-COLOURS = {"mlm": "#2563c9", "clm": "#c8540a"}
-INK = "#1f2933"
-GREY = "#66707c"
 STRIP = 0.44  # inches that the names of the phases take
 SWITCH = "objective switch"
 RESUMED = "resumed from a checkpoint"
 FROZEN = "some parameters frozen"
-LONGEST_CURVE = 4000  # points; more than a plot this wide can show
+BUCKETS = 900  # of a curve that has more points: each is drawn by its least and its greatest
 LONGEST_LABEL = 90  # characters of a legend's entry
 LEGEND_WIDTH = 118  # characters in a row of the legend
 LEGEND_ROW = 0.175  # inches
@@ -31,8 +31,8 @@ LEGEND_ROW = 0.175  # inches
 class Curve:
     """Values over tokens. Curves with the same label share an entry of the legend."""
 
-    x: list[float]
-    y: list[float]
+    x: np.ndarray
+    y: np.ndarray
     colour: str
     label: str
     style: Any = "-"
@@ -62,7 +62,7 @@ class Frame:
         self._above = 0
         shown = _with_own_phases(runs)
         size = (9.2, height + STRIP * len(shown) + 0.26)
-        self.figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
+        self.figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor=PAGE)
         self.figure.get_layout_engine().set(hspace=0.0, h_pad=0.03, w_pad=0.06)
         rows = self._rows([STRIP] * len(shown) + _shares(len(labels), height - STRIP))
         self.strips, self.panels = dict(zip(shown, rows, strict=False)), rows[len(shown) :]
@@ -82,11 +82,11 @@ class Frame:
 
     def _style(self, axes: Axes, label: str, *, last: bool) -> None:
         axes.set_ylabel(label, color=INK, fontsize=9.5)
-        axes.grid(axis="y", color="#d5dae0", linewidth=0.6)
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#9aa4af")
-        axes.tick_params(labelsize=8.5, colors=INK, labelbottom=last, color="#9aa4af")
+        axes.spines[["left", "bottom"]].set_color(AXIS)
+        axes.tick_params(labelsize=8.5, colors=INK, labelbottom=last, color=AXIS)
         if last:
             axes.set_xlabel("tokens trained", color=INK, fontsize=9.5)
             axes.xaxis.set_major_formatter(lambda value, _: compact(value))
@@ -112,16 +112,16 @@ class Frame:
                 for axes in self.panels:
                     axes.axvspan(start, end, facecolor=colour, alpha=0.055, linewidth=0)
             if previous is not None:
-                strip.axvline(start, color="white", linewidth=1.6)
+                strip.axvline(start, color=PAGE, linewidth=1.6)
                 self._boundary(previous, phase)
             previous = phase
 
     def _boundary(self, previous: dict[str, Any], phase: dict[str, Any]) -> None:
         for axes in self.panels:
             if len(self.runs) > 1:
-                axes.axvline(phase["start_tokens"], color="#b6bec7", linewidth=1.0, zorder=0.9)
+                axes.axvline(phase["start_tokens"], color=AXIS, linewidth=1.0, zorder=0.9)
             elif previous["objective"] == phase["objective"]:
-                axes.axvline(phase["start_tokens"], color="white", linewidth=2.2, zorder=0.9)
+                axes.axvline(phase["start_tokens"], color=PAGE, linewidth=2.2, zorder=0.9)
             else:
                 axes.axvline(phase["start_tokens"], color=INK, linestyle=(0, (5, 3)), linewidth=1.1, label=SWITCH)
 
@@ -130,26 +130,26 @@ class Frame:
 
     def curves(self, axes: Axes, curves: list[Curve], *, from_zero: bool = False) -> None:
         """Draws each curve faintly and smoothed, in a range of the y axis that single peaks do not set."""
-        curves = [curve for curve in curves if curve.y]
+        curves = [curve for curve in curves if len(curve.y)]
         bounds: list[float] = []
         for curve in curves:
             if curve.faint and len(curve.y) > 2:
-                axes.plot(*_thinned(curve.x, curve.y), color=curve.colour, alpha=0.28, linewidth=0.9)
+                axes.plot(*thinned(curve.x, curve.y), color=curve.colour, alpha=0.28, linewidth=0.9)
             axes.plot(
-                *_thinned(curve.x, smoothed(curve.y)),
+                *thinned(curve.x, smoothed(curve.y)),
                 color=curve.colour,
                 linestyle=curve.style,
                 linewidth=1.9,
                 label=curve.label,
                 **dot(curve.x),
             )
-            bounds += _usual_range(curve.y, 0.0 if from_zero else min(curve.y))
+            bounds += _usual_range(curve.y, 0.0 if from_zero else float(curve.y.min()))
         if not bounds:
             return
         low, high = min(bounds), max(bounds)
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
         axes.set_ylim(0 if from_zero else low - margin, high + margin)
-        self._above += sum(value > high + margin for curve in curves for value in curve.y)
+        self._above += sum(int((curve.y > high + margin).sum()) for curve in curves)
 
     def finish(self) -> Figure:
         """Adds the resumptions, the legend and, once the widths are known, the names of the phases."""
@@ -174,7 +174,7 @@ class Frame:
             return
         text = f"{self._above:,} value{'s' if self._above > 1 else ''} above the range shown"
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
-        self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=GREY, **place)
+        self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=SOFT, **place)
 
     def _legend(self, handles: dict[str, Any]) -> None:
         from matplotlib.lines import Line2D
@@ -184,7 +184,7 @@ class Frame:
             mark = {"marker": "|", "markersize": 8, "markeredgewidth": 1.4, "linestyle": "none"}
             handles[RESUMED] = Line2D([], [], color=INK, **mark)
         if FROZEN in handles:
-            handles[FROZEN] = Patch(facecolor="none", edgecolor=GREY, hatch="/////", linewidth=0)
+            handles[FROZEN] = Patch(facecolor="none", edgecolor=SOFT, hatch="/////", linewidth=0)
         for last in (SWITCH, RESUMED, FROZEN):
             if last in handles:
                 handles[last] = handles.pop(last)
@@ -221,11 +221,11 @@ class Frame:
                 label = strip.text((start + end) / 2, middle, "", fontsize=8.2, color=INK, parse_math=False)
                 label.set(ha="center", va="center_baseline", linespacing=1.2)
                 if not _fit(label, _phase_labels(phase), room):
-                    numbered.append(f"{number} {phase['name']}")
+                    numbered.append(f"{number} {visible(phase['name'])}")
                     _fit(label, [str(number)], room + 4)
         if numbered:
             first = next(iter(self.strips.values()))
-            key = first.set_title("", loc="right", fontsize=8.2, color=GREY, pad=7, parse_math=False)
+            key = first.set_title("", loc="right", fontsize=8.2, color=SOFT, pad=7, parse_math=False)
             texts = ["numbers in the strip: the phases in the order of the plan"]
             # several runs have several numberings
             if len(self.strips) == 1:
@@ -233,53 +233,48 @@ class Frame:
             _fit(key, texts, 0.62 * first.get_window_extent().width)
 
 
-def png(figure: Figure) -> bytes:
-    """Returns the figure as the content of a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    target = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(target)
-    return target.getvalue()
-
-
 def objective_colour(objective: str) -> str:
-    return COLOURS.get(objective, GREY)
+    return COLOURS.get(objective, SOFT)
 
 
-def dot(x: list[float]) -> dict[str, Any]:
+def dot(x: np.ndarray) -> dict[str, Any]:
     """A line through a point or two is invisible or nearly so: mark them."""
     return {"marker": "o", "markersize": 4, "clip_on": False} if len(x) <= 2 else {}
 
 
-def smoothed(values: list[float]) -> list[float]:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """A centred mean: unlike a trailing one it does not shift the curve at the start of a phase."""
-    import numpy
-
     half = max(1, len(values) // 60)
-    total = numpy.concatenate([[0.0], numpy.cumsum(values)])
-    centre = numpy.arange(len(values))
+    total = np.append(0.0, np.cumsum(values))
+    centre = np.arange(len(values))
     # Where a phase starts the curve is steep, so the window shrinks on both sides; where it ends noise matters more.
-    before = numpy.minimum(half, centre)
-    after = numpy.minimum(before, len(values) - 1 - centre)
-    return list((total[centre + after + 1] - total[centre - before]) / (before + after + 1))
+    before = np.minimum(half, centre)
+    after = np.minimum(before, len(values) - 1 - centre)
+    return (total[centre + after + 1] - total[centre - before]) / (before + after + 1)
 
 
-def _usual_range(values: list[float], low: float) -> tuple[float, float]:
+def _usual_range(values: np.ndarray, low: float) -> tuple[float, float]:
     """The range of a phase from `low`, without its first steps and single peaks that stand far above the others."""
-    import numpy
-
     width = max(9, len(values) // 100)
     if len(values) < 2 * width:
-        return low, max(values)
-    windows = numpy.lib.stride_tricks.sliding_window_view(values, width)
-    high = float(numpy.median(windows, axis=1).max())
+        return low, float(values.max())
+    # Every window of a long curve would be a hundredth of its length, squared, in memory: a few hundred tell the same.
+    windows = np.lib.stride_tricks.sliding_window_view(values, width)[:: max(1, width // 9)]
+    high = float(np.median(windows, axis=1).max())
     limit = high + 0.3 * (high - low)
-    return low, max(value for value in values if value <= limit)
+    return low, float(values[values <= limit].max())
 
 
-def _thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    every = max(1, -(-len(x) // LONGEST_CURVE))
-    return x[::every], y[::every]
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends, and the least and the greatest of each of BUCKETS stretches: what a plot this wide can show."""
+    width = -(-len(y) // BUCKETS)
+    if width < 3:
+        return x, y
+    filled = np.append(y, np.full(-len(y) % width, y[-1])).reshape(-1, width)
+    first = width * np.arange(len(filled))
+    rows = np.concatenate([[0, len(y) - 1], first + filled.argmin(1), first + filled.argmax(1)])
+    rows = np.unique(np.minimum(rows, len(y) - 1))
+    return x[rows], y[rows]
 
 
 def _fit(label: Text, texts: list[str], room: float) -> bool:
@@ -293,7 +288,7 @@ def _fit(label: Text, texts: list[str], room: float) -> bool:
 
 
 def _phase_labels(phase: dict[str, Any]) -> list[str]:
-    name, objective, frozen = str(phase["name"]), objective_words(phase), frozen_words(phase)
+    name, objective, frozen = (visible(words) for words in (phase["name"], objective_words(phase), frozen_words(phase)))
     short = [f"{name}: {objective}", f"{name}\n{objective}", f"{name}\n{phase['objective'].upper()}", name]
     return (
         [f"{name}: {objective}, {frozen} frozen", f"{name}: {objective}\n{frozen} frozen", *short] if frozen else short

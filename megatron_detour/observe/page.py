@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_detour.files import write_whole
 from megatron_detour.observe import words
-from megatron_detour.observe.frame import COLOURS, png
+from megatron_detour.observe.colours import DARK, LIGHT
+from megatron_detour.observe.drawing import described, png, svg
+from megatron_detour.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,20 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot as a page shows it: its file's name and content, empty where there was nothing to draw."""
+    """A plot: its file's name and content, and how a page shows it; empty where there was nothing to draw."""
 
     file: str
     title: str
     caption: str
     content: bytes
+    drawing: str  # an SVG element
 
     @classmethod
-    def of(cls, plot: Any, figure: Figure | None) -> Picture:
-        return cls(plot.file, plot.title, plot.caption, png(figure) if figure else b"")
-
-    @property
-    def source(self) -> str:
-        return f"data:image/png;base64,{base64.b64encode(self.content).decode('ascii')}"
+    def of(cls, plot: Any, figure: Figure | None, description: str = "") -> Picture:
+        """`description` tells the plot's figures, unless its curves do."""
+        if figure is None:
+            return cls(plot.file, plot.title, plot.caption, b"", "")
+        content = png(figure)
+        drawing = svg(figure, plot.file, plot.title, description or described(figure))
+        return cls(plot.file, plot.title, plot.caption, content, drawing)
 
 
 def write_pictures(pictures: list[Picture], folder: Path) -> None:
@@ -52,6 +55,7 @@ def render(template: str, templates: Path | None = None, **values: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters.update(
         compact=words.compact,
@@ -60,4 +64,9 @@ def render(template: str, templates: Path | None = None, **values: Any) -> str:
         mask_words=words.mask_words,
         count="{:,}".format,
     )
-    return environment.get_template(template).render(colours=COLOURS, **values)
+    return environment.get_template(template).render(light=LIGHT, dark=DARK, **values)
+
+
+def _shown(value: Any) -> Any:
+    """What a template puts into a page; text that is markup already has been shown."""
+    return visible(value) if type(value) is str else value

@@ -6,19 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_detour.observe.frame import COLOURS, GREY, Curve, Frame, dot, objective_colour
-from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, points, stretches
+import numpy as np
+
+from megatron_detour.observe.colours import COLOURS, GUARD, PALETTE, SOFT
+from megatron_detour.observe.frame import Curve, Frame, dot, objective_colour, thinned
+from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, stretches, validation_points
 from megatron_detour.observe.sinks import Record
+from megatron_detour.observe.steps import Steps
 from megatron_detour.observe.words import compact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GUARD = "#b3261e"
+MARKS = 400  # of a guard, side by side over the width of a plot
 LEAST_WAIT = 0.01  # of the time; a scale of less would draw noise
-# For lines that differ in no objective: told apart by lightness and style too, without the colours of the objectives.
-PALETTE = ["#1b1b1b", "#00916b", "#b0308c", "#e0a100", "#56b4e9", "#7a5200", "#8a8a8a"]
 STYLES = ["-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
@@ -61,11 +63,12 @@ def appearance(number: int) -> dict[str, Any]:
 def markers(axes: Axes, x: list[float], y: list[float], label: str, **look: Any) -> None:
     """A line through a few measurements; among hundreds the markers would hide the line."""
     every = max(1, len(x) // 40)
+    x, y = thinned(np.asarray(x), np.asarray(y))
     axes.plot(x, y, markersize=5, markevery=every, linewidth=1.6, label=label, clip_on=False, **look)
 
 
 def _draw_loss(run: Run) -> Figure | None:
-    if not has(run.records, "loss"):
+    if not run.steps.has("loss"):
         return None
     frame = Frame([run], "Training loss", ["loss (nats per labelled token)"])
     frame.curves(frame.panels[0], _by_objective(run, "loss", " loss"))
@@ -74,7 +77,7 @@ def _draw_loss(run: Run) -> Figure | None:
 
 
 def _draw_gradient_norm(run: Run) -> Figure | None:
-    if not has(run.records, "grad_norm"):
+    if not run.steps.has("grad_norm"):
         return None
     frame = Frame([run], "Gradient norm", ["norm before clipping"], height=2.9)
     frame.curves(frame.panels[0], _by_objective(run, "grad_norm"), from_zero=True)
@@ -83,7 +86,7 @@ def _draw_gradient_norm(run: Run) -> Figure | None:
 
 
 def _draw_learning_rate(run: Run) -> Figure | None:
-    if not has(run.records, "lr"):
+    if not run.steps.has("lr"):
         return None
     frame = Frame([run], "Learning rate", ["learning rate"], height=2.9)
     _exact(frame.panels[0], run, "lr")
@@ -93,9 +96,8 @@ def _draw_learning_rate(run: Run) -> Figure | None:
 
 def _draw_schedule(run: Run) -> Figure | None:
     """The mask rate and the batch, where they change within the run."""
-    masked = len({record.get("mask_rate") for record in run.records} - {None}) > 1
-    batch = len({record.get("sequences") for record in run.records} - {None}) > 1
-    labels = ["tokens masked"] * masked + ["sequences a step"] * batch
+    masked, batch = run.steps.varies("mask_rate"), run.steps.varies("sequences")
+    labels = ["tokens masked"] * masked + ["sequences per step"] * batch
     if not labels:
         return None
     title = " and ".join(["Mask rate"] * masked + ["Batch"] * batch).replace("and B", "and b")
@@ -110,9 +112,9 @@ def _draw_schedule(run: Run) -> Figure | None:
 
 
 def _draw_throughput(run: Run) -> Figure | None:
-    if not has(run.records, "tokens_per_second"):
+    if not run.steps.has("tokens_per_second"):
         return None
-    use = next((key for key in ("mfu", "model_tflops") if has(run.records, key)), None)
+    use = next((key for key in ("mfu", "model_tflops") if run.steps.has(key)), None)
     labels = {"mfu": ["MFU"], "model_tflops": ["model TFLOP/s"], None: []}[use]
     frame = Frame([run], "Throughput", ["tokens per second", *labels], height=4.6 if use else 2.9)
     frame.curves(frame.panels[0], _by_objective(run, "tokens_per_second"), from_zero=True)
@@ -125,27 +127,28 @@ def _draw_throughput(run: Run) -> Figure | None:
 
 
 def _draw_machine(run: Run) -> Figure | None:
-    waits = [_waiting(record) for record in run.records]
-    waited, memory = has(waits, "waiting"), has(run.records, "memory_bytes")
+    waits = _waits(run.steps)
+    waited, memory = waits.has("waiting"), run.steps.has("memory_bytes")
     labels = ["waiting for data"] * waited + ["memory (GiB)"] * memory
     if not labels:
         return None
     frame = Frame([run], "Data wait and memory", labels, height=2.9 if len(labels) == 1 else 4.2)
     if waited:
-        x, y = points(run, waits, "waiting")
-        frame.curves(frame.panels[0], [Curve(x, y, GREY, "_share of the step's time")], from_zero=True)
+        x, y = waits.points("waiting")
+        frame.curves(frame.panels[0], [Curve(x, y, SOFT, "_share of the step's time")], from_zero=True)
         frame.panels[0].set_ylim(0, max(frame.panels[0].get_ylim()[1], LEAST_WAIT))
         percent(frame.panels[0])
     if memory:
-        x, y = points(run, run.records, "memory_bytes")
-        frame.panels[-1].plot(x, [value / 2**30 for value in y], color=GREY, linewidth=1.8, **dot(x))
+        x, y = thinned(*run.steps.points("memory_bytes"))
+        frame.panels[-1].plot(x, y / 2**30, color=SOFT, linewidth=1.8, **dot(x))
         counted(frame.panels[-1])
     return frame.finish()
 
 
-def _waiting(record: Record) -> Record:
-    waited, seconds = record.get("data_wait_seconds"), record.get("seconds")
-    return {"step": record["step"], "waiting": waited / seconds if seconds and waited is not None else None}
+def _waits(steps: Steps) -> Steps:
+    seconds = steps["seconds"]
+    timed = np.where(seconds > 0, seconds, np.nan)
+    return steps.replaced("waiting", steps["data_wait_seconds"] / timed)
 
 
 def _draw_validation(run: Run) -> Figure | None:
@@ -160,7 +163,7 @@ def _draw_validation(run: Run) -> Figure | None:
     unigram = run.environment.get("unigram_loss")
     if losses and unigram is not None:
         label = "unigram distribution of the corpus"
-        frame.panels[0].axhline(unigram, color=GREY, linestyle=":", linewidth=1.6, label=label)
+        frame.panels[0].axhline(unigram, color=SOFT, linestyle=":", linewidth=1.6, label=label)
     if accuracy:
         _held_out(frame.panels[-1], run, "val_mlm_accuracy")
         percent(frame.panels[-1])
@@ -188,7 +191,7 @@ def _draw_validation_corpora(run: Run) -> Figure | None:
     frame = Frame([run], "Validation by corpus", labels, height=[3.6, 5.2, 6.8][len(keys) - 1])
     for axes, key in zip(frame.panels, keys, strict=True):
         for corpus in _corpora_with(run, key):
-            x, y = points(run, run.validations, f"{key}/{corpus}")
+            x, y = validation_points(run, f"{key}/{corpus}")
             markers(axes, x, y, corpus, **appearance(run.validation_corpora.index(corpus)))
         axes.margins(y=0.14)
         if VALIDATION_FIGURES[key].share:
@@ -202,7 +205,7 @@ def _corpora_with(run: Run, key: str) -> list[str]:
 
 def _held_out(axes: Axes, run: Run, key: str) -> None:
     figure = VALIDATION_FIGURES[key]
-    x, y = points(run, run.validations, key)
+    x, y = validation_points(run, key)
     # The accuracy has a panel of its own, whose axis names it.
     label = "_accuracy" if figure.share else f"{figure.title}, held-out text"
     marker = {"mlm": "o", "clm": "s"}[figure.objective]
@@ -211,16 +214,16 @@ def _held_out(axes: Axes, run: Run, key: str) -> None:
 
 def _by_objective(run: Run, key: str, quantity: str = "") -> list[Curve]:
     return [
-        Curve(*points(run, records, key), objective_colour(objective), f"{objective.upper()}{quantity}")
-        for objective, records in stretches(run)
+        Curve(*steps.points(key), objective_colour(objective), f"{objective.upper()}{quantity}")
+        for objective, steps in stretches(run)
     ]
 
 
 def _exact(axes: Axes, run: Run, key: str) -> None:
-    """A figure that is set and not measured: neither smoothed nor thinned."""
-    for objective, records in stretches(run):
-        x, y = points(run, records, key)
-        if x:
+    """A figure that is set and not measured: it is not smoothed."""
+    for objective, steps in stretches(run):
+        x, y = thinned(*steps.points(key))
+        if len(x):
             colour, label = objective_colour(objective), objective.upper()
             axes.plot(x, y, color=colour, linewidth=1.8, label=label, **dot(x))
     axes.set_ylim(bottom=0)
@@ -231,8 +234,9 @@ def _guards(axes: Axes, run: Run) -> None:
     skipped = [record for record in run.guarded if record.get("skipped")]
     reported = [record for record in run.guarded if not record.get("skipped")]
     for records, marker, label in ((skipped, "x", "update left out"), (reported, "v", "spike reported")):
-        x = [run.tokens_at(record["step"]) for record in records]
-        if x:
+        # as many as can be told apart
+        place = {round(MARKS * x / max(run.done_tokens, 1)): x for x in (run.tokens_at(r["step"]) for r in records)}
+        if x := list(place.values()):
             look = {"color": GUARD, "marker": marker, "markersize": 5, "linestyle": "none", "clip_on": False}
             axes.plot(x, [0.985] * len(x), transform=axes.get_xaxis_transform(), label=label, **look)
 

@@ -9,6 +9,7 @@ from collections import deque
 from typing import Any, Protocol, TextIO
 
 from megatron_detour.observe.words import duration
+from megatron_detour.text import visible
 
 RECENT_STEPS = 20
 REFRESH_SECONDS = 0.2
@@ -136,7 +137,7 @@ class _Lines:
         self._stream.flush()
 
     def say(self, message: str) -> None:
-        print(message, file=self._stream, flush=True)
+        print(visible(message), file=self._stream, flush=True)
 
     def show(self, record: dict[str, Any], figures: str) -> None:
         validation = validation_figures(record)
@@ -182,7 +183,7 @@ class _Bars:
         self._live.stop()
 
     def say(self, message: str) -> None:
-        self._live.console.print(message, markup=False, highlight=False)
+        self._live.console.print(visible(message), markup=False, highlight=False)
 
     def show(self, record: dict[str, Any], figures: str) -> None:
         self._fill(record["step"])
@@ -234,7 +235,7 @@ def guard_words(record: dict[str, Any]) -> str:
 
 def _phase_title(entry: dict[str, Any]) -> str:
     """The name and objective of a plan's phase (`name`) or of a record (`phase`)."""
-    name = entry.get("phase") or entry.get("name")
+    name = visible(" ".join(str(entry.get("phase") or entry.get("name") or "").split()))
     objective = entry.get("objective")
     if not name:
         return ""

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_detour.files import write_whole
 from megatron_detour.observe.page import Picture, render, write_pictures
 from megatron_detour.observe.plots import PLOTS
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
+from megatron_detour.observe.terminal import columns
 from megatron_detour.observe.words import batch_words, byte_size, compact, duration, frozen_words
+from megatron_detour.text import visible
 
-LISTED_GUARDS = 20
+LISTED_GUARDS, LISTED_SOURCES = 20, 5
 
 
 def write_report(run_folder: Path) -> Path:
@@ -42,13 +46,35 @@ def _page(run: Run, pictures: list[Picture]) -> str:
         boundaries=run.boundaries(),
         figures=_figures_by_boundary(run),
         guarded=run.guarded[:LISTED_GUARDS],
-        corpora=[("training", corpus) for corpus in facts.get("corpora") or []]
-        + [("validation", corpus) for corpus in facts.get("validation_corpora") or []],
+        corpora=[("training", _corpus(corpus)) for corpus in facts.get("corpora") or []]
+        + [("validation", _corpus(corpus)) for corpus in facts.get("validation_corpora") or []],
         versions=facts.get("versions") or {},
         sessions=_sessions(run),
         model=facts.get("model") or {},
         unigram_loss=facts.get("unigram_loss"),
     )
+
+
+def _corpus(facts: dict[str, Any]) -> dict[str, Any]:
+    """Its facts, with the first few of its sources and what is left to tell of the others."""
+    sources = facts.get("sources") or []
+    others = max(len(sources) - LISTED_SOURCES, 0) + (facts.get("more_sources") or 0)
+    rest = f"and {others:,} more" if others else ""
+    return {**facts, "sources": sources[:LISTED_SOURCES], "other_sources": rest}
+
+
+def as_text(run_folder: Path) -> str:
+    """The validation figures by phase and what the run took, for a terminal."""
+    run = read_run(Path(run_folder))
+    done = f"{run.done_steps:,} of {run.plan['total_steps']:,} steps"
+    said = [f"{visible(run.name)}: {'finished, ' if run.finished else ''}{done}"]
+    figures = _figures_by_boundary(run)
+    if figures:
+        titles = [f"{row['title']}, {row['corpus']}" if row["corpus"] else row["title"] for row in figures]
+        rows = [[title, *row["values"]] for title, row in zip(titles, figures, strict=True)]
+        said.append(columns(["", *(boundary.title for boundary in run.boundaries())], rows))
+    said.append(columns(["", "", ""], [[title, value, remark] for title, value, remark in headline(run)]).strip("\n"))
+    return "\n\n".join(said)
 
 
 def _phase_row(run: Run, phase: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +121,7 @@ def _changes(run: Run) -> list[dict[str, Any]]:
         first, last = held[0], held[-1]
         changes.append(
             {
-                "title": figure.title,
+                "title": figure.axis,
                 "objective": figure.objective,
                 "first": figure.value(first[key]),
                 "last": figure.value(last[key]),
@@ -134,23 +160,19 @@ def _sessions(run: Run) -> list[dict[str, Any]]:
 def headline(run: Run) -> list[tuple[str, str, str]]:
     """The figures of the whole run, each a title, a value and a remark."""
     facts = [("Tokens trained", compact(run.done_tokens), f"of {compact(run.plan['total_tokens'])} planned")]
-    timed = [record for record in run.records if record.get("seconds")]
-    seconds = sum(record["seconds"] for record in timed)
+    steps = run.steps
+    seconds = steps.total("seconds")
     if seconds > 0:
         facts.append(("Training time", duration(seconds), "sum of the steps"))
-        tokens = sum(run.tokens_at(record["step"]) - run.tokens_at(record["step"] - 1) for record in timed)
+        tokens = run.tokens_of_steps()[steps["seconds"] > 0].sum()
         facts.append(("Mean throughput", compact(tokens / seconds), "tokens per second"))
-        waited = sum(record.get("data_wait_seconds") or 0 for record in timed)
-        facts.append(("Waiting for data", f"{waited / seconds:.1%}", "of the training time"))
-        counted = [record for record in timed if record.get("mfu") is not None]
-        if counted:
-            used = sum(record["mfu"] * record["seconds"] for record in counted)
-            share = used / sum(record["seconds"] for record in counted)
+        facts.append(("Waiting for data", f"{steps.total('data_wait_seconds') / seconds:.1%}", "of the training time"))
+        share = steps.mean("mfu", "seconds")
+        if share is not None:
             facts.append(("MFU", f"{share:.1%}", "of the devices' peak, mean"))
-        operations = 1e12 * sum((record.get("model_tflops") or 0) * record["seconds"] for record in timed)
+        operations = 1e12 * steps.total_of("model_tflops", "seconds")
         if operations:
-            facts.append(("Operations", f"{operations:.2e}", "of the model, floating point"))
-    memory = max((record.get("memory_bytes") or 0 for record in run.records), default=0)
-    if memory:
-        facts.append(("Peak memory", byte_size(memory), "on one rank"))
+            facts.append(("Operations", f"{operations:.2e}", "floating-point operations of the model"))
+    if steps.has("memory_bytes"):
+        facts.append(("Peak memory", byte_size(float(np.nanmax(steps["memory_bytes"]))), "on one rank"))
     return facts

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_detour.errors import DetourError
-from megatron_detour.observe.sinks import Record, read_metrics
+from megatron_detour.observe.run_files import read_environment, read_plan
+from megatron_detour.observe.sinks import Record
+from megatron_detour.observe.steps import StepReader, Steps
 
 
 @dataclass(frozen=True)
 class ValidationFigure:
-    """A validation figure: its title and how it is written."""
+    """A validation figure: its title, its unit and how it is written."""
 
     title: str
+    unit: str = ""
     share: bool = False  # of one: written in percent
+
+    @property
+    def axis(self) -> str:
+        return f"{self.title} ({self.unit})" if self.unit else self.title
 
     @property
     def objective(self) -> str:
@@ -32,10 +40,10 @@ class ValidationFigure:
 
 
 VALIDATION_FIGURES = {
-    "val_mlm_loss": ValidationFigure("MLM loss"),
+    "val_mlm_loss": ValidationFigure("MLM loss", "nats per token"),
     "val_mlm_accuracy": ValidationFigure("MLM accuracy", share=True),
     "val_mlm_bits_per_byte": ValidationFigure("MLM bits per byte"),
-    "val_clm_loss": ValidationFigure("CLM loss"),
+    "val_clm_loss": ValidationFigure("CLM loss", "nats per token"),
     "val_clm_bits_per_byte": ValidationFigure("CLM bits per byte"),
 }
 
@@ -51,15 +59,19 @@ class Boundary:
 
 @dataclass
 class Run:
-    """What a run's folder says. `records` hold the trained steps, `validations` those with val_* figures."""
+    """What a run's folder says: `steps` are trained, `validations` have val_* figures, at `guarded` a guard spoke.
+
+    The steps' tokens are whole: as their records say, or else as their phases suggest.
+    """
 
     folder: Path
     name: str
     plan: dict[str, Any]
     run_file: str
     environment: dict[str, Any]
-    records: list[Record]
+    steps: Steps
     validations: list[Record]
+    guarded: list[Record]
 
     @property
     def phases(self) -> list[dict[str, Any]]:
@@ -71,7 +83,7 @@ class Run:
 
     @property
     def done_steps(self) -> int:
-        return self.records[-1]["step"] if self.records else 0
+        return int(self.steps.numbers[-1]) if len(self.steps) else 0
 
     @property
     def done_tokens(self) -> int:
@@ -94,12 +106,7 @@ class Run:
     @property
     def skipped(self) -> list[Record]:
         """The steps whose update was left out."""
-        return [record for record in self.records if record.get("skipped")]
-
-    @property
-    def guarded(self) -> list[Record]:
-        """The steps at which a guard spoke: the skipped ones and the spikes that were only reported."""
-        return [record for record in self.records if record.get("skipped") or record.get("spike")]
+        return [record for record in self.guarded if record.get("skipped")]
 
     @cached_property
     def validation_corpora(self) -> list[str]:
@@ -107,19 +114,20 @@ class Run:
         keys = (key.partition("/") for record in self.validations for key in record)
         return list(dict.fromkeys(name for key, _, name in keys if name and key in VALIDATION_FIGURES))
 
-    @cached_property
-    def _tokens(self) -> dict[int, int]:
-        return {record["step"]: record["tokens"] for record in self.records if record.get("tokens") is not None}
-
     def tokens_at(self, step: int) -> int:
-        """The tokens consumed once `step` is done: as its record says, or else as its phase suggests."""
-        if step in self._tokens:
-            return self._tokens[step]
-        for phase in reversed(self.phases):
-            if step >= phase["first_step"]:
-                share = min(1.0, (step - phase["first_step"] + 1) / max(phase["steps"], 1))
-                return phase["start_tokens"] + round(share * phase["tokens"])
-        return 0
+        """The tokens consumed once `step` is done."""
+        at = int(np.searchsorted(self.steps.numbers, step))
+        if at < len(self.steps) and self.steps.numbers[at] == step:
+            return int(self.steps["tokens"][at])
+        return _planned_tokens(self.phases, step)
+
+    def tokens_of_steps(self) -> np.ndarray:
+        """How many tokens each step took."""
+        numbers, tokens = self.steps.numbers, self.steps["tokens"]
+        before = np.append(self.tokens_at(int(numbers[0]) - 1), tokens[:-1]) if len(numbers) else tokens
+        for gap in np.flatnonzero(np.diff(numbers) > 1) + 1:
+            before[gap] = self.tokens_at(int(numbers[gap]) - 1)
+        return tokens - before
 
     def boundaries(self) -> list[Boundary]:
         """The validations before the first step and at the end of each phase, and the latest where it is another."""
@@ -137,53 +145,50 @@ class Run:
 
 
 def read_run(run_folder: Path) -> Run:
-    """Returns what the files of a run's folder say. Raises DetourError where the run file or the plan is missing."""
-    plan = _read_json(run_folder / "plan.json")
-    environment_file = run_folder / "environment.json"
-    metrics_file = run_folder / "metrics.jsonl"
-    if not isinstance(plan.get("phases"), list) or "total_steps" not in plan:
-        raise DetourError(f"{run_folder / 'plan.json'} holds no plan; restore the file or start the run anew")
-    # A step that was written twice counts once, as it ran last.
-    by_step = {record["step"]: record for record in (read_metrics(metrics_file) if metrics_file.exists() else [])}
-    records = [by_step[step] for step in sorted(by_step)]
+    """Returns what the files of a run's folder say. Raises DetourError where one is missing or unfit."""
+    plan, environment = read_plan(run_folder / "plan.json"), read_environment(run_folder / "environment.json")
+    try:
+        run_file = (run_folder / "run.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = getattr(error, "strerror", None) or "not UTF-8"
+        raise DetourError(f"{run_folder / 'run.yaml'} cannot be read ({cause}); restore the file") from None
+    reader = StepReader(run_folder / "metrics.jsonl", tuple(VALIDATION_FIGURES))
     return Run(
         folder=run_folder,
         name=str(plan.get("name") or run_folder.name),
         plan=plan,
-        run_file=_read_text(run_folder / "run.yaml"),
-        environment=_read_json(environment_file) if environment_file.exists() else {},
-        records=[record for record in records if record["step"] > 0],
-        validations=[record for record in records if any(record.get(key) is not None for key in VALIDATION_FIGURES)],
+        run_file=run_file,
+        environment=environment,
+        steps=_with_tokens(reader.steps(), plan["phases"]),
+        validations=reader.validations(),
+        guarded=reader.guarded(),
     )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DetourError(f"{path} cannot be read ({error.strerror}); is this the folder of a run?") from error
+def _with_tokens(steps: Steps, phases: list[dict[str, Any]]) -> Steps:
+    tokens = steps["tokens"]
+    for row in np.flatnonzero(np.isnan(tokens)):
+        tokens[row] = _planned_tokens(phases, int(steps.numbers[row]))
+    return steps.replaced("tokens", tokens)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except ValueError as error:
-        raise DetourError(f"{path} is not valid JSON ({error}); restore the file or start the run anew") from error
-    if not isinstance(content, dict):
-        raise DetourError(f"{path} holds no JSON object; restore the file or start the run anew")
-    return content
+def _planned_tokens(phases: list[dict[str, Any]], step: int) -> int:
+    for phase in reversed(phases):
+        if step >= phase["first_step"]:
+            share = min(1.0, (step - phase["first_step"] + 1) / max(phase["steps"], 1))
+            return phase["start_tokens"] + round(share * phase["tokens"])
+    return 0
 
 
-def points(run: Run, records: list[Record], key: str) -> tuple[list[float], list[float]]:
-    """The tokens trained and the figure of each of the records that has this figure."""
-    chosen = [record for record in records if record.get(key) is not None]
-    return [run.tokens_at(record["step"]) for record in chosen], [record[key] for record in chosen]
+def validation_points(run: Run, key: str) -> tuple[list[float], list[float]]:
+    """The tokens trained and the figure of each validation that has it."""
+    held = [record for record in run.validations if key in record]
+    return [run.tokens_at(record["step"]) for record in held], [record[key] for record in held]
 
 
-def stretches(run: Run) -> list[tuple[str, list[Record]]]:
-    """The records of each started phase, with its objective."""
-    found = []
-    for phase in run.started_phases:
-        first, last = phase["first_step"], phase["first_step"] + phase["steps"] - 1
-        found.append((phase["objective"], [record for record in run.records if first <= record["step"] <= last]))
-    return found
+def stretches(run: Run) -> list[tuple[str, Steps]]:
+    """The steps of each started phase, with its objective."""
+    return [
+        (phase["objective"], run.steps.between(phase["first_step"], phase["first_step"] + phase["steps"] - 1))
+        for phase in run.started_phases
+    ]

@@ -6,19 +6,23 @@ import json
 import math
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_detour.errors import DetourError
 from megatron_detour.files import retry, write_whole
+from megatron_detour.observe.tfrecord import framed
 from megatron_detour.structured import read_json_object
 
 Record = dict[str, Any]
 
 COUNTED = ("skipped", "spike")  # fields whose text says why; services that draw numbers get how often it happened
+FLUSH_SECONDS = 30  # of TensorBoard's files
 GROUPS = {
     "tokens_per_second": "speed",
     "model_tflops": "speed",
@@ -100,28 +104,43 @@ class MetricsFile:
 class TensorBoardSink:
     """Writes event files under `folder`; the points of an earlier session after `resume_step` are hidden.
 
-    `counts` are those of the MetricsFile. Raises DetourError where the tensorboard package is missing.
+    `counts` are those of the MetricsFile. A step is one event, and the file is not named after the machine as torch's
+    SummaryWriter would. Raises DetourError where the tensorboard package is missing.
     """
 
     def __init__(self, folder: Path | str, resume_step: int, counts: dict[str, int] | None = None) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboard.compat.proto import event_pb2, summary_pb2
         except ImportError as error:
             raise DetourError("TensorBoard files need the package tensorboard: pip install tensorboard") from error
         self._folder = Path(folder)
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._numbers = _Numbers(counts)
+        self._flushed = time.monotonic()
         with _naming(self._folder):
-            self._writer = SummaryWriter(log_dir=str(folder), purge_step=resume_step + 1, flush_secs=30)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads a folder's files in the order of their names.
+            self._file = (self._folder / f"events.out.tfevents.{time.time_ns()}").open("xb")
+            self._add(file_version="brain.Event:2")
+            begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(step=resume_step + 1, session_log=begun)
+            self._file.flush()
 
     def write(self, record: Record) -> None:
         """Logs every numeric field of the record at x = its step; text and missing figures are left out."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in self._numbers.of(record).items()]
         with _naming(self._folder):
-            for name, value in self._numbers.of(record).items():
-                self._writer.add_scalar(name, value, record["step"])
+            self._add(step=record["step"], summary=self._summary(value=values))
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def _add(self, **fields: Any) -> None:
+        self._file.write(framed(self._event(wall_time=time.time(), **fields).SerializeToString()))
 
     def close(self) -> None:
         with _naming(self._folder):
-            self._writer.close()
+            self._file.close()
 
 
 class WandbSink:
@@ -173,6 +192,7 @@ class _Numbers:
 
     def __init__(self, counts: dict[str, int] | None) -> None:
         self._counts = {field: (counts or {}).get(field, 0) for field in COUNTED}
+        self._tag = cache(tensorboard_tag)
 
     def of(self, record: Record) -> dict[str, float]:
         for field in COUNTED:
@@ -180,7 +200,7 @@ class _Numbers:
         trained = record["step"] > 0
         fields = {**record, **self._counts} if trained else record
         return {
-            tensorboard_tag(field): value
+            self._tag(field): value
             for field, value in fields.items()
             if field != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
         }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_detour.text import visible
+
 SHAPES = {"linear": "a straight line", "cosine": "a cosine", "1-sqrt": "one minus square root"}
 
 
@@ -80,7 +82,8 @@ def duration(seconds: float) -> str:
 
 
 def shortened(text: str, room: int) -> str:
-    """Returns `text` in at most `room` characters; what is left out of its middle becomes ``…``."""
+    """Returns `text` in one line of at most `room` characters; what is left out of its middle becomes ``…``."""
+    text = visible(" ".join(text.split()))
     if len(text) <= room:
         return text
     tail = (room - 1) // 2

@@ -15,13 +15,16 @@ from megatron_detour import __version__
 from megatron_detour.checkpoint.huggingface import RUN_STATE, Source
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.shape import FULL, Shape
+from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES
 from megatron_detour.observe.words import batch_words, compact, duration, frozen_words, mask_words, rate_words
 from megatron_detour.release.facts import Corpus, Facts
 from megatron_detour.release.given import Given
+from megatron_detour.text import markdown, visible
 
 TEMPLATE = "card.md.j2"
 BY_CORPUS = ("val_mlm_loss", "val_mlm_accuracy")  # of the validation figures; the others are told over all corpora
+MEDICAL = ("medical", "clinical", "biomedical", "health")
 NOT_STATED = "not stated by the corpus's manifest"
 
 
@@ -60,17 +63,23 @@ class Card:
 
     def front_matter(self) -> dict[str, Any]:
         """Only keys with values."""
-        licence = self.given.licence
+        licence = _line(self.given.licence) if self.given.licence else None
         named = licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence)
         pipeline = "text-generation" if self.decoder else "fill-mask"
         entries = {
-            "language": list(self.languages) or None,
+            "language": [_line(code) for code in self.languages] or None,
             "license": "other" if named else licence or "unknown",
             "license_name": licence if named else None,
             "library_name": "transformers",
             "pipeline_tag": pipeline,
             "base_model": self.base_model,
-            "tags": ["modernbert", *self._start_tag(), "megatron-detour", *self._detour_tag(), *self.given.tags],
+            "tags": [
+                "modernbert",
+                *self._start_tag(),
+                "megatron-detour",
+                *self._detour_tag(),
+                *map(_line, self.given.tags),
+            ],
         }
         return {key: value for key, value in entries.items() if value}
 
@@ -91,6 +100,10 @@ class Card:
         if self.given.base_model or Path(start).exists():
             return self.given.base_model
         return start if Source(start).has("config.json") else None
+
+    @property
+    def medical(self) -> bool:
+        return (self.given.domain or "").strip().lower() in MEDICAL
 
     def _start_tag(self) -> list[str]:
         return ["continued-pretraining"] if self.facts.config.model.start else []
@@ -132,7 +145,14 @@ class Card:
             keep_trailing_newline=True,
         )
         environment.filters.update(
-            count="{:,}".format, compact=compact, duration=duration, cell=cell, quoted=json.dumps, batch=batch_words
+            count="{:,}".format,
+            compact=compact,
+            duration=duration,
+            cell=cell,
+            shown=markdown,
+            paragraphs=_paragraphs,
+            quoted=json.dumps,
+            batch=batch_words,
         )
         facts, shape = self.facts, self.shape
         return environment.get_template(TEMPLATE).render(
@@ -158,7 +178,7 @@ class Card:
             device_hours=sum(session["seconds"] * session["ranks"] for session in facts.sessions) / 3600,
             resumptions=[step for step in facts.run.resumptions if step < facts.step],
             padding=self._padding(),
-            validated=facts.run_settings.get("validation") or {},
+            mask_rate=_number(facts.run_settings.get("validation"), "mask_rate"),
             settings=facts.config.to_dict(),
             transformers=self._opens_in(),
             software=__version__,
@@ -178,9 +198,9 @@ class Card:
             return f"[{self.base_model}](https://huggingface.co/{self.base_model})"
         folder = Path(start)
         if (folder / RUN_STATE).is_file():
-            before = json.loads((folder / RUN_STATE).read_text(encoding="utf-8"))
+            before = read_state(folder / RUN_STATE)
             return f"step {before['step']:,} of an earlier run of this software, after {before['tokens']:,} tokens"
-        return f"a local folder, {folder.name}, whose name on the hub was not given"
+        return f"a local folder, {markdown(folder.name)}, whose name on the hub was not given"
 
     def _recipe(self) -> str:
         """For instance: CLM on 10B tokens, then MLM (15% masked) on 1B tokens."""
@@ -225,6 +245,9 @@ class Card:
             columns["Tokens"] = [_known(corpus.tokens) for corpus in corpora]
             columns["Read"] = [self._times_read(corpus) for corpus in corpora]
         columns["Share"] = [_share_words(corpus, len(self.facts.plan.phases)) for corpus in corpora]
+        if any(corpus.cleaning for corpus in corpora):
+            columns["Filters"] = [corpus.cleaning or "not known" for corpus in corpora]
+            columns["Held out"] = [corpus.held_out or "not known" for corpus in corpora]
         columns["Licence"] = [more.get("licence", NOT_STATED) for more in said]
         return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
@@ -274,9 +297,7 @@ class Card:
 
     def _padding(self) -> float | None:
         """The share of the tokens that was padding; None where it was not recorded."""
-        known = [r for r in self.facts.run.records if r.get("padding_share") is not None and r.get("sequences")]
-        positions = sum(record["sequences"] for record in known)
-        return sum(r["padding_share"] * r["sequences"] for r in known) / positions if positions else None
+        return self.facts.run.steps.mean("padding_share", "sequences")
 
 
 def refuse_unknown_corpora(given: Given, corpora: list[Corpus]) -> None:
@@ -288,9 +309,26 @@ def refuse_unknown_corpora(given: Given, corpora: list[Corpus]) -> None:
             raise DetourError(f"--card-facts: corpora.{name}: the run reads no corpus of this name{hint}")
 
 
+class Formatted(str):
+    """Text that is Markdown already."""
+
+
 def cell(text: str) -> str:
     """Text inside a table of Markdown."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return text if isinstance(text, Formatted) else markdown(str(text))
+
+
+def _paragraphs(text: str) -> str:
+    return "\n\n".join(markdown(part) for part in re.split(r"\n\s*\n", text) if part.strip())
+
+
+def _line(text: str) -> str:
+    return visible(" ".join(text.split()))
+
+
+def _number(settings: Any, key: str) -> float | None:
+    value = settings.get(key) if isinstance(settings, dict) else None
+    return value if type(value) in (int, float) else None
 
 
 def _of(done: int, planned: int) -> str:
@@ -302,7 +340,7 @@ def _known(count: int | None) -> str:
 
 
 def _linked(title: str, url: str | None) -> str:
-    return f"[{title}]({url})" if url else title
+    return Formatted(f"[{markdown(title)}]({url})") if url else title
 
 
 def _share_words(corpus: Corpus, phases: int) -> str:

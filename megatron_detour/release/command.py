@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--language", nargs="+", default=[], metavar="CODE", help="of the model, such as: en fr (ISO 639)")
     add("--licence", "--license", help="of the weights, such as apache-2.0 or cc-by-4.0")
     add("--base-model", metavar="OWNER/NAME", help="the start model on the hub, where the run used a local folder")
+    add("--domain", metavar="NAME", help="of the texts, such as medical: the card then says what follows from it")
     add("--card-facts", metavar="FILE", help="YAML: these and more, such as the corpora's licences (docs/release.md)")
     add("--evaluation", metavar="DIR", help="put the scores of tools/evaluate.py --output DIR on the card")
     add("--evaluation-model", metavar="NAME", help="the model's name in that evaluation (--name, or the folder's)")
@@ -70,5 +71,5 @@ def run(options: argparse.Namespace, evaluation: list[dict[str, Any]] | None, sc
 
 
 def _given(options: argparse.Namespace) -> Given:
-    spoken = Given(options.name, tuple(options.language), options.licence, options.base_model)
+    spoken = Given(options.name, tuple(options.language), options.licence, options.base_model, domain=options.domain)
     return spoken.over(read_given(options.card_facts)) if options.card_facts else spoken

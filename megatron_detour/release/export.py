@@ -19,6 +19,7 @@ from megatron_detour.release import decoder, portable
 from megatron_detour.release.card import Card, refuse_unknown_corpora
 from megatron_detour.release.facts import Facts
 from megatron_detour.release.given import Given
+from megatron_detour.release.private import refuse_private
 from megatron_detour.release.texts import read_texts
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -87,6 +88,7 @@ def export(
             evaluation=evaluation,
         )
         (aside / "README.md").write_text(card.text(), encoding="utf-8")
+        refuse_private(aside)
         written.append(card)
 
     store.publish(target, write)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.checkpoint.huggingface import RUN_STATE, read_run_state
+from megatron_detour.checkpoint.huggingface import RUN_STATE
 from megatron_detour.config import RunConfig, from_dict
 from megatron_detour.data.manifest import manifest_path
 from megatron_detour.errors import DetourError
+from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import Run, read_run
+from megatron_detour.observe.steps import Steps
 from megatron_detour.plan import Plan, PlannedPhase
+from megatron_detour.release.cleaning import told
+from megatron_detour.structured import parse_yaml, read_json_object
 
 NOT_IN_THE_TRAJECTORY = {"name": "run", "folder": "run", "deepspeed": "not kept"}  # and not told by any card
 
 UNRECORDED = {"ranks": 1, "device": "a device that was not recorded", "tensor_parallel": 1, "dtype": "not recorded"}
+
+# What settings that no run of this version has end in, from outside as they are.
+UNFIT = (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, DetourError)
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Corpus:
     tokens: int | None
     shares: dict[str, float]  # of the sequences, by phase
     languages: tuple[str, ...]  # that its documents were chosen for when it was built
+    cleaning: str  # which documents were left out; empty where its manifest is not there
+    held_out: str  # which were set apart for validation
 
 
 @dataclass(frozen=True)
@@ -47,22 +55,24 @@ class Facts:
     @classmethod
     def of(cls, checkpoint: Path) -> Facts:
         """Raises DetourError for a checkpoint whose state is of another version, or beside another run's files."""
-        state = read_run_state(checkpoint)
+        state = read_state(checkpoint / RUN_STATE)
         try:
             config = from_dict(_nested(state["trajectory"]), "its settings")
             plan = Plan.of(config)
             step, tokens, total = state["step"], state["tokens"], state["total_steps"]
-        except (KeyError, TypeError, DetourError) as fault:
+            fits = total == plan.total_steps and (not step or plan.step(step).tokens == tokens)
+        except UNFIT as fault:
             raise DetourError(f"{checkpoint / RUN_STATE}: of another version of this project: {fault}") from None
-        if total != plan.total_steps or (step and plan.step(step).tokens != tokens):
+        if not fits:
             raise DetourError(f"{checkpoint / RUN_STATE}: step {step} and {tokens:,} tokens are not of its settings")
         folder = checkpoint.resolve().parent.parent
         has_folder = checkpoint.resolve().parent.name == "checkpoints" and (folder / "plan.json").is_file()
-        run = read_run(folder) if has_folder else Run(folder, "", plan.to_dict(), "", {}, [], [])
+        run = read_run(folder) if has_folder else Run(folder, "", plan.to_dict(), "", {}, Steps.none(), [], [])
         if run.plan["total_steps"] != total:
             raise DetourError(f"{folder / 'plan.json'}: of another run than {checkpoint.name}; bring its own back")
-        upto = [[r for r in records if r["step"] <= step] for records in (run.records, run.validations)]
-        run = dataclasses.replace(run, plan=plan.to_dict(), records=upto[0], validations=upto[1])
+        held, guarded = ([r for r in records if r["step"] <= step] for records in (run.validations, run.guarded))
+        upto = {"steps": run.steps.between(0, step), "validations": held, "guarded": guarded}
+        run = dataclasses.replace(run, plan=plan.to_dict(), **upto)
         return cls(checkpoint, state, config, plan, run, has_folder)
 
     @property
@@ -96,11 +106,9 @@ class Facts:
     @cached_property
     def run_settings(self) -> dict[str, Any]:
         """run.yaml, of which the checkpoint itself keeps only what the weights depend on."""
-        import yaml
-
         try:
-            found = yaml.safe_load(self.run.run_file)
-        except yaml.YAMLError:
+            found = parse_yaml(self.run.run_file, str(self.run.folder / "run.yaml"))
+        except DetourError:
             found = None
         return found if isinstance(found, dict) else {}
 
@@ -112,9 +120,8 @@ class Facts:
         found = []
         for session, start, end in zip(self.run.sessions, starts, ends, strict=True):
             end = min(end, self.step)
-            records = [record for record in self.run.records if start < record["step"] <= end]
             if end > start:
-                seconds = sum(record.get("seconds") or 0 for record in records)
+                seconds = self.run.steps.between(start + 1, end).total("seconds")
                 found.append({**UNRECORDED, **session, "steps": end - start, "seconds": seconds})
         return found
 
@@ -134,15 +141,17 @@ class Facts:
             weights = {corpus.prefix: corpus.weight for corpus in phase.corpora}
             if prefix in weights:
                 shares[phase.name] = weights[prefix] / sum(weights.values())
-        languages = (manifest.get("options") or {}).get("language") or ()
-        return Corpus(prefix, name, counted.get("documents"), counted.get("tokens"), shares, tuple(languages))
+        languages = tuple(manifest["options"].get("language") or ()) if manifest else ()
+        numbers = counted.get("documents"), counted.get("tokens")
+        return Corpus(prefix, name, *numbers, shares, languages, *(told(manifest) if manifest else ("", "")))
 
     def _manifest(self, prefix: str) -> dict[str, Any]:
         """The corpus's manifest, where it is still there and that of the text that was read."""
         try:
-            manifest = json.loads(manifest_path(prefix).read_text(encoding="utf-8"))
+            manifest = read_json_object(manifest_path(prefix))
             same = manifest["files"]["bin"]["sha256"] == self.state["corpora"][prefix]
-        except (OSError, ValueError, KeyError, TypeError):
+            told(manifest)
+        except (DetourError, OSError, KeyError, TypeError, ValueError, AttributeError):
             return {}
         return manifest if same else {}
 

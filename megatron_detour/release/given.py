@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_detour.errors import DetourError, nearest
+from megatron_detour.structured import read_yaml
 
 # ISO 639-1, two letters a language.
 _CODES = (
@@ -32,6 +32,7 @@ class Given:
     base_model: str | None = None  # hub id of the model that the training started from
     description: str | None = None
     contact: str | None = None
+    domain: str | None = None  # such as medical or legal: some limits are told of some domains only
     tags: tuple[str, ...] = ()
     corpora: dict[str, dict[str, str]] = field(default_factory=dict)  # by name: title, licence, description, url
 
@@ -42,6 +43,9 @@ class Given:
                     f"{code!r} is no language code; give those of ISO 639 such as en or fr (two letters, or three "
                     "where a language has no two)"
                 )
+        for said in self.corpora.values():
+            if "url" in said and not re.fullmatch(r"https?://[^\s()<>]+", said["url"]):
+                raise DetourError(f"{said['url']!r} is no address of a page; give one that begins with https://")
         if self.base_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
             raise DetourError(f"{self.base_model!r} is no hub id; give OWNER/NAME, such as answerdotai/ModernBERT-base")
 
@@ -53,14 +57,12 @@ class Given:
 
 def read_given(file: str) -> Given:
     """Reads a YAML file with keys of Given, all of them optional. Raises DetourError."""
-    import yaml
-
     try:
-        raw = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        raw = read_yaml(file)
     except OSError as error:
         raise DetourError(f"--card-facts {file}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DetourError(f"--card-facts {file}: not a YAML file: {' '.join(str(error).split())}") from None
+    except DetourError as fault:
+        raise DetourError(f"--card-facts {fault}") from None
     known = [f.name for f in dataclasses.fields(Given)]
     if not isinstance(raw, dict):
         raise DetourError(f"--card-facts {file}: a mapping with some of {', '.join(known)} is needed")

@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_detour.checkpoint.huggingface import known_config_keys
 from megatron_detour.model.shape import FULL, SLIDING, Shape
+from megatron_detour.structured import read_json_object
 
 # What transformers 5 writes beside the model's own keys: defaults, of which id2label even brings a warning where a
 # classifier with other labels is put on top, and _name_or_path tells where the model lay.
@@ -25,22 +27,12 @@ GENERAL = (
     "problem_type",
     "return_dict",
 )
-# Of tokenizer_config.json: where the tokenizer lay and how it was opened, and lists that 4.48 takes for mappings.
-TOKENIZER_GENERAL = (
-    "auto_map",
-    "backend",
-    "extra_special_tokens",
-    "is_local",
-    "local_files_only",
-    "name_or_path",
-    "special_tokens_map_file",
-    "tokenizer_file",
-)
 
 
 def encoder_config(config: dict[str, Any], shape: Shape, dtype: str) -> dict[str, Any]:
     """The config.json of a ModernBertForMaskedLM. `dtype` is that of the weights, as in "bfloat16"."""
-    own = {key: value for key, value in config.items() if key not in GENERAL}
+    known = {*known_config_keys()} - {*GENERAL}
+    own = {key: value for key, value in config.items() if key in known}
     return own | {
         "architectures": ["ModernBertForMaskedLM"],
         "local_attention": 2 * shape.window,
@@ -79,12 +71,11 @@ def first_version(shape: Shape) -> str:
 def make_tokenizer_portable(folder: Path, shape: Shape) -> None:
     """Rewrites the folder's tokenizer_config.json: the class that both know, and the model's length."""
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens") or []
-    extra = config.get("extra_special_tokens")
+    config = read_json_object(path)
+    added = read_json_object(folder / "tokenizer.json").get("added_tokens") or []
+    extra = config.pop("extra_special_tokens", None)  # a list, which 4.48 takes for a mapping
     if isinstance(extra, list) and extra:
         config.setdefault("additional_special_tokens", extra)
-    config = {key: value for key, value in config.items() if key not in TOKENIZER_GENERAL}
     config |= {
         "added_tokens_decoder": {
             str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in added

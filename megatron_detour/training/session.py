@@ -22,6 +22,7 @@ from megatron_detour.forecast import Start, forecast, headline
 from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe import meter
+from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.observe.progress import Progress
 from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
@@ -294,3 +295,6 @@ class Session:
             self.reports.submit(self._report)
             report = self.reports.wait(REPORT_SECONDS)  # whoever has asked to stop does not wait for long
         print(f"report   {report or 'not written'}\nmetrics  {self.folder / 'metrics.jsonl'}", flush=True)
+        if finished:
+            causal = any(phase.objective == "clm" for phase in self.plan.phases)
+            print(next_commands(self.folder, checkpoints.path(self.plan.total_steps), causal), flush=True)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import base64
 import json
 import re
 from pathlib import Path
@@ -50,13 +49,18 @@ def change_file(folder: Path, name: str, **changes: Any) -> None:
 
 
 def test_a_detour_beside_its_control(twins: list[Path], tmp_path: Path) -> None:
-    page = write_comparison(twins, tmp_path / "deep" / "comparison")
+    page, shown = write_comparison(twins, tmp_path / "deep" / "comparison")
     assert page == tmp_path / "deep" / "comparison" / "compare.html"
     assert {path.name for path in page.parent.iterdir()} == PLOTS | {"compare.html"}
     html, text = page.read_text(encoding="utf-8"), words(page)
-    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    assert {base64.b64decode(image) for image in embedded} == {path.read_bytes() for path in page.parent.glob("*.png")}
-    assert not re.search(r"(src|href)=\"(?!data:)|<script|<link|url\(|@import|https?://", html)
+    assert html.count("<svg ") == html.count("</desc>") == len(PLOTS) and "<img" not in html
+    assert not re.search(r"(src|href)=\"(?!#)|<script|<link|url\((?!#)|@import|https?://", html)
+    first = (
+        "After 13.1M tokens the held-out MLM loss of notes is 2.260 nats per token; that of notes-control is the same;"
+    )
+    assert text.partition("Comparison of 2 runs ")[2].partition("Comparison of 2 runs ")[2].startswith(first)
+    assert " ".join(shown.split()).startswith(first) and "MLM loss" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     assert "1: notes" in text and "2: notes-control" in text and text.count("Finished : 200 steps") == 2
     assert "Yes : notes-control and notes read the same documents in all 200 steps that both have done." in text
     assert "Yes : notes-control and notes were validated on the same text under the same masks." in text
@@ -175,7 +179,7 @@ def test_what_cannot_be_compared_is_a_fault(twins: list[Path], tmp_path: Path) -
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(DetourError, match=fault):
             write_comparison(folders, out)
-    for content, fault in (("a: [", "not valid YAML"), ("[]", "holds no settings")):
+    for content, fault in (("a: [", "not YAML"), ("[]", "holds no settings")):
         (twins[1] / "run.yaml").write_text(content)
         with pytest.raises(DetourError, match=fault):
             write_comparison(twins, out)
@@ -196,7 +200,7 @@ def test_only_an_earlier_comparison_is_written_over(twins: list[Path], tmp_path:
     out = tmp_path / "out"
     write_comparison(twins, out)
     bare = [make_run(tmp_path / name, [("a", "mlm", 0.3, 2)], name=name, validate_every=0) for name in ("c", "d")]
-    text = words(write_comparison(bare, out))
+    text = words(write_comparison(bare, out)[0])
     assert "1: c" in text and "notes" not in text and "These runs have no validation figures." in text
     assert {path.name for path in out.glob("*.png")} == {"loss.png", "gradient_norm.png", "throughput.png"}
 
@@ -240,3 +244,28 @@ def test_runs_differ_in_colour_and_in_line(tmp_path: Path) -> None:
     lines = [line for line in figure.axes[-1].lines if line.get_label().endswith(": x")]
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 5
     assert len({str(line._dash_pattern) for line in lines}) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"val_mlm_loss": 2.0},
+            "notes is 2.260 nats per token; that of notes-control is 0.260 lower; with one run of each",
+        ),
+        ({"val_mlm_loss": 2.5}, "notes is 2.260 nats per token; that of notes-control is 0.240 higher;"),
+        ({"data_crc": 7}, "told from one made by the recipe. The runs did not read the same data."),
+    ],
+)
+def test_the_first_line_says_what_is_known(twins: list[Path], change: dict[str, Any], said: str) -> None:
+    change_records(twins[1], {200: change})
+    assert said in page_words(twins)
+
+
+def test_the_first_line_claims_nothing_without_a_common_validation(twins: list[Path], tmp_path: Path) -> None:
+    bare = make_run(tmp_path / "bare", TWO_PHASES, name="bare", validate_every=0)
+    assert "Nothing is known yet: the runs have no held-out MLM loss after the same tokens." in page_words(
+        [twins[0], bare]
+    )
+    (twins[1] / "run.yaml").write_text(CONTROL_FILE.replace("seed: 3", "seed: 4"))
+    assert "Nothing is known of which run is better: they were not validated alike" in page_words(twins)

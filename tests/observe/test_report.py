@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-import base64
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_detour.errors import DetourError
-from megatron_detour.observe import report
+from megatron_detour.observe import compare, report
 from megatron_detour.observe.report import write_report
 from megatron_detour.observe.run_folder import read_run
 from tests.observe.runs import ENVIRONMENT, TWO_PHASES, change_records, make_run
@@ -41,12 +43,10 @@ def test_a_finished_run_of_three_phases(tmp_path: Path) -> None:
     assert page == folder / "report.html"
     assert plot_names(folder) == ALWAYS | {"schedule.png"}
     html, text = page.read_text(encoding="utf-8"), words(page)
-    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    pngs = {path.read_bytes() for path in (folder / "plots").iterdir()}
-    assert {base64.b64decode(image) for image in embedded} == pngs
-    assert all(png.startswith(PNG) for png in pngs)
+    assert html.count("<svg ") == html.count("</desc>") == len(ALWAYS) + 1 and "<img" not in html
+    assert all(path.read_bytes().startswith(PNG) for path in (folder / "plots").iterdir())
     assert "Finished : 300 steps" in text
-    assert "Validation MLM loss 2.610 → 2.260 \u22120.350, step 0 to 300" in text
+    assert "Validation MLM loss (nats per token) 2.610 → 2.260 \u22120.350, step 0 to 300" in text
     assert "Validation MLM accuracy 51.2% → 57.2% +6.0 points" in text
     assert "Tokens trained 19.7M of 19.7M planned" in text
     assert "Training time 2m16s" in text  # 7.3 s + 299 times 0.43 s
@@ -54,7 +54,7 @@ def test_a_finished_run_of_three_phases(tmp_path: Path) -> None:
     assert "Waiting for data 0.9%" in text
     assert "decay MLM 15% 60 3.93M 15.7M – 19.7M rises to 0.0005 over 655k tokens" in text
     assert "149,655,232" in text and "2026-03-02T18:40:51+00:00 (resumed) 100" in text
-    assert "deepspeed 0.19.4" in text and "seed: 17" in text and "7.420" in text
+    assert "deepspeed 0.19.4" in text and "seed: 17" in text and "7.420 nats per token" in text
     assert "2.24 GiB" in text and "abababababab" in text and "cdcdcdcdcdcd" in text
     assert not list(folder.rglob("*.part"))
 
@@ -62,8 +62,8 @@ def test_a_finished_run_of_three_phases(tmp_path: Path) -> None:
 def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     html = write_report(make_run(tmp_path)).read_text(encoding="utf-8")
     assert "<script" not in html and "<link" not in html
-    assert not re.search(r"(src|href)=\"(?!data:)", html)
-    assert not re.search(r"url\(|@import|https?://", html)
+    assert not re.search(r"(src|href)=\"(?!#)", html)
+    assert not re.search(r"url\((?!#)|@import|https?://", html)
 
 
 def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
@@ -109,14 +109,14 @@ def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
 
 def test_a_single_validation_is_no_change(tmp_path: Path) -> None:
     text = page_words(make_run(tmp_path, done=10))
-    assert "Validation MLM loss 2.610 at step 0, its only validation" in text
+    assert "Validation MLM loss (nats per token) 2.610 at step 0, its only validation" in text
 
 
 def test_a_folder_that_is_no_run_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(DetourError, match="folder of a run"):
         write_report(tmp_path)
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(DetourError, match="not valid JSON"):
+    with pytest.raises(DetourError, match="not JSON"):
         write_report(tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     folder = make_run(tmp_path, done=3, validate_every=0)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')
-    assert [record["loss"] for record in read_run(folder).records][-1] == 99.0
+    assert read_run(folder).steps["loss"][-1] == 99.0
     assert read_run(folder).done_steps == 3
 
 
@@ -218,7 +218,99 @@ def test_figures_by_phase_and_corpus(tmp_path: Path) -> None:
 
 def test_a_plan_that_is_none_is_a_fault(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
-    for content, fault in (("[]", "no JSON object"), ("{}", "holds no plan")):
+    for content, fault in (("[]", "Expected `object`, got `array`"), ("{}", "missing required field")):
         (folder / "plan.json").write_text(content)
         with pytest.raises(DetourError, match=fault):
             write_report(folder)
+
+
+def test_of_many_sources_the_first_few_and_their_count_are_told(tmp_path: Path) -> None:
+    sources = [{"path": f"part-{number:06}.jsonl", "bytes": 1024} for number in range(100_000)]
+    corpus = ENVIRONMENT["corpora"][0] | {"sources": sources}
+    folder = make_run(tmp_path, done=1, environment={**ENVIRONMENT, "corpora": [corpus]})
+    html = report._page(read_run(folder), [])
+    assert "part-000004.jsonl" in html and "part-000005" not in html
+    assert "and 99,995 more" in html and len(html) < 100_000
+
+
+def test_descriptions_of_plots_tell_their_figures(tmp_path: Path) -> None:
+    html = write_report(make_run(tmp_path)).read_text(encoding="utf-8")
+    described = dict(re.findall(r"<title>([^<]+)</title><desc>([^<]+)</desc>", html))
+    assert "MLM loss, held-out text: from 2.61 to 2.26, between 2.26 and 3.017" in described["Validation"]
+    assert "MLM accuracy. accuracy: from 51.2% to 57.2%" in described["Validation"]
+    assert all(re.search(r"\d", told) for told in described.values()) and len(described) == len(ALWAYS) + 1
+
+
+def test_the_terminal_shows_the_figures_in_eighty_columns(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, [(f"phase-{n}", "mlm", 0.3, 9) for n in range(9)], name="a\x1b[31mb", validate_every=9)
+    change_records(folder, {9: {f"val_mlm_loss/{'long corpus ' * 9}": 2.0}})
+    text = report.as_text(folder)
+    assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
+    assert text.startswith("a\\x1b[31mb: finished, 81 of 81 steps") and text.count("MLM accuracy") > 1
+    assert "after phase-8" in text and "Tokens trained" in text
+
+
+WRONG = [
+    None,
+    True,
+    -1,
+    1.5,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "x",
+    "",
+    [],
+    [1],
+    {},
+    {"a": [None]},
+    [[]],
+    [{}],
+    [None],
+]
+
+
+def places(content: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON value, by its keys and numbers."""
+    yield way
+    children = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else []
+    for key, value in children:
+        yield from places(value, (*way, key))
+
+
+def with_other(content: Any, way: tuple[Any, ...], value: Any) -> Any:
+    if not way:
+        return value
+    copy = content.copy()
+    copy[way[0]] = with_other(content[way[0]], way[1:], value)
+    return copy
+
+
+@pytest.mark.parametrize("name", ["plan.json", "environment.json"])
+def test_a_value_of_any_type_at_any_place_is_shown_or_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path, TWO_PHASES, done=2, validate_every=1)
+    monkeypatch.setattr(report, "PLOTS", [])
+    whole = json.loads((folder / name).read_text())
+    refused = 0
+    for way in places(whole):
+        for value in WRONG:
+            (folder / name).write_text(json.dumps(with_other(whole, way, value)))
+            try:
+                write_report(folder)
+                report.as_text(folder)
+                compare._page([read_run(folder)] * 2, ["a", "b"], [{}, {}], [])
+            except DetourError as fault:
+                refused += 1
+                assert name in str(fault) and "\n" not in str(fault)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("content", ["", "nul", "[" * 100_000, '{"a": 1, "a": 2}', "\udcff"])
+@pytest.mark.parametrize("name", ["plan.json", "environment.json"])
+def test_a_file_that_is_no_json_is_refused(name: str, content: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path, done=1)
+    (folder / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DetourError, match=name):
+        write_report(folder)

@@ -16,7 +16,9 @@ from megatron_detour.checkpoint import huggingface
 from megatron_detour.data.manifest import manifest_path
 from megatron_detour.errors import DetourError
 from megatron_detour.release.export import Exported, export
+from megatron_detour.release.facts import Facts
 from megatron_detour.release.given import Given, read_given
+from tests.observe.test_report import WRONG, places, with_other
 from tests.release.made import PHASES, STEP_TOKENS, make_run
 
 GIVEN = Given(
@@ -162,7 +164,7 @@ def test_corpora_with_what_is_given_and_without(run, corpus, tmp_path):
     (row,) = table(given, "Corpora")
     assert (row["Corpus"], row["What it is"], row["Licence"]) == ("Notes", "invented notes", "not public")
     assert "license: unknown" in plain and "not stated by whoever made this card" in plain
-    assert given.splitlines()[given.splitlines().index("---", 1) + 2] == "# Notes-BERT | large"
+    assert given.splitlines()[given.splitlines().index("---", 1) + 2] == "# Notes-BERT \\| large"
 
 
 def test_scores_of_an_evaluation(run, tmp_path):
@@ -256,7 +258,7 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
         ("corpora: {corpus: mit}", r"corpora\.corpus: a mapping with some of title, licence"),
         ("corpora: {corpus: {license: mit}}", r"corpora\.corpus: there is no key 'license' \(did you mean 'licence'"),
         ("- a", "a mapping with some of name, languages"),
-        ("a: [", "not a YAML file"),
+        ("a: [", "not YAML: "),
     ],
 )
 def test_facts_that_cannot_be_read_are_told(tmp_path, content, told):
@@ -283,3 +285,68 @@ def test_what_is_said_on_the_command_line_goes_over_the_file():
 def test_a_licence_of_ones_own_is_other(run, tmp_path):
     card, _ = card_of(run, 6, tmp_path / "model", given=Given(licence="For the hospital only"))
     assert (front_matter(card)["license"], front_matter(card)["license_name"]) == ("other", "For the hospital only")
+
+
+HOSTILE = "mit\n---\nlicense: apache-2.0\n---\n# <script>alert(1)</script>\n\n# Not a heading | [x](y)\u202e"
+
+
+def test_text_that_is_given_stays_text(run, tmp_path):
+    corpora = {"corpus": {"title": HOSTILE, "description": HOSTILE, "licence": HOSTILE, "url": "https://a.example/b"}}
+    texts = dict.fromkeys(("name", "licence", "description", "contact", "domain"), HOSTILE)
+    card, _ = card_of(run, 6, tmp_path / "model", given=Given(**texts, tags=(HOSTILE,), corpora=corpora), evaluation=[
+        {"task": "a", "title": HOSTILE, "metric": HOSTILE, "mean": 0.5, "sd": None, "seeds": 1, "protocol": HOSTILE}
+    ])  # fmt: skip
+    plain, _ = card_of(run, 6, tmp_path / "plain")
+    front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.S).groups()
+    assert front_matter(card)["license"] == "other" and yaml.safe_load(front)["pipeline_tag"] == "fill-mask"
+    lines = body.splitlines()
+    assert "---" not in lines and not any(re.search(r"(?<!\\)<script", line) for line in lines) and "\u202e" not in card
+    headings = [line for line in lines if line.startswith("#") and line.lstrip("# ") not in plain]
+    assert len(headings) == 2 and headings[1] == "## Evaluation"  # the name, in one line, and the scores
+    assert all(len(row) > 3 for heading in ("Corpora", "Evaluation") for row in table(card, heading))
+
+
+@pytest.mark.parametrize(("domain", "told"), [(None, False), ("legal", False), ("Medical", True), ("clinical", True)])
+def test_only_a_medical_model_is_said_to_be_no_medical_device(run, tmp_path, domain, told):
+    card, _ = card_of(run, 6, tmp_path / "model", given=Given(domain=domain))
+    assert ("no medical device" in card) == told
+
+
+def test_filters_duplicates_and_the_held_out_share_are_told(run, corpus, tmp_path):
+    path = manifest_path(corpus.prefix)
+    content = path.read_text()
+    manifest = json.loads(content)
+    assert table(card_of(run, 6, tmp_path / "none")[0], "Corpora")[0]["Filters"] == "none"
+    options = {"min_chars": 200, "language": ["fr"], "deduplicate": "near", "similarity": 0.8, "held_out": 0.01}
+    made = {"records": 1000, "removed": {"short": 40, "duplicate": 7, "long": 0}, "held_out": 9}
+    try:
+        path.write_text(json.dumps(manifest | made | {"options": manifest["options"] | options}))
+        row = table(card_of(run, 6, tmp_path / "filtered")[0], "Corpora")[0]
+        for unfit in ({"removed": []}, {"options": None}, {"held_out": "x"}, {"files": []}, {"records": None}):
+            path.write_text(json.dumps(manifest | made | unfit))
+            assert "Filters" not in table(card_of(run, 6, tmp_path / str(unfit))[0], "Corpora")[0], unfit
+    finally:
+        path.write_text(content)
+    assert row["Filters"] == (
+        "200 characters or more; in fr; near duplicates removed (similarity 0.8); "
+        "left out of 1,000: 40 too short, 7 duplicates"
+    )
+    assert row["Held out"] == "9 documents (1%)"
+
+
+def test_a_checkpoints_state_of_any_type_is_read_or_refused(run, tmp_path):
+    whole = run / "checkpoints" / "step-00000006"
+    folder = tmp_path / whole.name
+    folder.mkdir()
+    state = json.loads((whole / "run_state.json").read_text())
+    refused = 0
+    for way in places(state):
+        for value in WRONG:
+            (folder / "run_state.json").write_text(json.dumps(with_other(state, way, value)))
+            try:
+                facts = Facts.of(folder)
+                assert facts.corpora and facts.sessions == [] and facts.run_settings == {}
+            except DetourError as fault:
+                refused += 1
+                assert "run_state.json" in str(fault)
+    assert refused > 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from safetensors.torch import load_file
 
 from megatron_detour.checkpoint import huggingface, store
 from megatron_detour.checkpoint.huggingface import Source
-from megatron_detour.data.vocabulary import load_tokenizer
+from megatron_detour.data.vocabulary import load_tokenizer, load_vocabulary
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import FULL, SLIDING, Shape
-from megatron_detour.release import portable
+from megatron_detour.release import portable, private
 from megatron_detour.release.export import _find, export
 from megatron_detour.release.texts import TEXTS, read_texts
 from tests.release.made import PHASES, SIZES, make_run
@@ -292,3 +293,69 @@ def test_wrong_places_are_told_in_a_sentence(run, encoder, tmp_path):
             read_texts(str(tmp_path / name))
     with pytest.raises(DetourError, match=r"no\.txt: cannot be read: No such file"):
         read_texts(str(tmp_path / "no.txt"))
+
+
+PRIVATE = {
+    "auto_map": {"AutoModel": "code.Model"},
+    "_name_or_path": "/home/anna/model",
+    "internal": {"host": "gpu7.hospital.example", "api_key": "x"},
+}
+
+
+def test_only_known_keys_come_from_the_start_into_checkpoints_and_releases(run, tmp_path, tokenizer_folder):
+    source = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, source)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        content = json.loads((source / name).read_text()) if (source / name).exists() else {}
+        content |= {"pad_token": "[PAD]", "name_or_path": "/home/anna/t", "custom": "/data/x/y", **PRIVATE}
+        (source / name).write_text(json.dumps(content))
+    (tmp_path / "made").mkdir()
+    config = Source(str(run / "checkpoints" / "step-00000006")).config() | PRIVATE
+    vocabulary = load_vocabulary(tokenizer_folder)
+    huggingface.write_model(tmp_path / "made", config, Source(str(source)), vocabulary, {"a": torch.zeros(1)})
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        text = (tmp_path / "made" / name).read_text()
+        assert not {*PRIVATE, "name_or_path", "custom"} & json.loads(text).keys()
+        assert "anna" not in text and "hospital" not in text
+    assert not PRIVATE.keys() & portable.encoder_config(config, Shape.of(config, "tests"), "float32").keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "kind"),
+    [
+        ({"pad_token": "/home/anna/pad"}, "pad_token", "a path"),
+        ({"a": [{"b": "C:\\\\Users\\\\anna\\\\x"}]}, r"a\[0\]\.b", "a path"),
+        ({"a": "~/models/x"}, "a", "a path"),
+        ({"a": "https://git.hospital.example/x"}, "a", "an address"),
+        ({"a": "anna@hospital.example"}, "a", "an address"),
+        ({"api_key": "1"}, "api_key", "a secret"),
+        ({"a": "hf_abcdefghijklmnopqrst"}, "a", "a secret"),
+        ({"/home/anna/x": 1}, "the top level", "a path"),
+        ({"a": "made on node-0017"}, "a", "the name of this host"),
+        ({"a": "annasmith"}, "a", "the name of a user"),
+    ],
+)
+def test_what_is_private_in_a_json_file_is_told_without_its_value(content, place, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(private.socket, "gethostname", lambda: "node-0017")
+    monkeypatch.setattr(private.getpass, "getuser", lambda: "annasmith")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content).replace("\\\\\\\\", "\\\\"))
+    with pytest.raises(DetourError, match=rf"^tokenizer_config\.json: {place} holds {kind}, which") as fault:
+        private.refuse_private(tmp_path)
+    assert not any(
+        str(value) in str(fault.value) for value in content.values() if isinstance(value, str) and len(value) > 3
+    )
+
+
+def test_what_belongs_in_a_release_is_not_taken_for_private(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(private.getpass, "getuser", lambda: "bert")  # a part of words that stand there
+    tokens = [{"content": text} for text in ("|||EMAIL_ADDRESS|||", "[unused1]", "<s>", "</s>", "//", "\\\\n")]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {"vocab": {"/home/a/b": 1}}}))
+    private.refuse_private(tmp_path)
+    private.refuse_private(encoder)
+
+
+def test_a_release_with_a_private_value_is_not_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(private, "_KINDS", {"a path": re.compile("PreTrainedTokenizerFast")})
+    with pytest.raises(DetourError, match=r"tokenizer_config\.json: tokenizer_class holds a path"):
+        export(str(run), str(tmp_path / "model"), "fp32")
+    assert not list(tmp_path.iterdir())

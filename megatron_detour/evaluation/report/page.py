@@ -25,6 +25,7 @@ from megatron_detour.evaluation.report.tables import (
 from megatron_detour.evaluation.results import read_results
 from megatron_detour.files import write_whole
 from megatron_detour.structured import read_json_object
+from megatron_detour.text import markdown, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,12 +40,12 @@ def write_report(output: Path, baseline: str | None = None, permutations: int = 
     `baseline` is the model that the others are compared with, the first one unless given. Raises DetourError where
     there is no result, or where results do not compare.
     """
-    from megatron_detour.evaluation.report.plots import SCORES
+    from megatron_detour.evaluation.report.plots import SCORES, describe
     from megatron_detour.observe.page import Picture, write_pictures
 
     output = Path(output)
     summary = summarise(output, baseline, permutations)
-    picture = Picture.of(SCORES, SCORES.draw(summary))
+    picture = Picture.of(SCORES, SCORES.draw(summary), describe(summary))
     write_pictures([picture], output)
     write_whole(output / TEXT, _markdown(summary, picture.file if picture.content else ""))
     write_whole(output / PAGE, _page(summary, picture))
@@ -104,14 +105,14 @@ def scored_folder(output: Path, model: str) -> Path | None:
 
 def as_text(summary: Summary, console: Console) -> None:
     """Prints the verdict, scores, differences to the baseline, and what has to be known of them."""
-    console.print(summary["verdict"], style="bold", markup=False, highlight=False)
+    console.print(visible(summary["verdict"]), style="bold", markup=False, highlight=False)
     for table in (scores_table(summary), against_table(summary)):
         if table.rows:
             _print(table, console)
     if len(summary["models"]) > 1:
-        console.print(comparisons_words(summary), markup=False, highlight=False)
+        console.print(visible(comparisons_words(summary)), markup=False, highlight=False)
     for note in summary["notes"]:
-        console.print(f"Note: {note}", style="yellow", markup=False, highlight=False)
+        console.print(visible(f"Note: {note}"), style="yellow", markup=False, highlight=False)
 
 
 def _print(table: Table, console: Console) -> None:
@@ -120,8 +121,8 @@ def _print(table: Table, console: Console) -> None:
     from megatron_detour.evaluation.terminal import print_table
 
     # Text, not str, since rich would read brackets as its own markup
-    rows = [[Text(entry.text, "bold green" if entry.bold else "") for entry in row] for row in table.rows]
-    print_table(console, table.title, table.headers, rows, table.words)
+    rows = [[Text(visible(entry.text), "bold green" if entry.bold else "") for entry in row] for row in table.rows]
+    print_table(console, visible(table.title), [visible(header) for header in table.headers], rows, table.words)
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -134,6 +135,7 @@ def _about(summary: Summary) -> str:
 
 
 def _page(summary: Summary, picture: Any) -> str:
+    from megatron_detour.observe.colours import variable
     from megatron_detour.observe.page import render
     from megatron_detour.observe.plots import appearance
 
@@ -142,7 +144,7 @@ def _page(summary: Summary, picture: Any) -> str:
         templates=Path(__file__).parent,
         verdict=summary["verdict"],
         about=_about(summary),
-        chips={model: appearance(number)["color"] for number, model in enumerate(summary["models"])},
+        chips={model: variable(appearance(number)["color"]) for number, model in enumerate(summary["models"])},
         cards=[_card(found, summary) for found in summary["against_baseline"] if found["cells"]],
         notes=summary["notes"],
         tables=tables(summary),
@@ -163,13 +165,13 @@ def _card(found: dict[str, Any], summary: Summary) -> dict[str, str]:
 
 
 def _markdown(summary: Summary, picture: str) -> str:
-    parts = ["# Evaluation", f"**{_escaped(summary['verdict'])}**", _about(summary)]
+    parts = ["# Evaluation", f"**{markdown(summary['verdict'])}**", _about(summary)]
     if summary["notes"]:
-        parts.append("\n".join(f"- {_escaped(note)}" for note in summary["notes"]))
+        parts.append("\n".join(f"- {markdown(note)}" for note in summary["notes"]))
     for number, table in enumerate(tables(summary)):
-        parts.append(f"## {_escaped(table.title)}")
+        parts.append(f"## {markdown(table.title)}")
         parts.append(_markdown_table(table))
-        parts += [_escaped(remark) for remark in table.remarks]
+        parts += [markdown(remark) for remark in table.remarks]
         if not number and picture:
             parts.append(f"![Scores by task, and differences to the baseline]({picture})")
     if summary["versions"]:
@@ -179,13 +181,6 @@ def _markdown(summary: Summary, picture: str) -> str:
 
 def _markdown_table(table: Table) -> str:
     rule = ["---" if number < table.words else "---:" for number in range(len(table.headers))]
-    rows = [[f"**{_escaped(e.text)}**" if e.bold and e.text else _escaped(e.text) for e in row] for row in table.rows]
-    lines = [[_escaped(header) for header in table.headers], rule, *rows]
+    rows = [[f"**{markdown(e.text)}**" if e.bold and e.text else markdown(e.text) for e in row] for row in table.rows]
+    lines = [[markdown(header) for header in table.headers], rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    """A name may hold what Markdown would take for its own."""
-    for mark in ("\\", "|", "*", "_", "`", "<", "[", "$"):
-        text = text.replace(mark, f"\\{mark}")
-    return text

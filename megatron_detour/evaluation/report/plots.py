@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_detour.evaluation.report import tables
 from megatron_detour.evaluation.report.tables import Summary, counted, metric_words
-from megatron_detour.observe.frame import GREY, INK
+from megatron_detour.observe.colours import AXIS, BAND, INK, LINE, PAGE, SOFT
 from megatron_detour.observe.plots import appearance
 from megatron_detour.observe.words import shortened
+from megatron_detour.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +56,7 @@ def draw_scores(summary: Summary) -> Figure | None:
         return None
     models = summary["models"]
     height = max(LEAST_ROW, 0.12 + MODEL_ROW * len(models))
-    figure = Figure((WIDTH, 1.15 + height * len(rows)), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure((WIDTH, 1.15 + height * len(rows)), dpi=150, layout="constrained", facecolor=PAGE)
     figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06, wspace=0.02)
     differences = _differences(summary)
     panels = figure.subplots(1, 2 if differences else 1, sharey=True, squeeze=False)[0]
@@ -65,10 +67,26 @@ def draw_scores(summary: Summary) -> Figure | None:
     for axes, title in zip(panels, ("Scores", "Differences"), strict=False):
         axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=8)
     if differences:
-        panels[1].set_title("full mark: clear difference", loc="right", fontsize=8.2, color=GREY, pad=8)
+        panels[1].set_title("full mark: clear difference", loc="right", fontsize=8.2, color=SOFT, pad=8)
     _name_rows(panels[0], rows)
     _legend(figure, models, differences=bool(differences))
     return figure
+
+
+def describe(summary: Summary) -> str:
+    """The plot's figures, for whoever does not see it."""
+    models, rows = summary["models"], _rows(summary)
+    told = [
+        f"{rows[mark.row][0]}, {models[mark.model]}: {tables.percent(mark.mean / 100)}%"
+        for mark in sorted(_scores(summary), key=lambda mark: (mark.row, mark.model))
+    ]
+    differing = [
+        f"{rows[mark.row][0]}, {models[mark.model]}: {tables.points(mark.mean / 100)} points"
+        + (f" ({mark.interval[0]:.1f} to {mark.interval[1]:.1f})" if mark.interval else "")
+        for mark in _differences(summary)
+    ]
+    against = f" Differences to {models[0]}: {'; '.join(differing)}." if differing else ""
+    return visible(f"Scores: {'; '.join(told)}.{against}")
 
 
 def _rows(summary: Summary) -> list[tuple[str, str]]:
@@ -110,27 +128,27 @@ def _percent(interval: Sequence[float] | None) -> tuple[float, float] | None:
 def _panel(axes: Axes, rows: list[Any], marks: list[Mark], models: int, label: str, *, zero: bool = False) -> None:
     low, high = _limits(marks, zero)
     for row in range(0, len(rows), 2):
-        axes.axhspan(row - 0.5, row + 0.5, facecolor="#f1f4f7", linewidth=0, zorder=0)
+        axes.axhspan(row - 0.5, row + 0.5, facecolor=BAND, linewidth=0, zorder=0)
     if rows[0][1] == "" and len(rows) > 1:
-        axes.axhline(0.5, color="#9aa4af", linewidth=1.0)
+        axes.axhline(0.5, color=AXIS, linewidth=1.0)
     if zero:
         axes.axvline(0, color=INK, linewidth=1.0, zorder=1)
     for mark in marks:
         _draw(axes, mark, models)
     axes.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.5))
     axes.set_xlabel(label, color=INK, fontsize=9.5, parse_math=False)
-    axes.grid(axis="x", color="#d5dae0", linewidth=0.6)
+    axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#9aa4af")
-    axes.tick_params(axis="x", labelsize=8.5, colors=INK, color="#9aa4af")
+    axes.spines["bottom"].set_color(AXIS)
+    axes.tick_params(axis="x", labelsize=8.5, colors=INK, color=AXIS)
     axes.tick_params(axis="y", left=False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "−") if zero and value else f"{value:g}")
     beyond = sum(bool(m.interval and (m.interval[0] < low or m.interval[1] > high)) for m in marks)
     if beyond:
         text = f"{counted(beyond, 'interval')} reach{'es' if beyond == 1 else ''} beyond the range shown"
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
-        axes.annotate(text, (1, 0), (0, -33), fontsize=8, color=GREY, **place)
+        axes.annotate(text, (1, 0), (0, -33), fontsize=8, color=SOFT, **place)
 
 
 def _draw(axes: Axes, mark: Mark, models: int) -> None:
@@ -139,7 +157,7 @@ def _draw(axes: Axes, mark: Mark, models: int) -> None:
     y = mark.row + 0.8 * ((mark.model + 0.5) / models - 0.5)
     if mark.interval:
         axes.plot(mark.interval, (y, y), color=look["color"], linewidth=1.3, solid_capstyle="butt", zorder=2)
-    face = look["color"] if mark.full else "white"
+    face = look["color"] if mark.full else PAGE
     style = {"marker": look["marker"], "markersize": 4.6, "markeredgewidth": 1.1, "linestyle": "none", "zorder": 3}
     axes.plot([mark.mean], [y], markerfacecolor=face, markeredgecolor=look["color"], **style)
 

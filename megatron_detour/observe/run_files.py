@@ -1,0 +1,131 @@
+"""What plan.json, environment.json and run_state.json hold, as far as it is read; what is unfit is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
+
+from megatron_detour.errors import DetourError
+from megatron_detour.structured import read_json
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+
+_Warmup = TypedDict("_Warmup", {"from": Count, "tokens": Count})
+
+
+class _Rate(TypedDict):
+    peak: Number
+    warmup_tokens: NotRequired[Number | None]
+    shape: NotRequired[str | None]
+    end: NotRequired[Number | None]
+
+
+class _Weight(TypedDict):
+    prefix: str
+    weight: Number
+
+
+class _Phase(TypedDict):
+    name: str
+    objective: str
+    first_step: Count
+    steps: Count
+    start_tokens: Count
+    end_tokens: Count
+    tokens: Count
+    sequences: Count
+    sequence_length: Count
+    learning_rate: _Rate
+    mask_rate: NotRequired[Number | None]
+    mask_rate_end: NotRequired[Number | None]
+    whole_word_masking: NotRequired[bool | None]
+    freeze: NotRequired[list[str] | None]
+    optimizer_state: NotRequired[str | None]
+    batch_warmup: NotRequired[_Warmup | None]
+    corpora: NotRequired[list[_Weight] | None]
+
+
+class _Plan(TypedDict):
+    name: NotRequired[str | None]
+    total_steps: Count
+    total_tokens: Count
+    phases: list[_Phase]
+
+
+class _Source(TypedDict):
+    path: str
+    bytes: Count
+
+
+class _Corpus(TypedDict):
+    prefix: str
+    weight: NotRequired[Number | None]
+    documents: NotRequired[Count | None]
+    tokens: NotRequired[Count | None]
+    sha256: NotRequired[str | None]
+    tokenizer_sha256: NotRequired[str | None]
+    sources: NotRequired[list[_Source] | None]
+    more_sources: NotRequired[Count | None]
+
+
+class _Session(TypedDict):
+    step: Count
+    started: NotRequired[str | None]
+    ended: NotRequired[str | None]
+    ranks: NotRequired[Count | None]
+    tensor_parallel: NotRequired[Count | None]
+    host_cores: NotRequired[Count | None]
+    device: NotRequired[str | None]
+    attention: NotRequired[str | None]
+    kernels: NotRequired[str | None]
+    dtype: NotRequired[str | None]
+    recompute: NotRequired[str | None]
+    passed_over: NotRequired[list[str] | None]
+
+
+class _Environment(TypedDict):
+    sessions: NotRequired[list[_Session] | None]
+    versions: NotRequired[dict[str, str] | None]
+    model: NotRequired[dict[str, str | int | float | bool | None] | None]
+    corpora: NotRequired[list[_Corpus] | None]
+    validation_corpora: NotRequired[list[_Corpus] | None]
+    unigram_loss: NotRequired[Number | None]
+
+
+class _State(TypedDict):
+    step: Count
+    tokens: Count
+    total_steps: Count
+    trajectory: dict[str, Any]
+    corpora: dict[str, str]
+    versions: NotRequired[dict[str, str] | None]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's run_state.json. Raises DetourError where the file is missing or holds none."""
+    return _read(path, _State, "take another checkpoint")
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Raises DetourError where the file is missing or holds no plan."""
+    return _read(path, _Plan)
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file. Raises DetourError for other content."""
+    return _read(path, _Environment) if path.exists() else {}
+
+
+def _read(path: Path, kind: Any, remedy: str = "restore the file or start the run anew") -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise DetourError(f"{path} cannot be read ({error.strerror}); is this the folder of a run?") from None
+    try:
+        msgspec.convert(content, kind)
+    except msgspec.ValidationError as fault:
+        raise DetourError(f"{path}: {fault}; {remedy}") from None
+    return content

@@ -1,0 +1,35 @@
+"""What a comparison of runs lets a reader know, in one sentence."""
+
+from __future__ import annotations
+
+from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run
+from megatron_detour.observe.words import compact
+
+KEY = "val_mlm_loss"
+SAME = 0.0005  # nats: figures with three decimals do not show less
+ONE_RUN = "with one run of each, a difference made by luck of seed and order cannot be told from one made by the recipe"
+
+
+def verdict(runs: list[Run], labels: list[str], compared: list[tuple[str, str]]) -> str:
+    """`compared` are answers (Yes, No, Unknown) whether data and validation were the same, with a text each."""
+    held = [{run.tokens_at(record["step"]): record[KEY] for record in run.validations if KEY in record} for run in runs]
+    common = set(held[0]).intersection(*held[1:])
+    if not common:
+        return "Nothing is known yet: the runs have no held-out MLM loss after the same tokens."
+    if any(answer == "No" and "validated" in text for answer, text in compared):
+        return "Nothing is known of which run is better: they were not validated alike, so their losses do not compare."
+    tokens = max(common)
+    figure, first = VALIDATION_FIGURES[KEY], held[0][tokens]
+    against = [_against(label, own[tokens] - first) for label, own in zip(labels[1:], held[1:], strict=True)]
+    begun = f"After {compact(tokens)} tokens" if tokens else "Before training"
+    doubt = " The runs did not read the same data." if any(answer == "No" for answer, _ in compared) else ""
+    return (
+        f"{begun} the held-out MLM loss of {labels[0]} is {figure.value(first)} {figure.unit}; "
+        f"{'; '.join(against)}; {ONE_RUN}.{doubt}"
+    )
+
+
+def _against(label: str, difference: float) -> str:
+    if abs(difference) < SAME:
+        return f"that of {label} is the same"
+    return f"that of {label} is {abs(difference):.3f} {'lower' if difference < 0 else 'higher'}"

@@ -1,0 +1,77 @@
+"""What does not belong in a release: paths, hosts, users and secrets in the JSON files of its folder."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.errors import DetourError
+from megatron_detour.structured import read_json
+
+_SECRET_KEY = re.compile(r"password|passwd|secret|api_?key|access_?key|credential|auth_?token|private_?key", re.I)
+_KINDS = {
+    "a secret": re.compile(
+        r"\bhf_\w{16,}|\bgh[pousr]_\w{20,}|\bsk-[\w-]{16,}|\bAKIA[0-9A-Z]{16}|-----BEGIN|\beyJ[\w-]{8,}\.eyJ|\bxox[abprs]-"
+    ),
+    "a path": re.compile(
+        r"^(~|file:|[A-Za-z]:)?[\\/][\w.-]+[\\/]\S*$|^~[\\/]|[\\/](home|Users|root|mnt|scratch)[\\/]\w"
+    ),
+    "an address": re.compile(r"^\w+://|\bhttps?://|[\w.+-]+@[\w-]+\.\w"),
+}
+_COMMON_USERS = {"root", "user", "admin", "ubuntu", "runner", "model", "mask", "token"}
+SHORTEST_NAME = 4  # of a user or host that is looked for: shorter ones are parts of words
+
+
+def refuse_private(folder: Path) -> None:
+    """Raises DetourError, which tells the place and never the value, where a JSON file of `folder` holds such a thing.
+
+    The vocabulary of tokenizer.json is text of the language, and not looked at.
+    """
+    names = _names_of_here()
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path)
+        if path.name == "tokenizer.json" and isinstance(content, dict):
+            content = {key: value for key, value in content.items() if key != "model"}
+        for place, key, text in _texts(content, ""):
+            kind = _kind(key, text, names)
+            if kind:
+                raise DetourError(
+                    f"{path.name}: {place} holds {kind}, which does not belong in a release; take it out of the start "
+                    "model's or the tokenizer's file and out of a copy of the checkpoint"
+                )
+
+
+def _kind(key: str, text: str, names: dict[str, re.Pattern[str]]) -> str | None:
+    if text and _SECRET_KEY.search(key):
+        return "a secret"
+    return next((kind for kind, found in (_KINDS | names).items() if found.search(text)), None)
+
+
+def _texts(value: Any, place: str, key: str = "") -> Iterator[tuple[str, str, str]]:
+    """Each text in a JSON value, names of keys too: its place, its key and the text."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield place or "the top level", "", name
+            yield from _texts(inner, f"{place}.{name}" if place else name, name)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{place}[{number}]", key)
+    elif isinstance(value, str):
+        yield place, key, value
+
+
+def _names_of_here() -> dict[str, re.Pattern[str]]:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a user's name
+        user = ""
+    names = {"the name of this host": socket.gethostname(), "the name of a user": user}
+    return {
+        kind: re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+        for kind, name in names.items()
+        if len(name) >= SHORTEST_NAME and name not in _COMMON_USERS | {"localhost"}
+    }

@@ -1,0 +1,29 @@
+"""Text from outside as it may be shown: on a terminal, in a page, in Markdown."""
+
+from __future__ import annotations
+
+import re
+
+# Controls but tab and newline, marks that turn the direction of text or take no room, line separators, lone surrogates.
+# The joiners U+200C and U+200D stay: scripts and emoji need them.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_MARKS = re.compile(r"[\\`*_\[\]<>|$~]")
+_FIRST = re.compile(r"^([#+=-]+|\d+[.)])(?=\s|$)")  # what begins a heading, a list, a rule or front matter
+
+
+def visible(text: str) -> str:
+    """Returns `text` with what a reader would not see, or what a terminal would obey, as codes such as ``\\x1b``."""
+    return _UNSEEN.sub(lambda found: _code(ord(found[0])), text)
+
+
+def markdown(text: str) -> str:
+    """Returns `text` in one line that Markdown, its tables too, shows as it stands: no heading, list, tag or link."""
+    line = visible(" ".join(text.split()))
+    return _FIRST.sub(lambda found: f"{found[0][:-1]}\\{found[0][-1]}", _MARKS.sub(r"\\\g<0>", line))
+
+
+def _code(number: int) -> str:
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
