@@ -13,6 +13,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 from megatron_detour.structured import read_json_object
 
+MOST_OF_A_REASON = 200  # characters of a library's message
 OPTIMIZER = "optimizer.safetensors"  # of a checkpoint, beside its weights
 
 
@@ -77,7 +78,7 @@ def opening(folder: Path) -> Iterator[None]:
     except DetourError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        reason = " ".join(str(error).split())[:MOST_OF_A_REASON] or type(error).__name__
         raise DetourError(f"{folder}: cannot be opened as a model ({reason})") from None
 
 
