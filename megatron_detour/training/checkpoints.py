@@ -164,7 +164,7 @@ class Checkpoints:
 
     def _is_kept(self, number: int) -> bool:
         """Whether the checkpoint of this step stays for good: the start, phase boundaries, what `keep_every` asks."""
-        if not number:
+        if not number or self.start.tokenizer.name == str(self.path(number)):  # which stands in for the start model
             return True
         step = self.plan.step(number)
         return step.ends_phase or step.passes(self.config.checkpoint.keep_every)
