@@ -645,7 +645,7 @@ def test_a_wrong_value_of_a_deepspeed_file_is_a_sentence(key, tmp_path):
         except DetourError as error:
             assert str(error).startswith(f"{path}: ") and key.split(".")[0] in str(error), value
         else:
-            assert value in (True, False, {"a": 1}, "x", "auto"), (key, value)
+            assert value in (True, False, {"a": 1}), (key, value)
     for text in ("[]", "null", "{", "[" * 100_000, '{"bf16": {}, "bf16": {}}'):
         path.write_text(text)
         with pytest.raises(DetourError, match="deepspeed: "):

@@ -21,7 +21,7 @@ REFUSED = {
     "overlap_comm": "it has given wrong gradients in several releases",
     "offload_optimizer": "checkpoints are read from the optimiser on the device",
 }
-MAPPING, SIZE, FLAG, TEXT = "a mapping", "a whole number above 0", "true or false", "a text"
+MAPPING, SIZE, FLAG, TYPE = "a mapping", "a whole number above 0", "true or false", "fp32, bf16 or fp16"
 NEEDED = {  # what stands in the files of ds_configs/, or is looked at here
     "zero_optimization": MAPPING,
     "zero_optimization.stage": SIZE,
@@ -36,8 +36,8 @@ NEEDED = {  # what stands in the files of ds_configs/, or is looked at here
     "fp16": MAPPING,
     "fp16.enabled": FLAG,
     "data_types": MAPPING,
-    "data_types.grad_accum_dtype": TEXT,
-    "communication_data_type": TEXT,
+    "data_types.grad_accum_dtype": TYPE,
+    "communication_data_type": TYPE,
 }
 
 
@@ -87,6 +87,6 @@ def _fault_of(raw: dict[str, Any], key: str, needed: str) -> str | None:
         # DeepSpeed's examples write sizes as 5e8.
         SIZE: type(value) in (int, float) and 0 < value < 2**63 and value == int(value),
         FLAG: isinstance(value, bool),
-        TEXT: isinstance(value, str),
+        TYPE: value in ("fp32", "bf16", "fp16"),
     }[needed]
     return None if good else f"{key} is {json.dumps(value)[:60]}; {needed} is needed"

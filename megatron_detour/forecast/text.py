@@ -141,7 +141,7 @@ def _memory_table(forecast: Forecast) -> list[str]:
     rows.append(["counted", *(f"{m.counted / size:.{digits}f}" for m in told.values())])
     rows.append(["with a margin", *(f"{m.needed / size:.{digits}f}" for m in told.values())])
     lines = [f"memory      {_asked(forecast)}, on each of {_gpus(forecast)}", *table(rows)]
-    lines.append(f"  most is held at: {', '.join(f'{m.moment} ({name})' for name, m in told.items())}")
+    lines.append(f"  peak memory during: {', '.join(f'{m.moment} ({name})' for name, m in told.items())}")
     if most.on_gpu:
         fitting = ", ".join(f"{card} GB {'yes' if most.fits(card) else 'no'}" for card in CARDS)
         lines += [f"  fits: {fitting}", f"  margin: {SPARE:.0%} and {CONTEXT / GB:g} GB that torch does not count"]

@@ -71,7 +71,7 @@ def _join(backend: str) -> None:
                 f"port {port} is taken, perhaps by another run: give the launcher --master_port, or set MASTER_PORT"
             ) from None
         raise DetourError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} waited in vain for the others at "
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} timed out waiting for the other ranks at "
             f"{address}:{port}: {str(error).partition(chr(10))[0]}"
         ) from None
 
@@ -82,7 +82,6 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
     Steps differ in their microbatches: whoever calls it sets the boundary of accumulation before each one.
     """
     import deepspeed
-    from deepspeed.runtime.config import DeepSpeedConfig
 
     settings = deepspeed_config | {
         "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
@@ -98,15 +97,22 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
         eps=config.optimizer.eps,
         fused=torch.cuda.is_available() or None,
     )
-    try:
-        DeepSpeedConfig(dict(settings), mpu=state)
-    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
-        cause = " ".join(str(error).split())
-        raise DetourError(f"{config.deepspeed}: DeepSpeed does not take it: {type(error).__name__}: {cause}") from None
+    refuse_unfit(settings, config.deepspeed)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=state, dist_init_required=False
     )
     return engine
+
+
+def refuse_unfit(settings: dict[str, Any], file: str) -> None:
+    """Raises DetourError where DeepSpeed itself refuses a key or a value of its file, in whichever of its ways."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(dict(settings))
+    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
+        cause = " ".join(str(error).partition("For further")[0].split())
+        raise DetourError(f"{file}: DeepSpeed does not take it: {type(error).__name__}: {cause}") from None
 
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:

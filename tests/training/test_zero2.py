@@ -156,6 +156,25 @@ def test_copies_stay_bit_equal_over_many_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"zero_optimization": {"stage": 2, "stagee": 2}}, "stagee"),
+        ({"bf16": {"enabled": True, "immediate_grad_update": "x"}}, "immediate_grad_update"),
+        ({"flops_profiler": 3}, "AttributeError"),
+        ({"tensorboard": None}, "tensorboard"),
+    ],
+)
+def test_what_deepspeed_refuses_of_its_file_is_a_sentence(more, told):
+    from megatron_detour.errors import DetourError
+    from megatron_detour.training.engine import refuse_unfit
+
+    sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    refuse_unfit(sizes | {"zero_optimization": {"stage": 2}}, "ds.json")
+    with pytest.raises(DetourError, match=rf"ds\.json: DeepSpeed does not take it: .*{told}"):
+        refuse_unfit(sizes | more, "ds.json")
+
+
+@pytest.mark.parametrize(
     ("content", "told"),
     [
         ({"zero_optimization": {"stage": 3}}, "stage is 3"),
