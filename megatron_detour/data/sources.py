@@ -64,6 +64,12 @@ class Part:
         return sum(stretch.size for stretch in self.stretches)
 
 
+def brief(error: Exception) -> str:
+    """What a library says, in one line that is not long."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 300 else words[:300] + "..."
+
+
 def is_compressed(name: str) -> bool:
     return name.endswith(COMPRESSIONS)
 
