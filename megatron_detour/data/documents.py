@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 NOT_PLAIN = (msgspec.MsgspecError, ValueError, RecursionError, BadRecord)  # what the fast parser raises
+LINE_ENDS = re.compile(rb"\n{2,}")
 ROWS, ROW_BYTES = 256, 1 << 22  # of Parquet or a dataset: no more are read at once
 
 
@@ -129,13 +131,12 @@ def _lines_block(
     if isinstance(lines, TooLong):
         block.take(first, lambda: decoded(lines))
         return block
-    each = lines.removesuffix(b"\n").split(b"\n")
-    filled = list(filter(None, each))  # a file may hold little but line ends
+    filled = LINE_ENDS.sub(b"\n", lines).strip(b"\n")  # a file may hold little but line ends
     try:
-        block.take_texts(texts_of(lines if len(filled) == len(each) else b"\n".join(filled)) if filled else [])
-        block.skip(len(each) - len(filled))
+        block.take_texts(texts_of(filled) if filled else [])
+        block.skip(lines.count(b"\n") + (not lines.endswith(b"\n")) - block.records)
     except NOT_PLAIN:
-        for number, line in enumerate(each, start=first):
+        for number, line in enumerate(lines.removesuffix(b"\n").split(b"\n"), start=first):
             if line:
                 block.take(number, lambda line=line: text_of(line))
             else:
@@ -152,7 +153,7 @@ def _either(line: bytes, keys: TextKeys) -> str:
 
 
 def _plain_texts(lines: bytes) -> list[str]:
-    return [line.removesuffix("\r") for line in lines.decode("utf-8").removesuffix("\n").split("\n")]
+    return [line.removesuffix("\r") for line in lines.decode("utf-8").split("\n")]
 
 
 def _plain_text(line: bytes) -> str:
