@@ -44,6 +44,12 @@ def nearest(word: str, known: list[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+def brief(error: BaseException) -> str:
+    """What a library says, in one line that is not long."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 300 else f"{words[:300]}..."
+
+
 def of_another_rank(error: BaseException) -> bool:
     """Whether an exception is only the consequence of another rank's end."""
     if type(error).__name__ == "DistNetworkError":
@@ -100,7 +106,8 @@ def leave(status: int) -> NoReturn:
 
 def say_error(sentence: str, rank: int) -> None:
     """Writes the one line of an error, past the streams' locks, as another thread may hold them."""
-    os.write(2, (f"error: {sentence}\n" if not rank else f"error (rank {rank}): {sentence}\n").encode())
+    line = f"error: {sentence}\n" if not rank else f"error (rank {rank}): {sentence}\n"
+    os.write(2, line.encode("utf-8", "backslashreplace"))  # a file's name may hold bytes that are not UTF-8
 
 
 def _rank() -> int:

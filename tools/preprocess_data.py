@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are not UTF-8
     words = sys.argv[1:]
     named = bool(words) and not words[0].startswith("-")
     arguments = parser().parse_args(words if named else ["build", *words])

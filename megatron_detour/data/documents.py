@@ -12,8 +12,8 @@ import msgspec
 
 from megatron_detour.data.lines import BYTE_ORDER_MARK, check_encoding, lines_before, read_errors, unpacked, whole_lines
 from megatron_detour.data.records import LONGEST_LINE, BadRecord, TextKeys, TooLong, decoded
-from megatron_detour.data.sources import Stretch, brief, is_json_lines, open_hub, open_saved, plan_stretches
-from megatron_detour.errors import DetourError
+from megatron_detour.data.sources import Stretch, is_json_lines, open_hub, open_saved, plan_stretches
+from megatron_detour.errors import DetourError, brief
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch

@@ -11,7 +11,7 @@ from megatron_detour.data.build.options import BuildOptions
 from megatron_detour.data.indexed import CHUNK, IndexedCorpus
 from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.data.publish import held_out_prefix, histogram_path, rejects_path
-from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
+from megatron_detour.data.vocabulary import Vocabulary, fingerprint, load_tokenizer
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 
@@ -144,7 +144,7 @@ def peek(prefix: str, tokenizer: str | None, count: int, first: int | None) -> I
     if tokenizer is None:
         raise DetourError("--tokenizer: peek needs the tokenizer that the corpus was built with")
     decoder = load_tokenizer(tokenizer)
-    if Vocabulary.of(decoder).sha256 != manifest.tokenizer["sha256"]:
+    if fingerprint(decoder) != manifest.tokenizer["sha256"]:
         raise DetourError(f"--tokenizer {tokenizer}: not the tokenizer that {prefix} was built with")
     if count < 1:
         raise DetourError(f"-n: at least 1 is needed, it is {count}")

@@ -13,8 +13,8 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_detour.data.records import LONGEST_LINE, TooLong
-from megatron_detour.data.sources import Stretch, brief, is_compressed
-from megatron_detour.errors import DetourError
+from megatron_detour.data.sources import Stretch, is_compressed
+from megatron_detour.errors import DetourError, brief
 
 BLOCK_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -19,7 +19,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.structured import read_json_object
 
 FORMAT = 2
-LARGEST_VOCABULARY = 1 << 24  # beyond any tokenizer, and small enough for tables of ids
+LARGEST_VOCABULARY = 1 << 22  # beyond any tokenizer, and small enough for tables of ids
 SHOWN_CHARACTERS = 120  # of a fault, which may hold what stands in the file
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]

@@ -88,6 +88,8 @@ def model_of(tokenizer: dict[str, Any]) -> bytes:
     raw = tokenizer["model"]
     if raw.get("type") != "Unigram":
         raise NoSuchModel(f"the model is {raw.get('type')}, not Unigram")
+    if raw.get("unk_id") is None:
+        raise NoSuchModel("the model has no unknown token, which SentencePiece needs")
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type = UNIGRAM
     model.trainer_spec.unk_id = raw["unk_id"]

@@ -32,7 +32,7 @@ from megatron_detour.data.indexed import token_type
 from megatron_detour.data.manifest import Manifest
 from megatron_detour.data.publish import finish_publishing, published, rejects_path
 from megatron_detour.data.records import TextKeys
-from megatron_detour.data.sources import HubDataset, Part, Stretch, find_inputs, plan_parts, plan_stretches
+from megatron_detour.data.sources import HubDataset, Part, Stretch, find_inputs, plan_parts, plan_stretches, shown
 from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.errors import DetourError
 
@@ -159,8 +159,8 @@ def _versions(engine: Chosen, options: BuildOptions) -> dict[str, str]:
 def _check_template(tokenizer_file: Path, vocabulary: Vocabulary) -> None:
     """Raises DetourError for a tokenizer that knows [CLS] and [SEP] and does not put them around a text."""
     tokenizer = load_tokenizer(tokenizer_file)
-    ids = tokenizer.encode("a").ids
-    for expected, found in ((vocabulary.cls, ids[:1]), (vocabulary.sep, ids[-1:])):
+    before, after = special_ids_around(tokenizer)
+    for expected, found in ((vocabulary.cls, before[:1]), (vocabulary.sep, after[-1:])):
         if expected is not None and [expected] != found:
             raise DetourError(
                 f"{tokenizer_file}: the tokenizer does not put {tokenizer.id_to_token(expected)} around a text; give "
@@ -196,14 +196,18 @@ def _about(plan: Plan, options: BuildOptions) -> dict[str, Any]:
     sources: dict[str, dict[str, Any]] = {}
     for stretch in plan.stretches:
         size = Path(stretch.path).stat().st_size if Path(stretch.path).is_file() else stretch.size
-        entry = sources.setdefault(stretch.path, {"path": stretch.path, "bytes": 0, "state": stretch.state})
+        entry = sources.setdefault(stretch.path, {"path": shown(stretch.path), "bytes": 0, "state": stretch.state})
         entry["bytes"] = size if Path(stretch.path).is_file() else entry["bytes"] + size
     return {
         "sources": list(sources.values()),
-        "passed_over": plan.others,
+        "passed_over": list(map(shown, plan.others)),
         "tokenizer": plan.vocabulary.to_dict(),
         "engine": dataclasses.asdict(plan.engine),
-        "options": {"input": list(options.input), "dataset": options.dataset, **options.that_shape_the_corpus()},
+        "options": {
+            "input": list(map(shown, options.input)),
+            "dataset": options.dataset,
+            **options.that_shape_the_corpus(),
+        },
         "versions": _versions(plan.engine, options),
         "plan": plan.key,
     }
