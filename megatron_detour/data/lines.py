@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,7 @@ OTHER_MARKS = {  # the longer ones first, as one begins with another
 }
 NULS, NUL_SHARE = 4, 0.02  # from which a block may be UTF-16: zero bytes, and their share
 MOSTLY = 0.95  # of them lie in the same place of characters
+LOOKED_AT, LOOKED_AT_BYTES = 16, 1 << 18  # of .txt files, to see whether they have lines
 LONG_WINDOW = "requires too much memory"  # of zstd's message
 
 
@@ -128,6 +129,34 @@ def unpacked(raw: BinaryIO, path: str) -> BinaryIO:
 
     # zstandard's own reader ends a truncated file without a word; Arrow's says so.
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), BLOCK_BYTES)
+
+
+def check_text_files(names: list[str], tell: Callable[[str], None]) -> None:
+    """Raises DetourError for several .txt files with lines, which may hold a document each or a document a line.
+
+    A single one is taken a document a line, as a corpus in one file is, and `tell` gets a line about it.
+    """
+    looked_at = names[:: -(-len(names) // LOOKED_AT)] if names else []
+    counts = [_count_lines(name) for name in looked_at]
+    if not any(lines > 1 for lines, _ in counts):
+        return
+    share = sum(lines for lines, _ in counts) / max(sum(size for _, size in counts), 1)
+    about = round(share * sum(Path(name).stat().st_size for name in names))
+    if len(names) > 1:
+        raise DetourError(
+            f"{names[0]} and {len(names) - 1:,} more .txt files have several lines each: give --whole-files if each "
+            f"file is a document ({len(names):,} documents), or --lines if each line is one (about {about:,})"
+        )
+    tell(f"{names[0]}: each of its about {about:,} lines is a document; with --whole-files the file is one")
+
+
+def _count_lines(name: str) -> tuple[int, int]:
+    """How many lines with text the beginning of a file has, and how many bytes on the disk that beginning is about."""
+    with Path(name).open("rb") as raw, read_errors(name):
+        beginning = unpacked(raw, name).read(LOOKED_AT_BYTES)
+        size = raw.tell() if len(beginning) == LOOKED_AT_BYTES else Path(name).stat().st_size
+    check_encoding(beginning, name)
+    return sum(bool(line.strip()) for line in beginning.split(b"\n")), size
 
 
 def lines_before(path: str, start: int) -> int:

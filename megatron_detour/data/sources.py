@@ -78,6 +78,10 @@ def is_json_lines(name: str) -> bool:
     return name.endswith(tuple(f".jsonl{compression}" for compression in ("", *COMPRESSIONS)))
 
 
+def is_text(name: str) -> bool:
+    return name.endswith(tuple(f".txt{compression}" for compression in ("", *COMPRESSIONS)))
+
+
 def check_kind(name: str) -> None:
     """Raises DetourError for a file that is missing or of an unknown kind."""
     if not Path(name).is_file():

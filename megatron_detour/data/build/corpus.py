@@ -29,10 +29,20 @@ from megatron_detour.data.build.run import run_parts
 from megatron_detour.data.build.worker import Job
 from megatron_detour.data.documents import read_stretch
 from megatron_detour.data.indexed import token_type
+from megatron_detour.data.lines import check_text_files
 from megatron_detour.data.manifest import Manifest
 from megatron_detour.data.publish import finish_publishing, published, rejects_path
 from megatron_detour.data.records import TextKeys
-from megatron_detour.data.sources import HubDataset, Part, Stretch, find_inputs, plan_parts, plan_stretches, shown
+from megatron_detour.data.sources import (
+    HubDataset,
+    Part,
+    Stretch,
+    find_inputs,
+    is_text,
+    plan_parts,
+    plan_stretches,
+    shown,
+)
 from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.errors import DetourError
 
@@ -122,7 +132,7 @@ def plan_build(options: BuildOptions) -> Plan:
     vocabulary = load_vocabulary(options.tokenizer, options.download)
     _check_template(tokenizer_file, vocabulary)
     Cleaner(options)  # tells here, and not in a worker, what it lacks
-    stretches, others = _find(options)
+    stretches, others = _find(options, first=True)
     one_thread()
     engine = choose_engine(options.engine, tokenizer_file, list(_sample(stretches, options)))
     under = json.dumps(
@@ -133,8 +143,10 @@ def plan_build(options: BuildOptions) -> Plan:
     return Plan(stretches, plan_parts(stretches, under), others, under, vocabulary, engine, job)
 
 
-def _find(options: BuildOptions) -> tuple[list[Stretch], list[str]]:
+def _find(options: BuildOptions, first: bool = False) -> tuple[list[Stretch], list[str]]:
     inputs, others = find_inputs(list(options.input), (rejects_path(options.output_prefix),))
+    if first and not options.whole_files and not options.lines:
+        check_text_files([name for name in inputs if is_text(name)], say)
     dataset = None
     if options.dataset:
         chosen = (options.dataset, options.dataset_config, options.split, options.streaming, options.download)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PROBES = 1_000  # tokens that are tried for one that a text gives
-SCORE_TOLERANCE = 1e-3  # of a document's sum of float32 log probabilities
 # White space that engines see differently, characters of many planes and of late versions of Unicode, and combinations.
 TRIALS = (
     "",
@@ -134,8 +133,7 @@ class SentencePiece:
             raise Unsuitable(brief(error)) from None
         added = {token["id"]: (token["content"], 0.0) for token in raw["added_tokens"]}
         pieces = dict(enumerate(raw["model"]["vocab"])) | added
-        self._pieces, scores = zip(*(pieces[number] for number in sorted(pieces)), strict=True)
-        self._scores = np.array(scores)
+        self._pieces = [pieces[number] for number in sorted(pieces)]
         self._added = [content for content, _ in added.values()]
         self._first_characters = {content[0] for content in self._added}
         self._prefix, self._suffix = special_ids_around(self._judge)
@@ -155,8 +153,7 @@ class SentencePiece:
     def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
         if np.array_equal(ids, judged):
             return True
-        same_text = "".join(self._pieces[i] for i in ids) == "".join(self._pieces[i] for i in judged)
-        return same_text and abs(self._scores[ids].sum() - self._scores[judged].sum()) < SCORE_TOLERANCE
+        return spm.as_likely(ids.tolist(), judged.tolist(), self._pieces)
 
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {e.name: e for e in (Fastokens, SentencePiece, HuggingFace)}
