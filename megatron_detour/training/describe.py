@@ -71,7 +71,7 @@ def _corpora(sequences: Sequences, weights: list[float]) -> list[dict[str, Any]]
             "tokens": manifest.tokens,
             "sha256": manifest.files["bin"]["sha256"],
             "tokenizer_sha256": manifest.tokenizer["sha256"],
-            "sources": manifest.sources,
+            **manifest.input_summary(),
         }
         for prefix, weight, manifest in zip(sequences.prefixes, weights, sequences.manifests, strict=True)
     ]

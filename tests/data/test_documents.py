@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -368,6 +370,55 @@ def test_a_saved_dataset_of_splits_needs_a_split(tmp_path):
     assert texts_of(read(tmp_path / "d", split="b")) == ["y"]
     with pytest.raises(DetourError, match=r"choose one with --split a\|b"):
         read(tmp_path / "d", split="train")
+
+
+@pytest.mark.parametrize("splits", [["../out"], ["/etc"], [".."], [""], ["a", None], "a", {"a": 1}, None, [["a"]]])
+def test_a_saved_dataset_names_only_what_lies_in_it(tmp_path, splits):
+    datasets.Dataset.from_dict({"text": ["secret"]}).save_to_disk(tmp_path / "out")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(DetourError, match=r"dataset_dict\.json: its splits are not a list of names"):
+        read(tmp_path / "d", split="../out")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff", b"null", b"[" * 100_000, b'{"splits": [], "splits": ["a"]}', b'{"splits": ["a"]}'],
+)
+@pytest.mark.parametrize("name", ["dataset_dict.json", "state.json"])
+def test_a_damaged_saved_dataset_is_one_sentence(tmp_path, name, content):
+    datasets.DatasetDict({"a": datasets.Dataset.from_dict({"text": ["x"]})}).save_to_disk(tmp_path / "d")
+    (tmp_path / "d" / name).write_bytes(content)
+    if name == "dataset_dict.json" and content.startswith(b'{"splits": ["a"]'):
+        (tmp_path / "d/a/state.json").unlink()
+    with pytest.raises(DetourError) as caught:
+        read(tmp_path / "d", split="a")
+    assert str(tmp_path / "d") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_dataset_whose_files_lie_elsewhere_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / "d")
+    state = json.loads((tmp_path / "d/state.json").read_text())
+    state["_data_files"] = [{"filename": "../other/data.arrow"}]
+    (tmp_path / "d/state.json").write_text(json.dumps(state))
+    with pytest.raises(DetourError, match=r"state\.json: its _data_files are not a list of files beside it"):
+        read(tmp_path / "d")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/a.txt").write_text("x")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DetourError, match=r"in/deep: cannot be read: Stale file handle"):
+        find_inputs([str(tmp_path / "in")])
 
 
 BROKEN = {

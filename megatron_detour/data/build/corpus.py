@@ -74,8 +74,11 @@ def build_corpus(options: BuildOptions) -> Manifest | None:
     prefix, and what is finished stays for the next attempt.
     """
     options.check()
-    plan = plan_build(options)
     journal = Journal(options.output_prefix)
+    try:
+        plan = plan_build(options)
+    except OSError as error:  # of a file system that is gone, or of what is no file
+        raise DetourError(f"{shown(error.filename or 'the input')}: {error.strerror or error}") from None
     manifest = None
     with _sigterm_as_sigint(), journal.lock(options.shard_index):
         try:
