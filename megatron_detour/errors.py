@@ -55,6 +55,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {by_lower[match[0]]!r}?)" if match else ""
 
 
+def brief(error: BaseException) -> str:
+    """What a library says, in one line that is not long."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 300 else f"{words[:300]}..."
+
+
 def of_another_rank(error: BaseException) -> bool:
     """Whether an exception is only the consequence of another rank's end."""
     if type(error).__name__ == "DistNetworkError":
@@ -115,7 +121,8 @@ def leave(status: int) -> NoReturn:
 def say_error(sentence: str, rank: int) -> None:
     """Writes the one line of an error, past the streams' locks, as another thread may hold them."""
     said = visible(sentence)  # a name from outside must not steer the terminal
-    os.write(2, (f"error: {said}\n" if not rank else f"error (rank {rank}): {said}\n").encode())
+    line = f"error: {said}\n" if not rank else f"error (rank {rank}): {said}\n"
+    os.write(2, line.encode("utf-8", "backslashreplace"))  # a file's name may hold bytes that are not UTF-8
 
 
 def _rank() -> int:

@@ -5,10 +5,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_detour.benchmark import checkpoints, preprocess, read, report, train
-from megatron_detour.benchmark.train import DTYPES, SIZES
-from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
-from megatron_detour.errors import command_line
+try:
+    from megatron_detour.benchmark import checkpoints, preprocess, read, report, train
+    from megatron_detour.benchmark.train import DTYPES, SIZES
+    from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
+    from megatron_detour.errors import command_line
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 
 
 def main() -> None:

@@ -4,8 +4,11 @@
 import argparse
 from pathlib import Path
 
-from megatron_detour.errors import command_line
-from megatron_detour.release import command
+try:
+    from megatron_detour.errors import command_line
+    from megatron_detour.release import command
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 
 
 def main() -> None:

@@ -11,9 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_detour.errors import command_line
-from megatron_detour.evaluation import command
-from megatron_detour.evaluation.intrinsic import command as intrinsic_command
+try:
+    from megatron_detour.errors import command_line
+    from megatron_detour.evaluation import command
+    from megatron_detour.evaluation.intrinsic import command as intrinsic_command
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 
 COMMANDS = ("run", "report", "tasks", "intrinsic")
 

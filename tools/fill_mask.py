@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers.utils import logging
+try:
+    from transformers.utils import logging
 
-from megatron_detour.errors import command_line
-from megatron_detour.evaluation.probes import print_report, probes_from_corpus, read_probes, run_probes
+    from megatron_detour.errors import command_line
+    from megatron_detour.evaluation.probes import print_report, probes_from_corpus, read_probes, run_probes
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 
 
 def main() -> None:

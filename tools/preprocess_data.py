@@ -7,9 +7,12 @@ For corpora that are built: preprocess_data.py verify P, stats P, peek P and mer
 import argparse
 import sys
 
-from megatron_detour.data import examine, merge
-from megatron_detour.data.build import build_corpus, options
-from megatron_detour.errors import command_line
+try:
+    from megatron_detour.data import examine, merge
+    from megatron_detour.data.build import build_corpus, options
+    from megatron_detour.errors import command_line
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 
 COMMANDS = ("build", "verify", "stats", "peek", "merge")
 
@@ -37,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are not UTF-8
     words = sys.argv[1:]
+    if words in (["-h"], ["--help"]):
+        print(parser().format_help())  # the commands; the flags of `build`, which is meant without one, follow
     named = bool(words) and not words[0].startswith("-")
     arguments = parser().parse_args(words if named else ["build", *words])
     if arguments.command == "build":

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_detour.data.train_tokenizer import train_tokenizer
-from megatron_detour.errors import command_line
+try:
+    from megatron_detour.data.train_tokenizer import train_tokenizer
+    from megatron_detour.errors import command_line
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 
 
 def main() -> None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from megatron_detour.data.records import LONGEST_LINE, BadRecord, TextKeys, TooLong, checked, decoded
-from megatron_detour.data.sources import Stretch, is_compressed, is_json_lines, open_hub, open_saved, plan_stretches
-from megatron_detour.errors import DetourError
+from megatron_detour.data.lines import BYTE_ORDER_MARK, check_encoding, lines_before, read_errors, unpacked, whole_lines
+from megatron_detour.data.records import LONGEST_LINE, BadRecord, TextKeys, TooLong, decoded
+from megatron_detour.data.sources import Stretch, is_json_lines, open_hub, open_saved, plan_stretches
+from megatron_detour.errors import DetourError, brief
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
-BLOCK_BYTES = 1 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NOT_PLAIN = (msgspec.MsgspecError, ValueError, RecursionError, BadRecord)  # what the fast parser raises
-ROWS = 256  # of Parquet or a dataset, read at once
+LINE_ENDS = re.compile(rb"\n{2,}")
+ROWS, ROW_BYTES = 256, 1 << 22  # of Parquet or a dataset: no more are read at once
 
 
 @dataclass
@@ -43,6 +39,11 @@ class Block:
         except BadRecord as reason:
             self.records += 1
             self.rejects.append((number, str(reason)))
+
+    def skip(self, count: int) -> None:
+        """Counts empty records."""
+        self.records += count
+        self.empty += count
 
     def take_texts(self, texts: list[str]) -> None:
         """Counts records, all of them with a text that may be blank."""
@@ -87,47 +88,33 @@ def records_before(stretch: Stretch) -> int:
 
         groups = read_metadata(stretch.path)
         return sum(groups.row_group(group).num_rows for group in range(stretch.start))
-    if stretch.kind != "lines" or not stretch.start:
-        return stretch.start if stretch.kind == "dataset" else 0
-    lines, left = 1, stretch.start - 1  # the line that holds the byte before the stretch is another's
-    with Path(stretch.path).open("rb") as file:
-        while left and (block := file.read(min(left, BLOCK_BYTES))):
-            lines += block.count(b"\n")
-            left -= len(block)
-    return lines
+    if stretch.kind == "lines" and stretch.start:
+        return lines_before(stretch.path, stretch.start)
+    return stretch.start if stretch.kind == "dataset" else 0
 
 
 def _file_block(stretch: Stretch) -> Block:
     block = Block()
-    with Path(stretch.path).open("rb") as raw, _read_errors(stretch.path):
-        content = (_decompressed(raw, stretch.path) if is_compressed(stretch.path) else raw).read(LONGEST_LINE + 1)
+    with Path(stretch.path).open("rb") as raw, read_errors(stretch.path):
+        content = unpacked(raw, stretch.path).read(LONGEST_LINE + 1)
+    check_encoding(content, stretch.path)
     whole = content.removeprefix(BYTE_ORDER_MARK) if len(content) <= LONGEST_LINE else TooLong()
     block.take(0, lambda: decoded(whole))
     return block
 
 
-@contextmanager
-def _read_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # pyarrow takes long to load, and some of its errors are ValueErrors.
-        if not isinstance(error, (EOFError, OSError, zlib.error)) and "pyarrow" not in type(error).__module__:
-            raise
-        raise DetourError(f"{path}: cannot be read to its end: {error}") from None
-
-
 def _line_blocks(stretch: Stretch, keys: TextKeys, report: Callable[[int], None]) -> Iterator[Block]:
-    is_json = is_json_lines(stretch.path)
+    texts_of = keys.fast_texts if is_json_lines(stretch.path) else _plain_texts
+    text_of = (lambda line: _either(line, keys)) if is_json_lines(stretch.path) else _plain_text
     reported = number = 0
     with Path(stretch.path).open("rb") as raw:
         several = whole_lines(raw, stretch)
         while True:
-            with _read_errors(stretch.path):
+            with read_errors(stretch.path):
                 lines = next(several, None)
             if lines is None:
                 break
-            block = _json_block(lines, keys, number) if is_json else _text_block(lines, number)
+            block = _lines_block(lines, number, texts_of, text_of)
             number += block.records
             yield block
             here = min(max(raw.tell() - stretch.start, 0), stretch.size)
@@ -136,97 +123,54 @@ def _line_blocks(stretch: Stretch, keys: TextKeys, report: Callable[[int], None]
     report(stretch.size - reported)
 
 
-def _json_block(lines: bytes, keys: TextKeys, first: int) -> Block:
+def _lines_block(
+    lines: bytes, first: int, texts_of: Callable[[bytes], list[str]], text_of: Callable[[bytes], str]
+) -> Block:
+    """The documents of lines: of all at once where `texts_of` finds nothing odd, else of one line after the other."""
     block = Block()
+    if isinstance(lines, TooLong):
+        block.take(first, lambda: decoded(lines))
+        return block
+    filled = LINE_ENDS.sub(b"\n", lines).strip(b"\n")  # a file may hold little but line ends
     try:
-        block.take_texts(keys.fast_texts(lines))
+        block.take_texts(texts_of(filled) if filled else [])
+        block.skip(lines.count(b"\n") + (not lines.endswith(b"\n")) - block.records)
     except NOT_PLAIN:
-        for number, line in enumerate(_split(lines), start=first):
-            block.take(number, lambda line=line: _either(line, keys))
+        for number, line in enumerate(lines.removesuffix(b"\n").split(b"\n"), start=first):
+            if line:
+                block.take(number, lambda line=line: text_of(line))
+            else:
+                block.skip(1)
     return block
 
 
 def _either(line: bytes, keys: TextKeys) -> str:
     """What decides on a line must not depend on its neighbours: the fast parser first, for each line as for all."""
     try:
-        return keys.fast_texts(checked(line))[0]
+        return keys.fast_texts(line)[0]
     except NOT_PLAIN:
         return keys.of_line(line)
 
 
-def _text_block(lines: bytes, first: int) -> Block:
-    block = Block()
-    for number, line in enumerate(_split(lines), start=first):
-        block.take(number, lambda line=line: decoded(checked(line).removesuffix(b"\r")))
-    return block
+def _plain_texts(lines: bytes) -> list[str]:
+    return [line.removesuffix("\r") for line in lines.decode("utf-8").split("\n")]
 
 
-def _split(lines: bytes) -> list[bytes]:
-    return [lines] if isinstance(lines, TooLong) else lines.removesuffix(b"\n").split(b"\n")
+def _plain_text(line: bytes) -> str:
+    return decoded(line.removesuffix(b"\r"))
 
 
-def whole_lines(raw: BinaryIO, stretch: Stretch) -> Iterator[bytes]:
-    """Yields the lines that begin in the stretch, as they are, some at a time; `raw` is the open file."""
-    stream, owned = _opened(raw, stretch)
-    rest = b""
-    at_start = stretch.start == 0
-    while block := stream.read(BLOCK_BYTES if owned is None else min(BLOCK_BYTES, owned)):
-        if owned is not None:
-            owned -= len(block)
-            if not owned and not block.endswith(b"\n"):
-                block += stream.readline(LONGEST_LINE)  # the line that begins here is ours to its end
-        if at_start:
-            block, at_start = block.removeprefix(BYTE_ORDER_MARK), False
-        end = block.rfind(b"\n") + 1
-        if end:
-            yield rest + block[:end]
-            rest = block[end:]
-        else:
-            rest += block
-        if len(rest) > LONGEST_LINE:
-            owned = _pass_over_line(stream, owned)
-            rest = b""
-            yield TooLong()
-    if rest:
-        yield rest
-
-
-def _pass_over_line(stream: BinaryIO, owned: int | None) -> int | None:
-    while piece := stream.readline(BLOCK_BYTES):
-        owned = owned if owned is None else max(owned - len(piece), 0)
-        if piece.endswith(b"\n"):
-            break
-    return owned
-
-
-def _opened(raw: BinaryIO, stretch: Stretch) -> tuple[BinaryIO, int | None]:
-    """The stream of a stretch's text, and how many bytes on from there the last line of ours may begin."""
-    if is_compressed(stretch.path):
-        return _decompressed(raw, stretch.path), None
-    if not stretch.start:
-        return raw, stretch.end
-    raw.seek(stretch.start - 1)  # the rest of a line that began before is another stretch's
-    while (piece := raw.readline(BLOCK_BYTES)) and not piece.endswith(b"\n"):
-        pass
-    return raw, max(stretch.end - raw.tell(), 0)
-
-
-def _decompressed(raw: BinaryIO, path: str) -> BinaryIO:
-    if path.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK_BYTES)
-    import pyarrow
-
-    # zstandard's own reader ends a truncated file without a word; Arrow's says so.
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"), BLOCK_BYTES)
-
-
-def _row_blocks(rows: Iterator[list[dict[str, Any] | BadRecord]], keys: TextKeys) -> Iterator[Block]:
-    number = 0
-    for some in rows:
-        block = Block()
-        for record in some:
-            block.take(number, lambda record=record: _row_text(record, keys))
-            number += 1
+def _row_blocks(rows: Iterator[dict[str, Any] | BadRecord], keys: TextKeys) -> Iterator[Block]:
+    """Blocks of at most ROWS records, or of one whose texts came to ROW_BYTES."""
+    block, characters = Block(), 0
+    for number, record in enumerate(rows):
+        known = len(block.texts)
+        block.take(number, lambda record=record: _row_text(record, keys))
+        characters += sum(map(len, block.texts[known:]))
+        if block.records == ROWS or characters >= ROW_BYTES:
+            yield block
+            block, characters = Block(), 0
+    if block.records:
         yield block
 
 
@@ -236,17 +180,22 @@ def _row_text(record: dict[str, Any] | BadRecord, keys: TextKeys) -> str:
     return keys.of_record(record)
 
 
-def _parquet_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any] | BadRecord]]:
+def _rows_at_once(size: int, rows: int) -> int:
+    """How many rows of a table of `size` bytes are about ROW_BYTES, but at most ROWS."""
+    return max(1, min(ROWS, ROW_BYTES * rows // max(size, 1)))
+
+
+def _parquet_rows(stretch: Stretch, keys: TextKeys) -> Iterator[dict[str, Any] | BadRecord]:
     from pyarrow.parquet import ParquetFile
 
-    with _read_errors(stretch.path), ParquetFile(stretch.path) as file:
-        columns = [name for name in keys.roots if name in file.schema_arrow.names]
-        groups = list(range(stretch.start, stretch.end))
-        for batch in file.iter_batches(ROWS, row_groups=groups, columns=columns or None):
-            try:
-                yield batch.to_pylist()
-            except UnicodeDecodeError:
-                yield [_row_of(batch, number) for number in range(len(batch))]
+    with read_errors(stretch.path), ParquetFile(stretch.path, pre_buffer=False, buffer_size=ROW_BYTES) as file:
+        columns = [name for name in keys.columns if name in file.schema_arrow.names]
+        for group in range(stretch.start, stretch.end):
+            facts = file.metadata.row_group(group)
+            at_once = _rows_at_once(facts.total_byte_size, facts.num_rows)
+            for batch in file.iter_batches(at_once, row_groups=[group], columns=columns or None, use_threads=False):
+                for number in range(len(batch)):
+                    yield _row_of(batch, number)
 
 
 def _row_of(batch: RecordBatch, number: int) -> dict[str, Any] | BadRecord:
@@ -256,20 +205,19 @@ def _row_of(batch: RecordBatch, number: int) -> dict[str, Any] | BadRecord:
         return BadRecord("not UTF-8")
 
 
-def _dataset_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any]]]:
+def _dataset_rows(stretch: Stretch, keys: TextKeys) -> Iterator[dict[str, Any]]:
     dataset = open_hub(stretch.dataset) if stretch.dataset else open_saved(stretch.path)
-    known = [name for name in keys.roots if name in dataset.column_names]
+    known = [name for name in keys.columns if name in dataset.column_names]
     dataset = dataset.select_columns(known) if known else dataset
-    for start in range(stretch.start, stretch.end, ROWS):
-        columns = dataset[start : min(start + ROWS, stretch.end)]
-        yield [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    at_once = _rows_at_once(stretch.size, stretch.end - stretch.start)
+    for start in range(stretch.start, stretch.end, at_once):
+        columns = dataset[start : min(start + at_once, stretch.end)]
+        yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
-def _streamed_rows(stretch: Stretch, keys: TextKeys) -> Iterator[list[dict[str, Any]]]:
+def _streamed_rows(stretch: Stretch, keys: TextKeys) -> Iterator[dict[str, Any]]:
     shard = open_hub(stretch.dataset).shard(num_shards=stretch.end, index=stretch.start)
-    rows = iter(shard)
     try:
-        while some := list(islice(rows, ROWS)):
-            yield some
+        yield from shard
     except Exception as error:  # of the network and of every format that datasets reads
-        raise DetourError(f"{stretch.path}: cannot be read to its end: {error}") from None
+        raise DetourError(f"{stretch.path}: cannot be read to its end: {brief(error)}") from None

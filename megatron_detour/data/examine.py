@@ -11,7 +11,7 @@ from megatron_detour.data.build.options import BuildOptions
 from megatron_detour.data.indexed import CHUNK, IndexedCorpus
 from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.data.publish import held_out_prefix, histogram_path, rejects_path
-from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
+from megatron_detour.data.vocabulary import Vocabulary, fingerprint, load_tokenizer
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 
@@ -71,9 +71,14 @@ def verify(prefix: str) -> str:
         raise DetourError(f"{prefix}.idx: it does not hold the manifest's documents and tokens; build the corpus again")
     _check_index(corpus)
     for start in range(0, corpus.token_count, CHECKED_IDS):
-        greatest = int(corpus.stretch(start, CHECKED_IDS).max())
-        if greatest >= vocabulary.size:
-            raise DetourError(f"{prefix}.bin: holds id {greatest:,} of a vocabulary of {vocabulary.size:,}")
+        ids = corpus.stretch(start, CHECKED_IDS)
+        least, greatest = int(ids.min()), int(ids.max())
+        if least < 0 or greatest >= vocabulary.size:
+            wrong = least if least < 0 else greatest
+            raise DetourError(f"{prefix}.bin: holds id {wrong:,} of a vocabulary of {vocabulary.size:,}")
+    accounted = manifest.documents + manifest.held_out + manifest.empty + manifest.rejects
+    if manifest.records != accounted + sum(manifest.removed.values()):
+        raise DetourError(f"{prefix}.manifest.json: its documents and what was left out are not its records")
     return (
         f"{prefix}: whole, {manifest.documents:,} documents and {manifest.tokens:,} tokens of tokenizer "
         f"{manifest.tokenizer['sha256'][:12]}"
@@ -82,14 +87,15 @@ def verify(prefix: str) -> str:
 
 def _check_index(corpus: IndexedCorpus) -> None:
     """Documents must lie one after the other, each of a token at least."""
-    end = 0
+    end, boundaries = 0, corpus.documents
     for start in range(0, len(corpus), CHUNK):
-        lengths = corpus.lengths[start : start + CHUNK].astype(np.int64)
-        begins = corpus.offsets[start : start + CHUNK] // corpus.dtype.itemsize
-        ends = begins + lengths
-        if (lengths < 1).any() or begins[0] != end or (begins[1:] != ends[:-1]).any():
+        lengths = corpus.lengths[start : start + CHUNK].astype(np.int64) * corpus.dtype.itemsize
+        ends = end + np.cumsum(lengths)
+        if (lengths < 1).any() or (corpus.offsets[start : start + CHUNK] != ends - lengths).any():
             raise DetourError(f"{corpus.prefix}.idx: its documents do not lie one after the other")
         end = int(ends[-1])
+    if len(boundaries) != len(corpus) + 1 or (boundaries != np.arange(len(boundaries))).any():
+        raise DetourError(f"{corpus.prefix}.idx: its boundaries are not one document each")
 
 
 def stats(prefix: str) -> str:
@@ -144,7 +150,7 @@ def peek(prefix: str, tokenizer: str | None, count: int, first: int | None) -> I
     if tokenizer is None:
         raise DetourError("--tokenizer: peek needs the tokenizer that the corpus was built with")
     decoder = load_tokenizer(tokenizer)
-    if Vocabulary.of(decoder).sha256 != manifest.tokenizer["sha256"]:
+    if fingerprint(decoder) != manifest.tokenizer["sha256"]:
         raise DetourError(f"--tokenizer {tokenizer}: not the tokenizer that {prefix} was built with")
     if count < 1:
         raise DetourError(f"-n: at least 1 is needed, it is {count}")

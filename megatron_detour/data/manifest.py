@@ -19,7 +19,8 @@ from megatron_detour.errors import DetourError
 from megatron_detour.structured import read_json_object
 
 FORMAT = 2
-LARGEST_VOCABULARY = 1 << 24  # beyond any tokenizer, and small enough for tables of ids
+LARGEST_VOCABULARY = 1 << 22  # beyond any tokenizer, and small enough for tables of ids
+SHOWN_SOURCES = 5
 SHOWN_CHARACTERS = 120  # of a fault, which may hold what stands in the file
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
@@ -95,6 +96,15 @@ class Manifest:
     created: str = ""
     version: str = ""
     format: Literal[2] = FORMAT
+
+    def input_summary(self) -> dict[str, Any]:
+        """How many files were read and how large they are, with the first of them: there may be 100,000."""
+        some = [{"path": source["path"], "bytes": source["bytes"]} for source in self.sources[:SHOWN_SOURCES]]
+        return {
+            "sources": some,
+            "source_files": len(self.sources),
+            "source_bytes": sum(s["bytes"] for s in self.sources),
+        }
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

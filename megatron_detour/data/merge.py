@@ -13,6 +13,7 @@ from megatron_detour.data.build.options import check_prefix
 from megatron_detour.data.indexed import IndexedCorpus, bin_path
 from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.data.publish import CorpusWriter, finish_publishing, held_out_prefix, publish, published
+from megatron_detour.data.sources import shown
 from megatron_detour.errors import DetourError
 
 
@@ -61,7 +62,7 @@ def _about(prefixes: list[str], manifests: list[Manifest], plan: str) -> dict[st
     engines = {m.engine.get("name"): m.engine for m in manifests}
     return {
         "records": sum(m.documents for m in manifests),
-        "sources": [{"path": prefix, **m.files["bin"]} for prefix, m in zip(prefixes, manifests, strict=True)],
+        "sources": [{"path": shown(prefix), **m.files["bin"]} for prefix, m in zip(prefixes, manifests, strict=True)],
         "tokenizer": manifests[0].tokenizer,
         "engine": manifests[0].engine
         if len(engines) == 1

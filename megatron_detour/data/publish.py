@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 
 from megatron_detour.data.indexed import CHUNK, bin_path, idx_path, write_index
@@ -18,6 +19,7 @@ from megatron_detour.data.integrity import sample_sha256
 from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts, flush, write_whole
+from megatron_detour.structured import read_json
 
 COPY_BYTES = 1 << 22
 NOTE = "publishing.json"
@@ -38,6 +40,13 @@ def histogram_path(prefix: str) -> Path:
 def corpus_files(prefix: str) -> list[Path]:
     """The three files of a corpus, the manifest first."""
     return [manifest_path(prefix), bin_path(prefix), idx_path(prefix)]
+
+
+class Note(msgspec.Struct):
+    """Which build is to be named, and its files: the names they have and the names they get."""
+
+    plan: str
+    steps: list[tuple[str, str]]
 
 
 class CorpusWriter:
@@ -111,7 +120,7 @@ class CorpusWriter:
 
 def publish(folder: Path, prefix: str, plan: str, names: Iterable[tuple[Path, Path]]) -> None:
     """Names finished files of `folder`, in order; what an earlier corpus of the prefix left is removed first."""
-    steps = [(source.name, str(target.name)) for source, target in names]
+    steps = [(source.name, target.name) for source, target in names]
     write_whole(folder / NOTE, json.dumps({"plan": plan, "steps": steps}))
     flush(folder)
     _name(folder, prefix, steps)
@@ -120,12 +129,13 @@ def publish(folder: Path, prefix: str, plan: str, names: Iterable[tuple[Path, Pa
 def finish_publishing(folder: Path, prefix: str, plan: str) -> Manifest | None:
     """Goes on with a publication of the same plan that was broken off, and returns its manifest; else None."""
     try:
-        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        note = msgspec.convert(read_json(folder / NOTE), Note)
+    except (FileNotFoundError, DetourError, msgspec.ValidationError):  # a damaged one is written again by the build
         return None
-    if note["plan"] != plan:
+    plain = all(Path(name).name == name for step in note.steps for name in step)
+    if note.plan != plan or not plain or not all(to.startswith(f"{Path(prefix).name}.") for _, to in note.steps):
         return None
-    _name(folder, prefix, note["steps"])
+    _name(folder, prefix, note.steps)
     return read_manifest(prefix)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from megatron_detour.errors import nearest
-
 LONGEST_LINE = 256 << 20  # bytes
+# That others keep their texts under. Of what a record holds nothing else may be told: its keys may be names of people.
+USUAL_KEYS = ("text", "content", "body", "note", "report", "abstract", "article", "document", "texte", "contenu")
 
 
 class BadRecord(Exception):
@@ -33,18 +33,22 @@ def decoded(line: bytes) -> str:
     try:
         return checked(line).decode("utf-8")
     except UnicodeDecodeError:
-        raise BadRecord("not UTF-8") from None
+        raise BadRecord("not UTF-8; if it is Latin-1: iconv -f WINDOWS-1252 -t UTF-8") from None
 
 
 class TextKeys:
-    """Where a record keeps its text: keys, "a.b" for b inside a; the texts of several keys are joined."""
+    """Where a record keeps its text: the key of this name, or, for "a.b", b inside a; texts of several are joined.
+
+    A key that appears twice in an object is refused where it is spelled alike, as nobody knows which text is meant.
+    """
 
     def __init__(self, keys: tuple[str, ...] = ("text",), separator: str = "\n") -> None:
         self.keys = keys
         self.separator = separator
-        self.roots = tuple(dict.fromkeys(key.split(".")[0] for key in keys))
-        self._paths = [key.split(".") for key in keys]
-        self._decoder = msgspec.json.Decoder(_struct(self._paths[0]) if len(keys) == 1 else Any)
+        self.columns = tuple(dict.fromkeys(head for key in keys for head in _heads(key)))  # that may hold them
+        self._names = {head for key in keys for tail in _tails(key) for head in _heads(tail)}
+        self._spelled = [(f'"{name}":'.encode(), f'"{name}" :'.encode()) for name in self._names]
+        self._decoder = msgspec.json.Decoder(_struct(keys[0].split(".")) if len(keys) == 1 else Any)
 
     def fast_texts(self, lines: bytes) -> list[str]:
         """The texts of whole JSON lines, all or none: raises ValueError and others where one is not plainly good.
@@ -58,13 +62,16 @@ class TextKeys:
         # records as lines are a record a line.
         if not ((content[ends - 1] == ord("}")) & (content[ends + 1] == ord("{"))).all():
             raise ValueError("not an object a line")
+        count = len(ends) + 1
+        if any(sum(map(lines.count, spellings)) > count for spellings in self._spelled):
+            raise ValueError("perhaps a key that appears twice")
         records = self._decoder.decode_lines(lines)
-        if len(records) != len(ends) + 1:
+        if len(records) != count:
             raise ValueError("not an object a line")
         if len(self.keys) > 1:
             return [self.of_record(record) for record in records]
-        for _ in self._paths[0][1:]:
-            records = [record.value for record in records]
+        if "." in self.keys[0]:
+            return [_inner(record) for record in records]
         return [record.value for record in records]
 
     def of_line(self, line: bytes) -> str:
@@ -73,7 +80,7 @@ class TextKeys:
         if not text or text.isspace():
             return ""
         try:
-            record = json.loads(text)
+            record = json.loads(text, object_pairs_hook=self._mapping)
         except (ValueError, RecursionError) as error:  # ValueError: JSON's own, and numbers of thousands of digits
             raise BadRecord(f"not JSON ({error})") from None
         return self.of_record(record)
@@ -82,37 +89,74 @@ class TextKeys:
         """The text of a record of dictionaries. Raises BadRecord."""
         if not isinstance(record, dict):
             raise BadRecord('not a JSON object such as {"text": "..."}')
-        return self.separator.join(
-            self._value(record, key, path) for key, path in zip(self.keys, self._paths, strict=True)
-        )
+        return self.separator.join(_checked_text(record, key) for key in self.keys)
 
-    def _value(self, record: Any, key: str, path: list[str]) -> str:
-        whole = record
-        for name in path:
-            if not isinstance(record, dict) or name not in record:
-                raise BadRecord(f"no key {key!r}{nearest(key, _keys(whole))}; --text-key names the key of the text")
-            record = record[name]
-        if record is None:
-            raise BadRecord(f"the value of {key!r} is null")
-        if isinstance(record, dict):
-            inside = ", ".join(f"{key}.{name}" for name in record)
-            raise BadRecord(f"the value of {key!r} is an object; --text-key takes {inside}")
-        if not isinstance(record, str):
-            raise BadRecord(f"the value of {key!r} is not a text")
-        try:
-            record.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRecord(f"the text of {key!r} holds half a surrogate pair") from None
-        return record
+    def _mapping(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
+            names = [name for name, _ in pairs if name in self._names]
+            if len(names) > len(set(names)):
+                raise BadRecord(f"the key {max(names, key=names.count)!r} appears twice")
+        return mapping
 
 
-def _keys(record: dict[str, Any]) -> list[str]:
-    """The keys of a record, with "a.b" for those inside."""
-    inside = [f"{name}.{key}" for name, value in record.items() if isinstance(value, dict) for key in _keys(value)]
-    return [*record, *inside]
+def _heads(key: str) -> list[str]:
+    """a, a.b and a.b.c of a.b.c."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _struct(path: list[str]) -> type:
-    """A msgspec type that reads nothing of a record but the text at `path`, as .value.value..."""
-    inner = _struct(path[1:]) if len(path) > 1 else str
-    return msgspec.defstruct("Record", [("value", inner, msgspec.field(name=path[0]))], gc=False)
+def _tails(key: str) -> list[str]:
+    """a.b.c, b.c and c of a.b.c."""
+    parts = key.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _checked_text(record: dict[str, Any], key: str) -> str:
+    """Raises BadRecord, with nothing of the record in it: other keys may be names, too."""
+    text = _under(record, key)
+    if text is msgspec.UNSET:
+        usual = next((f" (there is {name!r})" for name in USUAL_KEYS if name in record), "")
+        raise BadRecord(f"no key {key!r}{usual}; --text-key names the key of the text")
+    if text is None:
+        raise BadRecord(f"the value of {key!r} is null")
+    if isinstance(text, dict):
+        raise BadRecord(f"the value of {key!r} is an object; --text-key {key}.NAME takes the text under NAME in it")
+    if not isinstance(text, str):
+        raise BadRecord(f"the value of {key!r} is not a text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRecord(f"the text of {key!r} holds half a surrogate pair") from None
+    return text
+
+
+def _under(record: Any, key: str) -> Any:
+    """The value under a key, as it is spelled or else, for "a.b", under b inside a; UNSET for none."""
+    if not isinstance(record, dict):
+        return msgspec.UNSET
+    if key in record:
+        return record[key]
+    inside = (_under(record[head], key[len(head) + 1 :]) for head in _heads(key)[:-1] if head in record)
+    return next((value for value in inside if value is not msgspec.UNSET), msgspec.UNSET)
+
+
+def _struct(parts: list[str]) -> type:
+    """A msgspec type that reads nothing of a record but the text under a key, as `_inner` finds it."""
+    if len(parts) == 1:
+        return msgspec.defstruct("Record", [("value", str, msgspec.field(name=parts[0]))], gc=False)
+    names = {"spelled": (str, ".".join(parts)), "value": (_struct(parts[1:]), parts[0])}
+    fields = [
+        (n, kind | msgspec.UnsetType, msgspec.field(name=key, default=msgspec.UNSET))
+        for n, (kind, key) in names.items()
+    ]
+    return msgspec.defstruct("Record", fields, gc=False)
+
+
+def _inner(record: Any) -> str:
+    while isinstance(record, msgspec.Struct):
+        spelled = getattr(record, "spelled", msgspec.UNSET)
+        record = record.value if spelled is msgspec.UNSET else spelled
+    if record is msgspec.UNSET:
+        raise ValueError("no such key")
+    return record

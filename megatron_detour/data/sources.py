@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, brief
+from megatron_detour.structured import read_json_object
 
 COMPRESSIONS = (".gz", ".zst")
 LINE_KINDS = (".jsonl", ".txt")
@@ -64,12 +65,21 @@ class Part:
         return sum(stretch.size for stretch in self.stretches)
 
 
+def shown(path: str) -> str:
+    """A path as text: bytes of a name that are not UTF-8 as \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def is_compressed(name: str) -> bool:
     return name.endswith(COMPRESSIONS)
 
 
 def is_json_lines(name: str) -> bool:
     return name.endswith(tuple(f".jsonl{compression}" for compression in ("", *COMPRESSIONS)))
+
+
+def is_text(name: str) -> bool:
+    return name.endswith(tuple(f".txt{compression}" for compression in ("", *COMPRESSIONS)))
 
 
 def check_kind(name: str) -> None:
@@ -117,7 +127,11 @@ def _inside(folder: str) -> list[str]:
     """The files in a folder and the folders in it, links followed; a saved dataset is one input."""
     found: list[str] = []
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise DetourError(f"{shown(error.filename or folder)}: cannot be read: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.realpath(place) in seen:
             folders.clear()
             continue
@@ -186,7 +200,7 @@ def _parquet_stretches(name: str, state: str) -> Iterator[Stretch]:
     try:
         groups = read_metadata(name)
     except (ArrowException, OSError) as error:
-        raise DetourError(f"{name}: not a Parquet file that can be read: {error}") from None
+        raise DetourError(f"{name}: not a Parquet file that can be read: {brief(error)}") from None
     start = size = 0
     for group in range(groups.num_row_groups):
         size += groups.row_group(group).total_byte_size
@@ -199,13 +213,22 @@ def _saved_split(name: str, split: str | None) -> str:
     folder = Path(name)
     if (folder / DATASET_STATE).is_file():
         return name
-    splits = json.loads((folder / DATASET_SPLITS).read_text(encoding="utf-8"))["splits"]
+    splits = read_json_object(folder / DATASET_SPLITS).get("splits")
+    if not isinstance(splits, list) or not all(map(_is_plain_name, splits)):
+        raise DetourError(f"{folder / DATASET_SPLITS}: its splits are not a list of names of folders beside it")
     if split not in splits:
-        raise DetourError(f"{name}: a dataset of {len(splits)} splits; choose one with --split {'|'.join(splits)}")
+        known = "|".join(splits[:10])
+        raise DetourError(f"{name}: a dataset of {len(splits)} splits; choose one with --split {known}")
     return str(folder / split)
 
 
+def _is_plain_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not set("/\0") & set(name)
+
+
 def _saved_stretches(folder: str) -> Iterator[Stretch]:
+    if not Path(folder, DATASET_STATE).is_file():
+        raise DetourError(f"{folder}: not a dataset of save_to_disk: it has no {DATASET_STATE}")
     files = [file.stat() for file in sorted(Path(folder).iterdir())]
     state = " ".join(f"{file.st_size} {file.st_mtime_ns}" for file in files)
     yield from _row_stretches(folder, len(open_saved(folder)), sum(file.st_size for file in files), state, None)
@@ -233,10 +256,13 @@ def open_saved(folder: str) -> Any:
     """The datasets.Dataset that save_to_disk left in a folder. Raises DetourError."""
     from datasets import load_from_disk
 
+    files = read_json_object(Path(folder, DATASET_STATE)).get("_data_files")
+    if not isinstance(files, list) or not all(isinstance(f, dict) and _is_plain_name(f.get("filename")) for f in files):
+        raise DetourError(f"{folder}/{DATASET_STATE}: its _data_files are not a list of files beside it")
     try:
         return load_from_disk(folder)
     except Exception as error:  # of pyarrow, datasets and the file system alike
-        raise DetourError(f"{folder}: not a dataset of save_to_disk that can be opened: {error}") from None
+        raise DetourError(f"{folder}: not a dataset of save_to_disk that can be opened: {brief(error)}") from None
 
 
 def open_hub(dataset: HubDataset) -> Any:
@@ -249,4 +275,4 @@ def open_hub(dataset: HubDataset) -> Any:
         return datasets.load_dataset(dataset.name, dataset.config, split=dataset.split, streaming=dataset.streaming)
     except Exception as error:
         hint = "" if dataset.download else " (without the network, which --download allows)"
-        raise DetourError(f"{dataset.name}: the dataset cannot be opened{hint}: {error}") from None
+        raise DetourError(f"{dataset.name}: the dataset cannot be opened{hint}: {brief(error)}") from None

@@ -7,10 +7,12 @@ model that the sentencepiece library runs, several times as fast as tokenizers d
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, brief
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,7 +21,13 @@ SUFFIXES = (".model", ".spm")
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 UNIGRAM = 1  # TrainerSpec.ModelType
+SCORE_TOLERANCE = 1e-3  # of a text's sum of float32 log probabilities
+ENDS = r"\A +| +\z"
+TRIALS = 1_600  # pieces in trial texts
+SPACES = ("", " ", "  ", "\n", "\t ", "\u00a0", "\u3000")
+SYMBOL_FORMS = ("@", "a@b", "a @ b", " @@. @")
 CLS, SEP = ("[CLS]", "<s>"), ("[SEP]", "</s>")
+MARKS = (*CLS, *SEP, "[MASK]", "<mask>", "[PAD]", "<pad>", "[UNK]", "<unk>")
 
 
 class NoSuchModel(Exception):
@@ -29,33 +37,122 @@ class NoSuchModel(Exception):
 def tokenizer_of(path: Path) -> Tokenizer:
     """The tokenizers.Tokenizer of a SentencePiece Unigram model, with its [CLS] and [SEP] or <s> and </s> around texts.
 
-    Raises DetourError for other models.
+    Raises DetourError for other models, and for options with which its ids would not be SentencePiece's own.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
     model = _read(path)
     if model.trainer_spec.model_type != UNIGRAM:
         raise DetourError(
             f"{path}: only Unigram models of SentencePiece are read directly; load this one with transformers' "
             "AutoTokenizer, save it with save_pretrained and give that folder"
         )
-    # Nine digits tell a float32 exactly, and unlike more of them they come out of tokenizer.json as they went in.
-    pieces = [(piece.piece, float(f"{piece.score:.9g}")) for piece in model.pieces]
+    if not any(piece.type == UNKNOWN for piece in model.pieces):
+        raise DetourError(f"{path}: the SentencePiece model has no unknown token")
+    _compare(path, path.stat().st_mtime_ns)
+    return _made_of(model)
+
+
+def _made_of(model: Any) -> Tokenizer:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pieces, spec = _scored(model), model.normalizer_spec
     kinds = [piece.type for piece in model.pieces]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=kinds.index(UNKNOWN), byte_fallback=BYTE in kinds))
     steps = []
-    if model.normalizer_spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap))
-    if model.normalizer_spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        all_white_is_space = spec.name.startswith("nmt_")
+        steps.append(normalizers.Strip() if all_white_is_space else normalizers.Replace(Regex(ENDS), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    elif spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))  # Metaspace adds none to a text that begins with a space
     tokenizer.normalizer = normalizers.Sequence(steps)
-    scheme = "always" if model.normalizer_spec.add_dummy_prefix else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)
+    scheme = "always" if spec.add_dummy_prefix else "never"
+    # Pieces may go on over spaces (split_by_whitespace=false) or be several of them.
+    split = not any(SPACE in name[1:] for (name, _), kind in zip(pieces, kinds, strict=True) if kind == NORMAL)
+    prepend = scheme if spec.remove_extra_whitespaces else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=prepend, split=split)
     tokenizer.decoder = decoders.Metaspace(SPACE, prepend_scheme=scheme)
-    special = [name for (name, _), kind in zip(pieces, kinds, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in _special(model)])
     tokenizer.post_processor = _template(tokenizer)
     return tokenizer
+
+
+def _scored(model: Any) -> list[tuple[str, float]]:
+    """The pieces with their scores; a user-defined symbol wins over all ways to spell it, as in SentencePiece."""
+    best = max((piece.score for piece in model.pieces if piece.type == NORMAL), default=0.0)
+    scored = []
+    for piece in model.pieces:
+        symbol = piece.type == USER_DEFINED and piece.piece not in MARKS
+        score = len(piece.piece.encode()) * best - 0.1 if symbol else piece.score
+        # Nine digits tell a float32 exactly, and unlike more of them they come out of tokenizer.json as they went in.
+        scored.append((piece.piece, float(f"{score:.9g}")))
+    return scored
+
+
+def _special(model: Any) -> list[str]:
+    """Pieces that stand for no text, a user-defined [MASK] among them; other user-defined symbols are text."""
+    special = (UNKNOWN, CONTROL)
+    return [p.piece for p in model.pieces if p.type in special or (p.type == USER_DEFINED and p.piece in MARKS)]
+
+
+@lru_cache(maxsize=8)
+def _compare(path: Path, changed: int) -> None:
+    """Raises DetourError where the tokenizer that is made of a model gives other ids than SentencePiece itself."""
+    from sentencepiece import SentencePieceProcessor
+
+    model = _read(path)
+    try:
+        original = SentencePieceProcessor(model_proto=model.SerializeToString())
+    except Exception as error:  # of the library, for a model that it refuses
+        raise DetourError(f"{path}: not a model that SentencePiece opens: {brief(error)}") from None
+    made, pieces = _made_of(model), _scored(model)
+    for text in _trial_texts(model):
+        ours, theirs = made.encode(text, add_special_tokens=False).ids, original.encode(text)
+        if ours != theirs and not as_likely(ours, theirs, pieces):
+            raise DetourError(
+                f"{path}: a tokenizer.json made of it would give other ids than SentencePiece; it was trained with "
+                f"{_unusual(model)}, which is not supported here: train it without, or use another model"
+            )
+
+
+def as_likely(ids: list[int], others: list[int], pieces: Sequence[tuple[str, float]]) -> bool:
+    """Whether two segmentations are of the same text and of equal probability, so that either is right."""
+    same_text = "".join(pieces[i][0] for i in ids) == "".join(pieces[i][0] for i in others)
+    return same_text and abs(sum(pieces[i][1] for i in ids) - sum(pieces[i][1] for i in others)) < SCORE_TOLERANCE
+
+
+def _trial_texts(model: Any) -> list[str]:
+    """Texts of the model's own pieces, white space, unknown characters, and user-defined symbols beside all of them."""
+    special = _special(model)
+    normal = [piece.piece for piece in model.pieces if piece.type == NORMAL]
+    some = normal[:: len(normal) // TRIALS + 1]
+    texts = ["".join(some[start : start + 8]) for start in range(0, len(some), 8)]
+    symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED and piece.piece not in MARKS]
+    texts += [form.replace("@", symbol) for symbol in symbols[:TRIALS] for form in SYMBOL_FORMS]
+    texts += [
+        f"{a}{text}{b}".replace(SPACE, " ")
+        for text in (*some[:20], "漢字 ﬁ ½", "Ü 🧬🧬")
+        for a in SPACES
+        for b in SPACES
+    ]
+    return [text for text in texts if not any(name in text for name in special)]
+
+
+def _unusual(model: Any) -> str:
+    """The options of a model that are not as usual, by their names."""
+    trainer, spec = model.trainer_spec, model.normalizer_spec
+    symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED and piece.piece not in MARKS]
+    found = {
+        "treat_whitespace_as_suffix=true": trainer.treat_whitespace_as_suffix,
+        "split_by_whitespace=false": not trainer.split_by_whitespace,
+        "escape_whitespaces=false": not spec.escape_whitespaces,
+        "remove_extra_whitespaces=false": not spec.remove_extra_whitespaces,
+        "add_dummy_prefix=false": not spec.add_dummy_prefix,
+        f"user_defined_symbols={','.join(symbols[:3])}": bool(symbols),
+    }
+    names = [name for name, unusual in found.items() if unusual]
+    return ", ".join(names) or f"normalization_rule_name={spec.name or 'of its own'}"
 
 
 def _read(path: Path) -> Any:
@@ -88,6 +185,8 @@ def model_of(tokenizer: dict[str, Any]) -> bytes:
     raw = tokenizer["model"]
     if raw.get("type") != "Unigram":
         raise NoSuchModel(f"the model is {raw.get('type')}, not Unigram")
+    if raw.get("unk_id") is None:
+        raise NoSuchModel("the model has no unknown token, which SentencePiece needs")
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type = UNIGRAM
     model.trainer_spec.unk_id = raw["unk_id"]
@@ -124,7 +223,11 @@ def _set_normalisation(spec: Any, steps: list[dict[str, Any]]) -> None:
                 spec.precompiled_charsmap = base64.b64decode(charsmap)
             case {"type": "Strip"} | {"type": "WhitespaceSplit"} | {"type": "Replace", "pattern": {"Regex": " {2,}"}}:
                 spec.remove_extra_whitespaces = True
+            case {"type": "Replace", "pattern": {"Regex": pattern}} if pattern == ENDS:
+                spec.remove_extra_whitespaces = True
+            case {"type": "Prepend", "prepend": "▁"}:
+                spec.add_dummy_prefix = True
             case {"type": "Metaspace", "replacement": "▁"}:
-                spec.add_dummy_prefix = step.get("prepend_scheme", "always") != "never"
+                spec.add_dummy_prefix |= step.get("prepend_scheme", "always") != "never"
             case _:
                 raise NoSuchModel(f"SentencePiece has no step like {step['type']}")

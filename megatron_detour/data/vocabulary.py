@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_detour.data import spm
-from megatron_detour.errors import DetourError
+from megatron_detour.data.manifest import LARGEST_VOCABULARY
+from megatron_detour.errors import DetourError, brief
+from megatron_detour.structured import read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,17 +45,25 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, names: dict[str, str] | None = None) -> Vocabulary:
-        """`names` are the special tokens by role ("mask", ...) where the usual spellings do not serve."""
+        """`names` are the special tokens by role ("mask", ...) where the usual spellings do not serve.
+
+        Raises DetourError for a tokenizer without tokens or with ids out of all proportion.
+        """
         ids = tokenizer.get_vocab(with_added_tokens=True)
+        size = max(ids.values(), default=-1) + 1
+        if not 0 < size <= LARGEST_VOCABULARY:
+            found = f"an id of {size - 1:,} with {len(ids):,} tokens" if size else "no tokens"
+            raise DetourError(f"the tokenizer has {found}; make one with ids from 0 on, without large gaps")
         added = tokenizer.get_added_tokens_decoder()
         names = names or {}
         roles = {
             role: next((ids[name] for name in (names.get(role), *usual) if name in ids), None)
             for role, usual in SPELLINGS.items()
         }
-        size = max(ids.values()) + 1
         special = {i for i, token in added.items() if token.special} | {i for i in roles.values() if i is not None}
-        special |= set(range(size)) - set(ids.values())
+        free = np.ones(size, dtype=bool)
+        free[list(ids.values())] = False
+        special |= set(np.flatnonzero(free).tolist())
         return cls(size, tuple(sorted(special)), **roles, sha256=fingerprint(tokenizer))
 
     @classmethod
@@ -95,6 +107,17 @@ def find_tokenizer(name: str | Path, download: bool = False) -> Path:
     return hub_file(str(name), "tokenizer.json", download, "tokenizer")
 
 
+@contextmanager
+def library_faults(what: str, kind: type[DetourError] = DetourError) -> Iterator[None]:
+    """Makes a DetourError of what the tokenizers library raises: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{what}: {brief(error)}") from None
+
+
 def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
     """Loads a tokenizer with truncation and padding off. Raises DetourError."""
     from tokenizers import Tokenizer
@@ -102,10 +125,8 @@ def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
     path = find_tokenizer(name, download)
     if path.suffix in spm.SUFFIXES:
         return spm.tokenizer_of(path)
-    try:
+    with library_faults(f"{path}: not a tokenizer.json"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every fault of a file
-        raise DetourError(f"{path}: not a tokenizer.json: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -113,26 +134,39 @@ def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
 
 def load_vocabulary(name: str | Path, download: bool = False) -> Vocabulary:
     """The vocabulary of a tokenizer; tokenizer_config.json beside it names the special tokens. Raises DetourError."""
-    config = _tokenizer_config(name, download)
-    tokens = {role: config.get(f"{role}_token") for role in SPELLINGS}
-    names = {role: t.get("content") if isinstance(t, dict) else t for role, t in tokens.items()}
-    return Vocabulary.of(load_tokenizer(name, download), names)
-
-
-def _tokenizer_config(name: str | Path, download: bool) -> dict[str, Any]:
-    file = find_tokenizer(name, download).parent / "tokenizer_config.json"
-    if not Path(name).exists():
-        try:
-            file = hub_file(str(name), file.name, download, "tokenizer")
-        except DetourError:
-            return {}  # not every tokenizer has one
+    path = find_tokenizer(name, download)
+    if path.suffix not in spm.SUFFIXES:
+        read_json_object(path)  # the library takes the last of equal keys in silence
+    names = _special_tokens(_config_file(path, name, download))
     try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise DetourError(f"{file}: not a JSON object")
-    return config
+        return Vocabulary.of(load_tokenizer(path), names)
+    except DetourError as fault:
+        raise fault if str(path) in str(fault) else DetourError(f"{path}: {fault}") from None
+
+
+def _config_file(tokenizer: Path, name: str | Path, download: bool) -> Path:
+    beside = tokenizer.parent / "tokenizer_config.json"
+    if Path(name).exists():
+        return beside
+    try:
+        return hub_file(str(name), beside.name, download, "tokenizer")
+    except DetourError:
+        return beside  # not every tokenizer has one
+
+
+def _special_tokens(file: Path) -> dict[str, str]:
+    """The special tokens that a tokenizer_config.json names, by role. Raises DetourError."""
+    if not file.is_file():
+        return {}
+    config = read_json_object(file)
+    names = {}
+    for role in SPELLINGS:
+        token = config.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise DetourError(f"{file}: {role}_token: neither a text nor an object with a text as its content")
+        names |= {} if token is None else {role: token}
+    return names
 
 
 def hub_file(name: str, file: str, download: bool, what: str) -> Path:

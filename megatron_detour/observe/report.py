@@ -58,8 +58,9 @@ def _page(run: Run, pictures: list[Picture]) -> str:
 def _corpus(facts: dict[str, Any]) -> dict[str, Any]:
     """Its facts, with the first few of its sources and what is left to tell of the others."""
     sources = facts.get("sources") or []
-    others = max(len(sources) - LISTED_SOURCES, 0) + (facts.get("more_sources") or 0)
-    rest = f"and {others:,} more" if others else ""
+    others = (facts.get("source_files") or len(sources)) - LISTED_SOURCES
+    size = facts.get("source_bytes") or sum(source["bytes"] for source in sources)
+    rest = f"and {others:,} more, {byte_size(size)} in all" if others > 0 else ""
     return {**facts, "sources": sources[:LISTED_SOURCES], "other_sources": rest}
 
 

@@ -68,7 +68,8 @@ class _Corpus(TypedDict):
     sha256: NotRequired[str | None]
     tokenizer_sha256: NotRequired[str | None]
     sources: NotRequired[list[_Source] | None]
-    more_sources: NotRequired[Count | None]
+    source_files: NotRequired[Count | None]
+    source_bytes: NotRequired[Count | None]
 
 
 class _Session(TypedDict):

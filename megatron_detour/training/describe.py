@@ -18,7 +18,6 @@ from megatron_detour.parallel.state import ParallelState
 from megatron_detour.training.start import StartModel
 from megatron_detour.training.validation import Validation
 
-SOURCES_TOLD = 20  # of a corpus's files: its manifest has them all, and there may be a hundred thousand
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -72,8 +71,7 @@ def _corpora(mixture: DocumentMixture, weights: list[float]) -> list[dict[str, A
             "tokens": manifest.tokens,
             "sha256": manifest.files["bin"]["sha256"],
             "tokenizer_sha256": manifest.tokenizer["sha256"],
-            "sources": manifest.sources[:SOURCES_TOLD],
-            "more_sources": max(len(manifest.sources) - SOURCES_TOLD, 0),
+            **manifest.input_summary(),
         }
         for prefix, weight, manifest in zip(mixture.prefixes, weights, mixture.manifests, strict=True)
     ]

@@ -16,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_detour.data import sources
+from megatron_detour.data.build import run
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
@@ -270,3 +271,83 @@ def test_real_text_and_modernberts_vocabulary(tmp_path, prefix):
         texts = [json.loads(line)["text"] for line in lines]
     build([source], prefix, SHARED / "tokenizers/modernbert_rebuilt.tokenizer.json")
     assert ids_at(prefix) == [tokenizer.encode(text).ids for text in texts if text.strip()]
+
+
+def reports(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:03d}.txt").write_text(f"Report {number}\n\nThe patient takes metformin.\nNo fever.\n")
+    return folder
+
+
+def test_a_folder_of_texts_is_asked_about_with_both_counts(tmp_path, prefix, tokenizer_folder):
+    folder = reports(tmp_path / "in", 40)
+    message = failure([folder], prefix, tokenizer_folder)
+    assert "give --whole-files if each file is a document (40 documents)" in message
+    assert "or --lines if each line is one (about 120)" in message
+    assert message == failure(sorted(folder.iterdir()), prefix, tokenizer_folder)  # as a shell's * gives them
+    assert build([folder], tmp_path / "lines", tokenizer_folder, lines=True).documents == 120
+    whole = build([folder], tmp_path / "files", tokenizer_folder, whole_files=True)
+    assert (whole.documents, whole.records) == (40, 40)
+    assert "give one" in failure([folder], prefix, tokenizer_folder, lines=True, whole_files=True)
+
+
+@pytest.mark.parametrize("flags", [{"held_out": 0.3, "deduplicate": "exact"}, {"deduplicate": "near"}])
+def test_whole_files_go_with_parts_shards_and_resuming(tmp_path, tokenizer_folder, monkeypatch, flags):
+    """Also with an equal file, which is one document too many, and a part for every few files."""
+    folder = reports(tmp_path / "in", 40)
+    (folder / "again.txt").write_text((folder / "007.txt").read_text())
+    one = build([folder], tmp_path / "one", tokenizer_folder, whole_files=True, **flags)
+    assert one.removed["duplicate"] >= 1
+    assert one.documents + one.held_out + one.removed["duplicate"] == one.records == 41
+    monkeypatch.setattr(sources, "STRETCH_BYTES", 300)
+    for index in (1, 0):
+        shard = {"num_shards": 2, "shard_index": index}
+        assert build([folder], tmp_path / "two", tokenizer_folder, whole_files=True, **flags, **shard) is None
+    monkeypatch.setattr(run, "_run_here", None)  # nothing is left to do but to join
+    build([folder], tmp_path / "two", tokenizer_folder, whole_files=True, **flags)
+    for suffix in (".bin", ".idx", *((".heldout.bin",) if "held_out" in flags else ())):
+        assert Path(f"{tmp_path}/one{suffix}").read_bytes() == Path(f"{tmp_path}/two{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_texts_of_one_line_are_the_same_either_way(tmp_path, prefix, tokenizer_folder, capsys, count):
+    (tmp_path / "in").mkdir()
+    for number in range(count):
+        (tmp_path / f"in/{number}.txt").write_text("The patient takes metformin.\n")
+    assert build([tmp_path / "in"], prefix, tokenizer_folder).documents == count
+    assert "--whole-files" not in capsys.readouterr().err
+
+
+def test_a_single_text_file_is_read_line_by_line_and_says_so(tmp_path, prefix, tokenizer_folder, capsys):
+    path = reports(tmp_path / "in", 1) / "000.txt"
+    assert build([path], prefix, tokenizer_folder).documents == 3
+    assert (
+        f"{path}: each of its about 3 lines is a document; with --whole-files the file is one"
+        in capsys.readouterr().err
+    )
+
+
+LATIN_1 = b"cr_\xe9t\xe9"
+
+
+def test_names_that_are_not_utf_8_are_read_and_told(tmp_path, tokenizer_folder):
+    """A file, one of no known kind, a bad record in one, and the corpus itself."""
+    folder = os.fsencode(tmp_path) + b"/in_\xe9"
+    Path(os.fsdecode(folder)).mkdir()
+    for name, content in ((LATIN_1 + b".jsonl", b'{"text": "Some text."}\noops\n'), (LATIN_1 + b".doc", b"x")):
+        Path(os.fsdecode(folder + b"/" + name)).write_bytes(content)
+    output = os.fsencode(tmp_path) + b"/out_\xe9"
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), b"--input", folder, "--output-prefix", output]
+    command += ["--tokenizer", str(tokenizer_folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"jsonl, line 2: not JSON" in done.stderr
+    done = subprocess.run([*command, "--max-rejects", "1"], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"1 documents" in done.stdout
+    manifest = read_manifest(os.fsdecode(output))
+    assert [Path(source["path"]).name for source in manifest.sources] == ["cr_\\xe9t\\xe9.jsonl"]
+    assert [Path(path).name for path in manifest.passed_over] == ["cr_\\xe9t\\xe9.doc"]
+    assert json.loads(Path(os.fsdecode(output + b".rejects.jsonl")).read_text())["file"].endswith("\\xe9.jsonl")

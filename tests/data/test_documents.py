@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -11,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_detour.data import documents, sources
+from megatron_detour.data import documents, lines, sources
 from megatron_detour.data.documents import Block, read_documents, read_stretch, records_before
 from megatron_detour.data.records import TextKeys
 from megatron_detour.data.sources import HubDataset, find_inputs, plan_parts, plan_stretches
@@ -40,7 +42,7 @@ def test_every_line_belongs_to_one_stretch(tmp_path, monkeypatch, stride, block)
     path = tmp_path / "a.txt"
     path.write_bytes(LINES)
     monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
-    monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", block)
     blocks = read(path)
     expected = LINES.decode().replace("\r\n", "\n").split("\n")
     assert texts_of(blocks) == [line for line in expected if line]
@@ -74,9 +76,11 @@ BAD_LINES = {
     "no key": (b'{"txet": "x"}', "no key 'text'"),
     "an object": (
         b'{"text": {"a": "x", "b": "y"}}',
-        "the value of 'text' is an object; --text-key takes text.a, text.b",
+        "the value of 'text' is an object; --text-key text.NAME takes the text under NAME in it",
     ),
-    "inside": (b'{"note": {"text": "x"}}', "no key 'text' (did you mean 'note.text'?)"),
+    "a usual key": (b'{"Jane Doe": 1, "note": {"text": "x"}}', "no key 'text' (there is 'note'); --text-key names"),
+    "twice": (b'{"text": "a", "text": "b"}', "the key 'text' appears twice"),
+    "twice, with spaces": (b'{"text" : "a", "n": 1, "text" :"b"}', "the key 'text' appears twice"),
     "null": (b'{"text": null}', "the value of 'text' is null"),
     "no text": (b'{"text": ["x"]}', "the value of 'text' is not a text"),
     "half a surrogate pair": (b'{"text": "x \\ud83e"}', "holds half a surrogate pair"),
@@ -101,14 +105,23 @@ def test_a_bad_line_is_no_document_and_its_neighbours_are(tmp_path, case):
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        (b'{"text": "a", "text": "b"}', "b"),
+        (b'{"n": 1, "n": 2, "text": "a"}', "a"),
+        (b'{"text": "a", "type": "text", "of": {"text": "b"}, "quoted": "\\"text\\": 1, \\"text\\": 2"}', "a"),
         (b'{"n": NaN, "text": "a"}', "a"),
         (b'{"n": "\xff", "text": "a"}', "a"),
         (b' {"text": "\\ud83d\\ude00 \\u0000"}\r', "😀 \x00"),
         (b'{"text": "a", "n": ' + b"1" * 5_000 + b"}", "a"),
         (b'{"text": "a", "deep": ' + b"[" * 300 + b"]" * 300 + b"}", "a"),
     ],
-    ids=["the last of equal keys", "NaN", "not UTF-8 in another field", "escapes", "a number of 5,000 digits", "deep"],
+    ids=[
+        "equal keys that are not read",
+        "the key elsewhere",
+        "NaN",
+        "not UTF-8 in another field",
+        "escapes",
+        "a number of 5,000 digits",
+        "deep",
+    ],
 )
 def test_odd_lines_that_are_documents(tmp_path, line, text, beside):
     """What a line is does not depend on whether its neighbours are good."""
@@ -117,6 +130,64 @@ def test_odd_lines_that_are_documents(tmp_path, line, text, beside):
     (block,) = read(path)
     assert block.texts == [text]
     assert len(block.rejects) == bool(beside)
+
+
+DOTTED = [
+    ({"a.b": "x"}, "a.b", "x"),
+    ({"a": {"b": "x"}}, "a.b", "x"),
+    ({"a": {"b": "inside"}, "a.b": "spelled"}, "a.b", "spelled"),
+    ({"a": "no object", "a.b": "x"}, "a.b", "x"),
+    ({"a": {"b.c": "x"}}, "a.b.c", "x"),
+    ({"a.b": {"c": "x"}}, "a.b.c", "x"),
+    ({"a": {"b": {"other": 1}}, "a.b": {"c": "x"}}, "a.b.c", "x"),
+    ({"a": {"b": {"c": "x"}, "b.c": "spelled"}}, "a.b.c", "spelled"),
+]
+
+
+@pytest.mark.parametrize("beside", [b"", b"oops\n"], ids=["alone", "beside a bad line"])
+@pytest.mark.parametrize(("record", "key", "text"), DOTTED)
+def test_a_key_with_a_dot_is_taken_as_it_is_spelled_or_as_a_way_inside(tmp_path, record, key, text, beside):
+    (tmp_path / "a.jsonl").write_bytes(beside + json.dumps(record).encode() + b"\n")
+    (block,) = read(tmp_path / "a.jsonl", TextKeys((key,)))
+    assert block.texts == [text]
+    (block,) = read(tmp_path / "a.jsonl", TextKeys((key, key), "|"))
+    assert block.texts == [f"{text}|{text}"]
+    (tmp_path / "b.jsonl").write_bytes(beside + json.dumps(record).encode()[:-1] + b', "a": 1, "a": 2}\n')
+    (block,) = read(tmp_path / "b.jsonl", TextKeys((key,)))
+    assert (block.texts, block.rejects[-1][1]) == ([], "the key 'a' appears twice")
+    if "no object" not in record.values():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
+        (block,) = read(tmp_path / "a.parquet", TextKeys((key,)))
+        assert block.texts == [text]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"x": 1}, {"text": {}}, {"text": 1}, {"text": None}, {"text": [1]}, {"text": "\ud800"}, [1], "x"]
+)
+def test_nothing_of_a_record_is_told_but_its_place(tmp_path, bad):
+    """Keys may be names of patients, and there may be a million of them."""
+    secret = {f"Jane Doe {i}": {"Jane Doe": "Jane Doe"} for i in range(10_000)}
+    inside = {"text": secret} if bad == {"text": {}} else {}
+    bad = bad | secret | inside if isinstance(bad, dict) else [bad, secret]
+    (tmp_path / "a.jsonl").write_text(json.dumps(bad) + "\n" + json.dumps(bad)[:-1])
+    reasons = [reason for block in read(tmp_path / "a.jsonl") for _, reason in block.rejects]
+    assert len(reasons) == 2
+    assert all("Jane" not in reason and len(reason) < 120 for reason in reasons)
+
+
+def test_a_file_of_line_ends_is_read_as_fast_as_they_are(tmp_path, monkeypatch):
+    """No call for each empty line, whatever stands beside them."""
+    taken = []
+    real = Block.take
+    monkeypatch.setattr(Block, "take", lambda *given: (taken.append(given), real(*given)))
+    for name, line in (("a.txt.gz", b"text"), ("a.jsonl.gz", b'{"text": "text"}'), ("b.jsonl.gz", b"oops")):
+        (tmp_path / name).write_bytes(gzip.compress(b"\n" * 3_000_000 + line + b"\n" * 3_000_000))
+        blocks = read(tmp_path / name)
+        assert texts_of(blocks) == (["text"] if line != b"oops" else [])
+        assert sum(block.records for block in blocks) == 6_000_000
+        assert sum(block.empty for block in blocks) == 5_999_999
+        assert [number for block in blocks for number, _ in block.rejects] == ([3_000_000] if line == b"oops" else [])
+    assert len(taken) <= 1
 
 
 @pytest.mark.parametrize(
@@ -132,8 +203,8 @@ def test_two_records_on_a_line_do_not_make_up_for_one_on_two(tmp_path, lines):
 
 
 def test_a_line_without_end_is_passed_over_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONGEST_LINE", 1_000)
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(lines, "LONGEST_LINE", 1_000)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 64)
     monkeypatch.setattr(sources, "STRETCH_BYTES", 700)
     content = b"a\n" + b"x" * 5_000 + b"\nb\n" + b"y" * 1_000 + b"\n" + b"z" * 3_000
     for name, whole in (("a.txt", content), ("a.txt.gz", gzip.compress(content))):
@@ -275,12 +346,79 @@ def test_a_damaged_text_in_parquet_is_one_reject(tmp_path):
     assert (block.texts, block.rejects) == (["good", "fine"], [(1, "not UTF-8")])
 
 
+@pytest.mark.parametrize("kind", ["a.parquet", "saved", "streamed"])
+def test_large_texts_are_not_read_many_at_once(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(documents, "ROW_BYTES", 10_000)
+    texts = [f"{number} " + "y" * 4_000 for number in range(60)] + ["short"] * 600
+    if kind == "saved":
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+        blocks = read(tmp_path / "saved")
+    else:
+        pyarrow.parquet.write_table(table(texts), tmp_path / "a.parquet", row_group_size=60)
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        chosen = HubDataset(str(tmp_path), streaming=True) if kind == "streamed" else None
+        stretches = plan_stretches([] if chosen else [str(tmp_path / "a.parquet")], dataset=chosen)
+        blocks = [block for stretch in stretches for block in read_stretch(stretch, TextKeys())]
+    assert texts_of(blocks) == texts
+    assert max(sum(map(len, block.texts)) for block in blocks) < 10_000 + 4_100
+    assert max(block.records for block in blocks) == documents.ROWS
+
+
 def test_a_saved_dataset_of_splits_needs_a_split(tmp_path):
     of = datasets.Dataset.from_dict
     datasets.DatasetDict({"a": of({"text": ["x"]}), "b": of({"text": ["y"]})}).save_to_disk(tmp_path / "d")
     assert texts_of(read(tmp_path / "d", split="b")) == ["y"]
     with pytest.raises(DetourError, match=r"choose one with --split a\|b"):
         read(tmp_path / "d", split="train")
+
+
+@pytest.mark.parametrize("splits", [["../out"], ["/etc"], [".."], [""], ["a", None], "a", {"a": 1}, None, [["a"]]])
+def test_a_saved_dataset_names_only_what_lies_in_it(tmp_path, splits):
+    datasets.Dataset.from_dict({"text": ["secret"]}).save_to_disk(tmp_path / "out")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(DetourError, match=r"dataset_dict\.json: its splits are not a list of names"):
+        read(tmp_path / "d", split="../out")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"\xff", b"null", b"[" * 100_000, b'{"splits": [], "splits": ["a"]}', b'{"splits": ["a"]}'],
+)
+@pytest.mark.parametrize("name", ["dataset_dict.json", "state.json"])
+def test_a_damaged_saved_dataset_is_one_sentence(tmp_path, name, content):
+    datasets.DatasetDict({"a": datasets.Dataset.from_dict({"text": ["x"]})}).save_to_disk(tmp_path / "d")
+    (tmp_path / "d" / name).write_bytes(content)
+    if name == "dataset_dict.json" and content.startswith(b'{"splits": ["a"]'):
+        (tmp_path / "d/a/state.json").unlink()
+    with pytest.raises(DetourError) as caught:
+        read(tmp_path / "d", split="a")
+    assert str(tmp_path / "d") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_dataset_whose_files_lie_elsewhere_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / "d")
+    state = json.loads((tmp_path / "d/state.json").read_text())
+    state["_data_files"] = [{"filename": "../other/data.arrow"}]
+    (tmp_path / "d/state.json").write_text(json.dumps(state))
+    with pytest.raises(DetourError, match=r"state\.json: its _data_files are not a list of files beside it"):
+        read(tmp_path / "d")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/a.txt").write_text("x")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DetourError, match=r"in/deep: cannot be read: Stale file handle"):
+        find_inputs([str(tmp_path / "in")])
 
 
 BROKEN = {

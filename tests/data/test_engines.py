@@ -158,13 +158,14 @@ def test_a_sentencepiece_model_is_a_tokenizer(unigram, tmp_path):
 
 def test_equally_likely_segmentations_of_the_same_text_are_as_good(unigram):
     engine = SentencePiece(unigram)
-    number = {piece: i for i, piece in enumerate(engine._pieces)}
+    number = {piece: i for i, (piece, _) in enumerate(engine._pieces)}
+    score = dict(engine._pieces)
     whole = next(p for p in number if len(p) == 2 and p.isalpha() and p[0] != p[1] and set(p) <= set(number))
     ids, other = np.array([1, number[whole[0]], number[whole[1]], 2]), np.array([1, number[whole], 2])
-    engine._scores[number[whole]] = engine._scores[ids[1:3]].sum()
+    engine._pieces[number[whole]] = (whole, score[whole[0]] + score[whole[1]])
     assert engine.agrees(ids, other)
     assert not engine.agrees(ids, ids[[0, 2, 1, 3]])  # as likely, and another text
-    engine._scores[number[whole]] += 0.01
+    engine._pieces[number[whole]] = (whole, score[whole[0]] + score[whole[1]] + 0.01)
     assert not engine.agrees(ids, other)
 
 

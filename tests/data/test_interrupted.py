@@ -267,6 +267,42 @@ def test_a_part_that_is_not_whole_is_done_again(tmp_path, texts, tokenizer_folde
     assert contents(tmp_path / "c") == contents(tmp_path / "d")
 
 
+ODD = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff",
+    b"[" * 50_000,
+    b'{"bytes": []}',
+    b'{"bytes": {"../c": 1}}',
+    b'{"removed": 3}',
+    b"{}",
+]
+ODD += [b'{"records": [1], "rejects": [[9, 0, "x"]]}', b'{"plan": 1}', b'{"records": [1], "documents": 5, "bytes": {}}']
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_a_damaged_entry_is_done_again_and_a_damaged_note_is_written_again(
+    tmp_path, texts, tokenizer_folder, small_parts, monkeypatch, content
+):
+    with monkeypatch.context() as broken:
+        broken.setattr(publish, "_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build([texts], tmp_path / "c", tokenizer_folder)
+    entry = min((tmp_path / ".c.building").glob("?" * 24 + ".json"))
+    entry.write_bytes(content)
+    note = tmp_path / ".c.building/publishing.json"
+    plan = json.loads(note.read_text())["plan"]
+    (tmp_path / "victim").write_text("kept")
+    steps = [["corpus.bin", "../victim"]] if content == b"{}" else [["../victim", "c.bin"]]
+    note.write_bytes(content if content != b"{}" else json.dumps({"plan": plan, "steps": steps}).encode())
+    build([texts], tmp_path / "c", tokenizer_folder)
+    assert (tmp_path / "victim").read_text() == "kept"
+    build([texts], tmp_path / "d", tokenizer_folder)
+    assert contents(tmp_path / "c") == contents(tmp_path / "d")
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("step", range(7))
 def test_a_build_broken_off_while_files_are_named(tmp_path, texts, tokenizer_folder, monkeypatch, step, overwrite):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,13 @@ def test_all_faults_of_a_manifest_are_told_at_once(copied):
     Path(f"{copied}.manifest.json").write_text(json.dumps(tree))
     with pytest.raises(DetourError, match=r"documents: Expected.*; engine: Expected.*; plan: Expected"):
         read_manifest(copied)
+
+
+def test_many_sources_are_told_by_counts_and_the_first(copied):
+    manifest = read_manifest(copied)
+    many = dataclasses.replace(
+        manifest, sources=[{"path": f"{i}.txt", "bytes": 2, "state": "s"} for i in range(100_000)]
+    )
+    told = many.input_summary()
+    assert (told["source_files"], told["source_bytes"]) == (100_000, 200_000)
+    assert len(json.dumps(told)) < 400

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 
-from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, fingerprint, load_tokenizer
+from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, fingerprint, load_tokenizer, load_vocabulary
 from megatron_detour.errors import DetourError
 
 
@@ -118,3 +118,60 @@ def test_what_is_no_tokenizer(tmp_path, monkeypatch):
         find_tokenizer("nobody/no-such-tokenizer")
     with pytest.raises(DetourError, match="there is no such tokenizer file or folder"):
         find_tokenizer(Path("a/b/c"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [({"<unk>": 0, "a": 100_000_000}, "an id of 100,000,000 with 2 tokens"), ({}, "no tokens")],
+    ids=["a gap", "empty"],
+)
+def test_a_vocabulary_without_bounds_is_refused_before_tables_are_made(tmp_path, words, says):
+    word_level(words).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DetourError, match=says) as caught:
+        load_vocabulary(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "tokenizer.json"))
+
+
+ODD = [None, True, -1, 1.5, "x", [], [None], {}, {"x": None}, 10**30]
+
+
+def test_a_tokenizer_json_with_any_value_replaced_is_read_or_one_sentence(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole["model"]["merges"], whole["model"]["vocab"] = [], dict(list(whole["model"]["vocab"].items())[:8])
+    paths = [(key,) for key in whole] + [("model", key) for key in whole["model"]] + [("added_tokens", 0)]
+    paths += [("added_tokens", 0, key) for key in whole["added_tokens"][0]] + [("post_processor", "single")]
+    refused = 0
+    for path in paths:
+        for value in ODD:
+            tree = json.loads(json.dumps(whole))
+            inner = tree
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+            try:
+                load_vocabulary(tmp_path)
+            except DetourError as error:
+                refused += 1
+                assert len(str(error).splitlines()) == 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"mask_token": ["[MASK]"]}', "mask_token: neither a text nor an object"),
+        ('{"mask_token": {"content": 3}}', "mask_token: neither a text nor an object"),
+        ('{"cls_token": true}', "cls_token: neither a text nor an object"),
+        ('{"pad_token": "a", "pad_token": "b"}', "the key 'pad_token' appears twice"),
+        ("[]", "not a JSON object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_a_tokenizer_config_is_read_strictly(tokenizer, tmp_path, content, says):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(DetourError, match=says) as caught:
+        load_vocabulary(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "tokenizer_config.json"))

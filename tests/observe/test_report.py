@@ -121,7 +121,7 @@ def test_a_folder_that_is_no_run_is_a_fault(tmp_path: Path) -> None:
 
 
 def test_a_report_names_the_steps_without_figures_and_how_many_files_it_leaves_out(tmp_path: Path) -> None:
-    corpora = [ENVIRONMENT["corpora"][0] | {"more_sources": 99_980}]
+    corpora = [ENVIRONMENT["corpora"][0] | {"source_files": 99_985}]
     sessions = [ENVIRONMENT["sessions"][0] | {"missing_steps": "3-5", "ended": "SIGTERM"}]
     folder = make_run(tmp_path, done=30, environment=ENVIRONMENT | {"corpora": corpora, "sessions": sessions})
     text = page_words(folder)
@@ -230,7 +230,7 @@ def test_of_many_sources_the_first_few_and_their_count_are_told(tmp_path: Path) 
     folder = make_run(tmp_path, done=1, environment={**ENVIRONMENT, "corpora": [corpus]})
     html = report._page(read_run(folder), [])
     assert "part-000004.jsonl" in html and "part-000005" not in html
-    assert "and 99,995 more" in html and len(html) < 100_000
+    assert "and 99,995 more, 97.7 MiB in all" in html and len(html) < 100_000
 
 
 def test_descriptions_of_plots_tell_their_figures(tmp_path: Path) -> None:

@@ -29,10 +29,20 @@ from megatron_detour.data.build.run import run_parts
 from megatron_detour.data.build.worker import Job
 from megatron_detour.data.documents import read_stretch
 from megatron_detour.data.indexed import token_type
+from megatron_detour.data.lines import check_text_files
 from megatron_detour.data.manifest import Manifest
 from megatron_detour.data.publish import finish_publishing, published, rejects_path
 from megatron_detour.data.records import TextKeys
-from megatron_detour.data.sources import HubDataset, Part, Stretch, find_inputs, plan_parts, plan_stretches
+from megatron_detour.data.sources import (
+    HubDataset,
+    Part,
+    Stretch,
+    find_inputs,
+    is_text,
+    plan_parts,
+    plan_stretches,
+    shown,
+)
 from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.errors import DetourError
 
@@ -64,8 +74,11 @@ def build_corpus(options: BuildOptions) -> Manifest | None:
     prefix, and what is finished stays for the next attempt.
     """
     options.check()
-    plan = plan_build(options)
     journal = Journal(options.output_prefix)
+    try:
+        plan = plan_build(options)
+    except OSError as error:  # of a file system that is gone, or of what is no file
+        raise DetourError(f"{shown(error.filename or 'the input')}: {error.strerror or error}") from None
     manifest = None
     with _sigterm_as_sigint(), journal.lock(options.shard_index):
         try:
@@ -122,7 +135,7 @@ def plan_build(options: BuildOptions) -> Plan:
     vocabulary = load_vocabulary(options.tokenizer, options.download)
     _check_template(tokenizer_file, vocabulary)
     Cleaner(options)  # tells here, and not in a worker, what it lacks
-    stretches, others = _find(options)
+    stretches, others = _find(options, first=True)
     one_thread()
     engine = choose_engine(options.engine, tokenizer_file, list(_sample(stretches, options)))
     under = json.dumps(
@@ -133,8 +146,10 @@ def plan_build(options: BuildOptions) -> Plan:
     return Plan(stretches, plan_parts(stretches, under), others, under, vocabulary, engine, job)
 
 
-def _find(options: BuildOptions) -> tuple[list[Stretch], list[str]]:
+def _find(options: BuildOptions, first: bool = False) -> tuple[list[Stretch], list[str]]:
     inputs, others = find_inputs(list(options.input), (rejects_path(options.output_prefix),))
+    if first and not options.whole_files and not options.lines:
+        check_text_files([name for name in inputs if is_text(name)], say)
     dataset = None
     if options.dataset:
         chosen = (options.dataset, options.dataset_config, options.split, options.streaming, options.download)
@@ -159,8 +174,8 @@ def _versions(engine: Chosen, options: BuildOptions) -> dict[str, str]:
 def _check_template(tokenizer_file: Path, vocabulary: Vocabulary) -> None:
     """Raises DetourError for a tokenizer that knows [CLS] and [SEP] and does not put them around a text."""
     tokenizer = load_tokenizer(tokenizer_file)
-    ids = tokenizer.encode("a").ids
-    for expected, found in ((vocabulary.cls, ids[:1]), (vocabulary.sep, ids[-1:])):
+    before, after = special_ids_around(tokenizer)
+    for expected, found in ((vocabulary.cls, before[:1]), (vocabulary.sep, after[-1:])):
         if expected is not None and [expected] != found:
             raise DetourError(
                 f"{tokenizer_file}: the tokenizer does not put {tokenizer.id_to_token(expected)} around a text; give "
@@ -196,14 +211,18 @@ def _about(plan: Plan, options: BuildOptions) -> dict[str, Any]:
     sources: dict[str, dict[str, Any]] = {}
     for stretch in plan.stretches:
         size = Path(stretch.path).stat().st_size if Path(stretch.path).is_file() else stretch.size
-        entry = sources.setdefault(stretch.path, {"path": stretch.path, "bytes": 0, "state": stretch.state})
+        entry = sources.setdefault(stretch.path, {"path": shown(stretch.path), "bytes": 0, "state": stretch.state})
         entry["bytes"] = size if Path(stretch.path).is_file() else entry["bytes"] + size
     return {
         "sources": list(sources.values()),
-        "passed_over": plan.others,
+        "passed_over": list(map(shown, plan.others)),
         "tokenizer": plan.vocabulary.to_dict(),
         "engine": dataclasses.asdict(plan.engine),
-        "options": {"input": list(options.input), "dataset": options.dataset, **options.that_shape_the_corpus()},
+        "options": {
+            "input": list(map(shown, options.input)),
+            "dataset": options.dataset,
+            **options.that_shape_the_corpus(),
+        },
         "versions": _versions(plan.engine, options),
         "plan": plan.key,
     }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from megatron_detour.data import spm
-from megatron_detour.data.vocabulary import load_tokenizer
-from megatron_detour.errors import DetourError
+from megatron_detour.data.vocabulary import library_faults, load_tokenizer
+from megatron_detour.errors import DetourError, brief
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SCORE_TOLERANCE = 1e-3  # of a document's sum of float32 log probabilities
+PROBES = 1_000  # tokens that are tried for one that a text gives
 # White space that engines see differently, characters of many planes and of late versions of Unicode, and combinations.
 TRIALS = (
     "",
@@ -44,11 +45,18 @@ class Unsuitable(Exception):
     """An engine that cannot run this tokenizer, or not exactly; the message says why."""
 
 
+class CannotEncode(DetourError):
+    """A text that a tokenizer has no ids for, or that is too much for it."""
+
+
 class Engine(Protocol):
     name: str
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts, special tokens around each: uint32 [tokens], and int64 [texts + 1], where each begins."""
+        """The ids of texts, special tokens around each: uint32 [tokens], and int64 [texts + 1], where each begins.
+
+        Raises CannotEncode.
+        """
         ...
 
     def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
@@ -75,7 +83,8 @@ class HuggingFace:
         self._tokenizer = load_tokenizer(tokenizer_file)
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        return _flat([encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)])
+        with _faults():
+            return _flat([encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)])
 
     def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
         return np.array_equal(ids, judged)
@@ -94,10 +103,11 @@ class Fastokens:
         try:
             self._tokenizer = fastokens.Tokenizer.from_json_str(load_tokenizer(tokenizer_file).to_str())
         except Exception as error:  # of the library's own making, for each step that it does not know
-            raise Unsuitable(str(error)) from None
+            raise Unsuitable(brief(error)) from None
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = self._tokenizer.encode_batch_flat(texts, add_special_tokens=True)
+        with _faults():
+            ids, offsets = self._tokenizer.encode_batch_flat(texts, add_special_tokens=True)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
 
     def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
@@ -119,20 +129,22 @@ class SentencePiece:
             self._processor = SentencePieceProcessor(model_proto=spm.model_of(raw))
         except spm.NoSuchModel as reason:
             raise Unsuitable(str(reason)) from None
+        except Exception as error:  # of the library, for a model that it refuses
+            raise Unsuitable(brief(error)) from None
         added = {token["id"]: (token["content"], 0.0) for token in raw["added_tokens"]}
         pieces = dict(enumerate(raw["model"]["vocab"])) | added
-        self._pieces, scores = zip(*(pieces[number] for number in sorted(pieces)), strict=True)
-        self._scores = np.array(scores)
+        self._pieces = [pieces[number] for number in sorted(pieces)]
         self._added = [content for content, _ in added.values()]
         self._first_characters = {content[0] for content in self._added}
         self._prefix, self._suffix = special_ids_around(self._judge)
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        inner = self._processor.encode(texts, out_type=int, num_threads=1)
-        rows = [self._prefix + ids + self._suffix for ids in inner]
-        for number, text in enumerate(texts):
-            if self._holds_added_token(text):  # which the library would cut into pieces
-                rows[number] = self._judge.encode(text).ids
+        with _faults():
+            inner = self._processor.encode(texts, out_type=int, num_threads=1)
+            rows = [self._prefix + ids + self._suffix for ids in inner]
+            for number, text in enumerate(texts):
+                if self._holds_added_token(text):  # which the library would cut into pieces
+                    rows[number] = self._judge.encode(text).ids
         return _flat(rows)
 
     def _holds_added_token(self, text: str) -> bool:
@@ -141,8 +153,7 @@ class SentencePiece:
     def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
         if np.array_equal(ids, judged):
             return True
-        same_text = "".join(self._pieces[i] for i in ids) == "".join(self._pieces[i] for i in judged)
-        return same_text and abs(self._scores[ids].sum() - self._scores[judged].sum()) < SCORE_TOLERANCE
+        return spm.as_likely(ids.tolist(), judged.tolist(), self._pieces)
 
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {e.name: e for e in (Fastokens, SentencePiece, HuggingFace)}
@@ -157,26 +168,56 @@ def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return ids, offsets
 
 
+def _faults() -> AbstractContextManager[None]:
+    return library_faults("a text cannot be tokenized", CannotEncode)
+
+
 def special_ids_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special ids before and after a text."""
-    encoding = tokenizer.encode("a")
-    inside = [number for number, special in enumerate(encoding.special_tokens_mask) if not special]
-    return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
+    """The special ids before and after a text. Raises DetourError for a tokenizer that makes nothing of any text."""
+    for text in _probes(tokenizer):
+        with suppress(CannotEncode), _faults():
+            encoding = tokenizer.encode(text)
+            inside = [number for number, special in enumerate(encoding.special_tokens_mask) if not special]
+            if inside:
+                return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
+    raise DetourError("the tokenizer makes no token of any text; does its vocabulary hold more than special tokens?")
+
+
+def _probes(tokenizer: Tokenizer) -> Iterator[str]:
+    """Texts of which one should be a token."""
+    yield "a"
+    special = tokenizer.get_added_tokens_decoder()
+    ids = sorted(number for number in tokenizer.get_vocab().values() if number not in special)
+    for number in ids[:PROBES]:
+        with suppress(CannotEncode), _faults():
+            yield tokenizer.decode([number])
 
 
 def choose_engine(wanted: str, tokenizer_file: Path, sample: list[str]) -> Chosen:
     """The engine `wanted`, or for "auto" the first that gives the judge's ids on `sample`. Raises DetourError."""
     judge = HuggingFace(tokenizer_file)
-    texts = [*trials(load_tokenizer(tokenizer_file)), *sample]
+    texts = _encodable(judge, [*trials(load_tokenizer(tokenizer_file)), *sample])
     passed_over: dict[str, str] = {}
     for name in ENGINES if wanted == "auto" else [wanted]:
         try:
             if name != judge.name and first_difference(ENGINES[name](tokenizer_file), judge, texts) is not None:
                 raise Unsuitable(f"its ids are not those of tokenizers {version('tokenizers')} on a trial text")
             return Chosen(name, version(name), len(texts), passed_over)
-        except Unsuitable as reason:
+        except (Unsuitable, CannotEncode) as reason:
             passed_over[name] = str(reason)
     raise DetourError(f"--engine {wanted}: {passed_over[wanted]}; --engine auto takes one that serves {tokenizer_file}")
+
+
+def _encodable(judge: Engine, texts: list[str]) -> list[str]:
+    """The texts that the judge has ids for: a vocabulary without an unknown token does not have to know all trials."""
+    try:
+        judge.encode(texts)
+    except CannotEncode:
+        if len(texts) == 1:
+            return []
+        middle = len(texts) // 2
+        return _encodable(judge, texts[:middle]) + _encodable(judge, texts[middle:])
+    return texts
 
 
 def trials(tokenizer: Tokenizer) -> list[str]:

@@ -17,7 +17,7 @@ from megatron_detour.data.build.options import BuildOptions
 from megatron_detour.data.build.progress import BuildProgress
 from megatron_detour.data.manifest import Manifest
 from megatron_detour.data.publish import CorpusWriter, held_out_prefix, publish, rejects_path
-from megatron_detour.data.sources import Part
+from megatron_detour.data.sources import Part, shown
 from megatron_detour.errors import DetourError
 
 
@@ -107,7 +107,11 @@ def _write_rejects(parts: list[Part], counts: list[Counts], path: Path) -> Path:
                 firsts.append(before[stretch.path])
                 before[stretch.path] += records
             for stretch, record, reason in count.rejects:
-                line = {"file": part.stretches[stretch].path, "line": firsts[stretch] + record + 1, "reason": reason}
+                line = {
+                    "file": shown(part.stretches[stretch].path),
+                    "line": firsts[stretch] + record + 1,
+                    "reason": reason,
+                }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
     return path
 

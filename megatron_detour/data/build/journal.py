@@ -20,13 +20,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
+import msgspec
 import numpy as np
 
 from megatron_detour.data.sources import KEY_LENGTH, Part
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
+from megatron_detour.structured import read_json
 
 # The files of a part: one value a token, or one a document.
 COLUMNS = {
@@ -47,8 +49,8 @@ class Counts:
     unknown: int = 0  # of the tokens
     empty: int = 0
     rejects: list[tuple[int, int, str]] = field(default_factory=list)  # stretch in the part, record in it, reason
-    removed: Counter[str] = field(default_factory=Counter)  # by reason
-    bytes: dict[str, int] = field(default_factory=dict)  # of each file
+    removed: dict[str, int] = field(default_factory=Counter)  # by reason
+    bytes: dict[Literal["bin", "length", "held_out", "keys"], int] = field(default_factory=dict)  # of each file
 
 
 class PartFiles:
@@ -131,16 +133,20 @@ class Journal:
         write_whole(self.file(part, "json"), json.dumps(vars(counts)))
 
     def is_finished(self, part: Part) -> bool:
-        """Whether a part's entry is there and its files are as long as the entry says."""
+        """Whether a part's entry is there, is one, and its files are as long as it says."""
         try:
-            sizes = self.counts(part).bytes
-            return all(self.file(part, name).stat().st_size == size for name, size in sizes.items())
-        except (FileNotFoundError, ValueError, TypeError):
+            counts = self.counts(part)
+            sizes = [self.file(part, name).stat().st_size == size for name, size in counts.bytes.items()]
+        except (DetourError, OSError, msgspec.ValidationError):
             return False
+        records = len(counts.records) == len(part.stretches)
+        rejects = all(0 <= stretch < len(part.stretches) for stretch, _, _ in counts.rejects)
+        return all(sizes) and records and rejects and counts.bytes.get("length", 0) == 4 * counts.documents
 
     def counts(self, part: Part) -> Counts:
-        raw = json.loads(self.file(part, "json").read_text(encoding="utf-8"))
-        return Counts(**raw | {"removed": Counter(raw["removed"])})
+        counts = msgspec.convert(read_json(self.file(part, "json")), Counts)
+        counts.removed = Counter(counts.removed)
+        return counts
 
     def column(self, part: Part, name: str, documents: int) -> np.ndarray:
         """A column of a part, mapped: [documents], keys [documents, keys, 2]."""

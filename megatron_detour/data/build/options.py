@@ -28,7 +28,8 @@ class BuildOptions:
     streaming: bool = _flag(False, "read the dataset from the network while the build goes on, without a copy")
     text_key: tuple[str, ...] = _flag(("text",), "key of the text (text), a.b for b inside a; several are joined")
     text_separator: str = _flag("\n", "what stands between the texts of several keys (a line end)")
-    whole_files: bool = _flag(False, "a .txt file is one document, not one a line")
+    whole_files: bool = _flag(False, "each .txt file is one document; several such files need this or --lines")
+    lines: bool = _flag(False, "each line of a .txt file is one document")
     engine: str = _flag("auto", "the tokenising engine", choices=("auto", *ENGINES))
     workers: int = _flag(1, "processes (1)", metavar="N")
     max_rejects: int = _flag(
@@ -71,6 +72,8 @@ class BuildOptions:
             raise DetourError(f"--similarity: a share above 0 and at most 1 is needed, it is {self.similarity}")
         if self.similarity != 0.8 and self.deduplicate != "near":
             raise DetourError("--similarity: it is for --deduplicate near only")
+        if self.whole_files and self.lines:
+            raise DetourError("--whole-files and --lines: a .txt file is read in one of the two ways; give one")
         if self.input and self.dataset:
             raise DetourError("--dataset: it does not go with --input; build two corpora and merge them")
         if (self.streaming or self.dataset_config) and not self.dataset:

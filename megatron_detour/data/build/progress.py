@@ -50,8 +50,8 @@ class BuildProgress:
             self._bar.update(self._task, completed=read, rate=rate)
         elif now - self._told > SECONDS_A_LINE:
             self._told = now
-            left = (self._total - read) / max(read / seconds, 1)
+            left = f", {(self._total - read) / read * seconds / 60:.0f} min left" if read else ""
             say(
-                f"{self._what}: {read / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {read / seconds / 1e6:.0f} MB/s, "
-                f"{rate}, {left / 60:.0f} min left"
+                f"{self._what}: {read / 1e6:,.1f} of {self._total / 1e6:,.1f} MB on the disk, "
+                f"{read / seconds / 1e6:.1f} MB/s, {rate}{left}"
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_detour.data.build.clean import Cleaner
-from megatron_detour.data.build.engines import ENGINES, Engine, HuggingFace, first_difference, one_thread
+from megatron_detour.data.build.engines import ENGINES, CannotEncode, Engine, HuggingFace, first_difference, one_thread
 from megatron_detour.data.build.journal import Counts, Journal
 from megatron_detour.data.build.options import BuildOptions
 from megatron_detour.data.documents import read_stretch, records_before
@@ -78,7 +78,13 @@ def build_part(part: Part, job: Job, report: Callable[[int, int], None]) -> Coun
                 counts.rejects += [(number, record, reason) for record, reason in block.rejects]
                 if len(counts.rejects) > job.options.max_rejects:
                     raise too_many_rejects(part, counts, job.options)
-                files.append(_columns(block.texts, job, counts))
+                try:
+                    files.append(_columns(block.texts, job, counts))
+                except CannotEncode as error:
+                    last = records_before(stretch) + counts.records[number]
+                    raise DetourError(
+                        f"{stretch.path}, lines {last - block.records + 1:,} to {last:,}: {error}"
+                    ) from None
                 report(0, counts.tokens - before)
         counts.bytes = files.finish()
     finally:
