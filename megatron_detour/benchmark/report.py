@@ -39,7 +39,7 @@ def add_command(commands: Any) -> None:
 
 
 def measure(lengths: list[int], folder: Path | None) -> list[tuple[str, ...]]:
-    """Rows of steps, what was done, seconds, those of the processor and peak memory. Raises DetourError for lengths that make no sense."""
+    """Rows of steps, what was done, seconds, those at work and peak memory. Raises DetourError for too few steps."""
     if min(lengths) < 100:
         raise DetourError(f"--steps: at least 100 are needed, it is {min(lengths)}")
     rows = []
