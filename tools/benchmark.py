@@ -18,9 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     shape = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    preprocess.add_command(commands)
-    checkpoints.add_command(commands)
-    report.add_command(commands)
+    for part in (preprocess, checkpoints, report):
+        part.add_command(commands)
     what = "forward and backward passes of a model with random weights; no optimiser"
     add = commands.add_parser("train", help=what, **shape).add_argument
     add("--size", choices=SIZES, default="base", help="of the model")

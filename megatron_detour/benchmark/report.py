@@ -39,7 +39,7 @@ def add_command(commands: Any) -> None:
 
 
 def measure(lengths: list[int], folder: Path | None) -> list[tuple[str, ...]]:
-    """Rows of steps, what was done, seconds and peak memory. Raises DetourError for lengths that make no sense."""
+    """Rows of steps, what was done, seconds, those at work and peak memory. Raises DetourError for too few steps."""
     if min(lengths) < 100:
         raise DetourError(f"--steps: at least 100 are needed, it is {min(lengths)}")
     rows = []
@@ -48,14 +48,15 @@ def measure(lengths: list[int], folder: Path | None) -> list[tuple[str, ...]]:
             for name in ("one", "two"):
                 make_run(Path(made) / name, steps)
             for what in (report, compare, resume, tensorboard):
-                seconds, peak = _fresh(what, Path(made))
-                rows.append((f"{steps:,}", what.__name__, f"{seconds:.1f} s", f"{peak / 2**20:,.0f} MiB"))
+                seconds, busy, peak = _fresh(what, Path(made))
+                figures = (f"{seconds:.1f} s", f"{busy:.1f} s", f"{peak / 2**20:,.0f} MiB")
+                rows.append((f"{steps:,}", what.__name__, *figures))
     return rows
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
     """GitHub's kind of table."""
-    lines = [("steps", "what", "time", "peak memory"), ("---:", "---", "---:", "---:"), *rows]
+    lines = [("steps", "what", "time", "of it at work", "peak memory"), ("---:", "---", "---:", "---:", "---:"), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -123,19 +124,19 @@ def _record(step: int, steps: int, half: int) -> dict[str, Any]:
     return record
 
 
-def _fresh(what: Callable[[Path], None], made: Path) -> tuple[float, int]:
-    """Seconds and the most bytes held, in a process that has loaded nothing else."""
+def _fresh(what: Callable[[Path], None], made: Path) -> tuple[float, float, int]:
+    """Seconds, those of the processor and the most bytes held, in a process that has loaded nothing else."""
     code = f"from megatron_detour.benchmark import report; report.watch(report.{what.__name__}, {str(made)!r})"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    seconds, peak = told.split()
-    return float(seconds), int(peak)
+    seconds, busy, peak = told.split()
+    return float(seconds), float(busy), int(peak)
 
 
 def watch(what: Callable[[Path], None], made: str) -> None:
-    """Prints the seconds and the most bytes held."""
-    begun = time.perf_counter()
+    """Prints the seconds, those of the processor and the most bytes held."""
+    begun, busy = time.perf_counter(), time.process_time()
     what(Path(made))
-    print(time.perf_counter() - begun, _peak())
+    print(time.perf_counter() - begun, time.process_time() - busy, _peak())
 
 
 def _peak() -> int:
