@@ -214,7 +214,7 @@ def test_the_tool(tmp_path, prefix, tokenizer_folder):
     assert prefix.with_suffix(".bin").stat().st_mtime_ns == made
     other = run("--normalize", "NFC")
     assert other.returncode == 1
-    assert other.stderr.startswith(f"error: {prefix}.manifest.json: a corpus is already there")
+    assert f"\nerror: {prefix}.manifest.json: a corpus is already there" in other.stderr
     assert "Traceback" not in other.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from megatron_detour.data.build import engines
+from megatron_detour.data import sources
+from megatron_detour.data.build import BuildOptions, engines, worker
 from megatron_detour.data.build.engines import Engine, Fastokens, HuggingFace, SentencePiece, choose_engine
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.manifest import read_manifest
@@ -205,3 +207,69 @@ def test_a_corpus_of_each_engine_has_the_same_ids(tmp_path, tokenizer_folder, un
             assert read_manifest(tmp_path / engine).engine["name"] == engine
         ours, theirs = IndexedCorpus(tmp_path / fast), IndexedCorpus(tmp_path / "tokenizers")
         assert [ours.tokens(i).tolist() for i in range(61)] == [theirs.tokens(i).tolist() for i in range(61)]
+
+
+class PanicException(BaseException):
+    """As the tokenizers library's: no Exception, and of a class that cannot be sent to another process."""
+
+
+@pytest.mark.parametrize("fault", [Exception("retry-limit-in-match over"), PanicException("capacity\noverflow")])
+def test_what_the_library_raises_is_a_sentence_with_the_lines(tmp_path, tokenizer_folder, monkeypatch, fault):
+    class Fails(HuggingFace):
+        def __init__(self, file):
+            super().__init__(file)
+            self._tokenizer = self
+
+        def encode_batch_fast(self, texts):
+            raise fault
+
+    monkeypatch.setitem(engines.ENGINES, "tokenizers", Fails)
+    path = write_jsonl(tmp_path / "t.jsonl", ["one", "two"])
+    part = sources.plan_parts(sources.plan_stretches([str(path)]), "")[0]
+    options = BuildOptions(str(tmp_path / "c"), str(tokenizer_folder), (str(path),))
+    job = worker.Job(options, "tokenizers", str(tokenizer_folder / "tokenizer.json"), "<u2", 2)
+    (tmp_path / ".c.building").mkdir()
+    with pytest.raises(DetourError, match=r"t\.jsonl, lines 1 to 2: a text cannot be tokenized: ") as caught:
+        worker.build_part(part, job, lambda read, made: None)
+    assert type(caught.value) is DetourError
+    assert "\n" not in str(caught.value)
+    assert type(pickle.loads(pickle.dumps(caught.value))) is DetourError
+
+
+def small(folder: Path, model, specials: int) -> Path:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if specials:
+        tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
+        ids = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("specials", [0, 2])
+@pytest.mark.parametrize(
+    "model",
+    [models.BPE({"б": 0, "в": 1}, []), models.Unigram([("б", -1.0), ("в", -2.0)]), models.WordLevel({"б": 0, "в": 1})],
+    ids=["drops what it does not know", "has no unknown token", "is of words"],
+)
+def test_a_tokenizer_that_does_not_know_our_probes_builds_what_it_knows(tmp_path, model, specials):
+    """Its vocabulary has no "a", and no character of the trial texts."""
+    tokenizer = small(tmp_path, model, specials)
+    path = write_jsonl(tmp_path / "known.jsonl", ["б", "б в"])
+    manifest = build([path], tmp_path / "c", tokenizer)
+    assert (manifest.documents, manifest.tokens) == (2, 3 + 2 * specials)
+
+
+def test_a_text_without_ids_is_refused_with_its_place(tmp_path):
+    tokenizer = small(tmp_path, models.Unigram([("б", -1.0), ("в", -2.0)]), 2)
+    path = write_jsonl(tmp_path / "t.jsonl", ["б", "漢"])
+    with pytest.raises(DetourError, match=r"t\.jsonl, lines 1 to 2: a text cannot be tokenized: .*unk_id"):
+        build([path], tmp_path / "c", tokenizer)
+
+
+def test_a_tokenizer_of_special_tokens_alone_is_refused(tmp_path):
+    tokenizer = small(tmp_path, models.BPE(), 2)
+    path = write_jsonl(tmp_path / "t.jsonl", ["б"])
+    with pytest.raises(DetourError, match="makes no token of any text"):
+        build([path], tmp_path / "c", tokenizer)
