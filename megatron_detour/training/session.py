@@ -27,6 +27,7 @@ from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
+from megatron_detour.text import visible
 from megatron_detour.training.checkpoints import Checkpoints
 from megatron_detour.training.describe import run_facts, session_facts
 from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
@@ -210,7 +211,7 @@ class Session:
 
     def _say(self, message: str) -> None:
         if self.state.is_first:
-            self.progress.say(message) if self.progress else print(message, flush=True)
+            self.progress.say(message) if self.progress else print(visible(message), flush=True)
 
     def _describe(self, engine: DeepSpeedEngine, tokens: int) -> None:
         """Adds this session to environment.json, with what it runs on and what it reads."""
