@@ -119,6 +119,11 @@ class Plan:
     def total_tokens(self) -> int:
         return self.phases[-1].end
 
+    @property
+    def has_detour(self) -> bool:
+        """Whether a phase is causal, so that a control tells something."""
+        return any(phase.objective == "clm" for phase in self.phases)
+
     @cached_property
     def _stretches(self) -> list[tuple[Stretch, PlannedPhase]]:
         return [(stretch, phase) for phase in self.phases for stretch in phase.stretches]

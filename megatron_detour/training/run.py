@@ -9,14 +9,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_detour.checkpoint.store import checkpoint_folder
 from megatron_detour.config import RunConfig, as_control, load, parse_control
 from megatron_detour.config.deepspeed import look_at_deepspeed_config
 from megatron_detour.errors import DetourError, told
 from megatron_detour.forecast import faults
 from megatron_detour.forecast.start import look
+from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.plan import Plan
 from megatron_detour.training.cluster import join_slurm
-from megatron_detour.training.folder import is_finished, refuse_another_run
+from megatron_detour.training.folder import CHECKPOINTS, is_finished, refuse_another_run, stand_in
 from megatron_detour.training.launch import launch
 from megatron_detour.training.stop import StopRequests
 from megatron_detour.training.terminal import ctrl_c_for_this_rank
@@ -51,10 +53,10 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
         refuse_another_run(folder, config)
     if is_finished(folder, plan):
         if first:
-            print(_what_next(folder, plan), flush=True)
+            print(_finished(folder, plan), flush=True)
         return 0
     if options.launch:
-        _refuse_early(config, plan)
+        _refuse_early(config, plan, folder)
         return launch(sys.argv[0], [word for word in arguments if word != "--launch"])
     launched = os.environ.get("LOCAL_RANK") == "0" and first
     own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
@@ -65,9 +67,10 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
         return run_session(config, plan, folder, stop)
 
 
-def _refuse_early(config: RunConfig, plan: Plan) -> None:
+def _refuse_early(config: RunConfig, plan: Plan, folder: Path) -> None:
     """What every rank would refuse is told in a second or two, before a launcher and torch are started for it."""
-    start = look(config.model, any(phase.whole_word_masking for phase in config.phases))
+    masks_words = any(phase.whole_word_masking for phase in config.phases)
+    start = look(stand_in(folder, config.model) or config.model, masks_words)
     found = [*start.faults, *look_at_deepspeed_config(config.deepspeed)[1], *faults.of_packages(config)]
     found += faults.of_shape(config, plan, start.shape) if start.shape else []
     found += faults.of_corpora(config, plan, start.vocabulary)
@@ -75,13 +78,11 @@ def _refuse_early(config: RunConfig, plan: Plan) -> None:
         raise DetourError(told(found))
 
 
-def _what_next(folder: Path, plan: Plan) -> str:
+def _finished(folder: Path, plan: Plan) -> str:
+    checkpoint = checkpoint_folder(folder / CHECKPOINTS, plan.total_steps)
     return (
         f"this run is finished: {plan.total_steps:,} steps, {plan.total_tokens:,} tokens; to train another one choose "
-        f"another folder=...\nmodel    {folder / 'checkpoints' / f'step-{plan.total_steps:08d}'}\n"
-        f"next     python tools/convert_to_hf.py --checkpoint {folder} --output ...\n"
-        f"         python tools/evaluate.py --model ...\n"
-        f"         megatron-detour report {folder}"
+        f"another folder=...\nmodel    {checkpoint}\n{next_commands(folder, checkpoint, plan.has_detour)}"
     )
 
 

@@ -28,6 +28,7 @@ from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
+from megatron_detour.text import visible
 from megatron_detour.training.checkpoints import Checkpoints
 from megatron_detour.training.describe import run_facts, session_facts
 from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
@@ -245,7 +246,7 @@ class Session:
 
     def _say(self, message: str) -> None:
         if self.state.is_first:
-            self.progress.say(message) if self.progress else print(message, flush=True)
+            self.progress.say(message) if self.progress else print(visible(message), flush=True)
 
     def _describe(self, engine: DeepSpeedEngine, tokens: int) -> None:
         """Adds this session to environment.json, with what it runs on and what it reads."""
@@ -296,5 +297,4 @@ class Session:
             report = self.reports.wait(REPORT_SECONDS)  # whoever has asked to stop does not wait for long
         print(f"report   {report or 'not written'}\nmetrics  {self.folder / 'metrics.jsonl'}", flush=True)
         if finished:
-            causal = any(phase.objective == "clm" for phase in self.plan.phases)
-            print(next_commands(self.folder, checkpoints.path(self.plan.total_steps), causal), flush=True)
+            print(next_commands(self.folder, checkpoints.path(self.plan.total_steps), self.plan.has_detour), flush=True)

@@ -176,7 +176,7 @@ def test_scores_of_other_weights_are_refused(convert, run, tmp_path):
                 convert(asked)
         else:
             convert(asked)
-            assert "by the protocol `" in (tmp_path / f"card-{name}" / "README.md").read_text()
+            assert "by the protocol " in (tmp_path / f"card-{name}" / "README.md").read_text()
 
 
 def test_a_repository_is_checked_without_the_network():
