@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _mapping_of(pairs: list[tuple[str, Any]], origin: str) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise DetourError(f"{origin}: the key {double!r} appears twice in one object")
+        counts = Counter(name for name, _ in pairs)
+        raise DetourError(f"{origin}: the key {counts.most_common(1)[0][0]!r} appears twice in one object")
     return mapping
 
 

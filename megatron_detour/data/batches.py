@@ -154,7 +154,7 @@ class DocumentMixture:
         for number, corpus in enumerate(self.corpora):
             mine = documents[slice(*documents.corpora.searchsorted([number, number + 1]))]
             if len(mine):
-                tokens = corpus.read(mine.places, mine.lengths).astype(np.int32)
+                tokens = corpus.read(mine.places, mine.lengths)
                 wrong = (tokens < 0) | (tokens >= self.vocabulary.size)
                 if wrong.any():  # the embedding has no row for it
                     raise DetourError(
@@ -162,7 +162,7 @@ class DocumentMixture:
                         f"{self.vocabulary.size:,} ids: the file has changed since it was built; bring the file back "
                         "or build the corpus again"
                     )
-                parts.append(tokens)
+                parts.append(tokens.astype(np.int32))
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
 

@@ -57,7 +57,7 @@ class IndexedCorpus:
             raise DetourError(f"{idx_path(prefix)}: not an index of Megatron's format, version 1")
         expected = HEADER.size + 12 * sequences + 8 * boundaries
         if len(index) != expected:
-            raise DetourError(f"{idx_path(prefix)}: has {len(index):,} bytes where its header means {expected:,}")
+            raise DetourError(f"{idx_path(prefix)}: has {len(index):,} bytes where its header says {expected:,}")
         self.dtype = np.dtype(TYPES[code])
         self.lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
         self.offsets = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
@@ -65,7 +65,7 @@ class IndexedCorpus:
         content = _mapped(bin_path(prefix), prefix)
         needed = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
         if needed != len(content):
-            raise DetourError(f"{bin_path(prefix)}: has {len(content):,} bytes where the index means {needed:,}")
+            raise DetourError(f"{bin_path(prefix)}: has {len(content):,} bytes where its index says {needed:,}")
         self._bin = np.frombuffer(content, self.dtype)
         self.token_count = len(self._bin)
         self._index = index

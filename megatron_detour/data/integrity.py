@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from megatron_detour.data.indexed import bin_path, idx_path
@@ -28,13 +29,22 @@ def refuse_changed(prefix: str, manifest: Manifest) -> None:
 
     Manifests of earlier versions have no sample; `verify` reads the whole text.
     """
-    index, text = idx_path(prefix), bin_path(prefix)
-    changed = [index] if file_facts(index)["sha256"] != manifest.files["idx"]["sha256"] else []
-    sample = manifest.files["bin"].get("sample")
-    if sample is not None and sample_sha256(text) != sample:
-        changed.append(text)
+    state = tuple((path, *_state(path)) for path in (idx_path(prefix), bin_path(prefix)))
+    changed = _changed(state, manifest.files["idx"]["sha256"], manifest.files["bin"].get("sample"))
     if changed:
         raise DetourError(
             f"{' and '.join(map(str, changed))}: not as the manifest says, so something has changed since the corpus "
             "was built; bring the files back or build the corpus again"
         )
+
+
+@lru_cache  # the phases of a run and its validation open the same corpora
+def _changed(state: tuple, index_sha256: str, text_sample: str | None) -> list[Path]:
+    (index, *_), (text, *_) = state
+    changed = [index] if file_facts(index)["sha256"] != index_sha256 else []
+    return changed if text_sample in (None, sample_sha256(text)) else [*changed, text]
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns

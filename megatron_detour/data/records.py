@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -96,7 +97,7 @@ class TextKeys:
         if len(mapping) < len(pairs):
             names = [name for name, _ in pairs if name in self._names]
             if len(names) > len(set(names)):
-                raise BadRecord(f"the key {max(names, key=names.count)!r} appears twice")
+                raise BadRecord(f"the key {Counter(names).most_common(1)[0][0]!r} appears twice")
         return mapping
 
 

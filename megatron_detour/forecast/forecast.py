@@ -71,6 +71,8 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: bytes, seconds, tokens, FLOP."""
         raw = dataclasses.asdict(self)
+        for cost in raw["costs"] or ():
+            del cost["lengths"]
         if self.memory:
             for name, told in self.memory.items():
                 raw["memory"][name] |= {

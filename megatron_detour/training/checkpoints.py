@@ -33,7 +33,7 @@ from megatron_detour.training.start import StartModel
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-FORMAT = 2  # of run_state.json and optimizer.safetensors
+FORMAT = 3  # of run_state.json and optimizer.safetensors, and of the order of documents and masks
 SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
 
 

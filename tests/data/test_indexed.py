@@ -102,8 +102,8 @@ def test_type_of_ids(size, dtype):
     [
         (b"", "too short for an index"),
         (index_bytes(8, 2)[:33], "too short for an index"),
-        (index_bytes(8, 2)[:-1], "has 101 bytes where its header means 102"),
-        (index_bytes(8, 2) + b"\0", "has 103 bytes where its header means 102"),
+        (index_bytes(8, 2)[:-1], "has 101 bytes where its header says 102"),
+        (index_bytes(8, 2) + b"\0", "has 103 bytes where its header says 102"),
         (index_bytes(8, 2, magic=b"MMIDIDX\x00\x01"), "not an index of Megatron's format"),
         (index_bytes(8, 2, version=2), "not an index of Megatron's format"),
         (index_bytes(99, 2), "not an index of Megatron's format"),
@@ -120,7 +120,7 @@ def test_a_damaged_index_is_refused(prefix, content, says):
 @pytest.mark.parametrize("size", [0, 14, 15, 17, 18])
 def test_a_bin_of_another_size_is_refused(prefix, size):
     (prefix.with_suffix(".bin")).write_bytes((bin_bytes("H") + bytes(2))[:size])
-    with pytest.raises(DetourError, match=rf"c\.bin: has {size} bytes where the index means 16"):
+    with pytest.raises(DetourError, match=rf"c\.bin: has {size} bytes where its index says 16"):
         IndexedCorpus(prefix)
 
 
