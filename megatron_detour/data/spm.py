@@ -60,17 +60,19 @@ def _made_of(model: Any) -> Tokenizer:
     steps = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    all_white_is_space = spec.name.startswith("nmt_")
     if spec.remove_extra_whitespaces:
-        all_white_is_space = spec.name.startswith("nmt_")
         steps.append(normalizers.Strip() if all_white_is_space else normalizers.Replace(Regex(ENDS), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    elif spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE))  # Metaspace adds none to a text that begins with a space
+    # Metaspace adds no prefix to a text that begins with a space or with its sign.
+    begins_with_neither = spec.remove_extra_whitespaces and all_white_is_space
+    if spec.add_dummy_prefix and not begins_with_neither:
+        steps.append(normalizers.Prepend(SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)
     scheme = "always" if spec.add_dummy_prefix else "never"
     # Pieces may go on over spaces (split_by_whitespace=false) or be several of them.
     split = not any(SPACE in name[1:] for (name, _), kind in zip(pieces, kinds, strict=True) if kind == NORMAL)
-    prepend = scheme if spec.remove_extra_whitespaces else "never"
+    prepend = scheme if begins_with_neither else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=prepend, split=split)
     tokenizer.decoder = decoders.Metaspace(SPACE, prepend_scheme=scheme)
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in _special(model)])

@@ -44,7 +44,7 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
     plan = Plan.of(config)
     folder = Path(config.folder)
     first = int(os.environ.get("RANK", "0")) == 0
-    if first and not options.launch:
+    if first and (options.plan or not options.launch):
         print(plan.table(), flush=True)
     if options.plan:
         print("only the run file was read: megatron-detour plan looks at the model and the corpora as well" * first)

@@ -13,6 +13,7 @@ from megatron_detour import __version__
 from megatron_detour.commands.main import COMMANDS, main
 from megatron_detour.errors import DetourError
 from tests.harness import ROOT, environment
+from tests.observe.runs import make_run
 
 
 def call(*words: str) -> subprocess.CompletedProcess:
@@ -44,24 +45,24 @@ def test_help_names_every_command():
 def test_compare_passes_folders_on(monkeypatch, capsys):
     asked = []
 
-    def write_comparison(folders: list[Path], output: Path) -> Path:
+    def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
         asked.append((folders, output))
-        return output / "comparison.html"
+        return output / "comparison.html", "a table"
 
     stand_in = types.ModuleType("megatron_detour.observe.compare")
     stand_in.write_comparison = write_comparison
     monkeypatch.setitem(sys.modules, "megatron_detour.observe.compare", stand_in)
     assert main(["compare", "runs/a", "runs/b", "--output", "page"]) == 0
     assert asked == [([Path("runs/a"), Path("runs/b")], Path("page"))]
-    assert capsys.readouterr().out == "page/comparison.html\n"
+    out = capsys.readouterr().out
+    assert out.startswith("a table\n") and out.endswith("page/comparison.html\n")
 
 
-def test_report_writes_a_page(monkeypatch, capsys, tmp_path):
-    from megatron_detour.commands import report
-
-    monkeypatch.setattr(report, "write_report", lambda folder: folder / "report.html")
-    assert main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
+def test_report_writes_a_page(capsys, tmp_path):
+    assert main(["report", str(make_run(tmp_path / "run"))]) == 0
+    out = capsys.readouterr().out
+    assert "val_mlm_loss" in out or "MLM loss" in out
+    assert out.endswith("report.html\n")
 
 
 def test_report_of_no_run(tmp_path):

@@ -61,7 +61,8 @@ def small(tmp_path_factory):
 
 
 def settings_of(kind: str, *overrides: str):
-    return load_protocol("quick", ["learning_rate=3e-3", "batch=8", *overrides]).by_type[kind]
+    settings = dict(override.split("=", 1) for override in ("learning_rate=3e-3", "batch=8", *overrides))
+    return load_protocol("quick", [f"{key}={value}" for key, value in settings.items()]).by_type[kind]
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -90,7 +91,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(small, model,
 
 @pytest.mark.parametrize("kind", ["classification", "token-classification"])
 def test_shuffled_labels_score_at_chance(kind, small, model, tmp_path):
-    dataset, settings = small[kind], settings_of(kind, "epochs=8")
+    dataset, settings = small[kind], settings_of(kind, "epochs=12")
     true, shuffled = (
         finetune(model, dataset, settings, 42, scratch=tmp_path, shuffled=shuffle).scores[dataset.task.metric]
         for shuffle in (False, True)
@@ -185,7 +186,7 @@ def test_an_encoder_that_is_not_there_is_no_random_one(model, small, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.Wo.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DetourError, match=r"1 weights of the encoder are missing, model\.layers\.1\.mlp\.Wo\.weight"):
+    with pytest.raises(DetourError, match=r"1 weights of the encoder are missing or .* model\.layers\.1\.mlp\.Wo"):
         open_model(tmp_path, small["classification"], settings_of("classification"))
     (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
     with pytest.raises(DetourError, match="cannot be opened as a model"):

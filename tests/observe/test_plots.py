@@ -156,7 +156,7 @@ def test_the_schedule_shows_what_varies(tmp_path: Path) -> None:
     (rates,) = (line.get_ydata() for line in masked.axes[1].lines if line.get_label() == "MLM")
     assert rates[0] == pytest.approx(0.3) and rates[-1] == pytest.approx(0.1025)
     both = plots._draw_schedule(read_run(five_phases(tmp_path / "c")))
-    assert [axes.get_ylabel() for axes in both.axes[1:]] == ["tokens masked", "sequences a step"]
+    assert [axes.get_ylabel() for axes in both.axes[1:]] == ["tokens masked", "sequences per step"]
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,9 @@ def test_a_checkpoint_of_another_version_is_not_resumed(whole, run_file, tmp_pat
     (newest / "run_state.json").write_text(json.dumps(state | {"format": 1}))
     listing = json.loads((newest / store.LISTING).read_text())
     (newest / store.LISTING).write_text(json.dumps(listing | {"run_state.json": file_facts(newest / "run_state.json")}))
+    environment = json.loads((folder / "environment.json").read_text())
+    del environment["sessions"][-1]["ended"]  # killed, so that the run is not known to be finished
+    (folder / "environment.json").write_text(json.dumps(environment))
     session = started(folder, run_file, Setup())
     assert session.wait() == [1]
     assert f"error: {newest}: of another version of this project" in session.output()
