@@ -119,7 +119,7 @@ def test_a_short_file_is_filled_up(own):
         ("name: a/b\nlanguage: en\ntype: similarity\n", "name: 'a/b' cannot name a folder"),
         ("name: ..\nlanguage: en\ntype: similarity\n", "name: '..' cannot name a folder"),
         ("name: a\nlanguage: no\ntype: similarity\n", "language: a text is needed, it is False; quotes"),
-        ("name: a\nlanguage: English\ntype: similarity\n", "language: 'English' is no code"),
+        ("name: a\nlanguage: English\ntype: similarity\n", "language: 'English' is not a language code"),
         ("name: a\nlanguage: en\ntype: ner\n", "type: 'ner' is none of token-classification, "),
         ("name: a\nlanguage: en\ntype: multilabel\n", "type: 'multilabel' is none of .*mean 'multi-label'"),
         (f"{MINE}title: ' '\n", "title: the text is empty"),
