@@ -56,8 +56,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """What a library says, in one line that is not long."""
-    words = " ".join(str(error).split())
+    """What a library says, in one line that is not long; the kind of error where it says nothing."""
+    words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= 300 else f"{words[:300]}..."
 
 

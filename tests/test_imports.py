@@ -62,7 +62,6 @@ ALLOWED = {
     "observe.run_files": ("errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
     "evaluation": ("evaluation errors files", "numpy msgspec"),
-    "evaluation.terminal": ("", "rich"),
     "evaluation.task": ("errors", ""),
     "evaluation.examples": ("evaluation.task errors", ""),
     "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
@@ -74,12 +73,12 @@ ALLOWED = {
         "numpy torch transformers msgspec rich",
     ),
     "evaluation.report": (
-        "evaluation.report evaluation.terminal evaluation.task evaluation.metrics evaluation.models evaluation.results "
+        "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results "
         "observe errors files",
         "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.intrinsic": (
-        "evaluation.intrinsic evaluation.terminal evaluation.models evaluation.probes data.documents data.splitmix "
+        "evaluation.intrinsic evaluation.models evaluation.probes data.documents data.splitmix observe.terminal "
         "errors files",
         "numpy torch transformers rich",
     ),

@@ -47,7 +47,7 @@ class Dataset:
 
 
 ZEROS_ONES = ("0", "1", "0.0", "1.0", "False", "True")
-VECTOR = "labels are names; this looks like a vector of 0 and 1: list the names of those that hold"
+VECTOR = "labels are names; this looks like a vector of 0 and 1: list the names of the labels that apply"
 
 
 class _BadLine(ValueError):

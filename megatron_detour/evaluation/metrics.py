@@ -110,7 +110,7 @@ def score_of(name: str, totals: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _check_name(name: str) -> None:
     if name not in NAMES:
-        raise DetourError(f"{name} is no metric{nearest(name, list(NAMES))}; there are {', '.join(NAMES)}")
+        raise DetourError(f"unknown metric {name!r}{nearest(name, list(NAMES))}; there are {', '.join(NAMES)}")
 
 
 def _check(name: str, gold: Answers, predicted: Answers) -> None:
@@ -149,7 +149,7 @@ def _ones(labels: Sequence[Any], gold: Answers, predicted: Answers) -> NDArray[n
             for label in [answer] if isinstance(answer, str) else answer:
                 if label not in columns:
                     whose = ("the right answer", "the prediction")[which]
-                    raise DetourError(f"{whose} of example {row} is {label!r}, which is no label of the data set")
+                    raise DetourError(f"{whose} of example {row} is {label!r}, not a label of the data set")
                 ones[which, row, columns[label]] = True
     return ones
 

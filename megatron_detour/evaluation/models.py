@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, brief
 from megatron_detour.files import file_facts
 from megatron_detour.structured import read_json_object
 
-MOST_OF_A_REASON = 200  # characters of a library's message
 OPTIMIZER = "optimizer.safetensors"  # of a checkpoint, beside its weights
 
 
@@ -78,8 +77,7 @@ def opening(folder: Path) -> Iterator[None]:
     except DetourError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:MOST_OF_A_REASON] or type(error).__name__
-        raise DetourError(f"{folder}: cannot be opened as a model ({reason})") from None
+        raise DetourError(f"{folder}: cannot be opened as a model ({brief(error)})") from None
 
 
 def most_positions(network: Any, tokenizer: Any) -> int:
@@ -94,7 +92,7 @@ def most_positions(network: Any, tokenizer: Any) -> int:
             limits.append(module.num_embeddings - (0 if padding is None else padding + 1))
     for limit in limits:
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
-            raise DetourError(f"{tokenizer.name_or_path}: model_max_length {limit!r} is no number of tokens")
+            raise DetourError(f"{tokenizer.name_or_path}: model_max_length {limit!r} must be a positive number")
     return int(min(limits))
 
 

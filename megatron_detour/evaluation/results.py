@@ -81,7 +81,9 @@ def read_results(output: Path) -> dict[Cell, Result]:
             ) from None
         names = [result[key] for key in ("model", "task")]
         if not all(name.isprintable() and name and "/" not in name and name[0] != "." for name in names):
-            raise DetourError(f"{path}, line {number}: {names[0]!r} or {names[1]!r} is no name; remove the line")
+            raise DetourError(
+                f"{path}, line {number}: invalid model or task name {names[0]!r} or {names[1]!r}; remove the line"
+            )
         found[Cell.of(result)] = result
     return found
 

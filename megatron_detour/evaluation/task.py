@@ -96,7 +96,7 @@ def _task(raw: Any) -> Task:
         raise _Fault(f"a task is a YAML mapping with the keys {', '.join(_REQUIRED)} at least")
     for key in raw:
         if key not in _KEYS:
-            raise _Fault(f"{key} is no key of a task{nearest(str(key), list(_KEYS))}; there are {', '.join(_KEYS)}")
+            raise _Fault(f"unknown key {key!r}{nearest(str(key), list(_KEYS))}; there are {', '.join(_KEYS)}")
     for key in _REQUIRED:
         if key not in raw:
             raise _Fault(f"the key {key} is missing")
@@ -122,7 +122,7 @@ def _check_names(texts: dict[str, str]) -> None:
     if not re.fullmatch(r"\w[\w.-]*", texts["name"]):
         raise _Fault(f"name: {texts['name']!r} cannot name a folder; take letters, digits, '_', '-' and '.'")
     if not re.fullmatch("[a-z]{2,3}", texts["language"]):
-        raise _Fault(f"language: {texts['language']!r} is no code of a language such as en or fr")
+        raise _Fault(f"language: {texts['language']!r} is not a language code such as en or fr")
     if texts.get("paper", "") not in ("", "en", "fr"):
         raise _Fault(f"paper: {texts['paper']!r} is neither en nor fr; leave it out for a task of your own")
 
@@ -132,7 +132,7 @@ def _check_metrics(key: str, names: Sequence[str], kind: str) -> None:
     for name in names:
         if name not in known:
             raise _Fault(
-                f"{key}: {name!r} is no metric of {kind}{nearest(name, list(known))}; there are {', '.join(known)}"
+                f"{key}: unknown metric {name!r} for {kind}{nearest(name, list(known))}; there are {', '.join(known)}"
             )
 
 

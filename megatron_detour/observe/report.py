@@ -74,7 +74,7 @@ def as_text(run_folder: Path) -> str:
         titles = [f"{row['title']}, {row['corpus']}" if row["corpus"] else row["title"] for row in figures]
         rows = [[title, *row["values"]] for title, row in zip(titles, figures, strict=True)]
         said.append(columns(["", *(boundary.title for boundary in run.boundaries())], rows))
-    said.append(columns(["", "", ""], [[title, value, remark] for title, value, remark in headline(run)]).strip("\n"))
+    said.append(columns(["", "", ""], [[title, value, remark] for title, value, remark in headline(run)]))
     return "\n\n".join(said)
 
 

@@ -273,7 +273,7 @@ def test_broken_weights_are_told(model_folder):
     model, tokenizer = probes.load_model(model_folder)
     with torch.no_grad():
         model.decoder.bias.fill_(torch.nan)
-    with pytest.raises(DetourError, match="no numbers"):
+    with pytest.raises(DetourError, match="NaN or infinite"):
         score_windows(model, tokenizer, windows_of(0, "The dose.", **SHAPE), 1000)
 
 
@@ -305,8 +305,8 @@ def test_figures_are_ratios_of_sums_and_intervals_come_from_documents():
     }
     alike = {name: values * 10 for name, values in sums.items()}
     found = measured(alike, draws(20, 500, 0))
-    # two nats a word in all documents: no interval
-    assert found["perplexity"] == {name: pytest.approx(np.exp(2)) for name in ("value", "low", "high")}
+    # two nats a word in all documents: how they vary is not known
+    assert found["perplexity"] == {"value": pytest.approx(np.exp(2)), "low": None, "high": None}
     assert (
         found["accuracy"]["value"] == 0.25 and 0.2 < found["accuracy"]["low"] < 0.25 < found["accuracy"]["high"] < 0.3
     )
@@ -328,9 +328,9 @@ def test_models_are_compared_on_the_same_documents():
     first = random_sums(40, 0)
     better = first | {"loss": [loss - 0.1 * words for loss, words in zip(first["loss"], first["words"], strict=True)]}
     change = compared(better, first, draws(40, 300, 0))
-    assert change["perplexity"] == {name: pytest.approx(np.exp(-0.1)) for name in ("value", "low", "high")}
+    assert change["perplexity"] == {"value": pytest.approx(np.exp(-0.1)), "low": None, "high": None}
     assert change["bits_per_byte"]["value"] == pytest.approx(-0.1 / np.log(2) / 6)
-    assert change["accuracy"] == {"value": 0, "low": 0, "high": 0}
+    assert change["accuracy"] == {"value": 0, "low": None, "high": None}
 
 
 # The whole

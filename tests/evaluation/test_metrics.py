@@ -182,12 +182,12 @@ def test_scores_are_all_metrics_of_the_task():
 @pytest.mark.parametrize(
     ("name", "gold", "predicted", "says"),
     [
-        ("macro", ["a"], ["a"], r"macro is no metric \(did you mean 'macro_f1'\?\); there are entity_f1"),
+        ("macro", ["a"], ["a"], r"unknown metric 'macro' \(did you mean 'macro_f1'\?\); there are entity_f1"),
         ("accuracy", [1, 2], [1], "accuracy: 2 right answers, but 1 predictions"),
         ("accuracy", [], [], "accuracy: there are no predictions"),
         ("entity_f1", [["O"], ["O", "O"]], [["O"], ["O"]], "entity_f1: example 1 has 2 words, but 1 predicted tags"),
-        ("macro_f1", ["a", "b"], ["a", "f"], "the prediction of example 1 is 'f', which is no label"),
-        ("micro_f1", [["a", "f"]], [["a"]], "the right answer of example 0 is 'f', which is no label"),
+        ("macro_f1", ["a", "b"], ["a", "f"], "the prediction of example 1 is 'f', not a label of the data set"),
+        ("micro_f1", [["a", "f"]], [["a"]], "the right answer of example 0 is 'f', not a label of the data set"),
         ("pearson", [1.0, 2.0], [1.0, float("nan")], "pearson: not all scores are finite numbers; the model has"),
     ],
 )
@@ -198,5 +198,5 @@ def test_answers_that_do_not_fit_are_named(name, gold, predicted, says):
 
 
 def test_totals_of_an_unknown_metric_are_refused():
-    with pytest.raises(DetourError, match="bleu is no metric"):
+    with pytest.raises(DetourError, match="unknown metric 'bleu'"):
         score_of("bleu", np.ones(3))

@@ -60,7 +60,7 @@ def test_a_limit_of_the_tokenizer_that_is_none_is_told(limit):
     config = transformers.AutoConfig.for_model("bert", **SMALL, max_position_embeddings=POSITIONS)
     tokenizer = Tokenizer()
     tokenizer.model_max_length = limit
-    with pytest.raises(DetourError, match=r"/x: model_max_length .* is no number of tokens"):
+    with pytest.raises(DetourError, match=r"/x: model_max_length .* must be a positive number"):
         most_positions(transformers.AutoModel.from_config(config), tokenizer)
 
 

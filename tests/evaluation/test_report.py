@@ -80,20 +80,21 @@ def test_the_tables_in_words(tmp_path):
     output = make_evaluation(tmp_path, [NER, CLASSES], SKILLS)
     lines = lines_of(output)
     for line in lines:
-        line["score"] = {"base": 0.5, "detour": 0.625}[line["model"]] + 0.01 * (line["seed"] - 43)
+        lead = 0.125 + 0.001 * (line["seed"] - 43)
+        line["score"] = 0.5 + 0.01 * (line["seed"] - 43) + (line["model"] == "detour") * lead
     rewrite(output, lines)
     summary = summarise(output, None, FEW)
     assert shown(scores_table(summary)) == [
-        ["bc5cdr", "entity F1", "50.0 ± 1.0", "*62.5 ± 1.0*"],
-        ["rct_sections", "macro F1", "50.0 ± 1.0", "*62.5 ± 1.0*"],
-        ["Mean of 2 tasks", "", "50.0 ± 1.0", "62.5 ± 1.0"],
+        ["bc5cdr", "entity F1", "50.0 ± 1.0", "*62.5 ± 1.1*"],
+        ["rct_sections", "macro F1", "50.0 ± 1.0", "*62.5 ± 1.1*"],
+        ["Mean of 2 tasks", "", "50.0 ± 1.0", "62.5 ± 1.1"],
     ]
     # tasks that differ by exactly as much say nothing of how tasks vary
-    row = ["detour", "+12.5", "+12.5 to +12.5", "0.0002", "–", "1.00", "2 / 0 / 0", "2 / 0"]
+    row = ["detour", "+12.5", "+12.4 to +12.6", "0.0002", "–", "1.00", "2 / 0 / 0", "2 / 0"]
     assert shown(against_table(summary)) == [row]
     by_task = next(table for table in tables(summary) if "by task" in table.title)
-    # 1 of 201 permutations twice, after Holm's correction the least of two
-    assert shown(by_task)[0] == ["bc5cdr", "*+12.5*", "+12.5 to +12.5", "<0.0001", "0.005", "0.010", "better"]
+    # 1 of 201 permutations; the least of two by Holm's correction, and doubled as the mean over tasks is looked at too
+    assert shown(by_task)[0] == ["bc5cdr", "*+12.5*", "+12.3 to +12.7", "<0.0001", "0.005", "0.020", "better"]
     cost = next(table for table in tables(summary) if table.title == "Cost")
     assert shown(cost)[0] == ["base", "6", "1m15s", "12s", "–"]
     assert any("on cpu (2 threads)" in remark for remark in cost.remarks)
@@ -180,12 +181,12 @@ def fixed(output: Path, tasks: int, seeds: int, differences: list[float], models
 
 def test_the_first_line_says_what_could_have_been_shown(tmp_path):
     summary = fixed(tmp_path, 2, 2, [0.01, 0.015])
-    # half of Student's interval of task means 1.5 and 2.0: 12.706 * 0.354 / sqrt(2)
-    assert summary["verdict"] == "No difference is clear: 2 tasks x 2 seeds cannot show less than 3.2 points."
+    # half of Student's interval of 97.5% of task means 1.5 and 2.0: 25.452 * 0.354 / sqrt(2)
+    assert summary["verdict"] == "No difference is clear: 2 tasks x 2 seeds cannot show less than 6.4 points."
     write_report(tmp_path, None, FEW)
     assert (tmp_path / "report.md").read_text().startswith(f"# Evaluation\n\n**{summary['verdict']}**\n")
     several = fixed(tmp_path / "several", 2, 2, [0.01, 0.015], models=2)
-    assert several["verdict"].endswith("cannot show less than 6.4 points.")  # of two models, after Holm's correction
+    assert several["verdict"].endswith("cannot show less than 12.7 points.")  # of two models, after Holm's correction
     assert fixed(tmp_path / "one", 1, 3, [0.01])["verdict"].endswith(
         "1 task x 3 seeds cannot show less than 2.5 points."
     )
@@ -198,6 +199,28 @@ def test_the_first_line_says_which_model_is_better(tmp_path):
         r"other0 is worse than base by 3\.4 points over 4 tasks \(95% −4\.7 to −2\.0, p 0\.00\d\)\.", summary["verdict"]
     )
     assert summary["against_baseline"][0]["by_tasks"]["clear"]
+
+
+def test_a_mean_over_tasks_and_single_tasks_share_the_five_percent(tmp_path):
+    """The first line speaks of both: with 5% for each it would find something in nothing twice as often."""
+    lead = np.array([0.01, 0.02, 0.03, 0.045])
+    both = fixed(tmp_path / "both", 4, 2, list(lead - 0.005))  # luck adds as much to the mean of two seeds
+    tasks_alone = fixed(tmp_path / "tasks", 4, 1, list(lead))  # one seed: nothing is said of single tasks
+    for summary, clear in ((both, False), (tasks_alone, True)):
+        found = summary["against_baseline"][0]["by_tasks"]
+        assert found["p"] == pytest.approx(0.039, abs=0.001) and found["clear"] == clear
+        assert found["p_holm"] == pytest.approx(found["p"] * (1 if clear else 2))
+        assert summary["verdict"].startswith("other0 is better than base by 2.6 points" if clear else "No difference")
+        assert shown(against_table(summary))[0][1] == ("*+2.6*" if clear else "+2.6")
+    assert both["against_baseline"][0]["least"] > found["mean"] and both["comparisons"] == 4
+    assert "or a mean over tasks" in (written := str(tables(both))) and "doubled" in written
+    assert "or a mean over tasks" not in (written := str(tables(tasks_alone))) and "doubled" not in written
+
+
+def test_a_report_of_one_cell_or_of_equal_cells_is_written(tmp_path):
+    for name, tasks, seeds in (("one", 1, 1), ("equal", 3, 1)):
+        fixed(tmp_path / name, tasks, seeds, [0.01] * tasks)
+        assert "by cells, p 1.00" in words(write_report(tmp_path / name, None, FEW))
 
 
 def test_the_first_line_names_single_tasks(tmp_path):
@@ -283,8 +306,8 @@ def test_no_results_at_all(tmp_path):
         ({"examples": {"train": 1, "dev": 1, "test": 1}}, "in their examples ("),
         ({"identity": {"task": "other", "data": "d"}}, "in their definition of the task (bc5cdr and other)"),
         ({"identity": {"task": "bc5cdr", "data": "e", "format": "1"}}, "in their data (d and e)"),
-        ({"score": float("nan")}, "the score of detour, bc5cdr, seed 44 is nan, no number"),
-        ({"score": None}, "the score of detour, bc5cdr, seed 44 is None, no number"),
+        ({"score": float("nan")}, "the score of detour, bc5cdr, seed 44 is nan, not a finite number"),
+        ({"score": None}, "the score of detour, bc5cdr, seed 44 is None, not a finite number"),
     ],
 )
 def test_results_that_do_not_compare_are_one_sentence(two_models, change, fault):

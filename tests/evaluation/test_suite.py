@@ -369,10 +369,10 @@ def test_a_protocol_can_differ_by_task(tmp_path):
     assert [(protocol.settings(t).batch, protocol.settings(t).epochs) for t in (hoc, gad)] == [(2, 9), (4, 9)]
     assert load_protocol(str(path), ["batch=5"]).settings(hoc).batch == 5
     assert protocol.unused_sections((gad,)) == ["hocc"]
-    with pytest.raises(DetourError, match=r"select_by 'micro_f1' is no metric of bc5cdr.*there are entity_f1"):
+    with pytest.raises(DetourError, match=r"select_by: unknown metric 'micro_f1' for bc5cdr.*there are entity_f1"):
         load_protocol(str(path), ["select_by=micro_f1"]).settings(load_task("bc5cdr"))
     path.write_text(f"{plain}tasks:\n  hoc: {{bach: 2}}\n")
-    with pytest.raises(DetourError, match=r"tasks\.hoc: bach is no setting \(did you mean 'batch'\?\)"):
+    with pytest.raises(DetourError, match=r"tasks\.hoc: unknown setting 'bach' \(did you mean 'batch'\?\)"):
         load_protocol(str(path))
 
 
@@ -449,7 +449,7 @@ def test_a_protocol_of_one_s_own(tmp_path):
         load_protocol("paper-de")
     for wrong, told in (
         ("about: mine\nseeds: [1]\ndefaults: {batch: 4, max_length: 64}\n", "learning_rate"),
-        ("about: mine\nseeds: [1]\ndefaults: {}\ntypes: {ner: {}}\n", "types.ner is no type of task"),
+        ("about: mine\nseeds: [1]\ndefaults: {}\ntypes: {ner: {}}\n", "types: unknown task type 'ner'"),
         ("about: mine\nseeds: [\n", "not YAML"),
     ):
         path.write_text(wrong)

@@ -227,7 +227,7 @@ def _answers(encoder: Encoder) -> Callable[[Any, torch.Tensor], torch.Tensor]:
 
     def kept(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(outputs[0] if isinstance(outputs, tuple) else outputs).all():
-            raise DetourError("the model has diverged: its outputs are no numbers; try a smaller learning_rate")
+            raise DetourError("the model has diverged: its outputs are NaN or infinite; try a smaller learning_rate")
         if of_tags and encoder.ner_head == "span":
             return outputs[1]  # SpanOutput.tags
         logits = outputs[0] if isinstance(outputs, tuple) else outputs

@@ -87,7 +87,7 @@ class Protocol(msgspec.Struct, frozen=True):
         metrics = METRICS[task.type]
         if found.select_by is not None and found.select_by not in metrics:
             raise DetourError(
-                f"protocol {self.name}: select_by {found.select_by!r} is no metric of {task.name}, a task of "
+                f"protocol {self.name}: select_by: unknown metric {found.select_by!r} for {task.name}, a task of "
                 f"{task.type}{nearest(found.select_by, list(metrics))}; there are {', '.join(metrics)}"
             )
         return found
@@ -128,17 +128,17 @@ def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B0
 
 
 def _check_names(file: _File) -> None:
-    """Raises ValueError for a type of task or a setting that is none, and for seeds that cannot be."""
+    """Raises ValueError for an unknown task type or setting, and for seeds that cannot be."""
     for key in file.types:
         if key not in TYPES:
-            raise ValueError(f"types.{key} is no type of task{nearest(key, list(TYPES))}")
+            raise ValueError(f"types: unknown task type {key!r}{nearest(key, list(TYPES))}")
     known = Settings.__struct_fields__
     sections = {f"types.{key}": changes for key, changes in file.types.items()}
     sections |= {f"tasks.{key}": changes for key, changes in file.tasks.items()}
     for section, changes in (("defaults", file.defaults), *sections.items()):
         for key in changes:
             if key not in known:
-                raise ValueError(f"{section}: {key} is no setting{nearest(key, list(known))}")
+                raise ValueError(f"{section}: unknown setting {key!r}{nearest(key, list(known))}")
     seeds = file.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > LAST_SEED:
         raise ValueError(f"seeds: give one at least, each once, from 0 to {LAST_SEED:,}")

@@ -16,6 +16,7 @@ import numpy as np
 SUMS = ("words", "bytes", "tokens", "unknown", "right", "loss")  # of a document; loss in nats
 SHARE = 0.95
 FEWEST_DOCUMENTS = 20  # percentiles of fewer are too narrow: of 5 they miss in 15% of cases where 5% are meant
+ROUNDING = 1e-12
 Figure = Callable[[np.ndarray], np.ndarray]
 
 # Each takes sums [..., 6] in the order of SUMS.
@@ -68,10 +69,10 @@ def _table(sums: Mapping[str, Sequence[float]]) -> np.ndarray:
 
 
 def _interval(value: np.ndarray, resampled: np.ndarray, documents: int) -> dict[str, float | None]:
-    """Percentiles, None of a few documents; a resample without a word, as few documents have of rare ones, says
-    nothing."""
-    if documents < FEWEST_DOCUMENTS:
-        return {"value": float(value), "low": None, "high": None}
+    """Percentiles, None of few documents or of those that are all alike; a resample without a word, as few documents
+    have of rare ones, says nothing."""
     tail = 100 * (1 - SHARE) / 2
     low, high = np.nanpercentile(resampled, [tail, 100 - tail])
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    if documents < FEWEST_DOCUMENTS or high - low <= ROUNDING * abs(high):
+        low = high = None
+    return {"value": float(value), "low": low, "high": high}

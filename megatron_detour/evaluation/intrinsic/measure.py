@@ -194,7 +194,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         lines = [parse_json(line, str(path)) for line in path.read_text(encoding="utf-8").splitlines()]
         markdown(lines)
         if not all(isinstance(line[key], str) for line in lines for key in ("model", "corpus")):
-            raise TypeError("a name is no text")
+            raise TypeError("a name is not a string")
         [line["settings"] for line in lines]
     except (DetourError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise DetourError(

@@ -132,7 +132,7 @@ def _score_batch(model: PreTrainedModel, padding: int, batch: Sequence[Masked]) 
     logits = (logits if logits.dim() == 2 else logits.flatten(0, 1)[where]).float()
     losses = torch.nn.functional.cross_entropy(logits, answers, reduction="none")
     if not losses.isfinite().all():
-        raise DetourError("the model's likelihoods are no numbers; its weights are broken or too large for bf16")
+        raise DetourError("the model's likelihoods are NaN or infinite; its weights are broken or too large for bf16")
     return losses.double().tolist(), (logits.argmax(-1) == answers).tolist()
 
 

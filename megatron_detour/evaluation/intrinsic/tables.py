@@ -10,7 +10,7 @@ from rich import progress
 from rich.console import Console
 from rich.text import Text
 
-from megatron_detour.evaluation.terminal import print_table
+from megatron_detour.observe.terminal import print_table
 
 SECONDS_A_LINE = 30
 HEAD = ("Model", "Words", "Masked", "Perplexity a word", "Bits a byte", "Accuracy")

@@ -116,10 +116,12 @@ def _check(path: Path, cell: Cell, result: Result) -> None:
         if key not in result:
             raise DetourError(f"{path}: the result of {cell} lacks the key {key!r}; remove its line and evaluate again")
     if result["metric"] not in FORMS:
-        raise DetourError(f"{path}: the metric of {cell} is {result['metric']!r}, which is none; remove its line")
+        raise DetourError(f"{path}: unknown metric {result['metric']!r} of {cell}; remove its line")
     score = result["score"]
     if score is None or not math.isfinite(score):
-        raise DetourError(f"{path}: the score of {cell} is {score!r}, no number; remove its line and evaluate again")
+        raise DetourError(
+            f"{path}: the score of {cell} is {score!r}, not a finite number; remove its line and evaluate again"
+        )
 
 
 def _refuse_mixed(path: Path, found: dict[Cell, Result]) -> None:

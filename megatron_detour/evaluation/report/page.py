@@ -17,6 +17,7 @@ from megatron_detour.evaluation.report.tables import (
     against_table,
     comparisons_words,
     counted,
+    interval_words,
     p_words,
     points,
     scores_table,
@@ -118,7 +119,7 @@ def as_text(summary: Summary, console: Console) -> None:
 def _print(table: Table, console: Console) -> None:
     from rich.text import Text
 
-    from megatron_detour.evaluation.terminal import print_table
+    from megatron_detour.observe.terminal import print_table
 
     # Text, not str, since rich would read brackets as its own markup
     rows = [[Text(visible(entry.text), "bold green" if entry.bold else "") for entry in row] for row in table.rows]
@@ -154,13 +155,11 @@ def _page(summary: Summary, picture: Any) -> str:
 
 
 def _card(found: dict[str, Any], summary: Summary) -> dict[str, str]:
-    cells, by_tasks = found["cells"], found["by_tasks"]
-    over_tasks = "" if by_tasks["low"] is None else f"{points(by_tasks['low'])} to {points(by_tasks['high'])} "
+    ways = [(name, found[key]) for key, name in (("by_tasks", "by tasks"), ("cells", "by cells"))]
     return {
         "title": f"{found['model']} against {summary['baseline']}",
-        "value": f"{points(cells['mean'])} points",
-        "remark": f"95% {over_tasks}by tasks, p {p_words(by_tasks['p'])}; "
-        f"{points(cells['low'])} to {points(cells['high'])} by cells, p {p_words(cells['p'])}",
+        "value": f"{points(found['cells']['mean'])} points",
+        "remark": "; ".join(f"95% {interval_words(each)} {name}, p {p_words(each['p'])}" for name, each in ways),
     }
 
 

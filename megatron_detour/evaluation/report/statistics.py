@@ -6,7 +6,7 @@ Scores are shares of 1. Every difference is a - b, so above 0 where a is better;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +34,12 @@ class Spread:
         return cls(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, len(array))
 
     def half(self, comparisons: int = 1) -> float | None:
-        """Half the 95% interval of the mean by Student's t, None for a single value; with 3 values 2.5 sd.
+        """Half the 95% interval of the mean by Student's t; with 3 values 2.5 sd. None for a single value, and where
+        all are equal, as nothing is known of how they vary.
 
         Of several `comparisons` it is half of Bonferroni's interval: no smaller mean could be told from 0 among them.
         """
-        if self.sd is None:
+        if self.sd is None or self.sd <= _ROUNDING:
             return None
         from scipy.stats import t
 
@@ -49,28 +50,24 @@ class Spread:
         return None if half is None else (self.mean - half, self.mean + half)
 
     def p(self) -> float | None:
-        """p of Student's t that the mean is 0: below 0.05 exactly where the interval leaves out 0."""
+        """p of Student's t that the mean is 0: below 0.05 exactly where the interval leaves out 0.
+
+        None for a single value; 1 where all are equal.
+        """
         if self.sd is None:
             return None
         if self.sd <= _ROUNDING:
-            return float(abs(self.mean) <= _ROUNDING)
+            return 1.0
         from scipy.stats import t
 
         return float(2 * t.sf(abs(self.mean) / self.sd * self.count**0.5, self.count - 1))
 
 
-def over_seeds(scores: Mapping[tuple[str, str, int], float]) -> dict[tuple[str, str], Spread]:
-    """Scores by (model, task, seed) to their spread over seeds by (model, task), in the order of first appearance."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for (model, task, _), score in scores.items():
-        groups.setdefault((model, task), []).append(score)
-    return {key: Spread.of(values) for key, values in groups.items()}
-
-
 @dataclass(frozen=True)
 class Comparison:
     """A mean difference with its 95% interval and p, of one method: p is below 0.05 exactly where the interval leaves
-    out 0. `units` is the number of what was compared: cells, or tasks. A single one has no interval, and p 1.
+    out 0. `units` is the number of what was compared: cells, or tasks. Where there is one, or all differ by exactly as
+    much, nothing is known of how they vary: there is no interval, and p is 1.
     """
 
     mean: float
@@ -95,8 +92,8 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed
     difference = _differences(a, b)
     cells = difference[~np.isnan(difference)]
     mean, count = float(cells.mean()), len(cells)
-    if count == 1:
-        return Comparison(mean, None, None, 1.0, 1)
+    if np.ptp(cells) <= _ROUNDING:
+        return Comparison(mean, None, None, 1.0, count)
     means = np.sort(mean + _stretch(count) * (_resampled_means(cells, resamples, seed) - mean))
     below, above = (means <= _ROUNDING).sum(), (means >= -_ROUNDING).sum()
     p = min(1.0, 2 * (int(min(below, above)) + 1) / (resamples + 1))
@@ -107,15 +104,13 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed
 def over_tasks(a: np.ndarray, b: np.ndarray) -> Comparison:
     """Compares two models as paired_bootstrap does, by Student's t of the tasks' mean differences.
 
-    It asks whether a model would be better on other tasks of this kind. Where all tasks differ by exactly as much
-    nothing is known of how they vary: there is no interval, and p is 1.
+    It asks whether a model would be better on other tasks of this kind.
     """
     difference = _differences(a, b)
     difference = difference[~np.isnan(difference).all(1)]
     spread = Spread.of(list(np.nanmean(difference, axis=1)))
-    if spread.sd is None or spread.sd <= _ROUNDING:
-        return Comparison(spread.mean, None, None, 1.0, spread.count)
-    return Comparison(spread.mean, *spread.interval(), spread.p(), spread.count)
+    low, high = spread.interval() or (None, None)
+    return Comparison(spread.mean, low, high, 1.0 if low is None else spread.p(), spread.count)
 
 
 def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -202,16 +197,17 @@ def _single_if_exact(change: np.ndarray) -> np.ndarray:
     return change.astype(np.float32) if whole else change
 
 
-def holm(p_values: Iterable[float]) -> list[float]:
+def holm(p_values: Iterable[float], families: int = 1) -> list[float]:
     """Corrects p for the number of comparisons, in the given order (Holm 1979).
 
-    With these the chance of one false finding or more among all comparisons is no greater than the level.
+    With these the chance of one false finding or more among all comparisons is no greater than the level. Of several
+    `families` of comparisons each gets its part of the level (Bonferroni), so that this holds for all of them together.
     """
     p = np.asarray(list(p_values), dtype=np.float64)
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     corrected = np.empty_like(p)
-    corrected[order] = np.minimum(stepped, 1.0)
+    corrected[order] = np.minimum(families * stepped, 1.0)
     return corrected.tolist()
 
 

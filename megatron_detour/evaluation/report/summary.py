@@ -31,7 +31,7 @@ from megatron_detour.evaluation.report.statistics import (
 from megatron_detour.evaluation.report.verdict import verdict
 from megatron_detour.evaluation.results import Cell
 
-FORMAT = 2
+FORMAT = 3
 PERMUTATIONS = 10_000
 RESAMPLES = 10_000
 MOST_NAMED = 6  # missing cells, all of which stand in summary.json
@@ -43,11 +43,16 @@ def summarise(output: Path, baseline: str | None = None, permutations: int = PER
     evaluation = read_evaluation(output, baseline)
     notes = Notes()
     tasks = [_task(evaluation, task, permutations, notes) for task in evaluation.tasks]
-    comparisons = _correct(tasks)
-    if comparisons / (permutations + 1) > LEVEL:
+    found = [each for task in tasks for each in task["differences"].values()]
+    comparisons = sum(each["p_greater"] is not None for each in found)
+    # The verdict speaks of single tasks and of means over tasks: the two share the chance of a false finding.
+    families = 1 + bool(comparisons and sum(bool(task["differences"]) for task in tasks) > 1)
+    _add_holm(found, "p_greater", families)
+    _add_holm([task["best"] for task in tasks if task["best"]], "p")
+    if families * comparisons / (permutations + 1) >= LEVEL:
         notes.add(f"{permutations:,} permutations are too few for {comparisons:,} comparisons: none can be significant")
-    against = [_against(evaluation, tasks, model) for model in evaluation.models[1:]]
-    _add_holm([found["by_tasks"] for found in against if found["by_tasks"]], "p")
+    against = [_against(evaluation, tasks, model, families) for model in evaluation.models[1:]]
+    _add_holm([each["by_tasks"] for each in against if each["by_tasks"]], "p", families)
     summary = {
         "format": FORMAT,
         "protocol": evaluation.protocol,
@@ -57,6 +62,7 @@ def summarise(output: Path, baseline: str | None = None, permutations: int = PER
         "permutations": permutations,
         "resamples": RESAMPLES,
         "comparisons": comparisons,
+        "families": families,
         "tasks": tasks,
         "average": _average(evaluation, notes),
         "against_baseline": against,
@@ -192,22 +198,13 @@ def _best(pairs: Pairs, ranked: list[str]) -> dict[str, Any] | None:
     return {"model": best, "p": None if None in p_values else max(p_values)}
 
 
-def _correct(tasks: list[dict[str, Any]]) -> int:
-    """Decides what is clear: Holm's p over all comparisons with the baseline, which it counts, and over the best models
-    of all tasks."""
-    found = [each for task in tasks for each in task["differences"].values()]
-    _add_holm([task["best"] for task in tasks if task["best"]], "p")
-    return _add_holm(found, "p_greater")
-
-
-def _add_holm(found: list[dict[str, Any]], key: str) -> int:
-    """Adds `p_holm` and `clear` by the p under `key`; what has none is no comparison. Returns how many there are."""
+def _add_holm(found: list[dict[str, Any]], key: str, families: int = 1) -> None:
+    """Adds `p_holm` and `clear` by the p under `key`; what has none is not a comparison."""
     tested = [each for each in found if each[key] is not None]
     for each in found:
         each |= {"p_holm": None, "clear": False}
-    for each, p in zip(tested, holm(each[key] for each in tested), strict=True):
+    for each, p in zip(tested, holm((each[key] for each in tested), families), strict=True):
         each |= {"p_holm": p, "clear": p < LEVEL}
-    return len(tested)
 
 
 def _sanity(
@@ -256,7 +253,7 @@ def _average(evaluation: Evaluation, notes: Notes) -> dict[str, Any]:
     }
 
 
-def _against(evaluation: Evaluation, tasks: list[dict[str, Any]], model: str) -> dict[str, Any]:
+def _against(evaluation: Evaluation, tasks: list[dict[str, Any]], model: str, families: int) -> dict[str, Any]:
     """One model against the baseline over all cells that both have; None where they have none."""
     own, other = evaluation.matrix(model), evaluation.matrix(evaluation.baseline)
     there = bool((~np.isnan(own - other)).any())
@@ -265,7 +262,7 @@ def _against(evaluation: Evaluation, tasks: list[dict[str, Any]], model: str) ->
         "model": model,
         "cells": asdict(paired_bootstrap(own, other, RESAMPLES)) if there else None,
         "by_tasks": asdict(over_tasks(own, other)) if there else None,
-        "least": _least(own - other, len(evaluation.models) - 1) if there else None,
+        "least": _least(own - other, families * (len(evaluation.models) - 1)) if there else None,
         "tally": asdict(tally([each["mean"] for each in found], [each["clear"] for each in found])),
         "tested": sum(each["p_greater"] is not None for each in found),
     }
@@ -275,7 +272,7 @@ def _least(difference: np.ndarray, comparisons: int) -> float | None:
     """The smallest mean difference that these tasks, or the seeds of a single one, could show; None for none."""
     kept = difference[~np.isnan(difference).all(1)]
     values = np.nanmean(kept, axis=1) if len(kept) > 1 else kept[~np.isnan(kept)]
-    return Spread.of(list(values)).half(comparisons) or None
+    return Spread.of(list(values)).half(comparisons)
 
 
 def _cost(evaluation: Evaluation, model: str) -> dict[str, Any]:

@@ -90,9 +90,9 @@ def against_table(summary: Summary) -> Table:
         [
             Entry(found["model"]),
             Entry(points(found["cells"]["mean"]), found["by_tasks"]["clear"]),
-            Entry(_interval(found["cells"])),
+            Entry(interval_words(found["cells"])),
             Entry(p_words(found["cells"]["p"])),
-            Entry(_interval(found["by_tasks"])),
+            Entry(interval_words(found["by_tasks"])),
             Entry(p_words(found["by_tasks"]["p"])),
             Entry("{wins} / {losses} / {ties}".format(**found["tally"])),
             Entry("{clear_wins} / {clear_losses}".format(**found["tally"])),
@@ -119,10 +119,10 @@ def _of_the_comparison(summary: Summary) -> list[str]:
         "better. 95%: its interval; p: two-sided, below 0.05 where the interval leaves out 0. Of cells by paired "
         f"bootstrap ({summary['resamples']:,} resamples), as in arXiv 2605.12438; of tasks by Student's t of their "
         "mean differences, which is the one to go by where other tasks of the kind are meant. Bold: by tasks p is "
-        f"below 0.05 after Holm's correction over {counted(len(summary['models']) - 1, 'model')}.",
+        f"below 0.05 after Holm's correction over {counted(len(summary['models']) - 1, 'model')}{_doubled(summary)}.",
         f"Better, worse, equal: on how many tasks, by the mean over seeds; equal is less than {100 * TIE:g} points. "
         "Clear: more than chance for other test examples (permutation test) and for other seeds (Student's t), the "
-        "greater p being below 0.05 after Holm's correction.",
+        f"greater p being below 0.05 after Holm's correction{_doubled(summary)}.",
         comparisons_words(summary),
     ]
 
@@ -132,10 +132,15 @@ def comparisons_words(summary: Summary) -> str:
     count = summary["comparisons"]
     if not count:
         return "No comparison by task was made: each needs the predictions of both models, with two seeds at least."
+    them = "any of them" if summary["families"] == 1 else "any of them, or a mean over tasks,"
     return (
         f"{counted(count, 'comparison')} by task ({counted(len(summary['models']) - 1, 'model')} against "
-        f"{summary['baseline']}): where no model differs, the chance that any of them is called clear is 5% at most."
+        f"{summary['baseline']}): where no model differs, the chance that {them} is called clear is 5% at most."
     )
+
+
+def _doubled(summary: Summary) -> str:
+    return "" if summary["families"] == 1 else " and doubled, as single tasks and means over tasks are both looked at"
 
 
 def _by_task(summary: Summary, model: str) -> Table:
@@ -156,7 +161,8 @@ def _by_task(summary: Summary, model: str) -> Table:
     remark = (
         "Over seeds: Student's t, paired by seed. Over examples: a permutation test of the test examples, with "
         f"{summary['permutations']:,} permutations. After Holm: the greater of the two, corrected for all "
-        f"{counted(summary['comparisons'], 'comparison')} with {summary['baseline']}; clear where it is below 0.05."
+        f"{counted(summary['comparisons'], 'comparison')} with {summary['baseline']}{_doubled(summary)}; clear "
+        "where it is below 0.05."
     )
     headers = ["Task", "Difference (points)", "95%, seeds", "p, seeds", "p, examples", "p after Holm", "Clear"]
     return Table(f"{model} against {summary['baseline']}, by task", headers, rows, [remark])
@@ -246,7 +252,7 @@ def p_words(p: float | None) -> str:
     return f"{p:.4f}" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def _interval(found: dict[str, float]) -> str:
+def interval_words(found: dict[str, float]) -> str:
     return ABSENT if found["low"] is None else _range(found["low"], found["high"])
 
 

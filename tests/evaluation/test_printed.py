@@ -1,4 +1,4 @@
-"""Tables on a terminal of 80 columns: no line is longer, and no word or figure breaks."""
+"""What an evaluation prints on a terminal of 80 columns: no line is longer, and no word or figure breaks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import io
 
 import pytest
 from rich.console import Console
-from rich.text import Text
 
 from megatron_detour.evaluation.command import list_tasks
 from megatron_detour.evaluation.intrinsic.tables import print_tables
 from megatron_detour.evaluation.report.page import as_text
 from megatron_detour.evaluation.report.summary import summarise
-from megatron_detour.evaluation.terminal import print_table
 from tests.evaluation.evaluations import MadeUp, make_evaluation
 
 MODELS = ["base", "modernbert-bio-base-10B-step-00000700", "ModernBERT-large-a-name-of-a-hospital/2"]
@@ -45,13 +43,6 @@ def test_tables_fit_eighty_columns_and_break_no_word(show, tmp_path):
     lines = narrow.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert set(wide.file.getvalue().split()) == set(narrow.file.getvalue().split())
-
-
-def test_what_does_not_fit_stands_below():
-    console = Console(file=io.StringIO(), width=40)
-    headers = ["Task", *(f"model {n}" for n in range(5))]
-    print_table(console, "Scores", headers, [[Text(word) for word in ("hoc", *["50.0 ± 1.0"] * 5)]], words=1)
-    assert console.file.getvalue().count("hoc") == 2 and console.file.getvalue().count("50.0 ± 1.0") == 5
 
 
 def test_the_list_of_tasks_fits(capsys):
