@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_detour.checkpoint import huggingface
+from megatron_detour.checkpoint import source
 from megatron_detour.data.manifest import manifest_path
 from megatron_detour.errors import DetourError
 from megatron_detour.release.export import Exported, export
@@ -222,7 +222,7 @@ def test_a_hub_id_that_the_cache_knows_is_the_base_model(corpus, tmp_path, monke
         asked.append(download)
         return tmp_path / file
 
-    monkeypatch.setattr(huggingface, "hub_file", hub_file)
+    monkeypatch.setattr(source, "hub_file", hub_file)
     card, exported = start_model(corpus, Path("org/model"), tmp_path)
     assert front_matter(card)["base_model"] == "org/model" and asked and not any(asked)
     assert not any("--base-model" in warning for warning in exported.warnings)
