@@ -41,7 +41,7 @@ ALLOWED = {
     "data.publish": ("data.indexed data.manifest data.integrity errors files", "numpy msgspec"),
     "data.build.clean": ("data.build errors", "numpy rensa py3langid"),
     "data.build.cluster": ("data errors", "ray"),
-    "data.build.progress": ("", "rich"),
+    "data.build.progress": ("text", "rich"),
     "data.train_tokenizer": ("data errors files", "tokenizers"),
     "data.batches": ("data errors files objectives config", "numpy torch"),
     "data.phase_data": ("data config plan", ""),

@@ -3,12 +3,20 @@ from __future__ import annotations
 import io
 import json
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_detour import errors
+from megatron_detour.commands.item import NOTE, Item
+from megatron_detour.data.build import progress as build_progress
+from megatron_detour.evaluation import probes
+from megatron_detour.evaluation.finetuning.progress import SuiteProgress
+from megatron_detour.evaluation.intrinsic import tables
 from megatron_detour.evaluation.report import plots as evaluation_plots
+from megatron_detour.evaluation.results import Cell
 from megatron_detour.observe import compare, compare_plots, plots, report
 from megatron_detour.observe.progress import Progress
 from megatron_detour.observe.run_folder import read_run
@@ -43,6 +51,7 @@ def test_what_is_not_seen_becomes_a_code() -> None:
         ("-0.5", "-0.5"),
         ("a | [b](c) `d` *e*", "a \\| \\[b\\](c) \\`d\\` \\*e\\*"),
         ("x\u202e", "x\\\\u202e"),
+        ("&lt;b> &amp;", "\\&lt;b\\> \\&amp;"),
     ],
 )
 def test_markdown_shows_text_as_it_stands(text: str, shown: str) -> None:
@@ -97,6 +106,57 @@ def test_progress_shows_names_as_codes(terminal: bool, monkeypatch: pytest.Monke
         progress.say(HOSTILE)
     written = stream.getvalue()
     assert "\x1b]0;" not in written and "\x07" not in written and "\u202e" not in written and "\\u202e" in written
+
+
+def _finished() -> None:
+    job = SimpleNamespace(cell=Cell(HOSTILE, HOSTILE, 0), cost=1.0)
+    with SuiteProgress([job], {}, 1) as progress:
+        progress.finished(job, {"metric": HOSTILE, "score": 0.5, "dev_score": 0.5, "seconds": 1.0})
+
+
+def _windows() -> None:
+    with tables.Progress(1) as progress:
+        progress.on(HOSTILE)
+        progress.add(1)
+
+
+def _figures() -> None:
+    figure = {"value": 1.0, "low": None, "high": None}
+    kind = {"words": 1, "unknown": 1, "perplexity": figure, "bits_per_byte": figure, "accuracy": figure}
+    change = {"all": dict.fromkeys(("perplexity", "bits_per_byte", "accuracy"), figure)}
+    line = {
+        "model": HOSTILE,
+        "corpus": HOSTILE,
+        "compared_with": HOSTILE,
+        "documents": 1,
+        "windows": 1,
+        "change": change,
+    }
+    print(tables.markdown([line | {"all": kind, "domain": None}]))
+    tables.print_tables([line | {"all": kind, "domain": None}])
+
+
+def _guesses() -> None:
+    outcome = probes.Outcome(HOSTILE, (probes.Guess((HOSTILE, HOSTILE), False, 1),))
+    probes.print_report(probes.Report((probes.Probe(HOSTILE, HOSTILE),), (outcome,)))
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        _finished,
+        _windows,
+        _figures,
+        _guesses,
+        lambda: print(Item(NOTE, "plan", HOSTILE, HOSTILE)),
+        lambda: build_progress.say(HOSTILE),
+    ],
+    ids=["fine-tuning", "windows", "figures", "probes", "doctor", "build"],
+)
+def test_lines_of_commands_show_names_as_codes(show: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> None:
+    show()
+    shown = "".join(capsys.readouterr())
+    assert not unseen(shown) and "\\x1b" in shown
 
 
 def test_errors_show_names_as_codes(capfd: pytest.CaptureFixture[str]) -> None:

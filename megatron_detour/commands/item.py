@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_detour.text import visible
+
 OK, NOTE, FAULT = "ok", "note", "fault"
 
 
@@ -17,7 +19,7 @@ class Item:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.state:5}  {self.what:13} {'; '.join(filter(None, [self.text, self.remedy]))}"
+        return visible(f"{self.state:5}  {self.what:13} {'; '.join(filter(None, [self.text, self.remedy]))}")
 
 
 def item(good: bool, what: str, text: str, remedy: str, otherwise: str = NOTE) -> Item:

@@ -16,6 +16,7 @@ from megatron_detour.evaluation.finetuning.protocol import known_protocols, load
 from megatron_detour.evaluation.models import named_models
 from megatron_detour.evaluation.results import RESULTS
 from megatron_detour.evaluation.task import Task, known_tasks, load_task
+from megatron_detour.text import visible
 
 GROUPS = ("all", "paper-en", "paper-fr")
 MOST_SEEDS = 1000
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     protocol = load_protocol(options.protocol, overrides)
     models, tasks = named_models(options.model), chosen_tasks(options.tasks, options.data)
     for name in protocol.unused_sections(tasks):
-        print(f"protocol {protocol.name}: tasks.{name} is of no task of this evaluation", file=sys.stderr)
+        print(visible(f"protocol {protocol.name}: tasks.{name} is of no task of this evaluation"), file=sys.stderr)
     devices = visible_gpus()
     suite = Suite(
         models=models,

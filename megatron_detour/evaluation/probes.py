@@ -20,6 +20,7 @@ from megatron_detour.data.documents import read_documents
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.models import opening
 from megatron_detour.structured import parse_json
+from megatron_detour.text import visible
 
 PLACEHOLDER = "[MASK]"
 _DOCUMENTS_READ = 10_000
@@ -212,10 +213,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     # Text, not str, since rich would read the brackets of a user's text as its own markup
     table = Table("probe", "answer", show_lines=True)
     for outcome in report.outcomes:
-        table.add_column(Text(outcome.label))
+        table.add_column(Text(visible(outcome.label)))
     for number, probe in enumerate(report.probes):
         cells = [_cell(outcome.guesses[number]) for outcome in report.outcomes]
-        table.add_row(Text(probe.text), Text(probe.answer), *cells)
+        table.add_row(Text(visible(probe.text)), Text(visible(probe.answer)), *cells)
     count = len(report.probes)
     table.add_row("", "", *(Text(f"right: {outcome.right} of {count}", "bold") for outcome in report.outcomes))
     (console or Console()).print(table)
@@ -224,4 +225,4 @@ def print_report(report: Report, console: Console | None = None) -> None:
 def _cell(answer: Guess) -> Text:
     mark = ("✓ ", "green") if answer.right else ("✗ ", "red")
     others = f" ({', '.join(answer.tops[1:])})" if len(answer.tops) > 1 else ""
-    return Text.assemble(mark, answer.tops[0], (others, "dim"))
+    return Text.assemble(mark, visible(answer.tops[0]), (visible(others), "dim"))

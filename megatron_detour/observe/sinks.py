@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from megatron_detour.errors import DetourError
 from megatron_detour.files import retry, write_whole
-from megatron_detour.observe.tfrecord import framed
 from megatron_detour.structured import read_json_object
 
 Record = dict[str, Any]
@@ -111,6 +110,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path | str, resume_step: int, counts: dict[str, int] | None = None) -> None:
         try:
             from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             raise DetourError("TensorBoard files need the package tensorboard: pip install tensorboard") from error
         self._folder = Path(folder)
@@ -120,7 +120,7 @@ class TensorBoardSink:
         with _naming(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             # TensorBoard reads a folder's files in the order of their names.
-            self._file = (self._folder / f"events.out.tfevents.{time.time_ns()}").open("xb")
+            self._file = RecordWriter((self._folder / f"events.out.tfevents.{time.time_ns()}").open("xb"))
             self._add(file_version="brain.Event:2")
             begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._add(step=resume_step + 1, session_log=begun)
@@ -136,7 +136,7 @@ class TensorBoardSink:
                 self._flushed = time.monotonic()
 
     def _add(self, **fields: Any) -> None:
-        self._file.write(framed(self._event(wall_time=time.time(), **fields).SerializeToString()))
+        self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
     def close(self) -> None:
         with _naming(self._folder):

@@ -7,7 +7,7 @@ from typing import Any
 LEFT_OUT = {"short": "too short", "long": "too long", "language": "in other languages", "duplicate": "duplicates"}
 
 
-def told(manifest: dict[str, Any]) -> tuple[str, str]:
+def filters(manifest: dict[str, Any]) -> tuple[str, str]:
     """Which documents were left out, and which were set apart. Raises KeyError, TypeError where it is no manifest."""
     options, removed = manifest["options"], manifest["removed"]
     rules = [_length(options.get("min_chars") or 0, options.get("max_chars"))]

@@ -10,6 +10,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.release import hub
 from megatron_detour.release.export import DTYPES, export
 from megatron_detour.release.given import Given, read_given
+from megatron_detour.text import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace, evaluation: list[dict[str, Any]] | None, sc
     step, steps = exported.run_state["step"], exported.run_state["total_steps"]
     print(f"{options.output}: step {step:,} of {steps:,}, logits equal transformers' within {exported.difference:.1e}")
     for warning in exported.warnings:
-        print(f"warning: {warning}")
+        print(visible(f"warning: {warning}"))
     if repository:
         print(f"uploaded to {hub.push(Path(options.output), repository, options.private)}", flush=True)
 

@@ -16,7 +16,7 @@ from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import Run, read_run
 from megatron_detour.observe.steps import Steps
 from megatron_detour.plan import Plan, PlannedPhase
-from megatron_detour.release.cleaning import told
+from megatron_detour.release.cleaning import filters
 from megatron_detour.structured import parse_yaml, read_json_object
 
 NOT_IN_THE_TRAJECTORY = {"name": "run", "folder": "run", "deepspeed": "not kept"}  # and not told by any card
@@ -143,14 +143,14 @@ class Facts:
                 shares[phase.name] = weights[prefix] / sum(weights.values())
         languages = tuple(manifest["options"].get("language") or ()) if manifest else ()
         numbers = counted.get("documents"), counted.get("tokens")
-        return Corpus(prefix, name, *numbers, shares, languages, *(told(manifest) if manifest else ("", "")))
+        return Corpus(prefix, name, *numbers, shares, languages, *(filters(manifest) if manifest else ("", "")))
 
     def _manifest(self, prefix: str) -> dict[str, Any]:
         """The corpus's manifest, where it is still there and that of the text that was read."""
         try:
             manifest = read_json_object(manifest_path(prefix))
             same = manifest["files"]["bin"]["sha256"] == self.state["corpora"][prefix]
-            told(manifest)
+            filters(manifest)
         except (DetourError, OSError, KeyError, TypeError, ValueError, AttributeError):
             return {}
         return manifest if same else {}

@@ -40,14 +40,16 @@ class Given:
         for code in self.languages:
             if code not in LANGUAGES and not re.fullmatch(r"[a-z]{3}", code):
                 raise DetourError(
-                    f"{code!r} is no language code; give those of ISO 639 such as en or fr (two letters, or three "
+                    f"{code!r} is not a language code; give those of ISO 639 such as en or fr (two letters, or three "
                     "where a language has no two)"
                 )
         for said in self.corpora.values():
             if "url" in said and not re.fullmatch(r"https?://[^\s()<>]+", said["url"]):
-                raise DetourError(f"{said['url']!r} is no address of a page; give one that begins with https://")
+                raise DetourError(f"{said['url']!r} is not a URL; give one that begins with http:// or https://")
         if self.base_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model):
-            raise DetourError(f"{self.base_model!r} is no hub id; give OWNER/NAME, such as answerdotai/ModernBERT-base")
+            raise DetourError(
+                f"{self.base_model!r} is not a hub id; give OWNER/NAME, such as answerdotai/ModernBERT-base"
+            )
 
     def over(self, other: Given) -> Given:
         """These facts, and the other's where these say nothing."""

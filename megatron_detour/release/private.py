@@ -13,15 +13,18 @@ from megatron_detour.errors import DetourError
 from megatron_detour.structured import read_json
 
 _SECRET_KEY = re.compile(r"password|passwd|secret|api_?key|access_?key|credential|auth_?token|private_?key", re.I)
+_SECRET = re.compile(
+    r"\bhf_\w{16,}|\bgh[pousr]_\w{20,}|\bsk-[\w-]{16,}|\bAKIA[0-9A-Z]{16}|-----BEGIN|\beyJ[\w-]{8,}\.eyJ|\bxox[abprs]-"
+)
 _KINDS = {
-    "a secret": re.compile(
-        r"\bhf_\w{16,}|\bgh[pousr]_\w{20,}|\bsk-[\w-]{16,}|\bAKIA[0-9A-Z]{16}|-----BEGIN|\beyJ[\w-]{8,}\.eyJ|\bxox[abprs]-"
-    ),
     "a path": re.compile(
         r"^(~|file:|[A-Za-z]:)?[\\/][\w.-]+[\\/]\S*$|^~[\\/]|[\\/](home|Users|root|mnt|scratch)[\\/]\w"
     ),
     "an address": re.compile(r"^\w+://|\bhttps?://|[\w.+-]+@[\w-]+\.\w"),
 }
+# What a tokenizer finds in text and puts there: it may look like anything.
+_OF_TEXT = {"Regex", "String", "content", "additional_special_tokens", "extra_special_tokens"}
+_IDENTIFIER = re.compile(r"[\w-]+")  # a whole value such as "default" or "bert" is a setting, whatever users are called
 _COMMON_USERS = {"root", "user", "admin", "ubuntu", "runner", "model", "mask", "token"}
 SHORTEST_NAME = 4  # of a user or host that is looked for: shorter ones are parts of words
 
@@ -46,8 +49,10 @@ def refuse_private(folder: Path) -> None:
 
 
 def _kind(key: str, text: str, names: dict[str, re.Pattern[str]]) -> str | None:
-    if text and _SECRET_KEY.search(key):
+    if text and (_SECRET_KEY.search(key) or _SECRET.search(text)):
         return "a secret"
+    if key in _OF_TEXT or _IDENTIFIER.fullmatch(text):
+        return None
     return next((kind for kind, found in (_KINDS | names).items() if found.search(text)), None)
 
 

@@ -247,12 +247,12 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("languages: [english]", "'english' is no language code; give those of ISO 639"),
-        ("languages: [xx]", "'xx' is no language code"),
+        ("languages: [english]", "'english' is not a language code; give those of ISO 639"),
+        ("languages: [xx]", "'xx' is not a language code"),
         ("languages: [no]", r"languages: a list of texts is needed, it is \[False\]"),
         ("licens: mit", r"there is no key 'licens' \(did you mean 'licence'\?\)"),
         ("licence: ''", "licence: a text is needed"),
-        ("base_model: ModernBERT", "'ModernBERT' is no hub id; give OWNER/NAME"),
+        ("base_model: ModernBERT", "'ModernBERT' is not a hub id; give OWNER/NAME"),
         ("corpora: [a]", "corpora: a mapping from the corpora's names"),
         ("corpora: {corpus: mit}", r"corpora\.corpus: a mapping with some of title, licence"),
         ("corpora: {corpus: {license: mit}}", r"corpora\.corpus: there is no key 'license' \(did you mean 'licence'"),
@@ -277,7 +277,7 @@ def test_facts_of_a_corpus_that_is_not_there_are_refused(run, tmp_path):
 def test_what_is_said_on_the_command_line_goes_over_the_file():
     said = Given(name="a", languages=("fr",)).over(GIVEN)
     assert (said.name, said.languages, said.licence) == ("a", ("fr",), "cc-by-4.0")
-    with pytest.raises(DetourError, match="'french' is no language code"):
+    with pytest.raises(DetourError, match="'french' is not a language code"):
         Given(languages=("french",))
 
 

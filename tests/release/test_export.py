@@ -332,7 +332,9 @@ def test_only_known_keys_come_from_the_start_into_checkpoints_and_releases(run, 
         ({"a": "hf_abcdefghijklmnopqrst"}, "a", "a secret"),
         ({"/home/anna/x": 1}, "the top level", "a path"),
         ({"a": "made on node-0017"}, "a", "the name of this host"),
-        ({"a": "annasmith"}, "a", "the name of a user"),
+        ({"a": "by annasmith, 2026"}, "a", "the name of a user"),
+        ({"a": "/annasmith"}, "a", "the name of a user"),
+        ({"added_tokens": [{"content": "hf_abcdefghijklmnopqrst"}]}, r"added_tokens\[0\]\.content", "a secret"),
     ],
 )
 def test_what_is_private_in_a_json_file_is_told_without_its_value(content, place, kind, tmp_path, monkeypatch):
@@ -346,16 +348,46 @@ def test_what_is_private_in_a_json_file_is_told_without_its_value(content, place
     )
 
 
-def test_what_belongs_in_a_release_is_not_taken_for_private(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(private.getpass, "getuser", lambda: "bert")  # a part of words that stand there
-    tokens = [{"content": text} for text in ("|||EMAIL_ADDRESS|||", "[unused1]", "<s>", "</s>", "//", "\\\\n")]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {"vocab": {"/home/a/b": 1}}}))
+WORDS = (
+    r"\s\S",
+    "\\r\\n",
+    r"\d\w+",
+    "/a/",
+    "http://",
+    "|||EMAIL_ADDRESS|||",
+    "[unused1]",
+    "</s>",
+    "//",
+    "a@b.c",
+    "~/a",
+)
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_what_a_tokenizer_looks_for_is_not_taken_for_private(text, tmp_path):
+    """A token, and a rule's pattern of each kind with what it puts there."""
+    rules = [{"type": "Replace", "pattern": {kind: text}, "content": text} for kind in ("Regex", "String")]
+    content = {"added_tokens": [{"id": 1, "content": text}], "model": {"vocab": {"/home/a/b": 1}}}
+    named = {"added_tokens_decoder": {"1": {"content": text}}, "additional_special_tokens": [text]}
+    content |= {"normalizer": {"type": "Sequence", "normalizers": rules}, "pre_tokenizer": rules[0]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    private.refuse_private(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["default", "left", "right", "gelu", "bert"])
+def test_users_and_hosts_named_like_a_setting_stop_no_release(name, encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOGNAME", name)
+    monkeypatch.setattr(private.socket, "gethostname", lambda: name)
+    settings = {"rope_type": "default", "padding_side": "left", "truncation_side": "right", "model_type": "bert"}
+    settings |= {"hidden_activation": "gelu", "tokenizer_class": "BertTokenizer", "kinds": ["bert-base"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     private.refuse_private(tmp_path)
     private.refuse_private(encoder)
 
 
 def test_a_release_with_a_private_value_is_not_written(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(private, "_KINDS", {"a path": re.compile("PreTrainedTokenizerFast")})
-    with pytest.raises(DetourError, match=r"tokenizer_config\.json: tokenizer_class holds a path"):
+    monkeypatch.setattr(private, "_KINDS", {"a path": re.compile("")})
+    with pytest.raises(DetourError, match=r"^config\.json: .* holds a path"):
         export(str(run), str(tmp_path / "model"), "fp32")
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_detour.evaluation.results import Cell, Result
+from megatron_detour.text import visible
 
 if TYPE_CHECKING:
     from megatron_detour.evaluation.finetuning.worker import Job
@@ -102,4 +103,4 @@ class SuiteProgress:
         return f"{minutes:.0f} min left" if minutes < 120 else f"{minutes / 60:.1f} h left"
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(visible(line), highlight=False, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_detour.observe.terminal import print_table
+from megatron_detour.text import visible
 
 SECONDS_A_LINE = 30
 HEAD = ("Model", "Words", "Masked", "Perplexity a word", "Bits a byte", "Accuracy")
@@ -25,7 +26,7 @@ Line = dict[str, Any]
 
 
 def say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    print(visible(sentence), file=sys.stderr, flush=True)
 
 
 def markdown(lines: list[Line]) -> str:
@@ -44,12 +45,12 @@ def print_tables(lines: list[Line], console: Console | None = None) -> None:
     """Prints a table of figures for each corpus, and one of differences where there are several models."""
     console = console or Console()
     for corpus, own in _grouped(lines, "corpus").items():
-        console.print(Text(f"{corpus}: {_facts(own[0])}"))
+        console.print(Text(visible(f"{corpus}: {_facts(own[0])}")))
         _print_table(console, HEAD, _figure_rows(own))
         for sentence in _unknown(own):
-            console.print(Text(f"{sentence}."))
+            console.print(Text(visible(f"{sentence}.")))
         for baseline, changed in _grouped(own, "compared_with").items():
-            console.print(Text(f"{corpus}, against {baseline}"))
+            console.print(Text(visible(f"{corpus}, against {baseline}")))
             _print_table(console, CHANGE_HEAD, _change_rows(changed))
 
 
@@ -122,13 +123,15 @@ def _markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return visible(" ".join(text.split())).replace("|", "\\|")
 
 
 def _print_table(console: Console, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Intervals stand below their values, as side by side they are wider than a terminal."""
     # Text, as rich would read brackets as its own markup.
-    cells = [[Text(cell.replace(" [", "\n[") if at > 1 else cell) for at, cell in enumerate(row)] for row in rows]
+    cells = [
+        [Text(cell.replace(" [", "\n[") if at > 1 else visible(cell)) for at, cell in enumerate(row)] for row in rows
+    ]
     print_table(console, "", head, cells, words=2)
 
 
@@ -161,9 +164,9 @@ class Progress:
 
     def on(self, name: str) -> None:
         """Says what is measured from now on."""
-        self._name = name
+        self._name = visible(name)
         if self._bar:
-            self._bar.update(self._task, name=name)
+            self._bar.update(self._task, name=self._name)
 
     def add(self, windows: int) -> None:
         self._done += windows
