@@ -18,26 +18,24 @@ from safetensors.torch import save_file
 
 from megatron_detour.checkpoint.source import WEIGHTS, Source, StoredWeights
 from megatron_detour.checkpoint.state import TrainingState
+from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
 from megatron_detour.data.spm import SUFFIXES
 from megatron_detour.data.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, load_tokenizer
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, brief
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import OLD_KEYS, Shape, refuse_unknown_keys
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
 
-OPTIMIZER, RUN_STATE = "optimizer.safetensors", "run_state.json"
+OPTIMIZER = "optimizer.safetensors"
 STEP = "step"  # of Adam, by parameter name beside the moments
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 TOLERANCE = 1e-4  # of fp32 logits, as a share of the greatest
 COMPARED_TOKENS, COMPARED_TOGETHER = 1024, 5  # of a text, texts of a padded batch: whole logits are large
-SPECIAL_TOKENS = (
-    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
-    "additional_special_tokens",
-)
 # Of tokenizer_config.json and special_tokens_map.json: what changes ids or their use, not where it lay, nor code.
 TOKENIZER_KEYS = (
-    *SPECIAL_TOKENS,
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    "additional_special_tokens",
     *("add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder", "clean_up_tokenization_spaces"),
     *("do_lower_case", "errors", "extra_special_tokens", "keep_accents", "legacy", "model_input_names"),
     *("model_max_length", "padding_side", "split_special_tokens", "strip_accents", "tokenize_chinese_chars"),
@@ -92,7 +90,7 @@ def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any
     try:
         return ModernBertConfig(**{**ids, **given}).to_dict()
     except Exception as error:  # transformers' validators raise kinds of their own
-        raise DetourError(f"model.config: {' '.join(str(error).split())}") from None
+        raise DetourError(f"model.config: {brief(error)}") from None
 
 
 def known_config_keys() -> list[str]:
@@ -132,11 +130,11 @@ def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None
 
     file = find_tokenizer(source.name, source.download)
     if file.suffix in SUFFIXES:
-        load_tokenizer(file).save(str(folder / "tokenizer.json"))
+        load_tokenizer(file).save(str(folder / TOKENIZER))
     else:
-        shutil.copyfile(file, folder / "tokenizer.json")
+        shutil.copyfile(file, folder / TOKENIZER)
     if Path(source.name).is_file() or not source.has("tokenizer_config.json"):
-        token_of = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token
+        token_of = Tokenizer.from_file(str(folder / TOKENIZER)).id_to_token
         ids = {role: getattr(vocabulary, role) for role in SPELLINGS}
         described = {f"{role}_token": token_of(i) for role, i in ids.items() if i is not None}
         _write_json(folder / "special_tokens_map.json", described)

@@ -56,7 +56,9 @@ class Source:
                 raise DetourError(f"{path}: weight_map must name a file for each weight; save the model again")
             for name in names.values():
                 if Path(name).name != name:
-                    raise DetourError(f"{path}: weight_map names {name!r}, which is no file beside it")
+                    raise DetourError(
+                        f"{path}: weight_map names {name!r}, which must be a file name in the same folder"
+                    )
             return [self.file(name) for name in sorted(set(names.values()))]
         if self.has(PICKLED):
             raise DetourError(

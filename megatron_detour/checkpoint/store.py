@@ -14,7 +14,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.files import aside_of, discard, file_facts, flush, remove_abandoned, retry
 from megatron_detour.structured import parse_json
 
-LISTING = "files.json"
+LISTING, RUN_STATE, TOKENIZER = "files.json", "run_state.json", "tokenizer.json"
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 LEFTOVER = re.compile(r"\.step-\d+\.(writing|replaced)-.+")
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, brief
 from megatron_detour.files import retry, write_whole
 from megatron_detour.structured import read_json_object
 
@@ -174,9 +174,8 @@ class WandbSink:
             self._run.define_metric("step", hidden=True)
             self._run.define_metric("*", step_metric="step")
         except (wandb.Error, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())  # a setting of the wrong kind takes several lines
             raise DetourError(
-                f"wandb: {reason}; mend its settings, or set its mode to offline and send the figures later"
+                f"wandb: {brief(error)}; mend its settings, or set its mode to offline and send the figures later"
             ) from error
 
     def write(self, record: Record) -> None:

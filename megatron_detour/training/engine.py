@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_detour.config import RunConfig
-from megatron_detour.errors import DetourError, told
+from megatron_detour.errors import DetourError, brief, told
 from megatron_detour.forecast.faults import of_ranks
 from megatron_detour.parallel.state import PATIENCE, ParallelState
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
@@ -111,8 +111,8 @@ def refuse_unfit(settings: dict[str, Any], file: str) -> None:
     try:
         DeepSpeedConfig(dict(settings))
     except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
-        cause = " ".join(str(error).partition("For further")[0].split())
-        raise DetourError(f"{file}: DeepSpeed does not take it: {type(error).__name__}: {cause}") from None
+        cause = brief(error).partition(" For further")[0]
+        raise DetourError(f"{file}: DeepSpeed rejects it: {type(error).__name__}: {cause}") from None
 
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:

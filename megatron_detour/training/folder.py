@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_detour.checkpoint import store
+from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
 from megatron_detour.config import Model, RunConfig, flatten, from_dict
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.manifest import read_manifest
@@ -21,9 +23,10 @@ from megatron_detour.structured import read_json_object, read_yaml
 from megatron_detour.training.lock import LOCK
 
 RUN_FILE, PLAN, DEEPSPEED, METRICS = "run.yaml", "plan.json", "deepspeed.json", "metrics.jsonl"
-ENVIRONMENT, CHECKPOINTS, RUN_STATE, TOKENIZER = "environment.json", "checkpoints", "run_state.json", "tokenizer.json"
+ENVIRONMENT, CHECKPOINTS = "environment.json", "checkpoints"
 LEFT_BY_A_KILL = {LOCK, f".{RUN_FILE}.part"}  # before there was a run.yaml
 DEEPSPEED_KEY = "the DeepSpeed file's "
+_NOTING = threading.Lock()
 # Those that decide in which precision is computed and summed.
 PRECISION = ("bf16", "fp16", "amp", "torch_autocast", "data_types", "communication_data_type", "fp32_allreduce")
 
@@ -139,11 +142,12 @@ def add_session(folder: Path, session: dict[str, Any], facts: dict[str, Any]) ->
 
 
 def note(folder: Path, **facts: Any) -> None:
-    """Notes of the last session how it ended, which step it saved, and the like."""
-    environment = _environment(folder)
-    if environment["sessions"]:
-        environment["sessions"][-1] |= facts
-        _write_environment(folder, environment)
+    """Notes of the last session how it ended, which step it saved, and the like. From any thread."""
+    with _NOTING:
+        environment = _environment(folder)
+        if environment["sessions"]:
+            environment["sessions"][-1] |= facts
+            _write_environment(folder, environment)
 
 
 def _environment(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.training.cluster import PORTS
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+LOOK_SECONDS = 0.3  # between looks for ranks, until there are some
 
 
 def launch(script: str, arguments: list[str]) -> int:
@@ -34,18 +36,37 @@ def launch(script: str, arguments: list[str]) -> int:
     ranks = ["--num_gpus", os.environ["RANKS"]] if os.environ.get("RANKS") else []
     command = [deepspeed, "--log_level", "critical", "--master_port", port, *ranks, script, *arguments]
     process = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C does not get there
-    in_vain = []
+    began = in_vain = False  # ranks have been seen; a signal came before
 
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal began, in_vain
         ranks = _ranks_that_listen(process.pid)
+        began = began or bool(ranks)
         for rank in ranks:
-            rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-        if not ranks:  # nothing has begun, and nothing is lost
-            in_vain.append(number)
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(psutil.Error):
+                rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        if not began:  # nothing is lost; once all ranks have ended, the launcher is soon at its end as well
+            in_vain = True
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def suspend(number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z stops only this process's group, which the shell then waits for; and what fg wakes is this process."""
+        others = _below(process.pid)
+        for other in others:
+            with suppress(psutil.Error):
+                other.suspend()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for other in others:
+            with suppress(psutil.Error):
+                other.resume()
 
     for number in FORWARDED:
         signal.signal(number, forward)
+    signal.signal(signal.SIGTSTP, suspend)
+    while not began and process.poll() is None:
+        time.sleep(LOOK_SECONDS)
+        began = began or bool(_ranks_that_listen(process.pid))
     status = process.wait()
     if in_vain:
         print("stopped before the run began", file=sys.stderr)
@@ -56,9 +77,18 @@ def launch(script: str, arguments: list[str]) -> int:
 def _ranks_that_listen(launcher: int) -> list[psutil.Process]:
     """Those that take signals already (training/stop.py): others would die of them."""
     found = []
-    for process in psutil.Process(launcher).children(recursive=True):
+    for process in _below(launcher):
         with suppress(psutil.Error, OSError):  # one that has just ended
             caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.M)
             if "RANK" in process.environ() and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1:
                 found.append(process)
     return found
+
+
+def _below(launcher: int) -> list[psutil.Process]:
+    """The launcher and all that it has started; none once it has ended."""
+    try:
+        process = psutil.Process(launcher)
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []

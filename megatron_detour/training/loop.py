@@ -17,6 +17,7 @@ from megatron_detour.data.batches import RankBatch, rank_batch
 from megatron_detour.data.order import micro_batches_of
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import DetourError
+from megatron_detour.files import retry
 from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.objectives import make
 from megatron_detour.observe.meter import memory_bytes, utilisation
@@ -199,8 +200,12 @@ class Trainer:
         mixture, state = self.data.of(phase), self.state
         micro_tokens = phase.micro_sequences * phase.sequence_length
         mine, of = micro_batches_of(step.tokens - step.start, micro_tokens, state.data_rank, state.data_size)
-        documents = mixture.documents(step.start, step.tokens)
-        return step, rank_batch(mixture, documents, mine, of, objective, self.config.seed, state.sequence_multiple)
+
+        def read() -> RankBatch:
+            documents = mixture.documents(step.start, step.tokens)
+            return rank_batch(mixture, documents, mine, of, objective, self.config.seed, state.sequence_multiple)
+
+        return step, retry(read)
 
     def _sum_over_ranks(self, batch: RankBatch, frozen: Frozen) -> list[int]:
         """Tokens, labelled positions, padding, checksum and floating-point operations of all data-parallel ranks."""

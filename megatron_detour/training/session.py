@@ -47,11 +47,12 @@ from megatron_detour.training.loop import Trainer
 from megatron_detour.training.start import StartModel
 from megatron_detour.training.stop import StopRequests
 from megatron_detour.training.validation import Validation
-from megatron_detour.training.watch import Watch
+from megatron_detour.training.watch import Verdict, Watch
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+AWAY = "a disk that was away"
 REPORT_SECONDS = 10.0  # that a session which has to stop gives its report
 
 
@@ -64,7 +65,7 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
     start = _start_model(config, folder)
     data = PhaseData(plan, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
-    with Watch(asked=lambda: stop.reason() is not None):
+    with Watch(asked=lambda: stop.reason() is not None) as watch:
         choice = choose_compute(
             config.compute.attention,
             config.compute.kernels,
@@ -74,6 +75,7 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
             training_dtype(deepspeed_config),
         )
         session = Session(config, plan, folder, start, data, state, device, choice, stop)
+        watch.has_saved, watch.ended = session.has_saved, session.note_end
         model = ModernBert(start.shape, state, choice.compute, config.z_loss)
         engine = create_engine(model, config, deepspeed_config, state)
         with session.own_folder():
@@ -116,7 +118,7 @@ class Session:
         self.progress: Progress | None = None
         self.checkpoints: Checkpoints | None = None
         self.writing, self.reports = Background(), Background()  # of checkpoints; of reports
-        self._described = False
+        self._described = self._ended = False
         self._slowest, self._recorded_at = 0.0, 0.0
 
     @contextmanager
@@ -137,12 +139,21 @@ class Session:
                 with suppress(Exception):  # the first fault is the one to tell
                     self.writing.wait()
                 how = f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C"
-                if is_transient(error) and self.checkpoints and self.checkpoints.has_saved:
+                if is_transient(error) and self.has_saved():
                     error.start_again = True  # else the next session would end in the same place
-                    how = f"a disk that was away: {error}"
+                    how = f"{AWAY}: {error}"
                 with suppress(Exception):
                     self._note(ended=how)
                 raise
+
+    def has_saved(self) -> bool:
+        return self.checkpoints is not None and self.checkpoints.has_saved
+
+    def note_end(self, verdict: Verdict) -> None:
+        """Another rank has failed, after which no work was saved, unless this one was at its end already."""
+        if not self._ended:
+            with suppress(Exception):
+                self._note(ended=f"{AWAY if verdict.again else 'error'}: {verdict}")
 
     def train(self, engine: DeepSpeedEngine) -> bool:
         """Returns whether the end of the plan was reached; otherwise the run was asked to stop, and has saved."""
@@ -172,7 +183,6 @@ class Session:
                 checkpoints.prepare()
                 finished = self._trainer(engine, guard, checkpoints).run(tokens)
                 self.writing.wait()
-                self.reports.wait()
         if self.state.is_first:
             self._finish(checkpoints, finished)
         return finished
@@ -285,16 +295,16 @@ class Session:
     def _finish(self, checkpoints: Checkpoints, finished: bool) -> None:
         why = self.stop.reason() or "a request to another rank"
         self._note(ended="finished" if finished else why)
+        self._ended = True
         if finished:
-            report = self._report()
-            print(f"model    {checkpoints.path(self.plan.total_steps)}")
+            print(f"model    {checkpoints.path(self.plan.total_steps)}", flush=True)
         else:
             print(
                 f"stopped by {why}: saved, and the same command goes on from there (exit status {EXIT_INTERRUPTED})",
                 flush=True,
             )
-            self.reports.submit(self._report)
-            report = self.reports.wait(REPORT_SECONDS)  # whoever has asked to stop does not wait for long
+        self.reports.submit(self._report)
+        report = self.reports.wait(None if finished else REPORT_SECONDS)  # who has asked to stop does not wait for long
         print(f"report   {report or 'not written'}\nmetrics  {self.folder / 'metrics.jsonl'}", flush=True)
         if finished:
             print(next_commands(self.folder, checkpoints.path(self.plan.total_steps), self.plan.has_detour), flush=True)

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -28,23 +28,29 @@ def ctrl_c_for_this_rank() -> Iterator[None]:
 
     def suspend(number: int, frame: FrameType | None) -> None:
         """Ctrl-Z stops the launchers' group, which the shell waits for; this rank waits until it goes on."""
-        os.tcsetpgrp(terminal, launchers)
-        os.killpg(launchers, signal.SIGTSTP)
+        _pass_on(terminal, os.getpgrp(), launchers)
+        with suppress(OSError):  # they have ended
+            os.killpg(launchers, signal.SIGTSTP)
         time.sleep(0.5)
         while _is_stopped(os.getppid()):
             time.sleep(0.2)
-        if os.tcgetpgrp(terminal) == launchers:
-            os.tcsetpgrp(terminal, os.getpgrp())
+        _pass_on(terminal, launchers, os.getpgrp())
 
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # which stops whoever takes the terminal from the background
     signal.signal(signal.SIGTSTP, suspend)
     os.setpgid(0, 0)
-    os.tcsetpgrp(terminal, os.getpgrp())
+    _pass_on(terminal, launchers, os.getpgrp())
     try:
         yield
     finally:
-        if os.tcgetpgrp(terminal) == os.getpgrp():
-            os.tcsetpgrp(terminal, launchers)
+        _pass_on(terminal, os.getpgrp(), launchers)
+
+
+def _pass_on(terminal: int, before: int, after: int) -> None:
+    """Makes `after` the foreground group where `before` is it. A terminal that is gone is no reason to end."""
+    with suppress(OSError):
+        if os.tcgetpgrp(terminal) == before:
+            os.tcsetpgrp(terminal, after)
 
 
 def _is_stopped(process: int) -> bool:

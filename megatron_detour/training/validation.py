@@ -15,6 +15,7 @@ from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import micro_batches_of
 from megatron_detour.data.pieces import byte_lengths
 from megatron_detour.data.vocabulary import Vocabulary
+from megatron_detour.files import retry
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.objectives import CausalLM, MaskedLM, Objective
 from megatron_detour.parallel.state import ParallelState
@@ -67,8 +68,8 @@ class Validation:
         totals, state = torch.zeros(4, dtype=torch.float64, device=self.device), self.state
         tokens = int(documents.lengths.sum())
         mine, of = micro_batches_of(tokens, self.micro_tokens, state.data_rank, state.data_size)
-        share = rank_batch(self.mixture, documents, mine, of, objective, self.seed, state.sequence_multiple)
-        for batch in share.micro_batches:
+        more = (documents, mine, of, objective, self.seed, state.sequence_multiple)
+        for batch in retry(lambda: rank_batch(self.mixture, *more)).micro_batches:
             covered = int(self.bytes_of.take(batch.labels.numpy()).sum())
             out = model(*batch.to(self.device).arguments)
             counts = totals.new_tensor([out.labelled, covered])

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_detour.errors import DetourError, leave, of_another_rank, say_error
+from megatron_detour.errors import EXIT_INTERRUPTED, DetourError, leave, of_another_rank, say_error
+from megatron_detour.files import is_transient
 
 BEAT_SECONDS = 3.0
 LOST_SECONDS = 45.0
@@ -38,6 +39,7 @@ CONNECT_SECONDS = 60.0
 GREETING_SECONDS = 5.0  # a connection that has not said by then of which rank it is, is closed
 MOST_STRANGERS = 64  # connections at a time that have not said it
 LONGEST_LINE = 8192  # bytes
+TELL_SECONDS = 10.0  # that the end of a run may take to write down
 LONGEST_REASON = 500  # characters of a failure's text
 
 
@@ -48,6 +50,12 @@ class Verdict:
     rank: int
     host: str
     how: str
+    passing: bool = False  # as a disk that is away for a moment
+    again: bool = False  # passing, and the session has saved: the run is to be started again
+
+    @property
+    def status(self) -> int:
+        return EXIT_INTERRUPTED if self.again else 1
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} {self.how}"
@@ -107,8 +115,12 @@ class Watch:
     """A context manager around the work of a process group; every rank makes it and enters it.
 
     Leaving it without an error closes it: the run is over for this rank. An error that is this rank's own is published.
-    Of one that comes of another rank's end the guilty one is told. Then the other ranks end, status 1, after one line.
+    Of one that comes of another rank's end the guilty one is told. Then the other ranks end, after one line: status 1,
+    or EXIT_INTERRUPTED where the run is to be started again, which rank 0 knows by `has_saved`. It calls `ended` first.
     """
+
+    has_saved: Callable[[], bool] = staticmethod(lambda: False)
+    ended: Callable[[Verdict], None] = staticmethod(lambda verdict: None)
 
     def __init__(
         self,
@@ -152,12 +164,15 @@ class Watch:
             return
         if of_another_rank(error) and self._decided.wait(2 * self._beat):
             return  # the watch ends this process with the reason
-        error.first_to_fail = self.failed(f"{type(error).__name__}: {error}".partition("\n")[0])
+        how = f"{type(error).__name__}: {error}".partition("\n")[0]
+        error.first_to_fail = self.failed(how, is_transient(error))
+        if error.first_to_fail and self._verdict and self._verdict.again:
+            error.start_again = True
 
-    def failed(self, text: str) -> bool:
+    def failed(self, text: str, passing: bool = False) -> bool:
         """Publishes that this rank has failed; returns whether it is the first, whose message the others wait for."""
         self._leaving = True
-        verdict = Verdict(self.rank, self._host, f"has failed, see its message: {text[:LONGEST_REASON]}")
+        verdict = Verdict(self.rank, self._host, f"has failed, see its message: {text[:LONGEST_REASON]}", passing)
         if self.rank:
             self._announce({"verdict": asdict(verdict)})
             self._decided.wait(2 * self._beat)
@@ -301,6 +316,8 @@ class Watch:
         """The first verdict holds. Rank 0's is passed on to all."""
         with self._deciding:
             if self._verdict is None:
+                if self.rank == 0:
+                    verdict = replace(verdict, again=verdict.passing and self.has_saved())
                 self._verdict, self._ends_at = verdict, time.monotonic() + self._grace
         if self.rank == 0:
             for peer in self._peers.values():
@@ -328,7 +345,15 @@ class Watch:
             self._look_after_launchers()
             if self._verdict and now >= self._ends_at and not self._leaving:
                 say_error(str(self._verdict), self.rank)
-                leave(1)
+                if self.rank == 0:
+                    self._tell_end()
+                leave(self._verdict.status)
+
+    def _tell_end(self) -> None:
+        """In a thread of its own, as what it writes to may be a disk that never answers."""
+        telling = threading.Thread(target=self.ended, args=[self._verdict], daemon=True)
+        telling.start()
+        telling.join(TELL_SECONDS)
 
     def _count_silence(self, seconds: float) -> None:
         for peer in self._peers.values():

@@ -93,6 +93,25 @@ def disk_away_from(step_number: int) -> None:
     MetricsFile.write = write
 
 
+def text_away_from(step_number: int) -> None:
+    """This rank cannot read what it trains on in a step."""
+    from megatron_detour import files
+    from megatron_detour.training.loop import Trainer
+
+    files.PAUSES = (0.0, 0.0)
+    honest = Trainer._load
+
+    def fail(start, stop):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def load(trainer, step):
+        if step.number >= step_number:
+            trainer.data = SimpleNamespace(of=lambda phase: SimpleNamespace(documents=fail))
+        return honest(trainer, step)
+
+    Trainer._load = load
+
+
 def folder_gone_at(step_number: int) -> None:
     """Somebody moves the run's folder away after a step."""
     from megatron_detour.observe.sinks import MetricsFile
@@ -111,7 +130,8 @@ def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
     """Runs as srun would have started it. RAISE_AT=STEP makes the last rank fail in that step, as a fault of the code
     would; NO_NUMBER_FROM=STEP spoils its gradients from that step on; NAN_VALIDATION=N makes the Nth validation give
     NaN; with NO_REPORT=1 no report can be written, with
-    DISK_AWAY_FROM=STEP no figures from that step on; FOLDER_GONE_AT=STEP takes the folder away."""
+    DISK_AWAY_FROM=STEP no figures from that step on; with
+    TEXT_AWAY_FROM=STEP the last rank cannot read its text; FOLDER_GONE_AT=STEP takes the folder away."""
     os.setsid()  # whatever it starts can be told by its session
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -122,6 +142,8 @@ def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
         fail_at(int(os.environ["RAISE_AT"]))
     if is_last and "NO_NUMBER_FROM" in os.environ:
         no_number_from(int(os.environ["NO_NUMBER_FROM"]))
+    if is_last and "TEXT_AWAY_FROM" in os.environ:
+        text_away_from(int(os.environ["TEXT_AWAY_FROM"]))
     if "DISK_AWAY_FROM" in os.environ:
         disk_away_from(int(os.environ["DISK_AWAY_FROM"]))
     if "FOLDER_GONE_AT" in os.environ:

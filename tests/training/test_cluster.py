@@ -178,55 +178,85 @@ def calls(project: Path) -> list[str]:
     return (project / "calls").read_text().splitlines()
 
 
-SAVE = "mkdir -p runs/{}/checkpoints/step-00000002\n"
+def ended(*sessions: tuple[str | None, int, int | None], folder: str = "x") -> str:
+    """Writes environment.json as a run does: of each session how it ended, and the steps it began with and saved."""
+    told = [
+        {"started": "2026-01-01T00:00:00Z", "step": step, "passed_over": []}
+        | ({} if saved is None else {"saved": saved})
+        | ({"ended": how} if how else {})
+        for how, step, saved in sessions
+    ]
+    facts = {"versions": {"torch": "2"}, "corpora": [{"prefix": "x", "step": 9, "saved": 9}]}
+    content = json.dumps({"sessions": told} | facts, indent=1)
+    return f"mkdir -p runs/{folder}\ncat > runs/{folder}/environment.json <<'END'\n{content}\nEND\n"
+
+
+EARLIER = ("SIGUSR1", 0, 1)
+
+
+def before(project: Path, *sessions: tuple[str | None, int, int | None], folder: str = "x") -> None:
+    subprocess.run(["bash", "-c", ended(*sessions, folder=folder)], cwd=project, check=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("earlier", [[], [EARLIER]])
 @pytest.mark.parametrize(
     ("argument", "folder"),
     [("seed=1", "x"), ("--control", "x-control"), ("--control=mlm=0.4", "x-control"), ("folder=runs/y/", "y")],
 )
 def test_an_interrupted_run_is_requeued(project, script, earlier, argument, folder):
     if earlier:
-        (project / "runs" / folder / "checkpoints/step-00000001").mkdir(parents=True)
-    ended = submit(project, script, SAVE.format(folder) + "exit 75", "phases.detour.tokens=2B", argument)
-    assert (ended.returncode, ended.stderr) == (0, "")
+        before(project, *earlier, folder=folder)
+    run = ended(*earlier, ("SIGUSR1", len(earlier), 2), folder=folder) + "exit 75"
+    told = submit(project, script, run, "phases.detour.tokens=2B", argument)
+    assert (told.returncode, told.stderr) == (0, "")
     started, requeued = calls(project)
     assert started == (
         "srun --kill-on-bad-exit=1 --cpus-per-task=8 --gpu-bind=none python -u examples/pretrain_large.sh "
         f"folder=runs/x phases.detour.tokens=2B {argument}"
     )
     assert requeued == "scontrol requeue 12"
-    assert "interrupted at step-00000002" in ended.stdout
+    assert "interrupted at step 2:" in told.stdout
 
 
-@pytest.mark.parametrize("earlier", [False, True])
-def test_an_interrupted_run_without_progress_is_not_requeued(project, earlier):
+@pytest.mark.parametrize(
+    ("earlier", "after"),
+    [
+        ([], []),  # not so much as a session
+        ([EARLIER], [EARLIER]),
+        ([], [("SIGUSR1", 0, None)]),
+        ([], [("SIGUSR1", 0, 0)]),  # the start alone
+        ([EARLIER], [EARLIER, ("SIGUSR1", 1, None)]),
+        ([EARLIER], [EARLIER, ("SIGUSR1", 1, 1)]),
+    ],
+)
+def test_an_interrupted_run_without_progress_is_not_requeued(project, earlier, after):
     if earlier:
-        (project / "runs/x/checkpoints/step-00000001").mkdir(parents=True)
-    ended = submit(project, "one_node", "mkdir -p runs/x/checkpoints/.step-00000002.writing-7\nexit 75")
-    assert ended.returncode == 1
-    assert "interrupted without a new checkpoint in runs/x: not requeued" in ended.stderr
+        before(project, *earlier)
+    told = submit(project, "one_node", (ended(*after) if after else "") + "exit 75")
+    assert told.returncode == 1
+    assert "interrupted without a new checkpoint in runs/x: not requeued" in told.stderr
     assert len(calls(project)) == 1
+
+
+def test_a_run_that_passed_over_a_damaged_checkpoint_is_requeued(project):
+    """The greatest name stays the damaged one's."""
+    (project / "runs/x/checkpoints/step-00000500").mkdir(parents=True)
+    before(project, ("SIGUSR1", 0, 500))
+    told = submit(project, "one_node", ended(("SIGUSR1", 0, 500), ("SIGUSR1", 400, 450)) + "exit 75")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "interrupted at step 450:" in told.stdout
 
 
 @pytest.mark.parametrize("status", [0, 1, 137])
 def test_another_end_is_the_job_s(project, status):
-    ended = submit(project, "many_nodes", SAVE.format("x") + f"exit {status}")
-    assert (ended.returncode, ended.stderr) == (status, "")
+    told = submit(project, "many_nodes", ended((None, 0, 2)) + f"exit {status}")
+    assert (told.returncode, told.stderr) == (status, "")
     assert len(calls(project)) == 1
 
 
-def ended(*how: str | None) -> str:
-    """Writes environment.json as a run does: a session for each `how`."""
-    sessions = [{"started": "2026-01-01T00:00:00Z", "step": 0} | ({"ended": h} if h else {}) for h in how]
-    content = json.dumps({"sessions": sessions, "versions": {"torch": "2"}}, indent=1)
-    return f"mkdir -p runs/x\ncat > runs/x/environment.json <<'END'\n{content}\nEND\n"
-
-
 @pytest.mark.parametrize(
-    ("before", "after", "requeued"),
+    ("earlier", "after", "requeued"),
     [
         ([], ["SIGUSR1"], True),
         (["SIGUSR1"], ["SIGUSR1", "SIGTERM"], True),
@@ -237,11 +267,11 @@ def ended(*how: str | None) -> str:
         ([], ["finished"], False),
     ],
 )
-def test_what_the_run_wrote_down_decides_where_tasks_end_apart(project, before, after, requeued):
+def test_what_the_run_wrote_down_decides_where_tasks_end_apart(project, earlier, after, requeued):
     """srun tells 143 where one task was still being ended when another had saved."""
-    if before:
-        subprocess.run(["bash", "-c", ended(*before)], cwd=project, check=True)
-    told = submit(project, "one_node", SAVE.format("x") + ended(*after) + "exit 143")
+    if earlier:
+        before(project, *((how, 0, 1) for how in earlier))
+    told = submit(project, "one_node", ended(*((how, 0, 1) for how in after)) + "exit 143")
     assert told.returncode == (0 if requeued else 143)
     assert [call.startswith("scontrol requeue") for call in calls(project)] == [False, True][: 1 + requeued]
 
@@ -256,9 +286,9 @@ def test_lines_of_the_site_come_first(project, script):
 
 
 def test_a_requeue_that_slurm_refuses_is_told(project):
-    ended = submit(project, "one_node", SAVE.format("x") + "exit 75", SCONTROL_STATUS="1")
-    assert ended.returncode == 75
-    assert "sbatch the same again" in ended.stderr
+    told = submit(project, "one_node", ended(("SIGUSR1", 0, 2)) + "exit 75", SCONTROL_STATUS="1")
+    assert told.returncode == 75
+    assert "sbatch the same again" in told.stderr
 
 
 def test_another_run_can_be_trained(project):

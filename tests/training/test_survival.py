@@ -17,7 +17,7 @@ from megatron_detour.observe.sinks import read_metrics
 from tests.harness import ROOT
 from tests.injections.campaign import Victim
 from tests.injections.faults import wait_for
-from tests.injections.runs import PHASE_ENDS, Session, Setup, assert_same_run, begin, figures, write_run_file
+from tests.injections.runs import INTERVAL, PHASE_ENDS, Session, Setup, assert_same_run, begin, figures, write_run_file
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,17 @@ def test_a_disk_that_stays_away_ends_a_run_that_goes_on_where_it_has_saved(whole
     ended = [s["ended"].partition(": ")[0] for s in json.loads((folder / "environment.json").read_text())["sessions"]]
     assert ended == ["error", "a disk that was away", "error", "finished"]
     assert_same_run(folder, whole)
+
+
+def test_a_disk_that_stays_away_from_another_rank_ends_the_run_in_the_same_way(run_file, tmp_path):
+    folder = tmp_path / "run"
+    # The second save waits for the first one, so that one is there when the rank fails.
+    session = started(folder, run_file, Setup(2), TEXT_AWAY_FROM=str(2 * INTERVAL + 1))
+    assert session.wait() == [EXIT_INTERRUPTED] * 2, session.output()[-3000:]
+    assert "start the same command again, which goes on from what was saved" in session.output()
+    noted = json.loads((folder / "environment.json").read_text())["sessions"][-1]
+    assert noted["ended"].startswith("a disk that was away: rank 1 on ")
+    assert noted["saved"] >= INTERVAL
 
 
 def test_a_run_whose_folder_is_removed_says_so_and_ends(run_file, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -43,6 +44,8 @@ def _work(how: str, guilty: int, folder: Path) -> int:
     dist.init_process_group("gloo")
     rank, ones = dist.get_rank(), torch.ones(4)
     with StopRequests() as stop, Watch(BEAT, LOST, GRACE) as watch:
+        watch.has_saved = lambda: "saved" in how
+        watch.ended = lambda verdict: (folder / f"ended-{rank}").write_text(f"{verdict.again} {verdict}")
         dist.all_reduce(ones)
         (folder / f"listens-{rank}").write_text(json.dumps(watch.listens))
         (folder / f"started-{rank}").write_text(str(os.getpid()))
@@ -68,6 +71,8 @@ def _do(how: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "stands still":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if how.startswith("loses its disk"):
+        raise OSError(errno.EIO, "Input/output error", "/corpora/x.bin")
     if how == "fails":
         raise ValueError("an unexpected end")
     if how == "is refused":
@@ -140,6 +145,18 @@ def test_a_failure_is_told_by_its_rank_and_named_by_the_others(tmp_path, guilty)
         for rank in {0, 1, 2} - {guilty}:
             how = "has failed, see its message: ValueError: an unexpected end"
             assert run.log(rank) == line_of(rank, guilty, how)
+
+
+@pytest.mark.parametrize(("guilty", "saved"), [(0, True), (1, True), (1, False)])
+def test_a_disk_that_is_away_from_one_rank_ends_all_with_the_status_that_starts_them_again(tmp_path, guilty, saved):
+    """Where the run has saved; rank 0 writes down another rank's failure before it ends."""
+    with ranks(tmp_path, "loses its disk" + ", having saved" * saved, guilty, ranks=2) as run:
+        assert run.end() == [EXIT_INTERRUPTED if saved else 1] * 2
+        assert run.log(guilty).endswith("goes on from what was saved" if saved else "x.bin: Input/output error")
+        how = "has failed, see its message: OSError: [Errno 5] Input/output error: '/corpora/x.bin'"
+        assert run.log(1 - guilty) == line_of(1 - guilty, guilty, how)
+    told = {path.name: path.read_text() for path in tmp_path.glob("ended-*")}
+    assert told == ({"ended-0": f"{saved} rank 1 on {socket.gethostname()} {how}"} if guilty else {})
 
 
 def test_a_sentence_of_a_later_rank_is_not_held_back(tmp_path):
@@ -224,7 +241,10 @@ def test_nothing_that_a_stranger_sends_ends_a_run(tmp_path):
                     if half:
                         connection.shutdown(socket.SHUT_WR)
         open_ones += [socket.create_connection((address, port)) for _ in range(3 * MOST_STRANGERS)]
-        time.sleep(4 * BEAT)
+        for connection in open_ones[: 2 * len(HOSTILE)]:  # rank 0 has dealt with it: it hangs up
+            connection.settimeout(PATIENCE)
+            with suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
         assert [process.poll() for process in run.processes] == [None] * 3
         for connection in open_ones:
             connection.close()

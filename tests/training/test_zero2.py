@@ -170,7 +170,7 @@ def test_what_deepspeed_refuses_of_its_file_is_a_sentence(more, told):
 
     sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     refuse_unfit(sizes | {"zero_optimization": {"stage": 2}}, "ds.json")
-    with pytest.raises(DetourError, match=rf"ds\.json: DeepSpeed does not take it: .*{told}"):
+    with pytest.raises(DetourError, match=rf"ds\.json: DeepSpeed rejects it: .*{told}"):
         refuse_unfit(sizes | more, "ds.json")
 
 
