@@ -1,1 +1,1 @@
-"""Corpora: building, reading, order, packing and batches."""
+"""Corpora: building, reading, order and batches."""

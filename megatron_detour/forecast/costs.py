@@ -39,7 +39,7 @@ class PhaseCost:
     tokens: int
     flops: int  # that the method needs: without what is computed again
     seconds: float | None  # None: the speed is not known
-    sampled: bool  # whether the documents are the corpora's, or else packs of one document each
+    sampled: bool  # whether the documents are the corpora's, or else as long as the sequences
     mean_document: float  # tokens, as the model sees them: cut at the sequence length
     lengths: tuple[int, ...]  # of such documents, in the corpora's shares: about a step's
 
@@ -73,7 +73,7 @@ def _filling(tokens: int, lengths: tuple[int, ...]) -> Iterator[int]:
 
 
 def lengths_of(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:
-    """Lengths of documents from all over a corpus, cut as packs cut them, or None where there is no such corpus."""
+    """Lengths of documents from all over a corpus, cut as a stream cuts them, or None where there is no such corpus."""
     try:
         index = IndexedCorpus(corpus.prefix)
     except (DetourError, OSError):

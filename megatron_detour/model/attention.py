@@ -1,4 +1,4 @@
-"""Who sees whom, and the computation of it on packed documents.
+"""Who sees whom, and the computation of it on documents side by side.
 
 T positions of documents one after the other, H heads, D head size. A query sees keys of its own document alone: all of
 them, those within `window` on both sides, and under a causal objective only those up to itself.
