@@ -46,6 +46,7 @@ if [ -z "$corpus" ]; then
   corpus=$work/data/sample.jsonl train=$work/data/sample.jsonl heldout=$work/data/heldout.jsonl
   probes=(--probes "$work/data/probes.jsonl")
 else
+  [ ! -d "$corpus" ] || fail "$corpus is a folder, and this script takes one file; tools/preprocess_data.py builds folders, --whole-files one document a file"
   [ -f "$corpus" ] || fail "$corpus: there is no such input file"
   case $corpus in
     *.jsonl|*.jsonl.gz) kind=jsonl ;;

@@ -115,7 +115,7 @@ def forecast(
     )
     if not speed.known:
         hint = nearest(device, PEAK_NAMES)
-        notes.append(f"time: the peak of {device!r} is not known here{hint}; or give a measured rate with --rate")
+        notes.append(f"time: the peak of {device!r} is not known here{hint}; give a measured rate with --rate")
     shape = start.shape
     found = [*start.faults, *zero_faults, *faults.of_packages(config), *faults.of_ranks(config, ranks)]
     found += faults.of_shape(config, plan, shape) if shape else []
