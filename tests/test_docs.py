@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -50,10 +51,8 @@ def test_flags_in_the_pages_are_flags_of_the_tools():
 
 
 def test_overrides_in_the_readme_are_keys_of_the_run_file():
-    block = re.search(
-        r"deepspeed examples/pretrain_base.sh model\.start=.*?```", (ROOT / "README.md").read_text(), re.S
-    )
-    overrides = [part.strip("'") for part in re.findall(r"'[^']+'|[\w.]+=\S+", block[0])]
+    block = re.search(r"^notes=\((.*?)\)$", (ROOT / "README.md").read_text(), re.S | re.M)
+    overrides = shlex.split(block[1])
     config = load(ROOT / "examples/recipes/english_base_10b.yaml", overrides)
     assert (config.folder, config.model.start) == ("runs/notes", "models/ModernBERT-base")
     assert [corpus.prefix for corpus in config.data.corpora + config.validation.corpora] == [

@@ -115,7 +115,7 @@ def test_a_gpu_by_almost_its_name(good, write, capsys, gpu, hint):
     main(["plan", write(good), "--gpu", gpu])
     out = " ".join(capsys.readouterr().out.split())
     meant = f" (did you mean {hint!r}?)" if hint else ""
-    assert f"time: the peak of {gpu!r} is not known here{meant}; or give a measured rate" in out
+    assert f"time: the peak of {gpu!r} is not known here{meant}; give a measured rate" in out
 
 
 def test_the_control_is_planned(good, write, capsys):
