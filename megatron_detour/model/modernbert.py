@@ -1,4 +1,4 @@
-"""ModernBERT (Warner et al., 2024) on flat batches of whole documents, cut over tensor ranks, under Hugging Face's names.
+"""ModernBERT (Warner et al., 2024) on flat batches of documents, cut over tensor ranks, under Hugging Face's names.
 
 T positions, E hidden size, H local heads, D head size, I local width of the gated unit, L labelled positions.
 S positions are T, or this tensor rank's share of them under sequence parallelism.
