@@ -209,10 +209,11 @@ def test_a_failing_part_ends_the_build_with_its_reason(tmp_path, texts, tokenize
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_build_says_so(tmp_path, texts, tokenizer_folder, sign):
-    for attempt in range(10):  # a quick build may be done when the signal comes
-        folder = tmp_path / str(attempt)
+    for times in (1, 4, 16, 64, 256):  # a build may be done when the signal comes: the next one has more to do
+        folder = tmp_path / str(times)
         folder.mkdir()
-        process = start(folder, texts, tokenizer_folder)
+        (folder / "t.jsonl").write_bytes(texts.read_bytes() * times)
+        process = start(folder, folder / "t.jsonl", tokenizer_folder)
         while process.poll() is None and not list(folder.glob(".c.building/*.json")):
             time.sleep(0.002)
         process.send_signal(sign)
