@@ -23,6 +23,7 @@ setup(
     packages=find_packages(include=["megatron_detour", "megatron_detour.*"]),
     package_data={
         "megatron_detour.observe": ["*.html.j2"],
+        "megatron_detour.ui": ["*.html.j2"],
         "megatron_detour.evaluation": ["tasks/*.yaml", "finetuning/protocols/*.yaml", "report/*.html.j2"],
         "megatron_detour.release": ["*.j2"],
     },

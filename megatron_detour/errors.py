@@ -36,7 +36,7 @@ class DetourError(Exception):
     """A fault of input, files or machine. The message is one sentence that names the place and the remedy."""
 
 
-def told(faults: list[str]) -> str:
+def format_faults(faults: list[str]) -> str:
     """One fault, or a list of them, as the message of one error."""
     return faults[0] if len(faults) == 1 else f"{len(faults)} faults:\n  - " + "\n  - ".join(faults)
 
@@ -73,8 +73,8 @@ def command_line(main: Callable[[], int | None], grace: float = SECONDS_OF_GRACE
 
     Under a launcher every rank usually meets the same fault: the first one speaks, the others wait `grace` seconds, in
     which the launcher ends them, and speak only if the fault was theirs alone. The first is the one that the exception
-    says (its attribute `first_to_fail`, see training/watch.py), or rank 0. An unexpected exception shows its traceback,
-    one that comes of another rank's end a sentence, after the guilty rank's.
+    says (its attribute `first_to_fail`, see runtime/failure_detector.py), or rank 0. An unexpected exception shows its
+    traceback, one that comes of another rank's end a sentence, after the guilty rank's.
     """
     try:
         status = main() or 0
@@ -130,7 +130,7 @@ def _rank() -> int:
 
 
 def _let_the_first_speak(error: Exception, grace: float) -> None:
-    """Waits; a rank that the launcher had asked to end before its own fault came (training/stop.py) leaves instead."""
+    """Waits; a rank that the launcher asked to end before its own fault came leaves (runtime/preemption.py)."""
     if getattr(error, "asked_to_end", False):
         leave(1)
     time.sleep(grace)

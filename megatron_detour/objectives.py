@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_detour.data.splitmix import GOLDEN, mix, streams
-from megatron_detour.data.vocabulary import Vocabulary
-from megatron_detour.data.words import Words
+from megatron_detour.counter_rng import GOLDEN, mix, streams
+from megatron_detour.tokenizer.vocabulary import Vocabulary
+from megatron_detour.tokenizer.word_boundaries import Words
 
 IGNORE = -100  # the label of a position that has none, as in torch and transformers
 KEEP, REPLACE_BY_MASK = 0.1, 0.8  # of the chosen positions; the rest gets a random id (Devlin et al., 2019)

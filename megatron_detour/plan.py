@@ -14,7 +14,7 @@ from megatron_detour.config import Corpus, LearningRate, Phase, RunConfig
 
 
 @dataclass(frozen=True)
-class Stretch:
+class BatchStage:
     """Steps of one batch size. `start` and `tokens` are amounts of tokens of the run."""
 
     first_step: int  # 1-based
@@ -33,7 +33,7 @@ class PlannedPhase:
     sequences: int  # a step, after the warm-up
     micro_sequences: int
     corpora: tuple[Corpus, ...]
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[BatchStage, ...]
 
     @property
     def name(self) -> str:
@@ -125,7 +125,7 @@ class Plan:
         return any(phase.objective == "clm" for phase in self.phases)
 
     @cached_property
-    def _stretches(self) -> list[tuple[Stretch, PlannedPhase]]:
+    def _stretches(self) -> list[tuple[BatchStage, PlannedPhase]]:
         return [(stretch, phase) for phase in self.phases for stretch in phase.stretches]
 
     @cached_property
@@ -248,14 +248,14 @@ def _mask_rate(phase: PlannedPhase, done: int) -> float | None:
 def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> PlannedPhase:
     length = phase.sequence_length or config.data.sequence_length
     sequences = phase.sequences or config.batch.sequences
-    stretches: list[Stretch] = []
+    stretches: list[BatchStage] = []
     step, start = (before.last_step + 1, before.end) if before else (1, 0)
     done = 0
     for size, until in _batch_sizes(phase, sequences):
         steps = math.ceil((until - done) / (size * length))
         if steps > 0:
             tokens = steps * size * length
-            stretches.append(Stretch(step, steps, size, start + done, tokens))
+            stretches.append(BatchStage(step, steps, size, start + done, tokens))
             step, done = step + steps, done + tokens
     return PlannedPhase(
         settings=phase,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_detour.data.build import BuildOptions, build_corpus
+from megatron_detour.corpus import BuildOptions, build_corpus
 from megatron_detour.data.manifest import Manifest
-from megatron_detour.data.train_tokenizer import train_tokenizer
+from megatron_detour.tokenizer.train import train_tokenizer
 
 WORDS = {
     "who": ("the patient", "the nurse", "a child", "the surgeon", "la patiente", "le médecin", "an old man"),

@@ -9,7 +9,7 @@ from megatron_detour.data.batches import MicroBatch, positions_of
 from megatron_detour.model.modernbert import Compute, ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.loss import LossSum
-from megatron_detour.parallel.shard import cut, spec_of
+from megatron_detour.parallel.shard import shard, spec_of
 from megatron_detour.parallel.state import ParallelState
 
 CONFIG = {
@@ -45,7 +45,7 @@ def tiny(
         for name, parameter in model.named_parameters():
             full = model.initial_weight(name, seed).to(dtype)
             full = full * scale + (0.1 * torch.sin(torch.arange(full.numel()).view_as(full)) if full.dim() == 1 else 0)
-            parameter.copy_(cut(full, spec_of(parameter), state.tensor_rank, state.tensor_size))
+            parameter.copy_(shard(full, spec_of(parameter), state.tensor_rank, state.tensor_size))
     return model
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = "megatron_detour"
+PACKAGE, BENCHMARKS = "megatron_detour", "benchmarks"
 
 # A module or a package -> what of the package it may import; then which libraries. The longest name that fits rules.
 ALLOWED = {
@@ -20,44 +20,46 @@ ALLOWED = {
     "errors": ("text", ""),
     "structured": ("errors", "yaml"),
     "files": ("", ""),
+    "counter_rng": ("", "numpy"),
+    "ui": ("ui errors files", "rich jinja2 matplotlib"),
     "config": ("config errors", "yaml"),
     "plan": ("config errors", ""),
-    "objectives": ("data.vocabulary data.words data.splitmix model.attention", "numpy"),
+    "runtime": ("runtime errors files", "psutil torch"),
+    "tokenizer": ("tokenizer errors files", "numpy"),
+    "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
+    "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
+    "tokenizer.train": ("tokenizer corpus errors files", "tokenizers"),
+    "objectives": ("tokenizer counter_rng", "numpy"),
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
     "kernels.fused": ("", "torch triton"),
     "model": ("parallel kernels model errors", "torch"),
-    "data": ("data errors files", "numpy"),
-    "data.vocabulary": ("data errors files", "numpy tokenizers huggingface_hub"),
-    "data.spm": ("errors", "tokenizers sentencepiece google"),
-    "data.sources": ("errors", "pyarrow datasets huggingface_hub"),
-    "data.records": ("errors", "msgspec numpy"),
-    "data.lines": ("data.sources data.records errors", "numpy pyarrow"),
-    "data.documents": ("data.sources data.records data.lines errors", "msgspec pyarrow"),
-    "data.manifest": ("errors", "msgspec"),
-    "data.examine": ("data errors files", "numpy matplotlib"),
-    "data.build": ("data errors files", "numpy msgspec"),
-    "data.build.engines": ("data.spm data.vocabulary data.manifest errors", "numpy tokenizers fastokens sentencepiece"),
-    "data.publish": ("data.indexed data.manifest data.integrity errors files", "numpy msgspec"),
-    "data.build.clean": ("data.build errors", "numpy rensa py3langid"),
-    "data.build.cluster": ("data errors", "ray"),
-    "data.build.progress": ("text", "rich"),
-    "data.train_tokenizer": ("data errors files", "tokenizers"),
-    "data.batches": ("data errors files objectives config", "numpy torch"),
-    "data.phase_data": ("data config plan", ""),
-    "checkpoint": ("parallel model checkpoint data.vocabulary errors files", "torch safetensors"),
+    "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
+    "data.manifest": ("tokenizer errors", "msgspec"),
+    "data.batches": ("data tokenizer objectives config errors files", "numpy torch"),
+    "corpus": ("corpus data tokenizer ui errors files", "numpy msgspec"),
+    "corpus.sources": ("errors", "pyarrow datasets huggingface_hub"),
+    "corpus.records": ("errors", "msgspec numpy"),
+    "corpus.lines": ("corpus errors", "numpy pyarrow"),
+    "corpus.documents": ("corpus errors", "msgspec pyarrow"),
+    "corpus.examine": ("corpus data tokenizer errors files", "numpy matplotlib"),
+    "corpus.engines": ("tokenizer data errors", "numpy tokenizers fastokens sentencepiece"),
+    "corpus.filters": ("corpus errors", "numpy rensa py3langid"),
+    "corpus.ray_workers": ("corpus errors", "ray"),
+    "corpus.progress": ("text", "rich"),
+    "checkpoint": ("parallel model checkpoint tokenizer errors files", "torch safetensors"),
     "checkpoint.huggingface": (
-        "parallel model checkpoint data.vocabulary data.spm errors files",
+        "parallel model checkpoint tokenizer errors files",
         "torch safetensors tokenizers transformers",
     ),
-    "checkpoint.source": ("data.vocabulary model.shape errors", ""),
-    "checkpoint.state": ("parallel model checkpoint data.vocabulary errors files", "torch deepspeed"),
+    "checkpoint.source": ("tokenizer.vocabulary model.shape errors", ""),
+    "checkpoint.state": ("parallel model checkpoint errors files", "torch deepspeed"),
     "release": (
-        "release checkpoint model data.vocabulary data.manifest observe.run_files observe.run_folder "
-        "observe.steps observe.words config plan errors",
+        "release checkpoint model tokenizer data.manifest observe.run_files observe.run_folder observe.steps ui "
+        "config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
-    "observe": ("observe errors files", "numpy rich jinja2 matplotlib"),
+    "observe": ("observe ui errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.run_files": ("errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
@@ -66,7 +68,7 @@ ALLOWED = {
     "evaluation.examples": ("evaluation.task errors", ""),
     "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
     "evaluation.command": ("evaluation errors", "torch rich"),
-    "evaluation.probes": ("data.documents evaluation.models errors", "torch transformers rich"),
+    "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
         "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
         "evaluation.results errors",
@@ -74,61 +76,60 @@ ALLOWED = {
     ),
     "evaluation.report": (
         "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results "
-        "observe errors files",
+        "observe.plots ui errors files",
         "numpy msgspec scipy matplotlib rich",
     ),
-    "evaluation.intrinsic": (
-        "evaluation.intrinsic evaluation.models evaluation.probes data.documents data.splitmix observe.terminal "
-        "errors files",
+    "evaluation.masked_words": (
+        "evaluation.masked_words evaluation.models evaluation.probes corpus.documents counter_rng ui errors files",
         "numpy torch transformers rich",
     ),
-    "benchmark": (
-        "benchmark data model observe parallel kernels errors files objectives",
-        "numpy torch transformers",
-    ),
-    "benchmark.checkpoints": (
-        "benchmark checkpoint config model plan training errors",
-        "torch psutil transformers",
-    ),
-    "benchmark.read": ("benchmark data config errors files objectives", "numpy"),
-    "benchmark.builders": (
-        "benchmark data errors",
-        "numpy tokenizers fastokens sentencepiece datasets datatrove",
-    ),
-    "benchmark.process": ("benchmark errors", "psutil"),
     "forecast": (
         "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
-        "data.vocabulary data.words checkpoint.source errors",
+        "tokenizer checkpoint.source errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands forecast training checkpoint config plan data model kernels parallel observe errors",
+        "commands forecast training checkpoint corpus config plan data model kernels parallel observe errors",
         "torch psutil packaging",
     ),
     "commands.main": ("commands errors", ""),
     "commands.plan": ("forecast config plan errors", ""),
     "training": (
-        "training checkpoint data model observe parallel kernels config errors files forecast objectives plan",
+        "training runtime checkpoint data tokenizer model observe parallel kernels config errors files forecast "
+        "objectives plan",
         "numpy torch yaml",
     ),
-    "training.launch": ("training.cluster errors", "psutil"),
     "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
+    "benchmarks": (
+        "benchmarks data corpus tokenizer model observe parallel kernels errors files objectives",
+        "numpy torch transformers",
+    ),
+    "benchmarks.checkpoints": (
+        "benchmarks checkpoint config model plan training errors",
+        "torch psutil transformers",
+    ),
+    "benchmarks.read": ("benchmarks data tokenizer config errors files objectives", "numpy"),
+    "benchmarks.builders": (
+        "benchmarks corpus data tokenizer errors",
+        "numpy tokenizers fastokens sentencepiece datasets datatrove",
+    ),
+    "benchmarks.process": ("benchmarks errors", "psutil"),
 }
 # These load only when a function needs them, so that the rest of the module works fast and without them.
 LAZY = {
-    "benchmark.builders": "numpy tokenizers fastokens sentencepiece datasets datatrove",
-    "benchmark.checkpoints": "transformers",
-    "benchmark.contenders": "transformers",
-    "data.vocabulary": "tokenizers huggingface_hub",
-    "data.spm": "tokenizers sentencepiece google",
-    "data.sources": "pyarrow datasets huggingface_hub",
-    "data.lines": "pyarrow",
-    "data.documents": "pyarrow",
-    "data.examine": "matplotlib",
-    "data.build.engines": "tokenizers fastokens sentencepiece",
-    "data.build.clean": "rensa py3langid",
-    "data.build.cluster": "ray",
+    "benchmarks.builders": "numpy tokenizers fastokens sentencepiece datasets datatrove",
+    "benchmarks.checkpoints": "transformers",
+    "benchmarks.contenders": "transformers",
+    "tokenizer.vocabulary": "tokenizers huggingface_hub",
+    "tokenizer.sentencepiece_model": "tokenizers sentencepiece google",
+    "corpus.sources": "pyarrow datasets huggingface_hub",
+    "corpus.lines": "pyarrow",
+    "corpus.documents": "pyarrow",
+    "corpus.examine": "matplotlib",
+    "corpus.engines": "tokenizers fastokens sentencepiece",
+    "corpus.filters": "rensa py3langid",
+    "corpus.ray_workers": "ray",
     "checkpoint.huggingface": "tokenizers transformers",
     "checkpoint.state": "deepspeed",
     "training.engine": "deepspeed",
@@ -140,11 +141,12 @@ LAZY = {
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",
     "evaluation.report.plots": "matplotlib",
-    "evaluation.intrinsic.measure": "torch transformers",
+    "evaluation.masked_words.measure": "torch transformers",
 }
 TYPES_ONLY = {
     "training": "deepspeed",
-    "benchmark.checkpoints": "deepspeed",
+    "benchmarks.checkpoints": "deepspeed",
+    "ui": "matplotlib",
 }  # under TYPE_CHECKING, beyond what ALLOWED names
 
 
@@ -206,8 +208,9 @@ def forbidden(module: str, found: Import) -> str | None:
     if top in sys.stdlib_module_names:
         return None
     where = f"{module or PACKAGE}, line {found.line}: "
-    if top == PACKAGE:
-        return None if not rest or within(rest, own) else f"{where}may not import {found.module}"
+    if top in (PACKAGE, BENCHMARKS):
+        place = found.module if top == BENCHMARKS else rest
+        return None if not place or within(place, own) else f"{where}may not import {found.module}"
     types = " ".join(names for place, names in TYPES_ONLY.items() if within(module, place))
     if found.for_types and top in types.split():
         return None
@@ -229,6 +232,10 @@ def modules_of(folder: Path) -> dict[str, Path]:
 
 MODULES = modules_of(ROOT / PACKAGE)
 FULL_NAMES = {f"{PACKAGE}.{name}" if name else PACKAGE for name in MODULES}
+MODULES |= {
+    f"{BENCHMARKS}.{name}" if name else BENCHMARKS: path for name, path in modules_of(ROOT / BENCHMARKS).items()
+}
+FULL_NAMES |= {name for name in MODULES if within(name, BENCHMARKS)}
 
 
 def check(module: str, source: str, package: bool = False) -> list[str]:
@@ -256,20 +263,20 @@ def test_libraries_are_kept_to_their_places():
 
     assert places("deepspeed") == {"training.engine", "checkpoint.state"}
     packages = {place.split(".")[0] for place in places("transformers")}
-    assert packages == {"checkpoint", "evaluation", "benchmark"}
+    assert packages == {"checkpoint", "evaluation", "benchmarks"}
     assert places("triton") == {"kernels.fused"}
-    assert {place for place in places("torch") if place.startswith("data")} == {"data.batches"}
-    assert {place for place in places("tokenizers") if place.startswith("data")} == {
-        "data.vocabulary",
-        "data.spm",
-        "data.build.engines",
-        "data.train_tokenizer",
+    assert {place for place in places("torch") if within(place, "data corpus tokenizer")} == {"data.batches"}
+    assert {place for place in places("tokenizers") if within(place, "data corpus tokenizer")} == {
+        "tokenizer.vocabulary",
+        "tokenizer.sentencepiece_model",
+        "tokenizer.train",
+        "corpus.engines",
     }
     assert ALLOWED["parallel"] == ("parallel", "torch")
     assert {place.split(".")[0] for place, (own, _) in ALLOWED.items() if within("training", own)} == {
         "training",
         "commands",
-        "benchmark",
+        "benchmarks",
     }
 
 
@@ -288,18 +295,18 @@ def test_libraries_are_kept_to_their_places():
         ("objectives", "from megatron_detour.data.stream import Pieces", "may not import megatron_detour.data.stream"),
         ("objectives", "from megatron_detour.data import stream", "may not import megatron_detour.data.stream"),
         ("data.stream", "def f():\n    import torch", "may not import torch"),
-        ("data.stream", "from megatron_detour.config import Corpus", "may not import megatron_detour.config"),
+        ("data.stream", "from megatron_detour.model import shape", "may not import megatron_detour.model.shape"),
         ("data.indexed", "from tokenizers import Tokenizer", "may not import tokenizers"),
-        ("data.build.engines", "from tokenizers import Tokenizer", "inside functions only"),
-        ("data.build.engines", "if x:\n    import tokenizers", "inside functions only"),
+        ("corpus.engines", "from tokenizers import Tokenizer", "inside functions only"),
+        ("corpus.engines", "if x:\n    import tokenizers", "inside functions only"),
         ("data.batches", "import megatron_detour.model.shape", "may not import megatron_detour.model.shape"),
-        ("checkpoint.store", "import megatron_detour.data.build", "may not import megatron_detour.data.build"),
+        ("checkpoint.store", "import megatron_detour.corpus", "may not import megatron_detour.corpus"),
         ("checkpoint.store", "import deepspeed", "may not import deepspeed"),
         ("checkpoint.huggingface", "class A:\n    import transformers", "inside functions only"),
         ("observe.report", "import torch", "may not import torch"),
         ("evaluation.probes", "import megatron_detour.training.run", "may not import megatron_detour.training.run"),
-        ("training.loop", "def f():\n    import deepspeed", "may not import deepspeed"),
-        ("training.loop", "if not TYPE_CHECKING:\n    pass\nelse:\n    pass\nimport transformers", "transformers"),
+        ("training.trainer", "def f():\n    import deepspeed", "may not import deepspeed"),
+        ("training.trainer", "if not TYPE_CHECKING:\n    pass\nelse:\n    pass\nimport transformers", "transformers"),
     ],
 )
 def test_a_forbidden_arrow_is_found(module, source, why):
@@ -312,12 +319,12 @@ def test_a_forbidden_arrow_is_found(module, source, why):
     ("module", "source"),
     [
         ("config", "import json, os.path\nfrom megatron_detour.errors import DetourError\nfrom .errors import nearest"),
-        ("data.build", "from megatron_detour import __version__\nfrom . import pack\nfrom ..files import flush"),
+        ("corpus.build", "from megatron_detour import __version__\nfrom . import join\nfrom ..files import flush"),
         (
-            "data.build.engines",
+            "corpus.engines",
             "if TYPE_CHECKING:\n    from tokenizers import Tokenizer\ndef f():\n    import tokenizers",
         ),
-        ("training.loop", "if TYPE_CHECKING:\n    from deepspeed import DeepSpeedEngine"),
+        ("training.trainer", "if TYPE_CHECKING:\n    from deepspeed import DeepSpeedEngine"),
         ("parallel.state", "import torch.distributed as dist"),
     ],
 )
@@ -327,7 +334,7 @@ def test_an_allowed_arrow_is_left_alone(module, source):
 
 def test_a_package_may_import_its_own_modules():
     assert check("data", "from .pack import Packs", package=True) == []
-    assert check("data", "from ..plan import Plan", package=True) != []
+    assert check("data", "from ..training import trainer", package=True) != []
 
 
 def test_a_new_package_needs_a_row():

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_detour import objectives
-from megatron_detour.data.vocabulary import Vocabulary
-from megatron_detour.data.words import Words
 from megatron_detour.objectives import IGNORE, CausalLM, Corrupted, MaskedLM, make
+from megatron_detour.tokenizer.vocabulary import Vocabulary
+from megatron_detour.tokenizer.word_boundaries import Words
 
 CLS, SEP, PAD, MASK, UNK, EXTRA = 3, 7, 11, 500, 999, 640
 SPECIAL = (CLS, SEP, PAD, MASK, EXTRA, UNK)

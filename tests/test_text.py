@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_detour import errors
-from megatron_detour.commands.item import NOTE, Item
-from megatron_detour.data.build import progress as build_progress
+from megatron_detour.commands.check_result import NOTE, CheckResult
+from megatron_detour.corpus import progress as build_progress
 from megatron_detour.evaluation import probes
 from megatron_detour.evaluation.finetuning.progress import SuiteProgress
-from megatron_detour.evaluation.intrinsic import tables
+from megatron_detour.evaluation.masked_words import tables
 from megatron_detour.evaluation.report import plots as evaluation_plots
 from megatron_detour.evaluation.results import Cell
 from megatron_detour.observe import compare, compare_plots, plots, report
@@ -148,7 +148,7 @@ def _guesses() -> None:
         _windows,
         _figures,
         _guesses,
-        lambda: print(Item(NOTE, "plan", HOSTILE, HOSTILE)),
+        lambda: print(CheckResult(NOTE, "plan", HOSTILE, HOSTILE)),
         lambda: build_progress.say(HOSTILE),
     ],
     ids=["fine-tuning", "windows", "figures", "probes", "doctor", "build"],

@@ -5,9 +5,11 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed with the package
+
 try:
-    from megatron_detour.benchmark import checkpoints, preprocess, read, report, train
-    from megatron_detour.benchmark.train import DTYPES, SIZES
+    from benchmarks import checkpoints, preprocess, read, report, train
+    from benchmarks.train import DTYPES, SIZES
     from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
     from megatron_detour.errors import command_line
 except ModuleNotFoundError as missing:

@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     from megatron_detour.errors import command_line
     from megatron_detour.evaluation import command
-    from megatron_detour.evaluation.intrinsic import command as intrinsic_command
+    from megatron_detour.evaluation.masked_words import command as intrinsic_command
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 

@@ -8,8 +8,7 @@ import argparse
 import sys
 
 try:
-    from megatron_detour.data import examine, merge
-    from megatron_detour.data.build import build_corpus, options
+    from megatron_detour.corpus import build_corpus, examine, merge, options
     from megatron_detour.errors import command_line
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None

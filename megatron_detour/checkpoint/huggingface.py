@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from megatron_detour.checkpoint.source import WEIGHTS, Source, StoredWeights
 from megatron_detour.checkpoint.state import TrainingState
 from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
-from megatron_detour.data.spm import SUFFIXES
-from megatron_detour.data.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, load_tokenizer
 from megatron_detour.errors import DetourError, brief
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import OLD_KEYS, Shape, refuse_unknown_keys
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
+from megatron_detour.tokenizer.sentencepiece_model import SUFFIXES
+from megatron_detour.tokenizer.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, load_tokenizer
 
 OPTIMIZER = "optimizer.safetensors"
 STEP = "step"  # of Adam, by parameter name beside the moments

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.data.vocabulary import hub_file
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import Shape
 from megatron_detour.structured import parse_json, read_json_object
+from megatron_detour.tokenizer.vocabulary import hub_file
 
 WEIGHTS, WEIGHTS_INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit

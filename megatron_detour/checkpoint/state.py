@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_detour.errors import DetourError
 from megatron_detour.parallel.replicas import unequal_replicas
-from megatron_detour.parallel.shard import cut, join, spec_of
+from megatron_detour.parallel.shard import shard, spec_of, unshard
 from megatron_detour.parallel.state import ParallelState
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def scatter(
 
 
 @torch.no_grad()
-def forget_moments(engine: DeepSpeedEngine) -> None:
+def reset_optimizer_state(engine: DeepSpeedEngine) -> None:
     """Starts Adam anew for what is not frozen; weights stay as they are."""
     zero = engine.optimizer
     for group in range(len(zero.single_partition_of_fp32_groups)):
@@ -148,7 +148,7 @@ def _gather_group(
             shards = list(_all_gather(shards[0], state.tensor_group, state.tensor_size).chunk(state.tensor_size))
             shards = [shard.view_as(parameter) for shard in shards]
         if state.is_first:
-            full = join(shards, spec)
+            full = unshard(shards, spec)
             into.setdefault(name, torch.empty(0)).resize_(full.shape).copy_(full)
 
 
@@ -163,7 +163,7 @@ def _all_gather(part: torch.Tensor, group: dist.ProcessGroup | None, size: int) 
 
 
 def _cut_for(parameter: torch.nn.Parameter, full: torch.Tensor, state: ParallelState) -> torch.Tensor:
-    return cut(full, spec_of(parameter), state.tensor_rank, state.tensor_size).contiguous().view(-1)
+    return shard(full, spec_of(parameter), state.tensor_rank, state.tensor_size).contiguous().view(-1)
 
 
 def _place(partition: torch.Tensor, local: torch.Tensor, offset: int, state: ParallelState) -> None:

@@ -11,10 +11,10 @@ import torch
 
 from megatron_detour.checkpoint.source import weight_sizes
 from megatron_detour.commands import machine
-from megatron_detour.commands.item import FAULT, NOTE, OK, Item
+from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult
 from megatron_detour.commands.plan import listed
 from megatron_detour.config import RunConfig, load
-from megatron_detour.data.examine import verify
+from megatron_detour.corpus.examine import verify
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast import Forecast, Start, forecast
 from megatron_detour.forecast.start import look
@@ -35,7 +35,7 @@ def run(run_file: str | None, overrides: list[str]) -> int:
     return 1 if faults else 0
 
 
-def items(run_file: str | None, overrides: list[str]) -> Iterator[Item]:
+def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
     faults, config = [], None
     if run_file is not None:
         try:
@@ -47,16 +47,16 @@ def items(run_file: str | None, overrides: list[str]) -> Iterator[Item]:
     yield machine.precision(faults_of(config.deepspeed)[0] if config else None)
     yield machine.collectives()
     yield from machine.host()
-    yield from (Item(FAULT, "run file", fault) for fault in faults)
+    yield from (CheckResult(FAULT, "run file", fault) for fault in faults)
     if config:
-        yield Item(OK, "run file", f"{run_file}: {config.name}")
+        yield CheckResult(OK, "run file", f"{run_file}: {config.name}")
         yield from _of_run(config)
     else:
         yield from machine.compute()
         yield machine.disk(Path.cwd())
 
 
-def _of_run(config: RunConfig) -> Iterator[Item]:
+def _of_run(config: RunConfig) -> Iterator[CheckResult]:
     start = look(config.model, any(phase.whole_word_masking for phase in config.phases))
     yield from _model(config, start)
     told = _forecast(config, _ranks(config), dataclasses.replace(start, faults=()))  # they are told already
@@ -68,8 +68,8 @@ def _of_run(config: RunConfig) -> Iterator[Item]:
     )
     yield machine.disk(Path(config.folder), told.disk.needed if told.disk else 0)
     yield from _memory(told)
-    yield from (Item(FAULT, "plan", fault) for fault in told.faults)
-    yield from (Item(NOTE, "plan", warning) for warning in told.warnings)
+    yield from (CheckResult(FAULT, "plan", fault) for fault in told.faults)
+    yield from (CheckResult(NOTE, "plan", warning) for warning in told.warnings)
     yield from _corpora(config)
 
 
@@ -87,15 +87,17 @@ def _forecast(config: RunConfig, ranks: int, known: Start) -> Forecast:
     return forecast(config, plan, ranks, start=known, device=name, gpu_memory=total / 1e9)
 
 
-def _model(config: RunConfig, start: Start) -> Iterator[Item]:
-    yield from (Item(FAULT, "model", fault) for fault in start.faults)
+def _model(config: RunConfig, start: Start) -> Iterator[CheckResult]:
+    yield from (CheckResult(FAULT, "model", fault) for fault in start.faults)
     if not start.faults and config.model.start is None:
-        yield Item(OK, "model", "initialised from the seed")
+        yield CheckResult(OK, "model", "initialised from the seed")
     elif not start.faults:
-        yield Item(OK, "model", f"{config.model.start}: {len(weight_sizes(start.shape))} weights match config.json")
+        yield CheckResult(
+            OK, "model", f"{config.model.start}: {len(weight_sizes(start.shape))} weights match config.json"
+        )
 
 
-def _memory(told: Forecast) -> Iterator[Item]:
+def _memory(told: Forecast) -> Iterator[CheckResult]:
     most = told.most_memory
     if most is None:
         return
@@ -104,18 +106,20 @@ def _memory(told: Forecast) -> Iterator[Item]:
     room = told.gpu_memory * 1e9 if most.on_gpu else psutil.virtual_memory().total / told.ranks
     if most.needed > room:
         advice = told.advice or "a smaller batch.micro_sequences or compute.recompute=full takes less"
-        yield Item(FAULT, "fit", f"{text}: more than the {room / machine.GIB:.1f} GiB that each has here", advice)
+        yield CheckResult(
+            FAULT, "fit", f"{text}: more than the {room / machine.GIB:.1f} GiB that each has here", advice
+        )
     else:
-        yield Item(OK, "fit", text)
+        yield CheckResult(OK, "fit", text)
 
 
-def _corpora(config: RunConfig) -> Iterator[Item]:
+def _corpora(config: RunConfig) -> Iterator[CheckResult]:
     """Every byte of them is read: what is missing was told by the plan."""
     lists = [config.data.corpora, config.validation.corpora, *(phase.corpora or () for phase in config.phases)]
     for prefix in dict.fromkeys(corpus.prefix for corpora in lists for corpus in corpora):
         if not Path(f"{prefix}.manifest.json").exists():
             continue
         try:
-            yield Item(OK, "corpus", verify(prefix))
+            yield CheckResult(OK, "corpus", verify(prefix))
         except DetourError as fault:
-            yield Item(FAULT, "corpus", str(fault))
+            yield CheckResult(FAULT, "corpus", str(fault))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
-from megatron_detour.commands.item import FAULT, NOTE, OK, Item, item
+from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult, check
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast.zero import Zero2
 from megatron_detour.kernels.choose import choose_kernels
@@ -34,13 +34,15 @@ OPEN_FILES, SHARED_MEMORY = 4096, GIB
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is Arm's
 
 
-def packages() -> Iterator[Item]:
+def packages() -> Iterator[CheckResult]:
     """Python and the libraries, against the versions that the project asks for."""
-    yield Item(OK, "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield CheckResult(OK, "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     try:
         wanted = importlib.metadata.requires("megatron-detour") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Item(NOTE, "packages", "megatron-detour is not installed, so no versions are checked", "run make install")
+        yield CheckResult(
+            NOTE, "packages", "megatron-detour is not installed, so no versions are checked", "run make install"
+        )
         return
     fitting, unfit = [], []
     for requirement in map(Requirement, wanted):
@@ -49,12 +51,12 @@ def packages() -> Iterator[Item]:
         version = _version(requirement.name)
         good = version is not None and requirement.specifier.contains(version, prereleases=True)
         (fitting if good else unfit).append((requirement, version))
-    yield Item(OK, "packages", ", ".join(f"{requirement.name} {version}" for requirement, version in fitting))
+    yield CheckResult(OK, "packages", ", ".join(f"{requirement.name} {version}" for requirement, version in fitting))
     for requirement, version in unfit:
         text = f"{requirement.name} {version or 'is missing'}"
-        yield Item(FAULT, "packages", text, f"pip install '{requirement.name}{requirement.specifier}'")
+        yield CheckResult(FAULT, "packages", text, f"pip install '{requirement.name}{requirement.specifier}'")
     there = [f"{name} {'yes' if importlib.util.find_spec(name) else 'no'}" for name in OPTIONAL]
-    yield Item(OK, "optional", ", ".join(there))
+    yield CheckResult(OK, "optional", ", ".join(there))
 
 
 def _version(package: str) -> str | None:
@@ -64,37 +66,41 @@ def _version(package: str) -> str | None:
         return None
 
 
-def gpus() -> Iterator[Item]:
+def gpus() -> Iterator[CheckResult]:
     driver = Path("/proc/driver/nvidia/version")
     if not torch.cuda.is_available():
         if torch.version.cuda or torch.version.hip:
             what = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
             remedy = "on a GPU machine look at nvidia-smi and CUDA_VISIBLE_DEVICES; here a run uses the CPU"
-            yield Item(NOTE, "GPU", f"none is seen by torch {torch.__version__}, which is built for {what}", remedy)
+            yield CheckResult(
+                NOTE, "GPU", f"none is seen by torch {torch.__version__}, which is built for {what}", remedy
+            )
         elif driver.exists():
             remedy = "pip install a CUDA build of torch"
-            yield Item(FAULT, "GPU", f"there is a driver, but torch {torch.__version__} is built for CPUs", remedy)
+            yield CheckResult(
+                FAULT, "GPU", f"there is a driver, but torch {torch.__version__} is built for CPUs", remedy
+            )
         else:
-            yield Item(OK, "GPU", "none; a run uses the CPU")
+            yield CheckResult(OK, "GPU", "none; a run uses the CPU")
         return
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         text = f"{number}: {torch.cuda.get_device_name(number)}, {free / GIB:.1f} of {total / GIB:.1f} GiB are free"
-        yield item(free > 0.9 * total, "GPU", text, "another process holds the rest: see nvidia-smi")
+        yield check(free > 0.9 * total, "GPU", text, "another process holds the rest: see nvidia-smi")
     if driver.exists():
-        yield Item(OK, "driver", driver.read_text(encoding="utf-8").splitlines()[0].strip())
+        yield CheckResult(OK, "driver", driver.read_text(encoding="utf-8").splitlines()[0].strip())
 
 
-def precision(run: Zero2 | None = None) -> Item:
+def precision(run: Zero2 | None = None) -> CheckResult:
     """Whether bf16 is computed or emulated; where `run` computes in fp32 that does not matter."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return item(native, "bf16", "native" if native else "not native", "use fp32, or an Ampere GPU or later")
+        return check(native, "bf16", "native" if native else "not native", "use fp32, or an Ampere GPU or later")
     native = any(flag in _cpu_flags() for flag in CPU_BF16)
     remedy = "use deepspeed=ds_configs/zero2_fp32_cpu.json"
     if not native and run and not run.bf16:
-        return Item(OK, "bf16", "emulated on this CPU; the run computes in fp32")
-    return item(native, "bf16", "native on this CPU" if native else "emulated on this CPU, which is slow", remedy)
+        return CheckResult(OK, "bf16", "emulated on this CPU; the run computes in fp32")
+    return check(native, "bf16", "native on this CPU" if native else "emulated on this CPU, which is slow", remedy)
 
 
 def _cpu_flags() -> set[str]:
@@ -108,76 +114,76 @@ def _cpu_flags() -> set[str]:
 
 def compute(
     attention: str = "auto", kernels: str = "auto", dtype: torch.dtype | None = None, head_dim: int = HEAD_DIM
-) -> Iterator[Item]:
+) -> Iterator[CheckResult]:
     """The attention and the kernels that a run would take here, each compared with its definition."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
         name, _, passed_over = choose_attention(attention, device, dtype, head_dim)
-        yield Item(OK, "attention", name)
-        yield from (Item(NOTE, "attention", f"passed over: {why}") for why in passed_over)
+        yield CheckResult(OK, "attention", name)
+        yield from (CheckResult(NOTE, "attention", f"passed over: {why}") for why in passed_over)
     except DetourError as fault:
-        yield Item(FAULT, "attention", str(fault))
+        yield CheckResult(FAULT, "attention", str(fault))
     try:
         name, _, slower = choose_kernels(kernels, device, dtype)
-        yield Item(OK, "kernels", name)
+        yield CheckResult(OK, "kernels", name)
         if slower:
-            yield Item(NOTE, "kernels", f"passed over: {slower}")
+            yield CheckResult(NOTE, "kernels", f"passed over: {slower}")
     except DetourError as fault:
-        yield Item(FAULT, "kernels", str(fault))
+        yield CheckResult(FAULT, "kernels", str(fault))
 
 
-def collectives() -> Item:
+def collectives() -> CheckResult:
     if torch.cuda.is_available():
         there = dist.is_available() and dist.is_nccl_available()
         text = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if there else "torch has no NCCL"
-        return item(there, "collectives", text, "pip install a build of torch for Linux with CUDA", FAULT)
+        return check(there, "collectives", text, "pip install a build of torch for Linux with CUDA", FAULT)
     there = dist.is_available() and dist.is_gloo_available()
-    return item(there, "collectives", "gloo" if there else "torch has no gloo", "pip install another torch", FAULT)
+    return check(there, "collectives", "gloo" if there else "torch has no gloo", "pip install another torch", FAULT)
 
 
-def host() -> Iterator[Item]:
+def host() -> Iterator[CheckResult]:
     """Cores, memory, limits, launcher, batch system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = 2 * max(torch.cuda.device_count(), 1)
     remedy = f"{wanted} would keep the GPUs fed: ask for more --cpus-per-task"
     few = torch.cuda.is_available() and cores < wanted
-    yield item(not few, "cores", f"{cores}", remedy)
+    yield check(not few, "cores", f"{cores}", remedy)
     memory = psutil.virtual_memory()
-    yield Item(OK, "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB are free")
+    yield CheckResult(OK, "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB are free")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = files == resource.RLIM_INFINITY
     told = "no limit" if unlimited else f"{files:,} at a time"
-    yield item(unlimited or files >= OPEN_FILES, "open files", told, "ulimit -n 65536 before the start")
+    yield check(unlimited or files >= OPEN_FILES, "open files", told, "ulimit -n 65536 before the start")
     yield from _shared_memory()
     launchers = [name for name in ("deepspeed", "torchrun") if shutil.which(name)]
     remedy = "activate the environment that megatron-detour is installed in"
-    yield item(bool(launchers), "launcher", ", ".join(launchers) or "none is in the PATH", remedy, FAULT)
+    yield check(bool(launchers), "launcher", ", ".join(launchers) or "none is in the PATH", remedy, FAULT)
     names = ("JOB_ID", "NTASKS", "GPUS_ON_NODE", "CPUS_PER_TASK", "MEM_PER_NODE")
     slurm = [f"{name} {os.environ[f'SLURM_{name}']}" for name in names if f"SLURM_{name}" in os.environ]
-    yield Item(OK, "Slurm", ", ".join(slurm) or "not in a job")
+    yield CheckResult(OK, "Slurm", ", ".join(slurm) or "not in a job")
 
 
-def _shared_memory() -> Iterator[Item]:
+def _shared_memory() -> Iterator[CheckResult]:
     shared = Path("/dev/shm")
     if not shared.is_dir():
         if sys.platform == "linux":
-            yield Item(FAULT, "shared memory", "there is no /dev/shm, which NCCL and gloo use", "mount one")
+            yield CheckResult(FAULT, "shared memory", "there is no /dev/shm, which NCCL and gloo use", "mount one")
         return
     size = shutil.disk_usage(shared)
     remedy = "NCCL between GPUs needs more: in a container --shm-size=8g"
     severity = FAULT if torch.cuda.device_count() > 1 and size.free < SHARED_MEMORY / 4 else NOTE
     text = f"{size.free / GIB:.1f} GiB of /dev/shm are free"
-    yield item(size.free >= SHARED_MEMORY, "shared memory", text, remedy, severity)
+    yield check(size.free >= SHARED_MEMORY, "shared memory", text, remedy, severity)
 
 
-def disk(folder: Path, needed: int = 0) -> Item:
+def disk(folder: Path, needed: int = 0) -> CheckResult:
     """Free bytes and the speed of writing to the disk; `needed` bytes are what a run will write there."""
     there = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), Path.cwd())
     free = shutil.disk_usage(there).free
     if free < max(needed, 2 * WRITTEN):
         remedy = f"{needed / 1e9:.1f} GB are needed: free some, or set folder=..."
-        return Item(FAULT, "disk", f"{there}: {free / 1e9:.1f} GB are free", remedy)
+        return CheckResult(FAULT, "disk", f"{there}: {free / 1e9:.1f} GB are free", remedy)
     content = os.urandom(WRITTEN)
     try:
         with tempfile.NamedTemporaryFile(dir=there) as file:
@@ -187,6 +193,8 @@ def disk(folder: Path, needed: int = 0) -> Item:
             os.fsync(file.fileno())
             speed = WRITTEN / (time.perf_counter() - started)
     except OSError as error:
-        return Item(FAULT, "disk", f"{there}: cannot be written: {error.strerror}", "set folder=... to one that can")
+        return CheckResult(
+            FAULT, "disk", f"{there}: cannot be written: {error.strerror}", "set folder=... to one that can"
+        )
     text = f"{there}: {free / 1e9:.1f} GB are free, {speed / 1e6:,.0f} MB/s to the disk"
-    return item(speed >= SLOW_DISK, "disk", text, "checkpoints will take long: increase checkpoint.every")
+    return check(speed >= SLOW_DISK, "disk", text, "checkpoints will take long: increase checkpoint.every")

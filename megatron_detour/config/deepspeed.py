@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_detour.errors import DetourError, told
+from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.structured import read_json_object
 
 FROM_RUN_FILE = {
@@ -45,7 +45,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
     """Raises DetourError with every reason why a run refuses the file."""
     raw, faults = look_at_deepspeed_config(path)
     if raw is None:
-        raise DetourError(told(faults))
+        raise DetourError(format_faults(faults))
     return raw
 
 

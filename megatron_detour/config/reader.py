@@ -20,7 +20,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from megatron_detour.config.checks import Faults, check
 from megatron_detour.config.schema import Phase, RunConfig, Seconds, join_key
-from megatron_detour.errors import DetourError, nearest, told
+from megatron_detour.errors import DetourError, format_faults, nearest
 from megatron_detour.structured import parse_yaml, read_yaml
 
 GREATEST = 2**53  # of whole numbers
@@ -49,7 +49,7 @@ def from_dict(raw: dict[str, Any], origin: str = "run file") -> RunConfig:
     config = _Reader(faults, raw).build(RunConfig, raw, "")
     check(config, faults)
     if faults.found:
-        raise DetourError(f"{origin}: {told(faults.found)}")
+        raise DetourError(f"{origin}: {format_faults(faults.found)}")
     return config
 
 

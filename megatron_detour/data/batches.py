@@ -20,10 +20,10 @@ from megatron_detour.data.integrity import refuse_changed
 from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.data.order import deal
 from megatron_detour.data.stream import DocumentStream
-from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.data.window_cache import WindowCache
-from megatron_detour.errors import DetourError, told
+from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.objectives import Objective
+from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 NUMBER_BITS = 48  # of a document's number, for its place in its corpus's stream; the corpus is above
 
@@ -232,7 +232,7 @@ def _manifests(corpora: tuple[Corpus, ...]) -> list[Manifest]:
         except DetourError as fault:
             faults.append(str(fault))
     if faults:
-        raise DetourError(told(faults))
+        raise DetourError(format_faults(faults))
     return manifests
 
 

@@ -17,9 +17,9 @@ import msgspec
 
 from megatron_detour.errors import DetourError
 from megatron_detour.structured import read_json_object
+from megatron_detour.tokenizer import LARGEST_VOCABULARY
 
 FORMAT = 2
-LARGEST_VOCABULARY = 1 << 22  # beyond any tokenizer, and small enough for tables of ids
 SHOWN_SOURCES = 5
 SHOWN_CHARACTERS = 120  # of a fault, which may hold what stands in the file
 

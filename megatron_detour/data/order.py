@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_detour.data.splitmix import WORD, mix
+from megatron_detour.counter_rng import WORD, mix
 
 ROUNDS = 6
 TABLES = 1 << 16  # the largest half whose round functions are kept as tables

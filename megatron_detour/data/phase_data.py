@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from megatron_detour.config import Corpus
 from megatron_detour.data.batches import DocumentMixture, StreamOffset
 from megatron_detour.data.manifest import Manifest
-from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.plan import Plan, PlannedPhase
+from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

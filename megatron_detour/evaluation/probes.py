@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from megatron_detour.data.documents import read_documents
+from megatron_detour.corpus.documents import read_documents
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.models import opening
 from megatron_detour.structured import parse_json

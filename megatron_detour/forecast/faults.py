@@ -6,12 +6,12 @@ import importlib.util
 
 from megatron_detour.config import Corpus, RunConfig
 from megatron_detour.data.manifest import read_manifest
-from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast.storage import Disk, Reading, validation_tokens
 from megatron_detour.model.flops import Frozen
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan, PlannedPhase
+from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 MANY_EPOCHS = 4  # from which repeated text teaches clearly less (Muennighoff et al., 2023)
 MASKS = (0.05, 0.50)

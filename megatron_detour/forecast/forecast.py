@@ -194,7 +194,9 @@ class Search:
     def memory(self, recompute: str | None = None, share: float = 1) -> dict[str, Memory]:
         """By phase, with `share` of the microbatches."""
         setting = replace(self.setting, recompute=recompute or self.setting.recompute)
-        return {phase.name: memory.of_step(self.shape, setting, self._load(phase, share)) for phase in self.plan.phases}
+        return {
+            phase.name: memory.peak_memory(self.shape, setting, self._load(phase, share)) for phase in self.plan.phases
+        }
 
     def fits(self, recompute: str | None = None, share: float = 1) -> bool:
         return all(told.fits(self.gigabytes) for told in self.memory(recompute, share).values())

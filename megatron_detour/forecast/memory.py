@@ -74,7 +74,7 @@ def parameters(shape: Shape, tensor: int = 1) -> tuple[int, int]:
     return matrices, norms * E + vocabulary
 
 
-def of_step(shape: Shape, setting: Setting, load: Load) -> Memory:
+def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:
     """The most that a rank holds during a step."""
     item, zero = setting.zero.item_bytes, setting.zero
     elements = parameters(shape, setting.tensor)

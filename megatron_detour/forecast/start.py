@@ -7,10 +7,10 @@ from pathlib import Path
 
 from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights, weight_sizes
 from megatron_detour.config import Model
-from megatron_detour.data.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
-from megatron_detour.data.words import Words
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import Shape, refuse_unknown_keys
+from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
+from megatron_detour.tokenizer.word_boundaries import Words
 
 # Of transformers' ModernBertConfig; a shape to initialise gives what differs. It is ModernBERT-base's.
 DEFAULTS = {

@@ -31,7 +31,7 @@ def check(kernels: dict[str, Callable], device: torch.device, dtype: torch.dtype
         results = _softmax_results if name == "softmax_" else _results
         try:
             found = results(kernels[name], case, dtype)
-            settle(device)
+            synchronize(device)
         except Exception as error:  # a compiler's, a driver's: whatever it is, these kernels cannot be used
             raise DetourError(f"compute.kernels: {name} fails on this device: {first_line(error)}") from error
         for mine, reference in zip(found, results(getattr(plain, name), case, torch.float32), strict=True):
@@ -42,16 +42,16 @@ def check(kernels: dict[str, Callable], device: torch.device, dtype: torch.dtype
                 )
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Waits for what was launched: a kernel's fault shows no earlier."""
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.synchronize(device)
 
 
-def lost(device: torch.device) -> bool:
+def device_is_dead(device: torch.device) -> bool:
     """Whether a fault has left the device unusable for the rest of the process."""
     try:
-        settle(device)
+        synchronize(device)
     except Exception:
         return True
     return False

@@ -10,7 +10,7 @@ import torch
 
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels import plain
-from megatron_detour.kernels.check import check, first_line, lost
+from megatron_detour.kernels.check import check, device_is_dead, first_line
 
 NAMES = ("auto", "triton", "plain")
 
@@ -43,7 +43,7 @@ def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> tuple
         kernels = triton_kernels(device)
         check(kernels.by_name(), device, dtype)
     except DetourError as fault:
-        if name != "auto" or lost(device):
+        if name != "auto" or device_is_dead(device):
             raise
         return "plain", PLAIN, str(fault)
     return "triton", kernels, None

@@ -13,7 +13,7 @@ from importlib import import_module
 import torch
 
 from megatron_detour.errors import DetourError
-from megatron_detour.kernels.check import first_line, lost, settle
+from megatron_detour.kernels.check import device_is_dead, first_line, synchronize
 from megatron_detour.model.attention import Attention, AttentionPattern, dense_attention, sdpa_attention
 
 
@@ -83,7 +83,7 @@ def choose_attention(
             function = _load(candidate, device, dtype)
             check(function, device, dtype, head_dim, candidate)
         except DetourError as fault:
-            if name != "auto" or lost(device):
+            if name != "auto" or device_is_dead(device):
                 raise
             passed_over.append(str(fault))
             continue
@@ -116,7 +116,7 @@ def check(attention: Attention, device: torch.device, dtype: torch.dtype, head_d
             kind = f"{name}: {'causal' if causal else 'bidirectional'} attention with window {window}"
             try:
                 found = _output_and_gradient(attention, given, down, pattern)
-                settle(device)
+                synchronize(device)
             except Exception as error:  # a driver's or a compiler's: whatever it is, it cannot be used
                 raise DetourError(f"compute.attention: {kind} fails on this device: {first_line(error)}") from error
             expected = _output_and_gradient(dense_attention, given.float(), down.float(), pattern)

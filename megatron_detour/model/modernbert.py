@@ -20,10 +20,10 @@ from megatron_detour.kernels.choose import PLAIN, Kernels
 from megatron_detour.model.attention import Attention, AttentionPattern, sdpa_attention
 from megatron_detour.model.rotary import rotary_tables
 from megatron_detour.model.shape import FULL, Shape
-from megatron_detour.parallel.collectives import gather_from_sequence_parallel, whole_weight
+from megatron_detour.parallel.collectives import gather_from_sequence_parallel, gather_weight
 from megatron_detour.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron_detour.parallel.loss import LossSum, linear_cross_entropy
-from megatron_detour.parallel.shard import ShardSpec, declare, spec_of
+from megatron_detour.parallel.shard import ShardSpec, mark_sharded, spec_of
 from megatron_detour.parallel.state import ParallelState
 
 
@@ -62,7 +62,7 @@ class LayerNorm(nn.Module):
         return self.kernels.add_layer_norm(x_SE, change_SE, self._weight(), self.eps)
 
     def _weight(self) -> torch.Tensor:
-        return self.weight if self.sharing is None else whole_weight(self.weight, self.sharing)
+        return self.weight if self.sharing is None else gather_weight(self.weight, self.sharing)
 
 
 class Embeddings(nn.Module):
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
     def __init__(self, shape: Shape, state: ParallelState) -> None:
         super().__init__()
         spec = ShardSpec(dim=0, size=shape.vocabulary)
-        self.bias = declare(nn.Parameter(torch.empty(spec.local(state.tensor_size))), spec)
+        self.bias = mark_sharded(nn.Parameter(torch.empty(spec.local(state.tensor_size))), spec)
 
 
 class ModernBert(nn.Module):

@@ -10,18 +10,18 @@ import numpy as np
 
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
-from megatron_detour.observe.colours import variable
 from megatron_detour.observe.compare_plots import COMPARISON_PLOTS
-from megatron_detour.observe.page import Picture, render, write_pictures
 from megatron_detour.observe.plots import appearance
 from megatron_detour.observe.report import headline
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
 from megatron_detour.observe.sinks import Record
-from megatron_detour.observe.terminal import columns, wrapped
 from megatron_detour.observe.verdict import verdict
-from megatron_detour.observe.words import compact, frozen_words, objective_words
 from megatron_detour.structured import parse_yaml
 from megatron_detour.text import visible
+from megatron_detour.ui.colors import variable
+from megatron_detour.ui.format import compact, frozen_words, objective_words
+from megatron_detour.ui.page import Picture, render, write_pictures
+from megatron_detour.ui.tables import columns, wrapped
 
 PAGE = "compare.html"
 MARK = '<meta name="generator" content="megatron_detour comparison of runs">'
@@ -79,6 +79,7 @@ def _page(runs: list[Run], labels: list[str], settings: list[dict[str, Any]], pi
     verdicts = _verdicts(runs, labels, settings)
     return render(
         "compare.html.j2",
+        Path(__file__).parent,
         mark=MARK,
         runs=list(
             zip(runs, labels, (variable(appearance(number)["color"]) for number in range(len(runs))), strict=True)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_detour.observe.colours import AXIS, COLOURS, INK, LINE, PAGE, SOFT
 from megatron_detour.observe.run_folder import Run
-from megatron_detour.observe.words import compact, frozen_words, objective_words, shortened
 from megatron_detour.text import visible
+from megatron_detour.ui.colors import AXIS, COLOURS, INK, LINE, PAGE, SOFT
+from megatron_detour.ui.format import compact, frozen_words, objective_words, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_detour.observe.colours import COLOURS, GUARD, PALETTE, SOFT
 from megatron_detour.observe.frame import Curve, Frame, dot, objective_colour, thinned
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, stretches, validation_points
 from megatron_detour.observe.sinks import Record
 from megatron_detour.observe.steps import Steps
-from megatron_detour.observe.words import compact
+from megatron_detour.ui.colors import COLOURS, GUARD, PALETTE, SOFT
+from megatron_detour.ui.format import compact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

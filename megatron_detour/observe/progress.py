@@ -8,8 +8,8 @@ import time
 from collections import deque
 from typing import Any, Protocol, TextIO
 
-from megatron_detour.observe.words import duration
 from megatron_detour.text import visible
+from megatron_detour.ui.format import duration
 
 RECENT_STEPS = 20
 REFRESH_SECONDS = 0.2

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.files import write_whole
-from megatron_detour.observe.page import Picture, render, write_pictures
 from megatron_detour.observe.plots import PLOTS
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
-from megatron_detour.observe.terminal import columns
-from megatron_detour.observe.words import batch_words, byte_size, compact, duration, frozen_words
 from megatron_detour.text import visible
+from megatron_detour.ui.format import batch_words, byte_size, compact, duration, frozen_words
+from megatron_detour.ui.page import Picture, render, write_pictures
+from megatron_detour.ui.tables import columns
 
 LISTED_GUARDS, LISTED_SOURCES = 20, 5
 
@@ -37,6 +37,7 @@ def _page(run: Run, pictures: list[Picture]) -> str:
     facts = run.environment
     return render(
         "report.html.j2",
+        Path(__file__).parent,
         run=run,
         pictures=pictures,
         headline=headline(run),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run
-from megatron_detour.observe.words import compact
+from megatron_detour.ui.format import compact
 
 KEY = "val_mlm_loss"
 SAME = 0.0005  # nats: figures with three decimals do not show less

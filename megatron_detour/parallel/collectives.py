@@ -83,7 +83,7 @@ def gather_from_sequence_parallel(x: torch.Tensor, state: ParallelState) -> torc
     return _Gather.apply(x, state) if state.sequence_parallel else x
 
 
-def whole_weight(weight: torch.Tensor, state: ParallelState) -> torch.Tensor:
+def gather_weight(weight: torch.Tensor, state: ParallelState) -> torch.Tensor:
     """A weight that every tensor rank holds whole: where each applies it to a share of the positions, gradients sum."""
     return copy_to_tensor_parallel(weight, state) if state.sequence_parallel else weight
 

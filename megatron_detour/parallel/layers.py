@@ -16,7 +16,7 @@ from megatron_detour.parallel.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
-from megatron_detour.parallel.shard import ShardSpec, declare
+from megatron_detour.parallel.shard import ShardSpec, mark_sharded
 from megatron_detour.parallel.state import ParallelState
 
 
@@ -27,7 +27,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         spec = ShardSpec(dim=0, size=vocabulary)
         self.state = state
-        self.weight = declare(nn.Parameter(torch.empty(spec.local(state.tensor_size), features)), spec)
+        self.weight = mark_sharded(nn.Parameter(torch.empty(spec.local(state.tensor_size), features)), spec)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.state.tensor_size == 1:
@@ -46,7 +46,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         spec = ShardSpec(dim=0, size=outputs, parts=parts)
         self.state = state
-        self.weight = declare(nn.Parameter(torch.empty(spec.local(state.tensor_size), inputs)), spec)
+        self.weight = mark_sharded(nn.Parameter(torch.empty(spec.local(state.tensor_size), inputs)), spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.state.tensor_size == 1:
@@ -61,7 +61,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         spec = ShardSpec(dim=1, size=inputs)
         self.state = state
-        self.weight = declare(nn.Parameter(torch.empty(outputs, spec.local(state.tensor_size))), spec)
+        self.weight = mark_sharded(nn.Parameter(torch.empty(outputs, spec.local(state.tensor_size))), spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return reduce_from_tensor_parallel(functional.linear(x, self.weight), self.state)

@@ -28,7 +28,7 @@ class ShardSpec:
         return -(-(self.size // self.parts) // ranks)
 
 
-def declare(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
+def mark_sharded(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
     """Marks a parameter as one rank's shard; DeepSpeed's gradient norm leaves out shards without its attribute."""
     parameter.shard = spec
     parameter.tensor_model_parallel = True
@@ -40,7 +40,7 @@ def spec_of(parameter: nn.Parameter) -> ShardSpec | None:
     return getattr(parameter, "shard", None)
 
 
-def cut(full: torch.Tensor, spec: ShardSpec | None, rank: int, ranks: int) -> torch.Tensor:
+def shard(full: torch.Tensor, spec: ShardSpec | None, rank: int, ranks: int) -> torch.Tensor:
     """One rank's shard of a full tensor."""
     if spec is None or ranks == 1:
         return full
@@ -54,7 +54,7 @@ def cut(full: torch.Tensor, spec: ShardSpec | None, rank: int, ranks: int) -> to
     return torch.cat(chunks, spec.dim)
 
 
-def join(shards: list[torch.Tensor], spec: ShardSpec | None) -> torch.Tensor:
+def unshard(shards: list[torch.Tensor], spec: ShardSpec | None) -> torch.Tensor:
     """The full tensor of the shards of all ranks, in rank order."""
     if spec is None or len(shards) == 1:
         return shards[0]

@@ -17,10 +17,10 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.shape import FULL, Shape
 from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES
-from megatron_detour.observe.words import batch_words, compact, duration, frozen_words, mask_words, rate_words
-from megatron_detour.release.facts import Corpus, Facts
-from megatron_detour.release.given import Given
+from megatron_detour.release.card_metadata import CardMetadata
+from megatron_detour.release.checkpoint_info import CheckpointInfo, Corpus
 from megatron_detour.text import markdown, visible
+from megatron_detour.ui.format import batch_words, compact, duration, format_lr, frozen_words, mask_words
 
 TEMPLATE = "card.md.j2"
 BY_CORPUS = ("val_mlm_loss", "val_mlm_accuracy")  # of the validation figures; the others are told over all corpora
@@ -37,8 +37,8 @@ class Table(NamedTuple):
 class Card:
     """A card to be written: the facts, and how the folder that it lies in was made."""
 
-    facts: Facts
-    given: Given
+    facts: CheckpointInfo
+    given: CardMetadata
     shape: Shape
     parameters: int
     folder: str  # name of the folder, for a model that was given none
@@ -222,7 +222,7 @@ class Card:
                     said["objective"].upper(),
                     _of(self.facts.tokens_of(phase), phase.tokens),
                     _of(self.facts.steps_of(phase), phase.steps),
-                    rate_words(said["learning_rate"]),
+                    format_lr(said["learning_rate"]),
                     (mask_words(said) or "nothing") + words,
                     frozen_words(said) or "nothing",
                 ]
@@ -300,7 +300,7 @@ class Card:
         return self.facts.run.steps.mean("padding_share", "sequences")
 
 
-def refuse_unknown_corpora(given: Given, corpora: list[Corpus]) -> None:
+def refuse_unknown_corpora(given: CardMetadata, corpora: list[Corpus]) -> None:
     """Raises DetourError for a corpus of --card-facts that no phase reads."""
     names = [corpus.name for corpus in corpora]
     for name in given.corpora:

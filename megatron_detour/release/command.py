@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_detour.errors import DetourError
 from megatron_detour.release import hub
+from megatron_detour.release.card_metadata import CardMetadata, read_card_metadata
 from megatron_detour.release.export import DTYPES, export
-from megatron_detour.release.given import Given, read_given
 from megatron_detour.text import visible
 
 
@@ -71,6 +71,8 @@ def run(options: argparse.Namespace, evaluation: list[dict[str, Any]] | None, sc
         print(f"uploaded to {hub.push(Path(options.output), repository, options.private)}", flush=True)
 
 
-def _given(options: argparse.Namespace) -> Given:
-    spoken = Given(options.name, tuple(options.language), options.licence, options.base_model, domain=options.domain)
-    return spoken.over(read_given(options.card_facts)) if options.card_facts else spoken
+def _given(options: argparse.Namespace) -> CardMetadata:
+    spoken = CardMetadata(
+        options.name, tuple(options.language), options.licence, options.base_model, domain=options.domain
+    )
+    return spoken.over(read_card_metadata(options.card_facts)) if options.card_facts else spoken

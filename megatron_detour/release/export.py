@@ -12,15 +12,15 @@ import torch
 
 from megatron_detour.checkpoint import huggingface, store
 from megatron_detour.checkpoint.huggingface import OPTIMIZER, RUN_STATE, Source, Weights
-from megatron_detour.data.vocabulary import Vocabulary, load_vocabulary
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import Shape
 from megatron_detour.release import decoder, portable
 from megatron_detour.release.card import Card, refuse_unknown_corpora
-from megatron_detour.release.facts import Facts
-from megatron_detour.release.given import Given
+from megatron_detour.release.card_metadata import CardMetadata
+from megatron_detour.release.checkpoint_info import CheckpointInfo
 from megatron_detour.release.private import refuse_private
 from megatron_detour.release.texts import read_texts
+from megatron_detour.tokenizer.vocabulary import Vocabulary, load_vocabulary
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,7 +42,7 @@ def export(
     *,
     as_decoder: bool = False,
     text: str | None = None,
-    given: Given | None = None,
+    given: CardMetadata | None = None,
     evaluation: list[dict[str, Any]] | None = None,
     scored: Path | None = None,
     repository: str | None = None,
@@ -53,11 +53,11 @@ def export(
     or some of our own. `evaluation` are rows for the card, of the model in the folder `scored`; `repository`
     is the name that its code uses. Raises DetourError, leaving nothing, when logits differ or anything is missing.
     """
-    target, given, texts = Path(output), given or Given(), read_texts(text)
+    target, given, texts = Path(output), given or CardMetadata(), read_texts(text)
     if os.path.lexists(target):
         raise DetourError(f"{target}: is already there; choose another --output or remove it")
     folder = _find(Path(checkpoint))
-    facts = Facts.of(folder)
+    facts = CheckpointInfo.of(folder)
     refuse_unknown_corpora(given, facts.corpora)
     source = Source(str(folder))
     config = source.config()

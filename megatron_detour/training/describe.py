@@ -15,7 +15,7 @@ from megatron_detour.model.choose import Choice
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
-from megatron_detour.training.start import StartModel
+from megatron_detour.training.initial_model import InitialModel
 from megatron_detour.training.validation import Validation
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -41,7 +41,7 @@ def session_facts(
 
 
 def run_facts(
-    config: RunConfig, start: StartModel, data: PhaseData, validation: Validation | None, model: ModernBert
+    config: RunConfig, start: InitialModel, data: PhaseData, validation: Validation | None, model: ModernBert
 ) -> dict[str, Any]:
     """What a run trains and reads, and with which versions."""
     first = data.spans[0]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_detour.config import RunConfig
-from megatron_detour.errors import DetourError, brief, told
+from megatron_detour.errors import DetourError, brief, format_faults
 from megatron_detour.forecast.faults import of_ranks
 from megatron_detour.parallel.state import PATIENCE, ParallelState
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
@@ -34,7 +34,7 @@ def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
     ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
     faults = of_ranks(config, ranks)
     if faults:
-        raise DetourError(told(faults))
+        raise DetourError(format_faults(faults))
     port = "29500" if ranks > 1 else "0"  # 0: any that is free
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, default)

@@ -12,16 +12,16 @@ from typing import NoReturn
 from megatron_detour.checkpoint.store import checkpoint_folder
 from megatron_detour.config import RunConfig, as_control, load, parse_control
 from megatron_detour.config.deepspeed import look_at_deepspeed_config
-from megatron_detour.errors import DetourError, told
+from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.forecast import faults
 from megatron_detour.forecast.start import look
 from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.plan import Plan
-from megatron_detour.training.cluster import join_slurm
-from megatron_detour.training.folder import CHECKPOINTS, is_finished, refuse_another_run, stand_in
-from megatron_detour.training.launch import launch
-from megatron_detour.training.stop import StopRequests
-from megatron_detour.training.terminal import ctrl_c_for_this_rank
+from megatron_detour.runtime.launch import launch
+from megatron_detour.runtime.preemption import Preemption
+from megatron_detour.runtime.slurm import join_slurm
+from megatron_detour.runtime.terminal import ctrl_c_for_this_rank
+from megatron_detour.training.run_directory import CHECKPOINTS, is_finished, refuse_another_run, stand_in
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,7 +60,7 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
         return launch(sys.argv[0], [word for word in arguments if word != "--launch"])
     launched = os.environ.get("LOCAL_RANK") == "0" and first
     own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
-    with StopRequests(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
+    with Preemption(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
         # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
         from megatron_detour.training.session import run_session
 
@@ -75,7 +75,7 @@ def _refuse_early(config: RunConfig, plan: Plan, folder: Path) -> None:
     found += faults.of_shape(config, plan, start.shape) if start.shape else []
     found += faults.of_corpora(config, plan, start.vocabulary)
     if found:
-        raise DetourError(told(found))
+        raise DetourError(format_faults(found))
 
 
 def _finished(folder: Path, plan: Plan) -> str:

@@ -28,26 +28,26 @@ from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
+from megatron_detour.runtime.failure_detector import FailureDetector, Verdict
+from megatron_detour.runtime.lock import RunLock
+from megatron_detour.runtime.preemption import Preemption
 from megatron_detour.text import visible
 from megatron_detour.training.checkpoints import Checkpoints
 from megatron_detour.training.describe import run_facts, session_facts
 from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
-from megatron_detour.training.folder import (
+from megatron_detour.training.guards import Guard, not_finite
+from megatron_detour.training.initial_model import InitialModel
+from megatron_detour.training.run_directory import (
     METRICS,
     add_session,
     changed_settings,
+    claim,
     note,
     refuse_another_run,
     stand_in,
-    take,
 )
-from megatron_detour.training.guards import Guard, not_finite
-from megatron_detour.training.lock import RunLock
-from megatron_detour.training.loop import Trainer
-from megatron_detour.training.start import StartModel
-from megatron_detour.training.stop import StopRequests
+from megatron_detour.training.trainer import Trainer
 from megatron_detour.training.validation import Validation
-from megatron_detour.training.watch import Verdict, Watch
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -56,7 +56,7 @@ AWAY = "a disk that was away"
 REPORT_SECONDS = 10.0  # that a session which has to stop gives its report
 
 
-def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests) -> int:
+def run_session(config: RunConfig, plan: Plan, folder: Path, stop: Preemption) -> int:
     """Trains from the newest whole checkpoint of `folder`, or from the start, to the end of the plan or till `stop`.
 
     Returns the exit status: 0 at the end, EXIT_INTERRUPTED where it was asked to stop before.
@@ -65,7 +65,7 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
     start = _start_model(config, folder)
     data = PhaseData(plan, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
-    with Watch(asked=lambda: stop.reason() is not None) as watch:
+    with FailureDetector(asked=lambda: stop.reason() is not None) as watch:
         choice = choose_compute(
             config.compute.attention,
             config.compute.kernels,
@@ -85,15 +85,15 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: StopRequests)
     return 0 if finished else EXIT_INTERRUPTED
 
 
-def _start_model(config: RunConfig, folder: Path) -> StartModel:
+def _start_model(config: RunConfig, folder: Path) -> InitialModel:
     """What the run starts from; once it has a checkpoint, that says the same where the start model is gone."""
     try:
-        return StartModel.of(config)
+        return InitialModel.of(config)
     except DetourError:
         model = stand_in(folder, config.model)
         if model is None:
             raise
-        return StartModel.of(replace(config, model=model))
+        return InitialModel.of(replace(config, model=model))
 
 
 class Session:
@@ -102,12 +102,12 @@ class Session:
         config: RunConfig,
         plan: Plan,
         folder: Path,
-        start: StartModel,
+        start: InitialModel,
         data: PhaseData,
         state: ParallelState,
         device: torch.device,
         choice: Choice,
-        stop: StopRequests,
+        stop: Preemption,
     ) -> None:
         self.config, self.plan, self.folder, self.start, self.choice = config, plan, folder, start, choice
         self.data, self.state, self.device, self.stop = data, state, device, stop
@@ -132,7 +132,7 @@ class Session:
             refuse_another_run(self.folder, self.config)  # another may have begun since the start looked
             for line in changed_settings(self.folder, self.config):
                 self._say(line)
-            take(self.folder, self.config, self.plan)
+            claim(self.folder, self.config, self.plan)
             try:
                 yield
             except BaseException as error:
@@ -219,7 +219,7 @@ class Session:
         """Before a time limit there must be room for a step, with a validation perhaps, and for saving."""
         now = time.monotonic()
         self._slowest, self._recorded_at = max(self._slowest, now - self._recorded_at), now
-        self.stop.margin(1.5 * (self._slowest + checkpoints.seconds) + REPORT_SECONDS)
+        self.stop.reserve_seconds(1.5 * (self._slowest + checkpoints.seconds) + REPORT_SECONDS)
 
     def _begin(self, engine: DeepSpeedEngine, checkpoints: Checkpoints) -> None:
         """Step 0: the figures before training, and a checkpoint where no folder holds these weights yet."""

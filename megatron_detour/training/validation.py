@@ -13,12 +13,12 @@ import torch.distributed as dist
 from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import micro_batches_of
-from megatron_detour.data.pieces import byte_lengths
-from megatron_detour.data.vocabulary import Vocabulary
 from megatron_detour.files import retry
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.objectives import CausalLM, MaskedLM, Objective
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.tokenizer.token_bytes import byte_lengths
+from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 UNIGRAM_TOKENS = 20_000_000  # read of each corpus for its unigram distribution
 

@@ -15,18 +15,18 @@ import yaml
 
 from megatron_detour.checkpoint.huggingface import Source, write_model
 from megatron_detour.commands import doctor, machine
-from megatron_detour.commands.item import FAULT, NOTE, OK, Item
+from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult
 from megatron_detour.commands.main import main
-from megatron_detour.data.vocabulary import load_vocabulary
 from megatron_detour.errors import DetourError
+from megatron_detour.tokenizer.vocabulary import load_vocabulary
 from tests.harness import ROOT
 from tests.models import CONFIG, tiny
 
 Usage = namedtuple("Usage", "total used free")
 
 
-def by_what(items) -> dict[str, list[Item]]:
-    found: dict[str, list[Item]] = {}
+def by_what(items) -> dict[str, list[CheckResult]]:
+    found: dict[str, list[CheckResult]] = {}
     for item in items:
         found.setdefault(item.what, []).append(item)
     return found

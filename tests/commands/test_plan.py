@@ -25,7 +25,7 @@ RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 @pytest.fixture
 def model(tokenizer_folder, tmp_path) -> str:
     """A folder of a model of 400 ids."""
-    from megatron_detour.data.vocabulary import load_vocabulary
+    from megatron_detour.tokenizer.vocabulary import load_vocabulary
 
     folder = tmp_path / "model"
     folder.mkdir()

@@ -12,8 +12,8 @@ from megatron_detour.data import integrity
 from megatron_detour.data.batches import DocumentMixture
 from megatron_detour.data.indexed import bin_path, idx_path
 from megatron_detour.data.integrity import sample_sha256
-from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
 from megatron_detour.errors import DetourError
+from megatron_detour.tokenizer.vocabulary import Vocabulary, load_tokenizer
 
 
 @pytest.fixture

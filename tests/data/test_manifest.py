@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_detour.data.examine import verify
+from megatron_detour.corpus.examine import verify
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 

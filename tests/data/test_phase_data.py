@@ -10,8 +10,8 @@ import pytest
 from megatron_detour.config import Corpus, from_dict
 from megatron_detour.data.batches import DocumentMixture
 from megatron_detour.data.phase_data import PhaseData
-from megatron_detour.data.vocabulary import Vocabulary, load_tokenizer
 from megatron_detour.plan import Plan
+from megatron_detour.tokenizer.vocabulary import Vocabulary, load_tokenizer
 from tests.conftest import build, sentences, write_jsonl
 
 LENGTH = 64

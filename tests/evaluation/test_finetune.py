@@ -17,7 +17,7 @@ from megatron_detour.evaluation.finetuning.finetune import finetune, shuffle_lab
 from megatron_detour.evaluation.finetuning.heads import loss_of, open_model, optimizer_of
 from megatron_detour.evaluation.finetuning.protocol import load_protocol
 from megatron_detour.evaluation.metrics import scores
-from megatron_detour.evaluation.report.chance import chance
+from megatron_detour.evaluation.report.random_baseline import chance
 from megatron_detour.evaluation.task import TYPES, load_task
 from tests.evaluation.small_tasks import write_small_tasks
 

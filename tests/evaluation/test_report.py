@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.report.chance import chance
 from megatron_detour.evaluation.report.page import as_text, model_table, read_summary, write_report
 from megatron_detour.evaluation.report.plots import draw_scores
+from megatron_detour.evaluation.report.random_baseline import chance
 from megatron_detour.evaluation.report.summary import summarise
 from megatron_detour.evaluation.report.tables import against_table, p_words, points, scores_table, tables
-from megatron_detour.observe.colours import PAGE
+from megatron_detour.ui.colors import PAGE
 from tests.evaluation.evaluations import METRICS, MadeUp, make_evaluation
 from tests.observe.shown import refuse_overlaps, texts_of, words
 

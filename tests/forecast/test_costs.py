@@ -240,7 +240,7 @@ def test_a_damaged_corpus_does_not_end_a_run(corpus, tmp_path):
 
 
 def _vocabulary():
-    from megatron_detour.data.vocabulary import Vocabulary
+    from megatron_detour.tokenizer.vocabulary import Vocabulary
 
     return Vocabulary(301, (0, 1, 2, 3), 3, 0, 1, 2, None, "0" * 64)
 

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_detour.forecast import memory
-from megatron_detour.forecast.memory import Load, Setting, activations, of_step, parameters
+from megatron_detour.forecast.memory import Load, Setting, activations, parameters, peak_memory
 from megatron_detour.forecast.start import DEFAULTS, LARGE, PUBLISHED
 from megatron_detour.forecast.zero import Zero2, faults_of, partition
 from megatron_detour.model.modernbert import Compute, ModernBert
@@ -72,7 +72,7 @@ def test_defaults_are_transformers():
     ],
 )
 def test_weights_and_optimiser_by_hand(shape, tensor, data, weights, optimiser):
-    told = of_step(shape, Setting(BF16, tensor=tensor, data=data), Load(8192, 1000, False))
+    told = peak_memory(shape, Setting(BF16, tensor=tensor, data=data), Load(8192, 1000, False))
     assert told.parts["weights"] == weights
     assert told.parts["optimiser"] == optimiser
     assert told.parts["gradients"] == optimiser // 3
@@ -148,15 +148,15 @@ def test_frozen_layers_at_the_bottom_keep_nothing():
 
 
 def test_a_step_says_when_it_holds_most():
-    many = of_step(BASE, Setting(BF16), Load(65_536, 65_536, True))
+    many = peak_memory(BASE, Setting(BF16), Load(65_536, 65_536, True))
     assert many.moment == "start of the backward pass"
-    assert of_step(BASE, Setting(BF16, recompute="full"), Load(2048, 300, False)).moment == "sum of the gradients"
+    assert peak_memory(BASE, Setting(BF16, recompute="full"), Load(2048, 300, False)).moment == "sum of the gradients"
     # With a small bucket little is left but the weights of all ranks, gathered for a checkpoint.
-    few = of_step(LARGE_SHAPE, Setting(Zero2(True, 10**7), recompute="full", data=8), Load(512, 100, False))
+    few = peak_memory(LARGE_SHAPE, Setting(Zero2(True, 10**7), recompute="full", data=8), Load(512, 100, False))
     assert (few.moment, few.parts["gathered weights"]) == ("checkpoint", 4 * 395_881_664)
     # The bucket: DeepSpeed's 500 million elements of bf16, whatever the model; on a CPU no more than the model's.
     assert many.parts["ZeRO's bucket"] == 10**9
-    cpu = of_step(BASE, Setting(FP32, flash=False, fused=False, on_gpu=False), Load(65_536, 1000, False))
+    cpu = peak_memory(BASE, Setting(FP32, flash=False, fused=False, on_gpu=False), Load(65_536, 1000, False))
     assert cpu.parts["ZeRO's bucket"] == 4 * 149_655_232
     assert cpu.needed == round(1.1 * cpu.counted)
     assert not many.fits(24) and many.fits(80)
@@ -167,8 +167,8 @@ def test_chunks_are_those_of_the_loss():
 
 
 def test_the_gradient_of_the_embedding_is_summed_in_fp32_over_chunks():
-    short = of_step(BASE, Setting(BF16), Load(32_768, 2_000, False)).parts["head and loss"]
-    long = of_step(BASE, Setting(BF16), Load(32_768, 32_768, True)).parts["head and loss"]
+    short = peak_memory(BASE, Setting(BF16), Load(32_768, 2_000, False)).parts["head and loss"]
+    long = peak_memory(BASE, Setting(BF16), Load(32_768, 32_768, True)).parts["head and loss"]
     rows = 50_368 * 768
     assert long - short > 4 * rows
 

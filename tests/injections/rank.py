@@ -22,7 +22,7 @@ from megatron_detour.training.run import main
 
 
 def fail_at(step_number: int) -> None:
-    from megatron_detour.training.loop import Trainer
+    from megatron_detour.training.trainer import Trainer
 
     honest = Trainer.train_step
 
@@ -36,7 +36,7 @@ def fail_at(step_number: int) -> None:
 
 def no_number_from(step_number: int) -> None:
     """Every gradient of this rank is no number from a step on, while its losses are."""
-    from megatron_detour.training.loop import Trainer
+    from megatron_detour.training.trainer import Trainer
 
     honest = Trainer.train_step
 
@@ -96,7 +96,7 @@ def disk_away_from(step_number: int) -> None:
 def text_away_from(step_number: int) -> None:
     """This rank cannot read what it trains on in a step."""
     from megatron_detour import files
-    from megatron_detour.training.loop import Trainer
+    from megatron_detour.training.trainer import Trainer
 
     files.PAUSES = (0.0, 0.0)
     honest = Trainer._load

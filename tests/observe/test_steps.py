@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_detour.benchmark.report import make_run as long_run
+from benchmarks.report import make_run as long_run
 from megatron_detour.errors import DetourError
 from megatron_detour.observe import frame
 from megatron_detour.observe.report import write_report

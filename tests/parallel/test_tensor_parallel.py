@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_detour.model.modernbert import Compute
-from megatron_detour.parallel.shard import ShardSpec, cut, join, spec_of
+from megatron_detour.parallel.shard import ShardSpec, shard, spec_of, unshard
 from megatron_detour.parallel.state import ParallelState
 from tests.harness import run_ranks, start_gloo
 from tests.models import loss_of, microbatch, tiny
@@ -57,7 +57,7 @@ def _compare(state: ParallelState, causal: bool, z_loss: float, recompute: str, 
         shards = [torch.empty_like(parameter.grad) for _ in range(state.tensor_size)]
         dist.all_gather(shards, parameter.grad)
         spec = spec_of(parameter)
-        for copy in [join(shards, spec)] if spec else shards:
+        for copy in [unshard(shards, spec)] if spec else shards:
             torch.testing.assert_close(copy, whole.grad, rtol=1e-10, atol=1e-10, msg=name)
 
 
@@ -130,13 +130,13 @@ def test_positions_that_cannot_be_shared_out_are_refused(tmp_path):
 def test_shards_join_to_the_whole(spec, ranks):
     size = [5, 5] if spec is None else [spec.size if spec.dim == d else 5 for d in (0, 1)]
     full = torch.randn(size)
-    shards = [cut(full, spec, rank, ranks) for rank in range(ranks)]
+    shards = [shard(full, spec, rank, ranks) for rank in range(ranks)]
     assert len({shard.shape for shard in shards}) == 1
     if spec is not None:
         assert shards[0].shape[spec.dim] == spec.local(ranks)
-    assert torch.equal(join(shards, spec), full)
+    assert torch.equal(unshard(shards, spec), full)
 
 
 def test_fused_parts_are_cut_one_by_one():
     stacked = torch.arange(12)[:, None].float()  # q 0-3, k 4-7, v 8-11
-    assert cut(stacked, ShardSpec(0, 12, 3), 1, 2)[:, 0].tolist() == [2, 3, 6, 7, 10, 11]
+    assert shard(stacked, ShardSpec(0, 12, 3), 1, 2)[:, 0].tolist() == [2, 3, 6, 7, 10, 11]

@@ -13,12 +13,12 @@ from megatron_detour.checkpoint.huggingface import Source
 from megatron_detour.checkpoint.state import TrainingState
 from megatron_detour.config import RunConfig, from_dict
 from megatron_detour.data.manifest import read_manifest
-from megatron_detour.data.vocabulary import load_vocabulary
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan
-from megatron_detour.training.folder import add_session, take
+from megatron_detour.tokenizer.vocabulary import load_vocabulary
+from megatron_detour.training.run_directory import add_session, claim
 from tests.conftest import BuiltCorpus
 
 SIZES = {
@@ -75,7 +75,7 @@ def make_run(
     config = from_dict(raw)
     plan = Plan.of(config)
     folder.mkdir(parents=True)
-    take(folder, config, plan)
+    claim(folder, config, plan)
     for start in sessions:
         add_session(folder, _session(start), _facts(corpus))
     last = max(steps)

@@ -14,13 +14,13 @@ import yaml
 
 from megatron_detour.data.manifest import manifest_path
 from megatron_detour.errors import DetourError
+from megatron_detour.release.card_metadata import CardMetadata, read_card_metadata
+from megatron_detour.release.checkpoint_info import CheckpointInfo
 from megatron_detour.release.export import Exported, export
-from megatron_detour.release.facts import Facts
-from megatron_detour.release.given import Given, read_given
 from tests.observe.test_report import WRONG, places, with_other
 from tests.release.made import PHASES, STEP_TOKENS, make_run
 
-GIVEN = Given(
+GIVEN = CardMetadata(
     name="Notes-BERT | large",
     languages=("en", "fr"),
     licence="cc-by-4.0",
@@ -155,7 +155,7 @@ def test_the_files_of_another_run_are_not_told_as_this_ones(corpus, run, tmp_pat
 
 
 def test_corpora_with_what_is_given_and_without(run, corpus, tmp_path):
-    plain, given = (card_of(run, 6, tmp_path / n, given=g)[0] for n, g in (("a", Given()), ("b", GIVEN)))
+    plain, given = (card_of(run, 6, tmp_path / n, given=g)[0] for n, g in (("a", CardMetadata()), ("b", GIVEN)))
     documents = json.loads(manifest_path(corpus.prefix).read_text())["documents"]
     (row,) = table(plain, "Corpora")
     assert (row["Corpus"], row["Documents"], row["Share"]) == ("corpus", f"{documents:,}", "100%")
@@ -263,26 +263,26 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
 def test_facts_that_cannot_be_read_are_told(tmp_path, content, told):
     (tmp_path / "facts.yaml").write_text(content)
     with pytest.raises(DetourError, match=rf"^--card-facts .*facts\.yaml: {told}|^--card-facts .*{told}"):
-        read_given(str(tmp_path / "facts.yaml"))
+        read_card_metadata(str(tmp_path / "facts.yaml"))
     with pytest.raises(DetourError, match=r"no\.yaml: cannot be read: No such file"):
-        read_given(str(tmp_path / "no.yaml"))
+        read_card_metadata(str(tmp_path / "no.yaml"))
 
 
 def test_facts_of_a_corpus_that_is_not_there_are_refused(run, tmp_path):
     with pytest.raises(DetourError, match=r"corpora\.corpse: the run reads no corpus of this name .*'corpus'"):
-        card_of(run, 6, tmp_path / "model", given=Given(corpora={"corpse": {"licence": "mit"}}))
+        card_of(run, 6, tmp_path / "model", given=CardMetadata(corpora={"corpse": {"licence": "mit"}}))
     assert not (tmp_path / "model").exists()
 
 
 def test_what_is_said_on_the_command_line_goes_over_the_file():
-    said = Given(name="a", languages=("fr",)).over(GIVEN)
+    said = CardMetadata(name="a", languages=("fr",)).over(GIVEN)
     assert (said.name, said.languages, said.licence) == ("a", ("fr",), "cc-by-4.0")
     with pytest.raises(DetourError, match="'french' is not a language code"):
-        Given(languages=("french",))
+        CardMetadata(languages=("french",))
 
 
 def test_a_licence_of_ones_own_is_other(run, tmp_path):
-    card, _ = card_of(run, 6, tmp_path / "model", given=Given(licence="For the hospital only"))
+    card, _ = card_of(run, 6, tmp_path / "model", given=CardMetadata(licence="For the hospital only"))
     assert (front_matter(card)["license"], front_matter(card)["license_name"]) == ("other", "For the hospital only")
 
 
@@ -292,7 +292,8 @@ HOSTILE = "mit\n---\nlicense: apache-2.0\n---\n# <script>alert(1)</script>\n\n# 
 def test_text_that_is_given_stays_text(run, tmp_path):
     corpora = {"corpus": {"title": HOSTILE, "description": HOSTILE, "licence": HOSTILE, "url": "https://a.example/b"}}
     texts = dict.fromkeys(("name", "licence", "description", "contact", "domain"), HOSTILE)
-    card, _ = card_of(run, 6, tmp_path / "model", given=Given(**texts, tags=(HOSTILE,), corpora=corpora), evaluation=[
+    given = CardMetadata(**texts, tags=(HOSTILE,), corpora=corpora)
+    card, _ = card_of(run, 6, tmp_path / "model", given=given, evaluation=[
         {"task": "a", "title": HOSTILE, "metric": HOSTILE, "mean": 0.5, "sd": None, "seeds": 1, "protocol": HOSTILE}
     ])  # fmt: skip
     plain, _ = card_of(run, 6, tmp_path / "plain")
@@ -307,7 +308,7 @@ def test_text_that_is_given_stays_text(run, tmp_path):
 
 @pytest.mark.parametrize(("domain", "told"), [(None, False), ("legal", False), ("Medical", True), ("clinical", True)])
 def test_only_a_medical_model_is_said_to_be_no_medical_device(run, tmp_path, domain, told):
-    card, _ = card_of(run, 6, tmp_path / "model", given=Given(domain=domain))
+    card, _ = card_of(run, 6, tmp_path / "model", given=CardMetadata(domain=domain))
     assert ("no medical device" in card) == told
 
 
@@ -343,7 +344,7 @@ def test_a_checkpoints_state_of_any_type_is_read_or_refused(run, tmp_path):
         for value in WRONG:
             (folder / "run_state.json").write_text(json.dumps(with_other(state, way, value)))
             try:
-                facts = Facts.of(folder)
+                facts = CheckpointInfo.of(folder)
                 assert facts.corpora and facts.sessions == [] and facts.run_settings == {}
             except DetourError as fault:
                 refused += 1

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from megatron_detour.checkpoint import huggingface, store
 from megatron_detour.checkpoint.huggingface import Source
-from megatron_detour.data.vocabulary import load_tokenizer, load_vocabulary
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import FULL, SLIDING, Shape
 from megatron_detour.release import portable, private
 from megatron_detour.release.export import _find, export
 from megatron_detour.release.texts import TEXTS, read_texts
+from megatron_detour.tokenizer.vocabulary import load_tokenizer, load_vocabulary
 from tests.release.made import PHASES, SIZES, make_run
 
 DETOUR, DECAY = PHASES

@@ -16,14 +16,14 @@ from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.release.export import export
-from megatron_detour.training.start import StartModel
+from megatron_detour.training.initial_model import InitialModel
 from tests.release.made import make_run, scaled_weights
 from tests.training.test_zero2 import run_config
 
 
 def started(folder: Path) -> ModernBert:
     """The model that a run with `model.start` of this folder begins with, compared with transformers as there."""
-    start = StartModel.of(dataclasses.replace(run_config(1), model=Model(start=str(folder))))
+    start = InitialModel.of(dataclasses.replace(run_config(1), model=Model(start=str(folder))))
     model = ModernBert(start.shape, ParallelState())
     with Weights(start.weights) as weights:
         weights.check(model.full_sizes())

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from megatron_detour.config import Corpus
-from megatron_detour.data.vocabulary import find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.objectives import CausalLM, MaskedLM
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.training.validation import Validation
 from tests.conftest import build, sentences, write_jsonl
 from tests.models import CONFIG

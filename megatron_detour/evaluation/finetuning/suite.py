@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from megatron_detour.errors import DetourError, told
+from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.evaluation.examples import Dataset, read_dataset
 from megatron_detour.evaluation.finetuning.progress import SuiteProgress
 from megatron_detour.evaluation.finetuning.protocol import Protocol
@@ -78,7 +78,7 @@ def _read_all(suite: Suite) -> dict[str, Dataset]:
         except DetourError as fault:
             faults.append(str(fault))
     if faults:
-        raise DetourError(told(faults))
+        raise DetourError(format_faults(faults))
     return datasets
 
 
@@ -196,7 +196,7 @@ def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
     if faults:
-        raise DetourError(told(faults))
+        raise DetourError(format_faults(faults))
 
 
 def _shares_of(shares: list[float], running: list[Job]) -> dict[Cell, float]:

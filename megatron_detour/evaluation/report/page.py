@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.models import fingerprint
-from megatron_detour.evaluation.report.comparable import read_evaluation
+from megatron_detour.evaluation.report.load_results import read_evaluation
 from megatron_detour.evaluation.report.statistics import Spread
 from megatron_detour.evaluation.report.summary import FORMAT, PERMUTATIONS, summarise
 from megatron_detour.evaluation.report.tables import (
@@ -42,7 +42,7 @@ def write_report(output: Path, baseline: str | None = None, permutations: int = 
     there is no result, or where results do not compare.
     """
     from megatron_detour.evaluation.report.plots import SCORES, describe
-    from megatron_detour.observe.page import Picture, write_pictures
+    from megatron_detour.ui.page import Picture, write_pictures
 
     output = Path(output)
     summary = summarise(output, baseline, permutations)
@@ -119,7 +119,7 @@ def as_text(summary: Summary, console: Console) -> None:
 def _print(table: Table, console: Console) -> None:
     from rich.text import Text
 
-    from megatron_detour.observe.terminal import print_table
+    from megatron_detour.ui.tables import print_table
 
     # Text, not str, since rich would read brackets as its own markup
     rows = [[Text(visible(entry.text), "bold green" if entry.bold else "") for entry in row] for row in table.rows]
@@ -136,13 +136,12 @@ def _about(summary: Summary) -> str:
 
 
 def _page(summary: Summary, picture: Any) -> str:
-    from megatron_detour.observe.colours import variable
-    from megatron_detour.observe.page import render
     from megatron_detour.observe.plots import appearance
+    from megatron_detour.ui.colors import variable
+    from megatron_detour.ui.page import render
 
     return render(
         TEMPLATE,
-        templates=Path(__file__).parent,
         verdict=summary["verdict"],
         about=_about(summary),
         chips={model: variable(appearance(number)["color"]) for number, model in enumerate(summary["models"])},

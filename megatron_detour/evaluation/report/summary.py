@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_detour.evaluation.report.chance import chance
-from megatron_detour.evaluation.report.comparable import (
+from megatron_detour.evaluation.report.load_results import (
     Evaluation,
     Predictions,
     TaskFacts,
     read_evaluation,
     read_predictions,
 )
+from megatron_detour.evaluation.report.random_baseline import chance
 from megatron_detour.evaluation.report.statistics import (
     LEVEL,
     Spread,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_detour.evaluation.report.statistics import TIE
-from megatron_detour.observe.words import duration
+from megatron_detour.ui.format import duration
 
 ABSENT = "–"
 Summary = dict[str, Any]

@@ -1,0 +1,170 @@
+"""How long a checkpoint keeps training waiting, beside DeepSpeed's own, which is written while training waits."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from benchmarks.train import SIZES
+from megatron_detour.checkpoint import huggingface, store
+from megatron_detour.checkpoint.saver import Background
+from megatron_detour.checkpoint.state import TrainingState, gather, scatter
+from megatron_detour.config import from_dict
+from megatron_detour.config.deepspeed import read_deepspeed_config
+from megatron_detour.errors import DetourError
+from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.model.shape import Shape
+from megatron_detour.training.engine import create_engine, start_distributed
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    size: str
+    folder: Path
+    deepspeed: str  # a file of ds_configs/
+    rounds: int
+    layers: int | None = None
+
+
+def add_command(commands: Any) -> None:
+    """Adds `checkpoint` to the subcommands of an argument parser."""
+    parser = commands.add_parser(
+        "checkpoint",
+        help="how long saving keeps training waiting, and DeepSpeed's own saving",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--size", choices=SIZES, default="large", help="of the model")
+    parser.add_argument("--layers", type=int, help="fewer or more layers than the size has")
+    parser.add_argument("--folder", type=Path, required=True, help="for both checkpoints, which are removed again")
+    parser.add_argument("--deepspeed", default="ds_configs/zero2_fp32_cpu.json", help="a DeepSpeed file")
+    parser.add_argument("--rounds", type=int, default=3, help="saves of each")
+    parser.set_defaults(run=lambda options: print(table(measure(Settings(**options)))))
+
+
+def measure(settings: Settings) -> list[tuple[str, str]]:
+    """Rows of a title and a figure. Raises DetourError where the folder has no room."""
+    engine, state = _engine(settings)
+    size = 12 * sum(torch.Size(s).numel() for s in engine.module.full_sizes().values())
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(settings.folder).free
+    if free < 2.5 * size:
+        raise DetourError(
+            f"--folder {settings.folder}: {free / 1e9:.1f} GB are free, {2.5 * size / 1e9:.1f} are needed"
+        )
+    process, before = psutil.Process(), psutil.Process().memory_info().rss
+    rows = [("checkpoint", f"{size / 1e9:.2f} GB"), ("process before", f"{before / 1e9:.2f} GB")]
+    held, background = TrainingState(), Background()
+    stalls, writes, peers = [], [], []
+    with _Peak(process) as peak:
+        reserving = _timed(lambda: held.reserve(engine.module.full_sizes(), next(engine.module.parameters()).is_cuda))
+        for _ in range(settings.rounds):
+            began = time.perf_counter()
+            gather(engine, state, held)
+            background.submit(lambda: _publish(settings.folder / "ours", engine, held))
+            stalls.append(time.perf_counter() - began)
+            background.wait()
+            writes.append(time.perf_counter() - began - stalls[-1])
+    rows.append(("our memory on top", f"{(peak.bytes - before) / 1e9:.2f} GB"))
+    before = process.memory_info().rss
+    with _Peak(process) as peak:
+        for _ in range(settings.rounds):
+            peers.append(_timed(lambda: engine.save_checkpoint(str(settings.folder / "deepspeed"), tag="peer")))
+    for name in ("ours", "deepspeed"):
+        shutil.rmtree(settings.folder / name)
+    return [
+        *rows,
+        ("DeepSpeed's on top of that", f"{(peak.bytes - before) / 1e9:.2f} GB"),
+        ("room for it, made beside the first steps", f"{reserving:.2f} s"),
+        ("training waits", _seconds(stalls)),
+        ("then it is written in", _seconds(writes)),
+        ("the wait, as a share of that", f"{min(stalls) / min(writes):.1%}"),
+        ("DeepSpeed's save_checkpoint", _seconds(peers)),
+        ("it waits longer by", f"{min(peers) / min(stalls):.1f} x"),
+    ]
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(f"{title.ljust(width)}  {figure}" for title, figure in rows)
+
+
+class _Peak:
+    """The most memory that a process holds, looked at again and again."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self.process, self.bytes = process, 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> _Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(SAMPLE_SECONDS):
+            self.bytes = max(self.bytes, self.process.memory_info().rss)
+
+
+def _engine(settings: Settings) -> tuple[DeepSpeedEngine, object]:
+    """A model with random weights that has made a step of Adam."""
+    from transformers import ModernBertConfig
+
+    changes = {"num_hidden_layers": settings.layers} if settings.layers else {}
+    shape = Shape.of(ModernBertConfig(**SIZES[settings.size] | changes).to_dict(), settings.size)
+    config = from_dict(
+        {
+            "name": "benchmark",
+            "folder": "unused",
+            "model": {"start": "unused"},
+            "data": {"corpora": [{"prefix": "unused"}], "sequence_length": 1024},
+            "batch": {"sequences": 1},
+            "phases": [{"name": "only", "objective": "clm", "tokens": "1 step", "learning_rate": {"peak": 1}}],
+            "deepspeed": settings.deepspeed,
+        }
+    )
+    state, _ = start_distributed(config)
+    model = ModernBert(shape, state)
+    engine = create_engine(model, config, read_deepspeed_config(settings.deepspeed), state)
+    sizes, generator = model.full_sizes(), torch.Generator().manual_seed(0)
+
+    def values(name: str) -> torch.Tensor:
+        return torch.rand(sizes[name], generator=generator)
+
+    scatter(engine, state, values, lambda kind, name: values(name), dict.fromkeys(sizes, 1))
+    return engine, state
+
+
+def _publish(folder: Path, engine: DeepSpeedEngine, held: TrainingState) -> None:
+    def write(aside: Path) -> None:
+        huggingface.save_weights(held.weights, aside, torch.float32)
+        huggingface.write_checkpoint(aside, held, {"step": 0})
+
+    store.publish(folder, write)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _seconds(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f} s"

@@ -1,0 +1,331 @@
+"""`tools/benchmark.py preprocess`: the corpus builder beside its peers, with several workers, and its memory."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks.builders import BUILDERS, NEEDS
+from benchmarks.process import cores, run_builder
+from benchmarks.texts import Slice, Texts, link_many, write_texts
+from megatron_detour.corpus.engines import ENGINES
+from megatron_detour.errors import DetourError
+from megatron_detour.files import write_whole
+from megatron_detour.tokenizer.vocabulary import load_tokenizer
+
+CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
+WHOLE = ("ours", "engine")  # fast enough for all of the text
+SHORTEST = 0.1  # of the start-up's seconds: what takes less cannot be told from it
+VERSIONS = ("tokenizers", "fastokens", "sentencepiece", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One measurement; the fields are the tool's flags."""
+
+    tokenizer: str
+    input: tuple[str, ...] = ()
+    text_key: str = "text"
+    megabytes: float = 200.0
+    peer_megabytes: float = 10.0
+    contenders: tuple[str, ...] = tuple(BUILDERS)
+    peer_python: str | None = None
+    workers: tuple[int, ...] = ()
+    memory: tuple[float, ...] = ()
+    rounds: int = 3
+    clock: str = "wall"
+    scratch: str | None = None
+    seed: int = 0
+
+
+@dataclass
+class Timed:
+    """A contender, its text and the seconds of each round, with all of the text and with one document."""
+
+    name: str
+    job: dict[str, Any]
+    python: str
+    text: Slice
+    one: Slice
+    core: int | None
+    clock: str
+    seconds: list[float] = field(default_factory=list)
+    start_up: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+    def run(self) -> None:
+        self.start_up.append(self._run(self.one)[CLOCKS[self.clock]])
+        result = self._run(self.text)
+        self.seconds.append(result[CLOCKS[self.clock]])
+        self.tokens = result["tokens"]
+        if result["documents"] != self.text.documents:
+            raise DetourError(f"{self.name}: {result['documents']:,} of {self.text.documents:,} documents came out")
+
+    def _run(self, text: Slice) -> dict[str, Any]:
+        return run_builder(self.python, self.job | {"input": [str(text.path)], "show": 0}, self.core)
+
+    def rates(self) -> list[float] | None:
+        """MB/s of each round, without the start-up; None where it leaves too little to measure."""
+        start_up = statistics.median(self.start_up)
+        net = [seconds - start_up for seconds in self.seconds]
+        return None if min(net) < SHORTEST * start_up else [self.text.megabytes / seconds for seconds in net]
+
+
+def add_command(commands: Any) -> None:
+    """Adds `preprocess` to the subcommands of tools/benchmark.py; its `run` takes the flags."""
+    parser = commands.add_parser(
+        "preprocess",
+        help="the corpus builder beside the engine alone and other builders: MB/s of UTF-8 text, tokens/s, memory",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--tokenizer", required=True, help="a folder, a tokenizer.json, a SentencePiece model or a hub id")
+    add("--input", nargs="+", default=(), metavar="FILE", help="texts, whatever the builder reads; none: invented ones")
+    add("--text-key", default="text", help="of the input")
+    add("--megabytes", type=float, default=200, help="of text for ours and the engine; less input is repeated")
+    add("--peer-megabytes", type=float, default=10, help="of text for the others, the beginning of the same")
+    add("--contenders", nargs="*", choices=BUILDERS, default=list(BUILDERS), help="in this order; none: no table")
+    add("--peer-python", metavar="PATH", help="the Python of another environment, for peers that are not in this one")
+    add("--workers", type=int, nargs="+", default=(), metavar="N", help="ours with so many processes, each in turn")
+    add("--memory", type=float, nargs="+", default=(), metavar="GB", help="peak memory of builds from so much text")
+    add("--rounds", type=int, default=3, help="in which contenders take turns")
+    add("--clock", choices=CLOCKS, default="wall", help="cpu: of a busy machine; passes over waits, as for the disk")
+    add("--scratch", metavar="FOLDER", help="for texts and corpora, 4 bytes a byte of text; none: the system's")
+    add("--seed", type=int, default=0, help="of invented texts")
+    add("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.set_defaults(run=run)
+
+
+def run(options: dict[str, Any]) -> None:
+    """Measures and prints, with the flags of `add_command`. Raises DetourError."""
+    target = options.pop("json")
+    if target and not target.parent.is_dir():
+        raise DetourError(f"--json: there is no folder {target.parent}")
+    listed = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    result = measure(Settings(**listed), lambda line: print(line, file=sys.stderr, flush=True))
+    print(table(result))
+    if target:
+        write_whole(target, json.dumps(result, indent=1) + "\n")
+
+
+def measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+    """All figures, as plain values. Raises DetourError for what does not fit, and where ids differ."""
+    _check(settings)
+    with TemporaryDirectory(dir=settings.scratch, prefix="benchmark-") as scratch:
+        folder = Path(scratch)
+        sizes = (settings.megabytes, settings.peer_megabytes)
+        texts = write_texts(folder, settings.input, settings.text_key, *sizes, settings.seed)
+        say(f"{texts.whole.megabytes:,.1f} MB of text in {texts.whole.documents:,} documents")
+        if texts.passes > 1:
+            say(f"the input is repeated {texts.passes} times; engines remember words, so new text would be slower")
+        tokenizer_file = folder / "tokenizer.json"
+        load_tokenizer(settings.tokenizer).save(str(tokenizer_file))
+        bench = _Bench(settings, texts, folder, str(tokenizer_file), say)
+        return {
+            "settings": dataclasses.asdict(settings),
+            "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": _versions(),
+            "engine": bench.engine,
+            "megabytes": texts.whole.megabytes,
+            "documents": texts.whole.documents,
+            "passes": texts.passes,
+            "contenders": bench.contenders(),
+            "workers": bench.workers(),
+            "memory": bench.memory(),
+        }
+
+
+class _Bench:
+    """The three measurements over the same texts."""
+
+    def __init__(self, settings: Settings, texts: Texts, folder: Path, tokenizer_file: str, say) -> None:
+        self._settings, self._texts, self._folder, self._say = settings, texts, folder, say
+        self._tokenizer_file = tokenizer_file
+        shown = self._shown("ours", sys.executable)
+        self.engine = shown["engine"]
+        self._ours = shown["shown"]
+
+    def _job(self, name: str, workers: int = 1) -> dict[str, Any]:
+        tokenizer = self._settings.tokenizer if name == "ours" else self._tokenizer_file
+        job = {"builder": name, "tokenizer": tokenizer, "workers": workers, "scratch": str(self._folder)}
+        return job | ({"engine": self.engine} if name == "engine" else {})
+
+    def _shown(self, name: str, python: str) -> dict[str, Any]:
+        few = self._texts.few
+        return run_builder(python, self._job(name) | {"input": [str(few.path)], "show": few.documents}, None)
+
+    def contenders(self) -> list[dict[str, Any]]:
+        """A row for each, those that are not installed without figures."""
+        pythons = {name: self._python(name) for name in self._settings.contenders}
+        self._compare({name: python for name, python in pythons.items() if python})
+        core = max(cores(), default=None)
+        timed = [
+            Timed(name, self._job(name), python, self._text(name), self._texts.one, core, self._settings.clock)
+            for name, python in pythons.items()
+            if python
+        ]
+        self._take_turns(timed)
+        rates = {one.name: one.rates() for one in timed}
+        rows = {one.name: _row(one, rates.get("encode_batch"), rates.get("engine")) for one in timed}
+        return [rows.get(name, {"name": name, "missing": NEEDS.get(name, "")}) for name in pythons]
+
+    def _python(self, name: str) -> str | None:
+        """The interpreter that has what the contender needs: this one, else the other environment's."""
+        modules = NEEDS.get(name, "").split()
+        if all(importlib.util.find_spec(module) for module in modules):
+            return sys.executable
+        if self._settings.peer_python is None:
+            return None
+        look = "import importlib.util as u, sys; sys.exit(not all(u.find_spec(m) for m in sys.argv[1:]))"
+        found = subprocess.run([self._settings.peer_python, "-c", look, *modules], check=False).returncode == 0
+        return self._settings.peer_python if found else None
+
+    def _text(self, name: str) -> Slice:
+        return self._texts.whole if name in WHOLE else self._texts.peers
+
+    def _compare(self, pythons: dict[str, str]) -> None:
+        """Raises DetourError unless all contenders give ids as good as encode_batch's for the first documents."""
+        shown = {"ours": self._ours}
+        shown |= {name: self._shown(name, python)["shown"] for name, python in pythons.items() if name != "ours"}
+        judge = "encode_batch" if "encode_batch" in shown else "ours"
+        compare_ids(shown, judge, ENGINES[self.engine](Path(self._tokenizer_file)).agrees)
+        self._say(f"{', '.join(shown)}: the same ids in the first {self._texts.few.documents} documents")
+
+    def _take_turns(self, timed: list[Timed]) -> None:
+        for number in range(1, self._settings.rounds + 1):
+            for one in timed:
+                one.run()
+                self._say(
+                    f"round {number} of {self._settings.rounds}: {one.name} {one.seconds[-1]:.2f} s for "
+                    f"{one.text.megabytes:.1f} MB, {one.start_up[-1]:.2f} s for one document"
+                )
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Ours with so many processes each, on any core."""
+        timed = []
+        for count in self._settings.workers:
+            job, texts = self._job("ours", count), self._texts
+            timed.append(Timed(f"workers {count}", job, sys.executable, texts.whole, texts.one, None, "wall"))
+        self._take_turns(timed)
+        first = timed[0].rates() if timed else None
+        rows = [_row(one, first, None) for one in timed]
+        return [row | {"workers": count} for row, count in zip(rows, self._settings.workers, strict=True)]
+
+    def memory(self) -> list[dict[str, Any]]:
+        """Peak resident bytes of the builder's own process and of its worker, by the size of the text."""
+        rows = []
+        for gigabytes in self._settings.memory:
+            with TemporaryDirectory(dir=self._folder) as place:
+                links, size = link_many(self._texts.whole, Path(place), gigabytes)
+                job = self._job("ours") | {"input": [str(links)], "show": 0}
+                result = run_builder(sys.executable, job, None, watched=True)
+            rows.append({"bytes": size, "seconds": result["seconds"], "tokens": result["tokens"], **result["peak"]})
+            self._say(f"memory: {size / 1e9:.2f} GB in {result['seconds']:.1f} s")
+        return rows
+
+
+def compare_ids(
+    shown: dict[str, list[list[int]]], judge: str, agrees: Callable[[np.ndarray, np.ndarray], bool]
+) -> None:
+    """Raises DetourError for the first contender and document whose ids are not as good as the judge's."""
+    for name, rows in shown.items():
+        if len(rows) != len(shown[judge]):
+            raise DetourError(f"{name}: {len(rows)} documents came out where {judge} has {len(shown[judge])}")
+        for number, (ids, judged) in enumerate(zip(rows, shown[judge], strict=True), start=1):
+            if not agrees(np.array(ids), np.array(judged)):
+                raise DetourError(f"{name}: its ids of document {number} are not those of {judge}")
+
+
+def _row(one: Timed, base: list[float] | None, engine: list[float] | None) -> dict[str, Any]:
+    """Ratios are taken round by round, of neighbours in time; then their median. None where there is nothing to say."""
+    rates = one.rates()
+    rate = statistics.median(rates) if rates else None
+    return {
+        "name": one.name,
+        "megabytes": one.text.megabytes,
+        "documents": one.text.documents,
+        "tokens": one.tokens,
+        "seconds": one.seconds,
+        "start_up_seconds": one.start_up,
+        "mb_per_second": rate,
+        "mtokens_per_second": rate and rate * one.tokens / one.text.bytes,
+        "times": _ratio(rates, base),
+        "share_of_engine": _ratio(rates, engine),
+    }
+
+
+def _ratio(rates: list[float] | None, others: list[float] | None) -> float | None:
+    if rates is None or others is None:
+        return None
+    return statistics.median(a / b for a, b in zip(rates, others, strict=True))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Tables of Markdown: contenders, workers, memory. "-" stands for what was too short to measure or has no base."""
+    parts = []
+    if result["contenders"]:
+        head = ("contender", "MB/s", "Mtokens/s", "times encode_batch", "of the engine's", "MB of text", "start-up s")
+        parts.append(_markdown(head, [_cells(row) for row in result["contenders"]]))
+    if result["workers"]:
+        rows = [(str(row["workers"]), *_cells(row)[1:4]) for row in result["workers"]]
+        parts.append(_markdown(("workers", "MB/s", "Mtokens/s", "times the first"), rows))
+    if result["memory"]:
+        rows = [
+            (f"{row['bytes'] / 1e9:.2f}", f"{row['worker'] / 1e6:,.0f}", f"{row['parent'] / 1e6:,.0f}")
+            for row in result["memory"]
+        ]
+        parts.append(_markdown(("GB of text", "peak MB of the worker", "of the parent"), rows))
+    return "\n\n".join(parts)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "missing" in row:
+        return (row["name"], "not installed", "", "", "", "", "")
+    share = "-" if row["share_of_engine"] is None else f"{row['share_of_engine']:.0%}"
+    figures = (_figure(row[key]) for key in ("mb_per_second", "mtokens_per_second", "times"))
+    start_up = f"{statistics.median(row['start_up_seconds']):.2f}"
+    return (row["name"], *figures, share, f"{row['megabytes']:,.1f}", start_up)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}"
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _check(settings: Settings) -> None:
+    for name in ("megabytes", "peer_megabytes", "rounds"):
+        if getattr(settings, name) <= 0:
+            raise DetourError(f"--{name.replace('_', '-')}: must be above 0, it is {getattr(settings, name):g}")
+    for name in ("workers", "memory"):
+        if any(value <= 0 for value in getattr(settings, name)):
+            raise DetourError(f"--{name}: must be above 0, it is {min(getattr(settings, name)):g}")
+    if settings.scratch and not Path(settings.scratch).is_dir():
+        raise DetourError(f"--scratch: there is no folder {settings.scratch}")

@@ -1,0 +1,183 @@
+"""How fast a large corpus is read: start-up at any place, documents, masks, memory. No model, no GPU.
+
+The corpus is made up: documents of log-normal lengths in a real index, and a sparse .bin, so that tens of billions of
+tokens take no room. Each figure comes from a fresh process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_detour.config import Corpus
+from megatron_detour.data.batches import DocumentMixture, rank_batch
+from megatron_detour.data.indexed import CODES, HEADER, MAGIC, bin_path, idx_path
+from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
+from megatron_detour.data.order import micro_batches_of
+from megatron_detour.errors import DetourError
+from megatron_detour.files import file_facts
+from megatron_detour.objectives import MaskedLM
+from megatron_detour.tokenizer.vocabulary import Vocabulary
+
+SPREAD = 0.8  # of the logarithms of the documents' lengths
+SHORTEST = 3
+CHUNK = 1 << 20  # documents written at once
+# A sparse file reads as zeros: here they are an ordinary id.
+VOCABULARY = Vocabulary(50_368, (1, 2, 3, 4, 5), mask=1, pad=2, cls=3, sep=4, unk=5, sha256="0" * 64)
+DTYPE = np.dtype(np.uint16)
+DEEP = 0.9  # of an epoch
+MASK_RATE = 0.3
+
+
+@dataclass(frozen=True)
+class Settings:
+    folder: Path
+    documents: int
+    mean: int  # tokens a document
+    sequence_length: tuple[int, ...]
+    sequences: int  # a batch
+    batches: int
+
+
+def measure(settings: Settings, say: Callable[[str], None]) -> list[tuple[str, str]]:
+    """Rows of (what, figure). Raises DetourError for settings that make no sense."""
+    lengths = {"sequence-length": min(settings.sequence_length)}
+    for name, value in (lengths | vars(settings)).items():
+        if isinstance(value, int) and value < 1:
+            raise DetourError(f"--{name}: must be above 0, it is {value}")
+    prefix = make_corpus(settings, say)
+    rows = []
+    for length in settings.sequence_length:
+        deep = int(DEEP * read_manifest(prefix).tokens)
+        for kept in settings.folder.glob(f"{Path(prefix).name}.windows-*"):
+            kept.unlink()
+        for name, first in (("token 0", 0), (f"token {deep:,}", deep), ("there again", deep)):
+            say(f"opening at length {length:,}, {name}")
+            rows.append((f"{length:,}: start at {name}", _started(_fresh(start, prefix, length, first, settings))))
+        say(f"reading and masking at length {length:,}")
+        rows += [(f"{length:,}: {what}", figure) for what, figure in _fresh(speeds, prefix, length, settings)]
+    return rows
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """GitHub's kind of table."""
+    return "\n".join(["| what | figure |", "|---|---:|", *(f"| {what} | {figure} |" for what, figure in rows)])
+
+
+def make_corpus(settings: Settings, say: Callable[[str], None]) -> str:
+    """Writes the corpus in bounded memory, unless it is there, and returns its prefix."""
+    prefix = str(settings.folder / f"made_up_{settings.documents}_{settings.mean}")
+    if manifest_path(prefix).exists():
+        return prefix
+    say(f"making {settings.documents:,} documents up in {settings.folder}")
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    tokens = 0
+    with idx_path(prefix).open("wb") as out:
+        out.write(HEADER.pack(MAGIC, 1, CODES[DTYPE], settings.documents, settings.documents + 1))
+        for lengths in _lengths(settings):
+            out.write(lengths.astype("<i4").tobytes())
+        for lengths in _lengths(settings):  # drawn again rather than kept
+            ends = tokens + np.cumsum(lengths)
+            out.write(((ends - lengths) * DTYPE.itemsize).astype("<i8").tobytes())
+            tokens = int(ends[-1])
+        for first in range(0, settings.documents + 1, CHUNK):
+            out.write(np.arange(first, min(first + CHUNK, settings.documents + 1), dtype="<i8").tobytes())
+    with bin_path(prefix).open("wb") as out:
+        out.truncate(tokens * DTYPE.itemsize)
+    # Nothing reads the checksum of the text: it is not computed over a file full of holes.
+    files = {"bin": {"bytes": tokens * DTYPE.itemsize, "sha256": "0" * 64}, "idx": file_facts(idx_path(prefix))}
+    manifest = Manifest(
+        documents=settings.documents,
+        tokens=tokens,
+        records=settings.documents,
+        tokenizer=VOCABULARY.to_dict(),
+        files=files,
+    )
+    manifest.write(manifest_path(prefix))
+    return prefix
+
+
+def start(prefix: str, length: int, first: int, settings: Settings) -> dict[str, float]:
+    """Seconds from opening to a first batch at token `first`, and what it added to this process's memory."""
+    before = _memory()
+    started = time.perf_counter()
+    mixture = _open(prefix, length)
+    mixture.tokens(mixture.documents(first, first + settings.sequences * length))
+    seconds = time.perf_counter() - started
+    after = _memory()
+    return {"seconds": seconds} | {key: after[key] - before[key] for key in after} | {"whole": after["VmHWM"]}
+
+
+def speeds(prefix: str, length: int, settings: Settings) -> list[tuple[str, str]]:
+    """Batches in training order from the beginning, then the memory that this took."""
+    mixture, objective, count = _open(prefix, length), MaskedLM(VOCABULARY, MASK_RATE), settings.sequences
+    before, step = _memory(), count * length
+    starts = [number * step for number in range(settings.batches)]
+    reading = []
+    for _ in range(2):
+        started = time.perf_counter()
+        for start in starts:
+            documents = mixture.documents(start, start + step)
+            tokens = mixture.tokens(documents)
+        reading.append(len(starts) * count / (time.perf_counter() - started))
+    times = []
+    for _ in starts:
+        started = time.perf_counter()
+        objective.apply(tokens, documents.lengths, 17, documents.numbers)
+        times.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    for start in starts:
+        mine, of = micro_batches_of(step, min(count, 64) * length, 0, 1)
+        rank_batch(mixture, mixture.documents(start, start + step), mine, of, objective, 17)
+    both = len(starts) * count / (time.perf_counter() - started)
+    grown = _memory()["VmHWM"] - before["VmRSS"]
+    return [
+        ("sequences read per second, from what the system fetches first", f"{reading[0]:,.0f}"),
+        ("sequences read per second, again", f"{reading[1]:,.0f}"),
+        (f"masking {count} sequences", f"{statistics.median(times) * 1_000:.2f} ms"),
+        ("sequences read, masked and put into micro-batches per second", f"{both:,.0f}"),
+        (f"memory that reading {len(starts) * count:,} took at most", _megabytes(grown)),
+    ]
+
+
+def _open(prefix: str, length: int) -> DocumentMixture:
+    return DocumentMixture((Corpus(prefix),), length, 42, VOCABULARY)
+
+
+def _fresh(function: Callable, *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _lengths(settings: Settings) -> Iterator[np.ndarray]:
+    """int64 [documents], chunk by chunk, the same ones every time."""
+    for number, first in enumerate(range(0, settings.documents, CHUNK)):
+        drawn = np.random.default_rng(number).lognormal(
+            np.log(settings.mean) - SPREAD**2 / 2, SPREAD, min(CHUNK, settings.documents - first)
+        )
+        yield np.maximum(drawn.astype(np.int64), SHORTEST)
+
+
+def _memory() -> dict[str, int]:
+    """Bytes of this process as Linux counts them, now and (VmHWM) at most; of mapped files too."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {key: int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM", "RssAnon", "RssFile")}
+
+
+def _started(figures: dict[str, float]) -> str:
+    memory = f"at most {_megabytes(figures['VmHWM'])} more, then {_megabytes(figures['RssAnon'])} and of files "
+    whole = f"all with torch {_megabytes(figures['whole'])}"
+    return f"{figures['seconds']:.2f} s; {memory}{_megabytes(figures['RssFile'])}; {whole}"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"

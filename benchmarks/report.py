@@ -1,0 +1,148 @@
+"""What a long run's files cost to read: its report, a comparison, resuming, TensorBoard's file. No model, no GPU.
+
+The run is made up, with a validation every hundredth of it. Each figure comes from a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.errors import DetourError
+from megatron_detour.observe.compare import write_comparison
+from megatron_detour.observe.report import write_report
+from megatron_detour.observe.sinks import MetricsFile, TensorBoardSink
+
+TOKENS = 65_536  # per step
+SEQUENCES, LENGTH = 64, 1024
+
+
+def add_command(commands: Any) -> None:
+    """Adds `report` to the subcommands of an argument parser."""
+    parser = commands.add_parser(
+        "report",
+        help="seconds and memory of reports, comparisons, resuming and TensorBoard's file by the length of a run",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of a run")
+    parser.add_argument("--folder", type=Path, help="for the made-up runs, 0.9 GB per million steps (a temporary one)")
+    parser.set_defaults(run=lambda options: print(table(measure(options["steps"], options["folder"]))))
+
+
+def measure(lengths: list[int], folder: Path | None) -> list[tuple[str, ...]]:
+    """Rows of steps, what was done, seconds, those at work and peak memory. Raises DetourError for too few steps."""
+    if min(lengths) < 100:
+        raise DetourError(f"--steps: at least 100 are needed, it is {min(lengths)}")
+    rows = []
+    for steps in lengths:
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            make_run(Path(made) / "one", steps)
+            shutil.copytree(Path(made) / "one", Path(made) / "two")
+            for what in (report, compare, resume, tensorboard):
+                seconds, busy, peak = _fresh(what, Path(made))
+                figures = (f"{seconds:.1f} s", f"{busy:.1f} s", f"{peak / 2**20:,.0f} MiB")
+                rows.append((f"{steps:,}", what.__name__, *figures))
+    return rows
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """GitHub's kind of table."""
+    lines = [("steps", "what", "time", "of it at work", "peak memory"), ("---:", "---", "---:", "---:", "---:"), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(made: Path) -> None:
+    write_report(made / "one")
+
+
+def compare(made: Path) -> None:
+    write_comparison([made / "one", made / "two"], made / "comparison")
+
+
+def resume(made: Path) -> None:
+    MetricsFile(made / "one" / "metrics.jsonl", 10**9).close()
+
+
+def tensorboard(made: Path) -> None:
+    """Every step of the run written."""
+    sink = TensorBoardSink(made / "tensorboard", 0)
+    with (made / "one" / "metrics.jsonl").open("rb") as lines:
+        for line in lines:
+            sink.write(json.loads(line))
+    sink.close()
+
+
+def make_run(folder: Path, steps: int) -> None:
+    folder.mkdir()
+    rate = {"peak": 5e-4, "warmup_tokens": TOKENS, "shape": "cosine", "end": 5e-5}
+    sizes = {"sequences": SEQUENCES, "sequence_length": LENGTH, "learning_rate": rate}
+    half = steps // 2
+    phases = [
+        {"name": name, "objective": kind, "first_step": first, "steps": count, "tokens": count * TOKENS, **sizes}
+        | {"start_tokens": (first - 1) * TOKENS, "end_tokens": (first - 1 + count) * TOKENS}
+        for name, kind, first, count in (("detour", "clm", 1, half), ("decay", "mlm", half + 1, steps - half))
+    ]
+    plan = {"name": folder.name, "total_steps": steps, "total_tokens": steps * TOKENS, "phases": phases}
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    (folder / "run.yaml").write_text(f"name: {folder.name}\n", encoding="utf-8")
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for step in range(1, steps + 1):
+            file.write(json.dumps(_record(step, steps, half)) + "\n")
+
+
+def _record(step: int, steps: int, half: int) -> dict[str, Any]:
+    objective = "clm" if step <= half else "mlm"
+    record = {
+        "step": step,
+        "tokens": step * TOKENS,
+        "phase": "detour" if objective == "clm" else "decay",
+        "objective": objective,
+        "loss": 2 + 5 * math.exp(-9 * step / steps) + 0.1 * math.sin(step),
+        "lr": 5e-4 * (1 - 0.9 * step / steps),
+        "grad_norm": 0.8 + 0.1 * math.cos(step),
+        "sequences": SEQUENCES,
+        "labelled_tokens": TOKENS,
+        "padding_share": 0.001,
+        "data_crc": 1_000_003 * step,
+        "tokens_per_second": 150_000 + 1000 * math.sin(step),
+        "seconds": 0.43,
+        "model_tflops": 160.0,
+        "data_wait_seconds": 0.004,
+        "memory_bytes": 41_300_000_000,
+    }
+    if step % max(1, steps // 100) == 0:
+        record |= {"val_mlm_loss": 2.5, "val_mlm_accuracy": 0.5, "val_clm_loss": 3.5}
+    return record
+
+
+def _fresh(what: Callable[[Path], None], made: Path) -> tuple[float, float, int]:
+    """Seconds, those of the processor and the most bytes held, in a process that has loaded nothing else."""
+    code = f"from benchmarks import report; report.watch(report.{what.__name__}, {str(made)!r})"
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    seconds, busy, peak = told.split()
+    return float(seconds), float(busy), int(peak)
+
+
+def watch(what: Callable[[Path], None], made: str) -> None:
+    """Prints the seconds, those of the processor and the most bytes held."""
+    begun, busy = time.perf_counter(), time.process_time()
+    what(Path(made))
+    print(time.perf_counter() - begun, time.process_time() - busy, _peak())
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # rusage would count what the parent held before this program was loaded
+        return 1024 * int(status.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,217 @@
+"""`tools/benchmark.py train`: forward and backward passes of this project's model, beside transformers' if asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import contenders
+from benchmarks.measure import Figures, matrix_rate, take_turns
+from benchmarks.workload import make_workload
+from megatron_detour.errors import DetourError
+from megatron_detour.files import write_whole
+from megatron_detour.model.choose import choose_compute
+from megatron_detour.observe import meter
+from megatron_detour.parallel.state import ParallelState
+
+SIZES = {
+    "base": {"hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16},
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One measurement; the fields are the tool's flags."""
+
+    size: str
+    layers: int | None
+    objective: str
+    mask_rate: float
+    sequence_length: int
+    micro_sequences: int
+    tokens: int
+    corpus: str | None
+    full: bool
+    dtype: str
+    attention: str
+    kernels: str
+    recompute: str
+    tensor: int
+    sequence_parallel: bool
+    against: str | None
+    peer_attention: str
+    peer_compile: bool
+    peer_batch: int
+    rounds: int
+    seed: int
+
+
+def run(json: Path | None, objective: list[str], dtype: list[str], say: Callable[[str], None], **options: Any) -> None:
+    """Prints the table of all objectives and dtypes, and writes the figures where `json` says. Raises DetourError."""
+    if json and not json.parent.is_dir():
+        raise DetourError(f"--json: there is no folder {json.parent}")
+    chosen = itertools.product(objective, dtype)
+    results = measure_all([Settings(objective=objective, dtype=dtype, **options) for objective, dtype in chosen], say)
+    if os.environ.get("RANK", "0") == "0":
+        print(table(results))
+        if json:
+            write_json(json, results)
+
+
+def measure_all(all_settings: list[Settings], say) -> list[dict[str, Any]]:
+    """The figures of measurements one after the other, as plain values. Raises DetourError for what does not fit or is
+    not there."""
+    for settings in all_settings:
+        _check(settings)
+    state, device = _join(all_settings[0])
+    results = [measure(settings, state, device, say if state.is_first else _silent) for settings in all_settings]
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return results
+
+
+def measure(settings: Settings, state: ParallelState, device: torch.device, say) -> dict[str, Any]:
+    work = make_workload(
+        settings.corpus,
+        settings.objective,
+        settings.mask_rate,
+        settings.sequence_length,
+        settings.tokens,
+        settings.full,
+        settings.seed,
+    )
+    config = {"model_type": "modernbert", "vocab_size": work.vocabulary.size, **SIZES[settings.size]}
+    config |= {"max_position_embeddings": max(8192, settings.sequence_length), "pad_token_id": work.vocabulary.pad}
+    if settings.layers:
+        config["num_hidden_layers"] = settings.layers
+    dtype = DTYPES[settings.dtype]
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    choice = choose_compute(settings.attention, settings.kernels, settings.recompute, head_dim, device, dtype)
+    say(str(choice))
+    compute = choice.compute
+    mine, flops = contenders.ours(config, work, settings.micro_sequences, compute, state, device, dtype)
+    rivals = [mine]
+    if settings.against:
+        peer = contenders.Peer(settings.peer_attention, settings.peer_compile, device, dtype)
+        rivals.append(contenders.transformers_padded(config, work, settings.peer_batch, peer))
+        rivals.append(contenders.transformers_packed(config, work, settings.micro_sequences, peer))
+    rate = matrix_rate(device, dtype)
+    figures = take_turns(rivals, settings.rounds, device, say)
+    return {
+        "settings": dataclasses.asdict(settings),
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": meter.device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": meter.versions(),
+        "attention": choice.attention,
+        "kernels": choice.kernels,
+        "documents": len(work.documents),
+        "tokens": work.tokens,
+        "flops_per_step": flops,
+        "matrix_flops_per_second": rate,
+        "contenders": [_plain(one, figures[0], work.tokens, flops, rate * state.tensor_size) for one in figures],
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Rows of Markdown, one a contender and measurement; `times` is the first's tokens/s over this one's."""
+    lines = [
+        "| objective | dtype | contender | tokens/s | times | ms a step | GiB of a step | TFLOP/s | of a product's |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        settings = result["settings"]
+        for row in result["contenders"]:
+            cells = (
+                settings["objective"],
+                settings["dtype"],
+                row["name"],
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['times_as_fast']:.2f}",
+                f"{1e3 * row['seconds']:,.0f}",
+                "" if row["bytes"] is None else f"{row['bytes'] / 2**30:.2f}",
+                f"{row['flops_per_second'] / 1e12:,.3f}",
+                f"{row['share_of_matrix_rate']:.1%}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_json(path: Path, results: list[dict[str, Any]]) -> None:
+    write_whole(path, json.dumps(results, indent=1) + "\n")
+
+
+def _plain(one: Figures, first: Figures, tokens: int, flops: int, rate: float) -> dict[str, Any]:
+    """Ratios are taken round by round, of neighbours in time; then their median."""
+    return {
+        "name": one.contender.name,
+        "seconds": one.median,
+        "all_seconds": one.seconds,
+        "tokens_per_second": tokens / one.median,
+        "positions": one.contender.positions,
+        "times_as_fast": statistics.median(b / a for a, b in zip(first.seconds, one.seconds, strict=True)),
+        "bytes": one.bytes,
+        "flops_per_second": flops / one.median,
+        "share_of_matrix_rate": flops / one.median / rate,
+    }
+
+
+def _check(settings: Settings) -> None:
+    positive = ("sequence_length", "micro_sequences", "tokens", "rounds", "tensor", "peer_batch")
+    for name in positive:
+        if getattr(settings, name) < 1:
+            raise DetourError(f"--{name.replace('_', '-')}: must be above 0, it is {getattr(settings, name)}")
+    if not 0 < settings.mask_rate < 1:
+        raise DetourError(f"--mask-rate: must lie between 0 and 1, it is {settings.mask_rate:g}")
+    if settings.seed < 0:
+        raise DetourError(f"--seed: must not be negative, it is {settings.seed}")
+    if not settings.against and (settings.peer_compile or settings.peer_attention != "sdpa"):
+        raise DetourError("--peer-attention, --peer-compile: there is no peer; add --against transformers")
+    if settings.sequence_parallel and settings.tensor == 1:
+        raise DetourError("--sequence-parallel: there is nothing to share out with --tensor 1")
+    if settings.layers is not None and settings.layers < 1:
+        raise DetourError(f"--layers: must be above 0, it is {settings.layers}")
+    if settings.corpus and settings.full:
+        raise DetourError("--full: invents documents, and --corpus names some; give one of the two")
+    if settings.sequence_parallel and settings.sequence_length % settings.tensor:
+        raise DetourError(
+            f"--sequence-parallel: {settings.sequence_length} positions are not divisible by {settings.tensor} ranks"
+        )
+    if settings.against and settings.tensor > 1:
+        raise DetourError("--against: transformers' model runs on one rank; compare with --tensor 1")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks != settings.tensor:
+        raise DetourError(
+            f"--tensor: {settings.tensor} and the ranks that were started, {ranks}, have to be the same: "
+            "torchrun --nproc_per_node N tools/benchmark.py train --tensor N"
+        )
+
+
+def _join(settings: Settings) -> tuple[ParallelState, torch.device]:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if settings.tensor == 1:
+        return ParallelState(), device
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return ParallelState.create(settings.tensor, settings.sequence_parallel), device
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,180 @@
+"""The figures of masked words as tables, in Markdown and on the terminal, and the progress of measuring."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+from rich.text import Text
+
+from megatron_detour.text import visible
+from megatron_detour.ui.tables import print_table
+
+SECONDS_A_LINE = 30
+HEAD = ("Model", "Words", "Masked", "Perplexity a word", "Bits a byte", "Accuracy")
+CHANGE_HEAD = ("Model", "Words", "Perplexity, ratio", "Bits a byte, difference", "Accuracy, points")
+NOTE = (
+    "Words are masked at the same places for every model, all tokens of a word and all words of a window at once. In "
+    "brackets: the 95% interval of a bootstrap over documents, of 20 or more. Ratios and differences are of the same "
+    "documents."
+)
+
+Line = dict[str, Any]
+
+
+def say(sentence: str) -> None:
+    print(visible(sentence), file=sys.stderr, flush=True)
+
+
+def markdown(lines: list[Line]) -> str:
+    """All figures, corpus by corpus."""
+    parts = ["# Restoring masked words", NOTE]
+    for corpus, own in _grouped(lines, "corpus").items():
+        parts += [f"## {_escaped(corpus)}", f"{_facts(own[0])}.", _markdown_table(HEAD, _figure_rows(own))]
+        parts += [f"{_escaped(sentence)}." for sentence in _unknown(own)]
+        for baseline, changed in _grouped(own, "compared_with").items():
+            title = f"Against {_escaped(baseline)}:"
+            parts += [title, _markdown_table(CHANGE_HEAD, _change_rows(changed))]
+    return "\n\n".join(parts) + "\n"
+
+
+def print_tables(lines: list[Line], console: Console | None = None) -> None:
+    """Prints a table of figures for each corpus, and one of differences where there are several models."""
+    console = console or Console()
+    for corpus, own in _grouped(lines, "corpus").items():
+        console.print(Text(visible(f"{corpus}: {_facts(own[0])}")))
+        _print_table(console, HEAD, _figure_rows(own))
+        for sentence in _unknown(own):
+            console.print(Text(visible(f"{sentence}.")))
+        for baseline, changed in _grouped(own, "compared_with").items():
+            console.print(Text(visible(f"{corpus}, against {baseline}")))
+            _print_table(console, CHANGE_HEAD, _change_rows(changed))
+
+
+def _grouped(lines: list[Line], key: str) -> dict[str, list[Line]]:
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        if line[key] is not None:
+            found.setdefault(line[key], []).append(line)
+    return found
+
+
+def _facts(line: Line) -> str:
+    words, domain = line["all"]["words"], ""
+    if line["domain"] is not None:
+        domain = f", {line['domain']['words']:,} of them domain words ({line['domain_words']:,} such words are known)"
+    return f"{line['documents']:,} documents, {line['windows']:,} windows, {words:,} masked words{domain}"
+
+
+def _unknown(lines: list[Line]) -> list[str]:
+    """Models whose tokenizers cannot write all words: guessing the unknown token is easier than guessing a word."""
+    return [
+        f"{line['model']}: {line['all']['unknown']:,} of the masked words are unknown to the tokenizer in whole or part"
+        for line in lines
+        if line["all"]["unknown"]
+    ]
+
+
+def _figure_rows(lines: list[Line]) -> list[tuple[str, ...]]:
+    return [
+        (
+            line["model"],
+            kind,
+            f"{line[kind]['words']:,}",
+            _interval(line[kind]["perplexity"], ",.1f" if line[kind]["perplexity"]["value"] < 1000 else ",.0f"),
+            _interval(line[kind]["bits_per_byte"], ".3f"),
+            _interval(line[kind]["accuracy"], ".1%"),
+        )
+        for kind in ("all", "domain")
+        for line in lines
+        if line[kind] is not None
+    ]
+
+
+def _change_rows(lines: list[Line]) -> list[tuple[str, ...]]:
+    return [
+        (
+            line["model"],
+            kind,
+            _interval(line["change"][kind]["perplexity"], ".3g"),
+            _interval(line["change"][kind]["bits_per_byte"], "+.3f"),
+            _interval(
+                {name: share and 100 * share for name, share in line["change"][kind]["accuracy"].items()}, "+.1f"
+            ),
+        )
+        for kind in ("all", "domain")
+        for line in lines
+        if kind in line["change"]
+    ]
+
+
+def _interval(figure: dict[str, float | None], form: str) -> str:
+    if figure["low"] is None:
+        return f"{figure['value']:{form}}"
+    return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
+
+
+def _markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * 2 + ("---:",) * (len(head) - 2), *rows]
+    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return visible(" ".join(text.split())).replace("|", "\\|")
+
+
+def _print_table(console: Console, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Intervals stand below their values, as side by side they are wider than a terminal."""
+    # Text, as rich would read brackets as its own markup.
+    cells = [
+        [Text(cell.replace(" [", "\n[") if at > 1 else visible(cell)) for at, cell in enumerate(row)] for row in rows
+    ]
+    print_table(console, "", head, cells, words=2)
+
+
+class Progress:
+    """Windows done of `total`, their rate and the time left: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._name = total, 0, ""
+        self._began = self._told = time.monotonic()
+        console = Console(stderr=True)
+        columns = (
+            progress.TextColumn("{task.fields[name]}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("windows"),
+            progress.TextColumn("{task.fields[rate]}"),
+            progress.TimeRemainingColumn(),
+        )
+        self._bar = progress.Progress(*columns, console=console) if console.is_terminal else None
+        self._task = self._bar.add_task("", total=total, name="", rate="") if self._bar else None
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def on(self, name: str) -> None:
+        """Says what is measured from now on."""
+        self._name = visible(name)
+        if self._bar:
+            self._bar.update(self._task, name=self._name)
+
+    def add(self, windows: int) -> None:
+        self._done += windows
+        now = time.monotonic()
+        rate = self._done / max(now - self._began, 1e-3)
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, rate=f"{rate:.1f}/s")
+        elif now - self._told > SECONDS_A_LINE or self._done == self._total:
+            self._told = now
+            left = (self._total - self._done) / max(rate, 1e-3)
+            say(f"{self._name}: {self._done:,} of {self._total:,} windows, {rate:.1f}/s, {left / 60:.0f} min left")

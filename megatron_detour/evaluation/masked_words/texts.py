@@ -1,0 +1,155 @@
+"""The texts that models are measured on: what is masked in each, and which of its words are the domain's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.masked_words.positions import (
+    DomainRule,
+    Window,
+    count_words,
+    domain_words,
+    folded,
+    read_corpus,
+    read_words,
+    windows_of,
+)
+from megatron_detour.files import file_facts
+
+VERSION = 1  # of how words are chosen
+
+
+@dataclass(frozen=True)
+class IntrinsicOptions:
+    """What is masked and how it is measured. Raises DetourError for a value that has no meaning.
+
+    documents: of each corpus, at most. windows: of a document, at most. words: a file of domain words, one a line; or
+    reference: files of general language, and domain: files of the domain that are counted beside each corpus. ratio:
+    how many times as frequent a domain word is. resamples: of the bootstrap. device: "auto", "cpu", "cuda" or "cuda:N".
+    batch_tokens: positions in a forward pass.
+    """
+
+    documents: int = 500
+    windows: int = 4
+    window_words: int = 200
+    mask_rate: float = 0.15
+    seed: int = 0
+    words: Path | None = None
+    reference: tuple[Path, ...] = ()
+    domain: tuple[Path, ...] = ()
+    ratio: float = 8
+    text_key: str = "text"
+    resamples: int = 2000
+    device: str = "auto"
+    batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "windows", "window_words", "resamples", "batch_tokens", "ratio"):
+            if not getattr(self, name) > 0:
+                raise DetourError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number above 0")
+        if self.seed < 0:
+            raise DetourError(f"--seed {self.seed}: give 0 or more")
+        if not 0 < self.mask_rate < 1:
+            raise DetourError(f"--mask-rate {self.mask_rate}: give a share between 0 and 1, such as 0.15")
+        if self.words and (self.reference or self.domain):
+            raise DetourError("--words names the words of the domain: leave out --reference and --domain")
+        if self.domain and not self.reference:
+            raise DetourError("--domain is counted against a general text: give --reference too")
+
+
+class Domain:
+    """Which words are the domain's: those of a file, or those that general text has far less often, or not said."""
+
+    def __init__(self, options: IntrinsicOptions) -> None:
+        self.options = options
+        for path in (*options.reference, *options.domain):
+            _check(path)
+        self.listed, self.lines_unused = read_words(options.words) if options.words else (None, 0)
+
+    @cached_property
+    def settings(self) -> dict[str, Any] | None:
+        """What decides which words they are, beside the corpus."""
+        options = self.options
+        if options.words:
+            return {"words": _sha256(options.words)}
+        if not options.reference:
+            return None
+        files = {name: [_sha256(path) for path in getattr(options, name)] for name in ("reference", "domain")}
+        return files | {"ratio": float(options.ratio)}
+
+    @cached_property
+    def _counts(self) -> tuple[Counter[str], Counter[str]]:
+        key = self.options.text_key
+        return count_words(self.options.reference, key), count_words(self.options.domain, key)
+
+    def words_of(self, path: Path, counts: Counter[str]) -> frozenset[str] | None:
+        """The domain's words in a corpus with these counts; None where nothing says what the domain is."""
+        if self.listed is not None or not self.options.reference:
+            return self.listed
+        reference, domain = self._counts
+        rule = DomainRule(self.options.ratio)
+        found = domain_words(counts + domain, reference, rule)
+        if not found:
+            raise DetourError(
+                f"{path}: no domain word found, as none of {rule.letters} letters or more is there {rule.occurrences} "
+                f"times and {rule.ratio:g} times as often as in --reference; give --words, --domain or a lower --ratio"
+            )
+        return found
+
+
+class Text:
+    """A corpus: its name, what decides on its figures, and its windows and domain words, read when first asked for."""
+
+    def __init__(self, name: str, path: Path, options: IntrinsicOptions, domain: Domain) -> None:
+        _check(path)
+        self.name, self.path, self._options, self._domain = name, path, options, domain
+        self.settings: dict[str, Any] = {
+            "version": VERSION,
+            "corpus": _sha256(path),
+            "domain": domain.settings,
+            **{key: getattr(options, key) for key in ("documents", "windows", "window_words", "mask_rate", "seed")},
+            "text_key": options.text_key,
+        }
+
+    @cached_property
+    def content(self) -> tuple[list[Window], frozenset[str] | None]:
+        """Windows and domain words. Raises DetourError for a corpus with nothing to mask."""
+        options = self._options
+        corpus = read_corpus(self.path, options.text_key, options.seed, options.documents)
+        shape = {"words": options.window_words, "windows": options.windows, "mask_rate": options.mask_rate}
+        windows = [
+            window
+            for number, text in corpus.documents.items()
+            for window in windows_of(number, text, seed=options.seed, **shape)
+        ]
+        if not windows:
+            raise DetourError(f"{self.path}: the documents taken hold no words; give more --documents")
+        words = self._domain.words_of(self.path, corpus.counts)
+        if words is not None and not any(folded(word) in words for window in windows for word in window.words()):
+            raise DetourError(
+                f"{self.path}: no domain word found among the masked ones; give more --documents or --words"
+            )
+        return windows, words
+
+
+def texts_of(corpora: list[Path], options: IntrinsicOptions, domain: Domain) -> list[Text]:
+    """Texts under the names of their files, or under their paths where names are the same."""
+    names = [path.name for path in corpora]
+    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, corpora, strict=True)]
+    if len(set(labels)) < len(labels):
+        raise DetourError("the same corpus is given twice; give each once")
+    return [Text(label, path, options, domain) for label, path in zip(labels, corpora, strict=True)]
+
+
+def _check(path: Path) -> None:
+    if not path.is_file():
+        raise DetourError(f"{path}: no such file")
+
+
+def _sha256(path: Path) -> str:
+    return file_facts(path)["sha256"]

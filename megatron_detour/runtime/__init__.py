@@ -1,0 +1,1 @@
+"""Processes: launch, Slurm, preemption, failures of other ranks, locks."""

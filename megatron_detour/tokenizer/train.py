@@ -1,0 +1,139 @@
+"""Trains a byte-level BPE tokenizer with ModernBERT's special tokens on the user's own texts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from megatron_detour.corpus.documents import read_documents
+from megatron_detour.corpus.sources import find_inputs
+from megatron_detour.errors import DetourError
+from megatron_detour.files import aside_of, remove_abandoned
+
+SPECIAL_TOKENS = {
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "mask_token": "[MASK]",
+}
+MODEL_MAX_LENGTH = 8192
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+
+def train_tokenizer(inputs: Sequence[Path], output: Path, vocab_size: int, text_key: str = "text") -> None:
+    """Trains on all documents of `inputs` and publishes the folder `output`, which AutoTokenizer opens.
+
+    The vocabulary has exactly `vocab_size` entries, special tokens first. The same input gives the same bytes. Raises
+    DetourError for bad input, a used `output`, and a corpus too small to fill the vocabulary.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DetourError(f"--vocab-size {vocab_size}: the bytes and special tokens alone take {SMALLEST_VOCABULARY}")
+    _refuse_used(output)
+    tokenizer = _train(inputs, vocab_size, text_key)
+    reached = tokenizer.get_vocab_size()
+    if reached != vocab_size:
+        raise DetourError(
+            f"the corpus fills only {reached} of {vocab_size} entries, give more text or --vocab-size {reached} or less"
+        )
+    _publish(tokenizer, output)
+
+
+def _refuse_used(output: Path) -> None:
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        raise DetourError(f"{output}: already there and not an empty folder, give another --output or remove it")
+
+
+def _documents(inputs: Sequence[Path], text_key: str, faults: list[DetourError]) -> Iterator[str]:
+    """All documents; a fault ends the stream and is kept, since the trainer may wrap what its iterator raises."""
+    try:
+        for name in find_inputs([str(path) for path in inputs])[0]:
+            yield from read_documents(Path(name), text_key)
+    except DetourError as fault:
+        faults.append(fault)
+
+
+def _train(inputs: Sequence[Path], vocab_size: int, text_key: str) -> Tokenizer:
+    tokenizer = _untrained()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=_added_tokens(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    faults: list[DetourError] = []
+    tokenizer.train_from_iterator(_documents(inputs, text_key, faults), trainer)
+    if faults:
+        raise faults[0]
+    # ids are known only now
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:0 [SEP]:0",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer
+
+
+def _untrained() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _added_tokens() -> list[AddedToken]:
+    """[MASK] takes the space before it, as the token it stands for carries that space."""
+    return [
+        AddedToken(token, lstrip=token == "[MASK]", rstrip=False, normalized=False, special=True)
+        for token in SPECIAL_TOKENS.values()
+    ]
+
+
+def _publish(tokenizer: Tokenizer, output: Path) -> None:
+    """Writes a sibling folder, then renames it, so that `output` is never half there."""
+    remove_abandoned(output)
+    part = aside_of(output, "writing")
+    try:
+        part.mkdir(parents=True)
+        tokenizer.save(str(part / "tokenizer.json"))
+        _write_json(part / "tokenizer_config.json", _config(tokenizer))
+        _write_json(part / "special_tokens_map.json", _special_tokens_map())
+        part.replace(output)
+    except OSError as error:
+        raise DetourError(f"{output}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _special_tokens_map() -> dict[str, object]:
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word")
+    return {
+        name: {field: getattr(token, field) for field in fields}
+        for name, token in zip(SPECIAL_TOKENS, _added_tokens(), strict=True)
+    }
+
+
+def _config(tokenizer: Tokenizer) -> dict[str, object]:
+    added = {
+        str(tokenizer.token_to_id(token["content"])): token | {"special": True}
+        for token in _special_tokens_map().values()
+    }
+    return {
+        "added_tokens_decoder": added,
+        "clean_up_tokenization_spaces": False,
+        **SPECIAL_TOKENS,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": MODEL_MAX_LENGTH,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What people are shown: numbers, tables, colors, pages."""

@@ -1,0 +1,71 @@
+"""A figure as a file's content, as a drawing inside a page, and in words."""
+
+from __future__ import annotations
+
+import io
+import re
+from html import escape
+from typing import TYPE_CHECKING
+
+from megatron_detour.ui.colors import with_variables
+from megatron_detour.ui.format import compact
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def png(figure: Figure) -> bytes:
+    """The content of a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    target = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(target)
+    return target.getvalue()
+
+
+def svg(figure: Figure, name: str, title: str, description: str) -> str:
+    """An element for a page: texts stay text, colours are the page's; `name` keeps its ids apart from other plots'."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    target = io.StringIO()
+    figure.set_facecolor("none")
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
+    drawn = target.getvalue()
+    box = re.search(r'viewBox="([^"]+)"', drawn)[1]
+    inner = drawn[drawn.index("</metadata>") + len("</metadata>") : drawn.rindex("</svg>")]
+    inner = re.sub(r'<style type="text/css">.*?</style>|<defs>\s*</defs>|<!--.*?-->', "", inner, flags=re.DOTALL)
+    inner = re.sub(r'<g id="[^"]*"', "<g", inner)
+    about = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+    inner = with_variables(re.sub(r"\n\s*", "\n", inner))
+    return f'<svg viewBox="{box}" role="img">{about}{inner}</svg>'
+
+
+def described(figure: Figure) -> str:
+    """The figures of the curves, for whoever does not see them: each line's first, last, least and greatest value."""
+    return " ".join(filter(None, (_described(axes) for axes in figure.axes if axes.get_ylabel())))
+
+
+def _described(axes: Axes) -> str:
+    from matplotlib.ticker import PercentFormatter
+
+    shares = isinstance(axes.yaxis.get_major_formatter(), PercentFormatter)
+    curves: dict[str, list[float]] = {}
+    for line in axes.lines:
+        label = str(line.get_label()).removeprefix("_")
+        # marks of steps are in other coordinates, single values behind a mean have no label
+        if line.get_transform() is axes.transData and not label.startswith("child"):
+            curves.setdefault(label, []).extend(map(float, line.get_ydata()))
+    told = [f"{label}: {_course(values, shares)}" for label, values in curves.items() if values]
+    return f"{axes.get_ylabel()}. {'; '.join(told)}." if told else ""
+
+
+def _course(values: list[float], shares: bool) -> str:
+    first, last, least, greatest = (_figure(v, shares) for v in (values[0], values[-1], min(values), max(values)))
+    return first if len(values) == 1 else f"from {first} to {last}, between {least} and {greatest}"
+
+
+def _figure(value: float, share: bool) -> str:
+    return f"{value:.1%}" if share else compact(value) if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,90 @@
+"""How the numbers and settings of a run read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_detour.text import visible
+
+SHAPES = {"linear": "a straight line", "cosine": "a cosine", "1-sqrt": "one minus square root"}
+
+
+def objective_words(phase: dict[str, Any]) -> str:
+    """Returns e.g. ``MLM, 30% masked``, ``MLM, 30% to 15% masked`` or ``CLM``."""
+    mask = mask_words(phase)
+    return f"{phase['objective'].upper()}, {mask} masked" if mask else phase["objective"].upper()
+
+
+def mask_words(phase: dict[str, Any]) -> str:
+    """Returns the share of masked tokens, e.g. ``30%`` or ``30% to 15%``; nothing where none is masked."""
+    first, last = phase.get("mask_rate"), phase.get("mask_rate_end")
+    if first is None:
+        return ""
+    return f"{100 * first:.3g}%" if last in (None, first) else f"{100 * first:.3g}% to {100 * last:.3g}%"
+
+
+def frozen_words(phase: dict[str, Any]) -> str:
+    """Returns what a phase does not train, e.g. ``embeddings, layers 0-7``; nothing where it trains everything."""
+    return ", ".join(str(part).replace("layers.", "layers ") for part in phase.get("freeze") or [])
+
+
+def batch_words(phase: dict[str, Any]) -> str:
+    """Returns e.g. ``64 sequences of 1,024 tokens a step`` or, as it warms up, ``8 to 64 sequences ...``."""
+    warmup = phase.get("batch_warmup")
+    words = f"{phase['sequences']:,} sequences of {phase['sequence_length']:,} tokens a step"
+    return f"{warmup['from']:,} to {words}, growing over {compact(warmup['tokens'])} tokens" if warmup else words
+
+
+def format_lr(rate: dict[str, Any]) -> str:
+    """Describes the learning rate of a phase: its warm-up, its peak and its end."""
+    peak, end, shape = rate["peak"], rate.get("end"), str(rate.get("shape") or "constant")
+    warmup = rate.get("warmup_tokens") or 0
+    words = f"rises to {peak:.3g} over {compact(warmup)} tokens" if warmup else f"starts at {peak:.3g}"
+    if shape == "constant" or end is None or end == peak:
+        return f"{words}, then stays"
+    return f"{words}, then follows {SHAPES.get(shape, shape)} to {end:.3g}"
+
+
+def compact(number: float) -> str:
+    """Returns a count in three significant digits: ``950``, ``12.3k``, ``1.5M``, ``2B``, ``1.2T``."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999,999 rounds up to 1M, not to 1000k
+        if float(f"{abs(number):.3g}") >= size:
+            return f"{_three_digits(number / size)}{letter}"
+    return _three_digits(number)
+
+
+def _three_digits(number: float) -> str:
+    whole = len(str(int(abs(number))))
+    text = f"{number:.{max(0, 3 - whole)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def byte_size(count: float) -> str:
+    """Returns a size in binary units: ``512 B``, ``3.4 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{_three_digits(count)} {unit}"
+        count /= 1024
+    return f"{_three_digits(count)} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in its two largest units: ``45s``, ``4m10s``, ``2h05m``, ``3d04h``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+def shortened(text: str, room: int) -> str:
+    """Returns `text` in one line of at most `room` characters; what is left out of its middle becomes ``…``."""
+    text = visible(" ".join(text.split()))
+    if len(text) <= room:
+        return text
+    tail = (room - 1) // 2
+    return f"{text[: room - 1 - tail]}…{text[len(text) - tail :]}"

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.report import measure, table
+from megatron_detour.errors import DetourError
+
+
+def test_each_length_and_kind_of_work_has_a_row() -> None:
+    rows = measure([100], None)
+    assert [row[:2] for row in rows] == [("100", what) for what in ("report", "compare", "resume", "tensorboard")]
+    assert all(float(row[4].removesuffix(" MiB")) > 1 for row in rows)
+    assert table(rows).count("\n") == 5
+
+
+def test_too_short_a_run_is_refused() -> None:
+    with pytest.raises(DetourError, match="--steps: at least 100 are needed, it is 5"):
+        measure([1000, 5], None)

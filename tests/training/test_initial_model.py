@@ -1,0 +1,99 @@
+"""Where a run's model and tokenizer come from: folders, and a hub that is never asked unless it may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from megatron_detour.checkpoint import source
+from megatron_detour.config import Model
+from megatron_detour.errors import DetourError
+from megatron_detour.model.shape import FIXED, INERT_KEYS, OLD_KEYS, READ_KEYS, TOKEN_IDS, refuse_unknown_keys
+from megatron_detour.tokenizer import vocabulary
+from megatron_detour.tokenizer.word_boundaries import Words
+from megatron_detour.training.initial_model import InitialModel
+from tests.models import CONFIG, tiny
+from tests.training.test_zero2 import run_config
+
+
+def config_with(**model):
+    return dataclasses.replace(run_config(1), model=Model(**model))
+
+
+@pytest.fixture
+def hub(tokenizer_folder, tmp_path, monkeypatch) -> list[tuple[str, bool]]:
+    """A hub of one repository, org/model; returns what was asked of it: (file, whether a download was allowed)."""
+    files = tmp_path / "hub"
+    shutil.copytree(tokenizer_folder, files)
+    size = vocabulary.load_vocabulary(tokenizer_folder).size
+    (files / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": size}))
+    weights = {name: parameter.detach() for name, parameter in tiny(vocab_size=size).named_parameters()}
+    save_file(weights, files / "model.safetensors")
+    asked: list[tuple[str, bool]] = []
+
+    def hub_file(name: str, file: str, download: bool, what: str) -> Path:
+        asked.append((file, download))
+        if name != "org/model" or not (files / file).is_file():
+            raise DetourError(f"{name}: no {file}")
+        return files / file
+
+    monkeypatch.setattr(vocabulary, "hub_file", hub_file)
+    monkeypatch.setattr(source, "hub_file", hub_file)
+    return asked
+
+
+def test_a_hub_id_is_fetched_only_when_allowed(hub):
+    start = InitialModel.of(config_with(start="org/model", download=True))
+    assert start.weights.download and start.weights.has("model.safetensors")
+    assert not start.tokenizer.download and start.vocabulary.mask is not None
+    small = [allowed for file, allowed in hub if not file.startswith("model.safetensors")]
+    assert small and all(small)
+    hub.clear()
+    InitialModel.of(config_with(start="org/model"))
+    assert hub and {allowed for _, allowed in hub} == {False}
+
+
+def test_another_tokenizer_than_the_models_is_refused(hub, tokenizer_folder, tmp_path):
+    other = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    other["normalizer"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(DetourError, match="is not the tokenizer that org/model was trained with"):
+        InitialModel.of(config_with(start="org/model", tokenizer=str(tmp_path / "tokenizer.json")))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"hidden_size": "abc"}, r"model\.config: "),
+        ({"hiden_size": 64}, r"model\.config\.hiden_size: .*'hidden_size'"),
+        ({"vocab_size": 100}, "belongs to the model"),
+        ({"max_position_embeddings": 8}, r"data\.sequence_length: 50 is more"),
+        ({"hidden_act": "relu", "hidden_activation": "relu"}, r"hidden_act"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused(tokenizer_folder, config, told):
+    with pytest.raises(DetourError, match=told):
+        InitialModel.of(config_with(config=config, tokenizer=str(tokenizer_folder)))
+
+
+def test_words_are_there_for_phases_that_mask_them(hub, tokenizer_folder):
+    config = config_with(start="org/model")
+    assert InitialModel.of(config).words is None
+    last = dataclasses.replace(config.phases[-1], objective="mlm", mask_rate=0.3, whole_word_masking=True)
+    words = InitialModel.of(dataclasses.replace(config, phases=(*config.phases[:-1], last))).words
+    expected = Words.of(tokenizer_folder / "tokenizer.json", vocabulary.load_vocabulary(tokenizer_folder))
+    assert (words.goes_on == expected.goes_on).all()
+    assert (words.is_open == expected.is_open).all()
+
+
+def test_the_keys_of_a_shape_are_those_of_transformers():
+    from transformers import ModernBertConfig
+
+    refuse_unknown_keys(ModernBertConfig().to_dict())
+    known = {*ModernBertConfig().to_dict(), *OLD_KEYS, "torch_dtype"}  # which version 4 writes
+    assert {*READ_KEYS, *FIXED, *TOKEN_IDS, *INERT_KEYS} <= known
