@@ -72,7 +72,7 @@ def test_a_detour_beside_its_control(twins: list[Path], tmp_path: Path) -> None:
     assert "phases.detour.objective clm mlm phases.detour.mask_rate – 0.3" in text
     assert "seed 17" not in text
     assert "The same versions and machines, as far as the runs say." in text
-    assert "Tokens trained 13.1M 13.1M" in text and "Updates left out 0 0" in text
+    assert "Tokens trained 13.1M 13.1M" in text and "Skipped updates 0 0" in text
 
 
 def test_other_data_is_told_with_the_first_step(twins: list[Path]) -> None:
