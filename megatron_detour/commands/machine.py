@@ -119,16 +119,16 @@ def compute(
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
-        name, _, passed_over = choose_attention(attention, device, dtype, head_dim)
+        name, _, skipped = choose_attention(attention, device, dtype, head_dim)
         yield CheckResult(OK, "attention", name)
-        yield from (CheckResult(NOTE, "attention", f"passed over: {why}") for why in passed_over)
+        yield from (CheckResult(NOTE, "attention", f"skipped: {why}") for why in skipped)
     except DetourError as fault:
         yield CheckResult(FAULT, "attention", str(fault))
     try:
         name, _, slower = choose_kernels(kernels, device, dtype)
         yield CheckResult(OK, "kernels", name)
         if slower:
-            yield CheckResult(NOTE, "kernels", f"passed over: {slower}")
+            yield CheckResult(NOTE, "kernels", f"skipped: {slower}")
     except DetourError as fault:
         yield CheckResult(FAULT, "kernels", str(fault))
 

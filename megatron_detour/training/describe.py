@@ -36,7 +36,7 @@ def session_facts(
         "kernels": choice.kernels,
         "recompute": choice.compute.recompute,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "passed_over": choice.passed_over,
+        "passed_over": choice.skipped,
     }
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from megatron_detour.config import RunConfig
 from megatron_detour.errors import DetourError, brief, format_faults
 from megatron_detour.forecast.faults import of_ranks
-from megatron_detour.parallel.state import PATIENCE, ParallelState
+from megatron_detour.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _join(backend: str) -> None:
     """Joins the ranks. Raises DetourError where some do not come; a launcher ends the others before."""
     try:
         store, rank, ranks = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
         store.set(f"here/{rank}", "")
         store.wait([f"here/{other}" for other in range(ranks)], RENDEZVOUS)
     except (dist.DistNetworkError, dist.DistStoreError) as error:

@@ -65,7 +65,7 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: Preemption) -
     start = _start_model(config, folder)
     data = PhaseData(plan, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
-    with FailureDetector(asked=lambda: stop.reason() is not None) as watch:
+    with FailureDetector(is_stopping=lambda: stop.reason() is not None) as detector:
         choice = choose_compute(
             config.compute.attention,
             config.compute.kernels,
@@ -75,7 +75,7 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: Preemption) -
             training_dtype(deepspeed_config),
         )
         session = Session(config, plan, folder, start, data, state, device, choice, stop)
-        watch.has_saved, watch.ended = session.has_saved, session.note_end
+        detector.has_saved, detector.on_failure = session.has_saved, session.note_end
         model = ModernBert(start.shape, state, choice.compute, config.z_loss)
         engine = create_engine(model, config, deepspeed_config, state)
         with session.own_folder():
@@ -140,7 +140,7 @@ class Session:
                     self.writing.wait()
                 how = f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C"
                 if is_transient(error) and self.has_saved():
-                    error.start_again = True  # else the next session would end in the same place
+                    error.restart = True  # else the next session would end in the same place
                     how = f"{AWAY}: {error}"
                 with suppress(Exception):
                     self._note(ended=how)
@@ -153,7 +153,7 @@ class Session:
         """Another rank has failed, after which no work was saved, unless this one was at its end already."""
         if not self._ended:
             with suppress(Exception):
-                self._note(ended=f"{AWAY if verdict.again else 'error'}: {verdict}")
+                self._note(ended=f"{AWAY if verdict.restart else 'error'}: {verdict}")
 
     def train(self, engine: DeepSpeedEngine) -> bool:
         """Returns whether the end of the plan was reached; otherwise the run was asked to stop, and has saved."""

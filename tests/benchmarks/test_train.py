@@ -196,8 +196,8 @@ def test_tensor_parallel_ranks_make_several_measurements_together(tmp_path):
         ),
         ({"against": "transformers", "peer_attention": "flash_attention_2"}, "--peer-attention: "),
         ({"corpus": "nowhere/corpus"}, "nowhere/corpus"),
-        ({"attention": "flash2"}, "flash2 needs a GPU"),
-        ({"kernels": "triton"}, "triton needs a GPU"),
+        ({"attention": "flash2"}, "flash2 requires a GPU"),
+        ({"kernels": "triton"}, "triton requires a GPU"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_sentence(changes, told):

@@ -90,7 +90,7 @@ def test_what_a_run_lacks_is_told(run_file, capsys):
     assert main(["doctor", str(run_file), "data.sequence_length=512", "compute.attention=flash2"]) == 1
     out = capsys.readouterr().out
     assert "fault  plan          data.sequence_length: 512 is more than the model's 256 positions" in out
-    assert "fault  attention     compute.attention: flash2 needs a GPU and bf16; use auto or sdpa" in out
+    assert "fault  attention     compute.attention: flash2 requires a GPU and bf16; use auto or sdpa" in out
     assert main(["doctor", str(run_file), "data.corpora=[{prefix: nowhere}]"]) == 1
     assert (
         "fault  plan          data.corpora: nowhere.manifest.json: there is no such corpus" in capsys.readouterr().out
@@ -157,7 +157,7 @@ def test_gpus(two_gpus):
     assert machine.collectives().text == "NCCL 2.27.3"
     assert [(item.state, item.text) for item in machine.compute()] == [
         (OK, "flash2"),
-        (NOTE, "passed over: flash4 is not installed"),
+        (NOTE, "skipped: flash4 is not installed"),
         (OK, "triton"),
     ]
     assert two_gpus == [("auto", "cuda:0", torch.bfloat16)] * 2

@@ -434,7 +434,7 @@ def test_seeds_that_cannot_be_are_refused(seeds, tmp_path):
 def test_a_key_that_stands_twice_in_a_protocol_is_refused(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("about: a\nseeds: [1]\nseeds: [2]\ndefaults: {learning_rate: 1.0e-4, batch: 4, max_length: 64}\n")
-    with pytest.raises(DetourError, match="line 3: the key 'seeds' appears twice"):
+    with pytest.raises(DetourError, match="line 3: duplicate key 'seeds'"):
         load_protocol(str(path))
 
 
@@ -452,7 +452,7 @@ def test_a_protocol_of_one_s_own(tmp_path):
     for wrong, told in (
         ("about: mine\nseeds: [1]\ndefaults: {batch: 4, max_length: 64}\n", "learning_rate"),
         ("about: mine\nseeds: [1]\ndefaults: {}\ntypes: {ner: {}}\n", "types: unknown task type 'ner'"),
-        ("about: mine\nseeds: [\n", "not YAML"),
+        ("about: mine\nseeds: [\n", "invalid YAML"),
     ):
         path.write_text(wrong)
         with pytest.raises(DetourError, match=told):

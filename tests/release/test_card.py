@@ -257,7 +257,7 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
         ("corpora: {corpus: mit}", r"corpora\.corpus: a mapping with some of title, licence"),
         ("corpora: {corpus: {license: mit}}", r"corpora\.corpus: there is no key 'license' \(did you mean 'licence'"),
         ("- a", "a mapping with some of name, languages"),
-        ("a: [", "not YAML: "),
+        ("a: [", "invalid YAML: "),
     ],
 )
 def test_facts_that_cannot_be_read_are_told(tmp_path, content, told):

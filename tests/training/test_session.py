@@ -68,7 +68,7 @@ def test_a_session_asks_to_be_started_again_where_the_next_one_gets_further(sess
         add_session(session.folder, {"step": 0}, {})
         session.checkpoints.has_saved = has_saved
         raise error
-    assert getattr(raised.value, "start_again", False) == again
+    assert getattr(raised.value, "restart", False) == again
     assert ended(session.folder).startswith("error: ") != again
 
 
@@ -84,7 +84,7 @@ def test_a_session_that_another_rank_ends_notes_how(session, again, at_its_end, 
     session.folder.mkdir()
     add_session(session.folder, {"step": 0, "ended": "75"}, {})
     session._ended = at_its_end
-    session.note_end(Verdict(3, "n", "has", passing=again, again=again))
+    session.note_end(Verdict(3, "n", "has", transient=again, restart=again))
     assert ended(session.folder) == how
 
 
