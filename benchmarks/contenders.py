@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.workload import Document, Workload
-from megatron_detour.data.batches import MicroBatch, positions_of
+from megatron_detour.data.batches import MicroBatch, document_positions
 from megatron_detour.errors import DetourError
 from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.flops import training_flops
@@ -120,7 +120,7 @@ def transformers_packed(config: dict[str, Any], work: Workload, micro: int, peer
         lengths = [_lengths(row, length) for row in rows]
         given = {
             "input_ids": _rows([np.concatenate([d.inputs for d in row]) for row in rows], length, work.vocabulary.pad),
-            "position_ids": torch.from_numpy(np.stack([positions_of(np.array(row)) for row in lengths])),
+            "position_ids": torch.from_numpy(np.stack([document_positions(np.array(row)) for row in lengths])),
             "labels": _peer_labels(rows, length, work.causal),
         }
         if flash:
@@ -156,7 +156,7 @@ def _flat(packs: list[list[Document]], work: Workload) -> MicroBatch:
         labels += [*(d.labels for d in pack), np.full(missing, IGNORE)]
     inputs, labels = np.concatenate(inputs), np.concatenate(labels)
     where = np.flatnonzero(labels != IGNORE)
-    positions = positions_of(np.array(lengths))
+    positions = document_positions(np.array(lengths))
     ids, positions, where, labels = (torch.from_numpy(x) for x in (inputs, positions, where, labels[where]))
     return MicroBatch(ids, positions, tuple(lengths), work.causal, where, labels)
 

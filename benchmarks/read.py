@@ -21,7 +21,7 @@ from megatron_detour.config import Corpus
 from megatron_detour.data.batches import DocumentMixture, rank_batch
 from megatron_detour.data.indexed import CODES, HEADER, MAGIC, bin_path, idx_path
 from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
-from megatron_detour.data.order import micro_batches_of
+from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 from megatron_detour.objectives import MaskedLM
@@ -135,7 +135,7 @@ def speeds(prefix: str, length: int, settings: Settings) -> list[tuple[str, str]
         times.append(time.perf_counter() - started)
     started = time.perf_counter()
     for start in starts:
-        mine, of = micro_batches_of(step, min(count, 64) * length, 0, 1)
+        mine, of = rank_micro_batches(step, min(count, 64) * length, 0, 1)
         rank_batch(mixture, mixture.documents(start, start + step), mine, of, objective, 17)
     both = len(starts) * count / (time.perf_counter() - started)
     grown = _memory()["VmHWM"] - before["VmRSS"]

@@ -71,7 +71,7 @@ def verify(prefix: str) -> str:
         raise DetourError(f"{prefix}.idx: it does not hold the manifest's documents and tokens; build the corpus again")
     _check_index(corpus)
     for start in range(0, corpus.token_count, CHECKED_IDS):
-        ids = corpus.stretch(start, CHECKED_IDS)
+        ids = corpus.token_range(start, CHECKED_IDS)
         least, greatest = int(ids.min()), int(ids.max())
         if least < 0 or greatest >= vocabulary.size:
             wrong = least if least < 0 else greatest

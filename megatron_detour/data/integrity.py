@@ -11,30 +11,30 @@ from megatron_detour.data.manifest import Manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 
-BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a sample
+SAMPLE_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
 def sample_sha256(path: Path) -> str:
-    """SHA-256 of evenly spaced blocks of a file, the first and the last among them."""
+    """Return the SHA-256 of evenly spaced blocks of a file, including the first and the last."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
-        for number in range(BLOCKS):
-            file.seek(max(size - BLOCK_BYTES, 0) * number // (BLOCKS - 1))
+        for number in range(SAMPLE_BLOCKS):
+            file.seek(max(size - BLOCK_BYTES, 0) * number // (SAMPLE_BLOCKS - 1))
             digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
 
 
 def refuse_changed(prefix: str, manifest: Manifest) -> None:
-    """Raises DetourError where the index, or a sample of the text, is not what the manifest says.
+    """Raise DetourError if the hash of the index, or of a sample of the text, differs from the manifest.
 
-    Manifests of earlier versions have no sample; `verify` reads the whole text.
+    Manifests of earlier versions have no sample. `verify` checks the entire text.
     """
     state = tuple((path, *_state(path)) for path in (idx_path(prefix), bin_path(prefix)))
     changed = _changed(state, manifest.files["idx"]["sha256"], manifest.files["bin"].get("sample"))
     if changed:
         raise DetourError(
-            f"{' and '.join(map(str, changed))}: not as the manifest says, so something has changed since the corpus "
-            "was built; bring the files back or build the corpus again"
+            f"{' and '.join(map(str, changed))}: does not match the manifest, so it has changed since the corpus was "
+            "built; restore the files or rebuild the corpus"
         )
 
 
@@ -46,5 +46,5 @@ def _changed(state: tuple, index_sha256: str, text_sample: str | None) -> list[P
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    facts = path.stat()
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.config import RunConfig
-from megatron_detour.data.order import deal, micro_batches_of
+from megatron_detour.data.order import balance, rank_micro_batches
 from megatron_detour.errors import nearest
 from megatron_detour.forecast import costs, faults, memory, storage
 from megatron_detour.forecast.costs import PhaseCost, Speed
@@ -230,9 +230,9 @@ class Search:
         cost, mean = self.costs.get(phase.name), phase.sequence_length
         if cost is not None:
             mean = cost.mean_document
-            _, count = micro_batches_of(phase.sequences * phase.sequence_length, positions, 0, self.setting.data)
+            _, count = rank_micro_batches(phase.sequences * phase.sequence_length, positions, 0, self.setting.data)
             lengths = np.array(cost.lengths, dtype=np.int64)
-            positions = max(positions, *(int(lengths[mine].sum()) for mine in deal(lengths, count)))
+            positions = max(positions, *(int(lengths[mine].sum()) for mine in balance(lengths, count)))
         labelled = costs.labelled_share(phase, mean)
         return Load(
             positions, round(positions * labelled), phase.objective == "clm", Frozen.of(phase.settings.freeze).below

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_detour.checkpoint.state import refuse_unequal_replicas, reset_optimizer_state
 from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import RankBatch, rank_batch
-from megatron_detour.data.order import micro_batches_of
+from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import DetourError
 from megatron_detour.files import retry
@@ -199,7 +199,7 @@ class Trainer:
         objective = make(phase.objective, step.mask_rate, self.start.vocabulary, words)
         mixture, state = self.data.of(phase), self.state
         micro_tokens = phase.micro_sequences * phase.sequence_length
-        mine, of = micro_batches_of(step.tokens - step.start, micro_tokens, state.data_rank, state.data_size)
+        mine, of = rank_micro_batches(step.tokens - step.start, micro_tokens, state.data_rank, state.data_size)
 
         def read() -> RankBatch:
             documents = mixture.documents(step.start, step.tokens)

@@ -83,7 +83,7 @@ def test_every_recipe_is_planned(recipe, capsys, monkeypatch, tmp_path):
     out = capsys.readouterr().out
     raw = yaml.safe_load(recipe.read_text())
     for corpus in raw["data"]["corpora"]:
-        assert f"fault: data.corpora: {corpus['prefix']}.manifest.json: there is no such corpus" in out
+        assert f"fault: data.corpora: {corpus['prefix']}.manifest.json: no such corpus" in out
     assert re.search(r"model +\S+ ?.*M parameters", out)
     for section in ("time", "memory", "corpora", "disk"):
         assert re.search(rf"^{section} ", out + " ", re.M) or section in out.split()

@@ -233,21 +233,18 @@ def test_a_damaged_corpus_is_refused(corpus, tmp_path, suffix, change):
         file.unlink()
     else:
         os.truncate(file, size + change)
-    found = "is missing" if change is None else f"has {size + change:,} bytes"
+    state = "missing" if change is None else f"{size + change:,} bytes instead of {size:,}"
     with pytest.raises(DetourError) as caught:
         read_manifest(prefix)
-    assert (
-        str(caught.value)
-        == f"{file}: {found} where the manifest says {size:,}; build the corpus again, with --overwrite"
-    )
+    assert str(caught.value) == f"{file}: {state}; rebuild the corpus with --overwrite"
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "there is no such corpus; build it with tools/preprocess_data.py"),
-        (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
+        (None, "no such corpus; build it with tools/preprocess_data.py"),
+        (b"{", "invalid JSON"),
+        (b"\xff", "invalid JSON"),
         (b"[]", "not a JSON object"),
         (b'{"format": 1}', "not a corpus manifest of format 2"),
         (b'{"format": 2, "documents": 3}', "missing keys: files, tokenizer, tokens"),

@@ -61,7 +61,7 @@ def test_a_changed_byte_is_found(corpus, tmp_path):
 def test_files_that_agree_with_a_wrong_manifest(corpus, tmp_path):
     prefix = copy_of(corpus, tmp_path)
     whole = IndexedCorpus(prefix)
-    lengths, ids = np.array(whole.lengths), np.array(whole.stretch(0, whole.token_count))
+    lengths, ids = np.array(whole.lengths), np.array(whole.token_range(0, whole.token_count))
     ids[7] = 400
     prefix.with_suffix(".bin").write_bytes(ids.tobytes())
     vouch(prefix)
@@ -134,7 +134,7 @@ def test_merge_refuses_what_does_not_fit(corpus, tmp_path, tokenizer_folder):
         ([corpus.prefix, str(tmp_path / "b")], "m", "built with another tokenizer"),
         ([corpus.prefix], "b", "a corpus is already there"),
         ([str(tmp_path / "b")], "b", "one of the corpora to join"),
-        ([str(tmp_path / "none")], "m", "there is no such corpus"),
+        ([str(tmp_path / "none")], "m", "no such corpus"),
         ([corpus.prefix, corpus.prefix], "m", "is named twice"),
         ([corpus.prefix], "", "that is a folder"),
     ):
