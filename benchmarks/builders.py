@@ -95,7 +95,7 @@ def _sentencepiece(tokenizer_file: str) -> tuple[Callable, Callable]:
 
     from megatron_detour.tokenizer import sentencepiece_model as spm
 
-    model = spm.model_of(json.loads(Path(tokenizer_file).read_text(encoding="utf-8")))
+    model = spm.to_model(json.loads(Path(tokenizer_file).read_text(encoding="utf-8")))
     processor = SentencePieceProcessor(model_proto=model)
     return lambda texts: processor.encode(texts, out_type=int, num_threads=1), lambda rows: sum(map(len, rows))
 

@@ -88,12 +88,12 @@ def _documents(inputs: tuple[str, ...], text_key: str, seed: int) -> Iterator[tu
     """Documents without end, with the number of the pass over the input."""
     if not inputs:
         yield from ((text, 1) for text in invented(seed))
-    stretches, keys = plan_shards(find_inputs(list(inputs))[0]), TextKeys((text_key,))
+    shards, keys = plan_shards(find_inputs(list(inputs))[0]), TextKeys((text_key,))
     number = 0
     while True:
         number, found = number + 1, False
-        for stretch in stretches:
-            for block in read_shard(stretch, keys):
+        for shard in shards:
+            for block in read_shard(shard, keys):
                 found = found or bool(block.texts)
                 yield from ((text, number) for text in block.texts)
         if not found:

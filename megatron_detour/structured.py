@@ -83,7 +83,7 @@ def _text(path: str | Path, kind: str) -> str:
     except UnicodeDecodeError as error:
         raise DetourError(f"{path}: invalid {kind}: not UTF-8 (byte {error.start})") from None
     except OSError as error:
-        raise DetourError(f"{path}: cannot read: {error.strerror}") from None
+        raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _cause(error: Exception) -> str:

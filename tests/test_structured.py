@@ -53,7 +53,7 @@ def test_files(tmp_path):
             read(tmp_path)
     file.write_bytes(b'{"a": "\xff"}')
     for read, kind in ((read_json, "JSON"), (read_yaml, "YAML")):
-        with pytest.raises(DetourError, match=rf"f\.json: not {kind}: not UTF-8 text \(byte 7\)"):
+        with pytest.raises(DetourError, match=rf"f\.json: invalid {kind}: not UTF-8 \(byte 7\)"):
             read(file)
     file.write_text("[1]")
     assert read_json(file) == [1]

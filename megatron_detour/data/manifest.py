@@ -17,7 +17,7 @@ import msgspec
 
 from megatron_detour.errors import DetourError
 from megatron_detour.structured import read_json_object
-from megatron_detour.tokenizer import LARGEST_VOCABULARY
+from megatron_detour.tokenizer import MAX_VOCABULARY
 
 MANIFEST_FORMAT = 2
 SHOWN_SOURCES = 5
@@ -25,7 +25,7 @@ SHOWN_CHARACTERS = 120  # of a fault, which may quote the file
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Some = Annotated[int, msgspec.Meta(ge=1, lt=1 << 62)]
-Id = Annotated[int, msgspec.Meta(ge=0, lt=LARGEST_VOCABULARY)]
+Id = Annotated[int, msgspec.Meta(ge=0, lt=MAX_VOCABULARY)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -38,7 +38,7 @@ class FileFacts(TypedDict):
 class TokenizerFacts(TypedDict):
     """As returned by Vocabulary.to_dict()."""
 
-    size: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_VOCABULARY)]
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_VOCABULARY)]
     special_ids: list[Id]
     mask: Id | None
     pad: Id | None

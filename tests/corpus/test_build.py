@@ -119,7 +119,7 @@ def mixed(tmp_path_factory) -> list[str]:
 def test_the_bytes_depend_on_neither_workers_nor_parts(tmp_path, mixed, tokenizer_folder, monkeypatch):
     manifests = []
     for name, workers, stride in (("whole", 1, 1 << 25), ("one", 1, 3_001), ("three", 3, 3_001)):
-        monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+        monkeypatch.setattr(sources, "SHARD_BYTES", stride)
         assert (len(sources.plan_shards(mixed)) > 10) == (stride == 3_001)
         manifests.append(build(mixed, tmp_path / name, tokenizer_folder, workers=workers))
     assert bytes_at(tmp_path / "whole") == bytes_at(tmp_path / "one") == bytes_at(tmp_path / "three")
@@ -131,7 +131,7 @@ def test_rejects_stop_a_build_or_are_listed(tmp_path, prefix, tokenizer_folder, 
     bad = [b"{'text': 'x'}", b'{"text": null}', b'{"text": "caf\xe9"}']
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(good[:20] + bad + good[20:]) + b"\n")
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 500)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 500)
     message = failure([path], prefix, tokenizer_folder)
     assert f"{path}, line 21: not JSON" in message
     assert "--max-rejects" in message
@@ -296,7 +296,7 @@ def test_whole_files_go_with_parts_shards_and_resuming(tmp_path, tokenizer_folde
     one = build([folder], tmp_path / "one", tokenizer_folder, whole_files=True, **flags)
     assert one.removed["duplicate"] >= 1
     assert one.documents + one.held_out + one.removed["duplicate"] == one.records == 41
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 300)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 300)
     for index in (1, 0):
         shard = {"num_shards": 2, "shard_index": index}
         assert build([folder], tmp_path / "two", tokenizer_folder, whole_files=True, **flags, **shard) is None

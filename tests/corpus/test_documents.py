@@ -1,4 +1,4 @@
-"""Reading documents: every record is a document, empty or a reject with its reason, in whatever stretch it lies."""
+"""Reading documents: every record is a document, empty or a reject with its reason, in whatever shard it lies."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TEXTS = [f"text {i} œ " + "y" * (i % 7) for i in range(1_000)]
 
 
 def read(path: Path | str, keys: TextKeys | None = None, **options) -> list[Block]:
-    stretches = plan_shards(find_inputs([str(path)])[0], **options)
-    return [block for stretch in stretches for block in read_shard(stretch, keys or TextKeys())]
+    shards = plan_shards(find_inputs([str(path)])[0], **options)
+    return [block for shard in shards for block in read_shard(shard, keys or TextKeys())]
 
 
 def texts_of(blocks: list[Block]) -> list[str]:
@@ -38,10 +38,10 @@ def zstandard(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("block", [7, 64, 1 << 20])
 @pytest.mark.parametrize("stride", [1, 4, 5, 7, 100, 1 << 20])  # lines begin at bytes 4 and 5
-def test_every_line_belongs_to_one_stretch(tmp_path, monkeypatch, stride, block):
+def test_every_line_belongs_to_one_shard(tmp_path, monkeypatch, stride, block):
     path = tmp_path / "a.txt"
     path.write_bytes(LINES)
-    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+    monkeypatch.setattr(sources, "SHARD_BYTES", stride)
     monkeypatch.setattr(lines, "BLOCK_BYTES", block)
     blocks = read(path)
     expected = LINES.decode().replace("\r\n", "\n").split("\n")
@@ -51,18 +51,18 @@ def test_every_line_belongs_to_one_stretch(tmp_path, monkeypatch, stride, block)
 
 
 @pytest.mark.parametrize("stride", [1, 64, 65, 300, 1_000, 1 << 20])
-def test_a_bad_line_is_named_in_whatever_stretch(tmp_path, monkeypatch, stride):
-    """Each line in turn is bad; the number told is its own, wherever the stretches begin."""
-    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+def test_a_bad_line_is_named_in_whatever_shard(tmp_path, monkeypatch, stride):
+    """Each line in turn is bad; the number told is its own, wherever the shards begin."""
+    monkeypatch.setattr(sources, "SHARD_BYTES", stride)
     path = tmp_path / "a.jsonl"
     for bad in range(1, 13):
         lines = [json.dumps({"text": "x" * (17 * i)}).encode() for i in range(1, 13)]
         lines[bad - 1] = b"oops"
         path.write_bytes(b"\n".join(lines))
         found = [
-            records_before(stretch) + record + 1
-            for stretch in plan_shards([str(path)])
-            for block in read_shard(stretch, TextKeys())
+            records_before(shard) + record + 1
+            for shard in plan_shards([str(path)])
+            for block in read_shard(shard, TextKeys())
             for record, _ in block.rejects
         ]
         assert found == [bad]
@@ -203,9 +203,9 @@ def test_two_records_on_a_line_do_not_make_up_for_one_on_two(tmp_path, lines):
 
 
 def test_a_line_without_end_is_passed_over_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "LONGEST_LINE", 1_000)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1_000)
     monkeypatch.setattr(lines, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 700)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 700)
     content = b"a\n" + b"x" * 5_000 + b"\nb\n" + b"y" * 1_000 + b"\n" + b"z" * 3_000
     for name, whole in (("a.txt", content), ("a.txt.gz", gzip.compress(content))):
         (tmp_path / name).write_bytes(whole)
@@ -244,7 +244,7 @@ def table(texts: list[str | None]) -> pyarrow.Table:
 @pytest.mark.parametrize("stride", [900, 1 << 25])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_the_same_documents(tmp_path, monkeypatch, kind, stride):
-    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+    monkeypatch.setattr(sources, "SHARD_BYTES", stride)
     KINDS[kind](tmp_path / kind)
     blocks = read(tmp_path / kind)
     assert texts_of(blocks) == TEXTS
@@ -260,10 +260,10 @@ def test_a_dataset_that_load_dataset_opens(tmp_path, monkeypatch, streaming):
         share = TEXTS[number::3]
         pyarrow.parquet.write_table(table(share), tmp_path / f"train-{number}.parquet")
     dataset = HubDataset(str(tmp_path), streaming=streaming)
-    stretches = plan_shards([], dataset=dataset)
-    found = [t for stretch in stretches for block in read_shard(stretch, TextKeys()) for t in block.texts]
+    shards = plan_shards([], dataset=dataset)
+    found = [t for shard in shards for block in read_shard(shard, TextKeys()) for t in block.texts]
     assert found == TEXTS[0::3] + TEXTS[1::3] + TEXTS[2::3]
-    assert len(stretches) == len(plan_parts(stretches, "")) == (3 if streaming else 1)
+    assert len(shards) == len(plan_parts(shards, "")) == (3 if streaming else 1)
     with pytest.raises(DetourError, match="cannot be opened"):
         plan_shards([], dataset=HubDataset(str(tmp_path / "none"), streaming=streaming))
 
@@ -357,8 +357,8 @@ def test_large_texts_are_not_read_many_at_once(tmp_path, monkeypatch, kind):
         pyarrow.parquet.write_table(table(texts), tmp_path / "a.parquet", row_group_size=60)
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
         chosen = HubDataset(str(tmp_path), streaming=True) if kind == "streamed" else None
-        stretches = plan_shards([] if chosen else [str(tmp_path / "a.parquet")], dataset=chosen)
-        blocks = [block for stretch in stretches for block in read_shard(stretch, TextKeys())]
+        shards = plan_shards([] if chosen else [str(tmp_path / "a.parquet")], dataset=chosen)
+        blocks = [block for shard in shards for block in read_shard(shard, TextKeys())]
     assert texts_of(blocks) == texts
     assert max(sum(map(len, block.texts)) for block in blocks) < 10_000 + 4_100
     assert max(block.records for block in blocks) == documents.ROWS
@@ -442,17 +442,17 @@ def test_a_file_that_ends_too_early_or_is_none(tmp_path, name):
 def test_small_files_share_parts_and_a_changed_one_makes_another(tmp_path):
     for number in range(50):
         (tmp_path / f"{number:02d}.txt").write_text(f"text {number}")
-    stretches = plan_shards(find_inputs([str(tmp_path)])[0])
-    (part,) = plan_parts(stretches, "")
-    assert part.stretches == tuple(stretches)
-    assert plan_parts(stretches, "")[0].key == part.key
-    assert plan_parts(stretches, "other options")[0].key != part.key
+    shards = plan_shards(find_inputs([str(tmp_path)])[0])
+    (part,) = plan_parts(shards, "")
+    assert part.shards == tuple(shards)
+    assert plan_parts(shards, "")[0].key == part.key
+    assert plan_parts(shards, "other options")[0].key != part.key
     (tmp_path / "07.txt").write_text("text X")
     assert plan_parts(plan_shards(find_inputs([str(tmp_path)])[0]), "")[0].key != part.key
 
 
 def test_read_documents_of_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 30)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 30)
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["one", "two", " ", "three"]) + b"oops\n" + jsonl(["four"]))
     found = read_documents(path)

@@ -33,7 +33,7 @@ from megatron_detour.errors import command_line
 import argparse
 
 pytestmark = pytest.mark.integration
-sources.STRETCH_BYTES = {STRETCH}
+sources.SHARD_BYTES = {STRETCH}
 parser = argparse.ArgumentParser()
 options.add_flags(parser)
 if __name__ == "__main__":
@@ -50,7 +50,7 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(sources, "STRETCH_BYTES", STRETCH)
+    monkeypatch.setattr(sources, "SHARD_BYTES", STRETCH)
 
 
 @pytest.fixture(scope="module")

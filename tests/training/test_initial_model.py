@@ -87,7 +87,7 @@ def test_words_are_there_for_phases_that_mask_them(hub, tokenizer_folder):
     last = dataclasses.replace(config.phases[-1], objective="mlm", mask_rate=0.3, whole_word_masking=True)
     words = InitialModel.of(dataclasses.replace(config, phases=(*config.phases[:-1], last))).words
     expected = Words.of(tokenizer_folder / "tokenizer.json", vocabulary.load_vocabulary(tokenizer_folder))
-    assert (words.goes_on == expected.goes_on).all()
+    assert (words.continues == expected.continues).all()
     assert (words.is_open == expected.is_open).all()
 
 
