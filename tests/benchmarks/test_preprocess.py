@@ -111,7 +111,7 @@ def test_invented_texts_are_the_same_for_a_seed_and_never_run_out_of_words():
         ({"rounds": 0}, "--rounds: must be above 0"),
         ({"workers": (1, 0)}, "--workers: must be above 0, it is 0"),
         ({"scratch": "nowhere"}, "--scratch: there is no folder nowhere"),
-        ({"input": ("nowhere.jsonl",)}, "nowhere.jsonl: there is no such input file"),
+        ({"input": ("nowhere.jsonl",)}, "nowhere.jsonl: no such input file"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_sentence(changes, told):

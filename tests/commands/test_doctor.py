@@ -79,7 +79,7 @@ def test_a_run_that_can_start(run_file):
     found = by_what(doctor.items(str(run_file), []))
     assert found["run file"][0].text.endswith("run.yaml: small")
     assert "weights match config.json" in found["model"][0].text
-    assert found["corpus"][0].text.split(": ", 1)[1].startswith("whole, 300 documents")
+    assert found["corpus"][0].text.split(": ", 1)[1].startswith("intact, 300 documents")
     assert len(found["corpus"]) == 1  # used twice, read once
     assert "plan" not in found
     for what in ("run file", "model", "attention", "kernels", "fit", "corpus"):

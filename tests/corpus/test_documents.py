@@ -69,22 +69,22 @@ def test_a_bad_line_is_named_in_whatever_shard(tmp_path, monkeypatch, stride):
 
 
 BAD_LINES = {
-    "not JSON": (b"{'text': 'x'}", "not JSON"),
-    "deep": (b"[" * 200_000, "not JSON"),
-    "two objects": (b'{"text": "a"} {"text": "b"}', "not JSON"),
+    "invalid JSON": (b"{'text': 'x'}", "invalid JSON"),
+    "deep": (b"[" * 200_000, "invalid JSON"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "invalid JSON"),
     "no object": (b'["text"]', "not a JSON object such as"),
     "no key": (b'{"txet": "x"}', "no key 'text'"),
     "an object": (
         b'{"text": {"a": "x", "b": "y"}}',
-        "the value of 'text' is an object; --text-key text.NAME takes the text under NAME in it",
+        "the value of 'text' is an object; use --text-key text.NAME for the text under NAME in it",
     ),
     "a usual key": (b'{"Jane Doe": 1, "note": {"text": "x"}}', "no key 'text' (there is 'note'); --text-key names"),
-    "twice": (b'{"text": "a", "text": "b"}', "the key 'text' appears twice"),
-    "twice, with spaces": (b'{"text" : "a", "n": 1, "text" :"b"}', "the key 'text' appears twice"),
+    "twice": (b'{"text": "a", "text": "b"}', "duplicate key 'text'"),
+    "twice, with spaces": (b'{"text" : "a", "n": 1, "text" :"b"}', "duplicate key 'text'"),
     "null": (b'{"text": null}', "the value of 'text' is null"),
-    "no text": (b'{"text": ["x"]}', "the value of 'text' is not a text"),
-    "half a surrogate pair": (b'{"text": "x \\ud83e"}', "holds half a surrogate pair"),
-    "surrogates the wrong way round": (b'{"text": "\\udd20\\ud83e"}', "holds half a surrogate pair"),
+    "no text": (b'{"text": ["x"]}', "the value of 'text' is not a string"),
+    "half a surrogate pair": (b'{"text": "x \\ud83e"}', "contains a lone surrogate"),
+    "surrogates the wrong way round": (b'{"text": "\\udd20\\ud83e"}', "contains a lone surrogate"),
     "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8"),
 }
 
@@ -154,7 +154,7 @@ def test_a_key_with_a_dot_is_taken_as_it_is_spelled_or_as_a_way_inside(tmp_path,
     assert block.texts == [f"{text}|{text}"]
     (tmp_path / "b.jsonl").write_bytes(beside + json.dumps(record).encode()[:-1] + b', "a": 1, "a": 2}\n')
     (block,) = read(tmp_path / "b.jsonl", TextKeys((key,)))
-    assert (block.texts, block.rejects[-1][1]) == ([], "the key 'a' appears twice")
+    assert (block.texts, block.rejects[-1][1]) == ([], "duplicate key 'a'")
     if "no object" not in record.values():
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
         (block,) = read(tmp_path / "a.parquet", TextKeys((key,)))
@@ -264,7 +264,7 @@ def test_a_dataset_that_load_dataset_opens(tmp_path, monkeypatch, streaming):
     found = [t for shard in shards for block in read_shard(shard, TextKeys()) for t in block.texts]
     assert found == TEXTS[0::3] + TEXTS[1::3] + TEXTS[2::3]
     assert len(shards) == len(plan_parts(shards, "")) == (3 if streaming else 1)
-    with pytest.raises(DetourError, match="cannot be opened"):
+    with pytest.raises(DetourError, match="cannot open this dataset"):
         plan_shards([], dataset=HubDataset(str(tmp_path / "none"), streaming=streaming))
 
 
@@ -304,10 +304,10 @@ def test_folders_globs_and_whole_files(tmp_path):
     (tmp_path / "deep/c.txt.gz").write_bytes(gzip.compress(b"five\nsix"))
     assert texts_of(read(tmp_path, whole_files=True))[1:2] == ["five\nsix"]
     for names, says in (
-        ([f"{tmp_path}/*.jsonl"], "there is no such input file"),
+        ([f"{tmp_path}/*.jsonl"], "no such input file"),
         ([f"{tmp_path}/deep/readme.md"], "an input file must end in"),
-        ([f"{tmp_path}/deep/*.md"], "no file there ends in"),
-        ([str(tmp_path / "deep"), str(tmp_path / "deep/a.txt")], "a.txt: this input is named twice"),
+        ([f"{tmp_path}/deep/*.md"], "no file ends in"),
+        ([str(tmp_path / "deep"), str(tmp_path / "deep/a.txt")], "a.txt: this input is given twice"),
     ):
         with pytest.raises(DetourError, match=says):
             find_inputs(names)
@@ -327,7 +327,7 @@ def test_links_are_followed_and_others_are_told(tmp_path):
     assert find_inputs([f"{tmp_path}/in/**"], (tmp_path / "in/out.rejects.jsonl",))[0] == found
     (tmp_path / "in/again.txt").symlink_to(tmp_path / "in/a.txt")
     assert find_inputs([str(tmp_path / "in")], (tmp_path / "in/out.rejects.jsonl",))[0] == found
-    with pytest.raises(DetourError, match=r"a\.txt: this input is named twice"):
+    with pytest.raises(DetourError, match=r"a\.txt: this input is given twice"):
         find_inputs([str(tmp_path / "in"), str(tmp_path / "in/again.txt")])
 
 
@@ -402,7 +402,7 @@ def test_a_saved_dataset_whose_files_lie_elsewhere_is_refused(tmp_path):
     state = json.loads((tmp_path / "d/state.json").read_text())
     state["_data_files"] = [{"filename": "../other/data.arrow"}]
     (tmp_path / "d/state.json").write_text(json.dumps(state))
-    with pytest.raises(DetourError, match=r"state\.json: its _data_files are not a list of files beside it"):
+    with pytest.raises(DetourError, match=r"state\.json: _data_files must be a list of adjacent files"):
         read(tmp_path / "d")
 
 
@@ -457,5 +457,5 @@ def test_read_documents_of_a_file(tmp_path, monkeypatch):
     path.write_bytes(jsonl(["one", "two", " ", "three"]) + b"oops\n" + jsonl(["four"]))
     found = read_documents(path)
     assert [next(found) for _ in range(3)] == ["one", "two", "three"]
-    with pytest.raises(DetourError, match=r"a\.jsonl, line 5: not JSON"):
+    with pytest.raises(DetourError, match=r"a\.jsonl, line 5: invalid JSON"):
         next(found)

@@ -146,5 +146,5 @@ def test_documents_of_which_the_tokenizer_leaves_nothing_are_empty(tmp_path, tok
 
 
 def test_an_unknown_language_is_refused():
-    with pytest.raises(DetourError, match="--language: 'english' is no code of py3langid; it knows ace af"):
+    with pytest.raises(DetourError, match="--language: py3langid does not support 'english'; it supports ace af"):
         Cleaner(BuildOptions(language=("fr", "english")))

@@ -167,7 +167,7 @@ def test_shards_and_ray_give_the_bytes_of_one_process(tmp_path, texts, tokenizer
 
 def test_two_builds_of_one_corpus_do_not_mix(tmp_path, texts, tokenizer_folder):
     journal = Journal(str(tmp_path / "c"))
-    with journal.lock(None), pytest.raises(DetourError, match="another build of it is running"):
+    with journal.lock(None), pytest.raises(DetourError, match="another build of this corpus is running"):
         build([texts], tmp_path / "c", tokenizer_folder)
     with journal.lock(1):
         with pytest.raises(DetourError, match="lock-1 is held"):
@@ -225,7 +225,7 @@ def test_a_stopped_build_says_so(tmp_path, texts, tokenizer_folder, sign):
             break
     assert process.returncode == 130
     told = [line for line in process.stderr.read().splitlines() if "stopped" in line]
-    assert told == [f"stopped; finished parts are kept in {folder}/.c.building, the same command goes on"]
+    assert told == [f"stopped; finished parts are kept in {folder}/.c.building, run the same command to resume"]
 
 
 def test_a_place_without_files_is_told(tmp_path, texts, tokenizer_folder):
@@ -244,7 +244,7 @@ def test_a_file_that_grows_before_the_first_part_is_refused(tmp_path, texts, tok
         return real(*arguments)
 
     monkeypatch.setattr(corpus_build, "choose_engine", append_meanwhile)
-    with pytest.raises(DetourError, match=r"t\.jsonl: changed while it was read"):
+    with pytest.raises(DetourError, match=r"t\.jsonl: changed during the build"):
         build([path], tmp_path / "c", tokenizer_folder)
 
 
@@ -255,7 +255,7 @@ def test_a_file_that_comes_to_a_folder_is_refused(tmp_path, texts, tokenizer_fol
     monkeypatch.setattr(
         corpus_build, "run_parts", lambda *given: (real(*given), (tmp_path / "in/b.jsonl").write_text('{"text": "x"}'))
     )
-    with pytest.raises(DetourError, match="changed while it was read"):
+    with pytest.raises(DetourError, match="changed during the build"):
         build([tmp_path / "in"], tmp_path / "c", tokenizer_folder)
 
 
@@ -363,7 +363,7 @@ def test_nothing_of_an_earlier_corpus_is_left(tmp_path, texts, tokenizer_folder)
     build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
     assert {path.name for path in tmp_path.glob("*c.*")} == {"c.bin", "c.idx", "c.manifest.json"}
     build([texts], tmp_path / "d.heldout", tokenizer_folder)
-    with pytest.raises(DetourError, match=r"d\.heldout\.manifest\.json: a corpus is already there"):
+    with pytest.raises(DetourError, match=r"d\.heldout\.manifest\.json: already exists"):
         build([texts], tmp_path / "d", tokenizer_folder, held_out=0.1)
     build([texts], tmp_path / "e", tokenizer_folder, held_out=0.1)
     (tmp_path / "e.heldout.bin").unlink()
@@ -373,7 +373,7 @@ def test_nothing_of_an_earlier_corpus_is_left(tmp_path, texts, tokenizer_folder)
 
 def test_a_missing_package_is_named(tmp_path, texts, tokenizer_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
-    with pytest.raises(DetourError, match=r"needs the package rensa: pip install"):
+    with pytest.raises(DetourError, match=r"requires rensa: pip install"):
         build([texts], tmp_path / "c", tokenizer_folder, deduplicate="near")
 
 
@@ -383,7 +383,7 @@ def test_too_many_rejects_stop_a_part_at_once(tmp_path, tokenizer_folder):
     part = sources.plan_parts(sources.plan_shards([str(tmp_path / "a.jsonl.gz")]), "")[0]
     options = BuildOptions(str(tmp_path / "c"), str(tokenizer_folder), (), max_rejects=10)
     job = worker.Job(options, "tokenizers", str(tokenizer_folder / "tokenizer.json"), "<u2", 2)
-    with pytest.raises(DetourError, match=r"line 11: no key 'text'.*more than --max-rejects 10"):
+    with pytest.raises(DetourError, match=r"line 11: no key 'text'.*more than --max-rejects 10 records are invalid"):
         worker.build_part(part, job, lambda read, made: reports.append(read))
     assert len(reports) < 3
     assert not list((tmp_path / ".c.building").glob("*")) if (tmp_path / ".c.building").exists() else True
@@ -400,7 +400,7 @@ def test_a_file_that_grows_is_refused(tmp_path, texts, tokenizer_folder, monkeyp
             file.write(json.dumps({"text": "more"}) + "\n")
 
     monkeypatch.setattr(corpus_build, "run_parts", append_meanwhile)
-    with pytest.raises(DetourError, match=r"t\.jsonl: changed while it was read"):
+    with pytest.raises(DetourError, match=r"t\.jsonl: changed during the build"):
         build([path], tmp_path / "c", tokenizer_folder)
     assert not list(tmp_path.glob("c.*"))
     monkeypatch.setattr(corpus_build, "run_parts", real)

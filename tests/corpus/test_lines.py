@@ -42,7 +42,7 @@ def test_wide_text_is_refused_with_the_remedy(tmp_path, encoding, language, pack
                 read(path, whole_files)
             assert str(caught.value).startswith(f"{path}: its text is in {encoding}; ")
             assert str(caught.value).endswith(f"iconv -f {encoding} -t UTF-8")
-            assert ("unpack it" in str(caught.value)) == bool(packed)
+            assert ("decompress it" in str(caught.value)) == bool(packed)
 
 
 @pytest.mark.parametrize("stride", [500, 501, 502, 503])
