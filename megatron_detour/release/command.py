@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_detour import log
 from megatron_detour.errors import DetourError
 from megatron_detour.release import hub
 from megatron_detour.release.card_metadata import CardMetadata, read_card_metadata
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace, evaluation: list[dict[str, Any]] | None, sc
 
     `evaluation` are rows for the card, `scored` the folder whose scores they are, where it is there unchanged.
     """
+    log.to_terminal()
     repository = options.push_to_hub
     if options.private and not repository:
         raise DetourError("--private: is of --push-to-hub REPO, which is not there")
