@@ -18,11 +18,14 @@ ALLOWED = {
     "": ("", ""),
     "text": ("", ""),
     "errors": ("text", ""),
+    "log": ("text", ""),
     "structured": ("errors", "yaml"),
+    "settings": ("errors", ""),
+    "model_parts": ("settings", ""),
     "files": ("", ""),
     "counter_rng": ("", "numpy"),
     "ui": ("ui errors files", "rich jinja2 matplotlib"),
-    "config": ("config errors", "yaml"),
+    "config": ("config settings model_parts errors", "yaml"),
     "plan": ("config errors", ""),
     "runtime": ("runtime errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
@@ -32,7 +35,7 @@ ALLOWED = {
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
     "kernels.fused": ("", "torch triton"),
-    "model": ("parallel kernels model errors", "torch"),
+    "model": ("parallel kernels model model_parts errors", "torch"),
     "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
     "data.manifest": ("tokenizer errors", "msgspec"),
     "data.batches": ("data tokenizer objectives config errors files", "numpy torch"),
@@ -53,9 +56,8 @@ ALLOWED = {
         "torch safetensors tokenizers transformers",
     ),
     "checkpoint.source": ("tokenizer.vocabulary model.shape errors", ""),
-    "checkpoint.state": ("parallel model checkpoint errors files", "torch deepspeed"),
     "release": (
-        "release checkpoint model tokenizer data.manifest observe.run_files observe.run_folder observe.steps ui "
+        "release log checkpoint model tokenizer data.manifest observe.run_files observe.run_folder observe.steps ui "
         "config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
@@ -84,7 +86,7 @@ ALLOWED = {
         "numpy torch transformers rich",
     ),
     "forecast": (
-        "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
+        "forecast config plan model_parts model.shape model.flops model.peaks data.manifest data.indexed data.order "
         "tokenizer checkpoint.source errors",
         "numpy",
     ),
@@ -96,8 +98,8 @@ ALLOWED = {
     "commands.main": ("commands errors", ""),
     "commands.plan": ("forecast config plan errors", ""),
     "training": (
-        "training runtime checkpoint data tokenizer model observe parallel kernels config errors files forecast "
-        "objectives plan",
+        "training log runtime checkpoint data tokenizer model model_parts observe parallel kernels config errors files "
+        "forecast objectives plan",
         "numpy torch yaml",
     ),
     "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
@@ -106,7 +108,7 @@ ALLOWED = {
         "numpy torch transformers",
     ),
     "benchmarks.checkpoints": (
-        "benchmarks checkpoint config model plan training errors",
+        "benchmarks checkpoint config model parallel plan training errors",
         "torch psutil transformers",
     ),
     "benchmarks.read": ("benchmarks data tokenizer config errors files objectives", "numpy"),
@@ -131,7 +133,6 @@ LAZY = {
     "corpus.filters": "rensa py3langid",
     "corpus.ray_workers": "ray",
     "checkpoint.huggingface": "tokenizers transformers",
-    "checkpoint.state": "deepspeed",
     "training.engine": "deepspeed",
     "observe.sinks": "tensorboard wandb",
     "release.card": "jinja2",
@@ -144,8 +145,7 @@ LAZY = {
     "evaluation.masked_words.measure": "torch transformers",
 }
 TYPES_ONLY = {
-    "training": "deepspeed",
-    "benchmarks.checkpoints": "deepspeed",
+    "parallel.zero": "deepspeed",
     "ui": "matplotlib",
 }  # under TYPE_CHECKING, beyond what ALLOWED names
 
@@ -261,7 +261,7 @@ def test_libraries_are_kept_to_their_places():
     def places(library: str) -> set[str]:
         return {place for place, (_, libraries) in ALLOWED.items() if library in libraries.split()}
 
-    assert places("deepspeed") == {"training.engine", "checkpoint.state"}
+    assert places("deepspeed") == {"training.engine"}
     packages = {place.split(".")[0] for place in places("transformers")}
     assert packages == {"checkpoint", "evaluation", "benchmarks"}
     assert places("triton") == {"kernels.fused"}
@@ -324,7 +324,7 @@ def test_a_forbidden_arrow_is_found(module, source, why):
             "corpus.engines",
             "if TYPE_CHECKING:\n    from tokenizers import Tokenizer\ndef f():\n    import tokenizers",
         ),
-        ("training.trainer", "if TYPE_CHECKING:\n    from deepspeed import DeepSpeedEngine"),
+        ("parallel.zero", "if TYPE_CHECKING:\n    from deepspeed import DeepSpeedEngine"),
         ("parallel.state", "import torch.distributed as dist"),
     ],
 )

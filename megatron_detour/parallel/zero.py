@@ -55,7 +55,7 @@ class Zero:
     """A model under ZeRO-2 and AdamW: gradients over micro-batches, their norm, and the clipped step."""
 
     def __init__(self, engine: DeepSpeedEngine, parallel: ParallelState, clip: float) -> None:
-        """`clip` is the greatest norm of a gradient; 0 clips nothing."""
+        """`clip` is the greatest norm of a gradient."""
         self.engine, self.parallel, self.clip = engine, parallel, clip
         self._zero = zero = engine.optimizer
         zero.has_overflow = lambda partition_gradients: True  # asked where check_grad_overflow is set: see `step`
@@ -122,7 +122,6 @@ class Zero:
     def step(self, norm: torch.Tensor, skip: bool = False) -> None:
         """Clips the gradient, whose `norm` is, and updates what is not frozen; `skip` throws the gradient away."""
         # As DeepSpeed clips: the factor is 1 where the norm is less than `clip`.
-        scale = torch.clamp((norm + 1e-6) / self.clip, min=1.0) if self.clip else torch.ones_like(norm)
-        self._zero.optimizer.gradient_factor = 1.0 / scale
+        self._zero.optimizer.gradient_factor = 1.0 / torch.clamp((norm + 1e-6) / self.clip, min=1.0)
         self._zero.check_grad_overflow = skip
         self.engine.step()

@@ -84,10 +84,9 @@ class Checkpoints:
             self.guard.restore(run_state["guard"])
             self._start_hash = run_state.get("start")
             model = self.run.config.model
-            if self.run.initial.tokenizer.name not in (model.tokenizer, model.start):
-                logger.info(
-                    "%s is gone; %s stands in for it", model.start or model.tokenizer, self.run.initial.tokenizer.name
-                )
+            stand_in = self.run.initial.tokenizer.name
+            if stand_in not in (model.tokenizer, model.start):
+                logger.info("%s is gone; %s stands in for it", model.start or model.tokenizer, stand_in)
             logger.info("resuming from %s at %s tokens", checkpoint, f"{run_state['tokens']:,}")
             return run_state["tokens"]
 
@@ -151,9 +150,8 @@ class Checkpoints:
 
     def _is_kept(self, number: int) -> bool:
         """Whether the checkpoint of this step stays for good: the start, phase boundaries, what `keep_every` asks."""
-        if not number or self.run.initial.tokenizer.name == str(
-            self.path(number)
-        ):  # which stands in for the start model
+        stands_in = self.run.initial.tokenizer.name == str(self.path(number))  # for a start model that is gone
+        if not number or stands_in:
             return True
         step = self.run.plan.step(number)
         return step.ends_phase or step.passes(self.run.config.checkpoint.keep_every)
@@ -168,8 +166,8 @@ class Checkpoints:
             raise DetourError(f"{self.run.folder}: the run's folder was removed while the run wrote it") from None
         if free < needed:
             raise DetourError(
-                f"{self.run.folder}: the disk has {free / 1e9:.2f} GB left, and a checkpoint takes {needed / 1e9:.2f} GB; "
-                "make room and start again: nothing that was saved is lost"
+                f"{self.run.folder}: the disk has {free / 1e9:.2f} GB left, and a checkpoint takes "
+                f"{needed / 1e9:.2f} GB; make room and start again: nothing that was saved is lost"
             )
 
     def _run_state(self, done: Step | None) -> dict[str, Any]:

@@ -34,9 +34,12 @@ def no_pauses(monkeypatch):
 
 def load(documents, rank_batch, monkeypatch) -> tuple:
     made = object.__new__(Trainer)
-    made.data = SimpleNamespace(of=lambda phase: SimpleNamespace(documents=documents))
-    made.state = SimpleNamespace(data_rank=0, data_size=1, sequence_multiple=1)
-    made.start, made.config = SimpleNamespace(words=None, vocabulary=None), SimpleNamespace(seed=7)
+    made.run = SimpleNamespace(
+        data=SimpleNamespace(of=lambda phase: SimpleNamespace(documents=documents)),
+        parallel=SimpleNamespace(data_rank=0, data_size=1, sequence_multiple=1),
+        initial=SimpleNamespace(words=None, vocabulary=None),
+        config=SimpleNamespace(seed=7),
+    )
     settings = SimpleNamespace(whole_word_masking=False)
     phase = SimpleNamespace(settings=settings, objective="clm", micro_sequences=1, sequence_length=8)
     monkeypatch.setattr(module, "make", lambda *arguments: "objective")
