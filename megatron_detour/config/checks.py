@@ -11,8 +11,9 @@ def check(config: RunConfig, faults: Faults) -> None:
     _check_model(config, faults)
     _check_corpora(config.data.corpora, "data.corpora", faults)
     _check_corpora(config.validation.corpora, "validation.corpora", faults)
-    if config.profile and config.profile.steps[0] > config.profile.steps[1]:
-        faults.add("profile.steps", f"{config.profile.steps[0]} comes after {config.profile.steps[1]}")
+    first, last = config.profile.steps if config.profile else (1, 1)
+    if first > last:
+        faults.add("profile.steps", f"the first step, {first}, comes after the last one, {last}")
     names = [phase.name for phase in config.phases]
     for number, phase in enumerate(config.phases):
         key = f"phases.{number}"

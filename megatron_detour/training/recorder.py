@@ -165,7 +165,7 @@ class Recorder:
         add_session(run.folder, session_facts(run, run.plan.at(tokens).number - 1), facts)
         self._described = True
         if facts["unigram_loss"] is not None:
-            logger.info("always guessing by token frequency, the validation MLM loss is %.3f", facts["unigram_loss"])
+            logger.info("unigram baseline of the validation MLM loss: %.3f", facts["unigram_loss"])
 
     def _note(self, **facts: Any) -> None:
         if self._described:
