@@ -26,21 +26,34 @@ from megatron_detour.structured import parse_yaml, read_yaml
 GREATEST = 2**53  # of whole numbers
 MOST = 10**15  # of tokens and seconds: what lies above is a slip, and more than floating-point numbers tell apart
 SHOWN = 200  # characters of a wrong value
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Reads a run file and applies overrides such as ``phases.detour.tokens=1B``. Raises DetourError."""
-    path = Path(path)
+    path = _find(Path(path))
     try:
         raw = read_yaml(path)
     except FileNotFoundError:
-        raise DetourError(f"{path}: there is no such run file") from None
+        hint = nearest(path.stem, recipes())
+        raise DetourError(f"{path}: there is no such run file, and no such recipe{hint}") from None
     if not isinstance(raw, dict):
         raise DetourError(f"{path}: a run file is a YAML mapping with keys such as name, model, data and phases")
     for override in overrides or []:
         _apply(raw, override)
     config = from_dict(raw, str(path))
     return dataclasses.replace(config, deepspeed=_beside(config.deepspeed, path))
+
+
+def recipes() -> list[str]:
+    """The names of the packaged run files."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _find(path: Path) -> Path:
+    """The file itself, or the recipe of its name where there is no such file, also as examples/recipes/NAME.yaml."""
+    named = path.stem if str(path.parent) in (".", "examples/recipes") else ""
+    return RECIPES / f"{named}.yaml" if named in recipes() and not path.exists() else path
 
 
 def from_dict(raw: dict[str, Any], origin: str = "run file") -> RunConfig:
