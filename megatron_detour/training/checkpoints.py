@@ -26,8 +26,8 @@ from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
 from megatron_detour.plan import Step
 from megatron_detour.training.guards import Guard, is_memory
+from megatron_detour.training.run import Run
 from megatron_detour.training.run_directory import CHECKPOINTS, METRICS, newest_checkpoint, note, start_hash
-from megatron_detour.training.setup import Run
 
 logger = logging.getLogger(__name__)
 

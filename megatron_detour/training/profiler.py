@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_detour.plan import Step
-from megatron_detour.training.setup import Run
+from megatron_detour.training.run import Run
 
 logger = logging.getLogger(__name__)
 

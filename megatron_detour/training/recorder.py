@@ -30,6 +30,7 @@ from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, Wa
 from megatron_detour.runtime.failure_detector import Verdict
 from megatron_detour.runtime.lock import RunLock
 from megatron_detour.training.checkpoints import Checkpoints
+from megatron_detour.training.run import Run
 from megatron_detour.training.run_directory import (
     METRICS,
     add_session,
@@ -38,7 +39,6 @@ from megatron_detour.training.run_directory import (
     note,
     refuse_another_run,
 )
-from megatron_detour.training.setup import Run
 from megatron_detour.training.validation import Validation
 
 logger = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ from megatron_detour.training.freezing import freeze
 from megatron_detour.training.guards import Guard, not_finite
 from megatron_detour.training.profiler import Profiler
 from megatron_detour.training.recorder import REPORT_SECONDS, Recorder
-from megatron_detour.training.setup import Run, initial_model
+from megatron_detour.training.run import Run, initial_model
 from megatron_detour.training.validation import Validation
 
 REPLICA_STEPS = 100  # between checks of the parameters that every tensor rank holds whole

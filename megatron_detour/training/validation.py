@@ -16,7 +16,7 @@ from megatron_detour.files import retry
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.objectives import CausalLM, MaskedLM, Objective
 from megatron_detour.tokenizer.token_bytes import byte_lengths
-from megatron_detour.training.setup import Run
+from megatron_detour.training.run import Run
 
 UNIGRAM_TOKENS = 20_000_000  # read of each corpus for its unigram distribution
 

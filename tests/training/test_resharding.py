@@ -93,7 +93,7 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     from megatron_detour.training.engine import create_engine, start_distributed
     from megatron_detour.training.guards import Guard
     from megatron_detour.training.initial_model import InitialModel
-    from megatron_detour.training.setup import Run
+    from megatron_detour.training.run import Run
 
     config = load(run_file, [*GENTLE, *overrides, f"folder={folder}"])
     plan, start = Plan.of(config), InitialModel.of(config)
