@@ -90,8 +90,8 @@ ALLOWED = {
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands log forecast training checkpoint corpus config plan data model kernels parallel observe runtime release "
-        "evaluation errors",
+        "commands log forecast training checkpoint corpus config plan data model kernels parallel observe runtime "
+        "release evaluation errors",
         "torch psutil packaging rich transformers",
     ),
     "commands.main": ("commands.parser errors", ""),
