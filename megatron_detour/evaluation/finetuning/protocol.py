@@ -9,7 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.evaluation.task import METRICS, TYPES, Task, known_tasks
+from megatron_detour.evaluation.task import Task, known_tasks
+from megatron_detour.evaluation.task_types import TASK_TYPES
 from megatron_detour.structured import parse_yaml, read_yaml
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -84,7 +85,7 @@ class Protocol(msgspec.Struct, frozen=True):
             found = _converted(msgspec.to_builtins(self.by_type[task.type]) | self.by_task.get(task.name, {}))
         except msgspec.ValidationError as error:
             raise DetourError(f"protocol {self.name}, tasks.{task.name}: {_reason(error)}") from None
-        metrics = METRICS[task.type]
+        metrics = task.kind.metric_names
         if found.select_by is not None and found.select_by not in metrics:
             raise DetourError(
                 f"protocol {self.name}: select_by: unknown metric {found.select_by!r} for {task.name}, a task of "
@@ -118,7 +119,7 @@ def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B0
     try:
         file = msgspec.convert(content, _File)
         _check_names(file)
-        by_type = {kind: _converted(file.defaults | file.types.get(kind, {}) | given) for kind in TYPES}
+        by_type = {kind: _converted(file.defaults | file.types.get(kind, {}) | given) for kind in TASK_TYPES}
     except (ValueError, msgspec.ValidationError) as error:
         where = f"{path}{' with ' + ' '.join(overrides) if overrides else ''}"
         raise DetourError(f"{where}: {_reason(error)}") from None
@@ -130,8 +131,8 @@ def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B0
 def _check_names(file: _File) -> None:
     """Raises ValueError for an unknown task type or setting, and for seeds that cannot be."""
     for key in file.types:
-        if key not in TYPES:
-            raise ValueError(f"types: unknown task type {key!r}{nearest(key, list(TYPES))}")
+        if key not in TASK_TYPES:
+            raise ValueError(f"types: unknown task type {key!r}{nearest(key, list(TASK_TYPES))}")
     known = Settings.__struct_fields__
     sections = {f"types.{key}": changes for key, changes in file.types.items()}
     sections |= {f"tasks.{key}": changes for key, changes in file.tasks.items()}

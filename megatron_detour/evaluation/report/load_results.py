@@ -14,6 +14,8 @@ import numpy as np
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.results import RESULTS, Cell, Result, predictions_path, read_results
+from megatron_detour.evaluation.task import known_tasks, load_task
+from megatron_detour.evaluation.task_types import METRICS
 from megatron_detour.structured import read_json_object
 
 REQUIRED = ("protocol", "metric", "score", "scores", "examples", "seconds")
@@ -115,7 +117,7 @@ def _check(path: Path, cell: Cell, result: Result) -> None:
     for key in REQUIRED:
         if key not in result:
             raise DetourError(f"{path}: the result of {cell} lacks the key {key!r}; remove its line and evaluate again")
-    if result["metric"] not in FORMS:
+    if result["metric"] not in METRICS:
         raise DetourError(f"{path}: unknown metric {result['metric']!r} of {cell}; remove its line")
     score = result["score"]
     if score is None or not math.isfinite(score):
@@ -168,8 +170,6 @@ def _tasks(found: dict[Cell, Result]) -> tuple[TaskFacts, ...]:
 
 
 def _facts(name: str, result: Result) -> TaskFacts:
-    from megatron_detour.evaluation.task import known_tasks, load_task
-
     task = load_task(name) if name in known_tasks() else None
     # a user's own is known by what its results say
     title, language = (
@@ -193,23 +193,10 @@ class Predictions:
 
     def contributions(self, metric: str, cell: Cell) -> np.ndarray:
         """What each example adds to the score of a cell [n, k]. Raises DetourError for what is no label or number."""
-        from megatron_detour.evaluation.metrics import contributions
-
         try:
-            return contributions(metric, self.labels, self.gold, self.predicted[cell])
+            return METRICS[metric].contributions(self.labels, self.gold, self.predicted[cell])
         except DetourError as fault:
             raise DetourError(f"{predictions_path(self.output, cell)}: {fault}; {REMEDY}") from None
-
-
-_CLASS, _LABELS, _NUMBERS = list[str], list[list[str]], list[list[int]]
-FORMS = {  # of right and predicted answers (metrics.py), by the metrics that judge them
-    "entity_f1": (_LABELS,),
-    "accuracy": (_CLASS, list[int]),
-    **dict.fromkeys(("macro_f1", "weighted_f1", "micro_f1"), (_CLASS, _LABELS)),
-    "exact_match": (_LABELS, _NUMBERS),
-    "hamming": (_NUMBERS,),
-    **dict.fromkeys(("pearson", "spearman"), (list[float],)),
-}
 
 
 def read_predictions(output: Path, metric: str, cells: Iterable[Cell]) -> Predictions | None:
@@ -240,8 +227,8 @@ def _read(path: Path, metric: str) -> dict[str, Any]:
     except DetourError as fault:
         raise DetourError(f"{fault}; {REMEDY}") from None
     gold, predicted, labels = (content.get(key) for key in ("gold", "predicted", "labels"))
-    alike = any(_is(gold, form) and _is(predicted, form) for form in FORMS[metric])
-    if not alike or not _is(labels, _CLASS) or not len(gold) == len(predicted) > 0:
+    alike = any(_is(gold, form) and _is(predicted, form) for form in METRICS[metric].answers)
+    if not alike or not _is(labels, list[str]) or not len(gold) == len(predicted) > 0:
         raise DetourError(f'{path}: not predictions of the form {{"labels", "gold", "predicted"}}; {REMEDY}')
     return content
 

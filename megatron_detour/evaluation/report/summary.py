@@ -17,7 +17,7 @@ from megatron_detour.evaluation.report.load_results import (
     read_evaluation,
     read_predictions,
 )
-from megatron_detour.evaluation.report.random_baseline import chance
+from megatron_detour.evaluation.report.random_baseline import random_baseline
 from megatron_detour.evaluation.report.statistics import (
     LEVEL,
     Spread,
@@ -30,6 +30,7 @@ from megatron_detour.evaluation.report.statistics import (
 )
 from megatron_detour.evaluation.report.verdict import verdict
 from megatron_detour.evaluation.results import Cell
+from megatron_detour.evaluation.task_types import METRICS
 
 FORMAT = 3
 PERMUTATIONS = 10_000
@@ -170,13 +171,11 @@ class Pairs:
         return self._found[model, other]
 
     def _p(self, model: str, other: str, seeds: list[int]) -> float | None:
-        from megatron_detour.evaluation.metrics import score_of
-
         a, b = (self._contributions_of(name, seeds) for name in (model, other))
         if a is None or b is None:
             self._notes.no_predictions(self._task, (model, other))
             return None
-        return permutation_test(a, b, lambda totals: score_of(self._task.metric, totals), self._permutations).p
+        return permutation_test(a, b, METRICS[self._task.metric].from_totals, self._permutations).p
 
     def _contributions_of(self, model: str, seeds: list[int]) -> np.ndarray | None:
         """What each test example adds to the score [seeds, n, k]; None where predictions are missing."""
@@ -211,7 +210,7 @@ def _sanity(
     evaluation: Evaluation, task: TaskFacts, predictions: Predictions | None, spreads: dict[str, Spread]
 ) -> dict[str, Any]:
     """Chance, what shuffled labels gave, and which models are not above chance; None where it is not known."""
-    by_luck = chance(task.metric, predictions.labels, predictions.gold) if predictions else None
+    by_luck = random_baseline(METRICS[task.metric], predictions.labels, predictions.gold) if predictions else None
     found = {}
     for model in evaluation.shuffled_models:
         if own := evaluation.scores(model, task.name, shuffled=True):
