@@ -19,10 +19,12 @@ ALLOWED = {
     "text": ("", ""),
     "errors": ("text", ""),
     "structured": ("errors", "yaml"),
+    "settings": ("errors", ""),
+    "model_parts": ("settings", ""),
     "files": ("", ""),
     "counter_rng": ("", "numpy"),
     "ui": ("ui errors files", "rich jinja2 matplotlib"),
-    "config": ("config errors", "yaml"),
+    "config": ("config settings model_parts errors", "yaml"),
     "plan": ("config errors", ""),
     "runtime": ("runtime errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
@@ -32,7 +34,7 @@ ALLOWED = {
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
     "kernels.fused": ("", "torch triton"),
-    "model": ("parallel kernels model errors", "torch"),
+    "model": ("parallel kernels model model_parts errors", "torch"),
     "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
     "data.manifest": ("tokenizer errors", "msgspec"),
     "data.batches": ("data tokenizer objectives config errors files", "numpy torch"),
@@ -77,7 +79,7 @@ ALLOWED = {
     ),
     "evaluation.report": (
         "evaluation.report evaluation.task evaluation.task_types evaluation.metrics evaluation.models "
-        "evaluation.results observe.plots ui errors files",
+        "evaluation.results ui errors files",
         "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.masked_words": (
@@ -85,7 +87,7 @@ ALLOWED = {
         "numpy torch transformers rich",
     ),
     "forecast": (
-        "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
+        "forecast config plan model_parts model.shape model.flops model.peaks data.manifest data.indexed data.order "
         "tokenizer checkpoint.source errors",
         "numpy",
     ),
@@ -97,8 +99,8 @@ ALLOWED = {
     "commands.main": ("commands errors", ""),
     "commands.plan": ("forecast config plan errors", ""),
     "training": (
-        "training runtime checkpoint data tokenizer model observe parallel kernels config errors files forecast "
-        "objectives plan",
+        "training runtime checkpoint data tokenizer model model_parts observe parallel kernels config errors files "
+        "forecast objectives plan",
         "numpy torch yaml",
     ),
     "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
