@@ -29,7 +29,8 @@ _CONSTANT = 1e-10  # variance over mean square about the gold mean: what float32
 class Metric(ABC):
     """One metric. `answers` are the types of the lists that it compares, for checks of stored predictions.
 
-    A new metric implements the three methods with an underscore; a TaskType that lists it registers it.
+    A new metric needs `_contributions` and `from_totals`, or is a MeanOverExamples with `_values`. A TaskType that
+    lists it makes it known.
     """
 
     name: str
@@ -39,7 +40,8 @@ class Metric(ABC):
     def score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float:
         """The metric by its library; `labels` are the data set's.
 
-        Raises DetourError where gold and predicted differ in length, or hold what is no label or number.
+        Raises DetourError where gold and predicted differ in length, or hold an unknown label or a number that is not
+        finite.
         """
         self.check(gold, predicted)
         return self._score(labels, gold, predicted)
@@ -55,8 +57,8 @@ class Metric(ABC):
         if not len(gold):
             raise DetourError(f"{self.name}: there are no predictions")
 
-    @abstractmethod
-    def _score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float: ...
+    def _score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float:
+        return float(self.from_totals(self._contributions(labels, gold, predicted).sum(0)))
 
     @abstractmethod
     def _contributions(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> NDArray[np.float64]: ...
@@ -78,7 +80,7 @@ class Metric(ABC):
         return answer
 
 
-class _MeanOverExamples(Metric):
+class MeanOverExamples(Metric):
     """A metric with a value per example; totals are (sum, count)."""
 
     def _contributions(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> NDArray[np.float64]:
@@ -93,7 +95,7 @@ class _MeanOverExamples(Metric):
         return _ratio(totals[..., 0], totals[..., 1])
 
 
-class Accuracy(_MeanOverExamples):
+class Accuracy(MeanOverExamples):
     name, answers = "accuracy", (list[str], list[int])
 
     def _score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float:
@@ -105,7 +107,7 @@ class Accuracy(_MeanOverExamples):
         return [a == b for a, b in zip(gold, predicted, strict=True)]
 
 
-class ExactMatch(_MeanOverExamples):
+class ExactMatch(MeanOverExamples):
     name, answers = "exact_match", (list[list[str]], list[list[int]])
 
     def _score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float:
@@ -118,7 +120,7 @@ class ExactMatch(_MeanOverExamples):
         return (right == given).all(1)
 
 
-class Hamming(_MeanOverExamples):
+class Hamming(MeanOverExamples):
     """The mean Jaccard index of right and predicted sets, which FrenchMedMCQA calls Hamming score."""
 
     name, answers = "hamming", (list[list[int]],)
@@ -219,7 +221,7 @@ class Correlation(Metric):
     def check(self, gold: Answers, predicted: Answers) -> None:
         super().check(gold, predicted)
         if not (np.isfinite(gold).all() and np.isfinite(predicted).all()):
-            raise DetourError(f"{self.name}: not all scores are finite numbers; the model has most likely diverged")
+            raise DetourError(f"{self.name}: some scores are NaN or infinite; the model has probably diverged")
 
     def _score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float:
         from scipy import stats

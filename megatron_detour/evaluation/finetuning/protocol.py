@@ -82,16 +82,16 @@ class Protocol(msgspec.Struct, frozen=True):
     def settings(self, task: Task) -> Settings:
         """Those of the task's type with those of the task itself. Raises DetourError for what does not fit the task."""
         try:
-            found = _converted(msgspec.to_builtins(self.by_type[task.type]) | self.by_task.get(task.name, {}))
+            settings = _converted(msgspec.to_builtins(self.by_type[task.type]) | self.by_task.get(task.name, {}))
         except msgspec.ValidationError as error:
             raise DetourError(f"protocol {self.name}, tasks.{task.name}: {_reason(error)}") from None
         metrics = task.kind.metric_names
-        if found.select_by is not None and found.select_by not in metrics:
+        if settings.select_by is not None and settings.select_by not in metrics:
             raise DetourError(
-                f"protocol {self.name}: select_by: unknown metric {found.select_by!r} for {task.name}, a task of "
-                f"{task.type}{nearest(found.select_by, list(metrics))}; there are {', '.join(metrics)}"
+                f"protocol {self.name}: select_by: unknown metric {settings.select_by!r} for {task.name}, a task of "
+                f"{task.type}{nearest(settings.select_by, list(metrics))}; there are {', '.join(metrics)}"
             )
-        return found
+        return settings
 
     def unused_sections(self, tasks: tuple[Task, ...]) -> list[str]:
         """Names under `tasks` that are neither among these nor packaged: most likely misspelt."""
@@ -142,7 +142,7 @@ def _check_names(file: _File) -> None:
                 raise ValueError(f"{section}: unknown setting {key!r}{nearest(key, list(known))}")
     seeds = file.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > LAST_SEED:
-        raise ValueError(f"seeds: give one at least, each once, from 0 to {LAST_SEED:,}")
+        raise ValueError(f"seeds: give at least one, each once, from 0 to {LAST_SEED:,}")
 
 
 def _converted(values: Changes) -> Settings:

@@ -64,16 +64,16 @@ class Evaluation:
     def scores(self, model: str, task: str, *, shuffled: bool = False) -> dict[int, float]:
         """The test scores by seed."""
         cells = self.shuffled if shuffled else self.trained
-        found = {cell.seed: cells[cell]["score"] for cell in cells if (cell.model, cell.task) == (model, task)}
-        return dict(sorted(found.items()))
+        scores = {cell.seed: cells[cell]["score"] for cell in cells if (cell.model, cell.task) == (model, task)}
+        return dict(sorted(scores.items()))
 
     def matrix(self, model: str) -> np.ndarray:
         """The test scores [tasks, seeds], NaN where there is none."""
-        found = np.full((len(self.tasks), len(self.seeds)), np.nan)
+        matrix = np.full((len(self.tasks), len(self.seeds)), np.nan)
         for row, task in enumerate(self.tasks):
             for seed, score in self.scores(model, task.name).items():
-                found[row, self.seeds.index(seed)] = score
-        return found
+                matrix[row, self.seeds.index(seed)] = score
+        return matrix
 
 
 @dataclass(frozen=True)
@@ -90,26 +90,26 @@ class TaskFacts:
 def read_evaluation(output: Path, baseline: str | None = None) -> Evaluation:
     """Reads OUTPUT/results.jsonl. Raises DetourError for none, for results that do not compare, an unknown baseline."""
     path = output / RESULTS
-    found = read_results(output)
-    if not found:
+    results = read_results(output)
+    if not results:
         raise DetourError(f"{path}: holds no result yet; evaluate a model first (tools/evaluate.py run)")
-    for cell, result in found.items():
+    for cell, result in results.items():
         _check(path, cell, result)
-    _refuse_mixed(path, found)
-    models = list(dict.fromkeys(cell.model for cell in found))
+    _refuse_mixed(path, results)
+    models = list(dict.fromkeys(cell.model for cell in results))
     if baseline is not None and baseline not in models:
         raise DetourError(
             f"--baseline {baseline}: {path} has no such model{nearest(baseline, models)}; it has {', '.join(models)}"
         )
-    trained = {cell: result for cell, result in found.items() if not cell.shuffled}
+    trained = {cell: result for cell, result in results.items() if not cell.shuffled}
     shown = list(dict.fromkeys(cell.model for cell in trained)) or models
     first = baseline if baseline in shown else shown[0]
     return Evaluation(
         output=output,
         models=(first, *(model for model in shown if model != first)),
-        tasks=_tasks(found),
+        tasks=_tasks(results),
         trained=trained,
-        shuffled={cell: result for cell, result in found.items() if cell.shuffled},
+        shuffled={cell: result for cell, result in results.items() if cell.shuffled},
     )
 
 
@@ -126,17 +126,17 @@ def _check(path: Path, cell: Cell, result: Result) -> None:
         )
 
 
-def _refuse_mixed(path: Path, found: dict[Cell, Result]) -> None:
+def _refuse_mixed(path: Path, results: dict[Cell, Result]) -> None:
     """Raises DetourError where results were not made alike: a table of them would compare nothing."""
-    protocols = _differing(result["protocol"] for result in found.values())
+    protocols = _differing(result["protocol"] for result in results.values())
     if protocols:
         raise DetourError(
             f"{path}: holds results of the protocols {' and '.join(map(repr, protocols))}, which do not compare; give "
             "each protocol an --output of its own"
         )
-    for task in dict.fromkeys(cell.task for cell in found):
-        results = [result for cell, result in found.items() if cell.task == task]
-        for key, values in _definition(results):
+    for task in dict.fromkeys(cell.task for cell in results):
+        alike = [result for cell, result in results.items() if cell.task == task]
+        for key, values in _definition(alike):
             if differing := _differing(values):
                 raise DetourError(
                     f"{path}: results of the task {task!r} do not compare, as they differ in their {key} "
@@ -154,16 +154,16 @@ def _definition(results: list[Result]) -> list[tuple[str, list[Any]]]:
 
 def _differing(values: Iterable[Any]) -> list[Any]:
     """The first two values that differ; empty where all are the same."""
-    found: list[Any] = []
+    distinct: list[Any] = []
     for value in values:
-        if value not in found:
-            found.append(value)
-    return found[:2] if len(found) > 1 else []
+        if value not in distinct:
+            distinct.append(value)
+    return distinct[:2] if len(distinct) > 1 else []
 
 
-def _tasks(found: dict[Cell, Result]) -> tuple[TaskFacts, ...]:
+def _tasks(results: dict[Cell, Result]) -> tuple[TaskFacts, ...]:
     latest: dict[str, Result] = {}
-    for cell, result in found.items():
+    for cell, result in results.items():
         latest[cell.task] = result  # the latest, as a title may have been mended
     facts = [_facts(name, result) for name, result in latest.items()]
     return tuple(sorted(facts, key=lambda task: (task.language, task.name)))

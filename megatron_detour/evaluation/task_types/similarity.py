@@ -36,11 +36,11 @@ class Similarity(TaskType):
         return record.texts() | {"score": record.number("score")}
 
     def fit(self, train: Sequence[Example]) -> Scale:
-        scores = np.array([example["score"] for example in train], dtype=np.float64)
+        scores = np.array([example[self.answer] for example in train], dtype=np.float64)
         return Scale(float(scores.mean()), float(scores.std()) or 1.0)
 
     def target(self, example: Example, encoder: Encoder) -> float:
-        return (example["score"] - encoder.fitted.mean) / encoder.fitted.deviation
+        return (example[self.answer] - encoder.fitted.mean) / encoder.fitted.deviation
 
     def build_model(self, load: Callable[..., nn.Module], labels: tuple[str, ...]) -> nn.Module:
         return load(self.auto_class, num_labels=1, problem_type=self.problem_type)

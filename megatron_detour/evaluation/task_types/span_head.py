@@ -154,11 +154,11 @@ class SpanTagger(nn.Module):
         for row, spans in enumerate(gold):
             for first, last, kind in spans:
                 targets[row, kind, first, last] = 1
-        of_spans = F.binary_cross_entropy_with_logits(span_scores, targets, reduction="none")
+        span_loss = F.binary_cross_entropy_with_logits(span_scores, targets, reduction="none")
         at = torch.arange(words, device=emissions.device)
         counted = (at[:, None] <= at) & (at < at[:, None] + LONGEST_SPAN) & (at < lengths[:, None, None])
-        of_spans = (of_spans * counted[:, None]).sum()
-        return (self.crf.loss(emissions, lengths, paths).sum() + of_spans) / lengths.sum()
+        span_loss = (span_loss * counted[:, None]).sum()
+        return (self.crf.loss(emissions, lengths, paths).sum() + span_loss) / lengths.sum()
 
     def _best(self, emissions: Tensor, span_scores: Tensor, words: int) -> list[Span]:
         scores = span_scores[:, :words, :words].detach().cpu().numpy()
