@@ -22,6 +22,8 @@ from megatron_detour.evaluation.task_types import METRICS, TASK_TYPES
 from megatron_detour.evaluation.task_types.encode import IGNORED
 from tests.evaluation.small_tasks import write_small_tasks
 
+pytestmark = pytest.mark.integration
+
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tasks"
 
 
@@ -92,6 +94,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(small, model,
 
 
 @pytest.mark.parametrize("kind", ["classification", "token-classification"])
+@pytest.mark.slow
 def test_shuffled_labels_score_at_chance(kind, small, model, tmp_path):
     dataset, settings = small[kind], settings_of(kind, "epochs=12")
     true, shuffled = (
