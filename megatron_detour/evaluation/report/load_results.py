@@ -92,7 +92,7 @@ def read_evaluation(output: Path, baseline: str | None = None) -> Evaluation:
     path = output / RESULTS
     results = read_results(output)
     if not results:
-        raise DetourError(f"{path}: holds no result yet; evaluate a model first (tools/evaluate.py run)")
+        raise DetourError(f"{path}: holds no result yet; evaluate a model first (megatron-detour evaluate)")
     for cell, result in results.items():
         _check(path, cell, result)
     _refuse_mixed(path, results)
