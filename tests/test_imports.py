@@ -66,17 +66,19 @@ ALLOWED = {
     "observe.run_files": ("errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
     "evaluation": ("evaluation errors files", "numpy msgspec"),
-    "evaluation.task": ("errors", ""),
-    "evaluation.examples": ("evaluation.task errors", ""),
-    "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
+    "evaluation.metrics": ("errors", "numpy sklearn scipy seqeval"),
+    "evaluation.task_types": ("evaluation.task_types evaluation.metrics errors", "numpy torch transformers"),
+    "evaluation.task": ("evaluation.task_types errors", ""),
+    "evaluation.examples": ("evaluation.task evaluation.task_types errors", ""),
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
-        "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
-        "evaluation.results errors",
+        "evaluation.finetuning evaluation.task evaluation.task_types evaluation.examples "
+        "evaluation.models evaluation.results errors",
         "numpy torch transformers msgspec rich",
     ),
     "evaluation.report": (
-        "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results ui errors files",
+        "evaluation.report evaluation.task evaluation.task_types evaluation.metrics evaluation.models "
+        "evaluation.results ui errors files",
         "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.masked_words": (
