@@ -21,15 +21,15 @@ ALLOWED = {
     "structured": ("errors", "yaml"),
     "files": ("", ""),
     "counter_rng": ("", "numpy"),
-    "ui": ("ui errors files", "rich jinja2 matplotlib"),
-    "config": ("config errors", "yaml"),
-    "plan": ("config errors", ""),
+    "ui": ("ui objectives errors files", "rich jinja2 matplotlib"),
+    "config": ("config objectives errors", "yaml"),
+    "plan": ("config objectives errors", ""),
     "runtime": ("runtime errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
     "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
     "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
     "tokenizer.train": ("tokenizer corpus errors files", "tokenizers"),
-    "objectives": ("tokenizer counter_rng", "numpy"),
+    "objectives": ("objectives tokenizer counter_rng", "numpy"),
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
     "kernels.fused": ("", "torch triton"),
@@ -55,13 +55,13 @@ ALLOWED = {
     "checkpoint.source": ("tokenizer.vocabulary model.shape errors", ""),
     "checkpoint.state": ("parallel model checkpoint errors files", "torch deepspeed"),
     "release": (
-        "release checkpoint model tokenizer data.manifest observe.run_files observe.run_folder observe.steps ui "
-        "config plan errors",
+        "release checkpoint model tokenizer objectives data.manifest observe.run_files observe.run_folder "
+        "observe.steps ui config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
-    "observe": ("observe ui errors files", "numpy rich jinja2 matplotlib"),
+    "observe": ("observe ui objectives errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
-    "observe.run_files": ("errors", "msgspec"),
+    "observe.run_files": ("objectives errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
     "evaluation": ("evaluation errors files", "numpy msgspec"),
     "evaluation.task": ("errors", ""),
@@ -84,7 +84,7 @@ ALLOWED = {
         "numpy torch transformers rich",
     ),
     "forecast": (
-        "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
+        "forecast objectives config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
         "tokenizer checkpoint.source errors",
         "numpy",
     ),

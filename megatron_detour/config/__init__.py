@@ -5,7 +5,6 @@ from megatron_detour.config.reader import from_dict, load, parse_tokens
 from megatron_detour.config.schema import (
     ATTENTION,
     KERNELS,
-    OBJECTIVES,
     RECOMPUTE,
     Corpus,
     LearningRate,
@@ -18,7 +17,6 @@ from megatron_detour.config.schema import (
 __all__ = [
     "ATTENTION",
     "KERNELS",
-    "OBJECTIVES",
     "RECOMPUTE",
     "Corpus",
     "LearningRate",

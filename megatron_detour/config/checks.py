@@ -10,7 +10,6 @@ from typing import Any
 from megatron_detour.config.schema import (
     ATTENTION,
     KERNELS,
-    OBJECTIVES,
     OPTIMIZER_STATES,
     RECOMPUTE,
     SHAPES,
@@ -172,7 +171,6 @@ def _check_choices(config: RunConfig, faults: Faults) -> None:
     if config.wandb:
         choices["wandb.mode"] = (config.wandb.mode, WANDB_MODES)
     for number, phase in enumerate(config.phases):
-        choices[f"phases.{number}.objective"] = (phase.objective, OBJECTIVES)
         choices[f"phases.{number}.optimizer_state"] = (phase.optimizer_state, OPTIMIZER_STATES)
         choices[f"phases.{number}.learning_rate.shape"] = (phase.learning_rate.shape, SHAPES)
     for key, (value, known) in choices.items():
@@ -183,27 +181,8 @@ def _check_choices(config: RunConfig, faults: Faults) -> None:
 def _check_objective(phase: Phase, key: str, faults: Faults) -> None:
     if phase.tokens <= 0:
         faults.add(f"{key}.tokens", f"phase {phase.name!r} has {phase.tokens} tokens; give it some or remove it")
-    if phase.objective == "mlm":
-        if phase.mask_rate is None or not 0 < phase.mask_rate < 1:
-            faults.add(
-                f"{key}.mask_rate",
-                f"an mlm phase needs a rate between 0 and 1, it is {phase.mask_rate}",
-                [f"{key}.objective"],
-            )
-        if phase.mask_rate_end is not None and not 0 < phase.mask_rate_end < 1:
-            faults.add(
-                f"{key}.mask_rate_end",
-                f"must lie between 0 and 1, it is {phase.mask_rate_end:g}",
-                [f"{key}.objective"],
-            )
-    elif phase.objective == "clm":
-        for name, value in (
-            ("mask_rate", phase.mask_rate is not None),
-            ("mask_rate_end", phase.mask_rate_end is not None),
-            ("whole_word_masking", phase.whole_word_masking),
-        ):
-            if value:
-                faults.add(f"{key}.{name}", "a clm phase masks nothing; remove the key", [f"{key}.objective"])
+    for name, text in phase.objective.faults():
+        faults.add(f"{key}.{name}", text, [f"{key}.objective"])
 
 
 def _check_rate(phase: Phase, key: str, faults: Faults) -> None:

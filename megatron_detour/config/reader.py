@@ -21,6 +21,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from megatron_detour.config.checks import Faults, check
 from megatron_detour.config.schema import Phase, RunConfig, Seconds, join_key
 from megatron_detour.errors import DetourError, format_faults, nearest
+from megatron_detour.objectives import KINDS, REFERENCE, Objective
 from megatron_detour.structured import parse_yaml, read_yaml
 
 GREATEST = 2**53  # of whole numbers
@@ -103,12 +104,14 @@ class _Reader:
         if not isinstance(raw, dict):
             self.faults.unreadable(key, f"a mapping with {', '.join(_names(cls))} is needed, it is {_shown(raw)}")
             return _any_value(cls)
+        values = {}
+        if cls is Phase and "objective" in raw:
+            raw, values["objective"] = self._objective(raw, key)
         hints = get_type_hints(cls, include_extras=True)
-        known = {f.name: f for f in dataclasses.fields(cls)}
+        known = {f.name: f for f in dataclasses.fields(cls) if f.name not in values}
         for name in raw:
             if name not in known:
                 self.faults.add(join_key(key, name), f"there is no such key{nearest(str(name), list(known))}")
-        values = {}
         with self._steps_of(cls, raw):
             for name, declared in known.items():
                 if name in raw:
@@ -117,6 +120,22 @@ class _Reader:
                     self.faults.unreadable(join_key(key, name), "this key is missing")
                     values[name] = _any_value(hints[name])
         return cls(**values)
+
+    def _objective(self, phase: dict[str, Any], key: str) -> tuple[dict[str, Any], Objective]:
+        """What is left of a phase without the objective's name and keys, and the objective."""
+        name = phase["objective"]
+        kind = KINDS.get(name) if isinstance(name, str) else None
+        if kind is None:
+            known = sorted(KINDS)
+            text = f"{_shown(name)} is not one of {', '.join(known)}{nearest(str(name), known)}"
+            self.faults.unreadable(f"{key}.objective", text)
+        keys = {own for cls in KINDS.values() for own in cls.run_file_keys()}
+        own = {key for key in phase if kind and key in kind.run_file_keys()}
+        for other in keys.intersection(phase) - own if kind else ():
+            if phase[other]:  # null and false say nothing
+                self.faults.add(f"{key}.{other}", f"a phase of {name} has no such key; remove it", [f"{key}.objective"])
+        rest = {name: value for name, value in phase.items() if name not in {*keys, "objective"}}
+        return rest, self.build(kind or REFERENCE, {name: phase[name] for name in own}, key)
 
     def _value(self, hint: Any, raw: Any, key: str) -> Any:
         origin, arguments = get_origin(hint), get_args(hint)
@@ -198,6 +217,8 @@ def _any_value(hint: Any) -> Any:
     """Some value of a type, in the place of one that was refused."""
     if get_origin(hint) in (Union, types.UnionType):
         return None
+    if hint is Objective:
+        return REFERENCE(0.5)
     if dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint, include_extras=True)
         return hint(**{f.name: _any_value(hints[f.name]) for f in dataclasses.fields(hint) if _is_required(f)})

@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from megatron_detour.objectives import Objective
+
 Tokens = Annotated[int, "tokens"]  # written as 50B, 100M, 3_145_728 or "3 steps"
 Seconds = Annotated[int, "seconds"]  # written as 23h30m, 90s or 3600
 
-OBJECTIVES = ("clm", "mlm")
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
 OPTIMIZER_STATES = ("keep", "reset")
 ATTENTION = ("auto", "flash4", "flash3", "flash2", "varlen", "sdpa")
@@ -55,12 +56,9 @@ class Corpus:
 @dataclass(frozen=True)
 class Phase:
     name: str
-    objective: str
+    objective: Objective  # by its name, with its own keys beside it
     tokens: Tokens
     learning_rate: LearningRate
-    mask_rate: float | None = None  # share of tokens; mlm only
-    mask_rate_end: float | None = None  # reached linearly at the end of the phase; default: constant
-    whole_word_masking: bool = False  # all tokens of a word or none, at the same share; mlm only
     freeze: tuple[str, ...] = ()  # embeddings, layers.0, layers.0-7, final_norm, head
     optimizer_state: str = "keep"  # Adam's moments at the start of the phase: keep or reset
     sequences: int | None = None  # a step; default: batch.sequences
@@ -183,7 +181,15 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings and lists that `from_dict` reads back to an equal RunConfig."""
-        return _plain(dataclasses.asdict(self))
+        whole = dataclasses.asdict(self)
+        for phase, own in zip(whole["phases"], self.phases, strict=True):
+            phase |= own.objective.to_dict()
+        return _plain(whole)
+
+    @property
+    def needs_word_boundaries(self) -> bool:
+        """Whether a phase asks the tokenizer where words begin."""
+        return any(phase.objective.needs_word_boundaries for phase in self.phases)
 
     def trajectory(self) -> dict[str, Any]:
         """The part of the run file that the weights depend on, flat: two runs that differ here are different runs."""

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_detour.observe.frame import Curve, Frame
+from megatron_detour.objectives import KINDS, Objective
+from megatron_detour.observe.frame import Curve, Frame, objective_label
 from megatron_detour.observe.plots import appearance, counted, has, markers, percent
-from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, stretches, validation_points
+from megatron_detour.observe.run_folder import BITS_PER_BYTE, VALIDATION_FIGURES, Run, stretches, validation_points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ class ComparisonPlot:
 
 def _frame(runs: list[Run], title: str, labels: list[str]) -> Frame:
     colours = [appearance(number)["color"] for number in range(len(runs))]
-    return Frame(runs, title, labels, height=[3.6, 5.4, 6.8][len(labels) - 1], colours=colours)
+    return Frame(runs, title, labels, height=2 + 1.65 * len(labels), colours=colours)
 
 
 def _draw_validation(runs: list[Run], labels: list[str], title: str, keys: list[str]) -> Figure | None:
@@ -45,25 +46,17 @@ def _draw_validation(runs: list[Run], labels: list[str], title: str, keys: list[
     return frame.finish()
 
 
-def _draw_mlm(runs: list[Run], labels: list[str]) -> Figure | None:
-    return _draw_validation(runs, labels, "Validation, MLM", ["val_mlm_loss", "val_mlm_accuracy"])
-
-
-def _draw_clm(runs: list[Run], labels: list[str]) -> Figure | None:
-    return _draw_validation(runs, labels, "Validation, CLM", ["val_clm_loss"])
-
-
 def _draw_bits_per_byte(runs: list[Run], labels: list[str]) -> Figure | None:
-    keys = ["val_mlm_bits_per_byte", "val_clm_bits_per_byte"]
-    return _draw_validation(runs, labels, "Validation, bits per byte", keys)
+    return _draw_validation(runs, labels, "Validation, bits per byte", BITS_PER_BYTE)
 
 
 def _draw_loss(runs: list[Run], labels: list[str]) -> Figure | None:
-    curves = {name: _curves(runs, labels, "loss", name) for name in ("mlm", "clm")}
+    trained = dict.fromkeys([*KINDS, *(phase["objective"] for run in runs for phase in run.phases)])
+    curves = {name: _curves(runs, labels, "loss", name) for name in trained}
     held = [name for name in curves if curves[name]]
     if not held:
         return None
-    frame = _frame(runs, "Training loss", [f"{name.upper()} loss (nats per token)" for name in held])
+    frame = _frame(runs, "Training loss", [f"{objective_label(name)} loss (nats per token)" for name in held])
     for axes, name in zip(frame.panels, held, strict=True):
         frame.curves(axes, curves[name])
     return frame.finish()
@@ -103,25 +96,32 @@ def _curves(runs: list[Run], labels: list[str], key: str, objective: str | None 
     return drawn
 
 
+def _validation_plot(kind: type[Objective]) -> ComparisonPlot:
+    title = f"Validation, {kind.label}"
+    keys = [
+        key for key, figure in VALIDATION_FIGURES.items() if figure.objective == kind.name and key not in BITS_PER_BYTE
+    ]
+    return ComparisonPlot(
+        f"validation_{kind.name}.png",
+        title,
+        kind.validated_as,
+        lambda runs, labels: _draw_validation(runs, labels, title, keys),
+    )
+
+
 COMPARISON_PLOTS = [
-    ComparisonPlot(
-        "validation_mlm.png",
-        "Validation, MLM",
-        "Held-out text. Whether it was the same, under the same masks, stands at the top of the page.",
-        _draw_mlm,
-    ),
+    *map(_validation_plot, KINDS.values()),
     ComparisonPlot(
         "bits_per_byte.png",
         "Validation, bits per byte",
         "The losses for each byte of the text, which tokenizers of different fineness share.",
         _draw_bits_per_byte,
     ),
-    ComparisonPlot("validation_clm.png", "Validation, CLM", "Held-out text read from left to right.", _draw_clm),
     ComparisonPlot(
         "loss.png",
         "Training loss",
-        "A centred mean per phase, each objective by itself: MLM loss and CLM loss are different quantities, and MLM "
-        "losses at different mask rates do not compare.",
+        "A centered mean per phase, each objective by itself: losses of different objectives are different "
+        "quantities, and MLM losses at different mask rates do not compare.",
         _draw_loss,
     ),
     ComparisonPlot(

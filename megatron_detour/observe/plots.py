@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_detour.observe.frame import Curve, Frame, dot, objective_colour, thinned
-from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, stretches, validation_points
+from megatron_detour.objectives import KINDS
+from megatron_detour.observe.frame import Curve, Frame, dot, objective_colour, objective_label, thinned
+from megatron_detour.observe.run_folder import (
+    ACCURACIES,
+    BITS_PER_BYTE,
+    LOSSES,
+    VALIDATION_FIGURES,
+    Run,
+    stretches,
+    validation_points,
+)
 from megatron_detour.observe.sinks import Record
 from megatron_detour.observe.steps import Steps
 from megatron_detour.ui.colors import COLOURS, GUARD, PALETTE, SOFT
@@ -95,19 +104,17 @@ def _draw_learning_rate(run: Run) -> Figure | None:
 
 
 def _draw_schedule(run: Run) -> Figure | None:
-    """The mask rate and the batch, where they change within the run."""
-    masked, batch = run.steps.varies("mask_rate"), run.steps.varies("sequences")
-    labels = ["tokens masked"] * masked + ["sequences per step"] * batch
-    if not labels:
+    """The objectives' scheduled figures, such as the mask rate, and the batch, where they change within the run."""
+    shares = {key: axis for kind in KINDS.values() for key, axis in kind.scheduled.items() if run.steps.varies(key)}
+    batch = {"sequences": "sequences per step"} if run.steps.varies("sequences") else {}
+    axes_of = shares | batch
+    if not axes_of:
         return None
-    title = " and ".join(["Mask rate"] * masked + ["Batch"] * batch).replace("and B", "and b")
-    frame = Frame([run], title, labels, height=2.9 if len(labels) == 1 else 4.2)
-    if masked:
-        _exact(frame.panels[0], run, "mask_rate")
-        percent(frame.panels[0])
-    if batch:
-        _exact(frame.panels[-1], run, "sequences")
-        counted(frame.panels[-1])
+    title = " and ".join([*(key.replace("_", " ") for key in shares), *(["batch"] if batch else [])]).capitalize()
+    frame = Frame([run], title, list(axes_of.values()), height=1.6 + 1.3 * len(axes_of))
+    for axes, key in zip(frame.panels, axes_of, strict=True):
+        _exact(axes, run, key)
+        percent(axes) if key in shares else counted(axes)
     return frame.finish()
 
 
@@ -152,28 +159,27 @@ def _waits(steps: Steps) -> Steps:
 
 
 def _draw_validation(run: Run) -> Figure | None:
-    losses = [key for key in ("val_mlm_loss", "val_clm_loss") if has(run.validations, key)]
-    accuracy = has(run.validations, "val_mlm_accuracy")
-    if not losses and not accuracy:
+    losses, accuracies = _measured(run, LOSSES), _measured(run, ACCURACIES)
+    if not losses and not accuracies:
         return None
-    labels = ["loss (nats per token)"] * bool(losses) + ["MLM accuracy"] * accuracy
-    frame = Frame([run], "Validation", labels, height=3.4 if len(labels) == 1 else 5.2)
+    labels = ["loss (nats per token)"] * bool(losses) + [VALIDATION_FIGURES[key].title for key in accuracies]
+    frame = Frame([run], "Validation", labels, height=1.6 + 1.8 * len(labels))
     for key in losses:
         _held_out(frame.panels[0], run, key)
     unigram = run.environment.get("unigram_loss")
     if losses and unigram is not None:
         label = "unigram distribution of the corpus"
         frame.panels[0].axhline(unigram, color=SOFT, linestyle=":", linewidth=1.6, label=label)
-    if accuracy:
-        _held_out(frame.panels[-1], run, "val_mlm_accuracy")
-        percent(frame.panels[-1])
+    for axes, key in zip(frame.panels[len(frame.panels) - len(accuracies) :], accuracies, strict=True):
+        _held_out(axes, run, key)
+        percent(axes)
     for axes in frame.panels:
         axes.margins(y=0.14)
     return frame.finish()
 
 
 def _draw_bits_per_byte(run: Run) -> Figure | None:
-    keys = [key for key in ("val_mlm_bits_per_byte", "val_clm_bits_per_byte") if has(run.validations, key)]
+    keys = _measured(run, BITS_PER_BYTE)
     if not keys:
         return None
     frame = Frame([run], "Validation, bits per byte", ["bits per byte of text"])
@@ -184,11 +190,11 @@ def _draw_bits_per_byte(run: Run) -> Figure | None:
 
 
 def _draw_validation_corpora(run: Run) -> Figure | None:
-    keys = [key for key in ("val_mlm_loss", "val_mlm_accuracy", "val_clm_loss") if _corpora_with(run, key)]
+    keys = [key for key in VALIDATION_FIGURES if key not in BITS_PER_BYTE and _corpora_with(run, key)]
     if not keys:
         return None
     labels = [VALIDATION_FIGURES[key].title for key in keys]
-    frame = Frame([run], "Validation by corpus", labels, height=[3.6, 5.2, 6.8][len(keys) - 1])
+    frame = Frame([run], "Validation by corpus", labels, height=2 + 1.6 * len(keys))
     for axes, key in zip(frame.panels, keys, strict=True):
         for corpus in _corpora_with(run, key):
             x, y = validation_points(run, f"{key}/{corpus}")
@@ -197,6 +203,10 @@ def _draw_validation_corpora(run: Run) -> Figure | None:
         if VALIDATION_FIGURES[key].share:
             percent(axes)
     return frame.finish()
+
+
+def _measured(run: Run, keys: list[str]) -> list[str]:
+    return [key for key in keys if has(run.validations, key)]
 
 
 def _corpora_with(run: Run, key: str) -> list[str]:
@@ -208,13 +218,13 @@ def _held_out(axes: Axes, run: Run, key: str) -> None:
     x, y = validation_points(run, key)
     # The accuracy has a panel of its own, whose axis names it.
     label = "_accuracy" if figure.share else f"{figure.title}, held-out text"
-    marker = {"mlm": "o", "clm": "s"}[figure.objective]
+    marker = KINDS[figure.objective].marker
     markers(axes, x, y, label, color=COLOURS[figure.objective], marker=marker)
 
 
 def _by_objective(run: Run, key: str, quantity: str = "") -> list[Curve]:
     return [
-        Curve(*steps.points(key), objective_colour(objective), f"{objective.upper()}{quantity}")
+        Curve(*steps.points(key), objective_colour(objective), f"{objective_label(objective)}{quantity}")
         for objective, steps in stretches(run)
     ]
 
@@ -224,7 +234,7 @@ def _exact(axes: Axes, run: Run, key: str) -> None:
     for objective, steps in stretches(run):
         x, y = thinned(*steps.points(key))
         if len(x):
-            colour, label = objective_colour(objective), objective.upper()
+            colour, label = objective_colour(objective), objective_label(objective)
             axes.plot(x, y, color=colour, linewidth=1.8, label=label, **dot(x))
     axes.set_ylim(bottom=0)
 
@@ -245,7 +255,7 @@ PLOTS = [
     Plot(
         "validation.png",
         "Validation",
-        "Both objectives are measured on held-out text in either kind of phase. MLM and CLM losses are different "
+        "Every objective is measured on held-out text in every phase. Losses of different objectives are different "
         "quantities: compare each only with itself.",
         _draw_validation,
     ),
@@ -264,8 +274,8 @@ PLOTS = [
     Plot(
         "loss.png",
         "Training loss",
-        "Each step faintly, and a centred mean per phase. The objective sets the colour; the two losses are "
-        "different quantities.",
+        "Each step faintly, and a centred mean per phase. The objective sets the color; losses of different "
+        "objectives are different quantities.",
         _draw_loss,
     ),
     Plot(
@@ -278,7 +288,7 @@ PLOTS = [
     Plot(
         "schedule.png",
         "Mask rate and batch",
-        "What each step used: the share of tokens masked, and the sequences of a step.",
+        "What each step used: the share of tokens masked, and the sequences per step.",
         _draw_schedule,
     ),
     Plot(

@@ -240,7 +240,9 @@ def test_each_run_has_a_strip_unless_their_phases_are_the_same(twins: list[Path]
 
 def test_runs_differ_in_colour_and_in_line(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / str(number), done=30) for number in range(5)]
-    figure = compare_plots._draw_mlm([read_run(folder) for folder in folders], [f"{number}: x" for number in range(5)])
+    figure = compare_plots.COMPARISON_PLOTS[0].draw(
+        list(map(read_run, folders)), [f"{number}: x" for number in range(5)]
+    )
     lines = [line for line in figure.axes[-1].lines if line.get_label().endswith(": x")]
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 5
     assert len({str(line._dash_pattern) for line in lines}) == 5
