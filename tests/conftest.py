@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_detour.corpus import BuildOptions, build_corpus
+from megatron_detour.corpus.train_tokenizer import train_tokenizer
 from megatron_detour.data.manifest import Manifest
-from megatron_detour.tokenizer.train import train_tokenizer
 
 WORDS = {
     "who": ("the patient", "the nurse", "a child", "the surgeon", "la patiente", "le médecin", "an old man"),

@@ -28,7 +28,6 @@ ALLOWED = {
     "tokenizer": ("tokenizer errors files", "numpy"),
     "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
     "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
-    "tokenizer.train": ("tokenizer corpus errors files", "tokenizers"),
     "objectives": ("objectives tokenizer counter_rng", "numpy"),
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
@@ -46,6 +45,7 @@ ALLOWED = {
     "corpus.engines": ("tokenizer data errors", "numpy tokenizers fastokens sentencepiece"),
     "corpus.filters": ("corpus errors", "numpy rensa py3langid"),
     "corpus.ray_workers": ("corpus errors", "ray"),
+    "corpus.train_tokenizer": ("corpus errors files", "tokenizers"),
     "corpus.progress": ("text", "rich"),
     "checkpoint": ("parallel model checkpoint tokenizer errors files", "torch safetensors"),
     "checkpoint.huggingface": (
@@ -269,7 +269,7 @@ def test_libraries_are_kept_to_their_places():
     assert {place for place in places("tokenizers") if within(place, "data corpus tokenizer")} == {
         "tokenizer.vocabulary",
         "tokenizer.sentencepiece_model",
-        "tokenizer.train",
+        "corpus.train_tokenizer",
         "corpus.engines",
     }
     assert ALLOWED["parallel"] == ("parallel", "torch")

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 try:
+    from megatron_detour.corpus.train_tokenizer import train_tokenizer
     from megatron_detour.errors import command_line
-    from megatron_detour.tokenizer.train import train_tokenizer
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 

@@ -28,7 +28,7 @@ STRETCH = 4_000
 # A build of small parts in a process of its own, as a tool runs it; argv: prefix, tokenizer, input, flags.
 SCRIPT = f"""
 import sys
-from megatron_detour.corpus import options, build_corpus
+from megatron_detour.corpus import build_corpus, options, sources
 from megatron_detour.errors import command_line
 import argparse
 sources.STRETCH_BYTES = {STRETCH}

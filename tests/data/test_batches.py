@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_detour.config import Corpus
+from megatron_detour.corpus.train_tokenizer import train_tokenizer
 from megatron_detour.data.batches import DocumentMixture, MicroBatch, RankBatch, positions_of, rank_batch
 from megatron_detour.data.indexed import IndexedCorpus, bin_path
 from megatron_detour.data.order import micro_batches_of
 from megatron_detour.errors import DetourError
 from megatron_detour.objectives import IGNORE, CausalLM, Corruption, MaskedLM, Masking
-from megatron_detour.tokenizer.train import train_tokenizer
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer
 from megatron_detour.tokenizer.word_boundaries import Words
 from tests.conftest import build, sentences, write_jsonl

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
 
+from megatron_detour.corpus.train_tokenizer import train_tokenizer
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.probes import (
     Probe,
@@ -21,7 +22,6 @@ from megatron_detour.evaluation.probes import (
     read_probes,
     run_probes,
 )
-from megatron_detour.tokenizer.train import train_tokenizer
 
 SENTENCES = [
     "The clinic gives metformin for diabetes, and amlodipine for hypertension.",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_detour.checkpoint import store
 from megatron_detour.corpus import BuildOptions, build_corpus
-from megatron_detour.tokenizer.train import train_tokenizer
+from megatron_detour.corpus.train_tokenizer import train_tokenizer
 from tests.conftest import VOCABULARY, sentences, write_jsonl
 from tests.injections.faults import KINDS, OF_SEVERAL_RANKS, starter
 from tests.injections.runs import INTERVAL, PHASE_ENDS, SETUPS, Setup, assert_same_run, begin, figures, write_run_file

@@ -382,7 +382,7 @@ def refused(run_file: Path, *arguments: str) -> str:
 
 
 def test_what_cannot_be_run_is_told_in_one_sentence(unbroken, run_file, tmp_path, tokenizer_folder):
-    from megatron_detour.tokenizer.train import train_tokenizer
+    from megatron_detour.corpus.train_tokenizer import train_tokenizer
     from tests.conftest import write_jsonl
 
     new = f"folder={tmp_path / 'new'}"

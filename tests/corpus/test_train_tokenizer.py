@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megatron_detour.corpus.documents import read_documents
+from megatron_detour.corpus.train_tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from megatron_detour.errors import DetourError
-from megatron_detour.tokenizer.train import SMALLEST_VOCABULARY, train_tokenizer
 
 ODD = "  Œdème à 38,5 °C\t\t— naïve 漢字 🧬\n\n  I'll l'été ‘x’ \u00a0 \x07 [x] ﬁ ½ "
 
