@@ -290,9 +290,9 @@ CHECKS = {
     "mask rate": (small(phases__1__mask_rate=1.0), "phases.1.mask_rate: an mlm phase needs a rate between 0 and 1"),
     "clm of words": (
         small(phases__0__whole_word_masking=True),
-        "phases.0.whole_word_masking: a phase of clm has no such key; remove it",
+        "phases.0.whole_word_masking: a phase of clm has no such key; remove the key",
     ),
-    "masked clm": (small(phases__0__mask_rate=0.3), "phases.0.mask_rate: a phase of clm has no such key; remove it"),
+    "masked clm": (small(phases__0__mask_rate=0.3), "phases.0.mask_rate: a phase of clm has no such key; remove the key"),
     "peak": (small(phases__0__learning_rate__peak=0), "phases.0.learning_rate.peak: must be above 0, it is 0"),
     "warm-up": (
         small(phases__0__learning_rate__warmup="4001"),

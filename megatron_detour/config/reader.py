@@ -133,7 +133,7 @@ class _Reader:
         own = {key for key in phase if kind and key in kind.run_file_keys()}
         for other in keys.intersection(phase) - own if kind else ():
             if phase[other]:  # null and false say nothing
-                self.faults.add(f"{key}.{other}", f"a phase of {name} has no such key; remove it", [f"{key}.objective"])
+                self.faults.add(f"{key}.{other}", f"a phase of {name} has no such key; remove the key", [f"{key}.objective"])
         rest = {name: value for name, value in phase.items() if name not in {*keys, "objective"}}
         return rest, self.build(kind or REFERENCE, {name: phase[name] for name in own}, key)
 
