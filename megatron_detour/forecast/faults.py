@@ -10,6 +10,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.forecast.storage import Disk, Reading, validation_tokens
 from megatron_detour.model.flops import Frozen
 from megatron_detour.model.shape import Shape
+from megatron_detour.model_parts import layers_of
 from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 
@@ -61,8 +62,7 @@ def of_shape(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:
             )
     for phase in config.phases:
         for name in phase.freeze:
-            last = name.rpartition("-")[2] if "-" in name else name.removeprefix("layers.")
-            if name.startswith("layers.") and int(last) >= shape.layers:
+            if layers_of(name).stop > shape.layers:
                 faults.append(
                     f"phases.{phase.name}.freeze: {name!r}: the model has {shape.layers} layers, 0 to "
                     f"{shape.layers - 1}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -71,12 +71,6 @@ class Objective:
     validated_as: ClassVar[str] = ""  # the caption of its validation figures
 
     @classmethod
-    def run_file_keys(cls) -> dict[str, Any]:
-        """The keys of the run file that a phase may give it, with their types."""
-        hints = get_type_hints(cls)
-        return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-    @classmethod
     def for_validation(cls, mask_rate: float) -> Self:
         """As held-out text is measured, at `validation.mask_rate`."""
         return cls()
@@ -84,7 +78,9 @@ class Objective:
     @classmethod
     def of(cls, phase: dict[str, Any]) -> Self:
         """With the keys of a phase of plan.json; a key that is missing becomes its default or None."""
-        return cls(**{key: phase[key] for key in cls.run_file_keys() if phase.get(key) is not None})
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        keys = {key: phase.get(key, None if value is dataclasses.MISSING else value) for key, value in defaults.items()}
+        return cls(**keys)
 
     def to_dict(self) -> dict[str, Any]:
         return {"objective": self.name, **dataclasses.asdict(self)}
@@ -115,10 +111,6 @@ class Objective:
     def figures(self) -> dict[str, float]:
         """What a step's record says of it."""
         return {key: getattr(self, key) for key in self.scheduled}
-
-    def faults(self) -> Iterator[tuple[str, str]]:
-        """Keys with values that no run can have, and why."""
-        return iter(())
 
     def warnings(self) -> Iterator[tuple[str, str]]:
         """Keys with values that are seldom meant, and why."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 import numpy as np
 
 from megatron_detour.counter_rng import GOLDEN, mix, streams
 from megatron_detour.objectives.base import Corrupted, Objective
+from megatron_detour.settings import Range
 
 if TYPE_CHECKING:
     from megatron_detour.tokenizer.vocabulary import Vocabulary
@@ -20,7 +21,7 @@ KEEP, REPLACE_BY_MASK = 0.1, 0.8  # of the chosen positions; the rest gets a ran
 CHOICE, ACTION = 1, 2  # what draws are for
 FULL_CHOICE, FULL_ACTION = 1 << 16, 1 << 32
 BLOCK = 1 << 16  # positions masked at once: what is needed in between stays in the cache
-USUAL_RATES = (0.05, 0.50)
+SHARE, USUAL_RATES = Range(above=0, below=1), (0.05, 0.50)
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class MaskedLM(Objective):
     scheduled: ClassVar = {"mask_rate": "tokens masked"}
     validated_as = "Held-out text. Whether it was the same, under the same masks, stands at the top of the page."
 
-    mask_rate: float | None = None  # share of tokens
-    mask_rate_end: float | None = None  # reached linearly at the end of the phase; default: constant
-    whole_word_masking: bool = False  # all tokens of a word or none, at the same share
+    mask_rate: Annotated[float, SHARE, "share of tokens that are masked"]
+    mask_rate_end: Annotated[
+        float | None, SHARE, "mask rate at the end of the phase, reached linearly; constant unless set"
+    ] = None
+    whole_word_masking: Annotated[bool, "mask all tokens of a word or none (section 4)"] = False
 
     @classmethod
     def for_validation(cls, mask_rate: float) -> Self:
@@ -64,12 +67,6 @@ class MaskedLM(Objective):
             return ""
         end = "" if last in (None, first) else f" to {100 * last:.3g}%"
         return f"{100 * first:.3g}%{end} masked{', whole words' if self.whole_word_masking else ''}"
-
-    def faults(self) -> Iterator[tuple[str, str]]:
-        if self.mask_rate is None or not 0 < self.mask_rate < 1:
-            yield "mask_rate", f"an {self.name} phase needs a rate between 0 and 1, it is {self.mask_rate}"
-        if self.mask_rate_end is not None and not 0 < self.mask_rate_end < 1:
-            yield "mask_rate_end", f"must lie between 0 and 1, it is {self.mask_rate_end:g}"
 
     def warnings(self) -> Iterator[tuple[str, str]]:
         low, high = USUAL_RATES

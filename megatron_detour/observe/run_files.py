@@ -49,7 +49,7 @@ class _AnyPhase(TypedDict):
 _Phase = TypedDict(
     "_Phase",
     get_type_hints(_AnyPhase, include_extras=True)
-    | {key: NotRequired[hint | None] for kind in KINDS.values() for key, hint in kind.run_file_keys().items()},
+    | {key.name: NotRequired[key.kind | None] for kind in KINDS.values() for key in settings_of(kind)},
 )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from megatron_detour.config import RunConfig
 from megatron_detour.errors import DetourError
+from megatron_detour.model_parts import layers_of
 from megatron_detour.plan import PlannedPhase
 
 if TYPE_CHECKING:
@@ -87,5 +88,4 @@ def _prefixes(part: str) -> tuple[str, ...]:
         return HEAD
     if not part.startswith("layers."):
         return (f"model.{part}.",)
-    first, _, last = part.removeprefix("layers.").partition("-")
-    return tuple(f"model.layers.{number}." for number in range(int(first), int(last or first) + 1))
+    return tuple(f"model.layers.{number}." for number in layers_of(part))
