@@ -62,13 +62,11 @@ class Objective:
     name: ClassVar[str]  # in the run file, in records and file names
     label: ClassVar[str]  # in tables, plots and pages
     color: ClassVar[tuple[str, str]]  # on light and on dark pages, with a contrast of 4.5 or more to both
-    marker: ClassVar[str] = "o"  # matplotlib's, of validation figures
     causal: ClassVar[bool] = False  # the direction of attention
     detour: ClassVar[bool] = False  # whether --control replaces it, and a run that ends with it is warned of
     accuracy: ClassVar[bool] = False  # whether validation counts right answers besides the loss
     special_tokens: ClassVar[tuple[str, ...]] = ()  # roles that the tokenizer must have, such as mask
-    scheduled: ClassVar[dict[str, str]] = {}  # keys that change from step to step, shares, with their axis in plots
-    validated_as: ClassVar[str] = ""  # the caption of its validation figures
+    scheduled: ClassVar[tuple[str, ...]] = ()  # keys that may change from step to step, all of them shares
 
     @classmethod
     def for_validation(cls, mask_rate: float) -> Self:

@@ -19,10 +19,8 @@ class CausalLM(Objective):
     name = "clm"
     label = "CLM"
     color = ("#b04a08", "#ff9d5c")
-    marker = "s"
     causal = True
     detour = True
-    validated_as = "Held-out text read from left to right."
 
     def bind(self, vocabulary: Vocabulary, words: Words | None = None) -> NextToken:
         return NextToken(vocabulary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 
@@ -31,8 +31,7 @@ class MaskedLM(Objective):
     color = ("#2563c9", "#7fb0ff")
     accuracy = True
     special_tokens = ("mask",)
-    scheduled: ClassVar = {"mask_rate": "tokens masked"}
-    validated_as = "Held-out text. Whether it was the same, under the same masks, stands at the top of the page."
+    scheduled = ("mask_rate",)
 
     mask_rate: Annotated[float, SHARE, "share of tokens that are masked"]
     mask_rate_end: Annotated[

@@ -9,6 +9,7 @@ import msgspec
 
 from megatron_detour.errors import DetourError
 from megatron_detour.objectives import KINDS
+from megatron_detour.settings import settings_of
 from megatron_detour.structured import read_json
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]

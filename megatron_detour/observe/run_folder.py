@@ -49,9 +49,6 @@ def _figures(kind: type[Objective]) -> dict[str, ValidationFigure]:
 
 
 VALIDATION_FIGURES = {key: figure for kind in KINDS.values() for key, figure in _figures(kind).items()}
-LOSSES, ACCURACIES, BITS_PER_BYTE = (
-    [key for key in VALIDATION_FIGURES if key.endswith(end)] for end in ("_loss", "_accuracy", "_bits_per_byte")
-)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ FIGURES = (
     "loss",
     "grad_norm",
     "lr",
-    *{key: None for kind in KINDS.values() for key in kind.scheduled},
+    *dict.fromkeys(key for kind in KINDS.values() for key in kind.scheduled),
     "sequences",
     "padding_share",
     "data_crc",
