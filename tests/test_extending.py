@@ -15,7 +15,6 @@ import yaml
 from tests.harness import ROOT, environment
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-TRAIN = "import sys; from megatron_detour.training.run import main; sys.exit(main('', sys.argv[1:]))"
 LOOK = """
 import json, sys
 import numpy as np
@@ -107,8 +106,8 @@ def test_an_objective_is_one_file(extended, corpus, tmp_path):
     assert list(files("An objective")) == ["megatron_detour/objectives/masked_next_token.py"]
     python = extended("An objective")
     run = run_file(tmp_path, corpus, detour={"objective": "mntp", "mask_rate": 0.3})
-    python("-c", TRAIN, "--run-file", run)
-    python("-c", TRAIN, "--run-file", run, "--control")
+    python("-m", "megatron_detour", "train", "--run-file", run)
+    python("-m", "megatron_detour", "train", "--run-file", run, "--control")
     seen = json.loads(
         python("-c", LOOK, run, str(tmp_path / "run"), str(tmp_path / "run-control"), str(tmp_path)).splitlines()[-1]
     )
