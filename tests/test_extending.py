@@ -51,7 +51,7 @@ print(json.dumps({
 def files(heading: str) -> dict[str, str]:
     """The Python files that a section names, each before its code block."""
     (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
-    return dict(re.findall(r"^`(megatron_detour/\S+\.py)`:\n\n```python\n(.*?)```", section, re.M | re.S))
+    return dict(re.findall(r"^`(\S+\.py)` in `megatron_detour/`:\n\n```python\n(.*?)```", section, re.M | re.S))
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def extended(tmp_path):
     def extend(heading: str):
         shutil.copytree(ROOT / "megatron_detour", tmp_path / "megatron_detour")
         for name, content in files(heading).items():
-            assert not (ROOT / name).exists()
-            (tmp_path / name).write_text(content, encoding="utf-8")
+            assert not (ROOT / "megatron_detour" / name).exists()
+            (tmp_path / "megatron_detour" / name).write_text(content, encoding="utf-8")
 
         def python(*arguments: str) -> str:
             command = [sys.executable, *arguments]
@@ -103,7 +103,7 @@ def run_file(folder: Path, corpus, **changes) -> str:
 @pytest.mark.integration
 def test_an_objective_is_one_file(extended, corpus, tmp_path):
     """From the run file to the card: planned, forecast, trained, validated, reported, compared."""
-    assert list(files("An objective")) == ["megatron_detour/objectives/masked_next_token.py"]
+    assert list(files("An objective")) == ["objectives/masked_next_token.py"]
     python = extended("An objective")
     run = run_file(tmp_path, corpus, detour={"objective": "mntp", "mask_rate": 0.3})
     python("-m", "megatron_detour", "train", "--run-file", run)
