@@ -30,7 +30,6 @@ from megatron_detour.files import retry
 from megatron_detour.model.choose import choose_compute
 from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.objectives import make
 from megatron_detour.observe.meter import memory_bytes, utilisation
 from megatron_detour.parallel.shard import spec_of
 from megatron_detour.plan import Plan, Step
@@ -183,7 +182,7 @@ class Trainer:
             "step": step.number,
             "tokens": step.tokens,
             "phase": step.phase.name,
-            "objective": step.phase.objective,
+            "objective": step.objective.name,
             "loss": loss if math.isfinite(loss) else None,
             "lr": step.learning_rate,
             "grad_norm": norm if math.isfinite(norm) else None,
@@ -193,9 +192,8 @@ class Trainer:
             "padding_share": padding / (tokens + padding),
             "data_crc": crc,
             "flops": flops,
+            **step.objective.figures(),
         }
-        if step.mask_rate is not None:
-            figures["mask_rate"] = step.mask_rate
         if verdict.fault:
             figures["skipped" if verdict.skip else "spike"] = verdict.fault
         return figures, stop
@@ -278,8 +276,7 @@ class Trainer:
 
     def _load(self, step: Step) -> tuple[Step, RankBatch]:
         phase, run, parallel = step.phase, self.run, self.run.parallel
-        words = run.initial.words if phase.settings.whole_word_masking else None
-        objective = make(phase.objective, step.mask_rate, run.initial.vocabulary, words)
+        objective = step.objective.bind(run.initial.vocabulary, run.initial.words)
         mixture = run.data.of(phase)
         micro_tokens = phase.micro_sequences * phase.sequence_length
         mine, of = micro_batches_of(step.tokens - step.start, micro_tokens, parallel.data_rank, parallel.data_size)
