@@ -24,6 +24,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.training.engine import create_engine, start_distributed
+from megatron_detour.ui.tables import Table
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -98,8 +99,7 @@ def measure(settings: Settings) -> list[tuple[str, str]]:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    width = max(len(title) for title, _ in rows)
-    return "\n".join(f"{title.ljust(width)}  {figure}" for title, figure in rows)
+    return Table(["", ""], rows, align="l").text()
 
 
 class _Peak:

@@ -86,7 +86,7 @@ ALLOWED = {
     ),
     "forecast": (
         "forecast config plan model_parts model.shape model.flops model.peaks data.manifest data.indexed data.order "
-        "tokenizer checkpoint.source errors",
+        "tokenizer checkpoint.source ui errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
@@ -103,14 +103,14 @@ ALLOWED = {
     ),
     "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
     "benchmarks": (
-        "benchmarks data corpus tokenizer model observe parallel kernels errors files objectives",
+        "benchmarks data corpus tokenizer model observe parallel kernels ui errors files objectives",
         "numpy torch transformers",
     ),
     "benchmarks.checkpoints": (
-        "benchmarks checkpoint config model plan training errors",
+        "benchmarks checkpoint config model plan training ui errors",
         "torch psutil transformers",
     ),
-    "benchmarks.read": ("benchmarks data tokenizer config errors files objectives", "numpy"),
+    "benchmarks.read": ("benchmarks data tokenizer config ui errors files objectives", "numpy"),
     "benchmarks.builders": (
         "benchmarks corpus data tokenizer errors",
         "numpy tokenizers fastokens sentencepiece datasets datatrove",

@@ -48,6 +48,7 @@ def test_what_is_not_seen_becomes_a_code() -> None:
         ("---", "--\\-"),
         ("1. first", "1\\. first"),
         ("1.5", "1.5"),
+        ("snake_case _a_ b__c", "snake_case \\_a\\_ b\\_\\_c"),
         ("-0.5", "-0.5"),
         ("a | [b](c) `d` *e*", "a \\| \\[b\\](c) \\`d\\` \\*e\\*"),
         ("x\u202e", "x\\\\u202e"),
@@ -132,7 +133,7 @@ def _figures() -> None:
         "windows": 1,
         "change": change,
     }
-    print(tables.markdown([line | {"all": kind, "domain": None}]))
+    print(tables.as_markdown([line | {"all": kind, "domain": None}]))
     tables.print_tables([line | {"all": kind, "domain": None}])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_detour.config import RunConfig, as_control, load, parse_control
 from megatron_detour.errors import DetourError
-from megatron_detour.forecast import Forecast, forecast, render
+from megatron_detour.forecast import Forecast, forecast, plan_table, render
 from megatron_detour.plan import Plan
 from megatron_detour.text import visible
 
@@ -35,7 +35,7 @@ def run(run_file: str, overrides: list[str], control: str | None, gpus: int | No
     if as_json:
         print(json.dumps({"plan": plan.to_dict(), **told.to_dict()}, indent=1, ensure_ascii=False))
     else:
-        print(visible("\n\n".join([plan.table(), render(told), verdict(told)])))
+        print(visible("\n\n".join([plan_table(plan), render(told), verdict(told)])))
     return 1 if told.faults else 0
 
 

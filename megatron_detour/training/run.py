@@ -13,7 +13,7 @@ from megatron_detour.checkpoint.store import checkpoint_folder
 from megatron_detour.config import RunConfig, as_control, load, parse_control
 from megatron_detour.config.deepspeed import look_at_deepspeed_config
 from megatron_detour.errors import DetourError, format_faults
-from megatron_detour.forecast import faults
+from megatron_detour.forecast import faults, plan_table
 from megatron_detour.forecast.start import look
 from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.plan import Plan
@@ -45,7 +45,7 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
     folder = Path(config.folder)
     first = int(os.environ.get("RANK", "0")) == 0
     if first and (options.plan or not options.launch):
-        print(plan.table(), flush=True)
+        print(plan_table(plan), flush=True)
     if options.plan:
         print("only the run file was read: megatron-detour plan looks at the model and the corpora as well" * first)
         return 0

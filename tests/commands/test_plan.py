@@ -122,7 +122,7 @@ def test_the_control_is_planned(good, write, capsys):
     path = write(good)
     for words in (["--control"], ["--control", "mlm=0.4"]):
         assert main(["plan", *words, path, "seed=3"]) == 0
-        assert f"mlm {'40' if words[1:] else '30'}%" in capsys.readouterr().out
+        assert f"MLM, {'40' if words[1:] else '30'}%" in capsys.readouterr().out
     assert main(["plan", path, "--control", "seed=3"]) == 0
     assert "small-control: " in capsys.readouterr().out
     with pytest.raises(DetourError, match="--control clm=1: write it as"):

@@ -13,10 +13,8 @@ from megatron_detour.evaluation.report.statistics import Spread
 from megatron_detour.evaluation.report.summary import FORMAT, PERMUTATIONS, summarise
 from megatron_detour.evaluation.report.tables import (
     Summary,
-    Table,
     against_table,
     comparisons_words,
-    counted,
     interval_words,
     p_words,
     points,
@@ -27,6 +25,7 @@ from megatron_detour.evaluation.results import read_results
 from megatron_detour.files import write_whole
 from megatron_detour.structured import read_json_object
 from megatron_detour.text import markdown, visible
+from megatron_detour.ui.format import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,21 +108,11 @@ def as_text(summary: Summary, console: Console) -> None:
     console.print(visible(summary["verdict"]), style="bold", markup=False, highlight=False)
     for table in (scores_table(summary), against_table(summary)):
         if table.rows:
-            _print(table, console)
+            table.print(console)
     if len(summary["models"]) > 1:
         console.print(visible(comparisons_words(summary)), markup=False, highlight=False)
     for note in summary["notes"]:
         console.print(visible(f"Note: {note}"), style="yellow", markup=False, highlight=False)
-
-
-def _print(table: Table, console: Console) -> None:
-    from rich.text import Text
-
-    from megatron_detour.ui.tables import print_table
-
-    # Text, not str, since rich would read brackets as its own markup
-    rows = [[Text(visible(entry.text), "bold green" if entry.bold else "") for entry in row] for row in table.rows]
-    print_table(console, visible(table.title), [visible(header) for header in table.headers], rows, table.words)
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -168,17 +157,10 @@ def _markdown(summary: Summary, picture: str) -> str:
         parts.append("\n".join(f"- {markdown(note)}" for note in summary["notes"]))
     for number, table in enumerate(tables(summary)):
         parts.append(f"## {markdown(table.title)}")
-        parts.append(_markdown_table(table))
+        parts.append(table.markdown())
         parts += [markdown(remark) for remark in table.remarks]
         if not number and picture:
             parts.append(f"![Scores by task, and differences to the baseline]({picture})")
     if summary["versions"]:
         parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()))
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    rule = ["---" if number < table.words else "---:" for number in range(len(table.headers))]
-    rows = [[f"**{markdown(e.text)}**" if e.bold and e.text else markdown(e.text) for e in row] for row in table.rows]
-    lines = [[markdown(header) for header in table.headers], rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_detour.evaluation.report import tables
-from megatron_detour.evaluation.report.tables import Summary, counted, metric_words
+from megatron_detour.evaluation.report.tables import Summary, metric_words
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import AXIS, BAND, INK, LINE, PAGE, SOFT
 from megatron_detour.ui.figures import appearance
-from megatron_detour.ui.format import shortened
+from megatron_detour.ui.format import counted, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
