@@ -48,7 +48,6 @@ ALLOWED = {
     "corpus.filters": ("corpus errors", "numpy rensa py3langid"),
     "corpus.ray_workers": ("corpus errors", "ray"),
     "corpus.train_tokenizer": ("corpus errors files", "tokenizers"),
-    "corpus.progress": ("text", "rich"),
     "checkpoint": ("parallel model checkpoint tokenizer errors files", "torch safetensors"),
     "checkpoint.huggingface": (
         "parallel model checkpoint tokenizer errors files",
@@ -61,7 +60,7 @@ ALLOWED = {
         "config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
-    "observe": ("observe ui errors files", "numpy rich jinja2 matplotlib"),
+    "observe": ("observe ui errors files", "numpy matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.run_files": ("errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
@@ -73,8 +72,8 @@ ALLOWED = {
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
         "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
-        "evaluation.results errors",
-        "numpy torch transformers msgspec rich",
+        "evaluation.results ui errors",
+        "numpy torch transformers msgspec",
     ),
     "evaluation.report": (
         "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results ui errors files",

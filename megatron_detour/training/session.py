@@ -23,7 +23,7 @@ from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe import meter
 from megatron_detour.observe.next_steps import next_commands
-from megatron_detour.observe.progress import Progress
+from megatron_detour.observe.progress import RunProgress
 from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
 from megatron_detour.parallel.state import ParallelState
@@ -115,7 +115,7 @@ class Session:
         if config.validation.corpora:
             self.validation = Validation(config, start.vocabulary, start.tokenizer_file, state, device)
         self.sinks: list[Sink] = []
-        self.progress: Progress | None = None
+        self.progress: RunProgress | None = None
         self.checkpoints: Checkpoints | None = None
         self.writing, self.reports = Background(), Background()  # of checkpoints; of reports
         self._described = self._ended = False
@@ -246,13 +246,13 @@ class Session:
             self.sinks.append(WandbSink(settings, self.folder, self.config.name, done, metrics.counts))
         for sink in self.sinks:
             stack.callback(sink.close)
-        self.progress = stack.enter_context(Progress(self.plan.to_dict()["phases"], done))
+        self.progress = stack.enter_context(RunProgress(self.plan.to_dict()["phases"], done))
 
     def _record(self, figures: dict[str, Any]) -> None:
         if self.state.is_first:
             for sink in self.sinks:
                 sink.write(figures)
-            self.progress.update(figures)
+            self.progress.show(figures)
 
     def _say(self, message: str) -> None:
         if self.state.is_first:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.masked_words.figures import SUMS, compared, draws, measured
 from megatron_detour.evaluation.masked_words.positions import folded
-from megatron_detour.evaluation.masked_words.tables import Progress, as_markdown, print_tables, say
+from megatron_detour.evaluation.masked_words.progress import WindowProgress
+from megatron_detour.evaluation.masked_words.tables import as_markdown, print_tables, say
 from megatron_detour.evaluation.masked_words.texts import Domain, IntrinsicOptions, Text, texts_of
 from megatron_detour.evaluation.models import check_model, identity_of
 from megatron_detour.files import write_whole
@@ -98,7 +99,7 @@ def _fill(
     from megatron_detour.evaluation.masked_words.score import score_windows
     from megatron_detour.evaluation.probes import load_model
 
-    with Progress(windows) as progress:
+    with WindowProgress(windows) as progress:
         for name, missing in todo.items():
             if not missing:
                 continue

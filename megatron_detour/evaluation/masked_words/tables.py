@@ -1,19 +1,16 @@
-"""The figures of masked words as tables, in Markdown and on the terminal, and the progress of measuring."""
+"""The figures of masked words as tables, in Markdown and on the terminal."""
 
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
-from rich import progress
 from rich.console import Console
 from rich.text import Text
 
 from megatron_detour.text import markdown, visible
 from megatron_detour.ui.tables import Entry, Table
 
-SECONDS_A_LINE = 30
 HEAD = ("Model", "Words", "Masked", "Perplexity per word", "Bits per byte", "Accuracy")
 CHANGE_HEAD = ("Model", "Words", "Perplexity, ratio", "Bits per byte, difference", "Accuracy, points")
 NOTE = (
@@ -116,48 +113,3 @@ def _interval(figure: dict[str, float | None], form: str) -> Entry:
     """The value, and its interval below it, as side by side they are wider than a terminal."""
     interval = "" if figure["low"] is None else f"[{figure['low']:{form}}, {figure['high']:{form}}]"
     return Entry(f"{figure['value']:{form}}", note=interval)
-
-
-class Progress:
-    """Windows done of `total`, their rate and the time left: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._name = total, 0, ""
-        self._began = self._told = time.monotonic()
-        console = Console(stderr=True)
-        columns = (
-            progress.TextColumn("{task.fields[name]}", markup=False),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("windows"),
-            progress.TextColumn("{task.fields[rate]}"),
-            progress.TimeRemainingColumn(),
-        )
-        self._bar = progress.Progress(*columns, console=console) if console.is_terminal else None
-        self._task = self._bar.add_task("", total=total, name="", rate="") if self._bar else None
-
-    def __enter__(self) -> Progress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def on(self, name: str) -> None:
-        """Says what is measured from now on."""
-        self._name = visible(name)
-        if self._bar:
-            self._bar.update(self._task, name=self._name)
-
-    def add(self, windows: int) -> None:
-        self._done += windows
-        now = time.monotonic()
-        rate = self._done / max(now - self._began, 1e-3)
-        if self._bar:
-            self._bar.update(self._task, completed=self._done, rate=f"{rate:.1f}/s")
-        elif now - self._told > SECONDS_A_LINE or self._done == self._total:
-            self._told = now
-            left = (self._total - self._done) / max(rate, 1e-3)
-            say(f"{self._name}: {self._done:,} of {self._total:,} windows, {rate:.1f}/s, {left / 60:.0f} min left")
