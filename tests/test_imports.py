@@ -26,7 +26,7 @@ ALLOWED = {
     "ui": ("ui errors files", "rich jinja2 matplotlib"),
     "config": ("config settings model_parts errors", "yaml"),
     "plan": ("config errors", ""),
-    "runtime": ("runtime errors files", "psutil torch"),
+    "runtime": ("runtime ui errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
     "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
     "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
@@ -90,12 +90,12 @@ ALLOWED = {
     "__main__": ("commands", ""),
     "commands": (
         "commands forecast training checkpoint corpus config plan data model kernels parallel observe runtime release "
-        "evaluation errors",
+        "evaluation ui errors",
         "torch psutil packaging rich transformers",
     ),
     "commands.main": ("commands.parser errors", ""),
     "commands.parser": ("config errors", ""),
-    "commands.plan": ("commands.parser forecast config plan errors", ""),
+    "commands.plan": ("commands.parser forecast config plan ui errors", ""),
     "training": (
         "training runtime checkpoint data tokenizer model model_parts observe parallel kernels config errors files "
         "forecast objectives plan",

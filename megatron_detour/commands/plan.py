@@ -10,6 +10,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.forecast import Forecast, forecast, plan_table, render
 from megatron_detour.plan import Plan
 from megatron_detour.text import visible
+from megatron_detour.ui.format import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,4 +61,4 @@ def listed(error: DetourError) -> list[str]:
 def verdict(told: Forecast) -> str:
     if not told.faults:
         return "nothing here would stop the run"
-    return f"{len(told.faults)} fault{'s' if len(told.faults) > 1 else ''} would stop the run"
+    return f"{counted(len(told.faults), 'fault')} would stop the run"

@@ -47,7 +47,9 @@ def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
     labels, settings = _labels(runs), [_settings(run) for run in runs]
     _take(output)
     drawn = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]
-    pictures = [Picture.of(plot, plot.draw(runs, drawn), plot.compared) for plot in PLOTS if plot.compared]
+    pictures = [
+        Picture.of(plot.file, plot.title, plot.compared, plot.draw(runs, drawn)) for plot in PLOTS if plot.compared
+    ]
     # The page comes first: it tells another time that the folder is a comparison's.
     write_whole(output / PAGE, _page(runs, labels, settings, pictures))
     write_pictures(pictures, output)

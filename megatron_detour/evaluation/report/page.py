@@ -40,12 +40,12 @@ def write_report(output: Path, baseline: str | None = None, permutations: int = 
     `baseline` is the model that the others are compared with, the first one unless given. Raises DetourError where
     there is no result, or where results do not compare.
     """
-    from megatron_detour.evaluation.report.plots import SCORES, describe
+    from megatron_detour.evaluation.report import plots
     from megatron_detour.ui.page import Picture, write_pictures
 
     output = Path(output)
     summary = summarise(output, baseline, permutations)
-    picture = Picture.of(SCORES, SCORES.draw(summary), SCORES.caption, describe(summary))
+    picture = Picture.of(plots.FILE, plots.TITLE, plots.CAPTION, plots.draw_scores(summary), plots.describe(summary))
     write_pictures([picture], output)
     write_whole(output / TEXT, _markdown(summary, picture.file if picture.content else ""))
     write_whole(output / PAGE, _page(summary, picture))
