@@ -50,7 +50,7 @@ def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
     pictures = [
         Picture.of(plot.file, plot.title, plot.compared, plot.draw(runs, drawn)) for plot in PLOTS if plot.compared
     ]
-    # The page comes first: it tells another time that the folder is a comparison's.
+    # The page comes first: it marks the folder as a comparison's.
     write_whole(output / PAGE, _page(runs, labels, settings, pictures))
     write_pictures(pictures, output)
     return output / PAGE, _as_text(runs, labels, settings)
@@ -62,7 +62,7 @@ def _take(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise DetourError(f"{output} is a file; choose another --output")
     if output.exists() and any(output.iterdir()) and not (page.exists() and MARK in page.read_text(encoding="utf-8")):
-        raise DetourError(f"{output} holds other files than an earlier comparison; choose another --output")
+        raise DetourError(f"{output} contains files other than an earlier comparison; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
 
 
@@ -143,7 +143,7 @@ def _data_verdicts(runs: list[Run], labels: list[str]) -> list[tuple[str, str]]:
         same = (sums == own_sums) & (first["tokens"][rows] == own["tokens"][own_rows])
         steps = int(there.sum())
         if not steps:
-            found.append(("Unknown", f"{pair} have no checksums in common that would tell whether they read the same."))
+            found.append(("Unknown", f"cannot verify that {pair} read the same data: no step of both has a checksum."))
         elif same[there].all():
             found.append(("Yes", f"{pair} read the same documents in all {steps:,} steps that both have done."))
         else:
@@ -163,9 +163,12 @@ def _validation_verdicts(runs: list[Run], labels: list[str], settings: list[dict
         pair = f"{label} and {labels[0]}"
         differing = [key for key in facts if facts[key] != first[key]]
         if not facts["corpora"] or not first["corpora"]:
-            found.append(("Unknown", f"{pair} do not both name the corpora of their validation."))
+            found.append(("Unknown", f"{pair} do not both name their validation corpora."))
         elif differing:
-            text = f"{pair} were not validated alike, so their figures do not compare: other {', '.join(differing)}."
+            text = (
+                f"{pair} were validated differently, so their figures are not comparable. "
+                f"Differences: {', '.join(differing)}."
+            )
             found.append(("No", text))
         else:
             found.append(("Yes", f"{pair} were validated on the same text under the same masks."))

@@ -50,7 +50,7 @@ VALIDATION_FIGURES = {
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where the figures of a run are told: before the first step, at the end of a phase or at its latest validation."""
+    """Where a run reports its validation figures: before step 1, at the end of a phase or at the latest validation."""
 
     title: str
     record: Record
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def skipped(self) -> list[Record]:
-        """The steps whose update was left out."""
+        """The steps whose update was skipped."""
         return [record for record in self.guarded if record.get("skipped")]
 
     @cached_property

@@ -49,7 +49,7 @@ def style_axes(axes: Axes, values: str) -> None:
 
 
 def add_legend(figure: Figure, handles: dict[str, Any], place: str, columns: int) -> None:
-    """A legend outside of the panels, of artists by their labels. A dollar sign in a label is no formula."""
+    """A legend outside of the panels, of artists by their labels. A dollar sign in a label does not start a formula."""
     look = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, "handlelength": 2.6, "columnspacing": 1.8}
     legend = figure.legend(list(handles.values()), list(handles), loc=f"outside {place}", ncols=columns, **look)
     for text in legend.get_texts():
@@ -99,8 +99,8 @@ def _described(axes: Axes) -> str:
         # marks of steps are in other coordinates, single values behind a mean have no label
         if line.get_transform() is axes.transData and not label.startswith("child"):
             curves.setdefault(label, []).extend(map(float, line.get_ydata()))
-    told = [f"{label}: {_course(values, shares)}" for label, values in curves.items() if values]
-    return f"{axes.get_ylabel()}. {'; '.join(told)}." if told else ""
+    parts = [f"{label}: {_course(values, shares)}" for label, values in curves.items() if values]
+    return f"{axes.get_ylabel()}. {'; '.join(parts)}." if parts else ""
 
 
 def _course(values: list[float], shares: bool) -> str:

@@ -10,7 +10,7 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.models import fingerprint
 from megatron_detour.evaluation.report.load_results import read_evaluation
 from megatron_detour.evaluation.report.statistics import Spread
-from megatron_detour.evaluation.report.summary import FORMAT, PERMUTATIONS, summarise
+from megatron_detour.evaluation.report.summary import FORMAT, PERMUTATIONS, summarize
 from megatron_detour.evaluation.report.tables import (
     Summary,
     against_table,
@@ -44,7 +44,7 @@ def write_report(output: Path, baseline: str | None = None, permutations: int = 
     from megatron_detour.ui.page import Picture, write_pictures
 
     output = Path(output)
-    summary = summarise(output, baseline, permutations)
+    summary = summarize(output, baseline, permutations)
     picture = Picture.of(plots.FILE, plots.TITLE, plots.CAPTION, plots.draw_scores(summary), plots.describe(summary))
     write_pictures([picture], output)
     write_whole(output / TEXT, _markdown(summary, picture.file if picture.content else ""))

@@ -45,7 +45,7 @@ class Mark:
 
 
 def draw_scores(summary: Summary) -> Figure | None:
-    """Draws a row a task, the average in the first one; None where there is no score."""
+    """Draws a row per task, the average in the first one; None where there is no score."""
     from matplotlib.figure import Figure
 
     rows = _rows(summary)
@@ -73,7 +73,7 @@ def draw_scores(summary: Summary) -> Figure | None:
 def describe(summary: Summary) -> str:
     """The plot's figures, for whoever does not see it."""
     models, rows = summary["models"], _rows(summary)
-    told = [
+    scores = [
         f"{rows[mark.row][0]}, {models[mark.model]}: {tables.percent(mark.mean / 100)}%"
         for mark in sorted(_scores(summary), key=lambda mark: (mark.row, mark.model))
     ]
@@ -83,7 +83,7 @@ def describe(summary: Summary) -> str:
         for mark in _differences(summary)
     ]
     against = f" Differences to {models[0]}: {'; '.join(differing)}." if differing else ""
-    return visible(f"Scores: {'; '.join(told)}.{against}")
+    return visible(f"Scores: {'; '.join(scores)}.{against}")
 
 
 def _rows(summary: Summary) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ MOST_NAMED = 6  # missing cells, all of which stand in summary.json
 FEW_TASKS = 6
 
 
-def summarise(output: Path, baseline: str | None = None, permutations: int = PERMUTATIONS) -> dict[str, Any]:
+def summarize(output: Path, baseline: str | None = None, permutations: int = PERMUTATIONS) -> dict[str, Any]:
     """Returns the content of summary.json. Raises DetourError where results do not compare (comparable.py)."""
     evaluation = read_evaluation(output, baseline)
     notes = Notes()
