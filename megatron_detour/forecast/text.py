@@ -6,6 +6,7 @@ import textwrap
 
 from megatron_detour.forecast.forecast import Forecast
 from megatron_detour.forecast.memory import CARDS, CONTEXT, GB, GIB, SPARE
+from megatron_detour.objectives import read_objective
 from megatron_detour.plan import Plan
 from megatron_detour.ui.format import (
     byte_size,
@@ -14,7 +15,6 @@ from megatron_detour.ui.format import (
     counted,
     duration,
     format_lr,
-    objective_words,
     settings_words,
 )
 from megatron_detour.ui.tables import Table
@@ -33,7 +33,7 @@ def plan_table(plan: Plan) -> str:
     rows = [
         [
             phase["name"],
-            objective_words(phase),
+            read_objective(phase).describe(),
             f"{phase['steps']:,}",
             f"{phase['tokens']:,}",
             f"{phase['first_step']:,}",

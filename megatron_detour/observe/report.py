@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.files import write_whole
+from megatron_detour.objectives import read_objective
 from megatron_detour.observe.plots import PLOTS
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run, validation_rows
 from megatron_detour.text import visible
-from megatron_detour.ui.format import byte_size, common_batch, compact, duration, format_lr, mask_words, settings_words
+from megatron_detour.ui.format import byte_size, common_batch, compact, duration, format_lr, settings_words
 from megatron_detour.ui.page import Picture, render, write_pictures
 from megatron_detour.ui.tables import ABSENT, Entry, Table
 
@@ -66,18 +67,19 @@ def as_text(run_folder: Path) -> str:
 
 
 def _plan_table(run: Run) -> Table:
-    headers = ["Phase", "Objective", "Masked", "Steps", "Tokens", "From – to", "Learning rate", "Settings"]
+    headers = ["Phase", "Objective", "Input", "Steps", "Tokens", "From – to", "Learning rate", "Settings"]
     rows = [_plan_row(run, phase) for phase in run.phases]
-    return Table(headers, rows, align="llrrrrll").without_empty_columns()
+    return Table(headers, rows, align="lllrrrll").without_empty_columns()
 
 
 def _plan_row(run: Run, phase: dict[str, Any]) -> list[Entry]:
     done = min(max(run.done_steps - phase["first_step"] + 1, 0), phase["steps"])
     start, end = phase["start_tokens"], phase["end_tokens"]
+    objective = read_objective(phase)
     return [
         Entry(phase["name"]),
-        Entry(phase["objective"].upper(), style=f"{phase['objective']}-text"),
-        Entry(mask_words(phase) or ABSENT),
+        Entry(objective.label, style=f"{phase['objective']}-text"),
+        Entry(objective.details() or ABSENT),
         Entry(f"{done:,} of {phase['steps']:,}" if done < phase["steps"] else f"{done:,}"),
         Entry(compact(phase["tokens"]), tip=f"{phase['tokens']:,}"),
         Entry(f"{compact(start)} – {compact(end)}", tip=f"{start:,} – {end:,}"),
