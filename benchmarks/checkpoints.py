@@ -25,6 +25,7 @@ from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.zero import Zero
 from megatron_detour.training.checkpoints import Background
 from megatron_detour.training.engine import create_engine, start_distributed
+from megatron_detour.ui.tables import Table
 
 SAMPLE_SECONDS = 0.05
 
@@ -96,8 +97,7 @@ def measure(settings: Settings) -> list[tuple[str, str]]:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    width = max(len(title) for title, _ in rows)
-    return "\n".join(f"{title.ljust(width)}  {figure}" for title, figure in rows)
+    return Table(["", ""], rows, align="l").text()
 
 
 class _Peak:

@@ -27,7 +27,7 @@ ALLOWED = {
     "ui": ("ui objectives errors files", "rich jinja2 matplotlib"),
     "config": ("config settings objectives model_parts errors", "yaml"),
     "plan": ("config objectives errors", ""),
-    "runtime": ("runtime errors files", "psutil torch"),
+    "runtime": ("runtime ui errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
     "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
     "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
@@ -49,7 +49,6 @@ ALLOWED = {
     "corpus.filters": ("corpus errors", "numpy rensa py3langid"),
     "corpus.ray_workers": ("corpus errors", "ray"),
     "corpus.train_tokenizer": ("corpus errors files", "tokenizers"),
-    "corpus.progress": ("text", "rich"),
     "checkpoint": ("parallel model checkpoint tokenizer errors files", "torch safetensors"),
     "checkpoint.huggingface": (
         "parallel model checkpoint tokenizer errors files",
@@ -61,7 +60,7 @@ ALLOWED = {
         "observe.steps ui config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
-    "observe": ("observe ui objectives errors files", "numpy rich jinja2 matplotlib"),
+    "observe": ("observe ui objectives errors files", "numpy matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.run_files": ("objectives settings errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
@@ -73,8 +72,8 @@ ALLOWED = {
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
         "evaluation.finetuning evaluation.task evaluation.task_types evaluation.examples "
-        "evaluation.models evaluation.results errors",
-        "numpy torch transformers msgspec rich",
+        "evaluation.models evaluation.results ui errors",
+        "numpy torch transformers msgspec",
     ),
     "evaluation.report": (
         "evaluation.report evaluation.task evaluation.task_types evaluation.metrics evaluation.models "
@@ -87,18 +86,18 @@ ALLOWED = {
     ),
     "forecast": (
         "forecast objectives config plan model_parts model.shape model.flops model.peaks data.manifest data.indexed "
-        "data.order tokenizer checkpoint.source errors",
+        "data.order tokenizer checkpoint.source ui errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
     "commands": (
         "commands log forecast training checkpoint corpus config plan data model kernels parallel observe runtime "
-        "release evaluation errors",
+        "release evaluation ui errors",
         "torch psutil packaging rich transformers",
     ),
     "commands.main": ("commands.parser errors", ""),
     "commands.parser": ("config errors", ""),
-    "commands.plan": ("commands.parser forecast config plan errors", ""),
+    "commands.plan": ("commands.parser forecast config plan ui errors", ""),
     "training": (
         "training log runtime checkpoint data tokenizer model model_parts observe parallel kernels config errors files "
         "forecast objectives plan",
@@ -106,14 +105,14 @@ ALLOWED = {
     ),
     "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
     "benchmarks": (
-        "benchmarks data corpus tokenizer model observe parallel kernels errors files objectives",
+        "benchmarks data corpus tokenizer model observe parallel kernels ui errors files objectives",
         "numpy torch transformers",
     ),
     "benchmarks.checkpoints": (
-        "benchmarks checkpoint config model parallel plan training errors",
+        "benchmarks checkpoint config model parallel plan training ui errors",
         "torch psutil transformers",
     ),
-    "benchmarks.read": ("benchmarks data tokenizer config errors files objectives", "numpy"),
+    "benchmarks.read": ("benchmarks data tokenizer config ui errors files objectives", "numpy"),
     "benchmarks.builders": (
         "benchmarks corpus data tokenizer errors",
         "numpy tokenizers fastokens sentencepiece datasets datatrove",

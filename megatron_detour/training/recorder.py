@@ -24,7 +24,7 @@ from megatron_detour.forecast import Start, forecast, headline
 from megatron_detour.log import shown_by
 from megatron_detour.observe import meter
 from megatron_detour.observe.next_steps import next_commands
-from megatron_detour.observe.progress import Progress
+from megatron_detour.observe.progress import RunProgress
 from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
 from megatron_detour.runtime.failure_detector import Verdict
@@ -52,7 +52,7 @@ class Recorder:
     def __init__(self, run: Run, checkpoints: Checkpoints) -> None:
         self.run, self.checkpoints = run, checkpoints
         self._sinks: list[Sink] = []
-        self._progress: Progress | None = None
+        self._progress: RunProgress | None = None
         self._reports = ThreadPoolExecutor(1, "reports")
         self._described = self._ended = False
 
@@ -102,7 +102,7 @@ class Recorder:
         for sink in self._sinks:
             sink.write(figures)
         if self._progress:
-            self._progress.update(figures)
+            self._progress.show(figures)
 
     def write_report(self) -> Future[Path | None] | None:
         """Writes the report beside training."""
@@ -145,7 +145,7 @@ class Recorder:
             self._sinks.append(WandbSink(settings, run.folder, config.name, done, metrics.counts))
         for sink in self._sinks:
             stack.callback(sink.close)
-        self._progress = stack.enter_context(Progress(run.plan.to_dict()["phases"], done))
+        self._progress = stack.enter_context(RunProgress(run.plan.to_dict()["phases"], done))
         stack.enter_context(shown_by(self._progress.say))
 
     def _describe(self, tokens: int, validation: Validation | None) -> None:

@@ -479,11 +479,11 @@ def test_the_time_left_is_that_of_the_fine_tunings_not_of_the_clock(monkeypatch,
     result = {"metric": "f1", "score": 0.5, "dev_score": 0.5, "device": "cpu"}
     done = {job.cell: result | {"seconds": took[job.cell.task]} for job in jobs[:-1]}
     with SuiteProgress(jobs, done, 1) as progress:
-        assert progress.left() == "5 min left"  # before anything is done in this session
+        assert progress.left() == "5m00s left"  # before anything is done in this session
         progress.show({jobs[-1].cell: 0.01})
-        assert progress.left() == "5 min left"
+        assert progress.left() == "4m57s left"
         progress.show({jobs[-1].cell: 0.5})
-        assert progress.left() == "2 min left"
+        assert progress.left() == "2m30s left"
         progress.finished(jobs[-1], result | {"seconds": 290.0})
         assert (
             progress.left() == ""
@@ -497,6 +497,6 @@ def test_the_time_left_of_a_new_task_is_guessed_by_its_cost_and_shared_by_the_wo
     with SuiteProgress(jobs, {}, 2) as progress:
         assert progress.left() == ""  # nothing is known
         progress.finished(jobs[0], result)
-        assert progress.left() == "10 min left"  # twice 10 minutes by two workers
+        assert progress.left() == "10m00s left"  # twice 10 minutes by two workers
         progress.finished(jobs[1], result | {"seconds": 120.0, "device": "gpu"})
-        assert progress.left() == "2 min left"  # what took long was another machine
+        assert progress.left() == "2m00s left"  # what took long was another machine

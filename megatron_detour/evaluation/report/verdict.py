@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_detour.evaluation.report.tables import Summary, counted, metric_words, p_words, percent, points
+from megatron_detour.evaluation.report.tables import Summary, metric_words, p_words, percent, points
+from megatron_detour.ui.format import counted
 
 
 def verdict(summary: Summary) -> str:
