@@ -94,6 +94,10 @@ ALLOWED = {
         "evaluation errors",
         "torch psutil packaging rich transformers",
     ),
+    "commands.batches": (
+        "commands.parser config data plan objectives tokenizer forecast.start errors",
+        "numpy tokenizers",
+    ),
     "commands.main": ("commands.parser errors", ""),
     "commands.parser": ("config errors", ""),
     "commands.plan": ("commands.parser forecast config plan errors", ""),

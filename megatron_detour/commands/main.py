@@ -30,6 +30,10 @@ GROUPS = {
         ),
         "doctor": ("look at this machine, and with a run file at what the run would use of it", "run.yaml"),
         "train": ("start a run, or resume it", "run.yaml phases.detour.tokens=2B --launch"),
+        "batches": (
+            "show what the model reads in some steps: text, masks, document borders; or write it as arrays",
+            "run.yaml --steps 1-12 --output batches.npz",
+        ),
         "report": ("write a run's report.html again", "runs/notes"),
         "compare": ("one page that sets runs side by side", "runs/notes runs/notes-control"),
     },
