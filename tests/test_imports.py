@@ -94,6 +94,10 @@ ALLOWED = {
         "evaluation errors",
         "torch psutil packaging rich transformers",
     ),
+    "commands.init": (
+        "commands.parser config plan corpus data.manifest tokenizer forecast errors",
+        "psutil pyarrow torch yaml",
+    ),
     "commands.batches": (
         "commands.parser config data plan objectives tokenizer forecast.start errors",
         "numpy tokenizers",
@@ -143,6 +147,7 @@ LAZY = {
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
     "commands.evaluate": "torch",
+    "commands.init": "torch pyarrow",
     "evaluation.metrics": "sklearn scipy seqeval",
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",

@@ -14,6 +14,10 @@ from megatron_detour.errors import DetourError, command_line
 # Group -> command -> what it does, and an example of its arguments.
 GROUPS = {
     "prepare": {
+        "init": (
+            "write a run file and a Slurm script for your texts, model and GPUs",
+            "--texts notes --model answerdotai/ModernBERT-base --gpus 4 --gpu h100",
+        ),
         "train-tokenizer": (
             "train a byte-level BPE tokenizer with ModernBERT's special tokens",
             "--input notes.jsonl --output data/tokenizer --vocab-size 32768",
