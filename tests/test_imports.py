@@ -95,6 +95,14 @@ ALLOWED = {
         "release evaluation ui errors",
         "torch psutil packaging rich transformers",
     ),
+    "commands.init": (
+        "commands.parser config plan corpus data.manifest tokenizer forecast errors",
+        "psutil pyarrow torch yaml",
+    ),
+    "commands.batches": (
+        "commands.parser config data plan objectives tokenizer forecast.start errors",
+        "numpy tokenizers",
+    ),
     "commands.main": ("commands.parser errors", ""),
     "commands.parser": ("config errors", ""),
     "commands.plan": ("commands.parser forecast config plan ui errors", ""),
@@ -139,6 +147,7 @@ LAZY = {
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
     "commands.evaluate": "torch",
+    "commands.init": "torch pyarrow",
     "evaluation.metrics": "sklearn scipy seqeval",
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",
