@@ -89,7 +89,7 @@ def command_line(main: Callable[[], int | None], grace: float = GRACE_SECONDS) -
         status = 130
     except Exception as error:
         if isinstance(error, OSError) and (error.errno in _FILE_ERRORS or error.filename is not None):
-            restart = getattr(error, "restart", False)  # set by a run that has saved, see training/session.py
+            restart = getattr(error, "restart", False)  # set by a run that has saved, see training/recorder.py
             remedy = "; the disk may be back: run the same command again to resume from the last checkpoint"
             status = _report(error, f"{error.filename or 'a file'}: {error.strerror}{remedy if restart else ''}", grace)
             status = EXIT_INTERRUPTED if restart else status

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_detour.config import Corpus, LearningRate, Phase, RunConfig
+from megatron_detour.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class PlannedPhase:
         return self.settings.name
 
     @property
-    def objective(self) -> str:
+    def objective(self) -> Objective:
         return self.settings.objective
 
     @property
@@ -81,7 +82,7 @@ class Step:
     number: int  # 1-based
     phase: PlannedPhase
     learning_rate: float
-    mask_rate: float | None
+    objective: Objective  # as at this step
     sequences: int
     start: int
     tokens: int
@@ -121,8 +122,8 @@ class Plan:
 
     @property
     def has_detour(self) -> bool:
-        """Whether a phase is causal, so that a control tells something."""
-        return any(phase.objective == "clm" for phase in self.phases)
+        """Whether a control differs from the run."""
+        return any(phase.objective.detour for phase in self.phases)
 
     @cached_property
     def _stretches(self) -> list[tuple[BatchStage, PlannedPhase]]:
@@ -146,7 +147,7 @@ class Plan:
             number=stretch.first_step + before,
             phase=phase,
             learning_rate=learning_rate(phase, done),
-            mask_rate=_mask_rate(phase, done),
+            objective=phase.objective.at(done, phase.tokens),
             sequences=stretch.sequences,
             start=tokens,
             tokens=tokens + size,
@@ -168,36 +169,6 @@ class Plan:
             "phases": [_phase_to_dict(phase) for phase in self.phases],
         }
 
-    def table(self) -> str:
-        """The plan as aligned text, a row a phase."""
-        rows = [_row(phase) for phase in self.phases]
-        a_step = {row.pop("a step") for row in rows} if len({row["a step"] for row in rows}) == 1 else set()
-        cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-        summary = (
-            f"{self.name}: {' + '.join(f'{p.steps:,}' for p in self.phases)} = {self.total_steps:,} steps"
-            f"{''.join(f' of {size}' for size in a_step)}, {self.total_tokens:,} tokens in all"
-        )
-        return "\n".join([summary, *(line.rstrip() for line in lines)])
-
-
-def _row(phase: PlannedPhase) -> dict[str, str]:
-    warmup = phase.settings.batch_warmup
-    sequences = f"{warmup.start:,} to {phase.sequences:,}" if warmup else f"{phase.sequences:,}"
-    tokens = "" if warmup else f"{phase.sequences * phase.sequence_length:,} tokens "
-    return {
-        "phase": phase.name,
-        "objective": describe_objective(phase.settings),
-        "steps": f"{phase.steps:,}",
-        "tokens": f"{phase.tokens:,}",
-        "a step": f"{tokens}({sequences} sequences of {phase.sequence_length:,})",
-        "from step": f"{phase.first_step:,}",
-        "to step": f"{phase.last_step:,}",
-        "ends at": f"{phase.end:,} tokens",
-        "learning rate": describe_rate(phase.learning_rate),
-    }
-
 
 def learning_rate(phase: PlannedPhase, done: int) -> float:
     """The rate of the step that brings the phase to `done` tokens: above zero at the first, the end at the last.
@@ -215,34 +186,6 @@ def learning_rate(phase: PlannedPhase, done: int) -> float:
         "1-sqrt": 1 - math.sqrt(x),
     }[rate.shape]
     return rate.last + (rate.peak - rate.last) * left
-
-
-def describe_rate(rate: LearningRate) -> str:
-    warmup = f"0 to {rate.peak:g} over {rate.warmup:,} tokens, then " if rate.warmup else ""
-    if rate.shape == "constant":
-        return f"{warmup}{rate.peak:g} constant"
-    return f"{warmup}{rate.peak:g} to {rate.last:g} {rate.shape}"
-
-
-def describe_objective(phase: Phase) -> str:
-    """For instance ``mlm 30% to 15%, words, layers.0-7 frozen``."""
-    words = phase.objective
-    if phase.mask_rate is not None:
-        words += f" {100 * phase.mask_rate:.3g}%"
-    if phase.mask_rate_end is not None:
-        words += f" to {100 * phase.mask_rate_end:.3g}%"
-    if phase.whole_word_masking:
-        words += ", words"
-    if phase.freeze:
-        words += f", frozen: {' '.join(phase.freeze)}"
-    if phase.optimizer_state == "reset":
-        words += ", optimizer reset"
-    return words
-
-
-def _mask_rate(phase: PlannedPhase, done: int) -> float | None:
-    first, last = phase.settings.mask_rate, phase.settings.mask_rate_end
-    return first if first is None or last is None else first + (last - first) * done / phase.tokens
 
 
 def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> PlannedPhase:
@@ -281,10 +224,7 @@ def _phase_to_dict(phase: PlannedPhase) -> dict[str, Any]:
     settings, rate, warmup = phase.settings, phase.learning_rate, phase.settings.batch_warmup
     return {
         "name": phase.name,
-        "objective": phase.objective,
-        "mask_rate": settings.mask_rate,
-        "mask_rate_end": settings.mask_rate_end,
-        "whole_word_masking": settings.whole_word_masking,
+        **phase.objective.to_dict(),
         "freeze": list(settings.freeze),
         "optimizer_state": settings.optimizer_state,
         "first_step": phase.first_step,

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_detour.objectives import read_objective
 from megatron_detour.observe.run_folder import Run
 from megatron_detour.text import visible
-from megatron_detour.ui.colors import AXIS, COLORS, INK, LINE, PAGE, SOFT
-from megatron_detour.ui.format import compact, frozen_words, objective_words, shortened
+from megatron_detour.ui.colors import AXIS, COLORS, INK, PAGE, SOFT
+from megatron_detour.ui.figures import add_legend, style_axes
+from megatron_detour.ui.format import compact, counted, frozen_words, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,11 +89,8 @@ class Frame:
 
     def _style(self, axes: Axes, label: str, *, last: bool) -> None:
         axes.set_ylabel(label, color=INK, fontsize=9.5)
-        axes.grid(axis="y", color=LINE, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(AXIS)
-        axes.tick_params(labelsize=8.5, colors=INK, labelbottom=last, color=AXIS)
+        style_axes(axes, "y")
+        axes.tick_params(labelbottom=last)
         if last:
             axes.set_xlabel("tokens trained", color=INK, fontsize=9.5)
             axes.xaxis.set_major_formatter(lambda value, _: compact(value))
@@ -187,7 +186,7 @@ class Frame:
     def _note(self) -> None:
         if not self._above:
             return
-        text = f"{self._above:,} value{'s' if self._above > 1 else ''} above the range shown"
+        text = f"{counted(self._above, 'value')} above the range shown"
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=SOFT, **place)
 
@@ -209,19 +208,8 @@ class Frame:
             further = max(0, -(-len(labels) // columns) - 2)
             # a legend of many rows takes its room below the figure, not from the panels
             self.figure.set_figheight(self.figure.get_figheight() + further * LEGEND_ROW)
-            self.figure.legend(
-                list(handles.values()),
-                labels,
-                loc="outside lower center",
-                ncols=columns,
-                fontsize=8.5,
-                frameon=False,
-                labelcolor=INK,
-                handlelength=2.6,
-                columnspacing=1.8,
-            )
-            for text in self.figure.legends[0].get_texts():
-                text.set_parse_math(False)
+            shown = dict(zip(labels, handles.values(), strict=True))
+            add_legend(self.figure, shown, "lower center", columns)
 
     def _name_phases(self) -> None:
         """Writes in each band the longest of its labels that fits, or its number, which the title's row explains."""
@@ -250,6 +238,10 @@ class Frame:
 
 def objective_color(objective: str) -> str:
     return COLORS.get(objective, SOFT)
+
+
+def objective_label(objective: str) -> str:
+    return read_objective({"objective": objective}).label
 
 
 def _look(curve: Curve, linewidth: float) -> dict[str, Any]:
@@ -304,8 +296,10 @@ def _fit(label: Text, texts: list[str], room: float) -> bool:
 
 
 def _phase_labels(phase: dict[str, Any]) -> list[str]:
-    name, objective, frozen = (visible(words) for words in (phase["name"], objective_words(phase), frozen_words(phase)))
-    short = [f"{name}: {objective}", f"{name}\n{objective}", f"{name}\n{phase['objective'].upper()}", name]
+    own = read_objective(phase)
+    words = (phase["name"], own.label, own.describe(), frozen_words(phase))
+    name, label, objective, frozen = (visible(text) for text in words)
+    short = [f"{name}: {objective}", f"{name}\n{objective}", f"{name}\n{label}", name]
     return (
         [f"{name}: {objective}, {frozen} frozen", f"{name}: {objective}\n{frozen} frozen", *short] if frozen else short
     )
@@ -318,8 +312,10 @@ def _entry(axes: Axes, label: str) -> None:
 
 def _with_own_phases(runs: list[Run]) -> list[int]:
     """The numbers of the runs that get a strip: all of them, or the longest one where they share their phases."""
-    keys = ("name", "objective", "mask_rate", "mask_rate_end", "freeze", "start_tokens", "end_tokens")
-    phases = [[[phase.get(key) for key in keys] for phase in run.phases] for run in runs]
+    keys = ("name", "freeze", "start_tokens", "end_tokens")
+    phases = [
+        [(read_objective(phase).describe(), [phase.get(key) for key in keys]) for phase in run.phases] for run in runs
+    ]
     if all(own == phases[0] for own in phases):
         return [max(range(len(runs)), key=lambda number: runs[number].done_tokens)]
     return list(range(len(runs)))

@@ -9,28 +9,27 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_detour import __version__
 from megatron_detour.checkpoint.huggingface import RUN_STATE, Source
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.shape import FULL, Shape
+from megatron_detour.objectives import REFERENCE
 from megatron_detour.observe.run_files import read_state
-from megatron_detour.observe.run_folder import VALIDATION_FIGURES
+from megatron_detour.observe.run_folder import validation_rows
 from megatron_detour.release.card_metadata import CardMetadata
 from megatron_detour.release.checkpoint_info import CheckpointInfo, Corpus
 from megatron_detour.text import markdown, visible
-from megatron_detour.ui.format import batch_words, compact, duration, format_lr, frozen_words, mask_words
+from megatron_detour.ui.format import batch_words, compact, duration, format_lr, frozen_words
+from megatron_detour.ui.tables import Formatted, Table
 
 TEMPLATE = "card.md.j2"
-BY_CORPUS = ("val_mlm_loss", "val_mlm_accuracy")  # of the validation figures; the others are told over all corpora
+BY_CORPUS = tuple(
+    f"val_{REFERENCE.name}_{end}" for end in ("loss", "accuracy")
+)  # the other figures are of all corpora together
 MEDICAL = ("medical", "clinical", "biomedical", "health")
 NOT_STATED = "not stated by the corpus's manifest"
-
-
-class Table(NamedTuple):
-    header: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Card:
         return ["continued-pretraining"] if self.facts.config.model.start else []
 
     def _detour_tag(self) -> list[str]:
-        return ["causal-detour"] if any(phase.objective == "clm" for phase in self.facts.plan.phases) else []
+        return ["causal-detour"] if any(phase.objective.causal for phase in self.facts.plan.phases) else []
 
     def warnings(self) -> list[str]:
         """What the card cannot say, with the option that would say it, and what a user of the model should know."""
@@ -118,9 +117,9 @@ class Card:
         if not facts.finished:
             where = f"in phase {last.name!r}" if last else "before the first step"
             found.append(f"the run is not done; {facts.checkpoint} is {where}")
-        if last and self.decoder and last.objective != "clm":
+        if last and self.decoder and not last.objective.causal:
             found.append(f"the last phase, {last.name!r}, was not causal: as a decoder the model continues texts badly")
-        if last and not self.decoder and last.objective == "clm":
+        if last and not self.decoder and last.objective.causal:
             found.append(f"the last phase, {last.name!r}, was causal: the model has to be trained on as an encoder")
         if not facts.has_run_folder:
             found.append("the folder of the run is not beside the checkpoint: the card has no figures of the run")
@@ -148,7 +147,6 @@ class Card:
             count="{:,}".format,
             compact=compact,
             duration=duration,
-            cell=cell,
             shown=markdown,
             paragraphs=_paragraphs,
             quoted=json.dumps,
@@ -165,7 +163,7 @@ class Card:
             lengths=" and ".join(f"{length:,}" for length in sorted({p.sequence_length for p in facts.plan.phases})),
             recipe=self._recipe(),
             french=bool(self.languages) and self.languages[0] == "fr",
-            causal=[phase for phase in facts.plan.phases if phase.objective == "clm" and facts.steps_of(phase)],
+            causal=[phase for phase in facts.plan.phases if phase.objective.causal and facts.steps_of(phase)],
             pending=[phase.name for phase in facts.plan.phases if not facts.steps_of(phase)],
             global_layers=shape.layer_types.count(FULL),
             phases=self._phases(),
@@ -205,29 +203,28 @@ class Card:
     def _recipe(self) -> str:
         """For instance: CLM on 10B tokens, then MLM (15% masked) on 1B tokens."""
         parts = []
-        for phase in self.facts.plan.to_dict()["phases"]:
-            mask = mask_words(phase)
-            masked = f" ({mask} masked)" if mask else ""
-            parts.append(f"{phase['objective'].upper()}{masked} on {compact(phase['tokens'])} tokens")
+        for phase in self.facts.plan.phases:
+            details = phase.objective.details()
+            keys = f" ({details})" if details else ""
+            parts.append(f"{phase.objective.label}{keys} on {compact(phase.tokens)} tokens")
         return ", then ".join(parts)
 
     def _phases(self) -> Table:
-        header = ["Phase", "Objective", "Tokens", "Steps", "Learning rate", "Masked", "Frozen"]
+        header = ["Phase", "Objective", "Tokens", "Steps", "Learning rate", "Input", "Frozen"]
         rows = []
         for phase, said in zip(self.facts.plan.phases, self.facts.plan.to_dict()["phases"], strict=True):
-            words = ", whole words" if said["whole_word_masking"] else ""
             rows.append(
                 [
                     phase.name,
-                    said["objective"].upper(),
+                    phase.objective.label,
                     _of(self.facts.tokens_of(phase), phase.tokens),
                     _of(self.facts.steps_of(phase), phase.steps),
                     format_lr(said["learning_rate"]),
-                    (mask_words(said) or "nothing") + words,
+                    phase.objective.details() or "unchanged",
                     frozen_words(said) or "nothing",
                 ]
             )
-        return Table(header, rows)
+        return Table(header, rows, align="llrrl")
 
     def _corpora(self) -> Table:
         """The columns that something is known of."""
@@ -249,7 +246,7 @@ class Card:
             columns["Filters"] = [corpus.cleaning or "not known" for corpus in corpora]
             columns["Held out"] = [corpus.held_out or "not known" for corpus in corpora]
         columns["Licence"] = [more.get("licence", NOT_STATED) for more in said]
-        return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
+        return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)], align="l")
 
     def _times_read(self, corpus: Corpus) -> str:
         if not corpus.tokens:
@@ -259,17 +256,10 @@ class Card:
         return f"about {read / corpus.tokens:.2g} times"
 
     def _validation(self) -> Table:
-        run = self.facts.run
-        boundaries = run.boundaries()
-        header = ["Held-out figure", *(boundary.title for boundary in boundaries)]
-        rows = []
-        for key, figure in VALIDATION_FIGURES.items():
-            for corpus in ["", *(run.validation_corpora if key in BY_CORPUS else [])]:
-                held = [boundary.record.get(f"{key}/{corpus}" if corpus else key) for boundary in boundaries]
-                if any(value is not None for value in held):
-                    words = ["not measured" if value is None else figure.value(value) for value in held]
-                    rows.append([f"{figure.title}, {corpus}" if corpus else figure.title, *words])
-        return Table(header, rows)
+        boundaries = self.facts.run.boundaries()
+        rows = validation_rows([boundary.record for boundary in boundaries])
+        cells = [[row.title, *row.texts("not measured")] for row in rows if not row.corpus or row.key in BY_CORPUS]
+        return Table(["Held-out figure", *(boundary.title for boundary in boundaries)], cells)
 
     def _scores(self) -> Table:
         rows = []
@@ -277,7 +267,7 @@ class Card:
             spread = "one seed" if row["sd"] is None else f"{100 * row['sd']:.1f}"
             metric = str(row["metric"]).replace("_", " ")
             rows.append([row["title"], metric, f"{100 * row['mean']:.1f}", spread, str(row["seeds"])])
-        return Table(["Task", "Metric", "Mean", "Standard deviation", "Seeds"], rows)
+        return Table(["Task", "Metric", "Mean", "Standard deviation", "Seeds"], rows, align="llr")
 
     def _hardware(self) -> Table:
         rows: dict[tuple[str, ...], list[float]] = {}
@@ -307,15 +297,6 @@ def refuse_unknown_corpora(given: CardMetadata, corpora: list[Corpus]) -> None:
         if name not in names:
             hint = nearest(name, names) or f"; it has {', '.join(names)}"
             raise DetourError(f"--card-facts: corpora.{name}: the run reads no corpus of this name{hint}")
-
-
-class Formatted(str):
-    """Text that is Markdown already."""
-
-
-def cell(text: str) -> str:
-    """Text inside a table of Markdown."""
-    return text if isinstance(text, Formatted) else markdown(str(text))
 
 
 def _paragraphs(text: str) -> str:

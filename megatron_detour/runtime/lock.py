@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_detour.errors import DetourError, leave, print_error
+
+logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 KEYS = ("host", "pid", "started", "machine", "token")
@@ -42,10 +44,8 @@ class RunLock:
     never compared.
     """
 
-    def __init__(
-        self, folder: Path, say: Callable[[str], None], beat: float = BEAT_SECONDS, stale: float = STALE_SECONDS
-    ) -> None:
-        self._path, self._say, self._beat, self._stale = folder / LOCK, say, beat, stale
+    def __init__(self, folder: Path, beat: float = BEAT_SECONDS, stale: float = STALE_SECONDS) -> None:
+        self._path, self._beat, self._stale = folder / LOCK, beat, stale
         self._holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -67,7 +67,7 @@ class RunLock:
                 raise self._refusal(lock.content)
             if lock and last is None:
                 holder, seconds = _format_holder(lock.content), 2 * self._stale
-                self._say(f"{self._path} is held by {holder}; waiting up to {seconds:.0f} s for it")
+                logger.info("%s is held by %s; waiting up to %.0f s for it", self._path, holder, seconds)
             if lock and (last is None or lock.version != last.version):
                 last, seen_at = lock, now
             if lock and now - began > 2 * self._stale and now - seen_at < self._stale:

@@ -1,113 +1,46 @@
-"""The command that starts or resumes a run: arguments, run file, plan."""
+"""What one session of a run works with. A run is one session, or several when it was interrupted."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
-from megatron_detour.checkpoint.store import checkpoint_folder
-from megatron_detour.config import RunConfig, as_control, load, parse_control
-from megatron_detour.config.deepspeed import look_at_deepspeed_config
-from megatron_detour.errors import DetourError, format_faults
-from megatron_detour.forecast import faults
-from megatron_detour.forecast.start import look
-from megatron_detour.observe.next_steps import next_commands
+import torch
+
+from megatron_detour.config import RunConfig
+from megatron_detour.data.phase_data import PhaseData
+from megatron_detour.errors import DetourError
+from megatron_detour.model.choose import Choice
+from megatron_detour.parallel.state import ParallelState
+from megatron_detour.parallel.zero import Zero
 from megatron_detour.plan import Plan
-from megatron_detour.runtime.launch import launch
 from megatron_detour.runtime.preemption import Preemption
-from megatron_detour.runtime.slurm import join_slurm
-from megatron_detour.runtime.terminal import ctrl_c_for_this_rank
-from megatron_detour.training.run_directory import CHECKPOINTS, is_finished, refuse_another_run, stand_in
+from megatron_detour.training.initial_model import InitialModel
+from megatron_detour.training.run_directory import stand_in
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise DetourError(f"{message}; --help lists what there is")
+@dataclass(frozen=True)
+class Run:
+    """Every rank has its own, and all but `parallel`, `device` and `preemption` say the same on each of them."""
+
+    config: RunConfig
+    plan: Plan
+    folder: Path
+    initial: InitialModel
+    data: PhaseData
+    parallel: ParallelState
+    device: torch.device
+    choice: Choice  # of attention and kernels
+    zero: Zero  # the model, its gradients and its optimizer
+    preemption: Preemption
 
 
-def main(default_run_file: str | Path, arguments: list[str] | None = None) -> int:
-    """Runs what the command line says: [--run-file F] [--control] [--plan] [key=value ...]; returns the exit status.
-
-    Raises DetourError.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(default_run_file, arguments)
-    if not options.launch:
-        join_slurm(os.environ)
-    config = load(options.run_file, options.overrides)
-    if options.control is not None:
-        config = as_control(config, parse_control(options.control))
-    plan = Plan.of(config)
-    folder = Path(config.folder)
-    first = int(os.environ.get("RANK", "0")) == 0
-    if first and (options.plan or not options.launch):
-        print(plan.table(), flush=True)
-    if options.plan:
-        print("only the run file was read: megatron-detour plan looks at the model and the corpora as well" * first)
-        return 0
-    if first:
-        refuse_another_run(folder, config)
-    if is_finished(folder, plan):
-        if first:
-            print(_finished(folder, plan), flush=True)
-        return 0
-    if options.launch:
-        _refuse_early(config, plan, folder)
-        return launch(sys.argv[0], [word for word in arguments if word != "--launch"])
-    launched = os.environ.get("LOCAL_RANK") == "0" and first
-    own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
-    with Preemption(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
-        # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
-        from megatron_detour.training.session import run_session
-
-        return run_session(config, plan, folder, stop)
-
-
-def _refuse_early(config: RunConfig, plan: Plan, folder: Path) -> None:
-    """What every rank would refuse is told in a second or two, before a launcher and torch are started for it."""
-    masks_words = any(phase.whole_word_masking for phase in config.phases)
-    start = look(stand_in(folder, config.model) or config.model, masks_words)
-    found = [*start.faults, *look_at_deepspeed_config(config.deepspeed)[1], *faults.of_packages(config)]
-    found += faults.of_shape(config, plan, start.shape) if start.shape else []
-    found += faults.of_corpora(config, plan, start.vocabulary)
-    if found:
-        raise DetourError(format_faults(found))
-
-
-def _finished(folder: Path, plan: Plan) -> str:
-    checkpoint = checkpoint_folder(folder / CHECKPOINTS, plan.total_steps)
-    return (
-        f"this run is finished: {plan.total_steps:,} steps, {plan.total_tokens:,} tokens; to train another one choose "
-        f"another folder=...\nmodel    {checkpoint}\n{next_commands(folder, checkpoint, plan.has_detour)}"
-    )
-
-
-def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        description="Continued pretraining with a causal detour. Started again in the same folder, a run goes on.",
-        epilog="key=value changes a key of the run file, for instance phases.detour.tokens=1B or folder=runs/mine.",
-    )
-    parser.add_argument(
-        "--run-file", default=str(default_run_file), metavar="RUN.yaml", help="the run to train (%(default)s)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument(
-        "--control",
-        nargs="?",
-        const="mlm=0.30",
-        metavar="mlm=RATE",
-        help="the equal-compute twin: causal phases become MLM at this rate (mlm=0.30)",
-    )
-    parser.add_argument("--plan", action="store_true", help="print the plan and stop")
-    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)  # bash's: start the ranks
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
-    options = parser.parse_intermixed_args(arguments)
-    if options.control is not None and not options.control.startswith("mlm=") and "=" in options.control:
-        # `--control key=value`: the flag stood alone before an override.
-        options.overrides.insert(0, options.control)
-        options.control = "mlm=0.30"
-    return options
+def initial_model(config: RunConfig, folder: Path) -> InitialModel:
+    """What the run starts from; once it has a checkpoint, that says the same where the start model is gone."""
+    try:
+        return InitialModel.of(config)
+    except DetourError:
+        model = stand_in(folder, config.model)
+        if model is None:
+            raise
+        return InitialModel.of(replace(config, model=model))

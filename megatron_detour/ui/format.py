@@ -9,30 +9,41 @@ from megatron_detour.text import visible
 SHAPES = {"linear": "a straight line", "cosine": "a cosine", "1-sqrt": "one minus square root"}
 
 
-def objective_words(phase: dict[str, Any]) -> str:
-    """Returns e.g. ``MLM, 30% masked``, ``MLM, 30% to 15% masked`` or ``CLM``."""
-    mask = mask_words(phase)
-    return f"{phase['objective'].upper()}, {mask} masked" if mask else phase["objective"].upper()
-
-
-def mask_words(phase: dict[str, Any]) -> str:
-    """Returns the share of masked tokens, e.g. ``30%`` or ``30% to 15%``; nothing where none is masked."""
-    first, last = phase.get("mask_rate"), phase.get("mask_rate_end")
-    if first is None:
-        return ""
-    return f"{100 * first:.3g}%" if last in (None, first) else f"{100 * first:.3g}% to {100 * last:.3g}%"
-
-
 def frozen_words(phase: dict[str, Any]) -> str:
     """Returns what a phase does not train, e.g. ``embeddings, layers 0-7``; nothing where it trains everything."""
     return ", ".join(str(part).replace("layers.", "layers ") for part in phase.get("freeze") or [])
 
 
 def batch_words(phase: dict[str, Any]) -> str:
-    """Returns e.g. ``64 sequences of 1,024 tokens a step`` or, as it warms up, ``8 to 64 sequences ...``."""
+    """Returns e.g. ``64 sequences of 1,024 tokens per step`` or, as it warms up, ``8 to 64 sequences ...``."""
     warmup = phase.get("batch_warmup")
-    words = f"{phase['sequences']:,} sequences of {phase['sequence_length']:,} tokens a step"
+    words = f"{phase['sequences']:,} sequences of {phase['sequence_length']:,} tokens per step"
     return f"{warmup['from']:,} to {words}, growing over {compact(warmup['tokens'])} tokens" if warmup else words
+
+
+def common_batch(phases: list[dict[str, Any]]) -> str:
+    """The batch of every phase in words; nothing where phases differ or warm up."""
+    alike = not (_differ(phases, "sequences") or _differ(phases, "sequence_length"))
+    return batch_words(phases[0]) if phases and alike and not any(p.get("batch_warmup") for p in phases) else ""
+
+
+def settings_words(phase: dict[str, Any], phases: list[dict[str, Any]]) -> str:
+    """The settings of a phase that are not the default, or that the phases of the run do not share."""
+    parts = []
+    if phase.get("freeze"):
+        parts.append(f"{frozen_words(phase)} frozen")
+    if phase.get("optimizer_state") == "reset":
+        parts.append("the optimizer state is reset")
+    if not common_batch(phases):
+        parts.append(batch_words(phase))
+    if _differ(phases, "corpora"):
+        weighted = (f"{corpus['prefix']} ({corpus['weight']:.4g})" for corpus in phase.get("corpora") or [])
+        parts.append(f"reads {', '.join(weighted)}")
+    return "; ".join(parts)
+
+
+def _differ(phases: list[dict[str, Any]], key: str) -> bool:
+    return len({str(phase.get(key)) for phase in phases}) > 1
 
 
 def format_lr(rate: dict[str, Any]) -> str:
@@ -67,6 +78,11 @@ def byte_size(count: float) -> str:
             return f"{_three_digits(count)} {unit}"
         count /= 1024
     return f"{_three_digits(count)} TiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns e.g. ``1 task`` or ``1,200 tasks``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_detour.files import write_whole
+from megatron_detour.objectives import KINDS, read_objective
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import DARK, LIGHT
 from megatron_detour.ui.figures import described, png, svg
-from megatron_detour.ui.format import byte_size, compact, format_lr, mask_words
+from megatron_detour.ui.format import byte_size, compact, format_lr
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,12 +27,11 @@ class Picture:
     drawing: str  # an SVG element
 
     @classmethod
-    def of(cls, plot: Any, figure: Figure | None, caption: str, description: str = "") -> Picture:
-        """`plot` has a file and a title. `description` states the figures, by default those of the curves."""
+    def of(cls, file: str, title: str, caption: str, figure: Figure | None, description: str = "") -> Picture:
+        """`description` states the figures, by default those of the curves."""
         if figure is None:
-            return cls(plot.file, caption, b"", "")
-        content = png(figure)
-        return cls(plot.file, caption, content, svg(figure, plot.file, plot.title, description or described(figure)))
+            return cls(file, caption, b"", "")
+        return cls(file, caption, png(figure), svg(figure, file, title, description or described(figure)))
 
 
 def write_pictures(pictures: list[Picture], folder: Path) -> None:
@@ -59,10 +59,10 @@ def render(template: str, folder: Path, **values: Any) -> str:
         compact=compact,
         byte_size=byte_size,
         format_lr=format_lr,
-        mask_words=mask_words,
+        objective=read_objective,
         count="{:,}".format,
     )
-    return environment.get_template(template).render(light=LIGHT, dark=DARK, **values)
+    return environment.get_template(template).render(light=LIGHT, dark=DARK, objectives=list(KINDS), **values)
 
 
 def _shown(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tables and sentences for a terminal, of 80 columns or as wide as it is."""
+"""Tables as text for a terminal, as Markdown and, by the macro `table` of parts.html.j2, on a page."""
 
 from __future__ import annotations
 
@@ -6,18 +6,120 @@ import io
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from megatron_detour.text import markdown, visible
 
-from megatron_detour.text import visible
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 WIDTH = 80
 GAP = 2
-LONGEST_NAME = 26  # characters of a line; names go on in the next one
+LONGEST_NAME, LONGEST_TEXT = 26, 48  # characters of a line; what is longer goes on in the next one
 HEADER_LINES = 3
-MARKS = re.compile(r"(?<=[-_./:])")
+ABSENT = "–"
+
+
+class Formatted(str):
+    """Text that is Markdown already."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell with a `note` in softer color below it. On a page it has a CSS class (`style`) and a tooltip (`tip`)."""
+
+    text: str
+    bold: bool = False
+    note: str = ""
+    style: str = ""
+    tip: str = ""
+
+
+@dataclass
+class Table:
+    """`align` has an l or r per column, and its last letter holds for all further ones.
+
+    On a terminal, columns that do not fit beside each other stand in blocks below each other, and the first `names`
+    columns stand in each block.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Entry | str]]
+    align: str = "lr"
+    title: str = ""
+    remarks: Sequence[str] = ()
+    names: int = 1
+
+    def __post_init__(self) -> None:
+        self.rows = [[cell if isinstance(cell, Entry) else Entry(cell) for cell in row] for row in self.rows]
+        self.align = self.align.ljust(len(self.headers), self.align[-1:] or "l")
+
+    def without_empty_columns(self) -> Table:
+        kept = [at for at in range(len(self.headers)) if any(row[at].text for row in self.rows)]
+        rows = [[row[at] for at in kept] for row in self.rows]
+        align = "".join(self.align[at] for at in kept)
+        return replace(self, headers=[self.headers[at] for at in kept], rows=rows, align=align)
+
+    def markdown(self) -> str:
+        """Without title and remarks."""
+        rules = ["---:" if align == "r" else "---" for align in self.align]
+        lines = [[markdown(header) for header in self.headers], rules[: len(self.headers)]]
+        lines += [[_markdown_cell(cell) for cell in row] for row in self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def text(self) -> str:
+        """For 80 columns, with the title and without the remarks."""
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+        self.print(console)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+
+    def print(self, console: Console) -> None:
+        """Prints it without the remarks.
+
+        Headers and texts break at spaces, long words of them at their marks, figures only where nothing else helps.
+        """
+        from rich.text import Text
+
+        headers = [_line(header) for header in self.headers]
+        rows = [[self._shown(at, cell) for at, cell in enumerate(row)] for row in self.rows]
+        for lines in range(1, HEADER_LINES + 1):
+            widths = [_width(header, lines, [row[at] for row in rows]) for at, header in enumerate(headers)]
+            if sum(widths) + GAP * (len(widths) - 1) <= console.width:
+                break
+        left = console.width - sum(width + GAP for width in widths[: self.names])
+        widths[self.names :] = [max(1, min(width, left)) for width in widths[self.names :]]
+        if self.title:
+            console.print(Text(_line(self.title), "bold"))
+        for block in _blocks(widths, self.names, left):
+            console.print(self._block(block, headers, rows, widths))
+            console.print()
+
+    def _shown(self, at: int, cell: Entry) -> Text:
+        from rich.text import Text
+
+        lines = [_line(text) for text in (cell.text, cell.note) if text]
+        longest = LONGEST_NAME if at < self.names else LONGEST_TEXT
+        if self.align[at] == "l":
+            lines = [part for line in lines for part in _lines(line, longest)]
+        # Text, as rich would read brackets as its own markup
+        return Text("\n".join(lines), "bold green" if cell.bold else "")
+
+    def _block(self, block: list[int], headers: list[str], rows: list[list[Text]], widths: list[int]) -> object:
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        shown = RichTable(box=None, show_header=any(headers), pad_edge=False, padding=(0, GAP, 0, 0))
+        for at in block:
+            justify = "right" if self.align[at] == "r" else "left"
+            head = Text("\n".join(_lines(headers[at], widths[at])))
+            shown.add_column(head, justify=justify, overflow="fold", min_width=widths[at])
+        for row in rows:
+            shown.add_row(*(_broken(row[at], widths[at]) for at in block))
+        return shown
 
 
 def wrapped(text: str) -> str:
@@ -25,52 +127,35 @@ def wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(visible(text), WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
-def columns(header: list[str], rows: list[list[str]]) -> str:
-    """The table of print_table with a column of names, as text of 80 columns."""
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
-    shown = [[visible(" ".join(text.split())) for text in row] for row in [header, *rows]]
-    print_table(console, "", shown[0], [[Text(text) for text in row] for row in shown[1:]], words=1)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+def _line(text: str) -> str:
+    return visible(" ".join(text.split()))
 
 
-def print_table(
-    console: Console, title: str, headers: Sequence[str], rows: Sequence[Sequence[Text]], words: int
-) -> None:
-    """Prints a table whose first `words` columns hold names and stand in each block, the others figures; columns that
-    do not fit beside each other stand in blocks below each other.
+def _markdown_cell(cell: Entry) -> str:
+    text = " ".join(part if isinstance(part, Formatted) else markdown(part) for part in (cell.text, cell.note) if part)
+    return f"**{text}**" if cell.bold and text else text
 
-    Headers and names break at spaces, long words of them at their marks, figures only where they are wider than all.
-    """
-    names = [at < words for at in range(len(headers))]
-    rows = [[_broken(cell, LONGEST_NAME) if at < words else cell for at, cell in enumerate(row)] for row in rows]
-    widths = [_width(header, column) for header, *column in zip(headers, *rows, strict=True)]
-    left = console.width - sum(width + GAP for width, name in zip(widths, names, strict=True) if name)
-    widths = [width if name else max(1, min(width, left)) for width, name in zip(widths, names, strict=True)]
+
+def _blocks(widths: list[int], names: int, left: int) -> list[list[int]]:
+    """The columns of each block: the names, and as many others as fit into `left` characters."""
     blocks: list[list[int]] = [[]]
-    for at in range(words, len(headers)):
+    for at in range(names, len(widths)):
         if blocks[-1] and sum(widths[i] + GAP for i in [*blocks[-1], at]) > left + GAP:
             blocks.append([])
         blocks[-1].append(at)
-    for number, block in enumerate(blocks):
-        shown = Table(title=Text(title if not number else "", "bold") or None, title_justify="left", box=None,
-                      show_header=any(headers), pad_edge=False, padding=(0, GAP, 0, 0))  # fmt: skip
-        for at in [*range(words), *block]:
-            head = Text("\n".join(_lines(headers[at], widths[at])))
-            shown.add_column(head, justify="left" if names[at] else "right", overflow="fold", min_width=widths[at])
-        for row in rows:
-            shown.add_row(*(row[at] if names[at] else _broken(row[at], widths[at]) for at in [*range(words), *block]))
-        console.print(shown)
-        console.print()
+    return [[*range(names), *block] for block in blocks]
 
 
-def _width(header: str, cells: Sequence[Text]) -> int:
-    """That of the longest cell and of a header in about three lines."""
+def _width(header: str, header_lines: int, cells: Sequence[Text]) -> int:
+    """That of the longest cell and of a header in about this many lines."""
     words = [line for word in header.split() for line in _lines(word, LONGEST_NAME)]
     lines = [line for cell in cells for line in cell.plain.split("\n")]
-    return max(1, min(-(-len(header) // HEADER_LINES), LONGEST_NAME), *map(len, words), *map(len, lines))
+    return max(1, min(-(-len(header) // header_lines), LONGEST_NAME), *map(len, words), *map(len, lines))
 
 
 def _broken(cell: Text, width: int) -> Text:
+    from rich.text import Text
+
     return Text("\n".join(part for line in cell.plain.split("\n") for part in _lines(line, width)), cell.style)
 
 

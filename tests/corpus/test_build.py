@@ -242,7 +242,7 @@ def test_a_damaged_corpus_is_refused(corpus, tmp_path, suffix, change):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "no such corpus; build it with tools/preprocess_data.py"),
+        (None, "no such corpus; build it with megatron-detour preprocess"),
         (b"{", "invalid JSON"),
         (b"\xff", "invalid JSON"),
         (b"[]", "not a JSON object"),

@@ -193,7 +193,7 @@ def test_an_engine_that_differs_is_not_chosen(byte_level, monkeypatch):
     chosen = choose_engine("auto", byte_level, ["some metformin"])
     assert chosen.name == "tokenizers"
     assert "its ids differ from those of tokenizers" in chosen.passed_over["fastokens"]
-    with pytest.raises(DetourError, match="--engine auto takes one that serves"):
+    with pytest.raises(DetourError, match="--engine auto chooses one that supports"):
         choose_engine("fastokens", byte_level, ["some metformin"])
 
 

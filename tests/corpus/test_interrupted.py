@@ -170,7 +170,7 @@ def test_two_builds_of_one_corpus_do_not_mix(tmp_path, texts, tokenizer_folder):
     with journal.lock(None), pytest.raises(DetourError, match="another build of this corpus is running"):
         build([texts], tmp_path / "c", tokenizer_folder)
     with journal.lock(1):
-        with pytest.raises(DetourError, match="lock-1 is held"):
+        with pytest.raises(DetourError, match="lock-1 is locked"):
             build([texts], tmp_path / "c", tokenizer_folder, num_shards=2, shard_index=1)
         build([texts], tmp_path / "c", tokenizer_folder, num_shards=2, shard_index=0)
         with pytest.raises(DetourError, match="another build"):
@@ -229,7 +229,7 @@ def test_a_stopped_build_says_so(tmp_path, texts, tokenizer_folder, sign):
 
 
 def test_a_place_without_files_is_told(tmp_path, texts, tokenizer_folder):
-    with pytest.raises(DetourError, match="no files can be made there: Not a directory"):
+    with pytest.raises(DetourError, match="cannot create files there: Not a directory"):
         build([texts], texts / "c", tokenizer_folder)
 
 
@@ -367,7 +367,7 @@ def test_nothing_of_an_earlier_corpus_is_left(tmp_path, texts, tokenizer_folder)
         build([texts], tmp_path / "d", tokenizer_folder, held_out=0.1)
     build([texts], tmp_path / "e", tokenizer_folder, held_out=0.1)
     (tmp_path / "e.heldout.bin").unlink()
-    with pytest.raises(DetourError, match=r"e\.heldout\.bin: is missing"):
+    with pytest.raises(DetourError, match=r"e\.heldout\.bin: missing"):
         build([texts], tmp_path / "e", tokenizer_folder, held_out=0.1)
 
 

@@ -124,7 +124,7 @@ def test_every_input_is_used(tmp_path):
 
 def test_corpus_too_small_says_how_far_it_reached(tmp_path):
     path = _jsonl(tmp_path / "a.jsonl", ["ab"])
-    with pytest.raises(DetourError, match=r"only 262 of 300 .*--vocab-size 262"):
+    with pytest.raises(DetourError, match=r"only 262 of 300 .*--vocab-size to 262"):
         train_tokenizer([path], tmp_path / "out", 300)
     train_tokenizer([path], tmp_path / "out", 262)
 

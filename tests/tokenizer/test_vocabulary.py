@@ -120,9 +120,7 @@ def test_what_is_no_tokenizer(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(DetourError, match=r"tokenizer\.json: not a tokenizer\.json"):
         load_tokenizer(tmp_path)
-    with pytest.raises(
-        DetourError, match=r"no such tokenizer folder, and tokenizer\.json is not in the hub"
-    ):
+    with pytest.raises(DetourError, match=r"no such tokenizer folder, and tokenizer\.json is not in the hub"):
         find_tokenizer("nobody/no-such-tokenizer")
     with pytest.raises(DetourError, match="no such tokenizer file or folder"):
         find_tokenizer(Path("a/b/c"))

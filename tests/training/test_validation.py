@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,7 +48,9 @@ def validation(tokenizer: Path, corpora: tuple[Corpus, ...], state: ParallelStat
     settings = dataclasses.replace(config.validation, corpora=corpora, sequences=12)
     vocabulary = load_vocabulary(tokenizer)
     config = dataclasses.replace(config, validation=settings)
-    return Validation(config, vocabulary, find_tokenizer(tokenizer), state or ParallelState(), torch.device("cpu"))
+    initial = SimpleNamespace(vocabulary=vocabulary, tokenizer_file=find_tokenizer(tokenizer))
+    run = SimpleNamespace(config=config, initial=initial, parallel=state or ParallelState(), device=torch.device("cpu"))
+    return Validation(run)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,8 @@ def test_losses_and_bytes_are_those_of_the_definition(corpus, tokenizer_folder):
     mixture, batch = held_out.mixture, held_out.documents
     assert batch.lengths.sum() == pytest.approx(12 * 50, abs=50)
     vocabulary, tokenizer = mixture.vocabulary, load_tokenizer(tokenizer_folder)
-    for name, objective in (("mlm", MaskedLM(vocabulary, 0.15)), ("clm", CausalLM(vocabulary))):
+    for name, kind in (("mlm", MaskedLM(0.15)), ("clm", CausalLM())):
+        objective = kind.bind(vocabulary)
         corrupted = objective.apply(mixture.tokens(batch), batch.lengths, 0, batch.numbers)
         ids = torch.from_numpy(corrupted.inputs.reshape(-1))
         starts = np.cumsum(batch.lengths) - batch.lengths
