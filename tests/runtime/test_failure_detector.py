@@ -21,13 +21,14 @@ from megatron_detour.runtime.failure_detector import MAX_LINE_BYTES, MAX_STRANGE
 from megatron_detour.runtime.preemption import Preemption
 from tests.harness import ROOT, environment, free_port, slow
 
+pytestmark = pytest.mark.integration
+
 BEAT, LOST, GRACE = 0.3, 12.0, 0.5  # LOST: longer than a busy machine lets a process wait
 PATIENCE = 90.0  # seconds, for processes on a machine that is busy
 SCRIPT = """
 import sys
 from tests.runtime.test_failure_detector import on_rank
 
-pytestmark = pytest.mark.integration
 on_rank(*[word for word in sys.argv[1:] if not word.startswith("--")])
 """
 
