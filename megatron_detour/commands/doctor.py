@@ -64,7 +64,7 @@ def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
 
 
 def _of_run(config: RunConfig) -> Iterator[CheckResult]:
-    start = look(config.model, any(phase.whole_word_masking for phase in config.phases))
+    start = look(config.model, config.needs_word_boundaries)
     yield from _model(config, start)
     told = _forecast(config, _ranks(config), dataclasses.replace(start, faults=()))  # they are told already
     yield from machine.compute(

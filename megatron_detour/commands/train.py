@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _refuse_early(config: RunConfig, plan: Plan, folder: Path) -> None:
     """What every rank would refuse is told in a second or two, before a launcher and torch are started for it."""
-    masks_words = any(phase.whole_word_masking for phase in config.phases)
+    masks_words = config.needs_word_boundaries
     start = look(stand_in(folder, config.model) or config.model, masks_words)
     found = [*start.faults, *look_at_deepspeed_config(config.deepspeed)[1], *faults.of_packages(config)]
     found += faults.of_shape(config, plan, start.shape) if start.shape else []
