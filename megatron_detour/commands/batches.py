@@ -21,7 +21,7 @@ from megatron_detour.data.batches import split
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.forecast.start import look
-from megatron_detour.objectives import IGNORE, make
+from megatron_detour.objectives import IGNORE
 from megatron_detour.plan import Plan, Step
 from megatron_detour.text import visible
 from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_tokenizer
@@ -90,7 +90,7 @@ class StepBatch:
         """A line about the step, then its first documents, each below its own line."""
         step = self.step
         yield (
-            f"step {step.number:,}  phase {step.phase.name} ({step.phase.objective}), "
+            f"step {step.number:,}  phase {step.phase.name} ({step.objective.label}), "
             f"{'causal' if self.causal else 'bidirectional'}: {len(self.lengths):,} documents, "
             f"{len(self.input_ids):,} tokens, {(self.labels != IGNORE).sum():,} labels"
         )
@@ -126,19 +126,17 @@ class Source:
     @classmethod
     def of(cls, config: RunConfig, plan: Plan) -> Source:
         """Raises DetourError for a tokenizer or a corpus that is not there."""
-        masks_words = any(phase.whole_word_masking for phase in config.phases)
-        start = look(config.model, masks_words)
+        start = look(config.model, config.needs_word_boundaries)
         if start.vocabulary is None:
             raise DetourError(format_faults(list(start.faults)))
         file = find_tokenizer(config.model.tokenizer or config.model.start, config.model.download)
         data = PhaseData(plan, config.data.order_seed, start.vocabulary)
-        words = Words.of(file, start.vocabulary) if masks_words else None
+        words = Words.of(file, start.vocabulary) if config.needs_word_boundaries else None
         return cls(data, words, load_tokenizer(file), config.seed)
 
     def read(self, step: Step) -> StepBatch:
-        mixture, phase = self.data.of(step.phase), step.phase
-        words = self.words if phase.settings.whole_word_masking else None
-        objective = make(phase.objective, step.mask_rate, mixture.vocabulary, words)
+        mixture = self.data.of(step.phase)
+        objective = step.objective.bind(mixture.vocabulary, self.words)
         documents = mixture.documents(step.start, step.tokens)
         corrupted = objective.apply(mixture.tokens(documents), documents.lengths, self.seed, documents.numbers)
         labels = corrupted.all_labels()

@@ -87,7 +87,7 @@ def test_the_text_is_shown_with_its_masks(run_file, capsys):
     out = capsys.readouterr().out
     assert out.startswith("step 0 is the state before training")
     causal, masked = out.partition("step 2 ")[0], out.partition("step 3 ")[2]
-    assert "phase detour (clm), causal" in causal and "phase decay (mlm), bidirectional" in masked
+    assert "phase detour (CLM), causal" in causal and "phase decay (MLM), bidirectional" in masked
     assert causal.count("--- document ") == masked.count("--- document ") == 2
     assert "<[MASK]|" in masked and "|" not in causal
 
