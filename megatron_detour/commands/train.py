@@ -64,9 +64,9 @@ def run(options: argparse.Namespace) -> int:
     own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
     with Preemption(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
         # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
-        from megatron_detour.training.session import run_session
+        from megatron_detour.training.trainer import run_training
 
-        return run_session(config, plan, folder, stop)
+        return run_training(config, plan, folder, stop)
 
 
 def _refuse_early(config: RunConfig, plan: Plan, folder: Path) -> None:

@@ -54,7 +54,7 @@ class Table:
 
     def __post_init__(self) -> None:
         self.rows = [[cell if isinstance(cell, Entry) else Entry(cell) for cell in row] for row in self.rows]
-        self.align = self.align.ljust(len(self.headers), self.align[-1])
+        self.align = self.align.ljust(len(self.headers), self.align[-1:] or "l")
 
     def without_empty_columns(self) -> Table:
         if not self.rows:

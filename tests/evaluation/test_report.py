@@ -15,9 +15,10 @@ from rich.console import Console
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.report.page import as_text, model_table, read_summary, write_report
 from megatron_detour.evaluation.report.plots import draw_scores
-from megatron_detour.evaluation.report.random_baseline import chance
+from megatron_detour.evaluation.report.random_baseline import random_baseline
 from megatron_detour.evaluation.report.summary import summarize
 from megatron_detour.evaluation.report.tables import against_table, p_words, points, scores_table, tables
+from megatron_detour.evaluation.task_types import METRICS as KNOWN_METRICS
 from megatron_detour.ui.colors import PAGE
 from tests.evaluation.evaluations import METRICS, MadeUp, make_evaluation
 from tests.observe.shown import refuse_overlaps, texts_of, words
@@ -368,7 +369,7 @@ def test_predictions_of_other_types_are_never_a_traceback(wrong, kind, tmp_path)
 @pytest.mark.parametrize("content", ["[]", "null", "{", "[" * 100_000, '{"a": 1, "a": 2}', '{"format": 1}', "{}"])
 def test_a_summary_of_another_kind_is_one_sentence(content, tmp_path):
     (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(DetourError, match="write the report again"):
+    with pytest.raises(DetourError, match=r"megatron-detour evaluate report /"):
         read_summary(tmp_path)
 
 
@@ -446,16 +447,16 @@ def test_an_evaluation_of_shuffled_labels_alone_has_a_report(tmp_path):
 
 def test_chance_by_hand():
     labels = ("no", "yes")
-    common = chance("accuracy", labels, ["yes"] * 70 + ["no"] * 30)
+    common = random_baseline(KNOWN_METRICS["accuracy"], labels, ["yes"] * 70 + ["no"] * 30)
     assert common.score == pytest.approx(0.7) and 0.71 <= common.high < 0.85
-    balanced = chance("macro_f1", labels, ["yes", "no"] * 100)
+    balanced = random_baseline(KNOWN_METRICS["macro_f1"], labels, ["yes", "no"] * 100)
     assert balanced.score == pytest.approx(0.5, abs=0.02)  # drawn; always "yes" would be 1/3
-    several = chance("micro_f1", labels, [["yes"], ["no"]] * 50)
+    several = random_baseline(KNOWN_METRICS["micro_f1"], labels, [["yes"], ["no"]] * 50)
     assert several.score == pytest.approx(2 / 3)  # both, always
-    assert chance("pearson", (), list(np.linspace(0, 4, 200))).score < 0.05
-    assert chance("accuracy", (), list(range(5)) * 40).score == pytest.approx(0.2, abs=0.01)
+    assert random_baseline(KNOWN_METRICS["pearson"], (), list(np.linspace(0, 4, 200))).score < 0.05
+    assert random_baseline(KNOWN_METRICS["accuracy"], (), list(range(5)) * 40).score == pytest.approx(0.2, abs=0.01)
     rare = [["O"] * 9 + ["B-X"] if row % 2 else ["B-X"] + ["O"] * 9 for row in range(40)]
-    assert chance("entity_f1", ("O", "B-X", "I-X"), rare).score == pytest.approx(0.5, abs=0.1)
+    assert random_baseline(KNOWN_METRICS["entity_f1"], ("O", "B-X", "I-X"), rare).score == pytest.approx(0.5, abs=0.1)
 
 
 # ------------------------------------------------------------------------------------------------ what others use

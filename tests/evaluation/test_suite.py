@@ -22,7 +22,8 @@ from megatron_detour.evaluation.finetuning.progress import SuiteProgress
 from megatron_detour.evaluation.finetuning.protocol import Settings, known_protocols, load_protocol
 from megatron_detour.evaluation.models import check_model
 from megatron_detour.evaluation.results import Cell, add_result, predictions_path, read_results
-from megatron_detour.evaluation.task import TYPES, known_tasks, load_task
+from megatron_detour.evaluation.task import known_tasks, load_task
+from megatron_detour.evaluation.task_types import TASK_TYPES
 from tests.evaluation.small_tasks import write_small_tasks
 from tests.evaluation.test_finetune import write_tiny_model
 from tests.harness import ROOT, environment
@@ -322,8 +323,8 @@ def test_protocols_hold_the_paper_s_figures():
     assert known_protocols() == ["paper-en", "paper-fr", "quick"]
     english, french = load_protocol("paper-en"), load_protocol("paper-fr")
     assert (english.seeds, french.seeds) == (tuple(range(42, 47)), tuple(range(42, 51)))
-    assert {english.by_type[kind].learning_rate for kind in TYPES} == {5e-5}
-    assert {english.by_type[kind].batch for kind in TYPES} == {16}
+    assert {english.by_type[kind].learning_rate for kind in TASK_TYPES} == {5e-5}
+    assert {english.by_type[kind].batch for kind in TASK_TYPES} == {16}
     assert english.by_type["token-classification"].epochs == 20 and english.by_type["classification"].epochs == 10
     assert english.by_type["classification"].select_by == "weighted_f1"
     entities, classes = french.by_type["token-classification"], french.by_type["multi-label"]
