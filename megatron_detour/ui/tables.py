@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING
+from unicodedata import combining, east_asian_width
 
 from megatron_detour.text import markdown, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.text import Text
 
 WIDTH = 80
 GAP = 2
@@ -57,6 +57,8 @@ class Table:
         self.align = self.align.ljust(len(self.headers), self.align[-1:] or "l")
 
     def without_empty_columns(self) -> Table:
+        if not self.rows:
+            return self
         kept = [at for at in range(len(self.headers)) if any(row[at].text for row in self.rows)]
         rows = [[row[at] for at in kept] for row in self.rows]
         align = "".join(self.align[at] for at in kept)
@@ -71,55 +73,56 @@ class Table:
 
     def text(self) -> str:
         """For 80 columns, with the title and without the remarks."""
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
-        self.print(console)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+        return "\n".join("".join(text for text, _ in line).rstrip() for line in self._lines(WIDTH)).strip("\n")
 
     def print(self, console: Console) -> None:
-        """Prints it without the remarks.
+        """Prints it without the remarks."""
+        from rich.text import Text
+
+        for line in self._lines(console.width):
+            console.print(Text.assemble(*line), soft_wrap=True)
+
+    def _lines(self, width: int) -> Iterator[list[tuple[str, str]]]:
+        """The parts of each line with their styles.
 
         Headers and texts break at spaces, long words of them at their marks, figures only where nothing else helps.
         """
-        from rich.text import Text
-
         headers = [_line(header) for header in self.headers]
-        rows = [[self._shown(at, cell) for at, cell in enumerate(row)] for row in self.rows]
+        rows = [[self._cell_lines(at, cell) for at, cell in enumerate(row)] for row in self.rows]
         for lines in range(1, HEADER_LINES + 1):
             widths = [_width(header, lines, [row[at] for row in rows]) for at, header in enumerate(headers)]
-            if sum(widths) + GAP * (len(widths) - 1) <= console.width:
+            if sum(widths) + GAP * (len(widths) - 1) <= width:
                 break
-        left = console.width - sum(width + GAP for width in widths[: self.names])
-        widths[self.names :] = [max(1, min(width, left)) for width in widths[self.names :]]
+        left = width - sum(each + GAP for each in widths[: self.names])
+        widths[self.names :] = [max(1, min(each, left)) for each in widths[self.names :]]
         if self.title:
-            console.print(Text(_line(self.title), "bold"))
+            yield [(_line(self.title), "bold")]
         for block in _blocks(widths, self.names, left):
-            console.print(self._block(block, headers, rows, widths))
-            console.print()
+            if any(headers):
+                cells = [_lines(headers[at], widths[at]) for at in block]
+                deepest = max(map(len, cells))
+                raised = [[""] * (deepest - len(lines)) + lines for lines in cells]
+                yield from self._side_by_side(block, raised, widths, [""] * len(block))
+            for row, entries in zip(rows, self.rows, strict=True):
+                cells = [[part for line in row[at] for part in _lines(line, widths[at])] for at in block]
+                yield from self._side_by_side(block, cells, widths, ["bold green" * entries[at].bold for at in block])
+            yield []
 
-    def _shown(self, at: int, cell: Entry) -> Text:
-        from rich.text import Text
-
+    def _cell_lines(self, at: int, cell: Entry) -> list[str]:
         lines = [_line(text) for text in (cell.text, cell.note) if text]
         longest = LONGEST_NAME if at < self.names else LONGEST_TEXT
-        if self.align[at] == "l":
-            lines = [part for line in lines for part in _lines(line, longest)]
-        # Text, as rich would read brackets as its own markup
-        return Text("\n".join(lines), "bold green" if cell.bold else "")
+        return [part for line in lines for part in _lines(line, longest)] if self.align[at] == "l" else lines
 
-    def _block(self, block: list[int], headers: list[str], rows: list[list[Text]], widths: list[int]) -> object:
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        shown = RichTable(box=None, show_header=any(headers), pad_edge=False, padding=(0, GAP, 0, 0))
-        for at in block:
-            justify = "right" if self.align[at] == "r" else "left"
-            head = Text("\n".join(_lines(headers[at], widths[at])))
-            shown.add_column(head, justify=justify, overflow="fold", min_width=widths[at])
-        for row in rows:
-            shown.add_row(*(_broken(row[at], widths[at]) for at in block))
-        return shown
+    def _side_by_side(
+        self, block: list[int], cells: list[list[str]], widths: list[int], styles: list[str]
+    ) -> Iterator[list[tuple[str, str]]]:
+        for parts in zip_longest(*cells, fillvalue=""):
+            line = []
+            for at, part, style in zip(block, parts, styles, strict=True):
+                space = " " * (widths[at] - _room(part))
+                before, after = (space, "") if self.align[at] == "r" else ("", space)
+                line += [(before, ""), (part, style), (after + " " * (GAP if at != block[-1] else 0), "")]
+            yield line
 
 
 def wrapped(text: str) -> str:
@@ -146,17 +149,16 @@ def _blocks(widths: list[int], names: int, left: int) -> list[list[int]]:
     return [[*range(names), *block] for block in blocks]
 
 
-def _width(header: str, header_lines: int, cells: Sequence[Text]) -> int:
+def _width(header: str, header_lines: int, cells: Sequence[Sequence[str]]) -> int:
     """That of the longest cell and of a header in about this many lines."""
     words = [line for word in header.split() for line in _lines(word, LONGEST_NAME)]
-    lines = [line for cell in cells for line in cell.plain.split("\n")]
-    return max(1, min(-(-len(header) // header_lines), LONGEST_NAME), *map(len, words), *map(len, lines))
+    lines = [line for cell in cells for line in cell]
+    return max(1, min(-(-len(header) // header_lines), LONGEST_NAME), *map(_room, words), *map(_room, lines))
 
 
-def _broken(cell: Text, width: int) -> Text:
-    from rich.text import Text
-
-    return Text("\n".join(part for line in cell.plain.split("\n") for part in _lines(line, width)), cell.style)
+def _room(text: str) -> int:
+    """The columns that a text takes: wide characters two, combining ones none."""
+    return sum(0 if combining(each) else 1 + (east_asian_width(each) in "WF") for each in text)
 
 
 def _lines(text: str, width: int) -> list[str]:

@@ -63,7 +63,9 @@ def read_summary(output: Path) -> Summary:
     except DetourError as fault:
         raise DetourError(f"{fault}; write the report again (megatron-detour evaluate report {output})") from None
     if summary.get("format") != FORMAT:
-        raise DetourError(f"{path}: of another version; run megatron-detour evaluate report {output}")
+        raise DetourError(
+            f"{path}: of another version; write the report again (megatron-detour evaluate report {output})"
+        )
     return summary
 
 
