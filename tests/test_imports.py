@@ -83,6 +83,10 @@ ALLOWED = {
         "evaluation.masked_words evaluation.models evaluation.probes corpus.documents counter_rng ui errors files",
         "numpy torch transformers rich",
     ),
+    "run_directory": (
+        "checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
+        "yaml",
+    ),
     "forecast": (
         "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
         "tokenizer checkpoint.source errors",
@@ -96,9 +100,9 @@ ALLOWED = {
     "commands.main": ("commands errors", ""),
     "commands.plan": ("forecast config plan errors", ""),
     "training": (
-        "training runtime checkpoint data tokenizer model observe parallel kernels config errors files forecast "
-        "objectives plan",
-        "numpy torch yaml",
+        "training run_directory runtime checkpoint data tokenizer model observe parallel kernels config errors files "
+        "forecast objectives plan",
+        "numpy torch",
     ),
     "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
     "benchmarks": (

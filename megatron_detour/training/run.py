@@ -17,11 +17,11 @@ from megatron_detour.forecast import faults
 from megatron_detour.forecast.start import look
 from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.plan import Plan
+from megatron_detour.run_directory import CHECKPOINTS, is_finished, refuse_another_run, stand_in
 from megatron_detour.runtime.launch import launch
 from megatron_detour.runtime.preemption import Preemption
 from megatron_detour.runtime.slurm import join_slurm
 from megatron_detour.runtime.terminal import ctrl_c_for_this_rank
-from megatron_detour.training.run_directory import CHECKPOINTS, is_finished, refuse_another_run, stand_in
 
 
 class _Parser(argparse.ArgumentParser):

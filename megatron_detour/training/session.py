@@ -28,6 +28,15 @@ from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
+from megatron_detour.run_directory import (
+    METRICS,
+    add_session,
+    changed_settings,
+    claim,
+    note,
+    refuse_another_run,
+    stand_in,
+)
 from megatron_detour.runtime.failure_detector import FailureDetector, Verdict
 from megatron_detour.runtime.lock import RunLock
 from megatron_detour.runtime.preemption import Preemption
@@ -37,15 +46,6 @@ from megatron_detour.training.describe import run_facts, session_facts
 from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
 from megatron_detour.training.guards import Guard, not_finite
 from megatron_detour.training.initial_model import InitialModel
-from megatron_detour.training.run_directory import (
-    METRICS,
-    add_session,
-    changed_settings,
-    claim,
-    note,
-    refuse_another_run,
-    stand_in,
-)
 from megatron_detour.training.trainer import Trainer
 from megatron_detour.training.validation import Validation
 

@@ -16,9 +16,9 @@ from megatron_detour.checkpoint.saver import Background
 from megatron_detour.config import from_dict
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.plan import Plan
+from megatron_detour.run_directory import add_session, note
 from megatron_detour.runtime.failure_detector import Verdict
 from megatron_detour.training import session as module
-from megatron_detour.training.run_directory import add_session, note
 from megatron_detour.training.session import Session
 from tests.harness import ROOT
 from tests.release.made import PHASES, SIZES
