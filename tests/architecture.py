@@ -9,7 +9,7 @@ from tests.test_imports import BENCHMARKS, FULL_NAMES, MODULES, PACKAGE, imports
 
 PAGE = Path(__file__).parents[1] / "docs/architecture.md"
 GRAPH = re.compile(r"(?<=<!-- graph -->\n).*(?=<!-- /graph -->)", re.DOTALL)
-BASE = ("errors", "files", "structured", "text")  # imported nearly everywhere
+BASE = ("errors", "files", "settings", "structured", "text")  # imported nearly everywhere
 Graph = dict[str, set[str]]
 
 

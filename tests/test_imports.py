@@ -19,10 +19,12 @@ ALLOWED = {
     "text": ("", ""),
     "errors": ("text", ""),
     "structured": ("errors", "yaml"),
+    "settings": ("errors", ""),
+    "model_parts": ("settings", ""),
     "files": ("", ""),
     "counter_rng": ("", "numpy"),
     "ui": ("ui errors files", "rich jinja2 matplotlib"),
-    "config": ("config errors", "yaml"),
+    "config": ("config settings model_parts errors", "yaml"),
     "plan": ("config errors", ""),
     "runtime": ("runtime errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
@@ -32,7 +34,7 @@ ALLOWED = {
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
     "kernels.fused": ("", "torch triton"),
-    "model": ("parallel kernels model errors", "torch"),
+    "model": ("parallel kernels model model_parts errors", "torch"),
     "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
     "data.manifest": ("tokenizer errors", "msgspec"),
     "data.batches": ("data tokenizer objectives config errors files", "numpy torch"),
@@ -87,24 +89,29 @@ ALLOWED = {
         "checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
         "yaml",
     ),
+    "preflight": (
+        "run_directory config plan model_parts model.shape model.flops data.integrity tokenizer checkpoint.source "
+        "checkpoint.huggingface errors",
+        "",
+    ),
     "forecast": (
-        "forecast config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
-        "tokenizer checkpoint.source errors",
+        "forecast preflight config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
+        "errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands forecast training checkpoint corpus config plan data model kernels parallel observe errors",
+        "commands forecast preflight training checkpoint corpus config plan data model kernels parallel observe errors",
         "torch psutil packaging",
     ),
     "commands.main": ("commands errors", ""),
     "commands.plan": ("forecast config plan errors", ""),
     "training": (
-        "training run_directory runtime checkpoint data tokenizer model observe parallel kernels config errors files "
-        "forecast objectives plan",
+        "training run_directory preflight runtime checkpoint data tokenizer model model_parts observe parallel kernels "
+        "config errors files forecast objectives plan",
         "numpy torch",
     ),
-    "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
+    "training.engine": ("training parallel config plan errors files", "torch deepspeed"),
     "benchmarks": (
         "benchmarks data corpus tokenizer model observe parallel kernels errors files objectives",
         "numpy torch transformers",

@@ -1,7 +1,8 @@
 """The run file: one YAML that says everything a run depends on, checked as a whole."""
 
+from megatron_detour.config.amounts import parse_tokens
 from megatron_detour.config.control import as_control, parse_control
-from megatron_detour.config.reader import from_dict, load, parse_tokens
+from megatron_detour.config.reader import from_dict, load
 from megatron_detour.config.schema import (
     ATTENTION,
     KERNELS,

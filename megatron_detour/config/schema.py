@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-Tokens = Annotated[int, "tokens"]  # written as 50B, 100M, 3_145_728 or "3 steps"
-Seconds = Annotated[int, "seconds"]  # written as 23h30m, 90s or 3600
+from megatron_detour.config.amounts import Seconds, Tokens
+from megatron_detour.model_parts import Part
+from megatron_detour.settings import Choice, Entries, Pattern, Range, join_key, to_plain
 
 OBJECTIVES = ("clm", "mlm")
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
@@ -18,16 +18,25 @@ RECOMPUTE = ("none", "selective", "full")
 SPIKES = ("report", "skip", "ignore")
 WANDB_MODES = ("online", "offline")
 
+ABOVE_ZERO = Range(above=0)
+SIZE = Range(above=0, most=2**20)
+SHARE = Range(above=0, below=1)
+SEED = Range(least=0, below=2**31)
+# What key=value can address.
+PHASE_NAME = Pattern(r"(?!\d+$)[\w -]+", "a name of letters, digits, spaces, - and _ that is not a number")
+
 
 @dataclass(frozen=True)
 class LearningRate:
     """A segment of the schedule: linear warm-up to `peak`, then `shape` over the rest of the phase to its end."""
 
-    peak: float
-    warmup: Tokens = 0
-    shape: str = "constant"
-    end: float | None = None  # absolute; for all shapes but constant
-    end_ratio: float | None = None  # the same as a share of the peak
+    peak: Annotated[float, ABOVE_ZERO, "largest learning rate"]
+    warmup: Annotated[Tokens, Range(least=0), "tokens of the linear warm-up from 0"] = 0
+    shape: Annotated[str, Choice(SHAPES), "course from the peak to the end of the phase"] = "constant"
+    end: Annotated[
+        float | None, Range(least=0), "learning rate at the end of the phase; for all shapes but constant"
+    ] = None
+    end_ratio: Annotated[float | None, Range(least=0, most=1), "the same as a share of the peak"] = None
 
     @property
     def last(self) -> float:
@@ -41,149 +50,173 @@ class LearningRate:
 class BatchWarmup:
     """Steps grow from `start` sequences by `increment` at a time to the phase's batch, in equal shares of `tokens`."""
 
-    start: int
-    increment: int
-    tokens: Tokens
+    start: Annotated[int, SIZE, "sequences of the first steps"]
+    increment: Annotated[int, SIZE, "sequences by which steps grow"]
+    tokens: Annotated[Tokens, ABOVE_ZERO, "tokens over which they grow, in equal shares"]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    prefix: str  # of .bin, .idx and .manifest.json
-    weight: float = 1.0  # share of sequences, relative to the other corpora
+    prefix: Annotated[str, "path of the corpus, without .bin, .idx or .manifest.json"]
+    weight: Annotated[float, ABOVE_ZERO, "share of the sequences, relative to the other corpora"] = 1.0
+
+
+Corpora = Annotated[tuple[Corpus, ...], Entries(least=1)]
 
 
 @dataclass(frozen=True)
 class Phase:
-    name: str
-    objective: str
-    tokens: Tokens
+    name: Annotated[str, PHASE_NAME, "name of the phase"]
+    objective: Annotated[str, Choice(OBJECTIVES), "training objective"]
+    tokens: Annotated[Tokens, ABOVE_ZERO, "length of the phase"]
     learning_rate: LearningRate
-    mask_rate: float | None = None  # share of tokens; mlm only
-    mask_rate_end: float | None = None  # reached linearly at the end of the phase; default: constant
-    whole_word_masking: bool = False  # all tokens of a word or none, at the same share; mlm only
-    freeze: tuple[str, ...] = ()  # embeddings, layers.0, layers.0-7, final_norm, head
-    optimizer_state: str = "keep"  # Adam's moments at the start of the phase: keep or reset
-    sequences: int | None = None  # a step; default: batch.sequences
-    micro_sequences: int | None = None  # default: batch.micro_sequences
-    batch_warmup: BatchWarmup | None = None
-    sequence_length: int | None = None  # default: data.sequence_length
-    corpora: tuple[Corpus, ...] | None = None  # default: data.corpora
+    mask_rate: Annotated[float | None, SHARE, "mlm: share of tokens that are masked"] = None
+    mask_rate_end: Annotated[
+        float | None, SHARE, "mlm: mask rate at the end of the phase, reached linearly; constant unless set"
+    ] = None
+    whole_word_masking: Annotated[bool, "mlm: mask all tokens of a word or none (section 4)"] = False
+    freeze: Annotated[
+        tuple[Part, ...],
+        "parts whose weights and Adam states stay as they are: `embeddings` (also the output layer's weight), "
+        "`layers.N`, `layers.N-M`, `final_norm`, `head`",
+    ] = ()
+    optimizer_state: Annotated[str, Choice(OPTIMIZER_STATES), "Adam's moments at the start of the phase"] = "keep"
+    sequences: Annotated[int | None, SIZE, "replaces `batch.sequences`"] = None
+    micro_sequences: Annotated[int | None, SIZE, "replaces `batch.micro_sequences`"] = None
+    batch_warmup: Annotated[BatchWarmup | None, "batches that grow at the start of the phase"] = None
+    sequence_length: Annotated[int | None, SIZE, "replaces `data.sequence_length` (see below)"] = None
+    corpora: Annotated[
+        Corpora | None, "replaces `data.corpora`; each corpus goes on where the phases before have left it"
+    ] = None
 
 
 @dataclass(frozen=True)
 class Model:
-    """Where the encoder comes from: `start`, a Hugging Face folder or hub id, or `config`, a shape to initialise."""
+    """Where the encoder comes from: `start`, a Hugging Face folder or hub id, or `config`, a shape to initialize."""
 
-    start: str | None = None
-    config: dict[str, Any] | None = (
-        None  # keys of transformers' ModernBertConfig; the vocabulary comes from `tokenizer`
-    )
-    tokenizer: str | None = None  # folder or tokenizer.json; default: the start model's own
-    download: bool = False  # whether a hub id may be fetched; otherwise only the local cache is read
+    start: Annotated[str | None, "Hugging Face folder or hub id to start from"] = None
+    config: Annotated[
+        dict[str, Any] | None,
+        "or the shape of a model to initialize: keys of transformers' ModernBertConfig; the vocabulary comes from "
+        "`model.tokenizer`",
+    ] = None
+    tokenizer: Annotated[str | None, "folder or tokenizer.json; the start model's own unless set"] = None
+    download: Annotated[bool, "fetch a hub id; otherwise only the local cache is read"] = False
 
 
 @dataclass(frozen=True)
 class Data:
-    corpora: tuple[Corpus, ...]
-    sequence_length: int
-    order_seed: int = 42
+    corpora: Annotated[Corpora, "what is read"]
+    sequence_length: Annotated[int, SIZE, "tokens per sequence"]
+    order_seed: Annotated[int, SEED, "seed of the order of documents"] = 42
 
 
 @dataclass(frozen=True)
 class Batch:
-    sequences: int  # a step, over all ranks
-    micro_sequences: int = 1  # in a forward pass of a rank, about: documents stay whole
+    sequences: Annotated[int, SIZE, "sequences per step over all ranks; any number of ranks shares them out"]
+    micro_sequences: Annotated[int, SIZE, "sequences in a forward pass of a rank, about: documents stay whole"] = 1
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW. Each step multiplies a decayed weight by 1 - lr * weight_decay."""
 
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.05
-    clip: float = 1.0
+    betas: Annotated[
+        tuple[Annotated[float, Range(least=0, below=1)], Annotated[float, Range(least=0, below=1)]],
+        "AdamW's decay rates of the moments",
+    ] = (0.9, 0.98)
+    eps: Annotated[float, ABOVE_ZERO, "AdamW's epsilon"] = 1e-6
+    weight_decay: Annotated[float, Range(least=0), "decoupled weight decay"] = 0.05
+    clip: Annotated[float, ABOVE_ZERO, "largest gradient norm"] = 1.0
 
 
 @dataclass(frozen=True)
 class Parallel:
-    tensor: int = 1  # ranks that hold a layer together
-    sequence: bool = False  # whether they share out the positions between their layers
+    tensor: Annotated[int, SIZE, "tensor-parallel ranks, which hold a layer together"] = 1
+    sequence: Annotated[bool, "sequence parallelism: these ranks share the positions between their layers"] = False
 
 
 @dataclass(frozen=True)
 class Compute:
     """How it is computed; what is computed does not depend on it, but for rounding."""
 
-    attention: str = "auto"
-    kernels: str = "auto"
-    recompute: str = "none"  # what the backward pass computes again instead of keeping it
+    attention: Annotated[str, Choice(ATTENTION), "attention backend"] = "auto"
+    kernels: Annotated[str, Choice(KERNELS), "fused or plain kernels"] = "auto"
+    recompute: Annotated[str, Choice(RECOMPUTE), "activations that the backward pass computes again"] = "none"
 
 
 @dataclass(frozen=True)
 class Validation:
     """Held-out sequences under masks that never change, so that figures compare across phases and runs."""
 
-    corpora: tuple[Corpus, ...] = ()
-    every: Tokens | None = None  # default: at phase boundaries only
-    sequences: int = 64
-    mask_rate: float = 0.15
-    seed: int = 0
+    corpora: Annotated[tuple[Corpus, ...], "held-out corpora; no validation without them"] = ()
+    every: Annotated[Tokens | None, ABOVE_ZERO, "tokens between validations; at phase boundaries only unless set"] = (
+        None
+    )
+    sequences: Annotated[int, SIZE, "held-out sequences"] = 64
+    mask_rate: Annotated[float, SHARE, "share of their tokens that are masked"] = 0.15
+    seed: Annotated[int, SEED, "seed of their masks"] = 0
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    every: Tokens | None = None  # default: at phase boundaries only
-    keep: int = 2  # the newest ones; phase boundaries are always kept
-    keep_every: Tokens | None = None  # those that pass a multiple of this are kept as well
+    every: Annotated[Tokens | None, ABOVE_ZERO, "tokens between checkpoints; at phase boundaries only unless set"] = (
+        None
+    )
+    keep: Annotated[int, SIZE, "how many of the newest are kept; those of phase boundaries always are"] = 2
+    keep_every: Annotated[Tokens | None, ABOVE_ZERO, "those that pass a multiple of this are kept as well"] = None
 
 
 @dataclass(frozen=True)
 class Guards:
     """What happens to a step whose loss or gradient is NaN, or stands far above those before it.
 
-    A step that is skipped changes neither weights nor optimiser; its tokens count as consumed.
+    A step that is skipped changes neither weights nor optimizer; its tokens count as consumed.
     """
 
-    spikes: str = "report"  # or skip, or ignore
-    sigma: float = 6.0  # standard deviations above the mean that make a spike
-    window: int = 128  # steps that mean and deviation are taken of
-    patience: int = 10  # skipped steps in a row that end the run
+    spikes: Annotated[str, Choice(SPIKES), "what to do about a spike of loss or gradient norm (section 5)"] = "report"
+    sigma: Annotated[float, ABOVE_ZERO, "standard deviations above the mean that make a spike"] = 6.0
+    window: Annotated[int, Range(least=16, most=2**20), "steps over which mean and deviation are computed"] = 128
+    patience: Annotated[int, ABOVE_ZERO, "skipped steps in a row that end the run"] = 10
 
 
 @dataclass(frozen=True)
 class Wandb:
-    project: str
-    entity: str | None = None
-    group: str | None = None
-    mode: str = "online"
+    project: Annotated[str, "project in Weights & Biases"]
+    entity: Annotated[str | None, "team or user"] = None
+    group: Annotated[str | None, "group of runs"] = None
+    mode: Annotated[str, Choice(WANDB_MODES), "send figures at once, or keep them for `wandb sync`"] = "online"
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    name: str
-    folder: str
+    name: Annotated[str, "name of the run"]
+    folder: Annotated[str, "folder that the run writes"]
     model: Model
     data: Data
     batch: Batch
-    phases: tuple[Phase, ...]
-    deepspeed: str  # a file of ds_configs/
-    seed: int = 17  # corruption and initialisation
+    phases: Annotated[tuple[Phase, ...], Entries(least=1), "phases of the run, in order"]
+    deepspeed: Annotated[str, "a file of `ds_configs/`: ZeRO-2 in bf16 or fp32"]
+    seed: Annotated[int, SEED, "seed of masks, and of weights that are initialized"] = 17
     optimizer: Optimizer = field(default_factory=Optimizer)
-    z_loss: float = 0.0  # times the squared log-sum-exp of the logits, added to the loss; 0: none
+    z_loss: Annotated[float, Range(least=0), "weight of the squared log-sum-exp of the logits in the loss"] = 0.0
     parallel: Parallel = field(default_factory=Parallel)
     compute: Compute = field(default_factory=Compute)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guards: Guards = field(default_factory=Guards)
-    time_limit: Seconds | None = None  # of a session: it saves and ends in time
-    restart: bool = False  # whether a run whose checkpoints are gone or damaged begins anew; a whole one is resumed
-    tensorboard: bool = True
-    wandb: Wandb | None = None
+    time_limit: Annotated[
+        Seconds | None, ABOVE_ZERO, "time that a job may take, such as `23h30m`: the run saves and ends before"
+    ] = None
+    restart: Annotated[
+        bool, "start anew where the checkpoints are gone or damaged, instead of refusing; a whole run is resumed"
+    ] = False
+    tensorboard: Annotated[bool, "write TensorBoard files"] = True
+    wandb: Annotated[Wandb | None, "send figures to Weights & Biases"] = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings and lists that `from_dict` reads back to an equal RunConfig."""
-        return _plain(dataclasses.asdict(self))
+        return to_plain(self)
 
     def trajectory(self) -> dict[str, Any]:
         """The part of the run file that the weights depend on, flat: two runs that differ here are different runs."""
@@ -205,15 +238,3 @@ def flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, list):
         return [pair for i, item in enumerate(value) for pair in flatten(item, f"{key}.{i}")]
     return [(key, value)]
-
-
-def join_key(key: str, name: Any) -> str:
-    return f"{key}.{name}" if key else str(name)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

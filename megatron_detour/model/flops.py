@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_detour.model.shape import FULL, SLIDING, Shape
+from megatron_detour.model_parts import layers_of
 
 BACKWARD = 2  # times the forward pass: the gradients by the input and by the weight
 
@@ -30,12 +31,10 @@ class Frozen:
 
     @classmethod
     def of(cls, parts: tuple[str, ...]) -> Frozen:
-        """Of a phase's `freeze`: embeddings, layers.0, layers.0-7, final_norm, head."""
+        """Of the parts that a phase's `freeze` names."""
         layers: set[int] = set()
         for part in parts:
-            if part.startswith("layers."):
-                first, _, last = part.removeprefix("layers.").partition("-")
-                layers |= set(range(int(first), int(last or first) + 1))
+            layers |= set(layers_of(part))
         return cls(frozenset(layers), "embeddings" in parts, "head" in parts)
 
 

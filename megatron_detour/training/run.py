@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_detour.checkpoint.store import checkpoint_folder
-from megatron_detour.config import RunConfig, as_control, load, parse_control
-from megatron_detour.config.deepspeed import look_at_deepspeed_config
-from megatron_detour.errors import DetourError, format_faults
-from megatron_detour.forecast import faults
-from megatron_detour.forecast.start import look
+from megatron_detour.config import as_control, load, parse_control
+from megatron_detour.errors import DetourError
 from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.plan import Plan
-from megatron_detour.run_directory import CHECKPOINTS, is_finished, refuse_another_run, stand_in
+from megatron_detour.preflight import preflight
+from megatron_detour.run_directory import CHECKPOINTS, is_finished, refuse_another_run
 from megatron_detour.runtime.launch import launch
 from megatron_detour.runtime.preemption import Preemption
 from megatron_detour.runtime.slurm import join_slurm
@@ -56,7 +54,7 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
             print(_finished(folder, plan), flush=True)
         return 0
     if options.launch:
-        _refuse_early(config, plan, folder)
+        preflight(config, plan).refuse()  # in a second or two, before a launcher and torch are started for it
         return launch(sys.argv[0], [word for word in arguments if word != "--launch"])
     launched = os.environ.get("LOCAL_RANK") == "0" and first
     own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
@@ -65,17 +63,6 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
         from megatron_detour.training.session import run_session
 
         return run_session(config, plan, folder, stop)
-
-
-def _refuse_early(config: RunConfig, plan: Plan, folder: Path) -> None:
-    """What every rank would refuse is told in a second or two, before a launcher and torch are started for it."""
-    masks_words = any(phase.whole_word_masking for phase in config.phases)
-    start = look(stand_in(folder, config.model) or config.model, masks_words)
-    found = [*start.faults, *look_at_deepspeed_config(config.deepspeed)[1], *faults.of_packages(config)]
-    found += faults.of_shape(config, plan, start.shape) if start.shape else []
-    found += faults.of_corpora(config, plan, start.vocabulary)
-    if found:
-        raise DetourError(format_faults(found))
 
 
 def _finished(folder: Path, plan: Plan) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,10 @@ import torch.distributed as dist
 
 from megatron_detour.checkpoint.saver import Background
 from megatron_detour.config import RunConfig
-from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.files import is_transient
-from megatron_detour.forecast import Start, forecast, headline
+from megatron_detour.forecast import forecast, headline
 from megatron_detour.model.choose import Choice, choose_compute
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe import meter
@@ -28,6 +28,7 @@ from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
+from megatron_detour.preflight import preflight
 from megatron_detour.run_directory import (
     METRICS,
     add_session,
@@ -35,7 +36,6 @@ from megatron_detour.run_directory import (
     claim,
     note,
     refuse_another_run,
-    stand_in,
 )
 from megatron_detour.runtime.failure_detector import FailureDetector, Verdict
 from megatron_detour.runtime.lock import RunLock
@@ -61,8 +61,9 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: Preemption) -
 
     Returns the exit status: 0 at the end, EXIT_INTERRUPTED where it was asked to stop before.
     """
-    deepspeed_config = read_deepspeed_config(config.deepspeed)
-    start = _start_model(config, folder)
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    checked = preflight(config, plan, ranks, owns_folder=rank == 0)
+    start = InitialModel.of(checked)
     data = PhaseData(plan, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
     with FailureDetector(asked=lambda: stop.reason() is not None) as watch:
@@ -72,28 +73,17 @@ def run_session(config: RunConfig, plan: Plan, folder: Path, stop: Preemption) -
             config.compute.recompute,
             start.shape.head_dim,
             device,
-            training_dtype(deepspeed_config),
+            training_dtype(checked.deepspeed),
         )
         session = Session(config, plan, folder, start, data, state, device, choice, stop)
         watch.has_saved, watch.ended = session.has_saved, session.note_end
         model = ModernBert(start.shape, state, choice.compute, config.z_loss)
-        engine = create_engine(model, config, deepspeed_config, state)
+        engine = create_engine(model, config, checked.deepspeed, state)
         with session.own_folder():
             finished = session.train(engine)
         dist.barrier()
     dist.destroy_process_group()
     return 0 if finished else EXIT_INTERRUPTED
-
-
-def _start_model(config: RunConfig, folder: Path) -> InitialModel:
-    """What the run starts from; once it has a checkpoint, that says the same where the start model is gone."""
-    try:
-        return InitialModel.of(config)
-    except DetourError:
-        model = stand_in(folder, config.model)
-        if model is None:
-            raise
-        return InitialModel.of(replace(config, model=model))
 
 
 class Session:
@@ -275,7 +265,7 @@ class Session:
             self.config,
             self.plan,
             dist.get_world_size(),
-            start=Start(self.start.shape, self.start.vocabulary),
+            checked=self.start.checked,
             device=meter.device_name(self.device) if gpu else "cpu",
             gpu_memory=torch.cuda.get_device_properties(self.device).total_memory / 1e9 if gpu else 0.0,
         )

@@ -1,0 +1,73 @@
+"""Amounts with a unit: tokens, as 50B or "3 steps", and times, as 23h30m."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Annotated, Any
+
+from megatron_detour.settings import Enclosing, FaultElsewhere, Parsed
+
+LARGEST = 10**15  # of tokens and seconds: what lies above is a slip, and more than floating-point numbers tell apart
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_NUMBER = r"[\d_,]{0,30}\.?\d{1,30}(?:[eE][+-]?\d\d?)?"
+_AMOUNT = rf"\s*({_NUMBER})\s*(k|M|B|T|steps?)?\s*"
+_TIME = "".join(rf"\s*(?:(\d{{1,9}}){unit})?\s*" for unit in "dhms")
+
+
+def parse_tokens(value: Any, tokens_per_step: int | None = None) -> int:
+    """Reads an amount of tokens: an integer, "50B", "1.5M", "200k" or "3 steps".
+
+    Raises ValueError with what the value must be, FaultElsewhere for steps of unknown size.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _within(value)
+    match = re.fullmatch(_AMOUNT, str(value))
+    if not match or isinstance(value, bool):
+        raise ValueError('an amount of tokens such as 50B, 100M, 3145728 or "3 steps"')
+    unit = match[2] or ""
+    scale = tokens_per_step if unit.startswith("step") else UNITS[unit]
+    if scale is None:
+        raise FaultElsewhere("steps need batch.sequences and data.sequence_length, which are missing or wrong")
+    amount = Fraction(match[1].replace(",", "").replace("_", "")) * scale
+    if amount.denominator != 1:
+        raise ValueError("a whole amount of tokens")
+    return _within(int(amount))
+
+
+def parse_seconds(value: Any, _: Enclosing = []) -> int:  # noqa: B006 never changed
+    """Reads a time: seconds as an integer, or "23h30m", "90m", "2d", "45s". Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _within(value)
+    match = re.fullmatch(_TIME, str(value))
+    if not match or not any(match.groups()):
+        raise ValueError("a time such as 23h30m, 90m or 3600")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return _within(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _within(amount: int) -> int:
+    if abs(amount) > LARGEST:
+        raise ValueError(f"an amount up to {LARGEST:,}")
+    return amount
+
+
+def _tokens(value: Any, enclosing: Enclosing) -> int:
+    return parse_tokens(value, _tokens_per_step(enclosing))
+
+
+def _tokens_per_step(enclosing: Enclosing) -> int | None:
+    """Sequences times their length, of the phase around an amount or of the run; None where the run file lacks them."""
+
+    def size(section: str, key: str) -> Any:
+        of_phase = next((raw.get(key) for cls, raw in enclosing if cls.__name__ == "Phase"), None)
+        whole = enclosing[0][1].get(section)
+        return of_phase or (whole.get(key) if isinstance(whole, dict) else None)
+
+    sizes = size("batch", "sequences"), size("data", "sequence_length")
+    known = all(type(size) is int and size > 0 for size in sizes)
+    return sizes[0] * sizes[1] if known else None
+
+
+Tokens = Annotated[int, Parsed(_tokens, {"type": ["number", "string"], "pattern": f"^{_AMOUNT}$"})]
+Seconds = Annotated[int, Parsed(parse_seconds, {"type": ["integer", "string"], "pattern": f"^{_TIME}$"})]
