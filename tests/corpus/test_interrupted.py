@@ -31,6 +31,8 @@ import sys
 from megatron_detour.corpus import build_corpus, options, sources
 from megatron_detour.errors import command_line
 import argparse
+
+pytestmark = pytest.mark.integration
 sources.STRETCH_BYTES = {STRETCH}
 parser = argparse.ArgumentParser()
 options.add_flags(parser)
@@ -72,6 +74,9 @@ def start(folder: Path, texts: Path, tokenizer: Path, *flags: str) -> subprocess
         [*command, "--tokenizer", str(tokenizer), *flags],
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a shell's background job ignores it
         stderr=subprocess.PIPE,
         text=True,
     )
