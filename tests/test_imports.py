@@ -69,7 +69,6 @@ ALLOWED = {
     "evaluation.task": ("errors", ""),
     "evaluation.examples": ("evaluation.task errors", ""),
     "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
-    "evaluation.command": ("evaluation errors", "torch rich"),
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
         "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
@@ -100,11 +99,13 @@ ALLOWED = {
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands forecast preflight training checkpoint corpus config plan data model kernels parallel observe errors",
-        "torch psutil packaging",
+        "commands forecast preflight run_directory training checkpoint corpus config plan data model kernels parallel "
+        "observe runtime release evaluation errors",
+        "torch psutil packaging rich transformers",
     ),
-    "commands.main": ("commands errors", ""),
-    "commands.plan": ("forecast config plan errors", ""),
+    "commands.main": ("commands.parser errors", ""),
+    "commands.parser": ("config errors", ""),
+    "commands.plan": ("commands.parser forecast config plan errors", ""),
     "training": (
         "training run_directory preflight runtime checkpoint data tokenizer model model_parts observe parallel kernels "
         "config errors files forecast objectives plan",
@@ -146,7 +147,7 @@ LAZY = {
     "observe.sinks": "tensorboard wandb",
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
-    "evaluation.command": "torch",
+    "commands.evaluate": "torch",
     "evaluation.metrics": "sklearn scipy seqeval",
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",
@@ -273,7 +274,7 @@ def test_libraries_are_kept_to_their_places():
 
     assert places("deepspeed") == {"training.engine", "checkpoint.state"}
     packages = {place.split(".")[0] for place in places("transformers")}
-    assert packages == {"checkpoint", "evaluation", "benchmarks"}
+    assert packages == {"checkpoint", "commands", "evaluation", "benchmarks"}
     assert places("triton") == {"kernels.fused"}
     assert {place for place in places("torch") if within(place, "data corpus tokenizer")} == {"data.batches"}
     assert {place for place in places("tokenizers") if within(place, "data corpus tokenizer")} == {
@@ -314,7 +315,11 @@ def test_libraries_are_kept_to_their_places():
         ("checkpoint.store", "import deepspeed", "may not import deepspeed"),
         ("checkpoint.huggingface", "class A:\n    import transformers", "inside functions only"),
         ("observe.report", "import torch", "may not import torch"),
-        ("evaluation.probes", "import megatron_detour.training.run", "may not import megatron_detour.training.run"),
+        (
+            "evaluation.probes",
+            "import megatron_detour.training.trainer",
+            "may not import megatron_detour.training.trainer",
+        ),
         ("training.trainer", "def f():\n    import deepspeed", "may not import deepspeed"),
         ("training.trainer", "if not TYPE_CHECKING:\n    pass\nelse:\n    pass\nimport transformers", "transformers"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from megatron_detour.checkpoint.source import weight_sizes
 from megatron_detour.commands import machine
 from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult
+from megatron_detour.commands.parser import add_run_file
 from megatron_detour.commands.plan import listed
 from megatron_detour.config import RunConfig, load
 from megatron_detour.corpus.examine import verify
@@ -20,8 +22,13 @@ from megatron_detour.plan import Plan
 from megatron_detour.preflight import Preflight, preflight
 
 
-def run(run_file: str | None, overrides: list[str]) -> int:
-    """Prints an item a line, as they are found; returns 1 where one is a fault. Raises DetourError."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_file(parser, nargs="?")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints an item per line, as they are found; returns 1 where one is a fault. Raises DetourError."""
+    run_file, overrides = options.run_file, options.overrides
     if run_file and "=" in run_file and not Path(run_file).exists():
         raise DetourError(f"doctor {run_file}: a run file has to come before what changes its keys")
     states = []

@@ -2,7 +2,7 @@
 
 from megatron_detour.config.amounts import parse_tokens
 from megatron_detour.config.control import as_control, parse_control
-from megatron_detour.config.reader import from_dict, load
+from megatron_detour.config.reader import from_dict, load, recipes
 from megatron_detour.config.schema import (
     ATTENTION,
     KERNELS,
@@ -32,4 +32,5 @@ __all__ = [
     "load",
     "parse_control",
     "parse_tokens",
+    "recipes",
 ]

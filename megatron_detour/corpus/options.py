@@ -1,4 +1,4 @@
-"""What a build is told: each field is a flag of tools/preprocess_data.py."""
+"""What a build is told: each field is a flag of megatron-detour preprocess."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _of_validation(config: RunConfig) -> str | None:
     if not settings.corpora:
         return (
             "validation.corpora: none, so nothing tells how the model does on text it has not seen; hold out a share "
-            "with tools/preprocess_data.py --held-out 0.01"
+            "with megatron-detour preprocess --held-out 0.01"
         )
     tokens, wanted = validation_tokens(settings.corpora), settings.sequences * config.data.sequence_length
     if tokens is not None and tokens < wanted:

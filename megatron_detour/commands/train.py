@@ -1,0 +1,74 @@
+"""`megatron-detour train`: starts or resumes a run. Started again in the same folder, a run goes on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from megatron_detour.checkpoint.store import checkpoint_folder
+from megatron_detour.commands.parser import add_control, read_run_file
+from megatron_detour.errors import DetourError
+from megatron_detour.observe.next_steps import next_commands
+from megatron_detour.plan import Plan
+from megatron_detour.preflight import preflight
+from megatron_detour.run_directory import CHECKPOINTS, is_finished, refuse_another_run
+from megatron_detour.runtime.launch import launch
+from megatron_detour.runtime.preemption import Preemption
+from megatron_detour.runtime.slurm import join_slurm
+from megatron_detour.runtime.terminal import ctrl_c_for_this_rank
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("words", nargs="*", metavar="RUN.yaml|key=value", help="the run file, then changes of its keys")
+    add("--run-file", metavar="RUN.yaml", help="the run to train: a file, or the name of a packaged recipe")
+    add_control(parser)
+    add("--plan", action="store_true", help="print the plan and stop")
+    add("--launch", action="store_true", help="start RANKS ranks, by default one per GPU, with DeepSpeed's launcher")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains, or resumes, on this process's rank; returns the exit status. Raises DetourError."""
+    if options.run_file is None:
+        options.run_file, *options.words = options.words or [None]
+    if options.run_file is None:
+        raise DetourError("a run file is needed: megatron-detour train RUN.yaml, or the name of a packaged recipe")
+    if not options.launch:
+        join_slurm(os.environ)
+    config = read_run_file(options.run_file, options.words, options.control)
+    plan = Plan.of(config)
+    folder = Path(config.folder)
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first and (options.plan or not options.launch):
+        print(plan.table(), flush=True)
+    if options.plan:
+        print("only the run file was read: megatron-detour plan looks at the model and the corpora as well" * first)
+        return 0
+    if first:
+        refuse_another_run(folder, config)
+    if is_finished(folder, plan):
+        if first:
+            print(_finished(folder, plan), flush=True)
+        return 0
+    if options.launch:
+        preflight(config, plan).refuse()  # in a second or two, before a launcher and torch are started for it
+        return launch(sys.argv[0], [word for word in sys.argv[1:] if word != "--launch"])
+    launched = os.environ.get("LOCAL_RANK") == "0" and first
+    own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
+    with Preemption(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
+        # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
+        from megatron_detour.training.session import run_session
+
+        return run_session(config, plan, folder, stop)
+
+
+def _finished(folder: Path, plan: Plan) -> str:
+    checkpoint = checkpoint_folder(folder / CHECKPOINTS, plan.total_steps)
+    return (
+        f"this run is finished: {plan.total_steps:,} steps, {plan.total_tokens:,} tokens; to train another one choose "
+        f"another folder=...\nmodel    {checkpoint}\n{next_commands(folder, checkpoint, plan.has_detour)}"
+    )
