@@ -20,6 +20,7 @@ from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.model.flops import Frozen
 from megatron_detour.model.shape import CHECKED_KEYS, Shape, refuse_unknown_keys
 from megatron_detour.model_parts import layers_of
+from megatron_detour.objectives import KINDS
 from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.run_directory import refuse_another_run, stand_in
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
@@ -88,7 +89,7 @@ def check_model(config: RunConfig, plan: Plan) -> Preflight:
 def _look(config: RunConfig, plan: Plan, model: Model) -> Preflight:
     faults: list[str] = []
     vocabulary, words = _vocabulary(model, faults), None
-    if vocabulary and any(phase.whole_word_masking for phase in config.phases):
+    if vocabulary and config.needs_word_boundaries:
         try:
             words = Words.of(find_tokenizer(model.tokenizer or model.start, model.download), vocabulary)
         except DetourError as fault:
@@ -153,11 +154,12 @@ def _vocabulary(model: Model, faults: list[str]) -> Vocabulary | None:
         elif Path(name).is_dir():
             faults.append(f"model.start: {fault}")
         return None
-    missing = [f"[{role.upper()}]" for role in ("mask", "pad") if getattr(vocabulary, role) is None]
+    needed = dict.fromkeys([*(role for kind in KINDS.values() for role in kind.special_tokens), "pad"])
+    missing = [f"[{role.upper()}]" for role in needed if getattr(vocabulary, role) is None]
     if missing:
         key = "tokenizer" if model.tokenizer else "start"
         faults.append(
-            f"model.{key}: {name}: the tokenizer has no {' and no '.join(missing)}; masked training needs both"
+            f"model.{key}: {name}: the tokenizer has no {' and no '.join(missing)}; training and validation need them"
         )
     return vocabulary
 

@@ -23,14 +23,14 @@ ALLOWED = {
     "model_parts": ("settings", ""),
     "files": ("", ""),
     "counter_rng": ("", "numpy"),
-    "ui": ("ui errors files", "rich jinja2 matplotlib"),
-    "config": ("config settings model_parts errors", "yaml"),
-    "plan": ("config errors", ""),
+    "ui": ("ui objectives errors files", "rich jinja2 matplotlib"),
+    "config": ("config settings objectives model_parts errors", "yaml"),
+    "plan": ("config objectives errors", ""),
     "runtime": ("runtime errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
     "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
     "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
-    "objectives": ("tokenizer counter_rng", "numpy"),
+    "objectives": ("objectives settings tokenizer counter_rng", "numpy"),
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
     "kernels.fused": ("", "torch triton"),
@@ -57,13 +57,13 @@ ALLOWED = {
     "checkpoint.source": ("tokenizer.vocabulary model.shape errors", ""),
     "checkpoint.state": ("parallel model checkpoint errors files", "torch deepspeed"),
     "release": (
-        "release checkpoint model tokenizer data.manifest observe.run_files observe.run_folder observe.steps ui "
-        "config plan errors",
+        "release checkpoint model tokenizer objectives data.manifest observe.run_files observe.run_folder "
+        "observe.steps ui config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
-    "observe": ("observe ui errors files", "numpy rich jinja2 matplotlib"),
+    "observe": ("observe ui objectives errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
-    "observe.run_files": ("errors", "msgspec"),
+    "observe.run_files": ("objectives settings errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
     "evaluation": ("evaluation errors files", "numpy msgspec"),
     "evaluation.task": ("errors", ""),
@@ -88,13 +88,13 @@ ALLOWED = {
         "yaml",
     ),
     "preflight": (
-        "run_directory config plan model_parts model.shape model.flops data.integrity tokenizer checkpoint.source "
-        "checkpoint.huggingface errors",
+        "run_directory objectives config plan model_parts model.shape model.flops data.integrity tokenizer "
+        "checkpoint.source checkpoint.huggingface errors",
         "",
     ),
     "forecast": (
-        "forecast preflight config plan model.shape model.flops model.peaks data.manifest data.indexed data.order "
-        "errors",
+        "forecast preflight objectives config plan model.shape model.flops model.peaks data.manifest data.indexed "
+        "data.order errors",
         "numpy",
     ),
     "__main__": ("commands", ""),

@@ -138,7 +138,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "no mask token": (
         without_mask,
-        [r"model\.start: \S+: the tokenizer has no \[MASK\] and no \[PAD\]; masked training needs both", OTHER],
+        [r"model\.start: \S+: the tokenizer has no \[MASK\] and no \[PAD\]; training and validation need them", OTHER],
     ),
     "whole words of a word-level tokenizer": (
         word_level,

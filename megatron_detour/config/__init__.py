@@ -6,7 +6,6 @@ from megatron_detour.config.reader import from_dict, load, recipes
 from megatron_detour.config.schema import (
     ATTENTION,
     KERNELS,
-    OBJECTIVES,
     RECOMPUTE,
     Corpus,
     LearningRate,
@@ -19,7 +18,6 @@ from megatron_detour.config.schema import (
 __all__ = [
     "ATTENTION",
     "KERNELS",
-    "OBJECTIVES",
     "RECOMPUTE",
     "Corpus",
     "LearningRate",

@@ -230,10 +230,8 @@ class Search:
             _, count = micro_batches_of(phase.sequences * phase.sequence_length, positions, 0, self.setting.data)
             lengths = np.array(cost.lengths, dtype=np.int64)
             positions = max(positions, *(int(lengths[mine].sum()) for mine in deal(lengths, count)))
-        labelled = costs.labelled_share(phase, mean)
-        return Load(
-            positions, round(positions * labelled), phase.objective == "clm", Frozen.of(phase.settings.freeze).below
-        )
+        labelled = round(positions * phase.objective.labeled_share(mean))
+        return Load(positions, labelled, phase.objective.causal, Frozen.of(phase.settings.freeze).below)
 
 
 def _costs(config: RunConfig, plan: Plan, shape: Shape, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:
