@@ -81,15 +81,20 @@ def preflight(config: RunConfig, plan: Plan, ranks: int | None = None, owns_fold
 
 def check_model(config: RunConfig, plan: Plan) -> Preflight:
     """The part about model and tokenizer, and whether the run file fits them."""
-    found = _look(config, plan, config.model)
+    found = look(config.model, config.needs_word_boundaries)
     there = stand_in(Path(config.folder), config.model) if found.faults else None
-    return _look(config, plan, there) if there else found
+    found = look(there, config.needs_word_boundaries) if there else found
+    if found.shape is None:
+        return found
+    fit = [*found.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, found.shape)]
+    return replace(found, faults=(*found.faults, *fit, *_freezing(config, found.shape)))
 
 
-def _look(config: RunConfig, plan: Plan, model: Model) -> Preflight:
+def look(model: Model, whole_words: bool = False) -> Preflight:
+    """Model and tokenizer alone, whatever run they are for. `whole_words`: a phase masks them."""
     faults: list[str] = []
     vocabulary, words = _vocabulary(model, faults), None
-    if vocabulary and config.needs_word_boundaries:
+    if vocabulary and whole_words:
         try:
             words = Words.of(find_tokenizer(model.tokenizer or model.start, model.download), vocabulary)
         except DetourError as fault:
@@ -100,9 +105,6 @@ def _look(config: RunConfig, plan: Plan, model: Model) -> Preflight:
             f"model.tokenizer: {model.tokenizer or model.start}: the tokenizer has {vocabulary.size:,} ids, the "
             f"model's embedding only {shape.vocabulary:,}; give the tokenizer that belongs to the model"
         )
-    if shape:
-        faults += [*shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, shape)]
-        faults += _freezing(config, shape)
     return Preflight(model, shape, vocabulary, words, None, tuple(faults), note)
 
 

@@ -19,7 +19,7 @@ from megatron_detour.config import load
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import preflight
-from megatron_detour.training.session import run_session
+from megatron_detour.training.trainer import run_training
 
 Run = dict[str, Any]  # a run file's content
 
@@ -251,7 +251,7 @@ def test_plan_and_start_refuse_with_the_same_sentence(good_run, write_run, capsy
     plan = Plan.of(config)
     monkeypatch.setenv("WORLD_SIZE", str(config.parallel.tensor))
     before_the_launcher = lambda: preflight(config, plan).refuse()  # noqa: E731
-    start = lambda: run_session(config, plan, Path(config.folder), stop=None)  # noqa: E731
+    start = lambda: run_training(config, plan, Path(config.folder), preemption=None)  # noqa: E731
     for refuses in (before_the_launcher, start):
         with pytest.raises(DetourError) as refusal:
             refuses()
@@ -274,7 +274,7 @@ def test_ranks_have_to_fill_tensor_parallel_groups(good_run, write_run, capsys, 
     config = load(path)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(DetourError) as refusal:
-        run_session(config, Plan.of(config), Path(config.folder), stop=None)
+        run_training(config, Plan.of(config), Path(config.folder), preemption=None)
     assert str(refusal.value) == fault
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_detour.checkpoint.store import checkpoint_folder
 from megatron_detour.commands.parser import add_control, read_run_file
 from megatron_detour.errors import DetourError
+from megatron_detour.forecast import plan_table
 from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import preflight
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(config.folder)
     first = int(os.environ.get("RANK", "0")) == 0
     if first and (options.plan or not options.launch):
-        print(plan.table(), flush=True)
+        print(plan_table(plan), flush=True)
     if options.plan:
         print("only the run file was read: megatron-detour plan looks at the model and the corpora as well" * first)
         return 0
@@ -61,9 +62,9 @@ def run(options: argparse.Namespace) -> int:
     own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
     with Preemption(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
         # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
-        from megatron_detour.training.session import run_session
+        from megatron_detour.training.trainer import run_training
 
-        return run_session(config, plan, folder, stop)
+        return run_training(config, plan, folder, stop)
 
 
 def _finished(folder: Path, plan: Plan) -> str:

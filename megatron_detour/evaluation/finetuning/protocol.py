@@ -9,7 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.evaluation.task import METRICS, TYPES, Task, known_tasks
+from megatron_detour.evaluation.task import Task, known_tasks
+from megatron_detour.evaluation.task_types import TASK_TYPES
 from megatron_detour.structured import parse_yaml, read_yaml
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -81,16 +82,16 @@ class Protocol(msgspec.Struct, frozen=True):
     def settings(self, task: Task) -> Settings:
         """Those of the task's type with those of the task itself. Raises DetourError for what does not fit the task."""
         try:
-            found = _converted(msgspec.to_builtins(self.by_type[task.type]) | self.by_task.get(task.name, {}))
+            settings = _converted(msgspec.to_builtins(self.by_type[task.type]) | self.by_task.get(task.name, {}))
         except msgspec.ValidationError as error:
             raise DetourError(f"protocol {self.name}, tasks.{task.name}: {_reason(error)}") from None
-        metrics = METRICS[task.type]
-        if found.select_by is not None and found.select_by not in metrics:
+        metrics = task.kind.metric_names
+        if settings.select_by is not None and settings.select_by not in metrics:
             raise DetourError(
-                f"protocol {self.name}: select_by: unknown metric {found.select_by!r} for {task.name}, a task of "
-                f"{task.type}{nearest(found.select_by, list(metrics))}; there are {', '.join(metrics)}"
+                f"protocol {self.name}: select_by: unknown metric {settings.select_by!r} for {task.name}, a task of "
+                f"{task.type}{nearest(settings.select_by, list(metrics))}; there are {', '.join(metrics)}"
             )
-        return found
+        return settings
 
     def unused_sections(self, tasks: tuple[Task, ...]) -> list[str]:
         """Names under `tasks` that are neither among these nor packaged: most likely misspelt."""
@@ -118,7 +119,7 @@ def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B0
     try:
         file = msgspec.convert(content, _File)
         _check_names(file)
-        by_type = {kind: _converted(file.defaults | file.types.get(kind, {}) | given) for kind in TYPES}
+        by_type = {kind: _converted(file.defaults | file.types.get(kind, {}) | given) for kind in TASK_TYPES}
     except (ValueError, msgspec.ValidationError) as error:
         where = f"{path}{' with ' + ' '.join(overrides) if overrides else ''}"
         raise DetourError(f"{where}: {_reason(error)}") from None
@@ -130,8 +131,8 @@ def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B0
 def _check_names(file: _File) -> None:
     """Raises ValueError for an unknown task type or setting, and for seeds that cannot be."""
     for key in file.types:
-        if key not in TYPES:
-            raise ValueError(f"types: unknown task type {key!r}{nearest(key, list(TYPES))}")
+        if key not in TASK_TYPES:
+            raise ValueError(f"types: unknown task type {key!r}{nearest(key, list(TASK_TYPES))}")
     known = Settings.__struct_fields__
     sections = {f"types.{key}": changes for key, changes in file.types.items()}
     sections |= {f"tasks.{key}": changes for key, changes in file.tasks.items()}
@@ -141,7 +142,7 @@ def _check_names(file: _File) -> None:
                 raise ValueError(f"{section}: unknown setting {key!r}{nearest(key, list(known))}")
     seeds = file.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > LAST_SEED:
-        raise ValueError(f"seeds: give one at least, each once, from 0 to {LAST_SEED:,}")
+        raise ValueError(f"seeds: give at least one, each once, from 0 to {LAST_SEED:,}")
 
 
 def _converted(values: Changes) -> Settings:
