@@ -84,34 +84,43 @@ ALLOWED = {
         "evaluation.masked_words evaluation.models evaluation.probes corpus.documents counter_rng ui errors files",
         "numpy torch transformers rich",
     ),
+    "run_directory": (
+        "checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
+        "yaml",
+    ),
+    "preflight": (
+        "run_directory objectives config plan model_parts model.shape model.flops data.integrity tokenizer "
+        "checkpoint.source checkpoint.huggingface errors",
+        "",
+    ),
     "forecast": (
-        "forecast objectives config plan model_parts model.shape model.flops model.peaks data.manifest data.indexed "
-        "data.order tokenizer checkpoint.source ui errors",
+        "forecast preflight objectives config plan model.shape model.flops model.peaks data.manifest data.indexed "
+        "data.order ui errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands log forecast training checkpoint corpus config plan data model kernels parallel observe runtime "
-        "release evaluation ui errors",
+        "commands log forecast preflight run_directory training checkpoint corpus config plan data model kernels "
+        "parallel observe runtime release evaluation ui errors",
         "torch psutil packaging rich transformers",
     ),
     "commands.init": (
-        "commands.parser config plan corpus data.manifest tokenizer forecast errors",
+        "commands.parser config plan corpus data.manifest tokenizer forecast preflight errors",
         "psutil pyarrow torch yaml",
     ),
     "commands.batches": (
-        "commands.parser config data plan objectives tokenizer forecast.start errors",
+        "commands.parser config data plan objectives tokenizer preflight errors",
         "numpy tokenizers",
     ),
     "commands.main": ("commands.parser errors", ""),
     "commands.parser": ("config errors", ""),
     "commands.plan": ("commands.parser forecast config plan ui errors", ""),
     "training": (
-        "training log runtime checkpoint data tokenizer model model_parts observe parallel kernels config errors files "
-        "forecast objectives plan",
-        "numpy torch yaml",
+        "training log run_directory preflight runtime checkpoint data tokenizer model model_parts observe parallel "
+        "kernels config errors files forecast objectives plan",
+        "numpy torch",
     ),
-    "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
+    "training.engine": ("training parallel config plan errors files", "torch deepspeed"),
     "benchmarks": (
         "benchmarks data corpus tokenizer model observe parallel kernels ui errors files objectives",
         "numpy torch transformers",
