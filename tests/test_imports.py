@@ -38,7 +38,7 @@ ALLOWED = {
     "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
     "data.manifest": ("tokenizer errors", "msgspec"),
     "data.batches": ("data tokenizer objectives config errors files", "numpy torch"),
-    "corpus": ("corpus data tokenizer ui errors files", "numpy msgspec"),
+    "corpus": ("corpus data tokenizer ui settings errors files", "numpy msgspec"),
     "corpus.sources": ("errors", "pyarrow datasets huggingface_hub"),
     "corpus.records": ("errors", "msgspec numpy"),
     "corpus.lines": ("corpus errors", "numpy pyarrow"),
@@ -65,7 +65,7 @@ ALLOWED = {
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.run_files": ("errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
-    "evaluation": ("evaluation errors files", "numpy msgspec"),
+    "evaluation": ("evaluation settings errors files", "numpy msgspec"),
     "evaluation.task": ("errors", ""),
     "evaluation.examples": ("evaluation.task errors", ""),
     "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
@@ -73,7 +73,7 @@ ALLOWED = {
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
         "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
-        "evaluation.results errors",
+        "evaluation.results settings errors",
         "numpy torch transformers msgspec rich",
     ),
     "evaluation.report": (
@@ -92,7 +92,7 @@ ALLOWED = {
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands forecast training checkpoint corpus config plan data model kernels parallel observe errors",
+        "commands forecast training checkpoint corpus settings config plan data model kernels parallel observe errors",
         "torch psutil packaging",
     ),
     "commands.main": ("commands errors", ""),

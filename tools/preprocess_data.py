@@ -8,8 +8,9 @@ import argparse
 import sys
 
 try:
-    from megatron_detour.corpus import build_corpus, examine, merge, options
+    from megatron_detour.corpus import BuildOptions, build_corpus, examine, merge
     from megatron_detour.errors import command_line
+    from megatron_detour.settings import add_arguments, from_namespace
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 
@@ -19,7 +20,8 @@ COMMANDS = ("build", "verify", "stats", "peek", "merge")
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(description=__doc__)
     commands = whole.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    options.add_flags(commands.add_parser("build", help="build a corpus; may be left out", description=__doc__))
+    build = commands.add_parser("build", help="build a corpus; may be left out", description=__doc__)
+    add_arguments(build, BuildOptions)
     for name, words in (
         ("verify", "check files against the manifest, every byte and every id"),
         ("stats", "counts, lengths and their histogram, P.lengths.png"),
@@ -46,7 +48,7 @@ def main() -> None:
     named = bool(words) and not words[0].startswith("-")
     arguments = parser().parse_args(words if named else ["build", *words])
     if arguments.command == "build":
-        chosen = options.options_of(arguments)
+        chosen = from_namespace(BuildOptions, arguments)
         print(examine.summary(chosen, build_corpus(chosen)))
     elif arguments.command == "merge":
         print(merge.merge_corpora(arguments.prefixes, arguments.output_prefix, arguments.overwrite))

@@ -70,6 +70,7 @@ def _add_report(command: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "plan": ("what a run would take and what would stop it: memory, hours, epochs, disk, faults", _add_plan),
     "doctor": ("look at this machine, and with a run file at what the run would use of it", _add_doctor),
+    "schema": ("print the JSON Schema of run files, for editors", lambda command: None),
     "compare": ("one page that sets runs side by side", _add_compare),
     "report": ("write a run's report.html again", _add_report),
 }

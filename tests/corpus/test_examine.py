@@ -136,7 +136,7 @@ def test_merge_refuses_what_does_not_fit(corpus, tmp_path, tokenizer_folder):
         ([str(tmp_path / "b")], "b", "one of the corpora to join"),
         ([str(tmp_path / "none")], "m", "there is no such corpus"),
         ([corpus.prefix, corpus.prefix], "m", "is named twice"),
-        ([corpus.prefix], "", "that is a folder"),
+        ([corpus.prefix], "", "is a folder"),
     ):
         with pytest.raises(DetourError, match=says):
             merge_corpora(prefixes, str(tmp_path / output))
