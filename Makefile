@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo check test test-slow lint install clean
 
 demo: $(INSTALLED)
 	@examples/quickstart.sh
+
+check: lint
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not slow and not integration"
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not slow"
 
 test-slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -11,10 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_detour.errors import command_line
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_SECONDS = 1800  # only what hangs takes that long, on any machine
+
+
+def slow(*values: Any, **options: Any) -> Any:
+    """A case of a parametrized test that `make test-slow` runs: another one of its kind is in `make test`."""
+    return pytest.param(*values, marks=pytest.mark.slow, **options)
 
 
 def environment() -> dict[str, str]:

@@ -77,8 +77,7 @@ ALLOWED = {
         "numpy torch transformers msgspec rich",
     ),
     "evaluation.report": (
-        "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results "
-        "observe.plots ui errors files",
+        "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results ui errors files",
         "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.masked_words": (

@@ -17,7 +17,7 @@ from megatron_detour.evaluation.finetuning.progress import SuiteProgress
 from megatron_detour.evaluation.masked_words import tables
 from megatron_detour.evaluation.report import plots as evaluation_plots
 from megatron_detour.evaluation.results import Cell
-from megatron_detour.observe import compare, compare_plots, plots, report
+from megatron_detour.observe import compare, plots, report
 from megatron_detour.observe.progress import Progress
 from megatron_detour.observe.run_folder import read_run
 from megatron_detour.text import markdown, visible
@@ -86,8 +86,8 @@ def test_pages_and_terminals_show_names_as_codes(hostile: Path) -> None:
 
 def test_plots_show_names_as_codes(hostile: Path) -> None:
     run = read_run(hostile)
-    figures = [plot.draw(run) for plot in plots.PLOTS]
-    figures += [plot.draw([run, run], [HOSTILE, "b"]) for plot in compare_plots.COMPARISON_PLOTS]
+    figures = [plot.draw([run], [HOSTILE]) for plot in plots.PLOTS]
+    figures += [plot.draw([run, run], [HOSTILE, "b"]) for plot in plots.PLOTS if plot.compared]
     texts = [text.get_text() for figure in figures if figure for text in texts_of(figure)]
     assert not unseen("".join(texts)) and any("\\x1b]0;owned" in text for text in texts)
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
-from megatron_detour.observe.compare_plots import COMPARISON_PLOTS
-from megatron_detour.observe.plots import appearance
+from megatron_detour.observe.plots import PLOTS
 from megatron_detour.observe.report import headline
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
 from megatron_detour.observe.sinks import Record
@@ -19,6 +18,7 @@ from megatron_detour.observe.verdict import verdict
 from megatron_detour.structured import parse_yaml
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import variable
+from megatron_detour.ui.figures import appearance
 from megatron_detour.ui.format import compact, frozen_words, objective_words
 from megatron_detour.ui.page import Picture, render, write_pictures
 from megatron_detour.ui.tables import columns, wrapped
@@ -48,7 +48,7 @@ def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
     labels, settings = _labels(runs), [_settings(run) for run in runs]
     _take(output)
     drawn = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]
-    pictures = [Picture.of(plot, plot.draw(runs, drawn)) for plot in COMPARISON_PLOTS]
+    pictures = [Picture.of(plot, plot.draw(runs, drawn), plot.compared) for plot in PLOTS if plot.compared]
     # The page comes first: it tells another time that the folder is a comparison's.
     write_whole(output / PAGE, _page(runs, labels, settings, pictures))
     write_pictures(pictures, output)
@@ -131,7 +131,7 @@ def _totals(runs: list[Run]) -> list[tuple[str, list[str]]]:
     found = [{title: value for title, value, _ in headline(run)} for run in runs]
     titles = dict.fromkeys(title for facts in found for title in facts)
     rows = [(title, [facts.get(title, ABSENT) for facts in found]) for title in titles]
-    rows.append(("Updates left out", [f"{len(run.skipped):,}" for run in runs]))
+    rows.append(("Skipped updates", [f"{len(run.skipped):,}" for run in runs]))
     return rows
 
 

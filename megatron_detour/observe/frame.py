@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_detour.observe.run_folder import Run
 from megatron_detour.text import visible
-from megatron_detour.ui.colors import AXIS, COLOURS, INK, LINE, PAGE, SOFT
+from megatron_detour.ui.colors import AXIS, COLORS, INK, LINE, PAGE, SOFT
 from megatron_detour.ui.format import compact, frozen_words, objective_words, shortened
 
 if TYPE_CHECKING:
@@ -29,20 +29,25 @@ LEGEND_ROW = 0.175  # inches
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over tokens. Curves with the same label share an entry of the legend."""
+    """Values over tokens. Curves with the same label share an entry of the legend.
+
+    A measurement of each step is drawn as its mean; a schedule (`exact`) and a few points with a `marker` as they are.
+    """
 
     x: np.ndarray
     y: np.ndarray
-    colour: str
+    color: str
     label: str
-    style: Any = "-"
+    linestyle: Any = "-"
+    marker: str = ""
     faint: bool = True  # the values themselves behind their mean
+    exact: bool = False
 
 
 class Frame:
     """A figure of one run, or of several, which have a strip each unless their phases are the same.
 
-    A run's phases tint the panels below; the panels of several runs get lines at the phases' ends. `colours` are those
+    A run's phases tint the panels below; the panels of several runs get lines at the phases' ends. `colors` are those
     of the runs, `height` the inches of the panels and a strip. Draw into `panels`, then `finish`.
     """
 
@@ -53,7 +58,7 @@ class Frame:
         labels: list[str],
         *,
         height: float = 3.6,
-        colours: list[str] | None = None,
+        colors: list[str] | None = None,
     ) -> None:
         from matplotlib.figure import Figure
 
@@ -71,7 +76,7 @@ class Frame:
         for axes, label in zip(self.panels, labels, strict=True):
             self._style(axes, label, last=axes is self.panels[-1])
         for number, axes in self.strips.items():
-            self._style_strip(axes, str(number + 1) if len(shown) > 1 else "", (colours or [INK] * len(runs))[number])
+            self._style_strip(axes, str(number + 1) if len(shown) > 1 else "", (colors or [INK] * len(runs))[number])
             self._bands(runs[number], axes)
 
     def _rows(self, heights: list[float]) -> list[Axes]:
@@ -91,10 +96,10 @@ class Frame:
             axes.set_xlabel("tokens trained", color=INK, fontsize=9.5)
             axes.xaxis.set_major_formatter(lambda value, _: compact(value))
 
-    def _style_strip(self, axes: Axes, label: str, colour: str) -> None:
+    def _style_strip(self, axes: Axes, label: str, color: str) -> None:
         axes.set(ylim=(0, 1), yticks=[0.5] if label else [], yticklabels=[label] if label else [])
         axes.tick_params(axis="x", bottom=False, labelbottom=False)
-        axes.tick_params(axis="y", left=False, labelsize=9.5, labelcolor=colour)
+        axes.tick_params(axis="y", left=False, labelsize=9.5, labelcolor=color)
         for text in axes.get_yticklabels():
             text.set_fontweight("bold")
         axes.spines[:].set_visible(False)
@@ -103,14 +108,14 @@ class Frame:
         previous = None
         for phase in run.started_phases:
             start, end = phase["start_tokens"], self._end(run, phase)
-            colour = objective_colour(phase["objective"])
-            strip.axvspan(start, end, ymin=0.06, ymax=0.94, facecolor=colour, alpha=0.2, linewidth=0)
+            color = objective_color(phase["objective"])
+            strip.axvspan(start, end, ymin=0.06, ymax=0.94, facecolor=color, alpha=0.2, linewidth=0)
             if frozen_words(phase):
-                strip.axvspan(start, end, 0.06, 0.17, facecolor="none", edgecolor=colour, hatch="/////", linewidth=0)
+                strip.axvspan(start, end, 0.06, 0.17, facecolor="none", edgecolor=color, hatch="/////", linewidth=0)
                 _entry(strip, FROZEN)
             if len(self.runs) == 1:
                 for axes in self.panels:
-                    axes.axvspan(start, end, facecolor=colour, alpha=0.055, linewidth=0)
+                    axes.axvspan(start, end, facecolor=color, alpha=0.055, linewidth=0)
             if previous is not None:
                 strip.axvline(start, color=PAGE, linewidth=1.6)
                 self._boundary(previous, phase)
@@ -129,27 +134,37 @@ class Frame:
         return min(phase["end_tokens"], max(run.done_tokens, 1))
 
     def curves(self, axes: Axes, curves: list[Curve], *, from_zero: bool = False) -> None:
-        """Draws each curve faintly and smoothed, in a range of the y axis that single peaks do not set."""
-        curves = [curve for curve in curves if len(curve.y)]
+        """Draws the curves; single peaks of measurements do not set the range of the y axis."""
         bounds: list[float] = []
         for curve in curves:
-            if curve.faint and len(curve.y) > 2:
-                axes.plot(*thinned(curve.x, curve.y), color=curve.colour, alpha=0.28, linewidth=0.9)
-            axes.plot(
-                *thinned(curve.x, smoothed(curve.y)),
-                color=curve.colour,
-                linestyle=curve.style,
-                linewidth=1.9,
-                label=curve.label,
-                **dot(curve.x),
-            )
-            bounds += _usual_range(curve.y, 0.0 if from_zero else float(curve.y.min()))
-        if not bounds:
-            return
-        low, high = min(bounds), max(bounds)
-        margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-        axes.set_ylim(0 if from_zero else low - margin, high + margin)
-        self._above += sum(int((curve.y > high + margin).sum()) for curve in curves)
+            if curve.marker:
+                self._points(axes, curve)
+            elif curve.exact:
+                axes.plot(*thinned(curve.x, curve.y), label=curve.label, **_look(curve, linewidth=1.8))
+            else:
+                self._measured(axes, curve)
+                bounds += _usual_range(curve.y, 0.0 if from_zero else float(curve.y.min()))
+        if bounds:
+            low, high = min(bounds), max(bounds)
+            margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+            axes.set_ylim(0 if from_zero else low - margin, high + margin)
+            self._above += sum(int((curve.y > high + margin).sum()) for curve in curves)
+        elif any(curve.exact for curve in curves):
+            axes.set_ylim(bottom=0)
+        else:
+            axes.margins(y=0.14)
+
+    def _points(self, axes: Axes, curve: Curve) -> None:
+        """A line through a few measurements; among hundreds the markers would hide the line."""
+        look = {"color": curve.color, "linestyle": curve.linestyle, "marker": curve.marker, "linewidth": 1.6}
+        every = max(1, len(curve.x) // 40)
+        x, y = thinned(curve.x, curve.y)
+        axes.plot(x, y, markersize=5, markevery=every, label=curve.label, clip_on=False, **look)
+
+    def _measured(self, axes: Axes, curve: Curve) -> None:
+        if curve.faint and len(curve.y) > 2:
+            axes.plot(*thinned(curve.x, curve.y), color=curve.color, alpha=0.28, linewidth=0.9)
+        axes.plot(*thinned(curve.x, smoothed(curve.y)), label=curve.label, **_look(curve, linewidth=1.9))
 
     def finish(self) -> Figure:
         """Adds the resumptions, the legend and, once the widths are known, the names of the phases."""
@@ -233,24 +248,25 @@ class Frame:
             _fit(key, texts, 0.62 * first.get_window_extent().width)
 
 
-def objective_colour(objective: str) -> str:
-    return COLOURS.get(objective, SOFT)
+def objective_color(objective: str) -> str:
+    return COLORS.get(objective, SOFT)
 
 
-def dot(x: np.ndarray) -> dict[str, Any]:
+def _look(curve: Curve, linewidth: float) -> dict[str, Any]:
     """A line through a point or two is invisible or nearly so: mark them."""
-    return {"marker": "o", "markersize": 4, "clip_on": False} if len(x) <= 2 else {}
+    mark = {"marker": "o", "markersize": 4, "clip_on": False} if len(curve.x) <= 2 else {}
+    return {"color": curve.color, "linestyle": curve.linestyle, "linewidth": linewidth, **mark}
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A centred mean: unlike a trailing one it does not shift the curve at the start of a phase."""
+    """A centered mean: unlike a trailing one it does not shift the curve at the start of a phase."""
     half = max(1, len(values) // 60)
     total = np.append(0.0, np.cumsum(values))
-    centre = np.arange(len(values))
+    center = np.arange(len(values))
     # Where a phase starts the curve is steep, so the window shrinks on both sides; where it ends noise matters more.
-    before = np.minimum(half, centre)
-    after = np.minimum(before, len(values) - 1 - centre)
-    return (total[centre + after + 1] - total[centre - before]) / (before + after + 1)
+    before = np.minimum(half, center)
+    after = np.minimum(before, len(values) - 1 - center)
+    return (total[center + after + 1] - total[center - before]) / (before + after + 1)
 
 
 def _usual_range(values: np.ndarray, low: float) -> tuple[float, float]:

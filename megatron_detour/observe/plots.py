@@ -1,4 +1,7 @@
-"""The plots of a run's report, drawn by matplotlib."""
+"""The plots of a run's report and of a comparison: a run alone is a comparison of one.
+
+One run's curves have the colors of their objectives, several runs' those of the runs.
+"""
 
 from __future__ import annotations
 
@@ -8,141 +11,126 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_detour.observe.frame import Curve, Frame, dot, objective_colour, thinned
+from megatron_detour.observe.frame import Curve, Frame, objective_color
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, stretches, validation_points
 from megatron_detour.observe.sinks import Record
 from megatron_detour.observe.steps import Steps
-from megatron_detour.ui.colors import COLOURS, GUARD, PALETTE, SOFT
-from megatron_detour.ui.format import compact
+from megatron_detour.ui.colors import GUARD, SOFT
+from megatron_detour.ui.figures import MARKERS, appearance, as_counts, as_percentages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKS = 400  # of a guard, side by side over the width of a plot
-LEAST_WAIT = 0.01  # of the time; a scale of less would draw noise
-STYLES = ["-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5))]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+MIN_WAIT_SCALE = 0.01  # of the time; a smaller scale would draw noise
+HIGH, LOW = [3.6, 5.2, 6.8], [2.9, 4.4, 5.9]  # inches, by the number of panels
+UNIGRAM = "unigram baseline"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of the page: its file below plots/, its caption, and how it is drawn."""
+    """A plot of a page: its file, how it is drawn for runs with these labels, and its captions.
+
+    `caption` is that on the page of one run, `compared` that on a comparison; without one the plot is not shown there.
+    """
 
     file: str
     title: str
-    caption: str
-    draw: Callable[[Run], Figure | None]
+    draw: Callable[[list[Run], list[str]], Figure | None]
+    caption: str = ""
+    compared: str = ""
 
 
-def has(records: list[Record], key: str) -> bool:
-    return any(record.get(key) is not None for record in records)
+@dataclass(frozen=True)
+class _Panel:
+    label: str
+    curves: list[Curve]
+    scale: Callable[[Axes], None] | None = None
+    from_zero: bool = False
+    baseline: float | None = None
 
 
-def percent(axes: Axes) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-
-
-def counted(axes: Axes) -> None:
-    """Whole amounts from zero, in short."""
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: compact(value))
-
-
-def appearance(number: int) -> dict[str, Any]:
-    """Colour, line and marker of the line of this number, from 0."""
-    return {
-        "color": PALETTE[number % len(PALETTE)],
-        "linestyle": STYLES[number % len(STYLES)],
-        "marker": MARKERS[number % len(MARKERS)],
-    }
-
-
-def markers(axes: Axes, x: list[float], y: list[float], label: str, **look: Any) -> None:
-    """A line through a few measurements; among hundreds the markers would hide the line."""
-    every = max(1, len(x) // 40)
-    x, y = thinned(np.asarray(x), np.asarray(y))
-    axes.plot(x, y, markersize=5, markevery=every, linewidth=1.6, label=label, clip_on=False, **look)
-
-
-def _draw_loss(run: Run) -> Figure | None:
-    if not run.steps.has("loss"):
+def _draw(
+    runs: list[Run], title: str, panels: list[_Panel], *, heights: list[float] = HIGH, guards: bool = False
+) -> Figure | None:
+    """The panels that have curves; None where none has."""
+    panels = [panel for panel in panels if panel.curves]
+    if not panels:
         return None
-    frame = Frame([run], "Training loss", ["loss (nats per labelled token)"])
-    frame.curves(frame.panels[0], _by_objective(run, "loss", " loss"))
-    _guards(frame.panels[0], run)
+    colors = [appearance(number)["color"] for number in range(len(runs))] if len(runs) > 1 else None
+    frame = Frame(runs, title, [panel.label for panel in panels], height=heights[len(panels) - 1], colors=colors)
+    for axes, panel in zip(frame.panels, panels, strict=True):
+        frame.curves(axes, panel.curves, from_zero=panel.from_zero)
+        if panel.scale:
+            panel.scale(axes)
+        if panel.baseline is not None:
+            axes.axhline(panel.baseline, color=SOFT, linestyle=":", linewidth=1.6, label=UNIGRAM)
+    if guards and len(runs) == 1:
+        _mark_guards(frame.panels[0], runs[0])
     return frame.finish()
 
 
-def _draw_gradient_norm(run: Run) -> Figure | None:
-    if not run.steps.has("grad_norm"):
-        return None
-    frame = Frame([run], "Gradient norm", ["norm before clipping"], height=2.9)
-    frame.curves(frame.panels[0], _by_objective(run, "grad_norm"), from_zero=True)
-    _guards(frame.panels[0], run)
-    return frame.finish()
+def _draw_loss(runs: list[Run], labels: list[str]) -> Figure | None:
+    if len(runs) == 1:
+        curves = _curves(runs, labels, "loss", quantity=" loss")
+        return _draw(runs, "Training loss", [_Panel("loss (nats per labeled token)", curves)], guards=True)
+    objectives = sorted({objective for run in runs for objective, _ in stretches(run)}, reverse=True)
+    panels = [
+        _Panel(f"{name.upper()} loss (nats per token)", _curves(runs, labels, "loss", objective=name))
+        for name in objectives
+    ]
+    return _draw(runs, "Training loss", panels)
 
 
-def _draw_learning_rate(run: Run) -> Figure | None:
-    if not run.steps.has("lr"):
-        return None
-    frame = Frame([run], "Learning rate", ["learning rate"], height=2.9)
-    _exact(frame.panels[0], run, "lr")
-    frame.panels[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
-    return frame.finish()
+def _draw_gradient_norm(runs: list[Run], labels: list[str]) -> Figure | None:
+    panel = _Panel("norm before clipping", _curves(runs, labels, "grad_norm"), from_zero=True)
+    return _draw(runs, "Gradient norm", [panel], heights=LOW, guards=True)
 
 
-def _draw_schedule(run: Run) -> Figure | None:
-    """The mask rate and the batch, where they change within the run."""
-    masked, batch = run.steps.varies("mask_rate"), run.steps.varies("sequences")
-    labels = ["tokens masked"] * masked + ["sequences per step"] * batch
-    if not labels:
-        return None
-    title = " and ".join(["Mask rate"] * masked + ["Batch"] * batch).replace("and B", "and b")
-    frame = Frame([run], title, labels, height=2.9 if len(labels) == 1 else 4.2)
-    if masked:
-        _exact(frame.panels[0], run, "mask_rate")
-        percent(frame.panels[0])
-    if batch:
-        _exact(frame.panels[-1], run, "sequences")
-        counted(frame.panels[-1])
-    return frame.finish()
+def _draw_learning_rate(runs: list[Run], labels: list[str]) -> Figure | None:
+    def scientific(axes: Axes) -> None:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
+
+    panel = _Panel("learning rate", _curves(runs, labels, "lr", exact=True), scientific)
+    return _draw(runs, "Learning rate", [panel], heights=LOW)
 
 
-def _draw_throughput(run: Run) -> Figure | None:
-    if not run.steps.has("tokens_per_second"):
-        return None
-    use = next((key for key in ("mfu", "model_tflops") if run.steps.has(key)), None)
-    labels = {"mfu": ["MFU"], "model_tflops": ["model TFLOP/s"], None: []}[use]
-    frame = Frame([run], "Throughput", ["tokens per second", *labels], height=4.6 if use else 2.9)
-    frame.curves(frame.panels[0], _by_objective(run, "tokens_per_second"), from_zero=True)
-    counted(frame.panels[0])
-    if use:
-        frame.curves(frame.panels[1], _by_objective(run, use), from_zero=True)
-    if use == "mfu":
-        percent(frame.panels[1])
-    return frame.finish()
+def _draw_schedule(runs: list[Run], labels: list[str]) -> Figure | None:
+    """The mask rate and the batch, where they change within a run."""
+    shown = {"mask_rate": ("mask rate", as_percentages), "sequences": ("sequences per step", as_counts)}
+    varying = [key for key in shown if any(run.steps.varies(key) for run in runs)]
+    panels = [_Panel(shown[key][0], _curves(runs, labels, key, exact=True), shown[key][1]) for key in varying]
+    title = " and ".join({"mask_rate": "mask rate", "sequences": "batch"}[key] for key in varying).capitalize()
+    return _draw(runs, title, panels, heights=LOW)
 
 
-def _draw_machine(run: Run) -> Figure | None:
-    waits = _waits(run.steps)
-    waited, memory = waits.has("waiting"), run.steps.has("memory_bytes")
-    labels = ["waiting for data"] * waited + ["memory (GiB)"] * memory
-    if not labels:
-        return None
-    frame = Frame([run], "Data wait and memory", labels, height=2.9 if len(labels) == 1 else 4.2)
-    if waited:
-        x, y = waits.points("waiting")
-        frame.curves(frame.panels[0], [Curve(x, y, SOFT, "_share of the step's time")], from_zero=True)
-        frame.panels[0].set_ylim(0, max(frame.panels[0].get_ylim()[1], LEAST_WAIT))
-        percent(frame.panels[0])
-    if memory:
-        x, y = thinned(*run.steps.points("memory_bytes"))
-        frame.panels[-1].plot(x, y / 2**30, color=SOFT, linewidth=1.8, **dot(x))
-        counted(frame.panels[-1])
-    return frame.finish()
+def _draw_throughput(runs: list[Run], labels: list[str]) -> Figure | None:
+    use = "mfu" if any(run.steps.has("mfu") for run in runs) else "model_tflops"
+    label, scale = {"mfu": ("MFU", as_percentages), "model_tflops": ("model TFLOP/s", None)}[use]
+    panels = [
+        _Panel("tokens per second", _curves(runs, labels, "tokens_per_second"), as_counts, from_zero=True),
+        _Panel(label, _curves(runs, labels, use), scale, from_zero=True),
+    ]
+    return _draw(runs, "Throughput", panels if panels[0].curves else [], heights=LOW if len(runs) == 1 else HIGH)
+
+
+def _draw_machine(runs: list[Run], _: list[str]) -> Figure | None:
+    def waits(axes: Axes) -> None:
+        axes.set_ylim(0, max(axes.get_ylim()[1], MIN_WAIT_SCALE))
+        as_percentages(axes)
+
+    def curve(steps: Steps, key: str, unit: int, label: str, exact: bool) -> list[Curve]:
+        x, y = steps.points(key)
+        return [Curve(x, y / unit, SOFT, label, exact=exact)] if len(y) else []
+
+    (run,) = runs
+    panels = [
+        _Panel("waiting for data", curve(_waits(run.steps), "waiting", 1, "_share of the step's time", False), waits,
+               from_zero=True),
+        _Panel("peak memory (GiB)", curve(run.steps, "memory_bytes", 2**30, "_memory", True), as_counts),
+    ]  # fmt: skip
+    return _draw(runs, "Data wait and memory", panels, heights=LOW)
 
 
 def _waits(steps: Steps) -> Steps:
@@ -151,89 +139,95 @@ def _waits(steps: Steps) -> Steps:
     return steps.replaced("waiting", steps["data_wait_seconds"] / timed)
 
 
-def _draw_validation(run: Run) -> Figure | None:
-    losses = [key for key in ("val_mlm_loss", "val_clm_loss") if has(run.validations, key)]
-    accuracy = has(run.validations, "val_mlm_accuracy")
-    if not losses and not accuracy:
-        return None
-    labels = ["loss (nats per token)"] * bool(losses) + ["MLM accuracy"] * accuracy
-    frame = Frame([run], "Validation", labels, height=3.4 if len(labels) == 1 else 5.2)
-    for key in losses:
-        _held_out(frame.panels[0], run, key)
-    unigram = run.environment.get("unigram_loss")
-    if losses and unigram is not None:
-        label = "unigram distribution of the corpus"
-        frame.panels[0].axhline(unigram, color=SOFT, linestyle=":", linewidth=1.6, label=label)
-    if accuracy:
-        _held_out(frame.panels[-1], run, "val_mlm_accuracy")
-        percent(frame.panels[-1])
-    for axes in frame.panels:
-        axes.margins(y=0.14)
-    return frame.finish()
+def _draw_validation(runs: list[Run], labels: list[str]) -> Figure | None:
+    keys = [key for key in VALIDATION_FIGURES if not key.endswith("bits_per_byte")]
+    return _draw(runs, "Validation", _validation_panels(runs, labels, keys))
 
 
-def _draw_bits_per_byte(run: Run) -> Figure | None:
-    keys = [key for key in ("val_mlm_bits_per_byte", "val_clm_bits_per_byte") if has(run.validations, key)]
-    if not keys:
-        return None
-    frame = Frame([run], "Validation, bits per byte", ["bits per byte of text"])
+def _draw_bits_per_byte(runs: list[Run], labels: list[str]) -> Figure | None:
+    keys = [key for key in VALIDATION_FIGURES if key.endswith("bits_per_byte")]
+    return _draw(runs, "Validation, bits per byte", _validation_panels(runs, labels, keys))
+
+
+def _validation_panels(runs: list[Run], labels: list[str], keys: list[str]) -> list[_Panel]:
+    """A panel per figure; those of one run that differ in their objective alone share a panel."""
+    groups: dict[str, list[str]] = {}
     for key in keys:
-        _held_out(frame.panels[0], run, key)
-    frame.panels[0].margins(y=0.14)
-    return frame.finish()
+        if any(_has(run.validations, key) for run in runs):
+            groups.setdefault(_measure(key) if len(runs) == 1 else key, []).append(key)
+    panels = []
+    for group in groups.values():
+        figure = VALIDATION_FIGURES[group[0]]
+        label = figure.axis if len(group) == 1 else _measure(group[0])
+        curves = [curve for key in group for curve in _validation_curves(runs, labels, key)]
+        loss = len(runs) == 1 and figure.title.endswith("loss")
+        baseline = runs[0].environment.get("unigram_loss") if loss else None
+        panels.append(_Panel(label, curves, as_percentages if figure.share else None, baseline=baseline))
+    return panels
 
 
-def _draw_validation_corpora(run: Run) -> Figure | None:
-    keys = [key for key in ("val_mlm_loss", "val_mlm_accuracy", "val_clm_loss") if _corpora_with(run, key)]
-    if not keys:
-        return None
-    labels = [VALIDATION_FIGURES[key].title for key in keys]
-    frame = Frame([run], "Validation by corpus", labels, height=[3.6, 5.2, 6.8][len(keys) - 1])
-    for axes, key in zip(frame.panels, keys, strict=True):
-        for corpus in _corpora_with(run, key):
-            x, y = validation_points(run, f"{key}/{corpus}")
-            markers(axes, x, y, corpus, **appearance(run.validation_corpora.index(corpus)))
-        axes.margins(y=0.14)
-        if VALIDATION_FIGURES[key].share:
-            percent(axes)
-    return frame.finish()
+def _measure(key: str) -> str:
+    """What a figure measures, without its objective."""
+    return VALIDATION_FIGURES[key].axis.partition(" ")[2]
 
 
-def _corpora_with(run: Run, key: str) -> list[str]:
-    return [corpus for corpus in run.validation_corpora if has(run.validations, f"{key}/{corpus}")]
-
-
-def _held_out(axes: Axes, run: Run, key: str) -> None:
+def _validation_curves(runs: list[Run], labels: list[str], key: str) -> list[Curve]:
     figure = VALIDATION_FIGURES[key]
-    x, y = validation_points(run, key)
-    # The accuracy has a panel of its own, whose axis names it.
-    label = "_accuracy" if figure.share else f"{figure.title}, held-out text"
-    marker = {"mlm": "o", "clm": "s"}[figure.objective]
-    markers(axes, x, y, label, color=COLOURS[figure.objective], marker=marker)
+    if len(runs) == 1:
+        objectives = list(dict.fromkeys(each.objective for each in VALIDATION_FIGURES.values()))
+        marker = MARKERS[objectives.index(figure.objective)]
+        look = {"color": objective_color(figure.objective), "marker": marker}
+        # The accuracy has a panel of its own, whose axis names it.
+        return _validated(runs[0], key, "_accuracy" if figure.share else f"{figure.title}, held-out text", look)
+    numbered = enumerate(zip(runs, labels, strict=True))
+    return [curve for n, (run, label) in numbered for curve in _validated(run, key, label, appearance(n))]
 
 
-def _by_objective(run: Run, key: str, quantity: str = "") -> list[Curve]:
-    return [
-        Curve(*steps.points(key), objective_colour(objective), f"{objective.upper()}{quantity}")
-        for objective, steps in stretches(run)
-    ]
+def _validated(run: Run, key: str, label: str, look: dict[str, Any]) -> list[Curve]:
+    x, y = (np.asarray(values, float) for values in validation_points(run, key))
+    return [Curve(x, y, label=label, **look)] if len(x) else []
 
 
-def _exact(axes: Axes, run: Run, key: str) -> None:
-    """A figure that is set and not measured: it is not smoothed."""
-    for objective, steps in stretches(run):
-        x, y = thinned(*steps.points(key))
-        if len(x):
-            colour, label = objective_colour(objective), objective.upper()
-            axes.plot(x, y, color=colour, linewidth=1.8, label=label, **dot(x))
-    axes.set_ylim(bottom=0)
+def _draw_validation_corpora(runs: list[Run], _: list[str]) -> Figure | None:
+    (run,) = runs
+    panels = []
+    for key, figure in VALIDATION_FIGURES.items():
+        curves = [
+            curve
+            for number, corpus in enumerate(run.validation_corpora)
+            for curve in _validated(run, f"{key}/{corpus}", corpus, appearance(number))
+        ]
+        panels.append(_Panel(figure.title, curves, as_percentages if figure.share else None))
+    return _draw(runs, "Validation by corpus", panels)
 
 
-def _guards(axes: Axes, run: Run) -> None:
-    """Marks at the top the steps at which a guard spoke."""
+def _has(records: list[Record], key: str) -> bool:
+    return any(record.get(key) is not None for record in records)
+
+
+def _curves(
+    runs: list[Run], labels: list[str], key: str, *, objective: str = "", quantity: str = "", exact: bool = False
+) -> list[Curve]:
+    """The figure of each run over each of its phases, or over those of one objective."""
+    curves = []
+    for number, run in enumerate(runs):
+        for own, steps in stretches(run):
+            x, y = steps.points(key)
+            if not len(y) or objective not in ("", own):
+                continue
+            if len(runs) == 1:
+                curves.append(Curve(x, y, objective_color(own), f"{own.upper()}{quantity}", exact=exact))
+            else:
+                look = {name: value for name, value in appearance(number).items() if name != "marker"}
+                curves.append(Curve(x, y, label=labels[number], faint=False, exact=exact, **look))
+    return curves
+
+
+def _mark_guards(axes: Axes, run: Run) -> None:
+    """Marks at the top the steps at which a guard acted."""
     skipped = [record for record in run.guarded if record.get("skipped")]
     reported = [record for record in run.guarded if not record.get("skipped")]
-    for records, marker, label in ((skipped, "x", "update left out"), (reported, "v", "spike reported")):
+    for records, marker, label in ((skipped, "x", "update skipped"), (reported, "v", "spike reported")):
         # as many as can be told apart
         place = {round(MARKS * x / max(run.done_tokens, 1)): x for x in (run.tokens_at(r["step"]) for r in records)}
         if x := list(place.values()):
@@ -245,53 +239,59 @@ PLOTS = [
     Plot(
         "validation.png",
         "Validation",
+        _draw_validation,
         "Both objectives are measured on held-out text in either kind of phase. MLM and CLM losses are different "
         "quantities: compare each only with itself.",
-        _draw_validation,
+        "Held-out text. The top of the page says whether it was the same, under the same masks.",
     ),
     Plot(
         "bits_per_byte.png",
         "Validation, bits per byte",
-        "The same losses for each byte of the text, which tokenizers of different fineness share.",
         _draw_bits_per_byte,
+        "The same losses per byte of text, which are comparable between tokenizers.",
+        "The losses per byte of text, which are comparable between tokenizers.",
     ),
     Plot(
         "validation_corpora.png",
         "Validation by corpus",
-        "The held-out text of each validation corpus by itself.",
         _draw_validation_corpora,
+        "The held-out text of each validation corpus by itself.",
     ),
     Plot(
         "loss.png",
         "Training loss",
-        "Each step faintly, and a centred mean per phase. The objective sets the colour; the two losses are "
-        "different quantities.",
         _draw_loss,
+        "Each step faintly, and a centered mean per phase. The objective sets the color; the two losses are "
+        "different quantities.",
+        "A centered mean per phase, each objective by itself: MLM loss and CLM loss are different quantities, and MLM "
+        "losses at different mask rates do not compare.",
     ),
     Plot(
         "gradient_norm.png",
         "Gradient norm",
-        "The norm of the gradient over all parameters, before clipping.",
         _draw_gradient_norm,
+        "The norm of the gradient over all parameters, before clipping.",
+        "The norm of the gradient over all parameters, before clipping; a centered mean per phase.",
     ),
-    Plot("learning_rate.png", "Learning rate", "The rate that each step used.", _draw_learning_rate),
+    Plot("learning_rate.png", "Learning rate", _draw_learning_rate, "The learning rate of each step."),
     Plot(
         "schedule.png",
         "Mask rate and batch",
-        "What each step used: the share of tokens masked, and the sequences of a step.",
         _draw_schedule,
+        "The share of tokens masked and the sequences per step, at each step.",
     ),
     Plot(
         "throughput.png",
         "Throughput",
-        "Tokens per second of each step over all devices, padding included. MFU is the model's operations as a share "
-        "of the devices' peak.",
         _draw_throughput,
+        "Tokens per second of each step over all devices, padding included. MFU is the share of the devices' peak "
+        "FLOP/s that the model's operations reach.",
+        "Tokens per second over all devices, padding included; MFU where the devices' peak is known.",
     ),
     Plot(
         "machine.png",
         "Data wait and memory",
-        "The share of each step's time spent waiting for data, and the most memory held so far on one rank.",
         _draw_machine,
+        "The share of each step's time spent waiting for data, and the peak memory of one rank so far.",
     ),
 ]

@@ -25,7 +25,7 @@ def write_report(run_folder: Path) -> Path:
     """
     run_folder = Path(run_folder)
     run = read_run(run_folder)
-    pictures = [Picture.of(plot, plot.draw(run)) for plot in PLOTS]
+    pictures = [Picture.of(plot, plot.draw([run], [run.name]), plot.caption) for plot in PLOTS if plot.caption]
     (run_folder / "plots").mkdir(exist_ok=True)
     write_pictures(pictures, run_folder / "plots")
     page = run_folder / "report.html"

@@ -267,7 +267,7 @@ class Session:
         add_session(self.folder, session_facts(step, self.state, self.device, self.choice, engine.module), facts)
         self._described = True
         if facts["unigram_loss"] is not None:
-            self._say(f"always guessing by token frequency, the validation MLM loss is {facts['unigram_loss']:.3f}")
+            self._say(f"unigram baseline of the validation MLM loss: {facts['unigram_loss']:.3f}")
 
     def _forecast(self) -> str:
         gpu = self.device.type == "cuda"

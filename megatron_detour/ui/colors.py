@@ -1,4 +1,4 @@
-"""The colours of pages and plots, each by its name, for light pages and dark ones.
+"""The colors of pages and plots, each by its name, for light pages and dark ones.
 
 A plot is drawn in the light ones; inside a page each becomes the CSS variable of its name, so that a dark page darkens
 its plots. Text and curves have a contrast of 4.5 or more to page and card, axes 3; `line` and `band` only divide.
@@ -21,7 +21,7 @@ PAIRS = {
     "good": ("#1d7a46", "#5fcf92"),
     "open": ("#8f5b00", "#f0b955"),
     "guard": ("#b3261e", "#ff8a80"),
-    # For lines that differ in no objective: told apart by lightness and style too, without the objectives' colours.
+    # For lines that differ in no objective: told apart by lightness and style too, without the objectives' colors.
     "run-1": ("#1b1b1b", "#f2f2f2"),
     "run-2": ("#00755a", "#3fc79c"),
     "run-3": ("#b0308c", "#f08fd0"),
@@ -35,16 +35,16 @@ DARK = {name: dark for name, (_, dark) in PAIRS.items()}
 PAGE, INK, SOFT, LINE, BAND, AXIS, GUARD = (
     LIGHT[name] for name in ("page", "ink", "soft", "line", "band", "axis", "guard")
 )
-COLOURS = {"mlm": LIGHT["mlm"], "clm": LIGHT["clm"]}
+COLORS = {"mlm": LIGHT["mlm"], "clm": LIGHT["clm"]}
 PALETTE = [light for name, light in LIGHT.items() if name.startswith("run-")]
 _VARIABLES = {light: f"var(--{name})" for name, light in LIGHT.items()} | {"#000000": "var(--ink)"}
 
 
 def variable(light: str) -> str:
-    """The CSS variable of a colour."""
+    """The CSS variable of a color."""
     return _VARIABLES[light]
 
 
 def with_variables(svg: str) -> str:
-    """The drawing with variables in place of colours. Raises KeyError for a colour that has no name."""
+    """The drawing with variables in place of colors. Raises KeyError for a color that has no name."""
     return re.sub(r"(?<=[:\s])#[0-9a-f]{6}(?=[;\"'])", lambda found: variable(found[0]), svg)

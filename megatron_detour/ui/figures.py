@@ -5,14 +5,38 @@ from __future__ import annotations
 import io
 import re
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron_detour.ui.colors import with_variables
+from megatron_detour.ui.colors import PALETTE, with_variables
 from megatron_detour.ui.format import compact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+STYLES = ["-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5))]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+
+
+def appearance(number: int) -> dict[str, Any]:
+    """Color, line style and marker of the curve of this number, from 0."""
+    return {
+        "color": PALETTE[number % len(PALETTE)],
+        "linestyle": STYLES[number % len(STYLES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+def as_percentages(axes: Axes) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+
+
+def as_counts(axes: Axes) -> None:
+    """Whole amounts from zero, in short."""
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: compact(value))
 
 
 def png(figure: Figure) -> bytes:
@@ -25,7 +49,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """An element for a page: texts stay text, colours are the page's; `name` keeps its ids apart from other plots'."""
+    """An element for a page: texts stay text, colors are the page's; `name` keeps its ids apart from other plots'."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 

@@ -21,19 +21,17 @@ class Picture:
     """A plot: its file's name and content, and how a page shows it; empty where there was nothing to draw."""
 
     file: str
-    title: str
     caption: str
     content: bytes
     drawing: str  # an SVG element
 
     @classmethod
-    def of(cls, plot: Any, figure: Figure | None, description: str = "") -> Picture:
-        """`description` tells the plot's figures, unless its curves do."""
+    def of(cls, plot: Any, figure: Figure | None, caption: str, description: str = "") -> Picture:
+        """`plot` has a file and a title. `description` states the figures, by default those of the curves."""
         if figure is None:
-            return cls(plot.file, plot.title, plot.caption, b"", "")
+            return cls(plot.file, caption, b"", "")
         content = png(figure)
-        drawing = svg(figure, plot.file, plot.title, description or described(figure))
-        return cls(plot.file, plot.title, plot.caption, content, drawing)
+        return cls(plot.file, caption, content, svg(figure, plot.file, plot.title, description or described(figure)))
 
 
 def write_pictures(pictures: list[Picture], folder: Path) -> None:

@@ -18,6 +18,8 @@ from benchmarks.texts import Slice, link_many, write_texts
 from megatron_detour.errors import DetourError
 from tests.conftest import write_jsonl
 
+pytestmark = pytest.mark.integration
+
 CONTENDERS = ("ours", "engine", "encode_batch", "datasets")
 
 

@@ -15,6 +15,8 @@ from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 from tests.harness import ROOT, environment
 
+pytestmark = pytest.mark.integration
+
 
 def settings(folder, **changes) -> Settings:
     return Settings(**({"folder": folder, "documents": 300, "mean": 40, "sequence_length": (64,)} | changes), **TINY)

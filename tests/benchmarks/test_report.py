@@ -5,6 +5,8 @@ import pytest
 from benchmarks.report import measure, table
 from megatron_detour.errors import DetourError
 
+pytestmark = pytest.mark.integration
+
 
 def test_each_length_and_kind_of_work_has_a_row() -> None:
     rows = measure([100], None)

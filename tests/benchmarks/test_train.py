@@ -23,6 +23,8 @@ from megatron_detour.parallel.state import ParallelState
 from tests.harness import run_ranks
 from tests.model.test_against_transformers import as_decoder
 
+pytestmark = pytest.mark.integration
+
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 CPU = torch.device("cpu")
 SDPA = contenders.Peer("sdpa", False, CPU, torch.float32)
@@ -147,6 +149,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count():
     assert all(parameter.grad is None for parameter in one.model.parameters())
 
 
+@pytest.mark.slow
 def test_the_table_and_the_file(tmp_path):
     (result,) = measure_all([replace(SETTINGS, against="transformers")], lambda line: None)
     names = ["megatron_detour", "transformers, padded", "transformers, packed"]
@@ -170,6 +173,7 @@ def two_ranks() -> int:
     return sum(result["contenders"][0]["tokens_per_second"] > 0 for result in results)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_ranks_make_several_measurements_together(tmp_path):
     assert run_ranks(2, "tests.benchmarks.test_train:two_ranks", tmp_path) == [3, 3]
 

@@ -32,6 +32,8 @@ from megatron_detour.corpus import BuildOptions, build_corpus, sources
 from megatron_detour.errors import command_line
 from megatron_detour.settings import add_arguments, from_namespace
 import argparse
+
+pytestmark = pytest.mark.integration
 sources.STRETCH_BYTES = {STRETCH}
 parser = argparse.ArgumentParser()
 add_arguments(parser, BuildOptions)
@@ -73,6 +75,9 @@ def start(folder: Path, texts: Path, tokenizer: Path, *flags: str) -> subprocess
         [*command, "--tokenizer", str(tokenizer), *flags],
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a shell's background job ignores it
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -21,6 +21,8 @@ from megatron_detour.evaluation.report.random_baseline import chance
 from megatron_detour.evaluation.task import TYPES, load_task
 from tests.evaluation.small_tasks import write_small_tasks
 
+pytestmark = pytest.mark.integration
+
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tasks"
 
 
@@ -90,6 +92,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(small, model,
 
 
 @pytest.mark.parametrize("kind", ["classification", "token-classification"])
+@pytest.mark.slow
 def test_shuffled_labels_score_at_chance(kind, small, model, tmp_path):
     dataset, settings = small[kind], settings_of(kind, "epochs=12")
     true, shuffled = (

@@ -26,6 +26,8 @@ from tests.evaluation.small_tasks import write_small_tasks
 from tests.evaluation.test_finetune import write_tiny_model
 from tests.harness import ROOT, environment
 
+pytestmark = pytest.mark.integration
+
 FAST = ("learning_rate=3e-3", "epochs=1", "batch=8")
 TIMES = ("seconds",)
 

@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import sentences, write_jsonl
 from tests.harness import ROOT, environment
 
+pytestmark = pytest.mark.integration
+
 SHORT = [f"phases.{name}.tokens=2 steps" for name in ("mlm", "detour", "decay")]
 
 

@@ -17,7 +17,7 @@ from megatron_detour.model.modernbert import Compute, ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel import loss
 from megatron_detour.parallel.state import ParallelState
-from tests.harness import ROOT, run_ranks
+from tests.harness import ROOT, run_ranks, slow
 from tests.models import CONFIG, microbatch, tiny
 
 BASE, LARGE_SHAPE = Shape.of(DEFAULTS, "base"), Shape.of(DEFAULTS | LARGE, "large")
@@ -187,7 +187,7 @@ def partitions(tensor: int):
     return masters, zero.reduce_bucket_size, zero.nccl_start_alignment_factor
 
 
-@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (4, 2), slow(4, 1)])
 def test_partitions_are_zero2s(tmp_path, ranks, tensor):
     shape = Shape.of(CONFIG, "tiny")
     expected = partition(parameters(shape, tensor), ranks // tensor)

@@ -19,6 +19,8 @@ from megatron_detour.kernels.choose import PLAIN, Kernels, choose_kernels, load_
 from tests.harness import ROOT, environment
 from tests.kernels.compare import SHAPES, TYPES, Comparison
 
+pytestmark = pytest.mark.integration
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = [field.name for field in fields(Kernels)]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -10,6 +10,8 @@ from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.modernbert import ModernBert
 from tests.models import CONFIG, loss_of, microbatch, tiny
 
+pytestmark = pytest.mark.integration
+
 LENGTHS = (3, 70, 40, 1, 300)  # shorter and longer than the window
 SHAPES = {
     "tiny": {},

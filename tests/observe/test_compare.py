@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_detour.errors import DetourError
-from megatron_detour.observe import compare, compare_plots
+from megatron_detour.observe import compare, plots
 from megatron_detour.observe.compare import write_comparison
 from megatron_detour.observe.run_folder import read_run
 from tests.observe.runs import ENVIRONMENT, TOKENS_PER_STEP, TWO_PHASES, change_records, five_phases, make_run
@@ -22,7 +22,8 @@ validation: {sequences: 128, seed: 3, mask_rate: 0.3, every: 20}
 phases: [{name: detour, objective: clm}, {name: decay, objective: mlm, mask_rate: 0.3}]
 """
 CONTROL_FILE = DETOUR_FILE.replace("objective: clm", "objective: mlm, mask_rate: 0.3")
-PLOTS = {plot.file for plot in compare_plots.COMPARISON_PLOTS}
+COMPARED = [plot for plot in plots.PLOTS if plot.compared]
+PLOTS = {plot.file for plot in COMPARED}
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_detour_beside_its_control(twins: list[Path], tmp_path: Path) -> None:
     assert "phases.detour.objective clm mlm phases.detour.mask_rate – 0.3" in text
     assert "seed 17" not in text
     assert "The same versions and machines, as far as the runs say." in text
-    assert "Tokens trained 13.1M 13.1M" in text and "Updates left out 0 0" in text
+    assert "Tokens trained 13.1M 13.1M" in text and "Skipped updates 0 0" in text
 
 
 def test_other_data_is_told_with_the_first_step(twins: list[Path]) -> None:
@@ -127,7 +128,7 @@ def test_an_unfinished_run_is_drawn_as_far_as_it_goes(tmp_path: Path) -> None:
     assert "At 7.86M tokens" in text and "At 13.1M tokens" not in text
     assert "Last of each run (at 13.1M, 9.18M tokens)" in text
     runs = [read_run(folder) for folder in folders]
-    lines = compare_plots._draw_gradient_norm(runs, ["1: a", "2: b"]).axes[-1].lines
+    lines = plots._draw_gradient_norm(runs, ["1: a", "2: b"]).axes[-1].lines
     ends = {
         label: max(line.get_xdata()[-1] for line in lines if line.get_label() == label) for label in ("1: a", "2: b")
     }
@@ -205,8 +206,8 @@ def test_only_an_earlier_comparison_is_written_over(twins: list[Path], tmp_path:
     assert {path.name for path in out.glob("*.png")} == {"loss.png", "gradient_norm.png", "throughput.png"}
 
 
-@pytest.mark.parametrize("plot", compare_plots.COMPARISON_PLOTS, ids=lambda plot: plot.file)
-def test_texts_do_not_overlap(plot: compare_plots.ComparisonPlot, twins: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("plot", COMPARED, ids=lambda plot: plot.file)
+def test_texts_do_not_overlap(plot: plots.Plot, twins: list[Path], tmp_path: Path) -> None:
     many = [
         *twins,
         five_phases(tmp_path / "five"),
@@ -219,15 +220,15 @@ def test_texts_do_not_overlap(plot: compare_plots.ComparisonPlot, twins: list[Pa
     refuse_overlaps(figure)
 
 
-@pytest.mark.parametrize("plot", compare_plots.COMPARISON_PLOTS, ids=lambda plot: plot.file)
-def test_runs_that_have_not_begun_have_no_plot(plot: compare_plots.ComparisonPlot, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plot", COMPARED, ids=lambda plot: plot.file)
+def test_runs_that_have_not_begun_have_no_plot(plot: plots.Plot, tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name, done=0, validate_every=0)) for name in "ab"]
     assert plot.draw(runs, ["1: a", "2: b"]) is None
 
 
 def test_each_run_has_a_strip_unless_their_phases_are_the_same(twins: list[Path], tmp_path: Path) -> None:
     def strips(folders: list[Path]) -> list[list[str]]:
-        figure = compare_plots._draw_gradient_norm([read_run(folder) for folder in folders], ["1: a", "2: b"])
+        figure = plots._draw_gradient_norm([read_run(folder) for folder in folders], ["1: a", "2: b"])
         return [[text.get_text() for text in axes.texts] for axes in figure.axes[:-1]]
 
     assert strips(twins) == [
@@ -238,9 +239,9 @@ def test_each_run_has_a_strip_unless_their_phases_are_the_same(twins: list[Path]
     assert strips([again, twins[1]]) == [["detour: MLM, 30% masked", "decay: MLM, 30% masked"]]
 
 
-def test_runs_differ_in_colour_and_in_line(tmp_path: Path) -> None:
+def test_runs_differ_in_color_and_in_line(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / str(number), done=30) for number in range(5)]
-    figure = compare_plots._draw_mlm([read_run(folder) for folder in folders], [f"{number}: x" for number in range(5)])
+    figure = plots._draw_validation([read_run(folder) for folder in folders], [f"{number}: x" for number in range(5)])
     lines = [line for line in figure.axes[-1].lines if line.get_label().endswith(": x")]
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 5
     assert len({str(line._dash_pattern) for line in lines}) == 5

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_detour.observe import frame, plots
 from megatron_detour.observe.run_folder import read_run
+from megatron_detour.ui.colors import COLORS
 from tests.observe.runs import (
     FREEZE,
     TOKENS_PER_STEP,
@@ -19,10 +20,10 @@ from tests.observe.shown import refuse_overlaps
 
 
 def test_the_plots_show_what_they_should(tmp_path: Path) -> None:
-    figure = plots._draw_validation(read_run(make_run(tmp_path)))
+    figure = plots._draw_validation([read_run(make_run(tmp_path))], [""])
     loss, accuracy = figure.axes[1:]
     labels = loss.get_legend_handles_labels()[1]
-    assert "unigram distribution of the corpus" in labels
+    assert plots.UNIGRAM in labels
     assert labels.count("objective switch") == 2 and labels.count("resumed from a checkpoint") == 1
     switches = [line.get_xdata()[0] for line in loss.lines if line.get_label() == "objective switch"]
     assert switches == [60 * TOKENS_PER_STEP, 240 * TOKENS_PER_STEP]
@@ -34,17 +35,17 @@ def test_the_plots_show_what_they_should(tmp_path: Path) -> None:
     assert len(legend) == len(set(legend)) == 5
 
 
-def test_colour_follows_the_objective(tmp_path: Path) -> None:
-    figure = plots._draw_loss(read_run(make_run(tmp_path)))
-    colours = {line.get_label(): line.get_color() for line in figure.axes[1].lines}
-    assert colours["MLM loss"] == plots.COLOURS["mlm"]
-    assert colours["CLM loss"] == plots.COLOURS["clm"]
+def test_color_follows_the_objective(tmp_path: Path) -> None:
+    figure = plots._draw_loss([read_run(make_run(tmp_path))], [""])
+    colors = {line.get_label(): line.get_color() for line in figure.axes[1].lines}
+    assert colors["MLM loss"] == COLORS["mlm"]
+    assert colors["CLM loss"] == COLORS["clm"]
 
 
 def test_the_first_outliers_do_not_set_the_range(tmp_path: Path) -> None:
     folder = make_run(tmp_path, TWO_PHASES)
     change_records(folder, {1: {"loss": 500.0}})
-    figure = plots._draw_loss(read_run(folder))
+    figure = plots._draw_loss([read_run(folder)], [""])
     axes = figure.axes[1]
     assert 5 < axes.get_ylim()[1] < 12
     assert any("1 value above the range shown" in text.get_text() for text in axes.texts)
@@ -52,7 +53,7 @@ def test_the_first_outliers_do_not_set_the_range(tmp_path: Path) -> None:
 
 def test_a_steady_fall_is_shown_whole(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path, [("detour", "clm", None, 600)], validate_every=0))
-    axes = plots._draw_loss(run).axes[1]
+    axes = plots._draw_loss([run], [""]).axes[1]
     assert axes.get_ylim()[1] > run.steps["loss"].max()
     assert not axes.texts
 
@@ -64,7 +65,7 @@ def test_names_of_phases_stay_inside_their_bands(tmp_path: Path) -> None:
         ("a narrow cooldown", "mlm", 0.15, 4),
     ]
     run = read_run(make_run(tmp_path, phases))
-    strip = plots._draw_loss(run).axes[0]
+    strip = plots._draw_loss([run], [""]).axes[0]
     bounds = strip.get_window_extent()
     for phase, text in zip(run.phases, strip.texts, strict=True):
         extent = text.get_window_extent()
@@ -99,35 +100,35 @@ def test_the_check_of_overlaps_finds_one() -> None:
 
 @pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.file)
 def test_texts_do_not_overlap(plot: plots.Plot, tmp_path: Path) -> None:
-    figure = plot.draw(read_run(five_phases(tmp_path)))
+    figure = plot.draw([read_run(five_phases(tmp_path))], [""])
     assert figure is not None
     refuse_overlaps(figure)
 
 
 @pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.file)
 def test_no_records_no_plot(plot: plots.Plot, tmp_path: Path) -> None:
-    assert plot.draw(read_run(make_run(tmp_path, done=0, validate_every=0))) is None
+    assert plot.draw([read_run(make_run(tmp_path, done=0, validate_every=0))], [""]) is None
 
 
 @pytest.mark.parametrize("plot", plots.PLOTS, ids=lambda plot: plot.file)
 def test_a_single_record_of_missing_figures_is_drawn_or_left_out(plot: plots.Plot, tmp_path: Path) -> None:
     folder = make_run(tmp_path, done=0, validate_every=0)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": null, "grad_norm": null, "mfu": null, "seconds": 0}\n')
-    assert plot.draw(read_run(folder)) is None
+    assert plot.draw([read_run(folder)], [""]) is None
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "val_mlm_loss/a": 1.0, "val_mlm_loss": 1.0}\n')
-    figure = plot.draw(read_run(folder))
+    figure = plot.draw([read_run(folder)], [""])
     assert (figure is not None) == (plot.file in {"loss.png", "validation.png", "validation_corpora.png"})
 
 
 def test_a_figure_that_only_an_unplanned_step_has_is_no_fault(tmp_path: Path) -> None:
     folder = make_run(tmp_path, [("only", "mlm", 0.3, 2)], validate_every=0)
     (folder / "metrics.jsonl").write_text('{"step": 9, "loss": 2.5}\n')
-    assert not plots._draw_loss(read_run(folder)).axes[1].lines
+    assert plots._draw_loss([read_run(folder)], [""]) is None
 
 
 def test_frozen_phases_are_marked_and_named(tmp_path: Path) -> None:
     phases = [("detour", "clm", None, 120, FREEZE), ("decay", "mlm", 0.3, 80)]
-    figure = plots._draw_loss(read_run(make_run(tmp_path, phases)))
+    figure = plots._draw_loss([read_run(make_run(tmp_path, phases))], [""])
     strip = figure.axes[0]
     assert [text.get_text() for text in strip.texts] == [
         "detour: CLM, embeddings, layers 0-7 frozen",
@@ -143,20 +144,20 @@ def test_guards_are_marked_where_they_spoke(tmp_path: Path) -> None:
     change_records(folder, {7: {"skipped": "x", "loss": None, "grad_norm": None}, 9: {"spike": "y"}})
     run = read_run(folder)
     for draw in (plots._draw_loss, plots._draw_gradient_norm):
-        marks = {line.get_label(): list(line.get_xdata()) for line in draw(run).axes[1].lines}
-        assert marks["update left out"] == [7 * TOKENS_PER_STEP]
+        marks = {line.get_label(): list(line.get_xdata()) for line in draw([run], [""]).axes[1].lines}
+        assert marks["update skipped"] == [7 * TOKENS_PER_STEP]
         assert marks["spike reported"] == [9 * TOKENS_PER_STEP]
 
 
 def test_the_schedule_shows_what_varies(tmp_path: Path) -> None:
-    assert plots._draw_schedule(read_run(make_run(tmp_path / "a", TWO_PHASES))) is None
+    assert plots._draw_schedule([read_run(make_run(tmp_path / "a", TWO_PHASES))], [""]) is None
     ramp = [("detour", "clm", None, 120), ("decay", "mlm", 0.3, 80, {"mask_rate_end": 0.1})]
-    masked = plots._draw_schedule(read_run(make_run(tmp_path / "b", ramp)))
-    assert [axes.get_ylabel() for axes in masked.axes[1:]] == ["tokens masked"]
+    masked = plots._draw_schedule([read_run(make_run(tmp_path / "b", ramp))], [""])
+    assert [axes.get_ylabel() for axes in masked.axes[1:]] == ["mask rate"]
     (rates,) = (line.get_ydata() for line in masked.axes[1].lines if line.get_label() == "MLM")
     assert rates[0] == pytest.approx(0.3) and rates[-1] == pytest.approx(0.1025)
-    both = plots._draw_schedule(read_run(five_phases(tmp_path / "c")))
-    assert [axes.get_ylabel() for axes in both.axes[1:]] == ["tokens masked", "sequences per step"]
+    both = plots._draw_schedule([read_run(five_phases(tmp_path / "c"))], [""])
+    assert [axes.get_ylabel() for axes in both.axes[1:]] == ["mask rate", "sequences per step"]
 
 
 @pytest.mark.parametrize(
@@ -167,12 +168,12 @@ def test_throughput_says_what_is_known_of_the_machine(
 ) -> None:
     folder = make_run(tmp_path, TWO_PHASES)
     change_records(folder, {step: dict.fromkeys(left_out) for step in range(1, 201)})
-    figure = plots._draw_throughput(read_run(folder))
+    figure = plots._draw_throughput([read_run(folder)], [""])
     assert [axes.get_ylabel() for axes in figure.axes[1:]] == ["tokens per second", *labels]
 
 
 def test_a_run_of_many_steps_is_drawn_with_few_points(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path, [("detour", "clm", None, 15_900), ("decay", "mlm", 0.3, 1585)], validate_every=0))
-    lines = plots._draw_loss(run).axes[1].lines
+    lines = plots._draw_loss([run], [""]).axes[1].lines
     assert 1000 < max(len(line.get_xdata()) for line in lines) <= 2 * frame.BUCKETS + 2
     assert max(line.get_xdata()[-1] for line in lines) > 0.99 * run.done_tokens

@@ -200,9 +200,9 @@ def test_guards_are_listed_up_to_twenty(tmp_path: Path) -> None:
     changes = {step: {"skipped": "the loss is <nan>", "loss": None, "grad_norm": None} for step in range(101, 125)}
     change_records(folder, {99: {"spike": "spike: loss 7.10 is 8.2 sigma above"}, **changes})
     text = page_words(folder)
-    assert "24 updates left out, 1 spike reported; the first 20 of 25." in text
+    assert "24 updates skipped, 1 spike reported; the first 20 of 25." in text
     assert "99 6.49M detour made spike: loss 7.10 is 8.2 sigma above" in text
-    assert "119 7.8M detour left out the loss is &lt;nan&gt;" in text and "120 7.86M" not in text
+    assert "119 7.8M detour skipped the loss is &lt;nan&gt;" in text and "120 7.86M" not in text
 
 
 def test_figures_by_phase_and_corpus(tmp_path: Path) -> None:

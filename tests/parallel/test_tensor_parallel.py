@@ -10,8 +10,10 @@ import torch
 from megatron_detour.model.modernbert import Compute
 from megatron_detour.parallel.shard import ShardSpec, shard, spec_of, unshard
 from megatron_detour.parallel.state import ParallelState
-from tests.harness import run_ranks, start_gloo
+from tests.harness import run_ranks, slow, start_gloo
 from tests.models import loss_of, microbatch, tiny
+
+pytestmark = pytest.mark.integration
 
 CASES = [  # vocabulary, causal, recompute, z-loss
     *itertools.product([50_368, 32_768, 301], [False, True], ["none"], [0.0]),
@@ -61,7 +63,7 @@ def _compare(state: ParallelState, causal: bool, z_loss: float, recompute: str, 
             torch.testing.assert_close(copy, whole.grad, rtol=1e-10, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, slow(4)])
 def test_outputs_loss_and_gradients_agree(tmp_path, ranks):
     results = run_ranks(ranks, "tests.parallel.test_tensor_parallel:compare_with_one_rank", tmp_path)
     assert results == [2 * len(CASES)] * ranks

@@ -24,6 +24,8 @@ from tests.harness import ROOT
 from tests.release.made import make_run
 from tests.release.test_card import table
 
+pytestmark = pytest.mark.integration
+
 PAGE = (ROOT / "docs/release.md").read_text(encoding="utf-8")
 
 

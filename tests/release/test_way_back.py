@@ -20,6 +20,8 @@ from megatron_detour.training.initial_model import InitialModel
 from tests.release.made import make_run, scaled_weights
 from tests.training.test_zero2 import run_config
 
+pytestmark = pytest.mark.integration
+
 
 def started(folder: Path) -> ModernBert:
     """The model that a run with `model.start` of this folder begins with, compared with transformers as there."""

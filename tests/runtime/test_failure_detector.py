@@ -19,13 +19,15 @@ import pytest
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError, command_line, of_another_rank
 from megatron_detour.runtime.failure_detector import LONGEST_LINE, MOST_STRANGERS, _Line
 from megatron_detour.runtime.preemption import Preemption
-from tests.harness import ROOT, environment, free_port
+from tests.harness import ROOT, environment, free_port, slow
 
 BEAT, LOST, GRACE = 0.3, 12.0, 0.5  # LOST: longer than a busy machine lets a process wait
 PATIENCE = 90.0  # seconds, for processes on a machine that is busy
 SCRIPT = """
 import sys
 from tests.runtime.test_failure_detector import on_rank
+
+pytestmark = pytest.mark.integration
 on_rank(*[word for word in sys.argv[1:] if not word.startswith("--")])
 """
 
@@ -127,7 +129,7 @@ def test_a_killed_rank_ends_the_others(tmp_path, guilty):
             assert run.log(rank) == line_of(rank, guilty, how)
 
 
-@pytest.mark.parametrize("guilty", [0, 1])
+@pytest.mark.parametrize("guilty", [1, slow(0)])
 def test_a_rank_that_stands_still_ends_the_others(tmp_path, guilty):
     with ranks(tmp_path, "stands still", guilty) as run:
         assert run.end(guilty) == [1, 1]
@@ -136,7 +138,7 @@ def test_a_rank_that_stands_still_ends_the_others(tmp_path, guilty):
             assert run.log(rank) == line_of(rank, guilty, how)
 
 
-@pytest.mark.parametrize("guilty", [0, 1])
+@pytest.mark.parametrize("guilty", [0, slow(1)])
 def test_a_failure_is_told_by_its_rank_and_named_by_the_others(tmp_path, guilty):
     with ranks(tmp_path, "fails", guilty) as run:
         assert run.end() == [1, 1, 1]
@@ -189,7 +191,7 @@ def test_a_slow_rank_is_waited_for(tmp_path):
         assert [run.log(rank) for rank in range(3)] == ["", "", ""]
 
 
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("first", [0, slow(1)])
 def test_who_has_finished_is_not_missed(tmp_path, first):
     with ranks(tmp_path, "leaves early", first) as run:
         assert run.end() == [0, 0, 0]

@@ -12,9 +12,11 @@ from megatron_detour.config import RunConfig
 from megatron_detour.errors import DetourError
 from megatron_detour.plan import Plan
 from megatron_detour.training.freezing import frozen_parameters
-from tests.harness import ROOT, run_ranks
+from tests.harness import ROOT, run_ranks, slow
 from tests.models import loss_of, microbatch, tiny
 from tests.training.test_zero2 import LEARNING_RATE, microbatches, plain_optimizer, run_config
+
+pytestmark = pytest.mark.integration
 
 STEPS = 2  # of each phase
 FREEZE = ("embeddings", "layers.0-2")
@@ -84,7 +86,10 @@ def plain_steps():
     return norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "tensor"),
+    [(1, 1), (2, 2), slow(2, 1), slow(4, 2)],
+)
 def test_a_frozen_block_stays_to_the_bit_and_the_rest_trains_as_in_plain_torch(tmp_path, ranks, tensor):
     results = run_ranks(ranks, "tests.training.test_freezing:phased_steps", tmp_path, tensor, "fp32_cpu")
     norms, weights = plain_steps()

@@ -12,10 +12,16 @@ from safetensors.torch import load_file
 from megatron_detour.checkpoint import store
 from megatron_detour.config import load
 from megatron_detour.observe.sinks import read_metrics
-from tests.harness import run_ranks
+from tests.harness import run_ranks, slow
 from tests.injections.runs import PHASE_ENDS, Setup, begin, write_run_file
 
-SPLITS = [Setup(1, 1), Setup(4, 1), Setup(4, 4)]
+pytestmark = pytest.mark.integration
+
+SPLITS = [
+    Setup(4, 1),
+    slow(Setup(1, 1)),
+    slow(Setup(4, 4)),
+]
 HOME = Setup(4, 2)
 SAVED, STEPS = 8, 10
 # The recipe's rate; at a far higher one rounding grows, and a threshold would decide differently.
@@ -67,6 +73,7 @@ def test_ten_steps_after_it_agree(home, run_file, tmp_path, setup):
     assert_close(resumed, records, SAVED + 1)
 
 
+@pytest.mark.slow
 def test_and_back_again(home, run_file, tmp_path):
     """Steps 1-8 at TP2 x DP2, 9-11 at TP4, the rest at TP2 x DP2."""
     folder, records = home

@@ -29,7 +29,7 @@ from megatron_detour.forecast import forecast
 from megatron_detour.observe.sinks import read_metrics
 from megatron_detour.plan import Plan
 from megatron_detour.release.export import export
-from tests.harness import ROOT, environment, free_port
+from tests.harness import ROOT, environment, free_port, slow
 
 SCRIPT = ROOT / "examples" / "pretrain_large.sh"
 BIN = Path(sys.executable).parent
@@ -233,7 +233,7 @@ def test_a_killed_run_resumes_to_the_same_bits(unbroken, run_file, tmp_path):
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("how", ["bash", "deepspeed", "torchrun"])
+@pytest.mark.parametrize("how", ["deepspeed", slow("bash"), slow("torchrun")])
 def test_one_ctrl_c_in_a_terminal_saves_and_comes_back_when_all_have_ended(run_file, tmp_path, how):
     folder = tmp_path / "run"
     endless = ["phases.decay.tokens=100000 steps", "validation.corpora=[]", "checkpoint.every=null"]
@@ -269,6 +269,8 @@ WITHOUT_TORCH = """
 import sys
 from megatron_detour.errors import command_line
 from megatron_detour.training.run import main
+
+pytestmark = pytest.mark.integration
 def run():
     try:
         return main(sys.argv[1], sys.argv[2:])
@@ -331,7 +333,7 @@ def test_a_changed_corpus_is_not_resumed(unbroken, run_file, corpus, tmp_path):
     assert "the corpus has changed since" in result.stderr
 
 
-@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), slow(2, 2)])
 def test_a_damaged_checkpoint_is_passed_over_and_another_split_resumes(unbroken, run_file, tmp_path, ranks, tensor):
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
@@ -346,7 +348,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_split_resumes(unbroken,
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["parallel.sequence=true", "compute.recompute=selective"]], ids=["plain", "more"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        slow([], id="plain"),
+        pytest.param(["parallel.sequence=true", "compute.recompute=selective"], id="more"),
+    ],
+)
 def test_tensor_parallel_ranks_train_the_same_model(unbroken, run_file, tmp_path, more):
     finished(start(2, "--run-file", str(run_file), f"folder={tmp_path / 'tp'}", "parallel.tensor=2", *more))
     session = json.loads((tmp_path / "tp" / "environment.json").read_text())["sessions"][0]
@@ -403,7 +411,7 @@ def test_what_cannot_be_run_is_told_in_one_sentence(unbroken, run_file, tmp_path
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", slow("torchrun")])
 def test_two_ranks_tell_a_fault_once(run_file, tmp_path, launcher):
     arguments = ("--run-file", str(run_file), f"folder={tmp_path / 'new'}", "data.corpora.0.prefix=nowhere/corpus")
     result = start(2, *arguments, launcher=launcher)

@@ -14,10 +14,12 @@ from megatron_detour.checkpoint import store
 from megatron_detour.errors import EXIT_INTERRUPTED
 from megatron_detour.files import file_facts
 from megatron_detour.observe.sinks import read_metrics
-from tests.harness import ROOT
+from tests.harness import ROOT, slow
 from tests.injections.campaign import Victim
 from tests.injections.faults import wait_for
 from tests.injections.runs import INTERVAL, PHASE_ENDS, Session, Setup, assert_same_run, begin, figures, write_run_file
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,9 @@ def whole(run_file, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("setup", "kinds"),
     [
-        (Setup(1, 1, "bf16"), ["damaged file", "SIGTERM", "full disk", "SIGKILL of all", "SIGUSR1", "SIGKILL of all"]),
+        slow(
+            Setup(1, 1, "bf16"), ["damaged file", "SIGTERM", "full disk", "SIGKILL of all", "SIGUSR1", "SIGKILL of all"]
+        ),
         (Setup(2, 1), ["SIGKILL of one rank", "rank that raises", "SIGKILL of all", "SIGTERM", "SIGKILL of all"]),
     ],
     ids=str,
@@ -52,6 +56,7 @@ def test_a_run_that_is_struck_comes_out_to_the_bit(run_file, tmp_path, setup, ki
     assert outcome.finished >= 1
 
 
+@pytest.mark.slow
 def test_a_run_with_hardly_any_time_comes_to_its_end(whole, run_file, tmp_path):
     """Each session trains a step at least, and asks to be started again."""
     folder, codes = tmp_path / "run", [EXIT_INTERRUPTED]

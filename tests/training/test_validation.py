@@ -22,6 +22,8 @@ from tests.conftest import build, sentences, write_jsonl
 from tests.models import CONFIG
 from tests.training.test_zero2 import run_config
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def second(tokenizer_folder, tmp_path_factory) -> str:

@@ -11,8 +11,10 @@ import torch
 
 from megatron_detour.config import from_dict
 from megatron_detour.data.batches import MicroBatch
-from tests.harness import ROOT, run_ranks
+from tests.harness import ROOT, run_ranks, slow
 from tests.models import loss_of, microbatch, tiny, together
+
+pytestmark = pytest.mark.integration
 
 LEARNING_RATE, STEPS = 2e-4, 3  # the recipe's peak
 EPSILON, BETA2 = 1e-6, 0.98  # of Adam
@@ -118,14 +120,14 @@ def furthest(weight: torch.Tensor, second_moment: torch.Tensor, steps: int) -> t
 
 
 SPLITS = [  # ranks, tensor-parallel size, sequence parallelism, sequences in a microbatch
-    (1, 1, False, 1),
+    slow(1, 1, False, 1),
     (1, 1, False, 4),
     (2, 1, False, 2),
-    (4, 1, False, 1),  # one rank without a label
-    (2, 2, False, 1),
+    slow(4, 1, False, 1),  # one rank without a label
+    slow(2, 2, False, 1),
     (2, 2, True, 2),
-    (4, 2, False, 1),
-    (4, 2, True, 2),
+    slow(4, 2, False, 1),
+    slow(4, 2, True, 2),
 ]
 
 
@@ -147,6 +149,7 @@ def test_steps_equal_plain_torch_for_every_split(tmp_path, ranks, tensor, sequen
                 torch.testing.assert_close(by_name[name], adam[kind], rtol=1e-4, atol=error, msg=f"{kind} {name}")
 
 
+@pytest.mark.slow
 def test_copies_stay_bit_equal_over_many_steps(tmp_path):
     """Each rank compares its copies with the other tensor ranks' after every step."""
     steps = 20

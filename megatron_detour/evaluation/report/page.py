@@ -46,7 +46,7 @@ def write_report(output: Path, baseline: str | None = None, permutations: int = 
 
     output = Path(output)
     summary = summarise(output, baseline, permutations)
-    picture = Picture.of(SCORES, SCORES.draw(summary), describe(summary))
+    picture = Picture.of(SCORES, SCORES.draw(summary), SCORES.caption, describe(summary))
     write_pictures([picture], output)
     write_whole(output / TEXT, _markdown(summary, picture.file if picture.content else ""))
     write_whole(output / PAGE, _page(summary, picture))
@@ -136,8 +136,8 @@ def _about(summary: Summary) -> str:
 
 
 def _page(summary: Summary, picture: Any) -> str:
-    from megatron_detour.observe.plots import appearance
     from megatron_detour.ui.colors import variable
+    from megatron_detour.ui.figures import appearance
     from megatron_detour.ui.page import render
 
     return render(

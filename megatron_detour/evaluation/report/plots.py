@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_detour.evaluation.report import tables
 from megatron_detour.evaluation.report.tables import Summary, counted, metric_words
-from megatron_detour.observe.plots import appearance
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import AXIS, BAND, INK, LINE, PAGE, SOFT
+from megatron_detour.ui.figures import appearance
 from megatron_detour.ui.format import shortened
 
 if TYPE_CHECKING:
