@@ -160,6 +160,7 @@ def test_a_table_has_a_row_per_key():
 def test_the_schema_of_run_files_knows_the_rules_of_single_keys():
     validator = jsonschema.Draft202012Validator(json.loads(schema()))
     for path in RECIPES:
+        assert path.read_text(encoding="utf-8").startswith(f"# yaml-language-server: $schema={SCHEMA.name}\n")
         assert list(validator.iter_errors(yaml.safe_load(path.read_text(encoding="utf-8")))) == []
     small = json.loads(json.dumps(SMALL).replace('"2e-4"', "2e-4"))  # YAML 1.1 makes a string of it
     assert validator.is_valid(small) and not validator.is_valid(small | {"z_los": 1})
