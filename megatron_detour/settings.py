@@ -498,9 +498,9 @@ def from_namespace(cls: type[T], options: argparse.Namespace) -> T:
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def validate(instance: T, check: Callable[[T, Faults], None] | None = None) -> None:
+def validate(instance: T, check: Callable[[T, Faults], None] | None = None, shown: Callable[[str], str] = flag) -> None:
     """Raises DetourError with all faults of an instance that was made of flags, each with its flag."""
-    read(type(instance), to_plain(instance), "", check, flag)
+    read(type(instance), to_plain(instance), "", check, shown)
 
 
 def json_schema(cls: type, title: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ ALLOWED = {
     "checkpoint.state": ("parallel model checkpoint errors files", "torch deepspeed"),
     "release": (
         "release checkpoint model tokenizer data.manifest observe.run_files observe.run_folder observe.steps ui "
-        "config plan errors",
+        "settings config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
     "observe": ("observe ui errors files", "numpy rich jinja2 matplotlib"),
