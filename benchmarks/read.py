@@ -24,7 +24,7 @@ from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_detour.data.order import micro_batches_of
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
-from megatron_detour.objectives import MaskedLM
+from megatron_detour.objectives import Masking
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 SPREAD = 0.8  # of the logarithms of the documents' lengths
@@ -118,7 +118,7 @@ def start(prefix: str, length: int, first: int, settings: Settings) -> dict[str,
 
 def speeds(prefix: str, length: int, settings: Settings) -> list[tuple[str, str]]:
     """Batches in training order from the beginning, then the memory that this took."""
-    mixture, objective, count = _open(prefix, length), MaskedLM(VOCABULARY, MASK_RATE), settings.sequences
+    mixture, objective, count = _open(prefix, length), Masking(VOCABULARY, MASK_RATE), settings.sequences
     before, step = _memory(), count * length
     starts = [number * step for number in range(settings.batches)]
     reading = []

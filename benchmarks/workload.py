@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.manifest import read_manifest
-from megatron_detour.objectives import make
+from megatron_detour.objectives import KINDS
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 # As of the released English ModernBERTs, where no corpus is given: the first ids are special.
@@ -36,7 +36,7 @@ class Workload:
 
     @property
     def causal(self) -> bool:
-        return self.objective == "clm"
+        return KINDS[self.objective].causal
 
     @property
     def tokens(self) -> int:
@@ -64,7 +64,7 @@ def make_workload(
     pool = list(itertools.islice(texts, POOL * count * (1 if full else sequence_length // MEDIAN_LENGTH + 1)))
     packs = _packed(pool, sequence_length)
     chosen = [number for pack in generator.permutation(len(packs))[:count] for number in packs[pack]]
-    corruption = make(objective, mask_rate, vocabulary)
+    corruption = KINDS[objective].for_validation(mask_rate).bind(vocabulary)
     documents = []
     for number in sorted(chosen):
         ids = pool[number]

@@ -15,11 +15,11 @@ beside="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin"
 exec "$(command -v python || command -v python3)" "$0" --launch "$@"
 : <<'# end of the Python part'
 '''
-from pathlib import Path
+import sys
 
+from megatron_detour.commands.main import main
 from megatron_detour.errors import command_line
-from megatron_detour.training.run import main
 
 if __name__ == "__main__":
-    command_line(lambda: main(Path(__file__).parent / "recipes" / "english_large_50b.yaml"))
+    command_line(lambda: main(["train", "--run-file", "english_large_50b", *sys.argv[1:]]))
 # end of the Python part

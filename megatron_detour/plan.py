@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_detour.config import Corpus, LearningRate, Phase, RunConfig
+from megatron_detour.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class PlannedPhase:
         return self.settings.name
 
     @property
-    def objective(self) -> str:
+    def objective(self) -> Objective:
         return self.settings.objective
 
     @property
@@ -81,7 +82,7 @@ class Step:
     number: int  # 1-based
     phase: PlannedPhase
     learning_rate: float
-    mask_rate: float | None
+    objective: Objective  # as at this step
     sequences: int
     start: int
     tokens: int
@@ -121,8 +122,8 @@ class Plan:
 
     @property
     def has_detour(self) -> bool:
-        """Whether a phase is causal, so that a control tells something."""
-        return any(phase.objective == "clm" for phase in self.phases)
+        """Whether a control differs from the run."""
+        return any(phase.objective.detour for phase in self.phases)
 
     @cached_property
     def _stretches(self) -> list[tuple[BatchStage, PlannedPhase]]:
@@ -146,7 +147,7 @@ class Plan:
             number=stretch.first_step + before,
             phase=phase,
             learning_rate=learning_rate(phase, done),
-            mask_rate=_mask_rate(phase, done),
+            objective=phase.objective.at(done, phase.tokens),
             sequences=stretch.sequences,
             start=tokens,
             tokens=tokens + size,
@@ -225,24 +226,13 @@ def describe_rate(rate: LearningRate) -> str:
 
 
 def describe_objective(phase: Phase) -> str:
-    """For instance ``mlm 30% to 15%, words, layers.0-7 frozen``."""
-    words = phase.objective
-    if phase.mask_rate is not None:
-        words += f" {100 * phase.mask_rate:.3g}%"
-    if phase.mask_rate_end is not None:
-        words += f" to {100 * phase.mask_rate_end:.3g}%"
-    if phase.whole_word_masking:
-        words += ", words"
+    """For instance ``MLM, 30% to 15% masked, frozen: layers.0-7``."""
+    words = phase.objective.describe()
     if phase.freeze:
         words += f", frozen: {' '.join(phase.freeze)}"
     if phase.optimizer_state == "reset":
         words += ", optimizer reset"
     return words
-
-
-def _mask_rate(phase: PlannedPhase, done: int) -> float | None:
-    first, last = phase.settings.mask_rate, phase.settings.mask_rate_end
-    return first if first is None or last is None else first + (last - first) * done / phase.tokens
 
 
 def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> PlannedPhase:
@@ -281,10 +271,7 @@ def _phase_to_dict(phase: PlannedPhase) -> dict[str, Any]:
     settings, rate, warmup = phase.settings, phase.learning_rate, phase.settings.batch_warmup
     return {
         "name": phase.name,
-        "objective": phase.objective,
-        "mask_rate": settings.mask_rate,
-        "mask_rate_end": settings.mask_rate_end,
-        "whole_word_masking": settings.whole_word_masking,
+        **phase.objective.to_dict(),
         "freeze": list(settings.freeze),
         "optimizer_state": settings.optimizer_state,
         "first_step": phase.first_step,

@@ -279,9 +279,10 @@ class _Reader:
         for setting in own:
             inner, tagged = join_key(key, setting.name), setting.mark(Tagged)
             names += [name for name in (tagged.keys() if tagged else ()) if name not in names]
-            if setting.name in raw:
-                take = self._tagged if tagged else self.value
-                values[setting.name] = take(setting, raw[setting.name], inner)
+            if tagged and (setting.name in raw or setting.default is not MISSING):
+                values[setting.name] = self._tagged(setting, inner)
+            elif setting.name in raw:
+                values[setting.name] = self.value(setting, raw[setting.name], inner)
             elif setting.default is MISSING:
                 self.faults.unreadable(inner, "this key is required")
                 values[setting.name] = _stand_in_value(setting)
@@ -292,15 +293,16 @@ class _Reader:
                 self.faults.add(join_key(key, name), f"unknown key{hint}")
         return cls(**values)
 
-    def _tagged(self, setting: Setting, kind: Any, key: str) -> Any:
+    def _tagged(self, setting: Setting, key: str) -> Any:
         tagged, raw, around = setting.mark(Tagged), self.enclosing[-1][1], key.rpartition(".")[0]
+        kind = raw[setting.name] if setting.name in raw else tagged.name_of(setting.default)
         if not isinstance(kind, str) or kind not in tagged.kinds:
             hint = nearest(str(kind), tagged.kinds)
             self.faults.unreadable(key, f"must be one of {', '.join(tagged.kinds)}, not {_shown(kind)}{hint}")
             return _stand_in_value(setting)
         owners = tagged.keys()
         for name in raw.keys() & owners.keys():
-            if kind not in owners[name]:
+            if kind not in owners[name] and raw[name] not in (None, False):  # which say nothing
                 others = " or ".join(owners[name])
                 self.faults.add(join_key(around, name), f"a key of {others}; with {setting.name}: {kind} remove it")
         mine = {name: raw[name] for name in raw if kind in owners.get(name, ())}

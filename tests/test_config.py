@@ -15,6 +15,7 @@ from megatron_detour.config import Corpus, RunConfig, as_control, from_dict, loa
 from megatron_detour.config.deepspeed import NEEDED, read_deepspeed_config
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.forecast import forecast
+from megatron_detour.objectives import CausalLM, MaskedLM
 from megatron_detour.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +119,7 @@ def test_values_arrive():
     config = from_dict(SMALL)
     detour, decay = config.phases
     assert (detour.tokens, detour.learning_rate.peak, detour.learning_rate.warmup) == (4_000, 2e-4, 1_024)
-    assert (decay.tokens, decay.mask_rate, decay.learning_rate.end) == (2_048, 0.15, 2e-5)
+    assert (decay.tokens, decay.objective, decay.learning_rate.end) == (2_048, MaskedLM(0.15), 2e-5)
     assert config.data.corpora == (Corpus("a", 0.75), Corpus("b", 0.25))
 
 
@@ -296,18 +297,21 @@ CHECKS = {
     ),
     "objective": (
         small(phases__0__objective="clmm"),
-        "phases.0.objective: must be one of clm, mlm, not 'clmm' (did you mean 'clm'?)",
+        "phases.0.objective: must be one of mlm, clm, not 'clmm' (did you mean 'clm'?)",
     ),
     "no mask rate": (
         small(phases__1__mask_rate=None),
-        "phases.1.mask_rate: an mlm phase needs a rate between 0 and 1",
+        "phases.1.mask_rate: must be a number, not None",
     ),
     "mask rate": (small(phases__1__mask_rate=1.0), "phases.1.mask_rate: must be above 0 and below 1, not 1.0"),
     "clm of words": (
         small(phases__0__whole_word_masking=True),
-        "phases.0.whole_word_masking: a clm phase masks nothing; remove the key",
+        "phases.0.whole_word_masking: a key of mlm; with objective: clm remove it",
     ),
-    "masked clm": (small(phases__0__mask_rate=0.3), "phases.0.mask_rate: a clm phase masks nothing; remove the key"),
+    "masked clm": (
+        small(phases__0__mask_rate=0.3),
+        "phases.0.mask_rate: a key of mlm; with objective: clm remove it",
+    ),
     "peak": (small(phases__0__learning_rate__peak=0), "phases.0.learning_rate.peak: must be above 0, not 0"),
     "warm-up": (
         small(phases__0__learning_rate__warmup="4001"),
@@ -454,8 +458,8 @@ def test_the_control_twin_changes_causal_phases_only():
     config = from_dict(small(folder="runs/small/"))
     twin = as_control(config, 0.3)
     assert (twin.name, twin.folder) == ("small-control", "runs/small-control")
-    assert (twin.phases[0].objective, twin.phases[0].mask_rate) == ("mlm", 0.3)
-    back = dataclasses.replace(twin.phases[0], objective="clm", mask_rate=None)
+    assert twin.phases[0].objective == MaskedLM(0.3)
+    back = dataclasses.replace(twin.phases[0], objective=CausalLM())
     assert dataclasses.replace(twin, name=config.name, folder=config.folder, phases=(back, twin.phases[1])) == config
     assert from_dict(twin.to_dict()) == twin
 
@@ -463,7 +467,7 @@ def test_the_control_twin_changes_causal_phases_only():
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_the_control_twin_masks_words_as_the_run_does(whole_words):
     config = from_dict(small(phases__1__whole_word_masking=whole_words))
-    assert [phase.whole_word_masking for phase in as_control(config, 0.3).phases] == [whole_words] * 2
+    assert [phase.objective.whole_word_masking for phase in as_control(config, 0.3).phases] == [whole_words] * 2
 
 
 @pytest.mark.parametrize("mask_rate", [0, 1, -0.1, 1.5])
@@ -473,7 +477,7 @@ def test_the_control_twin_needs_a_mask_rate(mask_rate):
 
 
 def test_a_run_without_a_detour_has_no_control():
-    with pytest.raises(DetourError, match="no clm phase"):
+    with pytest.raises(DetourError, match="every phase of the run file trains mlm"):
         as_control(from_dict(small(phases=SMALL["phases"][1:])), 0.3)
 
 
@@ -524,7 +528,8 @@ def test_trajectory_ignores(change):
         ({"data__corpora__1__prefix": "c"}, {"data.corpora.1.prefix"}),
         ({"batch__sequences": 16, "phases__1__tokens": 2_048, "phases__0__learning_rate__warmup": 1_024},
          {"batch.sequences"}),
-        ({"phases__0__objective": "mlm", "phases__0__mask_rate": 0.3}, {"phases.0.objective", "phases.0.mask_rate"}),
+        ({"phases__0__objective": "mlm", "phases__0__mask_rate": 0.3},
+         {f"phases.0.{key}" for key in ("objective", "mask_rate", "whole_word_masking")}),
         ({"phases__0__tokens": "5k"}, {"phases.0.tokens"}),
         ({"phases__1__learning_rate__end": 0}, {"phases.1.learning_rate.end"}),
         ({"optimizer__clip": 2}, {"optimizer.clip"}),
@@ -534,8 +539,7 @@ def test_trajectory_ignores(change):
 )  # fmt: skip
 def test_trajectory_sees(change, keys):
     before, after = from_dict(SMALL).trajectory(), from_dict(small(**change)).trajectory()
-    assert before.keys() == after.keys()
-    assert {key for key in before if before[key] != after[key]} == keys
+    assert {key for key in before | after if before.get(key) != after.get(key)} == keys
 
 
 def test_trajectory_sees_phases_and_corpora_that_are_gone():
@@ -550,7 +554,7 @@ def test_recipes_load(path):
     config = load(path)
     assert isinstance(config, RunConfig)
     assert Path(config.deepspeed).resolve().is_file()
-    assert [phase.objective for phase in as_control(config, 0.3).phases] == ["mlm"] * len(config.phases)
+    assert all(phase.objective.name == "mlm" for phase in as_control(config, 0.3).phases)
 
 
 def test_all_of_the_papers_recipes_are_there():
@@ -583,9 +587,9 @@ def test_the_papers_numbers(name):
     optimizer = config.optimizer
     assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.98), 1e-6, 0.05)
     detour, decay = config.phases
-    assert (detour.objective, detour.tokens, detour.mask_rate) == ("clm", detour_tokens, None)
+    assert (detour.objective, detour.tokens) == (CausalLM(), detour_tokens)
     assert dataclasses.astuple(detour.learning_rate) == (2e-4, 10**8, "constant", None, None)
-    assert (decay.objective, decay.tokens, decay.mask_rate) == ("mlm", decay_tokens, 0.15)
+    assert (decay.objective, decay.tokens) == (MaskedLM(0.15), decay_tokens)
     assert dataclasses.astuple(decay.learning_rate) == (2e-4, 0, "1-sqrt", 2e-5, None)
 
 

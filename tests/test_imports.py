@@ -23,14 +23,14 @@ ALLOWED = {
     "model_parts": ("settings", ""),
     "files": ("", ""),
     "counter_rng": ("", "numpy"),
-    "ui": ("ui errors files", "rich jinja2 matplotlib"),
-    "config": ("config settings model_parts errors", "yaml"),
-    "plan": ("config errors", ""),
+    "ui": ("ui objectives errors files", "rich jinja2 matplotlib"),
+    "config": ("config settings objectives model_parts errors", "yaml"),
+    "plan": ("config objectives errors", ""),
     "runtime": ("runtime errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
     "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
     "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
-    "objectives": ("tokenizer counter_rng", "numpy"),
+    "objectives": ("objectives settings tokenizer counter_rng", "numpy"),
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
     "kernels.fused": ("", "torch triton"),
@@ -57,19 +57,18 @@ ALLOWED = {
     "checkpoint.source": ("tokenizer.vocabulary model.shape errors", ""),
     "checkpoint.state": ("parallel model checkpoint errors files", "torch deepspeed"),
     "release": (
-        "release checkpoint model tokenizer data.manifest observe.run_files observe.run_folder observe.steps ui "
-        "settings config plan errors",
+        "release checkpoint model tokenizer objectives data.manifest observe.run_files observe.run_folder "
+        "observe.steps ui settings config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
-    "observe": ("observe ui errors files", "numpy rich jinja2 matplotlib"),
+    "observe": ("observe ui objectives errors files", "numpy rich jinja2 matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
-    "observe.run_files": ("errors", "msgspec"),
+    "observe.run_files": ("objectives settings errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
     "evaluation": ("evaluation settings errors files", "numpy msgspec"),
     "evaluation.task": ("errors", ""),
     "evaluation.examples": ("evaluation.task errors", ""),
     "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
-    "evaluation.command": ("evaluation errors", "torch rich"),
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
         "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
@@ -85,17 +84,19 @@ ALLOWED = {
         "numpy torch transformers rich",
     ),
     "forecast": (
-        "forecast config plan model_parts model.shape model.flops model.peaks data.manifest data.indexed data.order "
-        "tokenizer checkpoint.source errors",
+        "forecast objectives config plan model_parts model.shape model.flops model.peaks data.manifest data.indexed "
+        "data.order tokenizer checkpoint.source errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands forecast training checkpoint corpus settings config plan data model kernels parallel observe errors",
-        "torch psutil packaging",
+        "commands forecast training checkpoint corpus settings config plan data model kernels parallel observe runtime "
+        "release evaluation errors",
+        "torch psutil packaging rich transformers",
     ),
-    "commands.main": ("commands errors", ""),
-    "commands.plan": ("forecast config plan errors", ""),
+    "commands.main": ("commands.parser errors", ""),
+    "commands.parser": ("config errors", ""),
+    "commands.plan": ("commands.parser forecast config plan errors", ""),
     "training": (
         "training runtime checkpoint data tokenizer model model_parts observe parallel kernels config errors files "
         "forecast objectives plan",
@@ -137,7 +138,7 @@ LAZY = {
     "observe.sinks": "tensorboard wandb",
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
-    "evaluation.command": "torch",
+    "commands.evaluate": "torch",
     "evaluation.metrics": "sklearn scipy seqeval",
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",
@@ -264,7 +265,7 @@ def test_libraries_are_kept_to_their_places():
 
     assert places("deepspeed") == {"training.engine", "checkpoint.state"}
     packages = {place.split(".")[0] for place in places("transformers")}
-    assert packages == {"checkpoint", "evaluation", "benchmarks"}
+    assert packages == {"checkpoint", "commands", "evaluation", "benchmarks"}
     assert places("triton") == {"kernels.fused"}
     assert {place for place in places("torch") if within(place, "data corpus tokenizer")} == {"data.batches"}
     assert {place for place in places("tokenizers") if within(place, "data corpus tokenizer")} == {
@@ -305,7 +306,11 @@ def test_libraries_are_kept_to_their_places():
         ("checkpoint.store", "import deepspeed", "may not import deepspeed"),
         ("checkpoint.huggingface", "class A:\n    import transformers", "inside functions only"),
         ("observe.report", "import torch", "may not import torch"),
-        ("evaluation.probes", "import megatron_detour.training.run", "may not import megatron_detour.training.run"),
+        (
+            "evaluation.probes",
+            "import megatron_detour.training.trainer",
+            "may not import megatron_detour.training.trainer",
+        ),
         ("training.trainer", "def f():\n    import deepspeed", "may not import deepspeed"),
         ("training.trainer", "if not TYPE_CHECKING:\n    pass\nelse:\n    pass\nimport transformers", "transformers"),
     ],

@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_detour import objectives
-from megatron_detour.objectives import IGNORE, CausalLM, Corrupted, MaskedLM, make
+from megatron_detour.objectives import (
+    IGNORE,
+    CausalLM,
+    Corrupted,
+    MaskedLM,
+    Masking,
+    NextToken,
+    masked_lm,
+    read_objective,
+)
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
@@ -42,7 +50,7 @@ class Rows(Corrupted):
 def masked(tokens: np.ndarray, rate: float = 0.3, seed: int = 17, numbers=None, words=None) -> Rows:
     numbers = np.arange(len(tokens)) if numbers is None else np.array(numbers)
     lengths = np.full(tokens.shape[0], tokens.shape[1])
-    corrupted = MaskedLM(VOCABULARY, rate, words).apply(tokens.reshape(-1), lengths, seed, numbers)
+    corrupted = Masking(VOCABULARY, rate, words).apply(tokens.reshape(-1), lengths, seed, numbers)
     return Rows(corrupted.inputs.reshape(tokens.shape), corrupted.labelled, corrupted.labels)
 
 
@@ -122,11 +130,11 @@ def test_special_tokens_are_neither_chosen_nor_drawn(tokens, words):
 @settings(deadline=None, max_examples=60)
 def test_a_document_is_corrupted_alike_in_any_company(tokens, numbers, lengths, block, words):
     lengths = np.array(lengths[: len(numbers)])
-    some, objective = tokens.reshape(-1)[: lengths.sum()], MaskedLM(VOCABULARY, 0.3, words)
+    some, objective = tokens.reshape(-1)[: lengths.sum()], Masking(VOCABULARY, 0.3, words)
     together = objective.apply(some, lengths, 17, np.array(numbers))
     bounds = np.cumsum(lengths)[:-1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "BLOCK", block)
+        patch.setattr(masked_lm, "BLOCK", block)
         for number, text, inputs, labels in zip(
             numbers,
             np.split(some, bounds),
@@ -190,7 +198,7 @@ def test_all_tokens_of_a_word_are_chosen_or_none():
     rng = np.random.default_rng(3)
     flat = rng.choice([20, 21, 23, 25, 27, SEP], 200 * 64)
     lengths = np.tile([10, 1, 33, 20], 200)
-    labelled = chosen(MaskedLM(VOCABULARY, 0.4, WORDS).apply(flat, lengths, 17, np.arange(800)))
+    labelled = chosen(Masking(VOCABULARY, 0.4, WORDS).apply(flat, lengths, 17, np.arange(800)))
     firsts = set((np.cumsum(lengths) - lengths).tolist())
     words: list[list[int]] = []
     for place, token in enumerate(flat.tolist()):
@@ -217,7 +225,9 @@ def test_actions_of_a_word_are_drawn_token_by_token():
 def causal(documents: list[list[int]], vocabulary: Vocabulary = VOCABULARY) -> Corrupted:
     tokens = np.array(list(chain(*documents)))
     before = tokens.copy()
-    corrupted = CausalLM(vocabulary).apply(tokens, np.array([len(d) for d in documents]), 17, np.arange(len(documents)))
+    corrupted = NextToken(vocabulary).apply(
+        tokens, np.array([len(d) for d in documents]), 17, np.arange(len(documents))
+    )
     assert corrupted.inputs.tolist() == tokens.tolist() == before.tolist()
     return corrupted
 
@@ -247,9 +257,35 @@ def test_causal_labels_without_a_padding_token():
     assert causal([[1, 2, 3]], vocabulary).all_labels().tolist() == [2, 3, IGNORE]
 
 
-def test_make():
-    assert make("clm", None, VOCABULARY) == CausalLM(VOCABULARY)
-    assert make("mlm", 0.15, VOCABULARY) == MaskedLM(VOCABULARY, 0.15)
-    assert make("mlm", 0.15, VOCABULARY, WORDS).words is WORDS
-    assert make("clm", None, VOCABULARY).causal is True
-    assert make("mlm", 0.15, VOCABULARY).causal is False
+def test_an_objective_is_bound_to_a_vocabulary():
+    assert CausalLM().bind(VOCABULARY, WORDS) == NextToken(VOCABULARY)
+    assert MaskedLM(0.15).bind(VOCABULARY, WORDS) == Masking(VOCABULARY, 0.15)
+    assert MaskedLM(0.15, whole_word_masking=True).bind(VOCABULARY, WORDS).words is WORDS
+    for kind in (CausalLM(), MaskedLM(0.15)):
+        assert kind.bind(VOCABULARY).causal is kind.causal
+
+
+def test_the_labeled_share_is_what_the_corruption_labels(tokens):
+    """The forecast counts the head's work by it."""
+    lengths = np.full(40, 100)
+    for objective in (CausalLM(), MaskedLM(0.3)):
+        ordinary = np.full(4_000, 20)
+        corrupted = objective.bind(VOCABULARY).apply(ordinary, lengths, 17, np.arange(40))
+        assert len(corrupted.labels) / 4_000 == pytest.approx(objective.labeled_share(100), abs=0.03)
+    assert MaskedLM(0.3, 0.1).labeled_share(100) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("phase", "text"),
+    [
+        ({"objective": "clm", "mask_rate": None, "mask_rate_end": None}, "CLM"),
+        ({"objective": "mlm", "mask_rate": 0.3}, "MLM, 30% masked"),
+        ({"objective": "mlm", "mask_rate": 0.3, "whole_word_masking": True}, "MLM, 30% masked, whole words"),
+        ({"objective": "mlm"}, "MLM"),
+        ({"objective": "of another version"}, "OF ANOTHER VERSION"),
+        ({"objective": "mlm", "mask_rate": 0.3, "mask_rate_end": 0.3}, "MLM, 30% masked"),
+        ({"objective": "mlm", "mask_rate": 0.3, "mask_rate_end": 0.155}, "MLM, 30% to 15.5% masked"),
+    ],
+)
+def test_an_objective_in_words(phase, text):
+    assert read_objective(phase).describe() == text

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_detour.config import as_control, from_dict, load
+from megatron_detour.objectives import MaskedLM
 from megatron_detour.plan import Plan
 
 RECIPES = Path(__file__).parents[1] / "examples/recipes"
@@ -61,7 +62,10 @@ def test_every_step_of_english_base_10b():
         table.append(("decay", "mlm", 0.15, 384, peak * (floor + (1 - floor) * (1 - math.sqrt(x)))))
     plan = Plan.of(load(RECIPES / "english_base_10b.yaml"))
     steps = [plan.at(i * TOKENS_PER_STEP) for i in range(plan.total_steps)]
-    facts = [(step.phase.name, step.phase.objective, step.mask_rate, step.sequences) for step in steps]
+    facts = [
+        (step.phase.name, step.objective.name, step.objective.figures().get("mask_rate"), step.sequences)
+        for step in steps
+    ]
     assert facts == [row[:4] for row in table]
     assert [step.learning_rate for step in steps] == pytest.approx([row[4] for row in table], rel=1e-12)
     assert [plan.step(step.number) for step in steps] == steps
@@ -69,7 +73,7 @@ def test_every_step_of_english_base_10b():
     twins = [control.at(step.start) for step in steps]
     assert [twin.learning_rate for twin in twins] == [step.learning_rate for step in steps]
     assert [(twin.start, twin.tokens) for twin in twins] == [(s.start, s.tokens) for s in steps]
-    assert [(twin.phase.objective, twin.mask_rate) for twin in twins] == [("mlm", 0.3)] * 3179 + [("mlm", 0.15)] * 318
+    assert [twin.objective for twin in twins] == [MaskedLM(0.3)] * 3179 + [MaskedLM(0.15)] * 318
     assert [step.number for step in steps] == list(range(1, 3_498))
     assert [step.tokens for step in steps] == [i * TOKENS_PER_STEP for i in range(1, 3_498)]
     assert [step.start for step in steps] == [i * TOKENS_PER_STEP for i in range(3_497)]
@@ -127,7 +131,7 @@ def test_shapes_of_the_rate(rate, expected):
 def test_a_mask_rate_goes_linearly_to_its_end():
     masked = {"name": "m", "objective": "mlm", "tokens": 160, "learning_rate": {"peak": 1}, "mask_rate": 0.3}
     plan = small([masked | {"mask_rate_end": 0.1}, masked | {"name": "n"}])
-    rates = [plan.at(tokens).mask_rate for tokens in range(0, 320, 40)]
+    rates = [plan.at(tokens).objective.mask_rate for tokens in range(0, 320, 40)]
     assert rates == pytest.approx([0.25, 0.2, 0.15, 0.1, 0.3, 0.3, 0.3, 0.3])
 
 
@@ -188,10 +192,10 @@ def test_the_table_holds_the_numbers():
     assert "15,895 + 1,590 = 17,485 steps of 3,145,728 tokens (384 sequences of 8,192)" in summary
     assert f"{17_485 * TOKENS_PER_STEP:,} tokens in all" in summary
     assert head.split()[:4] == ["phase", "objective", "steps", "tokens"]
-    assert detour.split()[:6] == ["detour", "clm", "15,895", f"{15_895 * TOKENS_PER_STEP:,}", "1", "15,895"]
+    assert detour.split()[:6] == ["detour", "CLM", "15,895", f"{15_895 * TOKENS_PER_STEP:,}", "1", "15,895"]
     assert "0 to 0.0002 over 100,000,000 tokens, then 0.0002 constant" in detour
-    assert decay.split()[:3] == ["decay", "mlm", "15%"]
-    assert decay.split()[3:7] == ["1,590", f"{1_590 * TOKENS_PER_STEP:,}", "15,896", "17,485"]
+    assert decay.split()[:4] == ["decay", "MLM,", "15%", "masked"]
+    assert decay.split()[4:8] == ["1,590", f"{1_590 * TOKENS_PER_STEP:,}", "15,896", "17,485"]
     assert "0.0002 to 2e-05 1-sqrt" in decay
 
 

@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not install
 try:
     from benchmarks import checkpoints, preprocess, read, report, train
     from benchmarks.train import DTYPES, SIZES
-    from megatron_detour.config import ATTENTION, KERNELS, OBJECTIVES, RECOMPUTE
+    from megatron_detour.config import ATTENTION, KERNELS, RECOMPUTE
     from megatron_detour.errors import command_line
+    from megatron_detour.objectives import KINDS
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: {missing}: run `make install` and start this with .venv/bin/python") from None
 
@@ -26,7 +27,7 @@ def main() -> None:
     add = commands.add_parser("train", help=what, **shape).add_argument
     add("--size", choices=SIZES, default="base", help="of the model")
     add("--layers", type=int, help="fewer or more layers than the size has")
-    add("--objective", choices=OBJECTIVES, nargs="+", default=["mlm"], help="one or both, one after the other")
+    add("--objective", choices=sorted(KINDS), nargs="+", default=["mlm"], help="one or both, one after the other")
     add("--mask-rate", type=float, default=0.3, help="of mlm")
     add("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="one or both")
     add("--corpus", metavar="PREFIX", help="documents of a corpus of tools/preprocess_data.py, not invented")

@@ -1,1 +1,1 @@
-"""The console command: `megatron-detour plan`, `doctor`, `compare`, `report`."""
+"""The console command `megatron-detour`: a module for each of its commands."""

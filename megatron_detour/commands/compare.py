@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
+from megatron_detour.observe.compare import write_comparison
 
-def run(folders: list[str], output: str) -> int:
-    from megatron_detour.observe.compare import write_comparison
 
-    page, text = write_comparison([Path(folder) for folder in folders], Path(output))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--output", type=Path, default="comparison", metavar="DIR", help="for the page (%(default)s)")
+
+
+def run(options: argparse.Namespace) -> None:
+    page, text = write_comparison(options.folders, options.output)
     print(f"{text}\n\npage  {page}")
-    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from megatron_detour.checkpoint.source import weight_sizes
 from megatron_detour.commands import machine
 from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult
+from megatron_detour.commands.parser import add_run_file
 from megatron_detour.commands.plan import listed
 from megatron_detour.config import RunConfig, load
 from megatron_detour.corpus.examine import verify
@@ -22,8 +24,13 @@ from megatron_detour.forecast.zero import faults_of
 from megatron_detour.plan import Plan
 
 
-def run(run_file: str | None, overrides: list[str]) -> int:
-    """Prints an item a line, as they are found; returns 1 where one is a fault. Raises DetourError."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_file(parser, nargs="?")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints an item per line, as they are found; returns 1 where one is a fault. Raises DetourError."""
+    run_file, overrides = options.run_file, options.overrides
     if run_file and "=" in run_file and not Path(run_file).exists():
         raise DetourError(f"doctor {run_file}: a run file has to come before what changes its keys")
     states = []
@@ -57,7 +64,7 @@ def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
 
 
 def _of_run(config: RunConfig) -> Iterator[CheckResult]:
-    start = look(config.model, any(phase.whole_word_masking for phase in config.phases))
+    start = look(config.model, config.needs_word_boundaries)
     yield from _model(config, start)
     told = _forecast(config, _ranks(config), dataclasses.replace(start, faults=()))  # they are told already
     yield from machine.compute(

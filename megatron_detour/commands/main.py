@@ -1,113 +1,90 @@
-"""Arguments of the console command. A command's module is imported only when it is called."""
+"""The console command. A command is a module beside this one with `add_arguments` and `run`, which is imported only
+when it is called: help and plans come without torch."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from importlib import import_module
-from typing import NoReturn
 
 from megatron_detour import __version__
+from megatron_detour.commands.parser import Parser
 from megatron_detour.errors import DetourError, command_line
 
-CONTROL_RATE = 0.30
+# Group -> command -> what it does, and an example of its arguments.
+GROUPS = {
+    "prepare": {
+        "train-tokenizer": (
+            "train a byte-level BPE tokenizer with ModernBERT's special tokens",
+            "--input notes.jsonl --output data/tokenizer --vocab-size 32768",
+        ),
+        "preprocess": (
+            "build a corpus from texts; verify, stats, peek and merge corpora",
+            "--input notes --output-prefix data/notes --tokenizer models/ModernBERT-base --held-out 0.01",
+        ),
+    },
+    "train": {
+        "schema": ("print the JSON Schema of run files, for editors", "> run.schema.json"),
+        "plan": (
+            "what a run would take and what would stop it: memory, hours, epochs, disk, faults",
+            "run.yaml --gpus 4 --gpu h100",
+        ),
+        "doctor": ("look at this machine, and with a run file at what the run would use of it", "run.yaml"),
+        "train": ("start a run, or resume it", "run.yaml phases.detour.tokens=2B --launch"),
+        "report": ("write a run's report.html again", "runs/notes"),
+        "compare": ("one page that sets runs side by side", "runs/notes runs/notes-control"),
+    },
+    "use": {
+        "convert": (
+            "turn a checkpoint into a Hugging Face folder with a model card",
+            "--checkpoint runs/notes --output models/notes-bert --language en",
+        ),
+        "fill-mask": (
+            "ask models to fill in words, side by side",
+            "--model models/ModernBERT-base --model models/notes-bert --from-corpus notes.jsonl",
+        ),
+        "evaluate": (
+            "fine-tune models on downstream tasks, or measure masked words: which is better, and how sure is that?",
+            "--model models/ModernBERT-base models/notes-bert --tasks hoc --data tasks --output evaluation/notes",
+        ),
+    },
+}
+COMMANDS = {name: facts for group in GROUPS.values() for name, facts in group.items()}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise DetourError(f"{message}; {self.prog} --help lists what there is")
-
-
-def entry() -> None:
-    command_line(lambda: main(sys.argv[1:]))
+def entry(command: str | None = None) -> None:
+    """The process's arguments to their command, or all of them to this one (tools/)."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are not UTF-8
+    command_line(lambda: main([command, *sys.argv[1:]] if command else sys.argv[1:]))
 
 
 def main(arguments: list[str]) -> int:
     """Runs a command and returns its exit status. Raises DetourError."""
-    parser = _Parser(
+    parser = Parser(
         prog="megatron-detour",
         description="Continued pretraining of encoders with a causal detour.",
-        epilog="\n".join(["commands:", *(f"  {name:8} {what}" for name, (what, _) in COMMANDS.items())]),
+        epilog=_listing(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="COMMAND --help says more")
     name = parser.parse_args(arguments[:1]).command
-    what, add_arguments = COMMANDS[name]
-    command = _Parser(prog=f"megatron-detour {name}", description=what)
-    add_arguments(command)
-    options = command.parse_intermixed_args(_control_apart(arguments[1:]))
-    return import_module(f"megatron_detour.commands.{name}").run(**vars(options))
-
-
-def _add_plan(command: argparse.ArgumentParser) -> None:
-    _add_run_file(command, nargs=None)
-    command.add_argument(
-        "--control", metavar="mlm=RATE", help=f"plan the equal-compute twin instead (mlm={CONTROL_RATE:.2f})"
-    )
-    command.add_argument("--gpus", type=_count, metavar="N", help="ranks, one a GPU (parallel.tensor)")
-    command.add_argument("--gpu", metavar="NAME", help="for instance h100, a100, l40s, cpu (h100, cpu where fp32)")
-    command.add_argument("--gpu-memory", type=_above_zero, default=80, metavar="GB", help="of a GPU (%(default)s)")
-    speed = command.add_mutually_exclusive_group()
-    speed.add_argument("--rate", type=_above_zero, metavar="TOKENS", help="measured tokens a second and GPU")
-    speed.add_argument("--mfu", type=_share, metavar="SHARE", help="of the GPU's peak that is reached (0.25)")
-    command.add_argument("--json", action="store_true", help="print everything as JSON")
-
-
-def _add_doctor(command: argparse.ArgumentParser) -> None:
-    _add_run_file(command, nargs="?")
-
-
-def _add_compare(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folders", nargs="+", metavar="RUN", help="folders of runs")
-    command.add_argument("--output", default="comparison", metavar="DIR", help="for the page (%(default)s)")
-
-
-def _add_report(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="RUN", help="folder of a run")
-
-
-COMMANDS = {
-    "plan": ("what a run would take and what would stop it: memory, hours, epochs, disk, faults", _add_plan),
-    "doctor": ("look at this machine, and with a run file at what the run would use of it", _add_doctor),
-    "schema": ("print the JSON Schema of run files, for editors", lambda command: None),
-    "compare": ("one page that sets runs side by side", _add_compare),
-    "report": ("write a run's report.html again", _add_report),
-}
-
-
-def _add_run_file(command: argparse.ArgumentParser, nargs: str | None) -> None:
-    command.add_argument("run_file", nargs=nargs, metavar="RUN.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the run file")
-
-
-def _control_apart(arguments: list[str]) -> list[str]:
-    """`--control` may stand alone: its rate is put in before anything else could be taken for it."""
-    found = []
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        alone = word == "--control" and not following.startswith("mlm=")
-        found.append(f"--control=mlm={CONTROL_RATE}" if alone else word)
-    return found
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, it is {text!r}")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
     try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number above 0 is needed, it is {text!r}")
-    return number
+        command = import_module(f"megatron_detour.commands.{name.replace('-', '_')}")
+    except ModuleNotFoundError as missing:
+        raise DetourError(f"{missing}: install megatron-detour with pip, or run make install in a clone") from None
+    what, example = COMMANDS[name]
+    parser = Parser(
+        prog=f"megatron-detour {name}", description=what, epilog=f"Example: megatron-detour {name} {example}"
+    )
+    command.add_arguments(parser)
+    return command.run(parser.read(arguments[1:])) or 0
 
 
-def _share(text: str) -> float:
-    number = _above_zero(text)
-    if number > 1:
-        raise argparse.ArgumentTypeError(f"a share between 0 and 1 is needed, it is {text}")
-    return number
+def _listing() -> str:
+    lines = []
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:"]
+        for name, (what, example) in commands.items():
+            lines += [f"  {name:16} {what}", f"{'':18} megatron-detour {name} {example}"]
+    return "\n".join(lines[1:])

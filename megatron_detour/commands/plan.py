@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from typing import Any
 
-from megatron_detour.config import RunConfig, as_control, load, parse_control
+from megatron_detour.commands.parser import above_zero, add_control, add_run_file, count, read_run_file, share
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast import Forecast, forecast, render
 from megatron_detour.plan import Plan
 from megatron_detour.text import visible
 
 
-def run(run_file: str, overrides: list[str], control: str | None, gpus: int | None, **options: Any) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_file(parser)
+    add_control(parser)
+    add = parser.add_argument
+    add("--gpus", type=count, metavar="N", help="ranks, one per GPU (parallel.tensor)")
+    add("--gpu", metavar="NAME", help="for instance h100, a100, l40s, cpu (h100, cpu where fp32)")
+    add("--gpu-memory", type=above_zero, default=80, metavar="GB", help="of a GPU (%(default)s)")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--rate", type=above_zero, metavar="TOKENS", help="measured tokens per second and GPU")
+    speed.add_argument("--mfu", type=share, metavar="SHARE", help="of the GPU's peak that is reached (0.25)")
+    add("--json", action="store_true", help="print everything as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
     """Prints the plan and the forecast; returns 1 where the run would be refused. Raises DetourError."""
-    as_json = options.pop("json")
     try:
-        config = read(run_file, overrides, control)
+        config = read_run_file(options.run_file, options.overrides, options.control)
     except DetourError as error:
-        if not as_json:
+        if not options.json:
             raise
         print(json.dumps({"faults": listed(error)}, indent=1, ensure_ascii=False))
         return 1
@@ -26,25 +38,17 @@ def run(run_file: str, overrides: list[str], control: str | None, gpus: int | No
     told = forecast(
         config,
         plan,
-        gpus or config.parallel.tensor,
-        device=options["gpu"],
-        gpu_memory=options["gpu_memory"],
-        rate=options["rate"],
-        mfu=options["mfu"],
+        options.gpus or config.parallel.tensor,
+        device=options.gpu,
+        gpu_memory=options.gpu_memory,
+        rate=options.rate,
+        mfu=options.mfu,
     )
-    if as_json:
+    if options.json:
         print(json.dumps({"plan": plan.to_dict(), **told.to_dict()}, indent=1, ensure_ascii=False))
     else:
         print(visible("\n\n".join([plan.table(), render(told), verdict(told)])))
     return 1 if told.faults else 0
-
-
-def read(run_file: str, overrides: list[str], control: str | None) -> RunConfig:
-    """The run file, or its equal-compute twin. Raises DetourError."""
-    config = load(run_file, overrides)
-    if control is None:
-        return config
-    return as_control(config, parse_control(control))
 
 
 def listed(error: DetourError) -> list[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from megatron_detour.observe.report import as_text, write_report
 
 
-def run(folder: str) -> int:
-    page = write_report(Path(folder))
-    print(f"{as_text(Path(folder))}\n\nreport   {page}")
-    return 0
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
+
+
+def run(options: argparse.Namespace) -> None:
+    page = write_report(options.folder)
+    print(f"{as_text(options.folder)}\n\nreport   {page}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from megatron_detour.config import RunConfig
 from megatron_detour.settings import json_schema
 
 
-def run() -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(options: argparse.Namespace) -> None:
     print(json.dumps(json_schema(RunConfig, "run file of megatron-detour"), indent=1))
-    return 0

@@ -2,11 +2,10 @@
 
 from megatron_detour.config.amounts import parse_tokens
 from megatron_detour.config.control import as_control, parse_control
-from megatron_detour.config.reader import from_dict, load
+from megatron_detour.config.reader import from_dict, load, recipes
 from megatron_detour.config.schema import (
     ATTENTION,
     KERNELS,
-    OBJECTIVES,
     RECOMPUTE,
     Corpus,
     LearningRate,
@@ -19,7 +18,6 @@ from megatron_detour.config.schema import (
 __all__ = [
     "ATTENTION",
     "KERNELS",
-    "OBJECTIVES",
     "RECOMPUTE",
     "Corpus",
     "LearningRate",
@@ -32,4 +30,5 @@ __all__ = [
     "load",
     "parse_control",
     "parse_tokens",
+    "recipes",
 ]

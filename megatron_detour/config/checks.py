@@ -16,7 +16,6 @@ def check(config: RunConfig, faults: Faults) -> None:
         key = f"phases.{number}"
         _check_corpora(phase.corpora or (), f"{key}.corpora", faults)
         _check_batch_warmup(phase, phase.sequences or config.batch.sequences, key, faults)
-        _check_objective(phase, key, faults)
         _check_rate(phase, key, faults)
         if phase.name in names[:number]:
             faults.add(f"{key}.name", f"the name {phase.name!r} is used twice")
@@ -48,19 +47,6 @@ def _check_batch_warmup(phase: Phase, size: int, key: str, faults: Faults) -> No
         )
     if warmup.tokens > phase.tokens:
         faults.add(f"{key}.tokens", f"{warmup.tokens} tokens do not fit into the phase's {phase.tokens}", [tokens])
-
-
-def _check_objective(phase: Phase, key: str, faults: Faults) -> None:
-    masked = {
-        "mask_rate": phase.mask_rate is not None,
-        "mask_rate_end": phase.mask_rate_end is not None,
-        "whole_word_masking": phase.whole_word_masking,
-    }
-    if phase.objective == "mlm" and phase.mask_rate is None:
-        faults.add(f"{key}.mask_rate", "an mlm phase needs a rate between 0 and 1", [f"{key}.objective"])
-    for name, value in masked.items():
-        if value and phase.objective == "clm":
-            faults.add(f"{key}.{name}", "a clm phase masks nothing; remove the key", [f"{key}.objective"])
 
 
 def _check_rate(phase: Phase, key: str, faults: Faults) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 
 from megatron_detour.config.schema import RunConfig
 from megatron_detour.errors import DetourError
+from megatron_detour.objectives import REFERENCE
 
 
 def parse_control(text: str) -> float:
@@ -20,18 +21,17 @@ def parse_control(text: str) -> float:
 
 
 def as_control(config: RunConfig, mask_rate: float) -> RunConfig:
-    """Every causal phase becomes MLM at `mask_rate`; data, order and schedule stay.
+    """Every phase of a detour becomes MLM at `mask_rate`; data, order and schedule stay.
 
-    It masks whole words where the run file's own mlm phases do.
+    It masks whole words where the run file's own phases do.
     """
     if not 0 < mask_rate < 1:
         raise DetourError(f"--control: the mask rate must lie between 0 and 1, it is {mask_rate:g}")
-    if not any(phase.objective == "clm" for phase in config.phases):
-        raise DetourError("--control: the run file has no clm phase, so there is nothing to replace")
-    whole_words = any(phase.whole_word_masking for phase in config.phases)
-    masked = {"objective": "mlm", "mask_rate": mask_rate, "whole_word_masking": whole_words}
+    if not any(phase.objective.detour for phase in config.phases):
+        raise DetourError("--control: every phase of the run file trains mlm, so there is nothing to replace")
+    masked = REFERENCE(mask_rate, whole_word_masking=config.needs_word_boundaries)
     phases = tuple(
-        dataclasses.replace(phase, **masked) if phase.objective == "clm" else phase for phase in config.phases
+        dataclasses.replace(phase, objective=masked) if phase.objective.detour else phase for phase in config.phases
     )
     return dataclasses.replace(
         config, name=f"{config.name}-control", folder=f"{config.folder.rstrip('/')}-control", phases=phases

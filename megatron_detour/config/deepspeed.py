@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.structured import read_json_object
 
+PACKAGE = Path(__file__).parents[1]  # holds ds_configs/
 FROM_RUN_FILE = {
     "train_batch_size": "batch.sequences",
     "train_micro_batch_size_per_gpu": "batch.micro_sequences",
@@ -50,11 +52,16 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 
 
 def look_at_deepspeed_config(path: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The file's content, or None with every reason why a run refuses it."""
+    """The file's content, or None with every reason why a run refuses it.
+
+    A path ds_configs/NAME that is not here is the package's.
+    """
+    packaged = path.startswith("ds_configs/") and not Path(path).exists()
     try:
-        raw = read_json_object(path)
+        raw = read_json_object(PACKAGE / path if packaged else path)
     except FileNotFoundError:
-        return None, [f"deepspeed: {path}: there is no such file; ds_configs/ has two"]
+        known = "ds_configs/zero2_bf16.json or ds_configs/zero2_fp32_cpu.json"
+        return None, [f"deepspeed: {path}: there is no such file; set {known}, which are packaged"]
     except DetourError as fault:
         return None, [f"deepspeed: {fault}"]
     faults = [fault for key, needed in NEEDED.items() if (fault := _fault_of(raw, key, needed))]

@@ -9,9 +9,11 @@ from typing import Any
 
 from megatron_detour.config.checks import check
 from megatron_detour.config.schema import RunConfig
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, nearest
 from megatron_detour.settings import apply_override, read
 from megatron_detour.structured import read_yaml
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -19,17 +21,29 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 
     Raises DetourError with all faults, each with the key to change.
     """
-    path = Path(path)
+    path = _find(Path(path))
     try:
         raw = read_yaml(path)
     except FileNotFoundError:
-        raise DetourError(f"{path}: there is no such run file") from None
+        hint = nearest(path.stem, recipes())
+        raise DetourError(f"{path}: there is no such run file, and no such recipe{hint}") from None
     if not isinstance(raw, dict):
         raise DetourError(f"{path}: a run file is a YAML mapping with keys such as name, model, data and phases")
     for override in overrides or []:
         apply_override(raw, override)
     config = from_dict(raw, str(path))
     return dataclasses.replace(config, deepspeed=_beside(config.deepspeed, path))
+
+
+def recipes() -> list[str]:
+    """The names of the packaged run files."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _find(path: Path) -> Path:
+    """The file itself, or the recipe of its name where there is no such file, also as examples/recipes/NAME.yaml."""
+    named = path.stem if str(path.parent) in (".", "examples/recipes") else ""
+    return RECIPES / f"{named}.yaml" if named in recipes() and not path.exists() else path
 
 
 def from_dict(raw: dict[str, Any], origin: str = "run file") -> RunConfig:

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from megatron_detour.config.amounts import Seconds, Tokens
 from megatron_detour.model_parts import Part
-from megatron_detour.settings import Choice, Entries, Pattern, Range, join_key, to_plain
+from megatron_detour.objectives import KINDS, Objective
+from megatron_detour.settings import Choice, Entries, Pattern, Range, Tagged, join_key, to_plain
 
-OBJECTIVES = ("clm", "mlm")
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
 OPTIMIZER_STATES = ("keep", "reset")
 ATTENTION = ("auto", "flash4", "flash3", "flash2", "varlen", "sdpa")
@@ -67,14 +67,9 @@ Corpora = Annotated[tuple[Corpus, ...], Entries(least=1)]
 @dataclass(frozen=True)
 class Phase:
     name: Annotated[str, PHASE_NAME, "name of the phase"]
-    objective: Annotated[str, Choice(OBJECTIVES), "training objective"]
+    objective: Annotated[Objective, Tagged(KINDS), "training objective, with its own keys beside it"]
     tokens: Annotated[Tokens, ABOVE_ZERO, "length of the phase"]
     learning_rate: LearningRate
-    mask_rate: Annotated[float | None, SHARE, "mlm: share of tokens that are masked"] = None
-    mask_rate_end: Annotated[
-        float | None, SHARE, "mlm: mask rate at the end of the phase, reached linearly; constant unless set"
-    ] = None
-    whole_word_masking: Annotated[bool, "mlm: mask all tokens of a word or none (section 4)"] = False
     freeze: Annotated[
         tuple[Part, ...],
         "parts whose weights and Adam states stay as they are: `embeddings` (also the output layer's weight), "
@@ -217,6 +212,11 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings and lists that `from_dict` reads back to an equal RunConfig."""
         return to_plain(self)
+
+    @property
+    def needs_word_boundaries(self) -> bool:
+        """Whether a phase asks the tokenizer where words begin."""
+        return any(phase.objective.needs_word_boundaries for phase in self.phases)
 
     def trajectory(self) -> dict[str, Any]:
         """The part of the run file that the weights depend on, flat: two runs that differ here are different runs."""

@@ -1,4 +1,4 @@
-"""Options of the corpus builder: each field is a flag of tools/preprocess_data.py."""
+"""Options of the corpus builder: each field is a flag of megatron-detour preprocess."""
 
 from __future__ import annotations
 

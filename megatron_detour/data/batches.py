@@ -22,7 +22,7 @@ from megatron_detour.data.order import deal
 from megatron_detour.data.stream import DocumentStream
 from megatron_detour.data.window_cache import WindowCache
 from megatron_detour.errors import DetourError, format_faults
-from megatron_detour.objectives import Objective
+from megatron_detour.objectives import Corruption
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 NUMBER_BITS = 48  # of a document's number, for its place in its corpus's stream; the corpus is above
@@ -171,7 +171,7 @@ def rank_batch(
     documents: Documents,
     micro_batches: range,
     of: int,
-    objective: Objective,
+    objective: Corruption,
     seed: int,
     multiple: int = 1,
 ) -> RankBatch:
@@ -192,7 +192,7 @@ def rank_batch(
 
 
 def micro_batch(
-    tokens: np.ndarray, documents: Documents, objective: Objective, seed: int, pad: int, multiple: int = 1
+    tokens: np.ndarray, documents: Documents, objective: Corruption, seed: int, pad: int, multiple: int = 1
 ) -> MicroBatch:
     """Documents corrupted under `seed`; padding, if any, is a document of its own."""
     corrupted = objective.apply(tokens, documents.lengths, seed, documents.numbers)

@@ -169,7 +169,7 @@ def _mapped(path: Path, prefix: str | Path) -> mmap.mmap | bytes:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
     except FileNotFoundError:
         raise DetourError(
-            f"{path}: there is no such file; build the corpus with tools/preprocess_data.py --output-prefix {prefix}"
+            f"{path}: there is no such file; build the corpus with megatron-detour preprocess --output-prefix {prefix}"
         ) from None
 
 

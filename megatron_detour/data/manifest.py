@@ -121,7 +121,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
         raw = read_json_object(path)
     except FileNotFoundError:
         raise DetourError(
-            f"{path}: there is no such corpus; build it with tools/preprocess_data.py --output-prefix {prefix}"
+            f"{path}: there is no such corpus; build it with megatron-detour preprocess --output-prefix {prefix}"
         ) from None
     if raw.get("format") != FORMAT:
         raise DetourError(f"{path}: not a corpus manifest of format {FORMAT}; build the corpus again")

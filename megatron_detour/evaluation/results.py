@@ -77,7 +77,7 @@ def read_results(output: Path) -> dict[Cell, Result]:
         except (DetourError, UnicodeDecodeError, msgspec.ValidationError) as fault:
             reason = " ".join(str(fault).removeprefix(f"{path}: ").split()).replace("$.", "")
             raise DetourError(
-                f"{path}, line {number}: not a result of tools/evaluate.py ({reason}); remove the line"
+                f"{path}, line {number}: not a result of megatron-detour evaluate ({reason}); remove the line"
             ) from None
         names = [result[key] for key in ("model", "task")]
         if not all(name.isprintable() and name and "/" not in name and name[0] != "." for name in names):

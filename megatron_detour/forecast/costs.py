@@ -88,18 +88,10 @@ def lengths_of(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:
     return (*[sequence_length] * int(whole.sum()), *rest[rest > 0].tolist())
 
 
-def labelled_share(phase: PlannedPhase, mean_document: float) -> float:
-    """Of the positions, those with a label."""
-    first, last = phase.settings.mask_rate, phase.settings.mask_rate_end
-    if phase.objective == "clm":
-        return 1 - 1 / mean_document
-    return first if last is None else (first + last) / 2
-
-
 def _flops_of(shape: Shape, phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
     tokens = sum(lengths)
-    labelled = round(tokens * labelled_share(phase, tokens / len(lengths)))
-    return training_flops(shape, lengths, phase.objective == "clm", labelled, Frozen.of(phase.settings.freeze))
+    labelled = round(tokens * phase.objective.labeled_share(tokens / len(lengths)))
+    return training_flops(shape, lengths, phase.objective.causal, labelled, Frozen.of(phase.settings.freeze))
 
 
 def sessions(seconds: float, time_limit: int | None) -> int:

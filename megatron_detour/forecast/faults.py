@@ -15,7 +15,6 @@ from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 MANY_EPOCHS = 4  # from which repeated text teaches clearly less (Muennighoff et al., 2023)
-MASKS = (0.05, 0.50)
 SHORT_OF_WARMUP = 2  # a phase is short when it is less than this many warm-ups long
 
 
@@ -128,13 +127,12 @@ def warnings(config: RunConfig, plan: Plan, readings: list[Reading], disk: Disk 
 
 def _of_end(plan: Plan) -> str | None:
     last = plan.phases[-1]
-    if last.objective == "clm":
+    if last.objective.detour:
         return (
-            f"phases: the last one, {last.name}, is causal, and so is the model that comes out; an encoder wants an "
-            "mlm phase at the end (a tenth of the tokens in the paper)"
+            f"phases: the last one, {last.name}, trains {last.objective.label}; an encoder needs an mlm phase at the "
+            "end (a tenth of the tokens in the paper)"
         )
-    before = [phase.objective for phase in plan.phases[:-1]]
-    if "clm" in before and last.learning_rate.shape == "constant":
+    if plan.has_detour and last.learning_rate.shape == "constant":
         return (
             f"phases.{last.name}.learning_rate: stays at {last.learning_rate.peak:g}; a return to mlm wants a decay: "
             "shape: 1-sqrt with an end"
@@ -151,10 +149,7 @@ def _of_phases(plan: Plan) -> list[str]:
                 f"{key}.learning_rate.warmup: {warmup:,} tokens are {warmup / phase.tokens:.0%} of the phase's "
                 f"{phase.tokens:,}; shorten the warm-up"
             )
-        for name in ("mask_rate", "mask_rate_end"):
-            rate = getattr(phase.settings, name)
-            if rate is not None and not MASKS[0] <= rate <= MASKS[1]:
-                found.append(f"{key}.{name}: {rate:g} lies outside {MASKS[0]:g} to {MASKS[1]:g}; 0.15 to 0.3 is usual")
+        found += [f"{key}.{name}: {text}" for name, text in phase.objective.warnings()]
         if phase.settings.optimizer_state == "reset" and not warmup:
             found.append(f"{key}.optimizer_state: a reset optimiser starts at the full rate; give learning_rate.warmup")
     return found
@@ -165,7 +160,7 @@ def _of_validation(config: RunConfig) -> str | None:
     if not settings.corpora:
         return (
             "validation.corpora: none, so nothing tells how the model does on text it has not seen; hold out a share "
-            "with tools/preprocess_data.py --held-out 0.01"
+            "with megatron-detour preprocess --held-out 0.01"
         )
     tokens, wanted = validation_tokens(settings.corpora), settings.sequences * config.data.sequence_length
     if tokens is not None and tokens < wanted:

@@ -105,7 +105,7 @@ def forecast(
     rate: measured tokens a second and GPU; without it the time is that of `mfu` of the device's peak (0.25)
     """
     notes: list[str] = []
-    start = start or look(config.model, any(phase.whole_word_masking for phase in config.phases))
+    start = start or look(config.model, config.needs_word_boundaries)
     zero, zero_faults = faults_of(config.deepspeed)
     device = device or ("h100" if zero is None or zero.bf16 else "cpu")
     attempt = _Attempt(notes)
@@ -233,10 +233,8 @@ class Search:
             _, count = micro_batches_of(phase.sequences * phase.sequence_length, positions, 0, self.setting.data)
             lengths = np.array(cost.lengths, dtype=np.int64)
             positions = max(positions, *(int(lengths[mine].sum()) for mine in deal(lengths, count)))
-        labelled = costs.labelled_share(phase, mean)
-        return Load(
-            positions, round(positions * labelled), phase.objective == "clm", Frozen.of(phase.settings.freeze).below
-        )
+        labelled = round(positions * phase.objective.labeled_share(mean))
+        return Load(positions, labelled, phase.objective.causal, Frozen.of(phase.settings.freeze).below)
 
 
 def _costs(config: RunConfig, plan: Plan, shape: Shape, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:

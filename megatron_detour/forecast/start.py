@@ -9,6 +9,7 @@ from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, St
 from megatron_detour.config import Model
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import Shape, refuse_unknown_keys
+from megatron_detour.objectives import KINDS
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
@@ -100,9 +101,10 @@ def _vocabulary(model: Model, faults: list[str]) -> Vocabulary | None:
         elif Path(name).is_dir():
             faults.append(f"model.start: {fault}")
         return None
-    missing = [f"[{role.upper()}]" for role in ("mask", "pad") if getattr(vocabulary, role) is None]
+    needed = dict.fromkeys([*(role for kind in KINDS.values() for role in kind.special_tokens), "pad"])
+    missing = [f"[{role.upper()}]" for role in needed if getattr(vocabulary, role) is None]
     if missing:
-        faults.append(f"{name}: the tokenizer has no {' and no '.join(missing)}; masked training needs both")
+        faults.append(f"{name}: the tokenizer has no {' and no '.join(missing)}; training and validation need them")
     return vocabulary
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
+from megatron_detour.objectives import read_objective
 from megatron_detour.observe.plots import PLOTS
 from megatron_detour.observe.report import headline
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
@@ -19,7 +20,7 @@ from megatron_detour.structured import parse_yaml
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import variable
 from megatron_detour.ui.figures import appearance
-from megatron_detour.ui.format import compact, frozen_words, objective_words
+from megatron_detour.ui.format import compact, frozen_words
 from megatron_detour.ui.page import Picture, render, write_pictures
 from megatron_detour.ui.tables import columns, wrapped
 
@@ -120,7 +121,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _phase(phase: dict[str, Any]) -> str:
-    parts = [objective_words(phase), f"{compact(phase['tokens'])} tokens"]
+    parts = [read_objective(phase).describe(), f"{compact(phase['tokens'])} tokens"]
     if phase.get("freeze"):
         parts.append(f"{frozen_words(phase)} frozen")
     return f"{phase['name']}: {', '.join(parts)}"

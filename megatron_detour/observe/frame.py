@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_detour.objectives import read_objective
 from megatron_detour.observe.run_folder import Run
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import AXIS, COLORS, INK, LINE, PAGE, SOFT
-from megatron_detour.ui.format import compact, frozen_words, objective_words, shortened
+from megatron_detour.ui.format import compact, frozen_words, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -252,6 +253,10 @@ def objective_color(objective: str) -> str:
     return COLORS.get(objective, SOFT)
 
 
+def objective_label(objective: str) -> str:
+    return read_objective({"objective": objective}).label
+
+
 def _look(curve: Curve, linewidth: float) -> dict[str, Any]:
     """A line through a point or two is invisible or nearly so: mark them."""
     mark = {"marker": "o", "markersize": 4, "clip_on": False} if len(curve.x) <= 2 else {}
@@ -304,8 +309,10 @@ def _fit(label: Text, texts: list[str], room: float) -> bool:
 
 
 def _phase_labels(phase: dict[str, Any]) -> list[str]:
-    name, objective, frozen = (visible(words) for words in (phase["name"], objective_words(phase), frozen_words(phase)))
-    short = [f"{name}: {objective}", f"{name}\n{objective}", f"{name}\n{phase['objective'].upper()}", name]
+    own = read_objective(phase)
+    words = (phase["name"], own.label, own.describe(), frozen_words(phase))
+    name, label, objective, frozen = (visible(text) for text in words)
+    short = [f"{name}: {objective}", f"{name}\n{objective}", f"{name}\n{label}", name]
     return (
         [f"{name}: {objective}, {frozen} frozen", f"{name}: {objective}\n{frozen} frozen", *short] if frozen else short
     )
@@ -318,8 +325,10 @@ def _entry(axes: Axes, label: str) -> None:
 
 def _with_own_phases(runs: list[Run]) -> list[int]:
     """The numbers of the runs that get a strip: all of them, or the longest one where they share their phases."""
-    keys = ("name", "objective", "mask_rate", "mask_rate_end", "freeze", "start_tokens", "end_tokens")
-    phases = [[[phase.get(key) for key in keys] for phase in run.phases] for run in runs]
+    keys = ("name", "freeze", "start_tokens", "end_tokens")
+    phases = [
+        [(read_objective(phase).describe(), [phase.get(key) for key in keys]) for phase in run.phases] for run in runs
+    ]
     if all(own == phases[0] for own in phases):
         return [max(range(len(runs)), key=lambda number: runs[number].done_tokens)]
     return list(range(len(runs)))

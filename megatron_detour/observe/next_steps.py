@@ -11,12 +11,12 @@ def next_commands(folder: Path, checkpoint: Path, control: bool) -> str:
     run, name = shlex.quote(str(folder)), shlex.quote(folder.name)
     model = f"models/{name}"
     steps = [
-        ("convert", f"python tools/convert_to_hf.py --checkpoint {shlex.quote(str(checkpoint))} --output {model}"),
-        ("evaluate", f"python tools/evaluate.py --model {model} --tasks hoc --data tasks --output evaluation/{name}"),
+        ("convert", f"megatron-detour convert --checkpoint {shlex.quote(str(checkpoint))} --output {model}"),
+        ("evaluate", f"megatron-detour evaluate --model {model} --tasks hoc --data tasks --output evaluation/{name}"),
     ]
     if control:
         steps += [
-            ("control", f"bash examples/pretrain_base.sh --run-file {shlex.quote(str(folder / 'run.yaml'))} --control"),
+            ("control", f"megatron-detour train {shlex.quote(str(folder / 'run.yaml'))} --control --launch"),
             ("compare", f"megatron-detour compare {run}-control {run} --output {run}-comparison"),
         ]
     return "\n".join(["next:", *(f"  {what:9}{command}" for what, command in steps)])

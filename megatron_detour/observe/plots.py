@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_detour.observe.frame import Curve, Frame, objective_color
+from megatron_detour.objectives import KINDS
+from megatron_detour.observe.frame import Curve, Frame, objective_color, objective_label
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, stretches, validation_points
 from megatron_detour.observe.sinks import Record
 from megatron_detour.observe.steps import Steps
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 MARKS = 400  # of a guard, side by side over the width of a plot
 MIN_WAIT_SCALE = 0.01  # of the time; a smaller scale would draw noise
-HIGH, LOW = [3.6, 5.2, 6.8], [2.9, 4.4, 5.9]  # inches, by the number of panels
+HIGH, LOW = (2.0, 1.6), (1.4, 1.5)  # inches: of a figure without panels, and of each panel
 UNIGRAM = "unigram baseline"
 
 
@@ -52,14 +53,15 @@ class _Panel:
 
 
 def _draw(
-    runs: list[Run], title: str, panels: list[_Panel], *, heights: list[float] = HIGH, guards: bool = False
+    runs: list[Run], title: str, panels: list[_Panel], *, height: tuple[float, float] = HIGH, guards: bool = False
 ) -> Figure | None:
     """The panels that have curves; None where none has."""
     panels = [panel for panel in panels if panel.curves]
     if not panels:
         return None
     colors = [appearance(number)["color"] for number in range(len(runs))] if len(runs) > 1 else None
-    frame = Frame(runs, title, [panel.label for panel in panels], height=heights[len(panels) - 1], colors=colors)
+    inches = height[0] + height[1] * len(panels)
+    frame = Frame(runs, title, [panel.label for panel in panels], height=inches, colors=colors)
     for axes, panel in zip(frame.panels, panels, strict=True):
         frame.curves(axes, panel.curves, from_zero=panel.from_zero)
         if panel.scale:
@@ -77,7 +79,7 @@ def _draw_loss(runs: list[Run], labels: list[str]) -> Figure | None:
         return _draw(runs, "Training loss", [_Panel("loss (nats per labeled token)", curves)], guards=True)
     objectives = sorted({objective for run in runs for objective, _ in stretches(run)}, reverse=True)
     panels = [
-        _Panel(f"{name.upper()} loss (nats per token)", _curves(runs, labels, "loss", objective=name))
+        _Panel(f"{objective_label(name)} loss (nats per token)", _curves(runs, labels, "loss", objective=name))
         for name in objectives
     ]
     return _draw(runs, "Training loss", panels)
@@ -85,7 +87,7 @@ def _draw_loss(runs: list[Run], labels: list[str]) -> Figure | None:
 
 def _draw_gradient_norm(runs: list[Run], labels: list[str]) -> Figure | None:
     panel = _Panel("norm before clipping", _curves(runs, labels, "grad_norm"), from_zero=True)
-    return _draw(runs, "Gradient norm", [panel], heights=LOW, guards=True)
+    return _draw(runs, "Gradient norm", [panel], height=LOW, guards=True)
 
 
 def _draw_learning_rate(runs: list[Run], labels: list[str]) -> Figure | None:
@@ -93,16 +95,18 @@ def _draw_learning_rate(runs: list[Run], labels: list[str]) -> Figure | None:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
 
     panel = _Panel("learning rate", _curves(runs, labels, "lr", exact=True), scientific)
-    return _draw(runs, "Learning rate", [panel], heights=LOW)
+    return _draw(runs, "Learning rate", [panel], height=LOW)
 
 
 def _draw_schedule(runs: list[Run], labels: list[str]) -> Figure | None:
-    """The mask rate and the batch, where they change within a run."""
-    shown = {"mask_rate": ("mask rate", as_percentages), "sequences": ("sequences per step", as_counts)}
+    """The objectives' shares, such as the mask rate, and the batch, where they change within a run."""
+    shares = {key: key.replace("_", " ") for kind in KINDS.values() for key in kind.scheduled}
+    shown = {key: (name, as_percentages) for key, name in shares.items()}
+    shown |= {"sequences": ("sequences per step", as_counts)}
     varying = [key for key in shown if any(run.steps.varies(key) for run in runs)]
     panels = [_Panel(shown[key][0], _curves(runs, labels, key, exact=True), shown[key][1]) for key in varying]
-    title = " and ".join({"mask_rate": "mask rate", "sequences": "batch"}[key] for key in varying).capitalize()
-    return _draw(runs, title, panels, heights=LOW)
+    title = " and ".join((shares | {"sequences": "batch"})[key] for key in varying).capitalize()
+    return _draw(runs, title, panels, height=LOW)
 
 
 def _draw_throughput(runs: list[Run], labels: list[str]) -> Figure | None:
@@ -112,7 +116,7 @@ def _draw_throughput(runs: list[Run], labels: list[str]) -> Figure | None:
         _Panel("tokens per second", _curves(runs, labels, "tokens_per_second"), as_counts, from_zero=True),
         _Panel(label, _curves(runs, labels, use), scale, from_zero=True),
     ]
-    return _draw(runs, "Throughput", panels if panels[0].curves else [], heights=LOW if len(runs) == 1 else HIGH)
+    return _draw(runs, "Throughput", panels if panels[0].curves else [], height=LOW if len(runs) == 1 else HIGH)
 
 
 def _draw_machine(runs: list[Run], _: list[str]) -> Figure | None:
@@ -130,7 +134,7 @@ def _draw_machine(runs: list[Run], _: list[str]) -> Figure | None:
                from_zero=True),
         _Panel("peak memory (GiB)", curve(run.steps, "memory_bytes", 2**30, "_memory", True), as_counts),
     ]  # fmt: skip
-    return _draw(runs, "Data wait and memory", panels, heights=LOW)
+    return _draw(runs, "Data wait and memory", panels, height=LOW)
 
 
 def _waits(steps: Steps) -> Steps:
@@ -216,7 +220,7 @@ def _curves(
             if not len(y) or objective not in ("", own):
                 continue
             if len(runs) == 1:
-                curves.append(Curve(x, y, objective_color(own), f"{own.upper()}{quantity}", exact=exact))
+                curves.append(Curve(x, y, objective_color(own), f"{objective_label(own)}{quantity}", exact=exact))
             else:
                 look = {name: value for name, value in appearance(number).items() if name != "marker"}
                 curves.append(Curve(x, y, label=labels[number], faint=False, exact=exact, **look))
@@ -240,7 +244,7 @@ PLOTS = [
         "validation.png",
         "Validation",
         _draw_validation,
-        "Both objectives are measured on held-out text in either kind of phase. MLM and CLM losses are different "
+        "Every objective is measured on held-out text in every phase. Losses of different objectives are different "
         "quantities: compare each only with itself.",
         "Held-out text. The top of the page says whether it was the same, under the same masks.",
     ),
@@ -261,10 +265,10 @@ PLOTS = [
         "loss.png",
         "Training loss",
         _draw_loss,
-        "Each step faintly, and a centered mean per phase. The objective sets the color; the two losses are "
-        "different quantities.",
-        "A centered mean per phase, each objective by itself: MLM loss and CLM loss are different quantities, and MLM "
-        "losses at different mask rates do not compare.",
+        "Each step faintly, and a centered mean per phase. The objective sets the color; losses of different "
+        "objectives are different quantities.",
+        "A centered mean per phase, each objective by itself: losses of different objectives are different "
+        "quantities, and MLM losses at different mask rates do not compare.",
     ),
     Plot(
         "gradient_norm.png",

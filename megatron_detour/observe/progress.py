@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import Any, Protocol, TextIO
 
+from megatron_detour.objectives import KINDS
 from megatron_detour.text import visible
 from megatron_detour.ui.format import duration
 
@@ -211,12 +212,12 @@ class _Bars:
 def validation_figures(record: dict[str, Any]) -> str:
     """Returns the validation figures of a record in words, or an empty string where it holds none."""
     parts = []
-    if record.get("val_mlm_loss") is not None:
-        parts.append(f"MLM loss {record['val_mlm_loss']:.3f}{_per_byte(record, 'val_mlm_bits_per_byte')}")
-    if record.get("val_mlm_accuracy") is not None:
-        parts.append(f"MLM accuracy {record['val_mlm_accuracy']:.1%}")
-    if record.get("val_clm_loss") is not None:
-        parts.append(f"CLM loss {record['val_clm_loss']:.3f}{_per_byte(record, 'val_clm_bits_per_byte')}")
+    for name, kind in KINDS.items():
+        if record.get(f"val_{name}_loss") is not None:
+            bits = _per_byte(record, f"val_{name}_bits_per_byte")
+            parts.append(f"{kind.label} loss {record[f'val_{name}_loss']:.3f}{bits}")
+        if record.get(f"val_{name}_accuracy") is not None:
+            parts.append(f"{kind.label} accuracy {record[f'val_{name}_accuracy']:.1%}")
     return f"validation: {', '.join(parts)}" if parts else ""
 
 

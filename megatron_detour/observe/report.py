@@ -87,8 +87,6 @@ def _phase_row(run: Run, phase: dict[str, Any]) -> dict[str, Any]:
 def _remarks(run: Run, phase: dict[str, Any]) -> list[str]:
     """The settings of a phase that say something: those that not every run has, or that its phases have differently."""
     remarks = []
-    if phase.get("whole_word_masking"):
-        remarks.append("whole words are masked")
     if phase.get("freeze"):
         remarks.append(f"{frozen_words(phase)} frozen")
     if phase.get("optimizer_state") == "reset":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 import msgspec
 
 from megatron_detour.errors import DetourError
+from megatron_detour.objectives import KINDS
+from megatron_detour.settings import settings_of
 from megatron_detour.structured import read_json
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -28,7 +30,7 @@ class _Weight(TypedDict):
     weight: Number
 
 
-class _Phase(TypedDict):
+class _AnyPhase(TypedDict):
     name: str
     objective: str
     first_step: Count
@@ -39,13 +41,17 @@ class _Phase(TypedDict):
     sequences: Count
     sequence_length: Count
     learning_rate: _Rate
-    mask_rate: NotRequired[Number | None]
-    mask_rate_end: NotRequired[Number | None]
-    whole_word_masking: NotRequired[bool | None]
     freeze: NotRequired[list[str] | None]
     optimizer_state: NotRequired[str | None]
     batch_warmup: NotRequired[_Warmup | None]
     corpora: NotRequired[list[_Weight] | None]
+
+
+_Phase = TypedDict(
+    "_Phase",
+    get_type_hints(_AnyPhase, include_extras=True)
+    | {key.name: NotRequired[key.kind | None] for kind in KINDS.values() for key in settings_of(kind)},
+)
 
 
 class _Plan(TypedDict):

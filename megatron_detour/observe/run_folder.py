@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.errors import DetourError
+from megatron_detour.objectives import KINDS, Objective
 from megatron_detour.observe.run_files import read_environment, read_plan
 from megatron_detour.observe.sinks import Record
 from megatron_detour.observe.steps import StepReader, Steps
@@ -19,6 +20,7 @@ from megatron_detour.observe.steps import StepReader, Steps
 class ValidationFigure:
     """A validation figure: its title, its unit and how it is written."""
 
+    objective: str
     title: str
     unit: str = ""
     share: bool = False  # of one: written in percent
@@ -26,10 +28,6 @@ class ValidationFigure:
     @property
     def axis(self) -> str:
         return f"{self.title} ({self.unit})" if self.unit else self.title
-
-    @property
-    def objective(self) -> str:
-        return "clm" if self.title.startswith("CLM") else "mlm"
 
     def value(self, number: float) -> str:
         return f"{number:.1%}" if self.share else f"{number:.3f}"
@@ -39,13 +37,18 @@ class ValidationFigure:
         return text.replace("-", "\u2212")
 
 
-VALIDATION_FIGURES = {
-    "val_mlm_loss": ValidationFigure("MLM loss", "nats per token"),
-    "val_mlm_accuracy": ValidationFigure("MLM accuracy", share=True),
-    "val_mlm_bits_per_byte": ValidationFigure("MLM bits per byte"),
-    "val_clm_loss": ValidationFigure("CLM loss", "nats per token"),
-    "val_clm_bits_per_byte": ValidationFigure("CLM bits per byte"),
-}
+def _figures(kind: type[Objective]) -> dict[str, ValidationFigure]:
+    """By their keys in the records of validations."""
+    name, label = kind.name, kind.label
+    accuracy = {f"val_{name}_accuracy": ValidationFigure(name, f"{label} accuracy", share=True)}
+    return {
+        f"val_{name}_loss": ValidationFigure(name, f"{label} loss", "nats per token"),
+        **(accuracy if kind.accuracy else {}),
+        f"val_{name}_bits_per_byte": ValidationFigure(name, f"{label} bits per byte"),
+    }
+
+
+VALIDATION_FIGURES = {key: figure for kind in KINDS.values() for key, figure in _figures(kind).items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.errors import DetourError
+from megatron_detour.objectives import KINDS
 from megatron_detour.observe.sinks import Record, metrics_lines
 
 FIGURES = (
@@ -17,7 +18,7 @@ FIGURES = (
     "loss",
     "grad_norm",
     "lr",
-    "mask_rate",
+    *dict.fromkeys(key for kind in KINDS.values() for key in kind.scheduled),
     "sequences",
     "padding_share",
     "data_crc",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from megatron_detour.objectives import REFERENCE
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run
 from megatron_detour.ui.format import compact
 
-KEY = "val_mlm_loss"
+KEY = f"val_{REFERENCE.name}_loss"
 SAME = 0.0005  # nats: figures with three decimals do not show less
 ONE_RUN = "with one run of each, a difference made by luck of seed and order cannot be told from one made by the recipe"
 
@@ -15,7 +16,7 @@ def verdict(runs: list[Run], labels: list[str], compared: list[tuple[str, str]])
     held = [{run.tokens_at(record["step"]): record[KEY] for record in run.validations if KEY in record} for run in runs]
     common = set(held[0]).intersection(*held[1:])
     if not common:
-        return "Nothing is known yet: the runs have no held-out MLM loss after the same tokens."
+        return f"Nothing is known yet: the runs have no held-out {REFERENCE.label} loss after the same tokens."
     if any(answer == "No" and "validated" in text for answer, text in compared):
         return "Nothing is known of which run is better: they were not validated alike, so their losses do not compare."
     tokens = max(common)
@@ -24,7 +25,7 @@ def verdict(runs: list[Run], labels: list[str], compared: list[tuple[str, str]])
     begun = f"After {compact(tokens)} tokens" if tokens else "Before training"
     doubt = " The runs did not read the same data." if any(answer == "No" for answer, _ in compared) else ""
     return (
-        f"{begun} the held-out MLM loss of {labels[0]} is {figure.value(first)} {figure.unit}; "
+        f"{begun} the held-out {REFERENCE.label} loss of {labels[0]} is {figure.value(first)} {figure.unit}; "
         f"{'; '.join(against)}; {ONE_RUN}.{doubt}"
     )
 

@@ -15,15 +15,18 @@ from megatron_detour import __version__
 from megatron_detour.checkpoint.huggingface import RUN_STATE, Source
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.shape import FULL, Shape
+from megatron_detour.objectives import REFERENCE
 from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import VALIDATION_FIGURES
 from megatron_detour.release.card_metadata import CardMetadata, CorpusFacts
 from megatron_detour.release.checkpoint_info import CheckpointInfo, Corpus
 from megatron_detour.text import markdown, visible
-from megatron_detour.ui.format import batch_words, compact, duration, format_lr, frozen_words, mask_words
+from megatron_detour.ui.format import batch_words, compact, duration, format_lr, frozen_words
 
 TEMPLATE = "card.md.j2"
-BY_CORPUS = ("val_mlm_loss", "val_mlm_accuracy")  # of the validation figures; the others are told over all corpora
+BY_CORPUS = tuple(
+    f"val_{REFERENCE.name}_{end}" for end in ("loss", "accuracy")
+)  # the other figures are of all corpora together
 MEDICAL = ("medical", "clinical", "biomedical", "health")
 NOT_STATED = "not stated by the corpus's manifest"
 
@@ -109,7 +112,7 @@ class Card:
         return ["continued-pretraining"] if self.facts.config.model.start else []
 
     def _detour_tag(self) -> list[str]:
-        return ["causal-detour"] if any(phase.objective == "clm" for phase in self.facts.plan.phases) else []
+        return ["causal-detour"] if any(phase.objective.causal for phase in self.facts.plan.phases) else []
 
     def warnings(self) -> list[str]:
         """What the card cannot say, with the option that would say it, and what a user of the model should know."""
@@ -118,9 +121,9 @@ class Card:
         if not facts.finished:
             where = f"in phase {last.name!r}" if last else "before the first step"
             found.append(f"the run is not done; {facts.checkpoint} is {where}")
-        if last and self.decoder and last.objective != "clm":
+        if last and self.decoder and not last.objective.causal:
             found.append(f"the last phase, {last.name!r}, was not causal: as a decoder the model continues texts badly")
-        if last and not self.decoder and last.objective == "clm":
+        if last and not self.decoder and last.objective.causal:
             found.append(f"the last phase, {last.name!r}, was causal: the model has to be trained on as an encoder")
         if not facts.has_run_folder:
             found.append("the folder of the run is not beside the checkpoint: the card has no figures of the run")
@@ -165,7 +168,7 @@ class Card:
             lengths=" and ".join(f"{length:,}" for length in sorted({p.sequence_length for p in facts.plan.phases})),
             recipe=self._recipe(),
             french=bool(self.languages) and self.languages[0] == "fr",
-            causal=[phase for phase in facts.plan.phases if phase.objective == "clm" and facts.steps_of(phase)],
+            causal=[phase for phase in facts.plan.phases if phase.objective.causal and facts.steps_of(phase)],
             pending=[phase.name for phase in facts.plan.phases if not facts.steps_of(phase)],
             global_layers=shape.layer_types.count(FULL),
             phases=self._phases(),
@@ -205,25 +208,24 @@ class Card:
     def _recipe(self) -> str:
         """For instance: CLM on 10B tokens, then MLM (15% masked) on 1B tokens."""
         parts = []
-        for phase in self.facts.plan.to_dict()["phases"]:
-            mask = mask_words(phase)
-            masked = f" ({mask} masked)" if mask else ""
-            parts.append(f"{phase['objective'].upper()}{masked} on {compact(phase['tokens'])} tokens")
+        for phase in self.facts.plan.phases:
+            details = phase.objective.details()
+            keys = f" ({details})" if details else ""
+            parts.append(f"{phase.objective.label}{keys} on {compact(phase.tokens)} tokens")
         return ", then ".join(parts)
 
     def _phases(self) -> Table:
-        header = ["Phase", "Objective", "Tokens", "Steps", "Learning rate", "Masked", "Frozen"]
+        header = ["Phase", "Objective", "Tokens", "Steps", "Learning rate", "Input", "Frozen"]
         rows = []
         for phase, said in zip(self.facts.plan.phases, self.facts.plan.to_dict()["phases"], strict=True):
-            words = ", whole words" if said["whole_word_masking"] else ""
             rows.append(
                 [
                     phase.name,
-                    said["objective"].upper(),
+                    phase.objective.label,
                     _of(self.facts.tokens_of(phase), phase.tokens),
                     _of(self.facts.steps_of(phase), phase.steps),
                     format_lr(said["learning_rate"]),
-                    (mask_words(said) or "nothing") + words,
+                    phase.objective.details() or "unchanged",
                     frozen_words(said) or "nothing",
                 ]
             )

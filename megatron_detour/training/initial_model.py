@@ -33,7 +33,7 @@ class InitialModel:
     def of(cls, config: RunConfig) -> InitialModel:
         """Raises DetourError with all that `plan` finds wrong with model, tokenizer and their fit to the run file."""
         model = config.model
-        masks_words = any(phase.whole_word_masking for phase in config.phases)
+        masks_words = config.needs_word_boundaries
         found = look(model, masks_words)
         faults = [*found.faults, *(of_shape(config, Plan.of(config), found.shape) if found.shape else ())]
         if faults:

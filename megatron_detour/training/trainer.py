@@ -19,7 +19,6 @@ from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import DetourError
 from megatron_detour.files import retry
 from megatron_detour.model.flops import Frozen, training_flops
-from megatron_detour.objectives import make
 from megatron_detour.observe.meter import memory_bytes, utilisation
 from megatron_detour.parallel.shard import spec_of
 from megatron_detour.parallel.state import ParallelState
@@ -118,7 +117,7 @@ class Trainer:
             "step": step.number,
             "tokens": step.tokens,
             "phase": step.phase.name,
-            "objective": step.phase.objective,
+            "objective": step.objective.name,
             "loss": loss if math.isfinite(loss) else None,
             "lr": step.learning_rate,
             "grad_norm": norm if math.isfinite(norm) else None,
@@ -128,9 +127,8 @@ class Trainer:
             "padding_share": padding / (tokens + padding),
             "data_crc": crc,
             "flops": flops,
+            **step.objective.figures(),
         }
-        if step.mask_rate is not None:
-            figures["mask_rate"] = step.mask_rate
         if verdict.fault:
             figures["skipped" if verdict.skip else "spike"] = verdict.fault
         return figures, stop
@@ -195,8 +193,7 @@ class Trainer:
 
     def _load(self, step: Step) -> tuple[Step, RankBatch]:
         phase = step.phase
-        words = self.start.words if phase.settings.whole_word_masking else None
-        objective = make(phase.objective, step.mask_rate, self.start.vocabulary, words)
+        objective = step.objective.bind(self.start.vocabulary, self.start.words)
         mixture, state = self.data.of(phase), self.state
         micro_tokens = phase.micro_sequences * phase.sequence_length
         mine, of = micro_batches_of(step.tokens - step.start, micro_tokens, state.data_rank, state.data_size)

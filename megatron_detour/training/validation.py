@@ -15,7 +15,7 @@ from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import micro_batches_of
 from megatron_detour.files import retry
 from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.objectives import CausalLM, MaskedLM, Objective
+from megatron_detour.objectives import KINDS, REFERENCE, Corruption
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.tokenizer.token_bytes import byte_lengths
 from megatron_detour.tokenizer.vocabulary import Vocabulary
@@ -38,9 +38,8 @@ class Validation:
         self.mixture = DocumentMixture(settings.corpora, config.data.sequence_length, settings.seed, vocabulary)
         self.seed = settings.seed
         self.micro_tokens = config.batch.micro_sequences * config.data.sequence_length
-        self.objectives: dict[str, Objective] = {
-            "mlm": MaskedLM(vocabulary, settings.mask_rate),
-            "clm": CausalLM(vocabulary),
+        self.objectives: dict[str, Corruption] = {
+            name: kind.for_validation(settings.mask_rate).bind(vocabulary) for name, kind in KINDS.items()
         }
         self.bytes_of = byte_lengths(tokenizer_file, vocabulary)
         self.state, self.device = state, device
@@ -63,7 +62,7 @@ class Validation:
         return figures
 
     @torch.no_grad()
-    def _sums(self, model: ModernBert, objective: Objective, documents: Documents) -> np.ndarray:
+    def _sums(self, model: ModernBert, objective: Corruption, documents: Documents) -> np.ndarray:
         """Of these documents: loss, right answers, labelled tokens and their bytes, float64 [4]."""
         totals, state = torch.zeros(4, dtype=torch.float64, device=self.device), self.state
         tokens = int(documents.lengths.sum())
@@ -91,7 +90,7 @@ class Validation:
         probabilities = np.zeros_like(frequencies)
         probabilities[ordinary] = (frequencies[ordinary] + 1) / (frequencies[ordinary] + 1).sum()
         tokens, chosen = self.mixture.tokens(self.documents), self.documents
-        labels = self.objectives["mlm"].apply(tokens, chosen.lengths, self.seed, chosen.numbers).labels
+        labels = self.objectives[REFERENCE.name].apply(tokens, chosen.lengths, self.seed, chosen.numbers).labels
         return float(-np.log(probabilities[labels]).mean())
 
 
@@ -101,8 +100,8 @@ def _figures(objective: str, sums: Any, suffix: str) -> dict[str, float]:
         f"val_{objective}_loss{suffix}": loss / max(labelled, 1),
         f"val_{objective}_bits_per_byte{suffix}": loss / math.log(2) / max(covered, 1),
     }
-    if objective == "mlm":
-        figures[f"val_mlm_accuracy{suffix}"] = right / max(labelled, 1)
+    if KINDS[objective].accuracy:
+        figures[f"val_{objective}_accuracy{suffix}"] = right / max(labelled, 1)
     return {key: float(value) for key, value in figures.items()}
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from megatron_detour.objectives import KINDS
+
 PAIRS = {
     "page": ("#ffffff", "#14181d"),
     "card": ("#f5f7f9", "#1d232a"),
@@ -16,8 +18,7 @@ PAIRS = {
     "line": ("#dce1e6", "#323b45"),
     "band": ("#f1f4f7", "#20272f"),
     "axis": ("#828c97", "#76818d"),
-    "mlm": ("#2563c9", "#7fb0ff"),
-    "clm": ("#b04a08", "#ff9d5c"),
+    **{name: kind.color for name, kind in KINDS.items()},
     "good": ("#1d7a46", "#5fcf92"),
     "open": ("#8f5b00", "#f0b955"),
     "guard": ("#b3261e", "#ff8a80"),
@@ -35,7 +36,7 @@ DARK = {name: dark for name, (_, dark) in PAIRS.items()}
 PAGE, INK, SOFT, LINE, BAND, AXIS, GUARD = (
     LIGHT[name] for name in ("page", "ink", "soft", "line", "band", "axis", "guard")
 )
-COLORS = {"mlm": LIGHT["mlm"], "clm": LIGHT["clm"]}
+COLORS = {name: LIGHT[name] for name in KINDS}
 PALETTE = [light for name, light in LIGHT.items() if name.startswith("run-")]
 _VARIABLES = {light: f"var(--{name})" for name, light in LIGHT.items()} | {"#000000": "var(--ink)"}
 

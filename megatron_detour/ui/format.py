@@ -9,20 +9,6 @@ from megatron_detour.text import visible
 SHAPES = {"linear": "a straight line", "cosine": "a cosine", "1-sqrt": "one minus square root"}
 
 
-def objective_words(phase: dict[str, Any]) -> str:
-    """Returns e.g. ``MLM, 30% masked``, ``MLM, 30% to 15% masked`` or ``CLM``."""
-    mask = mask_words(phase)
-    return f"{phase['objective'].upper()}, {mask} masked" if mask else phase["objective"].upper()
-
-
-def mask_words(phase: dict[str, Any]) -> str:
-    """Returns the share of masked tokens, e.g. ``30%`` or ``30% to 15%``; nothing where none is masked."""
-    first, last = phase.get("mask_rate"), phase.get("mask_rate_end")
-    if first is None:
-        return ""
-    return f"{100 * first:.3g}%" if last in (None, first) else f"{100 * first:.3g}% to {100 * last:.3g}%"
-
-
 def frozen_words(phase: dict[str, Any]) -> str:
     """Returns what a phase does not train, e.g. ``embeddings, layers 0-7``; nothing where it trains everything."""
     return ", ".join(str(part).replace("layers.", "layers ") for part in phase.get("freeze") or [])

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_detour.files import write_whole
+from megatron_detour.objectives import KINDS, read_objective
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import DARK, LIGHT
 from megatron_detour.ui.figures import described, png, svg
-from megatron_detour.ui.format import byte_size, compact, format_lr, mask_words
+from megatron_detour.ui.format import byte_size, compact, format_lr
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,10 +60,10 @@ def render(template: str, folder: Path, **values: Any) -> str:
         compact=compact,
         byte_size=byte_size,
         format_lr=format_lr,
-        mask_words=mask_words,
+        objective=read_objective,
         count="{:,}".format,
     )
-    return environment.get_template(template).render(light=LIGHT, dark=DARK, **values)
+    return environment.get_template(template).render(light=LIGHT, dark=DARK, objectives=list(KINDS), **values)
 
 
 def _shown(value: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ def test_the_module_is_the_command():
     done = call("--version")
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
     done = call("plan", "nowhere.yaml")
-    assert (done.returncode, done.stderr) == (1, "error: nowhere.yaml: there is no such run file\n")
+    assert (done.returncode, done.stderr) == (1, "error: nowhere.yaml: there is no such run file, and no such recipe\n")
 
 
 def test_the_console_script_is_the_same():
@@ -37,9 +37,35 @@ def test_the_console_script_is_the_same():
 
 def test_help_names_every_command():
     out = call("--help").stdout
-    for name, (what, _) in COMMANDS.items():
-        assert f"  {name:8} {what}" in out
-        assert call(name, "--help").stdout.startswith(f"usage: megatron-detour {name}")
+    for name, (what, example) in COMMANDS.items():
+        assert f"  {name:16} {what}\n" in out and f"  megatron-detour {name} {example}\n" in out + "\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_own_help_and_example(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    out = capsys.readouterr().out
+    assert not ended.value.code and out.startswith(f"usage: megatron-detour {name}")
+    words = COMMANDS[name][1].split()
+    assert " ".join(out.split()).count(f"Example: megatron-detour {name} {words[0]}") == 1
+    flags = {word for word in words if word.startswith("--")}
+    assert flags <= set(re.findall(r"--[a-z-]+", re.sub(r"(?s)\nExample:.*?(\n\n|$)", "", out)))
+
+
+WITHOUT_LIBRARIES = """
+import sys
+from megatron_detour.commands.main import main
+try:
+    main(["--help"])
+finally:
+    assert not {"torch", "numpy", "transformers", "megatron_detour.commands.plan"} & set(sys.modules)
+"""
+
+
+def test_help_of_all_loads_no_command():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARIES], env=environment(), cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
 
 
 def test_compare_passes_folders_on(monkeypatch, capsys):
@@ -49,9 +75,7 @@ def test_compare_passes_folders_on(monkeypatch, capsys):
         asked.append((folders, output))
         return output / "comparison.html", "a table"
 
-    stand_in = types.ModuleType("megatron_detour.observe.compare")
-    stand_in.write_comparison = write_comparison
-    monkeypatch.setitem(sys.modules, "megatron_detour.observe.compare", stand_in)
+    monkeypatch.setattr("megatron_detour.commands.compare.write_comparison", write_comparison)
     assert main(["compare", "runs/a", "runs/b", "--output", "page"]) == 0
     assert asked == [([Path("runs/a"), Path("runs/b")], Path("page"))]
     out = capsys.readouterr().out

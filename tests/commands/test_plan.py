@@ -122,7 +122,7 @@ def test_the_control_is_planned(good, write, capsys):
     path = write(good)
     for words in (["--control"], ["--control", "mlm=0.4"]):
         assert main(["plan", *words, path, "seed=3"]) == 0
-        assert f"mlm {'40' if words[1:] else '30'}%" in capsys.readouterr().out
+        assert f"MLM, {'40' if words[1:] else '30'}% masked" in capsys.readouterr().out
     assert main(["plan", path, "--control", "seed=3"]) == 0
     assert "small-control: " in capsys.readouterr().out
     with pytest.raises(DetourError, match="--control clm=1: write it as"):
@@ -145,7 +145,7 @@ def test_ten_faults_of_form_and_sense_at_once(good, write, capsys):
         ("batch.micro_sequences", "-3", "must be above 0"),
         ("data.corpora.0.weight", "0", "must be above 0"),
         ("validation.mask_rate", "1.5", "must be above 0 and below 1"),
-        ("phases.0.mask_rate", "", "remove the key"),
+        ("phases.0.mask_rate", "", "remove it"),
         ("phases.0.tokens", "'many'", "such as 50B"),
         ("phases.1.learning_rate.peak", "-1", "must be above 0"),
     ]
@@ -244,7 +244,7 @@ def test_nothing_left_to_train_is_a_fault(good, write, capsys):
         (["phases.decay.mask_rate=0.7"], "phases.decay.mask_rate: 0.7 lies outside"),
         (["phases.detour.learning_rate.warmup=6 steps"], "6,144 tokens are 75% of the phase's 8,192"),
         (["phases.decay.learning_rate={peak: 1.0e-3}"], "phases.decay.learning_rate: stays at 0.001"),
-        (["phases.decay.objective=clm", "phases.decay.mask_rate=null"], "phases: the last one, decay, is causal"),
+        (["phases.decay.objective=clm", "phases.decay.mask_rate=null"], "phases: the last one, decay, trains CLM"),
         (["phases.decay.optimizer_state=reset"], "give learning_rate.warmup"),
         (["validation.sequences=2000"], "validation.sequences: 2000 x 128 tokens are more than"),
         (["validation.corpora=[]"], "hold out a share"),

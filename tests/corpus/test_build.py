@@ -245,7 +245,7 @@ def test_a_damaged_corpus_is_refused(corpus, tmp_path, suffix, change):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "there is no such corpus; build it with tools/preprocess_data.py"),
+        (None, "there is no such corpus; build it with megatron-detour preprocess"),
         (b"{", "not JSON"),
         (b"\xff", "not JSON"),
         (b"[]", "not a JSON object"),

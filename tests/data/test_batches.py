@@ -21,7 +21,7 @@ from megatron_detour.data.batches import DocumentMixture, MicroBatch, RankBatch,
 from megatron_detour.data.indexed import IndexedCorpus, bin_path
 from megatron_detour.data.order import micro_batches_of
 from megatron_detour.errors import DetourError
-from megatron_detour.objectives import IGNORE, Objective, make
+from megatron_detour.objectives import IGNORE, CausalLM, Corruption, MaskedLM, Masking
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer
 from megatron_detour.tokenizer.word_boundaries import Words
 from tests.conftest import build, sentences, write_jsonl
@@ -51,7 +51,7 @@ def opened(corpus, second, vocabulary):
 
 
 def share_of(
-    mixture: DocumentMixture, objective: Objective, rank=0, ranks=1, micro=2, seed=17, step=STEP, multiple=1
+    mixture: DocumentMixture, objective: Corruption, rank=0, ranks=1, micro=2, seed=17, step=STEP, multiple=1
 ) -> RankBatch:
     mine, of = micro_batches_of(step[1] - step[0], micro * LENGTH, rank, ranks)
     return rank_batch(mixture, mixture.documents(*step), mine, of, objective, seed, multiple)
@@ -71,22 +71,22 @@ def texts(batches: list[MicroBatch]) -> list[tuple]:
     return sorted(found)
 
 
-@pytest.mark.parametrize(("name", "mask_rate"), [("mlm", 0.3), ("clm", None)])
+@pytest.mark.parametrize("kind", [MaskedLM(0.3), CausalLM()], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (2, 3), (3, 2), (5, 1), (8, 8)])
-def test_a_step_is_the_same_however_it_is_split(opened, vocabulary, name, mask_rate, ranks, micro):
-    objective = make(name, mask_rate, vocabulary)
+def test_a_step_is_the_same_however_it_is_split(opened, vocabulary, kind, ranks, micro):
+    objective = kind.bind(vocabulary)
     reference = share_of(opened(), objective)
     shares = [share_of(opened(), objective, rank, ranks, micro) for rank in range(ranks)]
     assert texts([batch for share in shares for batch in share.micro_batches]) == texts(reference.micro_batches)
     for figure in ("crc", "labelled", "tokens"):
         assert sum(getattr(share, figure) for share in shares) == getattr(reference, figure) > 0
-    assert {batch.causal for share in shares for batch in share.micro_batches} == {name == "clm"}
+    assert {batch.causal for share in shares for batch in share.micro_batches} == {kind.causal}
     assert {len(share.micro_batches) for share in shares} == {-(-8 // (ranks * micro))}
 
 
 def test_figures_of_a_share(opened, vocabulary):
     mixture = opened()
-    batch = share_of(mixture, make("clm", None, vocabulary))
+    batch = share_of(mixture, CausalLM().bind(vocabulary))
     documents = mixture.documents(*STEP)
     whole = np.split(mixture.tokens(documents), np.cumsum(documents.lengths)[:-1])
     assert batch.labelled == sum(int((all_labels(micro) != IGNORE).sum()) for micro in batch.micro_batches)
@@ -96,13 +96,13 @@ def test_figures_of_a_share(opened, vocabulary):
 
 
 def test_micro_batches_are_of_like_size(opened, vocabulary):
-    sizes = [len(one.input_ids) for one in share_of(opened(), make("clm", None, vocabulary), micro=1).micro_batches]
+    sizes = [len(one.input_ids) for one in share_of(opened(), CausalLM().bind(vocabulary), micro=1).micro_batches]
     assert len(sizes) == 8
     assert max(sizes) - min(sizes) <= LENGTH
 
 
 def test_padding_to_a_multiple_is_a_document_without_labels(opened, vocabulary):
-    plain, padded = (share_of(opened(), make("mlm", 0.3, vocabulary), multiple=m) for m in (1, 64))
+    plain, padded = (share_of(opened(), MaskedLM(0.3).bind(vocabulary), multiple=m) for m in (1, 64))
     assert 0 < padded.padding < 64 * len(padded.micro_batches)
     for without, batch in zip(plain.micro_batches, padded.micro_batches, strict=True):
         assert len(batch.input_ids) % 64 == 0
@@ -116,7 +116,7 @@ def test_padding_to_a_multiple_is_a_document_without_labels(opened, vocabulary):
 
 def test_a_rank_without_a_document_has_a_padded_micro_batch(opened, vocabulary):
     one = (STEP[0], STEP[0] + 1)
-    shares = [share_of(opened(), make("clm", None, vocabulary), rank, 8, step=one) for rank in range(8)]
+    shares = [share_of(opened(), CausalLM().bind(vocabulary), rank, 8, step=one) for rank in range(8)]
     empty = [share.micro_batches[0] for share in shares if not share.tokens]
     assert empty
     assert all((batch.input_ids.tolist(), batch.lengths) == ([vocabulary.pad], (1,)) for batch in empty)
@@ -124,16 +124,16 @@ def test_a_rank_without_a_document_has_a_padded_micro_batch(opened, vocabulary):
 
 
 def test_the_checksum_is_of_the_text_and_not_of_the_masks(opened, vocabulary):
-    masked = make("mlm", 0.3, vocabulary)
+    masked = MaskedLM(0.3).bind(vocabulary)
     one, two = (share_of(opened(), masked, seed=seed) for seed in (17, 18))
-    causal = share_of(opened(), make("clm", None, vocabulary))
+    causal = share_of(opened(), CausalLM().bind(vocabulary))
     assert one.crc == two.crc == causal.crc
     assert texts(one.micro_batches) != texts(two.micro_batches)
     assert share_of(opened(43), masked).crc != one.crc
 
 
 def test_positions_restart_at_each_document(opened, vocabulary):
-    batch = share_of(opened(), make("clm", None, vocabulary), micro=8).micro_batches[0]
+    batch = share_of(opened(), CausalLM().bind(vocabulary), micro=8).micro_batches[0]
     expected = [position for length in batch.lengths for position in range(length)]
     assert batch.positions.tolist() == expected
     assert len(batch.lengths) > 8
@@ -187,12 +187,12 @@ def test_stretches_of_a_mixture_make_up_the_whole(opened, cuts):
     assert len(set(whole.numbers.tolist())) == len(whole)
 
 
-def share_elsewhere(mixture: DocumentMixture, objective: Objective, rank: int) -> RankBatch:
+def share_elsewhere(mixture: DocumentMixture, objective: Corruption, rank: int) -> RankBatch:
     return share_of(mixture, objective, rank, 8, 1)
 
 
 def test_a_step_is_the_same_for_8_ranks_in_processes_of_their_own(opened, vocabulary):
-    objective = make("mlm", 0.3, vocabulary)
+    objective = MaskedLM(0.3).bind(vocabulary)
     expected = texts(share_of(opened(), objective).micro_batches)
     mixture = opened()
     mixture.tokens(mixture.documents(0, 2 * LENGTH))  # in use when it is copied
@@ -221,7 +221,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(corpus, vocabulary, tmp_path, va
 def test_words_are_masked_whole(opened, vocabulary, corpus):
     words = Words.of(find_tokenizer(corpus.tokenizer), vocabulary)
     torn, step = [], (0, 200 * LENGTH)
-    for objective in (make("mlm", 0.3, vocabulary, words), make("mlm", 0.3, vocabulary)):
+    for objective in (Masking(vocabulary, 0.3, words), MaskedLM(0.3).bind(vocabulary)):
         batch = share_of(opened(), objective, micro=200, step=step).micro_batches[0]
         tokens = torch.where(all_labels(batch) == IGNORE, batch.input_ids, all_labels(batch)).numpy()
         first = words.first_tokens(tokens, np.array(batch.lengths))
@@ -247,7 +247,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(corpus, tmp_path):
 
 
 def test_moving_a_micro_batch_keeps_what_it_holds(opened, vocabulary):
-    batch = share_of(opened(), make("mlm", 0.3, vocabulary)).micro_batches[0]
+    batch = share_of(opened(), MaskedLM(0.3).bind(vocabulary)).micro_batches[0]
     moved = batch.to(torch.device("cpu"))
     assert all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -15,9 +15,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
+from megatron_detour.commands.evaluate import add_intrinsic_arguments, measure_masked_words
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation import probes
-from megatron_detour.evaluation.masked_words import command as intrinsic_command
 from megatron_detour.evaluation.masked_words import measure as intrinsic
 from megatron_detour.evaluation.masked_words import score as intrinsic_score
 from megatron_detour.evaluation.masked_words.figures import FEWEST_DOCUMENTS, SUMS, compared, draws, measured
@@ -429,7 +429,7 @@ def test_words_of_a_file_are_the_domain(model_folder, texts, tmp_path, capsys):
 
 def test_the_command_takes_what_measure_takes(model_folder, taught_folder, texts, tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
-    intrinsic_command.add_arguments(parser)
+    add_intrinsic_arguments(parser)
     given = [
         "--model",
         str(model_folder),
@@ -441,17 +441,17 @@ def test_the_command_takes_what_measure_takes(model_folder, taught_folder, texts
     ]
     calls = []
     monkeypatch.setattr(intrinsic, "measure", lambda *arguments: calls.append(arguments))
-    assert intrinsic_command.run(parser.parse_args(given)) == 0
+    measure_masked_words(parser.parse_args(given))
     more = ["--reference", "a", "--reference", "b", "--mask-rate", "0.3", "--ratio", "4"]
     given[1:3] = [f"x={model_folder}", f"y={taught_folder}"]
-    intrinsic_command.run(parser.parse_args(given + more))
+    measure_masked_words(parser.parse_args(given + more))
     (plain, named) = calls
     assert plain == ({"random": model_folder, "taught": taught_folder}, [texts], IntrinsicOptions(), tmp_path / "out")
     assert list(named[0]) == ["x", "y"]
     assert named[2] == IntrinsicOptions(reference=(Path("a"), Path("b")), mask_rate=0.3, ratio=4)
     given[2] = f"x={taught_folder}"
     with pytest.raises(DetourError, match="a second model named 'x'"):
-        intrinsic_command.run(parser.parse_args(given))
+        measure_masked_words(parser.parse_args(given))
 
 
 @pytest.mark.parametrize(

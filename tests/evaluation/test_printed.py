@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from megatron_detour.evaluation.command import list_tasks
+from megatron_detour.commands.evaluate import list_tasks
 from megatron_detour.evaluation.masked_words.tables import print_tables
 from megatron_detour.evaluation.report.page import as_text
 from megatron_detour.evaluation.report.summary import summarise

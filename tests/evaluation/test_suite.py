@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_detour.commands import evaluate as command
+from megatron_detour.commands.parser import Parser
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation import command
 from megatron_detour.evaluation.finetuning.progress import SuiteProgress
 from megatron_detour.evaluation.finetuning.protocol import KNOWN, known_protocols, load_protocol
 from megatron_detour.evaluation.models import check_model
@@ -153,17 +154,15 @@ def _lives(pid: int) -> bool:
 
 def test_a_finished_suite_does_nothing_and_more_seeds_only_theirs(workshop, unbroken, tmp_path, capsys):
     before = (unbroken / "results.jsonl").read_bytes()
-    assert command.run(_options(arguments(workshop, unbroken))) == 0
+    command.run(_options(arguments(workshop, unbroken)))
     assert "8 of 8 fine-tunings were finished before" in capsys.readouterr().err
     assert (unbroken / "results.jsonl").read_bytes() == before
 
 
 def _options(words: list[str]):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    command.add_run_arguments(parser)
-    return parser.parse_args(words)
+    parser = Parser()
+    command.add_arguments(parser)
+    return parser.read(words)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +459,7 @@ def test_groups_and_lists_of_tasks(workshop, capsys):
     assert len(command.chosen_tasks(["paper-fr", "quaero_emea"], workshop)) == 8
     with pytest.raises(DetourError, match=r"--tasks all: .* has no folder named as a task"):
         command.chosen_tasks(["all"], workshop)
-    assert command.list_tasks() == 0
+    command.list_tasks()
     assert "quaero_medline" in capsys.readouterr().out
 
 

@@ -16,9 +16,10 @@ import matplotlib.figure
 import torch._inductor.compile_fx
 import transformers.models.modernbert.modeling_modernbert
 
+import megatron_detour.commands.train
 import megatron_detour.training.session
+from megatron_detour.commands.main import main
 from megatron_detour.errors import command_line
-from megatron_detour.training.run import main
 
 
 def fail_at(step_number: int) -> None:
@@ -152,4 +153,4 @@ def work(environment: dict[str, str], log: str, arguments: list[str]) -> None:
         validate_to_nan(int(os.environ["NAN_VALIDATION"]))
     if "NO_REPORT" in os.environ:
         no_report()
-    command_line(lambda: main("no run file was given", arguments))
+    command_line(lambda: main(["train", *arguments]))

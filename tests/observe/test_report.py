@@ -52,7 +52,7 @@ def test_a_finished_run_of_three_phases(tmp_path: Path) -> None:
     assert "Training time 2m16s" in text  # 7.3 s + 299 times 0.43 s
     assert "Mean throughput 145k tokens per second" in text
     assert "Waiting for data 0.9%" in text
-    assert "decay MLM 15% 60 3.93M 15.7M – 19.7M rises to 0.0005 over 655k tokens" in text
+    assert "decay MLM 15% masked 60 3.93M 15.7M – 19.7M rises to 0.0005 over 655k tokens" in text
     assert "149,655,232" in text and "2026-03-02T18:40:51+00:00 (resumed) 100" in text
     assert "deepspeed 0.19.4" in text and "seed: 17" in text and "7.420 nats per token" in text
     assert "2.24 GiB" in text and "abababababab" in text and "cdcdcdcdcdcd" in text
@@ -79,7 +79,7 @@ def test_text_from_the_run_is_escaped(tmp_path: Path) -> None:
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     text = page_words(make_run(tmp_path, TWO_PHASES, done=140))
     assert "Unfinished : step 140 of 200" in text and "Finished :" not in text
-    assert "decay MLM 30% 20 of 80" in text
+    assert "decay MLM 30% masked 20 of 80" in text
     assert "Tokens trained 9.18M of 13.1M planned" in text
 
 
@@ -163,10 +163,10 @@ def test_settings_of_a_phase_stand_below_its_row(tmp_path: Path) -> None:
         "reads data/web (1)" in text
     )
     assert (
-        "whole words are masked; the optimizer state begins anew; 64 sequences of 1,024 tokens a step; "
+        "the optimizer state begins anew; 64 sequences of 1,024 tokens a step; "
         "reads data/web (0.25), data/notes (0.75)" in text
     )
-    assert "decay MLM 30% to 10% 10" in text
+    assert "decay MLM 30% to 10% masked, whole words 10" in text
 
 
 def test_tokens_are_those_of_the_records_where_steps_differ(tmp_path: Path) -> None:

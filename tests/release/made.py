@@ -160,7 +160,7 @@ def _record(plan: Plan, number: int) -> dict[str, Any]:
         "step": number,
         "tokens": step.tokens,
         "phase": step.phase.name,
-        "objective": step.phase.objective,
+        "objective": step.phase.objective.name,
         "loss": 3.0,
         "lr": step.learning_rate,
         "grad_norm": 1.0,

@@ -98,10 +98,10 @@ def test_the_hub_reads_the_front_matter(run, tmp_path):
 def test_a_resumed_run_that_is_done(run, tmp_path):
     card, exported = card_of(run, 6, tmp_path / "model")
     detour, decay = table(card, "Training")
-    assert (detour["Phase"], detour["Objective"], detour["Masked"]) == ("detour", "CLM", "nothing")
+    assert (detour["Phase"], detour["Objective"], detour["Input"]) == ("detour", "CLM", "unchanged")
     assert (detour["Tokens"], detour["Steps"]) == (f"{4 * STEP_TOKENS:,}", "4")
     assert detour["Frozen"] == "embeddings" and "0.0002" in detour["Learning rate"]
-    assert (decay["Phase"], decay["Objective"], decay["Masked"]) == ("decay", "MLM", "15%")
+    assert (decay["Phase"], decay["Objective"], decay["Input"]) == ("decay", "MLM", "15% masked")
     assert (decay["Tokens"], decay["Steps"], decay["Frozen"]) == (f"{2 * STEP_TOKENS:,}", "2", "nothing")
     assert f"All of it was done: 6 steps, {6 * STEP_TOKENS:,} tokens." in card
     assert "interrupted and resumed after step 3;" in card and "padding included (5.00%)" in card

@@ -1,11 +1,10 @@
-"""The command line of tools/convert_to_hf.py, the upload, and the commands of docs/release.md."""
+"""`megatron-detour convert`, the upload, and the commands of docs/release.md."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
-import runpy
 import shlex
 import shutil
 from collections.abc import Callable
@@ -16,9 +15,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_detour.commands import convert as command
+from megatron_detour.commands.main import main
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.models import fingerprint
-from megatron_detour.release import command, hub
+from megatron_detour.release import hub
 from tests.evaluation.evaluations import MadeUp, make_evaluation
 from tests.harness import ROOT
 from tests.release.made import make_run
@@ -35,15 +36,9 @@ def run(corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def convert(monkeypatch) -> Callable[[list[str]], None]:
-    """The tool itself, in this process."""
-    main = runpy.run_path(str(ROOT / "tools/convert_to_hf.py"))["main"]
-
-    def run_with(arguments: list[str]) -> None:
-        monkeypatch.setattr("sys.argv", ["convert_to_hf.py", *arguments])
-        main()
-
-    return run_with
+def convert() -> Callable[[list[str]], None]:
+    """The command, in this process."""
+    return lambda words: main(["convert", *words])
 
 
 @dataclass
@@ -104,8 +99,8 @@ def test_a_failed_upload_leaves_the_folder_and_says_how_to_go_on(convert, run, t
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--private"], "--private: is of --push-to-hub REPO"),
-        (["--evaluation-model", "a"], "--evaluation-model: is of --evaluation DIR"),
+        (["--private"], "--private requires --push-to-hub"),
+        (["--evaluation-model", "a"], "--evaluation-model requires --evaluation"),
         (["--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: not the name of a repository"),
         (["--language", "english"], "'english' is not a language code"),
         (["--base-model", "ModernBERT"], "'ModernBERT' is not a hub id"),

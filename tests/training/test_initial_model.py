@@ -14,6 +14,7 @@ from megatron_detour.checkpoint import source
 from megatron_detour.config import Model
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import FIXED, INERT_KEYS, OLD_KEYS, READ_KEYS, TOKEN_IDS, refuse_unknown_keys
+from megatron_detour.objectives import MaskedLM
 from megatron_detour.tokenizer import vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 from megatron_detour.training.initial_model import InitialModel
@@ -84,7 +85,7 @@ def test_a_shape_that_does_not_fit_is_refused(tokenizer_folder, config, told):
 def test_words_are_there_for_phases_that_mask_them(hub, tokenizer_folder):
     config = config_with(start="org/model")
     assert InitialModel.of(config).words is None
-    last = dataclasses.replace(config.phases[-1], objective="mlm", mask_rate=0.3, whole_word_masking=True)
+    last = dataclasses.replace(config.phases[-1], objective=MaskedLM(0.3, whole_word_masking=True))
     words = InitialModel.of(dataclasses.replace(config, phases=(*config.phases[:-1], last))).words
     expected = Words.of(tokenizer_folder / "tokenizer.json", vocabulary.load_vocabulary(tokenizer_folder))
     assert (words.goes_on == expected.goes_on).all()

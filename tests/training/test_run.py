@@ -31,6 +31,8 @@ from megatron_detour.plan import Plan
 from megatron_detour.release.export import export
 from tests.harness import ROOT, environment, free_port, slow
 
+pytestmark = pytest.mark.integration
+
 SCRIPT = ROOT / "examples" / "pretrain_large.sh"
 BIN = Path(sys.executable).parent
 STEPS = (3, 3)
@@ -268,12 +270,10 @@ def test_one_ctrl_c_in_a_terminal_saves_and_comes_back_when_all_have_ended(run_f
 WITHOUT_TORCH = """
 import sys
 from megatron_detour.errors import command_line
-from megatron_detour.training.run import main
-
-pytestmark = pytest.mark.integration
+from megatron_detour.commands.main import main
 def run():
     try:
-        return main(sys.argv[1], sys.argv[2:])
+        return main(["train", *sys.argv[1:]])
     finally:
         assert not {"torch", "deepspeed", "transformers"} & sys.modules.keys()
 command_line(run)
@@ -291,7 +291,7 @@ def test_a_finished_run_says_so_before_anything_is_loaded(unbroken, run_file, la
     told = start_without_torch(str(run_file), *launch, f"folder={unbroken}")
     assert (told.returncode, told.stderr) == (0, "")
     assert f"this run is finished: {sum(STEPS)} steps" in told.stdout
-    assert f"convert_to_hf.py --checkpoint {unbroken}" in told.stdout
+    assert f"megatron-detour convert --checkpoint {unbroken}" in told.stdout
     assert sorted(unbroken.rglob("*")) == before
 
 
@@ -403,7 +403,7 @@ def test_what_cannot_be_run_is_told_in_one_sentence(unbroken, run_file, tmp_path
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     told = refused(run_file, new, "model.config=null", f"model.start={tmp_path / 'bert'}")
     assert "not a ModernBERT but a 'bert' model" in told
-    assert "preprocess_data.py" in refused(run_file, new, "data.corpora.0.prefix=nowhere/corpus")
+    assert "megatron-detour preprocess" in refused(run_file, new, "data.corpora.0.prefix=nowhere/corpus")
     texts = write_jsonl(tmp_path / "other.jsonl", [f"quite another text, number {i}" for i in range(500)])
     train_tokenizer([texts], tmp_path / "other", 300)
     assert "another tokenizer" in refused(run_file, new, f"model.tokenizer={tmp_path / 'other'}")

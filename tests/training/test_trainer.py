@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_detour import files
+from megatron_detour.objectives import CausalLM
 from megatron_detour.training import trainer as module
 from megatron_detour.training import validation
 from megatron_detour.training.trainer import Trainer
@@ -37,11 +38,9 @@ def load(documents, rank_batch, monkeypatch) -> tuple:
     made.data = SimpleNamespace(of=lambda phase: SimpleNamespace(documents=documents))
     made.state = SimpleNamespace(data_rank=0, data_size=1, sequence_multiple=1)
     made.start, made.config = SimpleNamespace(words=None, vocabulary=None), SimpleNamespace(seed=7)
-    settings = SimpleNamespace(whole_word_masking=False)
-    phase = SimpleNamespace(settings=settings, objective="clm", micro_sequences=1, sequence_length=8)
-    monkeypatch.setattr(module, "make", lambda *arguments: "objective")
+    phase = SimpleNamespace(micro_sequences=1, sequence_length=8)
     monkeypatch.setattr(module, "rank_batch", rank_batch)
-    return made._load(SimpleNamespace(phase=phase, mask_rate=None, start=0, tokens=8))
+    return made._load(SimpleNamespace(phase=phase, objective=CausalLM(), start=0, tokens=8))
 
 
 @pytest.mark.parametrize("number", sorted(files.TRANSIENT))

@@ -64,7 +64,8 @@ def test_losses_and_bytes_are_those_of_the_definition(corpus, tokenizer_folder):
     mixture, batch = held_out.mixture, held_out.documents
     assert batch.lengths.sum() == pytest.approx(12 * 50, abs=50)
     vocabulary, tokenizer = mixture.vocabulary, load_tokenizer(tokenizer_folder)
-    for name, objective in (("mlm", MaskedLM(vocabulary, 0.15)), ("clm", CausalLM(vocabulary))):
+    for name, kind in (("mlm", MaskedLM(0.15)), ("clm", CausalLM())):
+        objective = kind.bind(vocabulary)
         corrupted = objective.apply(mixture.tokens(batch), batch.lengths, 0, batch.numbers)
         ids = torch.from_numpy(corrupted.inputs.reshape(-1))
         starts = np.cumsum(batch.lengths) - batch.lengths

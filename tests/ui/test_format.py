@@ -11,7 +11,6 @@ from megatron_detour.ui.format import (
     duration,
     format_lr,
     frozen_words,
-    objective_words,
     shortened,
 )
 
@@ -62,19 +61,6 @@ def test_rate_words(rate: dict[str, Any], text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("phase", "text"),
-    [
-        ({"objective": "clm", "mask_rate": None, "mask_rate_end": None}, "CLM"),
-        ({"objective": "mlm", "mask_rate": 0.3}, "MLM, 30% masked"),
-        ({"objective": "mlm", "mask_rate": 0.3, "mask_rate_end": 0.3}, "MLM, 30% masked"),
-        ({"objective": "mlm", "mask_rate": 0.3, "mask_rate_end": 0.155}, "MLM, 30% to 15.5% masked"),
-    ],
-)
-def test_objective_words(phase: dict[str, Any], text: str) -> None:
-    assert objective_words(phase) == text
 
 
 def test_words_of_a_batch_and_of_frozen_parts() -> None:

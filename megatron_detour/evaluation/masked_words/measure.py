@@ -198,8 +198,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         [line["settings"] for line in lines]
     except (DetourError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise DetourError(
-            f"{path}: not the lines of tools/evaluate.py intrinsic ({error!r:.200}); remove the file, what is measured "
-            "is kept beside it"
+            f"{path}: not the lines of megatron-detour evaluate intrinsic ({error!r:.200}); remove the file, what is "
+            "measured is kept beside it"
         ) from None
     return lines
 

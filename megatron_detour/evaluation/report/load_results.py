@@ -90,7 +90,7 @@ def read_evaluation(output: Path, baseline: str | None = None) -> Evaluation:
     path = output / RESULTS
     found = read_results(output)
     if not found:
-        raise DetourError(f"{path}: holds no result yet; evaluate a model first (tools/evaluate.py run)")
+        raise DetourError(f"{path}: holds no result yet; evaluate a model first (megatron-detour evaluate)")
     for cell, result in found.items():
         _check(path, cell, result)
     _refuse_mixed(path, found)

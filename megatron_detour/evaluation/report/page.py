@@ -58,13 +58,13 @@ def read_summary(output: Path) -> Summary:
     """The figures that write_report has written. Raises DetourError where it has not, or for a damaged file."""
     path = Path(output) / FIGURES
     if not path.is_file():
-        raise DetourError(f"{path}: no such file; write the report first (tools/evaluate.py report {output})")
+        raise DetourError(f"{path}: no such file; write the report first (megatron-detour evaluate report {output})")
     try:
         summary = read_json_object(path)
     except DetourError as fault:
-        raise DetourError(f"{fault}; write the report again (tools/evaluate.py report {output})") from None
+        raise DetourError(f"{fault}; write the report again (megatron-detour evaluate report {output})") from None
     if summary.get("format") != FORMAT:
-        raise DetourError(f"{path}: of another version; write the report again (tools/evaluate.py report {output})")
+        raise DetourError(f"{path}: of another version; run megatron-detour evaluate report {output}")
     return summary
 
 

@@ -1,4 +1,4 @@
-"""The command that starts or resumes a run: arguments, run file, plan."""
+"""`megatron-detour train`: starts or resumes a run. Started again in the same folder, a run goes on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_detour.checkpoint.store import checkpoint_folder
-from megatron_detour.config import RunConfig, as_control, load, parse_control
+from megatron_detour.commands.parser import add_control, read_run_file
+from megatron_detour.config import RunConfig
 from megatron_detour.config.deepspeed import look_at_deepspeed_config
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.forecast import faults
@@ -24,23 +24,25 @@ from megatron_detour.runtime.terminal import ctrl_c_for_this_rank
 from megatron_detour.training.run_directory import CHECKPOINTS, is_finished, refuse_another_run, stand_in
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise DetourError(f"{message}; --help lists what there is")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("words", nargs="*", metavar="RUN.yaml|key=value", help="the run file, then changes of its keys")
+    add("--run-file", metavar="RUN.yaml", help="the run to train: a file, or the name of a packaged recipe")
+    add_control(parser)
+    add("--plan", action="store_true", help="print the plan and stop")
+    add("--launch", action="store_true", help="start RANKS ranks, by default one per GPU, with DeepSpeed's launcher")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
 
 
-def main(default_run_file: str | Path, arguments: list[str] | None = None) -> int:
-    """Runs what the command line says: [--run-file F] [--control] [--plan] [key=value ...]; returns the exit status.
-
-    Raises DetourError.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(default_run_file, arguments)
+def run(options: argparse.Namespace) -> int:
+    """Trains, or resumes, on this process's rank; returns the exit status. Raises DetourError."""
+    if options.run_file is None:
+        options.run_file, *options.words = options.words or [None]
+    if options.run_file is None:
+        raise DetourError("a run file is needed: megatron-detour train RUN.yaml, or the name of a packaged recipe")
     if not options.launch:
         join_slurm(os.environ)
-    config = load(options.run_file, options.overrides)
-    if options.control is not None:
-        config = as_control(config, parse_control(options.control))
+    config = read_run_file(options.run_file, options.words, options.control)
     plan = Plan.of(config)
     folder = Path(config.folder)
     first = int(os.environ.get("RANK", "0")) == 0
@@ -57,7 +59,7 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
         return 0
     if options.launch:
         _refuse_early(config, plan, folder)
-        return launch(sys.argv[0], [word for word in arguments if word != "--launch"])
+        return launch(sys.argv[0], [word for word in sys.argv[1:] if word != "--launch"])
     launched = os.environ.get("LOCAL_RANK") == "0" and first
     own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
     with Preemption(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
@@ -69,7 +71,7 @@ def main(default_run_file: str | Path, arguments: list[str] | None = None) -> in
 
 def _refuse_early(config: RunConfig, plan: Plan, folder: Path) -> None:
     """What every rank would refuse is told in a second or two, before a launcher and torch are started for it."""
-    masks_words = any(phase.whole_word_masking for phase in config.phases)
+    masks_words = config.needs_word_boundaries
     start = look(stand_in(folder, config.model) or config.model, masks_words)
     found = [*start.faults, *look_at_deepspeed_config(config.deepspeed)[1], *faults.of_packages(config)]
     found += faults.of_shape(config, plan, start.shape) if start.shape else []
@@ -84,30 +86,3 @@ def _finished(folder: Path, plan: Plan) -> str:
         f"this run is finished: {plan.total_steps:,} steps, {plan.total_tokens:,} tokens; to train another one choose "
         f"another folder=...\nmodel    {checkpoint}\n{next_commands(folder, checkpoint, plan.has_detour)}"
     )
-
-
-def _parse(default_run_file: str | Path, arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        description="Continued pretraining with a causal detour. Started again in the same folder, a run goes on.",
-        epilog="key=value changes a key of the run file, for instance phases.detour.tokens=1B or folder=runs/mine.",
-    )
-    parser.add_argument(
-        "--run-file", default=str(default_run_file), metavar="RUN.yaml", help="the run to train (%(default)s)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument(
-        "--control",
-        nargs="?",
-        const="mlm=0.30",
-        metavar="mlm=RATE",
-        help="the equal-compute twin: causal phases become MLM at this rate (mlm=0.30)",
-    )
-    parser.add_argument("--plan", action="store_true", help="print the plan and stop")
-    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)  # bash's: start the ranks
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
-    options = parser.parse_intermixed_args(arguments)
-    if options.control is not None and not options.control.startswith("mlm=") and "=" in options.control:
-        # `--control key=value`: the flag stood alone before an override.
-        options.overrides.insert(0, options.control)
-        options.control = "mlm=0.30"
-    return options

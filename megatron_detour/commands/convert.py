@@ -1,10 +1,10 @@
-"""The command line of tools/convert_to_hf.py: its arguments, and what they start."""
+"""`megatron-detour convert`: a checkpoint as a Hugging Face folder with a model card, after comparing its logits with
+transformers'."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from megatron_detour.errors import DetourError
 from megatron_detour.release import hub
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base-model", metavar="OWNER/NAME", help="the start model on the hub, where the run used a local folder")
     add("--domain", metavar="NAME", help="of the texts, such as medical: the card then says what follows from it")
     add("--card-facts", metavar="FILE", help="YAML: these and more, such as the corpora's licences (docs/release.md)")
-    add("--evaluation", metavar="DIR", help="put the scores of tools/evaluate.py --output DIR on the card")
+    add("--evaluation", metavar="DIR", help="put the scores of megatron-detour evaluate --output DIR on the card")
     add("--evaluation-model", metavar="NAME", help="the model's name in that evaluation (--name, or the folder's)")
     upload = parser.add_argument_group("upload; without it nothing uses the network")
     upload.add_argument("--push-to-hub", metavar="REPO", help="upload the folder once it is complete")
@@ -41,18 +41,21 @@ def evaluated_name(options: argparse.Namespace) -> str:
     return options.evaluation_model or options.name or Path(options.output).name
 
 
-def run(options: argparse.Namespace, evaluation: list[dict[str, Any]] | None, scored: Path | None = None) -> None:
-    """Exports, says what came of it, and uploads where that was asked for. Raises DetourError.
-
-    `evaluation` are rows for the card, `scored` the folder whose scores they are, where it is there unchanged.
-    """
+def run(options: argparse.Namespace) -> None:
+    """Exports, says what came of it, and uploads where that was asked for. Raises DetourError."""
     repository = options.push_to_hub
     if options.private and not repository:
-        raise DetourError("--private: is of --push-to-hub REPO, which is not there")
+        raise DetourError("--private requires --push-to-hub")
     if options.evaluation_model and not options.evaluation:
-        raise DetourError("--evaluation-model: is of --evaluation DIR, which is not there")
+        raise DetourError("--evaluation-model requires --evaluation")
     if repository:
         hub.check_repository(repository)
+    rows = scored = None
+    if options.evaluation:
+        from megatron_detour.evaluation.report.page import model_table, scored_folder
+
+        evaluation, name = Path(options.evaluation), evaluated_name(options)
+        rows, scored = model_table(evaluation, name), scored_folder(evaluation, name)
     exported = export(
         options.checkpoint,
         options.output,
@@ -60,7 +63,7 @@ def run(options: argparse.Namespace, evaluation: list[dict[str, Any]] | None, sc
         as_decoder=options.decoder,
         text=options.text,
         given=_given(options),
-        evaluation=evaluation,
+        evaluation=rows,
         scored=scored,
         repository=repository,
     )

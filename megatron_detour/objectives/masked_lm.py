@@ -1,58 +1,83 @@
-"""An objective is one object: the direction of attention, the corruption of the input and the labels.
-
-A third objective is one more small class here and a name in `make`. Corruption depends on (seed, document, position)
-alone: counter-based random numbers leave no state behind, and a document's do not depend on its neighbours in a batch.
-"""
+"""Masked language modeling: a share of the tokens is hidden and to be restored from those around it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 
 from megatron_detour.counter_rng import GOLDEN, mix, streams
-from megatron_detour.tokenizer.vocabulary import Vocabulary
-from megatron_detour.tokenizer.word_boundaries import Words
+from megatron_detour.objectives.base import Corrupted, Objective
+from megatron_detour.settings import Range
 
-IGNORE = -100  # the label of a position that has none, as in torch and transformers
+if TYPE_CHECKING:
+    from megatron_detour.tokenizer.vocabulary import Vocabulary
+    from megatron_detour.tokenizer.word_boundaries import Words
+
 KEEP, REPLACE_BY_MASK = 0.1, 0.8  # of the chosen positions; the rest gets a random id (Devlin et al., 2019)
 CHOICE, ACTION = 1, 2  # what draws are for
 FULL_CHOICE, FULL_ACTION = 1 << 16, 1 << 32
 BLOCK = 1 << 16  # positions masked at once: what is needed in between stays in the cache
+SHARE, USUAL_RATES = Range(above=0, below=1), (0.05, 0.50)
 
 
 @dataclass(frozen=True)
-class Corrupted:
-    """What a model is given and asked for; all int64."""
+class MaskedLM(Objective):
+    name = "mlm"
+    label = "MLM"
+    color = ("#2563c9", "#7fb0ff")
+    accuracy = True
+    special_tokens = ("mask",)
+    scheduled = ("mask_rate",)
 
-    inputs: np.ndarray  # [positions]
-    labelled: np.ndarray  # [L], the labelled positions, ascending
-    labels: np.ndarray  # [L]
+    mask_rate: Annotated[float, SHARE, "share of tokens that are masked"]
+    mask_rate_end: Annotated[
+        float | None, SHARE, "mask rate at the end of the phase, reached linearly; constant unless set"
+    ] = None
+    whole_word_masking: Annotated[bool, "mask all tokens of a word or none (section 4)"] = False
 
-    def all_labels(self) -> np.ndarray:
-        """[positions], IGNORE where there is none."""
-        labels = np.full(self.inputs.shape, IGNORE, dtype=np.int64)
-        labels[self.labelled] = self.labels
-        return labels
+    @classmethod
+    def for_validation(cls, mask_rate: float) -> Self:
+        return cls(mask_rate)
 
+    def bind(self, vocabulary: Vocabulary, words: Words | None = None) -> Masking:
+        return Masking(vocabulary, self.mask_rate, words if self.whole_word_masking else None)
 
-class Objective(Protocol):
-    causal: bool
+    def at(self, done: int, tokens: int) -> Self:
+        first, last = self.mask_rate, self.mask_rate_end
+        if last is None:
+            return self
+        return dataclasses.replace(self, mask_rate=first + (last - first) * done / tokens, mask_rate_end=None)
 
-    def apply(self, tokens: np.ndarray, lengths: np.ndarray, seed: int, numbers: np.ndarray) -> Corrupted:
-        """Corrupts documents.
+    def labeled_share(self, mean_document: float) -> float:
+        first, last = self.mask_rate, self.mask_rate_end
+        return first if last is None else (first + last) / 2
 
-        tokens: int [positions], one document after the other; lengths: int64 [documents], summing to `positions`;
-        numbers: int64 [documents], by which the documents draw.
-        """
-        ...
+    @property
+    def needs_word_boundaries(self) -> bool:
+        return self.whole_word_masking
+
+    def details(self) -> str:
+        first, last = self.mask_rate, self.mask_rate_end
+        if first is None:
+            return ""
+        end = "" if last in (None, first) else f" to {100 * last:.3g}%"
+        return f"{100 * first:.3g}%{end} masked{', whole words' if self.whole_word_masking else ''}"
+
+    def warnings(self) -> Iterator[tuple[str, str]]:
+        low, high = USUAL_RATES
+        for key in ("mask_rate", "mask_rate_end"):
+            rate = getattr(self, key)
+            if rate is not None and not low <= rate <= high:
+                yield key, f"{rate:g} lies outside {low:g} to {high:g}; 0.15 to 0.3 is usual"
 
 
 @dataclass(frozen=True)
-class MaskedLM:
-    """Bidirectional; a share of the ordinary tokens is to be restored. Special tokens are never chosen or drawn.
+class Masking:
+    """A share of the ordinary tokens is to be restored. Special tokens are never chosen or drawn.
 
     With `words`, all tokens of a word are chosen or none, at the same expected share.
     """
@@ -98,31 +123,6 @@ class MaskedLM:
         kept = action[others] < round((REPLACE_BY_MASK + KEEP) * FULL_ACTION)
         inputs[chosen[others]] = np.where(kept, tokens[others], random_ids)
         return chosen, tokens
-
-
-@dataclass(frozen=True)
-class CausalLM:
-    """Causal; a position's label is the next token of its document, and the last one has none. [CLS] is never a
-    target."""
-
-    vocabulary: Vocabulary
-    causal = True
-
-    def apply(self, tokens: np.ndarray, lengths: np.ndarray, seed: int, numbers: np.ndarray) -> Corrupted:
-        inputs = tokens.astype(np.int64)
-        following = np.roll(inputs, -1)
-        has_label = np.ones(len(following), dtype=bool)
-        has_label[np.cumsum(lengths) - 1] = False
-        for special in (self.vocabulary.pad, self.vocabulary.cls):
-            if special is not None:
-                has_label &= following != special
-        labelled = np.flatnonzero(has_label)
-        return Corrupted(inputs, labelled, following[labelled])
-
-
-def make(name: str, mask_rate: float | None, vocabulary: Vocabulary, words: Words | None = None) -> Objective:
-    """The objective that a phase of the run file names."""
-    return CausalLM(vocabulary) if name == "clm" else MaskedLM(vocabulary, mask_rate, words)
 
 
 def _blocks(lengths: np.ndarray) -> Iterator[tuple[slice, slice]]:

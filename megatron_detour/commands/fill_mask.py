@@ -1,0 +1,33 @@
+"""`megatron-detour fill-mask`: what models put in place of a mask, side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from transformers.utils import logging
+
+from megatron_detour.evaluation.probes import print_report, probes_from_corpus, read_probes, run_probes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", type=Path, action="append", required=True, help="Hugging Face folder; may be repeated")
+    add("--label", action="append", help="heading of a model's column; once for each --model")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--probes", type=Path, help='lines {"text": "... [MASK] ...", "answer": "word"}')
+    source.add_argument("--from-corpus", type=Path, help="make probes of a .jsonl, .jsonl.gz or .txt file")
+    add("--count", type=int, default=10, help="probes to make, with --from-corpus")
+    add("--seed", type=int, default=0, help="another seed makes other probes, with --from-corpus")
+    add("--text-key", default="text", help="the key of a JSON line that holds the text")
+    add("--top", type=int, default=3, help="words to show for each mask")
+
+
+def run(options: argparse.Namespace) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if options.probes:
+        probes = read_probes(options.probes)
+    else:
+        probes = probes_from_corpus(options.from_corpus, options.count, options.seed, options.text_key)
+    print_report(run_probes(options.model, probes, options.label, options.top))

@@ -1,0 +1,131 @@
+"""docs/extending.md: its files, put into a copy of the package, are all that a new kind needs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.harness import ROOT, environment
+
+PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+LOOK = """
+import json, sys
+import numpy as np
+from pathlib import Path
+from megatron_detour.config import load
+from megatron_detour.forecast import forecast
+from megatron_detour.observe.compare import write_comparison
+from megatron_detour.plan import Plan
+from megatron_detour.release.export import export
+from megatron_detour.tokenizer.vocabulary import load_vocabulary
+
+run_file, folder, twin, out = sys.argv[1:]
+config = load(run_file)
+plan = Plan.of(config)
+objective = config.phases[0].objective
+vocabulary, tokens = load_vocabulary(config.model.tokenizer), np.arange(20, 220)
+lengths, numbers = np.array([150, 50]), np.array([3, 4])
+mntp, mlm = (kind.bind(vocabulary).apply(tokens, lengths, 17, numbers) for kind in (objective, plan.phases[1].objective.__class__(0.3)))
+foreseen = forecast(config, plan, device="cpu")
+page, text = write_comparison([Path(folder), Path(twin)], Path(out) / "compared")
+export(folder, f"{out}/model", "fp32")
+print(json.dumps({
+    "table": plan.table(),
+    "labels": [mntp.labelled.tolist(), mntp.labels.tolist()],
+    "masked": [mlm.labelled.tolist(), mlm.labels.tolist()],
+    "same inputs": mntp.inputs.tolist() == mlm.inputs.tolist(),
+    "faults": foreseen.faults,
+    "flops": [cost.flops for cost in foreseen.costs],
+    "compared": text,
+}))
+"""  # noqa: E501
+
+
+def files(heading: str) -> dict[str, str]:
+    """The Python files that a section names, each before its code block."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    return dict(re.findall(r"^`(\S+\.py)` in `megatron_detour/`:\n\n```python\n(.*?)```", section, re.M | re.S))
+
+
+@pytest.fixture
+def extended(tmp_path):
+    """Copies the package and adds the files of a section, none of which is there; returns how to run Python on it."""
+
+    def extend(heading: str):
+        shutil.copytree(ROOT / "megatron_detour", tmp_path / "megatron_detour")
+        for name, content in files(heading).items():
+            assert not (ROOT / "megatron_detour" / name).exists()
+            (tmp_path / "megatron_detour" / name).write_text(content, encoding="utf-8")
+
+        def python(*arguments: str) -> str:
+            command = [sys.executable, *arguments]
+            there = environment() | {"PYTHONPATH": str(tmp_path)}
+            done = subprocess.run(command, env=there, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+            return done.stdout
+
+        return python
+
+    return extend
+
+
+def run_file(folder: Path, corpus, **changes) -> str:
+    phase = {"tokens": "3 steps", "learning_rate": {"peak": 1e-2}}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    content = {
+        "name": "tiny",
+        "folder": str(folder / "run"),
+        "model": {"config": shape | {"max_position_embeddings": 128}, "tokenizer": str(corpus.tokenizer)},
+        "data": {"corpora": [{"prefix": corpus.prefix}], "sequence_length": 64},
+        "batch": {"sequences": 4, "micro_sequences": 2},
+        "phases": [
+            {"name": "detour", "objective": "clm", **phase},
+            {"name": "decay", "objective": "mlm", "mask_rate": 0.15, **phase},
+        ],
+        "deepspeed": str(ROOT / "ds_configs/zero2_fp32_cpu.json"),
+        "validation": {"corpora": [{"prefix": corpus.prefix}], "sequences": 4},
+        "tensorboard": False,
+        **changes,
+    }
+    content["phases"][0] |= content.pop("detour", {})
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.integration
+def test_an_objective_is_one_file(extended, corpus, tmp_path):
+    """From the run file to the card: planned, forecast, trained, validated, reported, compared."""
+    assert list(files("An objective")) == ["objectives/masked_next_token.py"]
+    python = extended("An objective")
+    run = run_file(tmp_path, corpus, detour={"objective": "mntp", "mask_rate": 0.3})
+    python("-m", "megatron_detour", "train", "--run-file", run)
+    python("-m", "megatron_detour", "train", "--run-file", run, "--control")
+    seen = json.loads(
+        python("-c", LOOK, run, str(tmp_path / "run"), str(tmp_path / "run-control"), str(tmp_path)).splitlines()[-1]
+    )
+    assert "detour  MNTP, 30% masked" in seen["table"]
+    assert seen["faults"] == [] and seen["flops"][0] > seen["flops"][1]  # more positions are labeled
+    # A masked token's label stands one position before it, unless it begins a document.
+    assert seen["same inputs"]
+    expected = [(place - 1, label) for place, label in zip(*seen["masked"], strict=True) if place not in (0, 150)]
+    assert list(zip(*seen["labels"], strict=True)) == [tuple(pair) for pair in expected]
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["objective"] for record in records[1:]] == ["mntp"] * 3 + ["mlm"] * 3
+    assert [record["mask_rate"] for record in records[1:]] == [0.3] * 3 + [0.15] * 3
+    assert records[3]["val_mntp_loss"] < records[0]["val_mntp_loss"]
+    assert "val_mntp_accuracy" in records[6] and "val_clm_loss" in records[6]
+    twin = json.loads((tmp_path / "run-control/plan.json").read_text())
+    assert [phase["objective"] for phase in twin["phases"]] == ["mlm", "mlm"]
+    report = (tmp_path / "run/report.html").read_text()
+    assert "MNTP loss" in report and "--mntp: #7a3fb0" in report and "mntp-text" in report
+    assert "MNTP loss" in seen["compared"] and (tmp_path / "compared/validation.png").stat().st_size > 1_000
+    card = (tmp_path / "model/README.md").read_text()
+    assert "MNTP (30% masked) on" in card and "MNTP loss" in card
