@@ -9,24 +9,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 
 from benchmarks.train import SIZES
 from megatron_detour.checkpoint import huggingface, store
-from megatron_detour.checkpoint.saver import Background
 from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.config import from_dict
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.errors import DetourError
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
+from megatron_detour.parallel.zero import Zero
+from megatron_detour.training.checkpoints import Background
 from megatron_detour.training.engine import create_engine, start_distributed
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+from megatron_detour.ui.tables import Table
 
 SAMPLE_SECONDS = 0.05
 
@@ -57,8 +56,8 @@ def add_command(commands: Any) -> None:
 
 def measure(settings: Settings) -> list[tuple[str, str]]:
     """Rows of a title and a figure. Raises DetourError where the folder has no room."""
-    engine, state = _engine(settings)
-    size = 12 * sum(torch.Size(s).numel() for s in engine.module.full_sizes().values())
+    zero = _zero(settings)
+    size = 12 * sum(torch.Size(s).numel() for s in zero.module.full_sizes().values())
     settings.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(settings.folder).free
     if free < 2.5 * size:
@@ -70,11 +69,11 @@ def measure(settings: Settings) -> list[tuple[str, str]]:
     held, background = TrainingState(), Background()
     stalls, writes, peers = [], [], []
     with _Peak(process) as peak:
-        reserving = _timed(lambda: held.reserve(engine.module.full_sizes(), next(engine.module.parameters()).is_cuda))
+        reserving = _timed(lambda: held.reserve(zero.module.full_sizes(), next(zero.module.parameters()).is_cuda))
         for _ in range(settings.rounds):
             began = time.perf_counter()
-            gather(engine, state, held)
-            background.submit(lambda: _publish(settings.folder / "ours", engine, held))
+            gather(zero, held)
+            background.submit(lambda: _publish(settings.folder / "ours", zero, held))
             stalls.append(time.perf_counter() - began)
             background.wait()
             writes.append(time.perf_counter() - began - stalls[-1])
@@ -82,7 +81,7 @@ def measure(settings: Settings) -> list[tuple[str, str]]:
     before = process.memory_info().rss
     with _Peak(process) as peak:
         for _ in range(settings.rounds):
-            peers.append(_timed(lambda: engine.save_checkpoint(str(settings.folder / "deepspeed"), tag="peer")))
+            peers.append(_timed(lambda: zero.engine.save_checkpoint(str(settings.folder / "deepspeed"), tag="peer")))
     for name in ("ours", "deepspeed"):
         shutil.rmtree(settings.folder / name)
     return [
@@ -98,8 +97,7 @@ def measure(settings: Settings) -> list[tuple[str, str]]:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    width = max(len(title) for title, _ in rows)
-    return "\n".join(f"{title.ljust(width)}  {figure}" for title, figure in rows)
+    return Table(["", ""], rows, align="l").text()
 
 
 class _Peak:
@@ -123,7 +121,7 @@ class _Peak:
             self.bytes = max(self.bytes, self.process.memory_info().rss)
 
 
-def _engine(settings: Settings) -> tuple[DeepSpeedEngine, object]:
+def _zero(settings: Settings) -> Zero:
     """A model with random weights that has made a step of Adam."""
     from transformers import ModernBertConfig
 
@@ -142,17 +140,17 @@ def _engine(settings: Settings) -> tuple[DeepSpeedEngine, object]:
     )
     state, _ = start_distributed(config)
     model = ModernBert(shape, state)
-    engine = create_engine(model, config, read_deepspeed_config(settings.deepspeed), state)
+    zero = create_engine(model, config, read_deepspeed_config(settings.deepspeed), state)
     sizes, generator = model.full_sizes(), torch.Generator().manual_seed(0)
 
     def values(name: str) -> torch.Tensor:
         return torch.rand(sizes[name], generator=generator)
 
-    scatter(engine, state, values, lambda kind, name: values(name), dict.fromkeys(sizes, 1))
-    return engine, state
+    scatter(zero, values, lambda kind, name: values(name), dict.fromkeys(sizes, 1))
+    return zero
 
 
-def _publish(folder: Path, engine: DeepSpeedEngine, held: TrainingState) -> None:
+def _publish(folder: Path, zero: Zero, held: TrainingState) -> None:
     def write(aside: Path) -> None:
         huggingface.save_weights(held.weights, aside, torch.float32)
         huggingface.write_checkpoint(aside, held, {"step": 0})

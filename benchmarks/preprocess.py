@@ -26,6 +26,7 @@ from megatron_detour.corpus.engines import ENGINES
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.tokenizer.vocabulary import load_tokenizer
+from megatron_detour.ui.tables import Table
 
 CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
 WHOLE = ("ours", "engine")  # fast enough for all of the text
@@ -279,16 +280,16 @@ def table(result: dict[str, Any]) -> str:
     parts = []
     if result["contenders"]:
         head = ("contender", "MB/s", "Mtokens/s", "times encode_batch", "of the engine's", "MB of text", "start-up s")
-        parts.append(_markdown(head, [_cells(row) for row in result["contenders"]]))
+        parts.append(Table(head, [_cells(row) for row in result["contenders"]]).markdown())
     if result["workers"]:
         rows = [(str(row["workers"]), *_cells(row)[1:4]) for row in result["workers"]]
-        parts.append(_markdown(("workers", "MB/s", "Mtokens/s", "times the first"), rows))
+        parts.append(Table(("workers", "MB/s", "Mtokens/s", "times the first"), rows).markdown())
     if result["memory"]:
         rows = [
             (f"{row['bytes'] / 1e9:.2f}", f"{row['worker'] / 1e6:,.0f}", f"{row['parent'] / 1e6:,.0f}")
             for row in result["memory"]
         ]
-        parts.append(_markdown(("GB of text", "peak MB of the worker", "of the parent"), rows))
+        parts.append(Table(("GB of text", "peak MB of the worker", "of the parent"), rows).markdown())
     return "\n\n".join(parts)
 
 
@@ -303,11 +304,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:,.2f}"
-
-
-def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _versions() -> dict[str, str]:

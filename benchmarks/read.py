@@ -26,6 +26,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 from megatron_detour.objectives import Masking
 from megatron_detour.tokenizer.vocabulary import Vocabulary
+from megatron_detour.ui.tables import Table
 
 SPREAD = 0.8  # of the logarithms of the documents' lengths
 SHORTEST = 3
@@ -68,8 +69,8 @@ def measure(settings: Settings, say: Callable[[str], None]) -> list[tuple[str, s
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """GitHub's kind of table."""
-    return "\n".join(["| what | figure |", "|---|---:|", *(f"| {what} | {figure} |" for what, figure in rows)])
+    """In Markdown."""
+    return Table(["what", "figure"], rows).markdown()
 
 
 def make_corpus(settings: Settings, say: Callable[[str], None]) -> str:

@@ -22,6 +22,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.observe.compare import write_comparison
 from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, TensorBoardSink
+from megatron_detour.ui.tables import Table
 
 TOKENS = 65_536  # per step
 SEQUENCES, LENGTH = 64, 1024
@@ -56,9 +57,8 @@ def measure(lengths: list[int], folder: Path | None) -> list[tuple[str, ...]]:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """GitHub's kind of table."""
-    lines = [("steps", "what", "time", "of it at work", "peak memory"), ("---:", "---", "---:", "---:", "---:"), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """In Markdown."""
+    return Table(["steps", "what", "time", "of it at work", "peak memory"], rows, align="rlr").markdown()
 
 
 def report(made: Path) -> None:

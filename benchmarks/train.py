@@ -24,6 +24,7 @@ from megatron_detour.files import write_whole
 from megatron_detour.model.choose import choose_compute
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.ui.tables import Table
 
 SIZES = {
     "base": {"hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22, "num_attention_heads": 12},
@@ -128,27 +129,24 @@ def measure(settings: Settings, state: ParallelState, device: torch.device, say)
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Rows of Markdown, one a contender and measurement; `times` is the first's tokens/s over this one's."""
-    lines = [
-        "| objective | dtype | contender | tokens/s | times | ms a step | GiB of a step | TFLOP/s | of a product's |",
-        "|---|---|---|---|---|---|---|---|---|",
+    """In Markdown, a row per contender and measurement; `times` is the first's tokens/s over this one's."""
+    headers = ["objective", "dtype", "contender", "tokens/s", "times", "ms per step", "GiB per step", "TFLOP/s"]
+    rows = [
+        (
+            result["settings"]["objective"],
+            result["settings"]["dtype"],
+            row["name"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['times_as_fast']:.2f}",
+            f"{1e3 * row['seconds']:,.0f}",
+            "" if row["bytes"] is None else f"{row['bytes'] / 2**30:.2f}",
+            f"{row['flops_per_second'] / 1e12:,.3f}",
+            f"{row['share_of_matrix_rate']:.1%}",
+        )
+        for result in results
+        for row in result["contenders"]
     ]
-    for result in results:
-        settings = result["settings"]
-        for row in result["contenders"]:
-            cells = (
-                settings["objective"],
-                settings["dtype"],
-                row["name"],
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['times_as_fast']:.2f}",
-                f"{1e3 * row['seconds']:,.0f}",
-                "" if row["bytes"] is None else f"{row['bytes'] / 2**30:.2f}",
-                f"{row['flops_per_second'] / 1e12:,.3f}",
-                f"{row['share_of_matrix_rate']:.1%}",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return Table([*headers, "of a product's"], rows, align="lllr").markdown()
 
 
 def write_json(path: Path, results: list[dict[str, Any]]) -> None:

@@ -89,7 +89,7 @@ def command_line(main: Callable[[], int | None], grace: float = SECONDS_OF_GRACE
         status = 130
     except Exception as error:
         if isinstance(error, OSError) and (error.errno in _OF_THE_MACHINE or error.filename is not None):
-            again = getattr(error, "start_again", False)  # a run says so that has saved, see training/session.py
+            again = getattr(error, "start_again", False)  # a run says so that has saved, see training/recorder.py
             remedy = "; the disk may be back: start the same command again, which goes on from what was saved"
             status = _tell(error, f"{error.filename or 'a file'}: {error.strerror}{remedy if again else ''}", grace)
             status = EXIT_INTERRUPTED if again else status

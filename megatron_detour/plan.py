@@ -169,36 +169,6 @@ class Plan:
             "phases": [_phase_to_dict(phase) for phase in self.phases],
         }
 
-    def table(self) -> str:
-        """The plan as aligned text, a row a phase."""
-        rows = [_row(phase) for phase in self.phases]
-        a_step = {row.pop("a step") for row in rows} if len({row["a step"] for row in rows}) == 1 else set()
-        cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-        summary = (
-            f"{self.name}: {' + '.join(f'{p.steps:,}' for p in self.phases)} = {self.total_steps:,} steps"
-            f"{''.join(f' of {size}' for size in a_step)}, {self.total_tokens:,} tokens in all"
-        )
-        return "\n".join([summary, *(line.rstrip() for line in lines)])
-
-
-def _row(phase: PlannedPhase) -> dict[str, str]:
-    warmup = phase.settings.batch_warmup
-    sequences = f"{warmup.start:,} to {phase.sequences:,}" if warmup else f"{phase.sequences:,}"
-    tokens = "" if warmup else f"{phase.sequences * phase.sequence_length:,} tokens "
-    return {
-        "phase": phase.name,
-        "objective": describe_objective(phase.settings),
-        "steps": f"{phase.steps:,}",
-        "tokens": f"{phase.tokens:,}",
-        "a step": f"{tokens}({sequences} sequences of {phase.sequence_length:,})",
-        "from step": f"{phase.first_step:,}",
-        "to step": f"{phase.last_step:,}",
-        "ends at": f"{phase.end:,} tokens",
-        "learning rate": describe_rate(phase.learning_rate),
-    }
-
 
 def learning_rate(phase: PlannedPhase, done: int) -> float:
     """The rate of the step that brings the phase to `done` tokens: above zero at the first, the end at the last.
@@ -216,23 +186,6 @@ def learning_rate(phase: PlannedPhase, done: int) -> float:
         "1-sqrt": 1 - math.sqrt(x),
     }[rate.shape]
     return rate.last + (rate.peak - rate.last) * left
-
-
-def describe_rate(rate: LearningRate) -> str:
-    warmup = f"0 to {rate.peak:g} over {rate.warmup:,} tokens, then " if rate.warmup else ""
-    if rate.shape == "constant":
-        return f"{warmup}{rate.peak:g} constant"
-    return f"{warmup}{rate.peak:g} to {rate.last:g} {rate.shape}"
-
-
-def describe_objective(phase: Phase) -> str:
-    """For instance ``MLM, 30% to 15% masked, frozen: layers.0-7``."""
-    words = phase.objective.describe()
-    if phase.freeze:
-        words += f", frozen: {' '.join(phase.freeze)}"
-    if phase.optimizer_state == "reset":
-        words += ", optimizer reset"
-    return words
 
 
 def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> PlannedPhase:

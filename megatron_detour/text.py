@@ -10,7 +10,7 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_MARKS = re.compile(r"[\\`*_\[\]<>|$~&]")
+_MARKS = re.compile(r"[\\`*\[\]<>|$~&]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is no mark
 _FIRST = re.compile(r"^([#+=-]+|\d+[.)])(?=\s|$)")  # what begins a heading, a list, a rule or front matter
 
 

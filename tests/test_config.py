@@ -393,6 +393,7 @@ CHECKS = {
         small(wandb={"project": "p", "mode": "off"}),
         "wandb.mode: must be one of online, offline, not 'off' (did you mean 'offline'?)",
     ),
+    "profile": (small(profile={"steps": [3, 2]}), "profile.steps: the first step, 3, comes after the last one, 2"),
     "end of a constant": (
         small(phases__0__learning_rate__end=1.0e-5),
         "phases.0.learning_rate.end: a constant rate has no end",
@@ -504,6 +505,7 @@ def test_plain_form_reads_back(raw):
         {"phases__0__micro_sequences": 4},
         {"guards__patience": 3, "guards__sigma": 9, "time_limit": "1h"},
         {"tensorboard": False},
+        {"profile": {"steps": [2, 3]}},
         {"validation__corpora": [{"prefix": "h"}]},
         {"parallel__tensor": 2},
         {"model__download": True},
@@ -619,6 +621,7 @@ def test_a_wrong_value_is_a_sentence_or_a_plan(key, tmp_path):
     whole = small(
         validation__corpora=[{"prefix": "h"}],
         wandb={"project": "p"},
+        profile={"steps": [2, 3]},
         phases__0__corpora=[{"prefix": "c"}],
         phases__0__batch_warmup={"start": 2, "increment": 2, "tokens": 2048},
         folder=str(tmp_path / "run"),

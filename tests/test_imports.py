@@ -18,6 +18,7 @@ ALLOWED = {
     "": ("", ""),
     "text": ("", ""),
     "errors": ("text", ""),
+    "log": ("text", ""),
     "structured": ("errors", "yaml"),
     "settings": ("errors", ""),
     "model_parts": ("settings", ""),
@@ -26,7 +27,7 @@ ALLOWED = {
     "ui": ("ui objectives errors files", "rich jinja2 matplotlib"),
     "config": ("config settings objectives model_parts errors", "yaml"),
     "plan": ("config objectives errors", ""),
-    "runtime": ("runtime errors files", "psutil torch"),
+    "runtime": ("runtime ui errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
     "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
     "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
@@ -48,35 +49,35 @@ ALLOWED = {
     "corpus.filters": ("corpus errors", "numpy rensa py3langid"),
     "corpus.ray_workers": ("corpus errors", "ray"),
     "corpus.train_tokenizer": ("corpus errors files", "tokenizers"),
-    "corpus.progress": ("text", "rich"),
     "checkpoint": ("parallel model checkpoint tokenizer errors files", "torch safetensors"),
     "checkpoint.huggingface": (
         "parallel model checkpoint tokenizer errors files",
         "torch safetensors tokenizers transformers",
     ),
     "checkpoint.source": ("tokenizer.vocabulary model.shape errors", ""),
-    "checkpoint.state": ("parallel model checkpoint errors files", "torch deepspeed"),
     "release": (
         "release checkpoint model tokenizer objectives data.manifest observe.run_files observe.run_folder "
         "observe.steps ui settings config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
-    "observe": ("observe ui objectives errors files", "numpy rich jinja2 matplotlib"),
+    "observe": ("observe ui objectives errors files", "numpy matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.run_files": ("objectives settings errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
     "evaluation": ("evaluation settings errors files", "numpy msgspec"),
-    "evaluation.task": ("errors", ""),
-    "evaluation.examples": ("evaluation.task errors", ""),
-    "evaluation.metrics": ("evaluation.task errors", "numpy sklearn scipy seqeval"),
+    "evaluation.metrics": ("errors", "numpy sklearn scipy seqeval"),
+    "evaluation.task_types": ("evaluation.task_types evaluation.metrics errors", "numpy torch transformers"),
+    "evaluation.task": ("evaluation.task_types errors", ""),
+    "evaluation.examples": ("evaluation.task evaluation.task_types errors", ""),
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
-        "evaluation.finetuning evaluation.task evaluation.examples evaluation.metrics evaluation.models "
-        "evaluation.results settings errors",
-        "numpy torch transformers msgspec rich",
+        "evaluation.finetuning evaluation.task evaluation.task_types evaluation.examples "
+        "evaluation.models evaluation.results settings ui errors",
+        "numpy torch transformers msgspec",
     ),
     "evaluation.report": (
-        "evaluation.report evaluation.task evaluation.metrics evaluation.models evaluation.results ui errors files",
+        "evaluation.report evaluation.task evaluation.task_types evaluation.metrics evaluation.models "
+        "evaluation.results ui errors files",
         "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.masked_words": (
@@ -85,33 +86,41 @@ ALLOWED = {
     ),
     "forecast": (
         "forecast objectives config plan model_parts model.shape model.flops model.peaks data.manifest data.indexed "
-        "data.order tokenizer checkpoint.source errors",
+        "data.order tokenizer checkpoint.source ui errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands forecast training checkpoint corpus settings config plan data model kernels parallel observe runtime "
-        "release evaluation errors",
+        "commands log forecast training checkpoint corpus settings config plan data model kernels parallel observe "
+        "runtime release evaluation ui errors",
         "torch psutil packaging rich transformers",
+    ),
+    "commands.init": (
+        "commands.parser config plan corpus data.manifest tokenizer forecast errors",
+        "psutil pyarrow torch yaml",
+    ),
+    "commands.batches": (
+        "commands.parser config data plan objectives tokenizer forecast.start errors",
+        "numpy tokenizers",
     ),
     "commands.main": ("commands.parser errors", ""),
     "commands.parser": ("config errors", ""),
-    "commands.plan": ("commands.parser forecast config plan errors", ""),
+    "commands.plan": ("commands.parser forecast config plan ui errors", ""),
     "training": (
-        "training runtime checkpoint data tokenizer model model_parts observe parallel kernels config errors files "
+        "training log runtime checkpoint data tokenizer model model_parts observe parallel kernels config errors files "
         "forecast objectives plan",
         "numpy torch yaml",
     ),
     "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
     "benchmarks": (
-        "benchmarks data corpus tokenizer model observe parallel kernels errors files objectives",
+        "benchmarks data corpus tokenizer model observe parallel kernels ui errors files objectives",
         "numpy torch transformers",
     ),
     "benchmarks.checkpoints": (
-        "benchmarks checkpoint config model plan training errors",
+        "benchmarks checkpoint config model parallel plan training ui errors",
         "torch psutil transformers",
     ),
-    "benchmarks.read": ("benchmarks data tokenizer config errors files objectives", "numpy"),
+    "benchmarks.read": ("benchmarks data tokenizer config ui errors files objectives", "numpy"),
     "benchmarks.builders": (
         "benchmarks corpus data tokenizer errors",
         "numpy tokenizers fastokens sentencepiece datasets datatrove",
@@ -133,12 +142,12 @@ LAZY = {
     "corpus.filters": "rensa py3langid",
     "corpus.ray_workers": "ray",
     "checkpoint.huggingface": "tokenizers transformers",
-    "checkpoint.state": "deepspeed",
     "training.engine": "deepspeed",
     "observe.sinks": "tensorboard wandb",
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
     "commands.evaluate": "torch",
+    "commands.init": "torch pyarrow",
     "evaluation.metrics": "sklearn scipy seqeval",
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",
@@ -146,8 +155,7 @@ LAZY = {
     "evaluation.masked_words.measure": "torch transformers",
 }
 TYPES_ONLY = {
-    "training": "deepspeed",
-    "benchmarks.checkpoints": "deepspeed",
+    "parallel.zero": "deepspeed",
     "ui": "matplotlib",
 }  # under TYPE_CHECKING, beyond what ALLOWED names
 
@@ -263,7 +271,7 @@ def test_libraries_are_kept_to_their_places():
     def places(library: str) -> set[str]:
         return {place for place, (_, libraries) in ALLOWED.items() if library in libraries.split()}
 
-    assert places("deepspeed") == {"training.engine", "checkpoint.state"}
+    assert places("deepspeed") == {"training.engine"}
     packages = {place.split(".")[0] for place in places("transformers")}
     assert packages == {"checkpoint", "commands", "evaluation", "benchmarks"}
     assert places("triton") == {"kernels.fused"}
@@ -330,7 +338,7 @@ def test_a_forbidden_arrow_is_found(module, source, why):
             "corpus.engines",
             "if TYPE_CHECKING:\n    from tokenizers import Tokenizer\ndef f():\n    import tokenizers",
         ),
-        ("training.trainer", "if TYPE_CHECKING:\n    from deepspeed import DeepSpeedEngine"),
+        ("parallel.zero", "if TYPE_CHECKING:\n    from deepspeed import DeepSpeedEngine"),
         ("parallel.state", "import torch.distributed as dist"),
     ],
 )

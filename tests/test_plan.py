@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_detour.config import as_control, from_dict, load
+from megatron_detour.forecast import plan_table
 from megatron_detour.objectives import MaskedLM
 from megatron_detour.plan import Plan
 
@@ -187,16 +188,17 @@ def test_at_refuses_what_begins_no_step(tokens):
 
 
 def test_the_table_holds_the_numbers():
-    table = Plan.of(load(RECIPES / "english_base_50b.yaml")).table()
-    summary, head, detour, decay = table.splitlines()
-    assert "15,895 + 1,590 = 17,485 steps of 3,145,728 tokens (384 sequences of 8,192)" in summary
-    assert f"{17_485 * TOKENS_PER_STEP:,} tokens in all" in summary
-    assert head.split()[:4] == ["phase", "objective", "steps", "tokens"]
-    assert detour.split()[:6] == ["detour", "CLM", "15,895", f"{15_895 * TOKENS_PER_STEP:,}", "1", "15,895"]
-    assert "0 to 0.0002 over 100,000,000 tokens, then 0.0002 constant" in detour
-    assert decay.split()[:4] == ["decay", "MLM,", "15%", "masked"]
-    assert decay.split()[4:8] == ["1,590", f"{1_590 * TOKENS_PER_STEP:,}", "15,896", "17,485"]
-    assert "0.0002 to 2e-05 1-sqrt" in decay
+    table = plan_table(Plan.of(load(RECIPES / "english_base_50b.yaml")))
+    summary, *lines = table.splitlines()
+    assert "15,895 + 1,590 = 17,485 steps, " in summary and "384 sequences of 8,192 tokens per step" in summary
+    assert f"{17_485 * TOKENS_PER_STEP:,} tokens" in summary
+    assert max(map(len, lines)) <= 80
+    rows = [" ".join(line.split()) for line in lines]
+    tokens = [15_895 * TOKENS_PER_STEP, 1_590 * TOKENS_PER_STEP]
+    assert f"detour CLM 15,895 {tokens[0]:,} 1 15,895 {tokens[0]:,}" in rows
+    assert f"decay MLM, 15% masked 1,590 {tokens[1]:,} 15,896 17,485 {sum(tokens):,}" in rows
+    assert "detour rises to 0.0002 over 100M tokens, then stays" in rows
+    assert "starts at 0.0002, then follows one minus square root to 2e-05" in " ".join(rows)
 
 
 def test_the_plain_form_holds_the_same_numbers():

@@ -15,10 +15,11 @@ from megatron_detour.corpus import progress as build_progress
 from megatron_detour.evaluation import probes
 from megatron_detour.evaluation.finetuning.progress import SuiteProgress
 from megatron_detour.evaluation.masked_words import tables
+from megatron_detour.evaluation.masked_words.progress import WindowProgress
 from megatron_detour.evaluation.report import plots as evaluation_plots
 from megatron_detour.evaluation.results import Cell
 from megatron_detour.observe import compare, plots, report
-from megatron_detour.observe.progress import Progress
+from megatron_detour.observe.progress import RunProgress
 from megatron_detour.observe.run_folder import read_run
 from megatron_detour.text import markdown, visible
 from tests.observe.runs import FREEZE, make_run
@@ -48,6 +49,7 @@ def test_what_is_not_seen_becomes_a_code() -> None:
         ("---", "--\\-"),
         ("1. first", "1\\. first"),
         ("1.5", "1.5"),
+        ("snake_case _a_ b__c", "snake_case \\_a\\_ b\\_\\_c"),
         ("-0.5", "-0.5"),
         ("a | [b](c) `d` *e*", "a \\| \\[b\\](c) \\`d\\` \\*e\\*"),
         ("x\u202e", "x\\\\u202e"),
@@ -101,8 +103,8 @@ def test_progress_shows_names_as_codes(terminal: bool, monkeypatch: pytest.Monke
     monkeypatch.setenv("TERM", "xterm")
     stream = Stream()
     phase = {"name": HOSTILE, "objective": "mlm", "first_step": 1, "steps": 2, "end_tokens": 4}
-    with Progress([phase], 0, stream=stream) as progress:
-        progress.update({"step": 1, "phase": HOSTILE, "tokens": 2, "spike": HOSTILE})
+    with RunProgress([phase], 0, stream=stream) as progress:
+        progress.show({"step": 1, "phase": HOSTILE, "tokens": 2, "spike": HOSTILE})
         progress.say(HOSTILE)
     written = stream.getvalue()
     assert "\x1b]0;" not in written and "\x07" not in written and "\u202e" not in written and "\\u202e" in written
@@ -115,7 +117,7 @@ def _finished() -> None:
 
 
 def _windows() -> None:
-    with tables.Progress(1) as progress:
+    with WindowProgress(1) as progress:
         progress.on(HOSTILE)
         progress.add(1)
 
@@ -132,7 +134,7 @@ def _figures() -> None:
         "windows": 1,
         "change": change,
     }
-    print(tables.markdown([line | {"all": kind, "domain": None}]))
+    print(tables.as_markdown([line | {"all": kind, "domain": None}]))
     tables.print_tables([line | {"all": kind, "domain": None}])
 
 

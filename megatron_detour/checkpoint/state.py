@@ -1,14 +1,12 @@
-"""A run's weights and optimiser state by parameter name: out of ZeRO-2's flat partitions and back into them.
+"""A run's weights and optimizer state by parameter name: out of ZeRO-2's flat partitions and back into them.
 
-ZeRO-2 keeps, for each parameter group, the fp32 weights and Adam's moments of all its parameters in one flat vector,
-cut into equal parts over the data-parallel ranks. Gathered by name they fit any number of ranks and any cut.
+Gathered by name they fit any number of ranks and any cut; parallel/zero.py says how ZeRO-2 keeps them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,9 +15,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.parallel.replicas import unequal_replicas
 from megatron_detour.parallel.shard import shard, spec_of, unshard
 from megatron_detour.parallel.state import ParallelState
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+from megatron_detour.parallel.zero import Zero, ZeroGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,24 +40,23 @@ class TrainingState:
                     kind[name] = torch.empty(size, pin_memory=pinned).zero_()
 
 
-def gather(engine: DeepSpeedEngine, state: ParallelState, into: TrainingState) -> None:
+def gather(zero: Zero, into: TrainingState) -> None:
     """Fills `into` with the state of a run, on the first rank; every rank must call it.
 
     Raises DetourError when tensor ranks hold unequal copies of a replicated parameter or of its moments.
     """
-    zero = engine.optimizer
-    for group, parameters in enumerate(_layout(engine)):
-        _gather_group(parameters, zero.single_partition_of_fp32_groups[group].data, state, into.weights)
-        adam = _adam_state(zero, group)
+    state = zero.parallel
+    for group in zero.groups:
+        _gather_group(group, group.partition.data, state, into.weights)
+        adam = zero.adam_state(group)
         for kind in MOMENTS if adam else ():
-            _gather_group(parameters, adam[kind], state, into.moments[kind])
+            _gather_group(group, adam[kind], state, into.moments[kind])
         if adam and state.is_first:
-            into.adam_steps |= {name: int(adam["step"]) for name, *_ in parameters}
+            into.adam_steps |= {name: int(adam["step"]) for name, *_ in group.parameters}
 
 
 def scatter(
-    engine: DeepSpeedEngine,
-    state: ParallelState,
+    zero: Zero,
     weight: Callable[[str], torch.Tensor],
     moment: Callable[[str, str], torch.Tensor] | None = None,
     adam_steps: dict[str, int] | None = None,
@@ -70,30 +65,27 @@ def scatter(
 
     Both give full fp32 tensors; every rank takes what it owns.
     """
-    zero = engine.optimizer
-    for group, parameters in enumerate(_layout(engine)):
-        partition = zero.single_partition_of_fp32_groups[group]
-        steps = _steps_of_group([name for name, *_ in parameters], adam_steps or {})
-        adam = {kind: torch.zeros_like(partition.data) for kind in MOMENTS} if steps is not None else {}
-        for name, parameter, offset in parameters:
+    state = zero.parallel
+    for group in zero.groups:
+        partition = group.partition.data
+        steps = _steps_of_group([name for name, *_ in group.parameters], adam_steps or {})
+        adam = {kind: torch.zeros_like(partition) for kind in MOMENTS} if steps is not None else {}
+        for name, parameter, offset in group.parameters:
             local = _cut_for(parameter, weight(name), state)
             parameter.data.copy_(local.view_as(parameter))
-            _place(partition.data, local, offset, state)
+            _place(partition, local, offset, state)
             for kind, flat in adam.items():
                 _place(flat, _cut_for(parameter, moment(kind, name), state), offset, state)
         if adam:
-            fused = zero.optimizer.param_groups[group].get("fused")
-            step = torch.tensor(float(steps), device=partition.device if fused else "cpu")
-            zero.optimizer.state[partition] = {"step": step, **adam}
+            zero.set_adam_state(group, adam, steps)
 
 
 @torch.no_grad()
-def reset_optimizer_state(engine: DeepSpeedEngine) -> None:
+def reset_optimizer_state(zero: Zero) -> None:
     """Starts Adam anew for what is not frozen; weights stay as they are."""
-    zero = engine.optimizer
-    for group in range(len(zero.single_partition_of_fp32_groups)):
-        if not zero.optimizer.param_groups[group]["frozen"]:
-            for value in _adam_state(zero, group).values():
+    for group in zero.groups:
+        if not group.options["frozen"]:
+            for value in zero.adam_state(group).values():
                 value.zero_()
 
 
@@ -107,42 +99,27 @@ def refuse_unequal_replicas(values: dict[str, torch.Tensor], state: ParallelStat
         )
 
 
-def _layout(engine: DeepSpeedEngine) -> Iterator[list[tuple[str, torch.nn.Parameter, int]]]:
-    """For each parameter group: (name, parameter, offset in the group's flat vector)."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    zero = engine.optimizer
-    for parameters, offsets in zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True):
-        yield [(names[id(p)], p, offset) for p, offset in zip(parameters, offsets, strict=True)]
-
-
 def _steps_of_group(names: list[str], adam_steps: dict[str, int]) -> int | None:
     """Adam's steps of the parameters of a group, which are always updated together; None before the first."""
     steps = {adam_steps.get(name) for name in names}
     if len(steps) > 1:
         raise DetourError(
-            f"the checkpoint's optimiser has made different numbers of steps for {names[0]} and others of its group; "
+            f"the checkpoint's optimizer has made different numbers of steps for {names[0]} and others of its group; "
             "it is of another run file"
         )
     return steps.pop() if steps else None
 
 
-def _adam_state(zero, group: int) -> dict[str, torch.Tensor]:
-    return zero.optimizer.state.get(zero.single_partition_of_fp32_groups[group], {})
-
-
 def _gather_group(
-    parameters: list[tuple[str, torch.nn.Parameter, int]],
-    partition: torch.Tensor,
-    state: ParallelState,
-    into: dict[str, torch.Tensor],
+    group: ZeroGroup, partition: torch.Tensor, state: ParallelState, into: dict[str, torch.Tensor]
 ) -> None:
     """Puts one kind of value of a group, as full tensors by name, `into` the first rank's; every rank must call it."""
     flat = _all_gather(partition, state.data_group, state.data_size)
     if state.data_rank:
         return
-    local_of = {name: flat[offset : offset + p.numel()].view_as(p) for name, p, offset in parameters}
-    refuse_unequal_replicas({name: local_of[name] for name, p, _ in parameters if spec_of(p) is None}, state)
-    for name, parameter, _ in parameters:
+    local_of = {name: flat[offset : offset + p.numel()].view_as(p) for name, p, offset in group.parameters}
+    refuse_unequal_replicas({name: local_of[name] for name, p, _ in group.parameters if spec_of(p) is None}, state)
+    for name, parameter, _ in group.parameters:
         shards, spec = [local_of[name]], spec_of(parameter)
         if spec is not None and state.tensor_size > 1:
             shards = list(_all_gather(shards[0], state.tensor_group, state.tensor_size).chunk(state.tensor_size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Container
@@ -13,6 +14,8 @@ from typing import Any
 from megatron_detour.errors import DetourError
 from megatron_detour.files import aside_of, discard, file_facts, flush, remove_abandoned, retry
 from megatron_detour.structured import parse_json
+
+logger = logging.getLogger(__name__)
 
 LISTING, RUN_STATE, TOKENIZER = "files.json", "run_state.json", "tokenizer.json"
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
@@ -103,20 +106,18 @@ def find_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def latest(checkpoints: Path, warn: Callable[[str], None], needless: Container[str] = ()) -> Path | None:
+def latest(checkpoints: Path, needless: Container[str] = ()) -> Path | None:
     """The newest checkpoint that is whole; a broken one is passed over with a warning."""
     for folder in reversed(find_checkpoints(checkpoints)):
         try:
             retry(lambda folder=folder: verify(folder, needless))
             return folder
         except Broken as fault:
-            warn(f"{folder} is passed over: {fault}")
+            logger.warning("%s is passed over: %s", folder, fault)
     return None
 
 
-def prune(
-    checkpoints: Path, newest: int, keep: int, is_kept: Callable[[int], bool], say: Callable[[str], None]
-) -> None:
+def prune(checkpoints: Path, newest: int, keep: int, is_kept: Callable[[int], bool]) -> None:
     """Removes what killed runs left behind, and checkpoints older than the `keep` up to step `newest`.
 
     Those whose step `is_kept` stay, and those that hold what no run has put there, or are links to another place.
@@ -127,7 +128,7 @@ def prune(
             continue
         foreign = _foreign(folder)
         if foreign:
-            say(f"{folder} stays: {foreign}")
+            logger.info("%s stays: %s", folder, foreign)
         else:
             _remove(folder)
     remove_leftovers(checkpoints)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_detour import log
 from megatron_detour.errors import DetourError
 from megatron_detour.release import hub
 from megatron_detour.release.card_metadata import CardMetadata, read_card_metadata
@@ -43,6 +44,7 @@ def evaluated_name(options: argparse.Namespace) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Exports, says what came of it, and uploads where that was asked for. Raises DetourError."""
+    log.to_terminal()
     repository = options.push_to_hub
     if options.private and not repository:
         raise DetourError("--private requires --push-to-hub")

@@ -22,6 +22,7 @@ from megatron_detour.forecast import Forecast, Start, forecast
 from megatron_detour.forecast.start import look
 from megatron_detour.forecast.zero import faults_of
 from megatron_detour.plan import Plan
+from megatron_detour.ui.format import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         print(found, flush=True)
         states.append(found.state)
     faults, notes = states.count(FAULT), states.count(NOTE)
-    print(f"\n{len(states)} looked at: {faults} fault{'s' * (faults != 1)}, {notes} note{'s' * (notes != 1)}")
+    print(f"\n{len(states)} looked at: {counted(faults, 'fault')}, {counted(notes, 'note')}")
     return 1 if faults else 0
 
 
@@ -108,7 +109,7 @@ def _memory(told: Forecast) -> Iterator[CheckResult]:
     most = told.most_memory
     if most is None:
         return
-    ranks = f"{told.ranks} rank{'s' if told.ranks > 1 else ''}"
+    ranks = counted(told.ranks, "rank")
     text = f"about {most.needed / machine.GIB:.1f} GiB a rank with a margin, {ranks}"
     room = told.gpu_memory * 1e9 if most.on_gpu else psutil.virtual_memory().total / told.ranks
     if most.needed > room:

@@ -14,6 +14,10 @@ from megatron_detour.errors import DetourError, command_line
 # Group -> command -> what it does, and an example of its arguments.
 GROUPS = {
     "prepare": {
+        "init": (
+            "write a run file and a Slurm script for your texts, model and GPUs",
+            "--texts notes --model answerdotai/ModernBERT-base --gpus 4 --gpu h100",
+        ),
         "train-tokenizer": (
             "train a byte-level BPE tokenizer with ModernBERT's special tokens",
             "--input notes.jsonl --output data/tokenizer --vocab-size 32768",
@@ -31,6 +35,10 @@ GROUPS = {
         ),
         "doctor": ("look at this machine, and with a run file at what the run would use of it", "run.yaml"),
         "train": ("start a run, or resume it", "run.yaml phases.detour.tokens=2B --launch"),
+        "batches": (
+            "show what the model reads in some steps: text, masks, document borders; or write it as arrays",
+            "run.yaml --steps 1-12 --output batches.npz",
+        ),
         "report": ("write a run's report.html again", "runs/notes"),
         "compare": ("one page that sets runs side by side", "runs/notes runs/notes-control"),
     },

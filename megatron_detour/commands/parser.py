@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from megatron_detour.config import RunConfig, as_control, load, parse_control
 from megatron_detour.errors import DetourError
+
+if TYPE_CHECKING:
+    from megatron_detour.config import RunConfig
 
 CONTROL_RATE = 0.30
 
@@ -48,6 +50,8 @@ def add_control(parser: argparse.ArgumentParser) -> None:
 
 def read_run_file(run_file: str, overrides: list[str], control: str | None) -> RunConfig:
     """The run file, or its equal-compute twin. Raises DetourError."""
+    from megatron_detour.config import as_control, load, parse_control  # what --help can do without
+
     config = load(run_file, overrides)
     return config if control is None else as_control(config, parse_control(control))
 

@@ -7,9 +7,10 @@ import json
 
 from megatron_detour.commands.parser import above_zero, add_control, add_run_file, count, read_run_file, share
 from megatron_detour.errors import DetourError
-from megatron_detour.forecast import Forecast, forecast, render
+from megatron_detour.forecast import Forecast, forecast, plan_table, render
 from megatron_detour.plan import Plan
 from megatron_detour.text import visible
+from megatron_detour.ui.format import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"plan": plan.to_dict(), **told.to_dict()}, indent=1, ensure_ascii=False))
     else:
-        print(visible("\n\n".join([plan.table(), render(told), verdict(told)])))
+        print(visible("\n\n".join([plan_table(plan), render(told), verdict(told)])))
     return 1 if told.faults else 0
 
 
@@ -60,4 +61,4 @@ def listed(error: DetourError) -> list[str]:
 def verdict(told: Forecast) -> str:
     if not told.faults:
         return "nothing here would stop the run"
-    return f"{len(told.faults)} fault{'s' if len(told.faults) > 1 else ''} would stop the run"
+    return f"{counted(len(told.faults), 'fault')} would stop the run"

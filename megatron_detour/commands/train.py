@@ -13,7 +13,7 @@ from megatron_detour.commands.parser import add_control, read_run_file
 from megatron_detour.config import RunConfig
 from megatron_detour.config.deepspeed import look_at_deepspeed_config
 from megatron_detour.errors import DetourError, format_faults
-from megatron_detour.forecast import faults
+from megatron_detour.forecast import faults, plan_table
 from megatron_detour.forecast.start import look
 from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.plan import Plan
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(config.folder)
     first = int(os.environ.get("RANK", "0")) == 0
     if first and (options.plan or not options.launch):
-        print(plan.table(), flush=True)
+        print(plan_table(plan), flush=True)
     if options.plan:
         print("only the run file was read: megatron-detour plan looks at the model and the corpora as well" * first)
         return 0
@@ -64,9 +64,9 @@ def run(options: argparse.Namespace) -> int:
     own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
     with Preemption(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
         # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
-        from megatron_detour.training.session import run_session
+        from megatron_detour.training.trainer import run_training
 
-        return run_session(config, plan, folder, stop)
+        return run_training(config, plan, folder, stop)
 
 
 def _refuse_early(config: RunConfig, plan: Plan, folder: Path) -> None:

@@ -11,6 +11,9 @@ def check(config: RunConfig, faults: Faults) -> None:
     _check_model(config, faults)
     _check_corpora(config.data.corpora, "data.corpora", faults)
     _check_corpora(config.validation.corpora, "validation.corpora", faults)
+    steps = list(config.profile.steps) if config.profile else []
+    if steps != sorted(steps):
+        faults.add("profile.steps", f"the first step, {steps[0]}, comes after the last one, {steps[1]}")
     names = [phase.name for phase in config.phases]
     for number, phase in enumerate(config.phases):
         key = f"phases.{number}"

@@ -22,6 +22,7 @@ ABOVE_ZERO = Range(above=0)
 SIZE = Range(above=0, most=2**20)
 SHARE = Range(above=0, below=1)
 SEED = Range(least=0, below=2**31)
+STEP = Range(least=1)
 # What key=value can address.
 PHASE_NAME = Pattern(r"(?!\d+$)[\w -]+", "a name of letters, digits, spaces, - and _ that is not a number")
 
@@ -176,6 +177,16 @@ class Guards:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """torch's profiler over a few steps."""
+
+    steps: Annotated[
+        tuple[Annotated[int, STEP], Annotated[int, STEP]],
+        "first and last step to record; `profile/` in the run's folder gets a trace per rank",
+    ]
+
+
+@dataclass(frozen=True)
 class Wandb:
     project: Annotated[str, "project in Weights & Biases"]
     entity: Annotated[str | None, "team or user"] = None
@@ -208,6 +219,7 @@ class RunConfig:
     ] = False
     tensorboard: Annotated[bool, "write TensorBoard files"] = True
     wandb: Annotated[Wandb | None, "send figures to Weights & Biases"] = None
+    profile: Annotated[Profile | None, "record a few steps with torch's profiler"] = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings and lists that `from_dict` reads back to an equal RunConfig."""

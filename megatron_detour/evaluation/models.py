@@ -59,7 +59,7 @@ def check_model(folder: Path) -> None:
 
 
 def _model_type(folder: Path) -> str:
-    """Reads what decides on a model, so that a key that appears twice, or what is no JSON, is told before training."""
+    """Reads what decides on a model, so that invalid JSON, or a key that appears twice, is reported before training."""
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)

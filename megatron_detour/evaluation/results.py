@@ -1,4 +1,4 @@
-"""What an evaluation has found so far: OUTPUT/results.jsonl, a line a fine-tuning, and the predictions beside it."""
+"""The results of an evaluation: OUTPUT/results.jsonl, one line per fine-tuning, and the predictions beside it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read_results(output: Path) -> dict[Cell, Result]:
     path = output / RESULTS
     if not path.exists():
         return {}
-    found: dict[Cell, Result] = {}
+    results: dict[Cell, Result] = {}
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
@@ -84,8 +84,8 @@ def read_results(output: Path) -> dict[Cell, Result]:
             raise DetourError(
                 f"{path}, line {number}: invalid model or task name {names[0]!r} or {names[1]!r}; remove the line"
             )
-        found[Cell.of(result)] = result
-    return found
+        results[Cell.of(result)] = result
+    return results
 
 
 def predictions_path(output: Path, cell: Cell) -> Path:

@@ -9,29 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour.errors import DetourError, nearest
+from megatron_detour.evaluation.task_types import TASK_TYPES, TaskType
 from megatron_detour.structured import read_yaml
 
 FOLDER = Path(__file__).parent / "tasks"
-TYPES = ("token-classification", "classification", "multi-label", "similarity", "multiple-choice", "multiple-answer")
-# The metrics of a type, the usual one first.
-METRICS = {
-    "token-classification": ("entity_f1",),
-    "classification": ("macro_f1", "weighted_f1", "micro_f1", "accuracy"),
-    "multi-label": ("macro_f1", "weighted_f1", "micro_f1", "exact_match"),
-    "similarity": ("pearson", "spearman"),
-    "multiple-choice": ("accuracy",),
-    "multiple-answer": ("hamming", "exact_match"),
-}
-# What an example of a type consists of; text_b only where a task has pairs of texts.
-FIELDS = {
-    "token-classification": ("tokens", "tags"),
-    "classification": ("text", "text_b", "label"),
-    "multi-label": ("text", "text_b", "labels"),
-    "similarity": ("text", "text_b", "score"),
-    "multiple-choice": ("question", "options", "answers"),
-    "multiple-answer": ("question", "options", "answers"),
-}
-WITH_LABELS = ("token-classification", "classification", "multi-label")
 _REQUIRED = ("name", "language", "type")
 _TEXTS = (*_REQUIRED, "title", "metric", "paper", "licence", "source", "access", "note")
 _KEYS = (*_TEXTS, "metrics", "fields", "labels")
@@ -42,7 +23,7 @@ class Task:
     """A task. `name` is also the folder of its data and a part of the results' paths.
 
     `metrics` are all that are shown, `metric`, which decides, first. `fields` gives the files' own keys where they
-    differ from the usual ones (FIELDS). `labels` are those that a model chooses from, types of entities in
+    differ from the usual ones (TaskType.fields). `labels` are those that a model chooses from, types of entities in
     token-classification; () means those of the training split. `paper` is "en" or "fr" for the tasks of "A Causal
     Language Modeling Detour Improves Encoder Continued Pretraining" (arXiv 2605.12438). `access` says how to get the
     data where they are not public or not in this form.
@@ -62,9 +43,9 @@ class Task:
     access: str = ""
     note: str = ""
 
-    def key(self, canonical: str) -> str:
-        """The key under which the files of this task keep a part of an example."""
-        return self.fields.get(canonical, canonical)
+    @property
+    def kind(self) -> TaskType:
+        return TASK_TYPES[self.type]
 
 
 def known_tasks() -> list[str]:
@@ -101,12 +82,13 @@ def _task(raw: Any) -> Task:
         if key not in raw:
             raise _Fault(f"the key {key} is missing")
     texts = {key: _text(key, raw[key]) for key in _TEXTS if key in raw}
-    kind = texts["type"]
-    if kind not in TYPES:
-        raise _Fault(f"type: {kind!r} is none of {', '.join(TYPES)}{nearest(kind, list(TYPES))}")
+    name = texts["type"]
+    if name not in TASK_TYPES:
+        raise _Fault(f"type: unknown type {name!r}{nearest(name, list(TASK_TYPES))}; there are {', '.join(TASK_TYPES)}")
+    kind = TASK_TYPES[name]
     _check_names(texts)
-    metric = texts.pop("metric", METRICS[kind][0])
-    others = _list("metrics", raw["metrics"]) if "metrics" in raw else METRICS[kind]
+    metric = texts.pop("metric", kind.metric_names[0])
+    others = _list("metrics", raw["metrics"]) if "metrics" in raw else kind.metric_names
     for key, names in (("metric", (metric,)), ("metrics", others)):
         _check_metrics(key, names, kind)
     return Task(
@@ -127,12 +109,13 @@ def _check_names(texts: dict[str, str]) -> None:
         raise _Fault(f"paper: {texts['paper']!r} is neither en nor fr; leave it out for a task of your own")
 
 
-def _check_metrics(key: str, names: Sequence[str], kind: str) -> None:
-    known = METRICS[kind]
+def _check_metrics(key: str, names: Sequence[str], kind: TaskType) -> None:
+    known = kind.metric_names
     for name in names:
         if name not in known:
             raise _Fault(
-                f"{key}: unknown metric {name!r} for {kind}{nearest(name, list(known))}; there are {', '.join(known)}"
+                f"{key}: unknown metric {name!r} for {kind.name}{nearest(name, list(known))}; "
+                f"there are {', '.join(known)}"
             )
 
 
@@ -157,20 +140,21 @@ def _list(key: str, value: Any) -> tuple[str, ...]:
     return items
 
 
-def _fields(value: Any, kind: str) -> dict[str, str]:
-    known = FIELDS[kind]
+def _fields(value: Any, kind: TaskType) -> dict[str, str]:
+    known = kind.fields
     if not isinstance(value, dict):
         raise _Fault(f"fields: a mapping is needed, such as {{{known[0]}: KEY_OF_THE_FILE}}, it is {value!r}")
     for key in value:
         if key not in known:
             raise _Fault(
-                f"fields.{key}: {kind} has no such part{nearest(str(key), list(known))}; there are {', '.join(known)}"
+                f"fields.{key}: {kind.name} has no such field{nearest(str(key), list(known))}; "
+                f"there are {', '.join(known)}"
             )
     return {key: _text(f"fields.{key}", name) for key, name in value.items()}
 
 
-def _labels(value: Any, kind: str) -> tuple[str, ...]:
+def _labels(value: Any, kind: TaskType) -> tuple[str, ...]:
     labels = _list("labels", value)
-    if labels and kind not in WITH_LABELS:
-        raise _Fault(f"labels: {kind} has none")
+    if labels and not kind.label_noun:
+        raise _Fault(f"labels: a task of type {kind.name} has none; remove the key")
     return labels

@@ -2,6 +2,6 @@
 
 from megatron_detour.forecast.forecast import Forecast, forecast
 from megatron_detour.forecast.start import Start
-from megatron_detour.forecast.text import headline, render
+from megatron_detour.forecast.text import headline, plan_table, render
 
-__all__ = ["Forecast", "Start", "forecast", "headline", "render"]
+__all__ = ["Forecast", "Start", "forecast", "headline", "plan_table", "render"]

@@ -1,9 +1,50 @@
-"""A forecast as plain, aligned text."""
+"""A plan and its forecast as text for a terminal."""
 
 from __future__ import annotations
 
+import textwrap
+
 from megatron_detour.forecast.forecast import Forecast
 from megatron_detour.forecast.memory import CARDS, CONTEXT, GB, GIB, SPARE
+from megatron_detour.objectives import read_objective
+from megatron_detour.plan import Plan
+from megatron_detour.ui.format import (
+    byte_size,
+    common_batch,
+    compact,
+    counted,
+    duration,
+    format_lr,
+    settings_words,
+)
+from megatron_detour.ui.tables import Table
+
+
+def plan_table(plan: Plan) -> str:
+    """The steps, tokens and settings of each phase."""
+    phases = plan.to_dict()["phases"]
+    batch = common_batch(phases)
+    summary = (
+        f"{plan.name}: {' + '.join(f'{phase.steps:,}' for phase in plan.phases)} = {plan.total_steps:,} steps, "
+        f"{plan.total_tokens:,} tokens{f'; {batch}' if batch else ''}"
+    )
+    headers = ["phase", "objective", "steps", "tokens", "from step", "to step", "ends at token", "learning rate",
+               "settings"]  # fmt: skip
+    rows = [
+        [
+            phase["name"],
+            read_objective(phase).describe(),
+            f"{phase['steps']:,}",
+            f"{phase['tokens']:,}",
+            f"{phase['first_step']:,}",
+            f"{phase['first_step'] + phase['steps'] - 1:,}",
+            f"{phase['end_tokens']:,}",
+            format_lr(phase["learning_rate"]),
+            settings_words(phase, phases),
+        ]
+        for phase in phases
+    ]
+    return f"{summary}\n{Table(headers, rows, align='llrrrrrl').without_empty_columns().text()}"
 
 
 def headline(forecast: Forecast) -> str:
@@ -11,9 +52,11 @@ def headline(forecast: Forecast) -> str:
     lines = [f"model       {_model(forecast)}"]
     most = forecast.most_memory
     if most:
-        lines.append(f"memory      {_size(most.counted)} a rank at the {most.moment}, {_asked(forecast)}")
+        lines.append(f"memory      {byte_size(most.counted)} per rank during the {most.moment}, {_asked(forecast)}")
     if forecast.costs:
-        lines.append(f"work        {forecast.flops:.3g} FLOP over {_tokens(sum(c.tokens for c in forecast.costs))}")
+        lines.append(
+            f"work        {forecast.flops:.3g} FLOP over {compact(sum(c.tokens for c in forecast.costs))} tokens"
+        )
         if forecast.seconds is not None:
             lines.append(f"time        {_time(forecast)}")
     if forecast.disk:
@@ -41,27 +84,8 @@ def render(forecast: Forecast) -> str:
     return "\n".join(parts)
 
 
-def table(rows: list[list[str]], left: int = 1) -> list[str]:
-    """Rows as lines: the first `left` columns begin together, the others end together."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [
-        [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    return [f"  {'  '.join(row)}".rstrip() for row in cells]
-
-
-def duration(seconds: float) -> str:
-    """For instance 45s, 12min, 3h25, 2d04h."""
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f}s"
-    if minutes < 60:
-        return f"{minutes}min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60}h{minutes % 60:02d}"
-    hours = round(minutes / 60)
-    return f"{hours // 24}d{hours % 24:02d}h"
+def _table(headers: list[str], rows: list[list[str]]) -> list[str]:
+    return textwrap.indent(Table(headers, rows).text(), "  ").splitlines()
 
 
 def _model(forecast: Forecast) -> str:
@@ -88,7 +112,7 @@ def _time(forecast: Forecast) -> str:
 
 def _gpus(forecast: Forecast) -> str:
     if forecast.device == "cpu":
-        return f"{forecast.ranks} CPU rank{'s' if forecast.ranks > 1 else ''}"
+        return counted(forecast.ranks, "CPU rank")
     return f"{forecast.ranks} x {forecast.device}"
 
 
@@ -100,22 +124,23 @@ def _asked(forecast: Forecast) -> str:
     """Whether it fits, with the margin."""
     most = forecast.most_memory
     if not most.on_gpu:
-        return f"{_size(most.needed)} with a margin"
+        return f"{byte_size(most.needed)} with a margin"
     verdict = "fits" if most.fits(forecast.gpu_memory) else "does not fit"
-    return f"{_size(most.needed)} with a margin: {verdict} {forecast.gpu_memory:g} GB"
+    return f"{byte_size(most.needed)} with a margin: {verdict} {forecast.gpu_memory:g} GB"
 
 
 def _disk(forecast: Forecast) -> str:
     disk = forecast.disk
     free = "" if disk.free is None else f"; {disk.free / GB:,.0f} GB are free"
     return (
-        f"{disk.needed / GB:.2f} GB at most: {disk.checkpoints} checkpoint{'s' if disk.checkpoints > 1 else ''} of "
+        f"{disk.needed / GB:.2f} GB at most: {counted(disk.checkpoints, 'checkpoint')} of "
         f"{disk.checkpoint / GB:.2f} GB at a time, and {disk.steps:,} steps' figures{free}"
     )
 
 
 def _time_table(forecast: Forecast) -> list[str]:
-    rows = [["phase", "tokens", "FLOP", "FLOP a token", "tokens/s a GPU", "time"]]
+    headers = ["phase", "tokens", "FLOP", "FLOP per token", "tokens/s per GPU", "time"]
+    rows = []
     entries = [(c.name, c.tokens, c.flops, c.seconds) for c in forecast.costs]
     if len(entries) > 1:
         entries.append(("all", sum(c.tokens for c in forecast.costs), forecast.flops, forecast.seconds))
@@ -127,7 +152,7 @@ def _time_table(forecast: Forecast) -> list[str]:
         documents = f"documents of {min(c.mean_document for c in forecast.costs):,.0f} tokens in the mean, as sampled"
     else:
         documents = "documents as long as the sequences (a corpus is not here); shorter ones cost less"
-    return [f"time        {_time(forecast)}", *table(rows), f"  {documents}"]
+    return [f"time        {_time(forecast)}", *_table(headers, rows), f"  {documents}"]
 
 
 def _memory_table(forecast: Forecast) -> list[str]:
@@ -135,12 +160,12 @@ def _memory_table(forecast: Forecast) -> list[str]:
     parts = list(dict.fromkeys(part for memory in told.values() for part in memory.parts))
     most = forecast.most_memory
     unit, size, digits = ("GiB", GIB, 2) if most.counted >= GIB else ("MiB", GIB >> 10, 1)
-    rows = [[unit, *told]]
+    rows = []
     for part in parts:
         rows.append([part, *(f"{m.parts[part] / size:.{digits}f}" if part in m.parts else "-" for m in told.values())])
     rows.append(["counted", *(f"{m.counted / size:.{digits}f}" for m in told.values())])
     rows.append(["with a margin", *(f"{m.needed / size:.{digits}f}" for m in told.values())])
-    lines = [f"memory      {_asked(forecast)}, on each of {_gpus(forecast)}", *table(rows)]
+    lines = [f"memory      {_asked(forecast)}, on each of {_gpus(forecast)}", *_table([unit, *told], rows)]
     lines.append(f"  peak memory during: {', '.join(f'{m.moment} ({name})' for name, m in told.items())}")
     if most.on_gpu:
         fitting = ", ".join(f"{card} GB {'yes' if most.fits(card) else 'no'}" for card in CARDS)
@@ -152,24 +177,10 @@ def _memory_table(forecast: Forecast) -> list[str]:
 
 def _epochs_table(forecast: Forecast) -> list[str]:
     phases = list(dict.fromkeys(name for reading in forecast.readings for name in reading.read))
-    rows = [["corpus", "tokens", *(f"read in {name}" for name in phases), "epochs"]]
+    headers = ["corpus", "tokens", *(f"read in {name}" for name in phases), "epochs"]
+    rows = []
     for reading in forecast.readings:
         size = "not here" if reading.tokens is None else f"{reading.tokens:,}"
         epochs = "?" if reading.epochs is None else f"{reading.epochs:.2f}"
-        rows.append([reading.prefix, size, *(_short(reading.read.get(name, 0)) for name in phases), epochs])
-    return ["corpora", *table(rows)]
-
-
-def _short(tokens: float) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if tokens >= size:
-            return f"{tokens / size:.3g}{letter}"
-    return f"{tokens:.0f}"
-
-
-def _tokens(count: int) -> str:
-    return f"{_short(count)} tokens"
-
-
-def _size(count: float) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.0f} MiB"
+        rows.append([reading.prefix, size, *(compact(reading.read.get(name, 0)) for name in phases), epochs])
+    return ["corpora", *_table(headers, rows)]

@@ -13,7 +13,7 @@ from megatron_detour.files import write_whole
 from megatron_detour.objectives import read_objective
 from megatron_detour.observe.plots import PLOTS
 from megatron_detour.observe.report import headline
-from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
+from megatron_detour.observe.run_folder import Run, read_run, validation_rows
 from megatron_detour.observe.sinks import Record
 from megatron_detour.observe.verdict import verdict
 from megatron_detour.structured import parse_yaml
@@ -22,11 +22,10 @@ from megatron_detour.ui.colors import variable
 from megatron_detour.ui.figures import appearance
 from megatron_detour.ui.format import compact, frozen_words
 from megatron_detour.ui.page import Picture, render, write_pictures
-from megatron_detour.ui.tables import columns, wrapped
+from megatron_detour.ui.tables import ABSENT, Entry, Table, wrapped
 
 PAGE = "compare.html"
 MARK = '<meta name="generator" content="megatron_detour comparison of runs">'
-ABSENT = "–"
 OF_THE_FOLDER = ("name", "folder")  # keys of a run file that differ between any two runs
 OF_VALIDATION = ("sequences", "seed", "mask_rate", "sequence_length")
 
@@ -49,8 +48,10 @@ def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
     labels, settings = _labels(runs), [_settings(run) for run in runs]
     _take(output)
     drawn = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]
-    pictures = [Picture.of(plot, plot.draw(runs, drawn), plot.compared) for plot in PLOTS if plot.compared]
-    # The page comes first: it tells another time that the folder is a comparison's.
+    pictures = [
+        Picture.of(plot.file, plot.title, plot.compared, plot.draw(runs, drawn)) for plot in PLOTS if plot.compared
+    ]
+    # The page comes first: it marks the folder as a comparison's.
     write_whole(output / PAGE, _page(runs, labels, settings, pictures))
     write_pictures(pictures, output)
     return output / PAGE, _as_text(runs, labels, settings)
@@ -62,7 +63,7 @@ def _take(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise DetourError(f"{output} is a file; choose another --output")
     if output.exists() and any(output.iterdir()) and not (page.exists() and MARK in page.read_text(encoding="utf-8")):
-        raise DetourError(f"{output} holds other files than an earlier comparison; choose another --output")
+        raise DetourError(f"{output} contains files other than an earlier comparison; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
 
 
@@ -78,34 +79,29 @@ def _labels(runs: list[Run]) -> list[str]:
 
 def _page(runs: list[Run], labels: list[str], settings: list[dict[str, Any]], pictures: list[Picture]) -> str:
     verdicts = _verdicts(runs, labels, settings)
+    drawn = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]
     return render(
         "compare.html.j2",
         Path(__file__).parent,
         mark=MARK,
-        runs=list(
-            zip(runs, labels, (variable(appearance(number)["color"]) for number in range(len(runs))), strict=True)
-        ),
+        runs=list(zip(runs, drawn, strict=True)),
+        colors={label: variable(appearance(number)["color"]) for number, label in enumerate(drawn)},
         pictures=pictures,
         verdict=verdict(runs, labels, verdicts),
         verdicts=verdicts,
-        totals=_totals(runs),
-        phases=[[_phase(phase) for phase in run.phases] for run in runs],
-        figures=_figures(runs),
-        settings=_differing([_flat(own, OF_THE_FOLDER) for own in settings]),
-        versions=_differing([_software(run) for run in runs]),
+        figures=_figures(runs, drawn),
+        cost=Table(["", *drawn], _totals(runs)),
+        settings=Table(["", *drawn], _differing([_flat(own, OF_THE_FOLDER) for own in settings]), align="l"),
+        versions=Table(["", *drawn], _differing([_software(run) for run in runs]), align="l"),
     )
 
 
 def _as_text(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]) -> str:
     verdicts = _verdicts(runs, labels, settings)
     numbers = [str(number) for number in range(1, len(runs) + 1)]
-    header = [*numbers, *(f"{number} against 1" for number in numbers[1:])]
     named = [f"{number}: {visible(label)}" for number, label in zip(numbers, labels, strict=True)]
-    tables = [
-        columns([group["title"], *header], [[row["title"], *row["values"], *row["changes"]] for row in group["rows"]])
-        for group in _figures(runs)
-    ]
     said = [f"{answer}: {text}" for answer, text in verdicts if answer != "Yes"]
+    tables = [table.text() for table in _figures(runs, numbers)]
     return "\n\n".join([wrapped(verdict(runs, labels, verdicts)), "\n".join(named), *map(wrapped, said), *tables])
 
 
@@ -127,13 +123,13 @@ def _phase(phase: dict[str, Any]) -> str:
     return f"{phase['name']}: {', '.join(parts)}"
 
 
-def _totals(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """The figures of the whole runs, a row each."""
-    found = [{title: value for title, value, _ in headline(run)} for run in runs]
-    titles = dict.fromkeys(title for facts in found for title in facts)
-    rows = [(title, [facts.get(title, ABSENT) for facts in found]) for title in titles]
-    rows.append(("Skipped updates", [f"{len(run.skipped):,}" for run in runs]))
-    return rows
+def _totals(runs: list[Run]) -> list[list[str | Entry]]:
+    """The phases and the figures of the whole runs, a row each."""
+    facts = [{title: value for title, value, _ in headline(run)} for run in runs]
+    phases = [Entry("\n".join(map(_phase, run.phases)), style="wrap lines") for run in runs]
+    titles = dict.fromkeys(title for own in facts for title in own)
+    rows = [[title, *(own.get(title, ABSENT) for own in facts)] for title in titles]
+    return [["Phases", *phases], *rows, ["Skipped updates", *(f"{len(run.skipped):,}" for run in runs)]]
 
 
 def _data_verdicts(runs: list[Run], labels: list[str]) -> list[tuple[str, str]]:
@@ -148,7 +144,7 @@ def _data_verdicts(runs: list[Run], labels: list[str]) -> list[tuple[str, str]]:
         same = (sums == own_sums) & (first["tokens"][rows] == own["tokens"][own_rows])
         steps = int(there.sum())
         if not steps:
-            found.append(("Unknown", f"{pair} have no checksums in common that would tell whether they read the same."))
+            found.append(("Unknown", f"cannot verify that {pair} read the same data: no step of both has a checksum."))
         elif same[there].all():
             found.append(("Yes", f"{pair} read the same documents in all {steps:,} steps that both have done."))
         else:
@@ -168,9 +164,12 @@ def _validation_verdicts(runs: list[Run], labels: list[str], settings: list[dict
         pair = f"{label} and {labels[0]}"
         differing = [key for key in facts if facts[key] != first[key]]
         if not facts["corpora"] or not first["corpora"]:
-            found.append(("Unknown", f"{pair} do not both name the corpora of their validation."))
+            found.append(("Unknown", f"{pair} do not both name their validation corpora."))
         elif differing:
-            text = f"{pair} were not validated alike, so their figures do not compare: other {', '.join(differing)}."
+            text = (
+                f"{pair} were validated differently, so their figures are not comparable. "
+                f"Differences: {', '.join(differing)}."
+            )
             found.append(("No", text))
         else:
             found.append(("Yes", f"{pair} were validated on the same text under the same masks."))
@@ -189,47 +188,34 @@ def _validation(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _figures(runs: list[Run]) -> list[dict[str, Any]]:
+def _figures(runs: list[Run], headers: list[str]) -> list[Table]:
     """The validation figures where every run has some at a phase's end, by tokens, and at the end of each run."""
     at = [{run.tokens_at(b.record["step"]): b.record for b in run.boundaries() if b.ends_phase} for run in runs]
     common = sorted(set(at[0]).intersection(*at[1:]))
-    groups = [
-        {
-            "title": f"At {compact(tokens)} tokens" if tokens else "Before training",
-            "rows": _rows([a[tokens] for a in at]),
-        }
-        for tokens in common
-    ]
+    tables = [_figures_table(_title(tokens), headers, [records[tokens] for records in at]) for tokens in common]
     last = [run.validations[-1] if run.validations else {} for run in runs]
     ends = [run.tokens_at(record["step"]) if record else None for run, record in zip(runs, last, strict=True)]
     if len(set(ends)) > 1 or ends[0] not in common:
         reached = ", ".join(ABSENT if end is None else compact(end) for end in ends)
-        same = len(set(ends)) == 1
-        groups.append({"title": f"Last of each run (at {reached} tokens)", "rows": _rows(last, compared=same)})
-    return [group for group in groups if group["rows"]]
+        title = f"Last of each run (at {reached} tokens)"
+        tables.append(_figures_table(title, headers, last, compared=len(set(ends)) == 1))
+    return [table for table in tables if table.rows]
 
 
-def _rows(records: list[Record], compared: bool = True) -> list[dict[str, Any]]:
+def _title(tokens: int) -> str:
+    return f"At {compact(tokens)} tokens" if tokens else "Before training"
+
+
+def _figures_table(title: str, headers: list[str], records: list[Record], compared: bool = True) -> Table:
     """`compared`: whether differences to the first run mean anything."""
     rows = []
-    keys = dict.fromkeys(key for record in records for key in record if key.partition("/")[0] in VALIDATION_FIGURES)
-    for key in sorted(keys, key=lambda key: list(VALIDATION_FIGURES).index(key.partition("/")[0])):
-        figure, corpus = VALIDATION_FIGURES[key.partition("/")[0]], key.partition("/")[2]
-        values = [record.get(key) for record in records]
-        if all(value is None for value in values):
-            continue
-        rows.append(
-            {
-                "title": f"{figure.title}, {corpus}" if corpus else figure.title,
-                "objective": figure.objective,
-                "values": [ABSENT if value is None else figure.value(value) for value in values],
-                "changes": [
-                    figure.change(value - values[0]) if compared and None not in (value, values[0]) else ""
-                    for value in values[1:]
-                ],
-            }
-        )
-    return rows
+    for row in validation_rows(records):
+        first, *others = row.values
+        changes = ["" if None in (first, other) else row.figure.change(other - first) for other in others]
+        title_cell = Entry(row.title, style=f"{row.figure.objective}-text")
+        rows.append([title_cell, *row.texts(ABSENT), *(changes if compared else [])])
+    changed = [f"{number} against 1" for number in range(2, len(records) + 1)] if compared else []
+    return Table(["", *headers, *changed], rows, title=title)
 
 
 def _flat(content: Any, left_out: Iterable[str] = (), prefix: str = "") -> dict[str, str]:
@@ -258,8 +244,8 @@ def _software(run: Run) -> dict[str, str]:
     return found
 
 
-def _differing(facts: list[dict[str, str]]) -> list[tuple[str, list[str]]]:
+def _differing(facts: list[dict[str, str]]) -> list[list[str]]:
     """The keys whose values are not the same in all, each with its values."""
     keys = dict.fromkeys(key for own in facts for key in own)
-    rows = [(key, [own.get(key, ABSENT) for own in facts]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+    rows = [[key, *(own.get(key, ABSENT) for own in facts)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]

@@ -10,8 +10,9 @@ import numpy as np
 from megatron_detour.objectives import read_objective
 from megatron_detour.observe.run_folder import Run
 from megatron_detour.text import visible
-from megatron_detour.ui.colors import AXIS, COLORS, INK, LINE, PAGE, SOFT
-from megatron_detour.ui.format import compact, frozen_words, shortened
+from megatron_detour.ui.colors import AXIS, COLORS, INK, PAGE, SOFT
+from megatron_detour.ui.figures import add_legend, style_axes
+from megatron_detour.ui.format import compact, counted, frozen_words, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,11 +89,8 @@ class Frame:
 
     def _style(self, axes: Axes, label: str, *, last: bool) -> None:
         axes.set_ylabel(label, color=INK, fontsize=9.5)
-        axes.grid(axis="y", color=LINE, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(AXIS)
-        axes.tick_params(labelsize=8.5, colors=INK, labelbottom=last, color=AXIS)
+        style_axes(axes, "y")
+        axes.tick_params(labelbottom=last)
         if last:
             axes.set_xlabel("tokens trained", color=INK, fontsize=9.5)
             axes.xaxis.set_major_formatter(lambda value, _: compact(value))
@@ -188,7 +186,7 @@ class Frame:
     def _note(self) -> None:
         if not self._above:
             return
-        text = f"{self._above:,} value{'s' if self._above > 1 else ''} above the range shown"
+        text = f"{counted(self._above, 'value')} above the range shown"
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=SOFT, **place)
 
@@ -210,19 +208,8 @@ class Frame:
             further = max(0, -(-len(labels) // columns) - 2)
             # a legend of many rows takes its room below the figure, not from the panels
             self.figure.set_figheight(self.figure.get_figheight() + further * LEGEND_ROW)
-            self.figure.legend(
-                list(handles.values()),
-                labels,
-                loc="outside lower center",
-                ncols=columns,
-                fontsize=8.5,
-                frameon=False,
-                labelcolor=INK,
-                handlelength=2.6,
-                columnspacing=1.8,
-            )
-            for text in self.figure.legends[0].get_texts():
-                text.set_parse_math(False)
+            shown = dict(zip(labels, handles.values(), strict=True))
+            add_legend(self.figure, shown, "lower center", columns)
 
     def _name_phases(self) -> None:
         """Writes in each band the longest of its labels that fits, or its number, which the title's row explains."""

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.files import write_whole
+from megatron_detour.objectives import read_objective
 from megatron_detour.observe.plots import PLOTS
-from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run
+from megatron_detour.observe.run_folder import VALIDATION_FIGURES, Run, read_run, validation_rows
 from megatron_detour.text import visible
-from megatron_detour.ui.format import batch_words, byte_size, compact, duration, frozen_words
+from megatron_detour.ui.format import byte_size, common_batch, compact, duration, format_lr, settings_words
 from megatron_detour.ui.page import Picture, render, write_pictures
-from megatron_detour.ui.tables import columns
+from megatron_detour.ui.tables import ABSENT, Entry, Table
 
 LISTED_GUARDS, LISTED_SOURCES = 20, 5
 
@@ -25,7 +26,9 @@ def write_report(run_folder: Path) -> Path:
     """
     run_folder = Path(run_folder)
     run = read_run(run_folder)
-    pictures = [Picture.of(plot, plot.draw([run], [run.name]), plot.caption) for plot in PLOTS if plot.caption]
+    pictures = [
+        Picture.of(plot.file, plot.title, plot.caption, plot.draw([run], [run.name])) for plot in PLOTS if plot.caption
+    ]
     (run_folder / "plots").mkdir(exist_ok=True)
     write_pictures(pictures, run_folder / "plots")
     page = run_folder / "report.html"
@@ -42,73 +45,103 @@ def _page(run: Run, pictures: list[Picture]) -> str:
         pictures=pictures,
         headline=headline(run),
         changes=_changes(run),
-        phases=[_phase_row(run, phase) for phase in run.phases],
-        batch=_common_batch(run),
-        boundaries=run.boundaries(),
-        figures=_figures_by_boundary(run),
-        guarded=run.guarded[:LISTED_GUARDS],
-        corpora=[("training", _corpus(corpus)) for corpus in facts.get("corpora") or []]
-        + [("validation", _corpus(corpus)) for corpus in facts.get("validation_corpora") or []],
+        plan=_plan_table(run),
+        batch=common_batch(run.phases),
+        figures=_figures_table(run),
+        guards=_guards_table(run),
+        corpora=_corpora_table(run),
         versions=facts.get("versions") or {},
-        sessions=_sessions(run),
+        sessions=_sessions_table(run),
         model=facts.get("model") or {},
         unigram_loss=facts.get("unigram_loss"),
     )
 
 
-def _corpus(facts: dict[str, Any]) -> dict[str, Any]:
-    """Its facts, with the first few of its sources and what is left to tell of the others."""
+def as_text(run_folder: Path) -> str:
+    """The validation figures by phase and the figures of the whole run, for a terminal."""
+    run = read_run(Path(run_folder))
+    done = f"{run.done_steps:,} of {run.plan['total_steps']:,} steps"
+    parts = [f"{visible(run.name)}: {'finished, ' if run.finished else ''}{done}"]
+    tables = [_figures_table(run), Table(["", "", ""], headline(run), align="lrl")]
+    return "\n\n".join(parts + [table.text() for table in tables if table.rows])
+
+
+def _plan_table(run: Run) -> Table:
+    headers = ["Phase", "Objective", "Input", "Steps", "Tokens", "From – to", "Learning rate", "Settings"]
+    rows = [_plan_row(run, phase) for phase in run.phases]
+    return Table(headers, rows, align="lllrrrll").without_empty_columns()
+
+
+def _plan_row(run: Run, phase: dict[str, Any]) -> list[Entry]:
+    done = min(max(run.done_steps - phase["first_step"] + 1, 0), phase["steps"])
+    start, end = phase["start_tokens"], phase["end_tokens"]
+    objective = read_objective(phase)
+    return [
+        Entry(phase["name"]),
+        Entry(objective.label, style=f"{phase['objective']}-text"),
+        Entry(objective.details() or ABSENT),
+        Entry(f"{done:,} of {phase['steps']:,}" if done < phase["steps"] else f"{done:,}"),
+        Entry(compact(phase["tokens"]), tip=f"{phase['tokens']:,}"),
+        Entry(f"{compact(start)} – {compact(end)}", tip=f"{start:,} – {end:,}"),
+        Entry(format_lr(phase["learning_rate"]), style="wide"),
+        Entry(settings_words(phase, run.phases), style="wide"),
+    ]
+
+
+def _figures_table(run: Run) -> Table:
+    """A row per validation figure and corpus: its values at the boundaries of the phases."""
+    boundaries = run.boundaries()
+    rows = [
+        [Entry(row.title, style=f"{row.figure.objective}-text"), *row.texts(ABSENT)]
+        for row in validation_rows([boundary.record for boundary in boundaries])
+    ]
+    return Table(["Figure", *(boundary.title for boundary in boundaries)], rows)
+
+
+def _guards_table(run: Run) -> Table:
+    rows = [
+        [
+            f"{record['step']:,}",
+            compact(run.tokens_at(record["step"])),
+            record.get("phase") or ABSENT,
+            "skipped" if record.get("skipped") else "made",
+            record.get("skipped") or record["spike"],
+        ]
+        for record in run.guarded[:LISTED_GUARDS]
+    ]
+    return Table(["Step", "Tokens", "Phase", "Update", "Why"], rows, align="rrl")
+
+
+def _corpora_table(run: Run) -> Table:
+    headers = ["Use", "Corpus", "Weight", "Documents", "Tokens", "Sources", "Ids (SHA-256)", "Tokenizer (SHA-256)"]
+    uses = {"training": "corpora", "validation": "validation_corpora"}
+    rows = [[use, *_corpus(facts)] for use, key in uses.items() for facts in run.environment.get(key) or []]
+    return Table(headers, rows, align="llrrrlll")
+
+
+def _corpus(facts: dict[str, Any]) -> list[Entry]:
+    weight, documents, tokens = (facts.get(key) for key in ("weight", "documents", "tokens"))
+    return [
+        Entry(facts["prefix"]),
+        Entry(ABSENT if weight is None else f"{weight:.4g}"),
+        Entry(ABSENT if documents is None else f"{documents:,}"),
+        Entry(ABSENT) if tokens is None else Entry(compact(tokens), tip=f"{tokens:,}"),
+        _sources(facts),
+        *(
+            Entry((facts.get(key) or ABSENT)[:12], style="code", tip=facts.get(key) or "")
+            for key in ("sha256", "tokenizer_sha256")
+        ),
+    ]
+
+
+def _sources(facts: dict[str, Any]) -> Entry:
+    """The first few, and how many more there are."""
     sources = facts.get("sources") or []
     others = (facts.get("source_files") or len(sources)) - LISTED_SOURCES
     size = facts.get("source_bytes") or sum(source["bytes"] for source in sources)
+    lines = [f"{source['path']} ({byte_size(source['bytes'])})" for source in sources[:LISTED_SOURCES]]
     rest = f"and {others:,} more, {byte_size(size)} in all" if others > 0 else ""
-    return {**facts, "sources": sources[:LISTED_SOURCES], "other_sources": rest}
-
-
-def as_text(run_folder: Path) -> str:
-    """The validation figures by phase and what the run took, for a terminal."""
-    run = read_run(Path(run_folder))
-    done = f"{run.done_steps:,} of {run.plan['total_steps']:,} steps"
-    said = [f"{visible(run.name)}: {'finished, ' if run.finished else ''}{done}"]
-    figures = _figures_by_boundary(run)
-    if figures:
-        titles = [f"{row['title']}, {row['corpus']}" if row["corpus"] else row["title"] for row in figures]
-        rows = [[title, *row["values"]] for title, row in zip(titles, figures, strict=True)]
-        said.append(columns(["", *(boundary.title for boundary in run.boundaries())], rows))
-    said.append(columns(["", "", ""], [[title, value, remark] for title, value, remark in headline(run)]))
-    return "\n\n".join(said)
-
-
-def _phase_row(run: Run, phase: dict[str, Any]) -> dict[str, Any]:
-    done = min(max(run.done_steps - phase["first_step"] + 1, 0), phase["steps"])
-    return {**phase, "done": done, "remarks": _remarks(run, phase)}
-
-
-def _remarks(run: Run, phase: dict[str, Any]) -> list[str]:
-    """The settings of a phase that say something: those that not every run has, or that its phases have differently."""
-    remarks = []
-    if phase.get("freeze"):
-        remarks.append(f"{frozen_words(phase)} frozen")
-    if phase.get("optimizer_state") == "reset":
-        remarks.append("the optimizer state begins anew")
-    if not _common_batch(run):
-        remarks.append(batch_words(phase))
-    if _several(run, "corpora"):
-        named = (f"{corpus['prefix']} ({corpus['weight']:.4g})" for corpus in phase.get("corpora") or [])
-        remarks.append(f"reads {', '.join(named)}")
-    return remarks
-
-
-def _common_batch(run: Run) -> str:
-    """The batch of every phase, or nothing where the phases' remarks tell it."""
-    if not run.phases or _several(run, "sequences") or _several(run, "sequence_length"):
-        return ""
-    return "" if any(phase.get("batch_warmup") for phase in run.phases) else batch_words(run.phases[0])
-
-
-def _several(run: Run, key: str) -> bool:
-    """Whether the phases differ in this setting."""
-    return len({str(phase.get(key)) for phase in run.phases}) > 1
+    return Entry("\n".join(lines), note=rest, style="wide lines")
 
 
 def _changes(run: Run) -> list[dict[str, Any]]:
@@ -134,26 +167,33 @@ def _changes(run: Run) -> list[dict[str, Any]]:
     return changes
 
 
-def _figures_by_boundary(run: Run) -> list[dict[str, Any]]:
-    """A row for each validation figure and corpus: its values at the boundaries of the phases."""
-    rows = []
-    for key, figure in VALIDATION_FIGURES.items():
-        for corpus in ["", *run.validation_corpora]:
-            held = [boundary.record.get(f"{key}/{corpus}" if corpus else key) for boundary in run.boundaries()]
-            if any(value is not None for value in held):
-                values = ["–" if value is None else figure.value(value) for value in held]
-                rows.append({"title": figure.title, "objective": figure.objective, "corpus": corpus, "values": values})
-    return rows
+def _sessions_table(run: Run) -> Table:
+    """The sessions with how each ended; one that could not say was killed, or is still running."""
+    silent = ["killed"] * (len(run.sessions) - 1) + ["finished" if run.finished else "running, or killed"]
+    headers = ["Started", "After step", "Ended", "Ranks", "Device", "Attention, kernels, precision"]
+    rows = [_session(*each) for each in zip(run.sessions, silent, range(len(run.sessions)), strict=False)]
+    return Table(headers, rows, align="lrlrll")
 
 
-def _sessions(run: Run) -> list[dict[str, Any]]:
-    """The sessions with how each ended; one that could not say was killed, or is still at work."""
-    silent = ["killed"] * (len(run.sessions) - 1) + ["finished" if run.finished else "at work, or killed"]
-    gaps = [session.get("missing_steps") for session in run.sessions]  # of the figures, when it began
-    remarks = [f"; no figures of steps {steps}" if steps else "" for steps in gaps]
+def _session(session: dict[str, Any], otherwise: str, number: int) -> list[Entry]:
+    missing = session.get("missing_steps")  # of the figures, when it began
+    parallel, cores, recompute = (session.get(key) for key in ("tensor_parallel", "host_cores", "recompute"))
+    how = [f"recompute {recompute}"] if recompute else []
+    how += [f"passed over: {fault}" for fault in session.get("passed_over") or []]
+    precision = f", {session['dtype']}" if session.get("dtype") else ""
     return [
-        {**session, "ended": f"{session.get('ended') or otherwise}{remark}"}
-        for session, otherwise, remark in zip(run.sessions, silent, remarks, strict=False)
+        Entry(session.get("started") or ABSENT, note="(resumed)" if number else ""),
+        Entry(f"{session['step']:,}"),
+        Entry((session.get("ended") or otherwise) + (f"; no figures of steps {missing}" if missing else "")),
+        Entry(
+            str(session.get("ranks", ABSENT)), note=f"tensor parallel {parallel}" if parallel not in (None, 1) else ""
+        ),
+        Entry(session.get("device", ABSENT), note=f"{cores} host cores" if cores else ""),
+        Entry(
+            f"{session.get('attention', ABSENT)}, {session.get('kernels', ABSENT)}{precision}",
+            note="\n".join(how),
+            style="lines",
+        ),
     ]
 
 

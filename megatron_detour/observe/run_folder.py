@@ -53,7 +53,7 @@ VALIDATION_FIGURES = {key: figure for kind in KINDS.values() for key, figure in 
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where the figures of a run are told: before the first step, at the end of a phase or at its latest validation."""
+    """Where a run reports its validation figures: before step 1, at the end of a phase or at the latest validation."""
 
     title: str
     record: Record
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def skipped(self) -> list[Record]:
-        """The steps whose update was left out."""
+        """The steps whose update was skipped."""
         return [record for record in self.guarded if record.get("skipped")]
 
     @cached_property
@@ -187,6 +187,35 @@ def validation_points(run: Run, key: str) -> tuple[list[float], list[float]]:
     """The tokens trained and the figure of each validation that has it."""
     held = [record for record in run.validations if key in record]
     return [run.tokens_at(record["step"]) for record in held], [record[key] for record in held]
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """A validation figure, over all corpora or of one, in each of several records; None where it was not measured."""
+
+    key: str
+    corpus: str
+    values: list[float | None]
+
+    @property
+    def figure(self) -> ValidationFigure:
+        return VALIDATION_FIGURES[self.key]
+
+    @property
+    def title(self) -> str:
+        return f"{self.figure.title}, {self.corpus}" if self.corpus else self.figure.title
+
+    def texts(self, absent: str) -> list[str]:
+        return [absent if value is None else self.figure.value(value) for value in self.values]
+
+
+def validation_rows(records: list[Record]) -> list[ValidationRow]:
+    """A row per figure that any record has, in the order of VALIDATION_FIGURES, all corpora before single ones."""
+    order = list(VALIDATION_FIGURES)
+    names = {tuple(key.split("/", 1)) if "/" in key else (key, ""): key for record in records for key in record}
+    known = sorted((name for name in names if name[0] in order), key=lambda name: (order.index(name[0]), name[1] != ""))
+    rows = [ValidationRow(*name, [record.get(names[name]) for record in records]) for name in known]
+    return [row for row in rows if any(value is not None for value in row.values)]
 
 
 def stretches(run: Run) -> list[tuple[str, Steps]]:

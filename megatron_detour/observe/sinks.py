@@ -258,7 +258,7 @@ def metrics_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
         unread = 0  # the number of a line that is no record: torn where it is the last one
         for number, line in enumerate(file, start=1):
             if unread:
-                raise DetourError(f"{path}, line {unread} is no record of a step; remove that line or restore the file")
+                raise DetourError(f"{path}, line {unread} is not a step record; remove that line or restore the file")
             record = _parse(line)
             if record is None:
                 unread = number

@@ -8,7 +8,7 @@ from megatron_detour.ui.format import compact
 
 KEY = f"val_{REFERENCE.name}_loss"
 SAME = 0.0005  # nats: figures with three decimals do not show less
-ONE_RUN = "with one run of each, a difference made by luck of seed and order cannot be told from one made by the recipe"
+ONE_RUN = "with one run each, the effect of the recipe cannot be distinguished from that of seed and data order"
 
 
 def verdict(runs: list[Run], labels: list[str], compared: list[tuple[str, str]]) -> str:
@@ -16,9 +16,9 @@ def verdict(runs: list[Run], labels: list[str], compared: list[tuple[str, str]])
     held = [{run.tokens_at(record["step"]): record[KEY] for record in run.validations if KEY in record} for run in runs]
     common = set(held[0]).intersection(*held[1:])
     if not common:
-        return f"Nothing is known yet: the runs have no held-out {REFERENCE.label} loss after the same tokens."
+        return f"No result yet: the runs have no held-out {REFERENCE.label} loss at the same number of tokens."
     if any(answer == "No" and "validated" in text for answer, text in compared):
-        return "Nothing is known of which run is better: they were not validated alike, so their losses do not compare."
+        return "Unknown which run is better: they were validated differently, so their losses are not comparable."
     tokens = max(common)
     figure, first = VALIDATION_FIGURES[KEY], held[0][tokens]
     against = [_against(label, own[tokens] - first) for label, own in zip(labels[1:], held[1:], strict=True)]

@@ -47,9 +47,13 @@ class ParallelState:
         )
 
     @property
+    def rank(self) -> int:
+        return self.data_rank * self.tensor_size + self.tensor_rank
+
+    @property
     def is_first(self) -> bool:
         """Whether this rank speaks and writes for all."""
-        return self.data_rank == 0 and self.tensor_rank == 0
+        return self.rank == 0
 
     @property
     def sequence_multiple(self) -> int:

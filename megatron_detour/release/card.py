@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_detour import __version__
 from megatron_detour.checkpoint.huggingface import RUN_STATE, Source
@@ -17,11 +17,12 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.shape import FULL, Shape
 from megatron_detour.objectives import REFERENCE
 from megatron_detour.observe.run_files import read_state
-from megatron_detour.observe.run_folder import VALIDATION_FIGURES
+from megatron_detour.observe.run_folder import validation_rows
 from megatron_detour.release.card_metadata import CardMetadata, CorpusFacts
 from megatron_detour.release.checkpoint_info import CheckpointInfo, Corpus
 from megatron_detour.text import markdown, visible
 from megatron_detour.ui.format import batch_words, compact, duration, format_lr, frozen_words
+from megatron_detour.ui.tables import Formatted, Table
 
 TEMPLATE = "card.md.j2"
 BY_CORPUS = tuple(
@@ -29,11 +30,6 @@ BY_CORPUS = tuple(
 )  # the other figures are of all corpora together
 MEDICAL = ("medical", "clinical", "biomedical", "health")
 NOT_STATED = "not stated by the corpus's manifest"
-
-
-class Table(NamedTuple):
-    header: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,6 @@ class Card:
             count="{:,}".format,
             compact=compact,
             duration=duration,
-            cell=cell,
             shown=markdown,
             paragraphs=_paragraphs,
             quoted=json.dumps,
@@ -229,7 +224,7 @@ class Card:
                     frozen_words(said) or "nothing",
                 ]
             )
-        return Table(header, rows)
+        return Table(header, rows, align="llrrl")
 
     def _corpora(self) -> Table:
         """The columns that something is known of."""
@@ -249,7 +244,7 @@ class Card:
             columns["Filters"] = [corpus.cleaning or "not known" for corpus in corpora]
             columns["Held out"] = [corpus.held_out or "not known" for corpus in corpora]
         columns["Licence"] = [more.licence or NOT_STATED for more in said]
-        return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
+        return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)], align="l")
 
     def _times_read(self, corpus: Corpus) -> str:
         if not corpus.tokens:
@@ -259,17 +254,10 @@ class Card:
         return f"about {read / corpus.tokens:.2g} times"
 
     def _validation(self) -> Table:
-        run = self.facts.run
-        boundaries = run.boundaries()
-        header = ["Held-out figure", *(boundary.title for boundary in boundaries)]
-        rows = []
-        for key, figure in VALIDATION_FIGURES.items():
-            for corpus in ["", *(run.validation_corpora if key in BY_CORPUS else [])]:
-                held = [boundary.record.get(f"{key}/{corpus}" if corpus else key) for boundary in boundaries]
-                if any(value is not None for value in held):
-                    words = ["not measured" if value is None else figure.value(value) for value in held]
-                    rows.append([f"{figure.title}, {corpus}" if corpus else figure.title, *words])
-        return Table(header, rows)
+        boundaries = self.facts.run.boundaries()
+        rows = validation_rows([boundary.record for boundary in boundaries])
+        cells = [[row.title, *row.texts("not measured")] for row in rows if not row.corpus or row.key in BY_CORPUS]
+        return Table(["Held-out figure", *(boundary.title for boundary in boundaries)], cells)
 
     def _scores(self) -> Table:
         rows = []
@@ -277,7 +265,7 @@ class Card:
             spread = "one seed" if row["sd"] is None else f"{100 * row['sd']:.1f}"
             metric = str(row["metric"]).replace("_", " ")
             rows.append([row["title"], metric, f"{100 * row['mean']:.1f}", spread, str(row["seeds"])])
-        return Table(["Task", "Metric", "Mean", "Standard deviation", "Seeds"], rows)
+        return Table(["Task", "Metric", "Mean", "Standard deviation", "Seeds"], rows, align="llr")
 
     def _hardware(self) -> Table:
         rows: dict[tuple[str, ...], list[float]] = {}
@@ -307,15 +295,6 @@ def refuse_unknown_corpora(given: CardMetadata, corpora: list[Corpus]) -> None:
         if name not in names:
             hint = nearest(name, names) or f"; it has {', '.join(names)}"
             raise DetourError(f"--card-facts: corpora.{name}: the run reads no corpus of this name{hint}")
-
-
-class Formatted(str):
-    """Text that is Markdown already."""
-
-
-def cell(text: str) -> str:
-    """Text inside a table of Markdown."""
-    return text if isinstance(text, Formatted) else markdown(str(text))
 
 
 def _paragraphs(text: str) -> str:

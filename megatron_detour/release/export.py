@@ -144,9 +144,7 @@ def _find(path: Path) -> Path:
             raise DetourError(f"{path}: not a whole checkpoint: {fault}") from None
     if (path / RUN_STATE).is_file():
         return path
-    newest = store.latest(
-        path / "checkpoints", warn=lambda message: print(f"warning: {message}"), needless=(OPTIMIZER,)
-    )
+    newest = store.latest(path / "checkpoints", needless=(OPTIMIZER,))
     if newest is None:
         raise DetourError(f"{path}: neither a checkpoint nor a run's folder with one")
     return newest

@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_detour.errors import DetourError, leave, say_error
+
+logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 KEYS = ("host", "pid", "started", "machine", "token")
@@ -41,10 +43,8 @@ class RunLock:
     finds its lock taken over, because it was stopped for so long, ends. Clocks of different machines are not compared.
     """
 
-    def __init__(
-        self, folder: Path, say: Callable[[str], None], beat: float = BEAT_SECONDS, stale: float = STALE_SECONDS
-    ) -> None:
-        self._path, self._say, self._beat, self._stale = folder / LOCK, say, beat, stale
+    def __init__(self, folder: Path, beat: float = BEAT_SECONDS, stale: float = STALE_SECONDS) -> None:
+        self._path, self._beat, self._stale = folder / LOCK, beat, stale
         self._own = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -65,7 +65,8 @@ class RunLock:
             if look and self._is_here(look.content) and self._flocked():
                 raise self._refusal(look.content)
             if look and last is None:
-                self._say(f"{self._path} is of {_spoken(look.content)}; waiting up to {2 * self._stale:.0f} s for it")
+                whose = _spoken(look.content)
+                logger.info("%s is of %s; waiting up to %.0f s for it", self._path, whose, 2 * self._stale)
             if look and (last is None or look.changed != last.changed):
                 last, seen_at = look, now
             if look and now - began > 2 * self._stale and now - seen_at < self._stale:

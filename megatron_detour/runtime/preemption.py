@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
+from megatron_detour.ui.format import duration
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SPOKEN = {"SIGINT": "Ctrl-C"}
 SLURM_MARGIN = 60.0  # seconds before the end of the job, as Slurm's clock and kill are not ours
@@ -38,7 +40,7 @@ class Preemption:
         self._before: dict[signal.Signals, Any] = {}
         self._limits: list[_Limit] = []
         if limit_seconds is not None:
-            name = f"the time limit of {_spoken(limit_seconds)}"
+            name = f"the time limit of {duration(limit_seconds)}"
             self._limits.append(_Limit(now + limit_seconds, limit_seconds, 0.0, name))
         ends = os.environ.get("SLURM_JOB_END_TIME", "")
         left = int(ends) - time.time() if ends.isdigit() else 0.0
@@ -78,11 +80,3 @@ class Preemption:
         asked, self._signal = self._signal, self._signal or SPOKEN.get(name, name)
         if number == signal.SIGINT and asked == SPOKEN["SIGINT"]:
             raise KeyboardInterrupt
-
-
-def _spoken(seconds: float) -> str:
-    """23h00m, 45m or 90s."""
-    if seconds < 120:
-        return f"{seconds:g}s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m"

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,8 @@ from megatron_detour.config import RunConfig
 from megatron_detour.errors import DetourError, brief, format_faults
 from megatron_detour.forecast.faults import of_ranks
 from megatron_detour.parallel.state import PATIENCE, ParallelState
+from megatron_detour.parallel.zero import Zero, deepspeed_settings
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 RENDEZVOUS = timedelta(minutes=10)  # between the first rank's start and the last one's
 
@@ -76,19 +74,13 @@ def _join(backend: str) -> None:
         ) from None
 
 
-def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[str, Any], state: ParallelState):
-    """Wraps the model in ZeRO-2 with AdamW; fp32 gradients are summed and clipped over all ranks.
-
-    Steps differ in their microbatches: whoever calls it sets the boundary of accumulation before each one.
-    """
+def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[str, Any], state: ParallelState) -> Zero:
+    """Wraps the model in ZeRO-2 with AdamW; fp32 gradients are summed and clipped over all ranks."""
     import deepspeed
 
-    settings = deepspeed_config | {
+    settings = deepspeed_settings(deepspeed_config) | {
         "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.clip,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**12,
     }
     optimizer = PhasedAdamW(
         parameter_groups(model, config),
@@ -101,7 +93,7 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=state, dist_init_required=False
     )
-    return engine
+    return Zero(engine, state, config.optimizer.clip)
 
 
 def refuse_unfit(settings: dict[str, Any], file: str) -> None:
@@ -115,13 +107,8 @@ def refuse_unfit(settings: dict[str, Any], file: str) -> None:
         raise DetourError(f"{file}: DeepSpeed rejects it: {type(error).__name__}: {cause}") from None
 
 
-def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-
-
 def _quiet_deepspeed() -> None:
-    """DeepSpeed says at length what nobody asked, and warns of our optimiser; errors still come through."""
+    """DeepSpeed says at length what nobody asked, and warns of our optimizer; errors still come through."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.ops import __compatible_ops__
     from deepspeed.utils import logger

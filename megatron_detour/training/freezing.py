@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,29 +10,27 @@ from torch import nn
 from megatron_detour.config import RunConfig
 from megatron_detour.errors import DetourError
 from megatron_detour.model_parts import layers_of
+from megatron_detour.parallel.zero import Zero
 from megatron_detour.plan import PlannedPhase
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 HEAD = ("head.", "decoder.")
 
 
 class PhasedAdamW(torch.optim.AdamW):
-    """AdamW that leaves out groups flagged `frozen`, and any step that `permit` refuses.
+    """AdamW that leaves out groups flagged `frozen`; gradients are multiplied by `gradient_factor` before.
 
     Frozen by a learning rate of zero the moments would go on to decay; without gradients, momentum would go on to
     move the weights.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
-        super().__init__(groups, **settings)
-        self.permit = lambda: True
+    gradient_factor: torch.Tensor  # scalar on the device: what clips the gradient
 
     def step(self, closure=None):
-        # ZeRO shows one group at a time.
-        if all(group["frozen"] for group in self.param_groups) or not self.permit():
+        (group,) = self.param_groups  # ZeRO shows one at a time
+        if group["frozen"]:
             return None
+        for parameter in group["params"]:
+            parameter.grad.mul_(self.gradient_factor)
         return super().step(closure)
 
 
@@ -74,13 +72,12 @@ def frozen_parameters(model: nn.Module, freeze: tuple[str, ...], phase: str) -> 
     return chosen
 
 
-def freeze(engine: DeepSpeedEngine, phase: PlannedPhase) -> None:
+def freeze(zero: Zero, phase: PlannedPhase) -> None:
     """Freezes what the phase freezes and thaws all else."""
-    zero = engine.optimizer
-    for group, parameters in zip(zero.optimizer.param_groups, zero.bit16_groups, strict=True):
-        group["frozen"] = phase.name in group["frozen_in"]
-        for parameter in parameters:
-            parameter.requires_grad_(not group["frozen"])
+    for group in zero.groups:
+        group.options["frozen"] = phase.name in group.options["frozen_in"]
+        for _, parameter, _ in group.parameters:
+            parameter.requires_grad_(not group.options["frozen"])
 
 
 def _prefixes(part: str) -> tuple[str, ...]:

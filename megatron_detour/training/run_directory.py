@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +58,10 @@ def refuse_another_run(folder: Path, config: RunConfig) -> None:
         _refuse_to_begin_anew(folder, config)
 
 
-def newest_checkpoint(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Path | None:
+def newest_checkpoint(folder: Path, config: RunConfig) -> Path | None:
     """The newest checkpoint that is whole. Raises DetourError where work would be lost by going on without one."""
     checkpoints = folder / CHECKPOINTS
-    found = store.latest(checkpoints, say)
+    found = store.latest(checkpoints)
     if found is None or store.step_of(found) == 0:
         broken = [path for path in store.find_checkpoints(checkpoints) if store.step_of(path)]
         if broken and not config.restart:
@@ -91,7 +90,7 @@ def stand_in(folder: Path, model: Model) -> Model | None:
     """Where the start model or the tokenizer is gone: a checkpoint, which has the same configuration and tokenizer."""
     if all(Path(path).exists() for path in (model.start, model.tokenizer) if path):
         return None
-    checkpoint = store.latest(folder / CHECKPOINTS, warn=lambda fault: None)
+    checkpoint = store.latest(folder / CHECKPOINTS)
     return Model(start=str(checkpoint)) if checkpoint else None
 
 

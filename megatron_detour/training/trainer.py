@@ -1,118 +1,183 @@
-"""The training loop. What a step does follows from the tokens consumed; what it did goes into one record."""
+"""A session of a run from top to bottom. What a step does follows from the tokens consumed; what it did is one record.
+
+`run_training` sets up a `Run`; `Trainer.train` goes from the newest checkpoint to the end of the plan.
+"""
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_detour import log
 from megatron_detour.checkpoint.state import refuse_unequal_replicas, reset_optimizer_state
 from megatron_detour.config import RunConfig
+from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.batches import RankBatch, rank_batch
 from megatron_detour.data.order import micro_batches_of
 from megatron_detour.data.phase_data import PhaseData
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.files import retry
+from megatron_detour.model.choose import choose_compute
 from megatron_detour.model.flops import Frozen, training_flops
+from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe.meter import memory_bytes, utilisation
 from megatron_detour.parallel.shard import spec_of
-from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan, Step
-from megatron_detour.training.engine import set_learning_rate
+from megatron_detour.runtime.failure_detector import FailureDetector
+from megatron_detour.runtime.preemption import Preemption
+from megatron_detour.training.checkpoints import Checkpoints
+from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
 from megatron_detour.training.freezing import freeze
-from megatron_detour.training.guards import Guard, Verdict, not_finite
-from megatron_detour.training.initial_model import InitialModel
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+from megatron_detour.training.guards import Guard, not_finite
+from megatron_detour.training.profiler import Profiler
+from megatron_detour.training.recorder import REPORT_SECONDS, Recorder
+from megatron_detour.training.run import Run, initial_model
+from megatron_detour.training.validation import Validation
 
 REPLICA_STEPS = 100  # between checks of the parameters that every tensor rank holds whole
+COLLECT_STEPS = 100  # between garbage collections
+
+
+def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemption) -> int:
+    """Trains from the newest whole checkpoint of `folder`, or from the start, to the end of the plan or preemption.
+
+    Returns the exit status: 0 at the end, EXIT_INTERRUPTED where it was asked to stop before. Raises DetourError.
+    """
+    deepspeed_config = read_deepspeed_config(config.deepspeed)
+    initial = initial_model(config, folder)
+    data = PhaseData(plan, config.data.order_seed, initial.vocabulary)
+    parallel, device = start_distributed(config)
+    if parallel.is_first:
+        log.to_terminal()
+    with FailureDetector(asked=lambda: preemption.reason() is not None) as detector:
+        choice = choose_compute(
+            config.compute.attention,
+            config.compute.kernels,
+            config.compute.recompute,
+            initial.shape.head_dim,
+            device,
+            training_dtype(deepspeed_config),
+        )
+        model = ModernBert(initial.shape, parallel, choice.compute, config.z_loss)
+        zero = create_engine(model, config, deepspeed_config, parallel)
+        trainer = Trainer(Run(config, plan, folder, initial, data, parallel, device, choice, zero, preemption))
+        detector.has_saved, detector.ended = lambda: trainer.checkpoints.has_saved, trainer.recorder.note_end
+        with trainer.recorder.own_folder():
+            finished = trainer.train()
+        dist.barrier()
+    dist.destroy_process_group()
+    return 0 if finished else EXIT_INTERRUPTED
 
 
 class Trainer:
-    """Runs the plan from the tokens consumed to its end, or until it is to stop.
+    """Every rank has one, and all of them do the same at the same step."""
 
-    `validate(model)` returns figures for a record; `save(step)` publishes a checkpoint; `inspect(step, figures)` keeps
-    the state of a run that cannot go on; `record(figures)` takes a step's record; `stop()` tells whether this rank has
-    been asked to end. Every rank calls all of them.
-    """
+    def __init__(self, run: Run) -> None:
+        self.run, self.zero, self.guard = run, run.zero, Guard(run.config.guards)
+        self.checkpoints = Checkpoints(run, self.guard)
+        self.recorder = Recorder(run, self.checkpoints)
+        self.validation = Validation(run) if run.config.validation.corpora else None
+        self._slowest = 0.0  # seconds from record to record
 
-    def __init__(
-        self,
-        config: RunConfig,
-        plan: Plan,
-        engine: DeepSpeedEngine,
-        state: ParallelState,
-        device: torch.device,
-        data: PhaseData,
-        start: InitialModel,
-        guard: Guard,
-        *,
-        validate: Callable[[Any], dict[str, float]] | None,
-        save: Callable[[Step], None],
-        inspect: Callable[[Step, dict[str, Any]], None],
-        record: Callable[[dict[str, Any]], None],
-        stop: Callable[[], bool],
-    ) -> None:
-        self.config, self.plan, self.engine, self.state, self.device = config, plan, engine, state, device
-        self.data, self.start, self.guard = data, start, guard
-        self.validate, self.save, self.inspect, self.record, self.stop = validate, save, inspect, record, stop
+    def train(self) -> bool:
+        """Returns whether the end of the plan was reached; otherwise the run was asked to stop, and has saved."""
+        tokens = self.checkpoints.restore()
+        finished = True
+        if tokens < self.run.plan.total_tokens:
+            self.checkpoints.refuse_full_disk()
+            with self.recorder.open(tokens, self.validation):
+                if tokens == 0:
+                    self._begin()
+                self.checkpoints.prepare()
+                with collected_by_hand():
+                    finished = self._train_from(tokens)
+                self.checkpoints.wait()
+        self.recorder.finish(finished)
+        return finished
 
-    def run(self, tokens: int) -> bool:
-        """Trains from `tokens` consumed on; returns whether the end of the plan was reached.
+    def _begin(self) -> None:
+        """Step 0: the figures before training, and a checkpoint where no folder holds these weights yet."""
+        if self.validation:
+            figures = self.validation(self.zero.module)
+            wrong = not_finite(figures)
+            self.recorder.record({"step": 0, "tokens": 0} | figures | dict.fromkeys(wrong))
+            if wrong:
+                raise DetourError(f"model.start: {wrong[0]} is NaN or infinite before any training; start from another")
+        if self.run.initial.weights is None:
+            self.checkpoints.save(None)
 
-        Otherwise it was asked to stop, and the last step is saved. Raises DetourError when too many steps in a row
-        had to be skipped.
+    def _train_from(self, tokens: int) -> bool:
+        """The loop. Returns whether the end of the plan was reached.
+
+        Raises DetourError when too many steps in a row had to be skipped.
         """
-        phase = None
+        plan, due = self.run.plan, self.run.config.checkpoint
+        phase, profiler, recorded_at = None, Profiler(self.run), time.monotonic()
         for step, batch, waited in self._steps(tokens):
             if step.phase is not phase:
                 phase = step.phase
                 self._enter(step)
+            profiler.before(step)
             started = time.perf_counter()
             figures, stop = self.train_step(step, batch)
             seconds = time.perf_counter() - started + waited
             figures |= self._speed(figures["document_tokens"], seconds, figures.pop("flops"))
-            figures |= {"data_wait_seconds": waited, "memory_bytes": memory_bytes(self.device)}
-            if self.validate and (step.ends_phase or step.passes(self.config.validation.every)):
-                validated = self.validate(self.engine.module)
+            figures |= {"data_wait_seconds": waited, "memory_bytes": memory_bytes(self.run.device)}
+            wrong: list[str] = []
+            validates = self.validation and (step.ends_phase or step.passes(self.run.config.validation.every))
+            if validates:
+                validated = self.validation(self.zero.module)
                 wrong = not_finite(validated)
                 figures |= validated | dict.fromkeys(wrong)
-            else:
-                wrong = []
-            self.record(figures)
+            self.checkpoints.check()
+            self.recorder.record(figures)
+            now = time.monotonic()
+            self._reserve_time(now - recorded_at)
+            recorded_at = now
+            profiler.after(step, is_last=stop or step.tokens == plan.total_tokens)
             self._refuse_to_go_on(step, figures, wrong)
-            due = self.config.checkpoint
-            if stop or step.ends_phase or step.passes(due.every) or step.passes(due.keep_every):
-                self.save(step)
+            saves = stop or step.ends_phase or step.passes(due.every) or step.passes(due.keep_every)
+            if saves:
+                self.checkpoints.save(step)
+                if step.ends_phase and step.number < plan.total_steps:
+                    self.recorder.write_report()
+            if saves or validates or step.number % COLLECT_STEPS == 0:
+                gc.collect()
             if stop:
-                return step.tokens == self.plan.total_tokens
+                return step.tokens == plan.total_tokens
         return True
 
     def train_step(self, step: Step, batch: RankBatch) -> tuple[dict[str, Any], bool]:
-        """One optimiser step: the mean loss over all labelled positions of all ranks goes down its gradient.
+        """One optimizer step: the mean loss over all labeled positions of all ranks goes down its gradient.
 
         Returns what it did, and whether a rank has been asked to stop.
         """
-        tokens, labelled, padding, crc, flops = self._sum_over_ranks(batch, Frozen.of(step.phase.settings.freeze))
-        # ZeRO averages over the ranks, which is undone, so that the update does not depend on how the labelled
+        counts = self._sum_over_ranks(batch, Frozen.of(step.phase.settings.freeze))
+        # ZeRO averages over the ranks, which is undone, so that the update does not depend on how the labeled
         # positions fall on them.
-        scale = self.state.data_size / max(labelled, 1)
-        set_learning_rate(self.engine, step.learning_rate)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        scale = self.run.parallel.data_size / counts[1].clamp(min=1).double()
+        self.zero.set_learning_rate(step.learning_rate)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.run.device)
         for micro_batch in batch.micro_batches:
-            self.engine.set_gradient_accumulation_boundary(micro_batch is batch.micro_batches[-1])
-            out = self.engine(*micro_batch.to(self.device).arguments)
-            self.engine.backward(out.loss * scale)
+            arguments = micro_batch.to(self.run.device).arguments
+            out = self.zero.accumulate(arguments, scale, is_last=micro_batch is batch.micro_batches[-1])
             loss_sum += out.cross_entropy.double()
-        loss_sum, stop = self._agree(loss_sum)
-        loss = loss_sum / max(labelled, 1)
-        norm, verdict = self._update(loss)
+        gradient_norm = self.zero.gradient_norm()
+        (tokens, labeled, padding, crc, flops), loss_sum, norm, stop = self._read(counts, loss_sum, gradient_norm)
+        loss = loss_sum / max(labeled, 1)
+        verdict = self.guard.judge(loss, norm)
+        self.zero.step(gradient_norm, skip=verdict.skip)
+        self.guard.remember(loss, norm, verdict)
         figures = {
             "step": step.number,
             "tokens": step.tokens,
@@ -122,7 +187,7 @@ class Trainer:
             "lr": step.learning_rate,
             "grad_norm": norm if math.isfinite(norm) else None,
             "sequences": step.sequences,
-            "labelled_tokens": labelled,
+            "labelled_tokens": labeled,
             "document_tokens": tokens,
             "padding_share": padding / (tokens + padding),
             "data_crc": crc,
@@ -133,95 +198,94 @@ class Trainer:
             figures["skipped" if verdict.skip else "spike"] = verdict.fault
         return figures, stop
 
-    def _update(self, loss: float) -> tuple[float, Verdict]:
-        """Lets the optimiser step if the guard permits it; returns the norm of the gradient and the verdict."""
-        zero = self.engine.optimizer
-        verdicts: list[Verdict] = []
+    def _sum_over_ranks(self, batch: RankBatch, frozen: Frozen) -> torch.Tensor:
+        """Tokens, labeled positions, padding, checksum and floating-point operations of all data-parallel ranks.
 
-        def permit() -> bool:
-            if not verdicts:  # asked once for each group of parameters
-                verdicts.append(self.guard.judge(loss, float(zero._global_grad_norm)))
-            return not verdicts[0].skip
+        int64 [5], on the device.
+        """
+        flops = sum(
+            training_flops(self.run.initial.shape, micro.lengths, micro.causal, len(micro.labels), frozen)
+            for micro in batch.micro_batches
+        )
+        mine = torch.tensor([batch.tokens, batch.labelled, batch.padding, batch.crc, flops])
+        if self.run.device.type == "cuda":  # out of pinned memory, as any other copy would be waited for
+            mine = mine.pin_memory().to(self.run.device, non_blocking=True)
+        dist.all_reduce(mine, group=self.run.parallel.data_group)
+        return mine
 
-        zero.optimizer.permit = permit
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        # Of a gradient that is NaN ZeRO itself leaves the step out.
-        verdict = verdicts[0] if verdicts else self.guard.judge(loss, norm)
-        self.guard.remember(loss, norm, verdict)
-        return norm, verdict
+    def _read(
+        self, counts: torch.Tensor, loss_sum: torch.Tensor, norm: torch.Tensor
+    ) -> tuple[list[int], float, float, bool]:
+        """Counts, sum of the losses and norm, the same bits on every rank, and whether any rank is to stop.
+
+        Here a step waits for the device, once: the guard has to know loss and norm before the optimizer steps.
+        """
+        mine = loss_sum if self.run.parallel.tensor_rank == 0 else torch.zeros_like(loss_sum)
+        sums = torch.stack([mine, torch.full_like(mine, float(self.run.preemption.reason() is not None))])
+        dist.all_reduce(sums)
+        figures = torch.cat([sums, norm.double().view(1)])
+        host = torch.cat([counts, figures.view(torch.int64)]).cpu().numpy()
+        loss, stop, norm_value = host[len(counts) :].view(np.float64).tolist()
+        return host[: len(counts)].tolist(), loss, norm_value, stop > 0
 
     def _enter(self, step: Step) -> None:
         """What changes with the phase: a run that is resumed inside it enters it again."""
-        freeze(self.engine, step.phase)
+        freeze(self.zero, step.phase)
         if step.begins_phase:
             self.guard.begin_phase()
             if step.phase.settings.optimizer_state == "reset":
-                reset_optimizer_state(self.engine)
+                reset_optimizer_state(self.zero)
 
     def _refuse_to_go_on(self, step: Step, figures: dict[str, Any], wrong: list[str]) -> None:
         """`wrong` are validation's figures that are NaN or infinite: such weights do not replace good checkpoints."""
         if wrong:
-            self.inspect(step, figures)
+            self.checkpoints.inspect(step, figures)
             raise DetourError(
                 f"validation after step {step.number} of phase {step.phase.name}: {wrong[0]} is NaN or infinite; "
                 "nothing was saved since the last checkpoint: look at the folder inspect/ and the metrics, lower the "
                 "learning rate and start in another folder=..."
             )
         if self.guard.out_of_patience:
-            self.inspect(step, figures)
+            self.checkpoints.inspect(step, figures)
             raise DetourError(
                 f"{self.guard.skipped_in_row} steps in a row were skipped, the last one, step {step.number} of phase "
                 f"{step.phase.name}, because {figures['skipped']}; nothing was saved since the last checkpoint: look "
                 "at the folder inspect/ and the metrics, lower the learning rate and start in another folder=..."
             )
         if step.number % REPLICA_STEPS == 0:
-            whole = {name: p for name, p in self.engine.module.named_parameters() if spec_of(p) is None}
-            refuse_unequal_replicas(whole, self.state)
+            whole = {name: p for name, p in self.zero.module.named_parameters() if spec_of(p) is None}
+            refuse_unequal_replicas(whole, self.run.parallel)
+
+    def _reserve_time(self, seconds: float) -> None:
+        """Before a time limit there must be room for a step, with a validation perhaps, and for saving."""
+        self._slowest = max(self._slowest, seconds)
+        self.run.preemption.reserve_seconds(1.5 * (self._slowest + self.checkpoints.seconds) + REPORT_SECONDS)
 
     def _steps(self, tokens: int) -> Iterator[tuple[Step, RankBatch, float]]:
         """Steps with their batches, each made while the one before trains, and the seconds that it was waited for."""
+        plan = self.run.plan
         with ThreadPoolExecutor(1, "batches") as pool:
-            coming = pool.submit(self._load, self.plan.at(tokens)) if tokens < self.plan.total_tokens else None
+            coming = pool.submit(self._load, plan.at(tokens)) if tokens < plan.total_tokens else None
             while coming is not None:
                 started = time.perf_counter()
                 step, batch = coming.result()
                 waited = time.perf_counter() - started
-                more = step.tokens < self.plan.total_tokens
-                coming = pool.submit(self._load, self.plan.at(step.tokens)) if more else None
+                more = step.tokens < plan.total_tokens
+                coming = pool.submit(self._load, plan.at(step.tokens)) if more else None
                 yield step, batch, waited
 
     def _load(self, step: Step) -> tuple[Step, RankBatch]:
-        phase = step.phase
-        objective = step.objective.bind(self.start.vocabulary, self.start.words)
-        mixture, state = self.data.of(phase), self.state
+        phase, run, parallel = step.phase, self.run, self.run.parallel
+        objective = step.objective.bind(run.initial.vocabulary, run.initial.words)
+        mixture = run.data.of(phase)
         micro_tokens = phase.micro_sequences * phase.sequence_length
-        mine, of = micro_batches_of(step.tokens - step.start, micro_tokens, state.data_rank, state.data_size)
+        mine, of = micro_batches_of(step.tokens - step.start, micro_tokens, parallel.data_rank, parallel.data_size)
 
         def read() -> RankBatch:
             documents = mixture.documents(step.start, step.tokens)
-            return rank_batch(mixture, documents, mine, of, objective, self.config.seed, state.sequence_multiple)
+            return rank_batch(mixture, documents, mine, of, objective, run.config.seed, parallel.sequence_multiple)
 
         return step, retry(read)
-
-    def _sum_over_ranks(self, batch: RankBatch, frozen: Frozen) -> list[int]:
-        """Tokens, labelled positions, padding, checksum and floating-point operations of all data-parallel ranks."""
-        flops = sum(
-            training_flops(self.start.shape, micro.lengths, micro.causal, len(micro.labels), frozen)
-            for micro in batch.micro_batches
-        )
-        mine = [batch.tokens, batch.labelled, batch.padding, batch.crc, flops]
-        totals = torch.tensor(mine, dtype=torch.int64, device=self.device)
-        dist.all_reduce(totals, group=self.state.data_group)
-        return totals.tolist()
-
-    def _agree(self, loss_sum: torch.Tensor) -> tuple[float, bool]:
-        """The sum of the losses, the same bits on every rank, and whether any rank is to stop."""
-        mine = loss_sum if self.state.tensor_rank == 0 else torch.zeros_like(loss_sum)
-        totals = torch.stack([mine, mine.new_tensor(float(self.stop()))])
-        dist.all_reduce(totals)
-        loss, stop = totals.tolist()
-        return loss, stop > 0
 
     def _speed(self, tokens: int, seconds: float, flops: int) -> dict[str, float]:
         speed = {
@@ -229,5 +293,18 @@ class Trainer:
             "seconds": seconds,
             "model_tflops": flops / seconds / 1e12,
         }
-        share = utilisation(flops / seconds, self.device, next(self.engine.module.parameters()).dtype)
+        share = utilisation(flops / seconds, self.run.device, next(self.zero.module.parameters()).dtype)
         return speed if share is None else speed | {"mfu": share}
+
+
+@contextmanager
+def collected_by_hand() -> Iterator[None]:
+    """Without Python's garbage collector, which would stop one rank at a time, and all others with it."""
+    gc.collect()
+    gc.freeze()  # what is there stays for the run: collections need not look at it
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -10,15 +10,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import micro_batches_of
 from megatron_detour.files import retry
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.objectives import KINDS, REFERENCE, Corruption
-from megatron_detour.parallel.state import ParallelState
 from megatron_detour.tokenizer.token_bytes import byte_lengths
-from megatron_detour.tokenizer.vocabulary import Vocabulary
+from megatron_detour.training.run import Run
 
 UNIGRAM_TOKENS = 20_000_000  # read of each corpus for its unigram distribution
 
@@ -26,14 +24,8 @@ UNIGRAM_TOKENS = 20_000_000  # read of each corpus for its unigram distribution
 class Validation:
     """The documents of the first `validation.sequences` times a sequence's tokens, masked under `validation.seed`."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        vocabulary: Vocabulary,
-        tokenizer_file: Path,
-        state: ParallelState,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, run: Run) -> None:
+        config, vocabulary = run.config, run.initial.vocabulary
         settings = config.validation
         self.mixture = DocumentMixture(settings.corpora, config.data.sequence_length, settings.seed, vocabulary)
         self.seed = settings.seed
@@ -41,8 +33,8 @@ class Validation:
         self.objectives: dict[str, Corruption] = {
             name: kind.for_validation(settings.mask_rate).bind(vocabulary) for name, kind in KINDS.items()
         }
-        self.bytes_of = byte_lengths(tokenizer_file, vocabulary)
-        self.state, self.device = state, device
+        self.bytes_of = byte_lengths(run.initial.tokenizer_file, vocabulary)
+        self.state, self.device = run.parallel, run.device
         self.documents = self.mixture.documents(0, settings.sequences * config.data.sequence_length)
         names = _names(self.mixture.prefixes)
         self.by_corpus = {name: self.documents[self.documents.corpora == i] for i, name in enumerate(names)}

@@ -22,7 +22,7 @@ PAIRS = {
     "good": ("#1d7a46", "#5fcf92"),
     "open": ("#8f5b00", "#f0b955"),
     "guard": ("#b3261e", "#ff8a80"),
-    # For lines that differ in no objective: told apart by lightness and style too, without the objectives' colors.
+    # For lines that differ in no objective: distinguished by lightness and style too, without the objectives' colors.
     "run-1": ("#1b1b1b", "#f2f2f2"),
     "run-2": ("#00755a", "#3fc79c"),
     "run-3": ("#b0308c", "#f08fd0"),

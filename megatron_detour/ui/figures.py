@@ -7,7 +7,7 @@ import re
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from megatron_detour.ui.colors import PALETTE, with_variables
+from megatron_detour.ui.colors import AXIS, INK, LINE, PALETTE, with_variables
 from megatron_detour.ui.format import compact
 
 if TYPE_CHECKING:
@@ -37,6 +37,23 @@ def as_counts(axes: Axes) -> None:
     """Whole amounts from zero, in short."""
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: compact(value))
+
+
+def style_axes(axes: Axes, values: str) -> None:
+    """Grid lines across the axis of the values (x or y), and no frame."""
+    axes.grid(axis=values, color=LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(AXIS)
+    axes.tick_params(labelsize=8.5, colors=INK, color=AXIS)
+
+
+def add_legend(figure: Figure, handles: dict[str, Any], place: str, columns: int) -> None:
+    """A legend outside of the panels, of artists by their labels. A dollar sign in a label does not start a formula."""
+    look = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, "handlelength": 2.6, "columnspacing": 1.8}
+    legend = figure.legend(list(handles.values()), list(handles), loc=f"outside {place}", ncols=columns, **look)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def png(figure: Figure) -> bytes:
@@ -82,8 +99,8 @@ def _described(axes: Axes) -> str:
         # marks of steps are in other coordinates, single values behind a mean have no label
         if line.get_transform() is axes.transData and not label.startswith("child"):
             curves.setdefault(label, []).extend(map(float, line.get_ydata()))
-    told = [f"{label}: {_course(values, shares)}" for label, values in curves.items() if values]
-    return f"{axes.get_ylabel()}. {'; '.join(told)}." if told else ""
+    parts = [f"{label}: {_course(values, shares)}" for label, values in curves.items() if values]
+    return f"{axes.get_ylabel()}. {'; '.join(parts)}." if parts else ""
 
 
 def _course(values: list[float], shares: bool) -> str:

@@ -15,10 +15,35 @@ def frozen_words(phase: dict[str, Any]) -> str:
 
 
 def batch_words(phase: dict[str, Any]) -> str:
-    """Returns e.g. ``64 sequences of 1,024 tokens a step`` or, as it warms up, ``8 to 64 sequences ...``."""
+    """Returns e.g. ``64 sequences of 1,024 tokens per step`` or, as it warms up, ``8 to 64 sequences ...``."""
     warmup = phase.get("batch_warmup")
-    words = f"{phase['sequences']:,} sequences of {phase['sequence_length']:,} tokens a step"
+    words = f"{phase['sequences']:,} sequences of {phase['sequence_length']:,} tokens per step"
     return f"{warmup['from']:,} to {words}, growing over {compact(warmup['tokens'])} tokens" if warmup else words
+
+
+def common_batch(phases: list[dict[str, Any]]) -> str:
+    """The batch of every phase in words; nothing where phases differ or warm up."""
+    alike = not (_differ(phases, "sequences") or _differ(phases, "sequence_length"))
+    return batch_words(phases[0]) if phases and alike and not any(p.get("batch_warmup") for p in phases) else ""
+
+
+def settings_words(phase: dict[str, Any], phases: list[dict[str, Any]]) -> str:
+    """The settings of a phase that are not the default, or that the phases of the run do not share."""
+    parts = []
+    if phase.get("freeze"):
+        parts.append(f"{frozen_words(phase)} frozen")
+    if phase.get("optimizer_state") == "reset":
+        parts.append("the optimizer state is reset")
+    if not common_batch(phases):
+        parts.append(batch_words(phase))
+    if _differ(phases, "corpora"):
+        weighted = (f"{corpus['prefix']} ({corpus['weight']:.4g})" for corpus in phase.get("corpora") or [])
+        parts.append(f"reads {', '.join(weighted)}")
+    return "; ".join(parts)
+
+
+def _differ(phases: list[dict[str, Any]], key: str) -> bool:
+    return len({str(phase.get(key)) for phase in phases}) > 1
 
 
 def format_lr(rate: dict[str, Any]) -> str:
@@ -53,6 +78,11 @@ def byte_size(count: float) -> str:
             return f"{_three_digits(count)} {unit}"
         count /= 1024
     return f"{_three_digits(count)} TiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns e.g. ``1 task`` or ``1,200 tasks``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -27,12 +27,11 @@ class Picture:
     drawing: str  # an SVG element
 
     @classmethod
-    def of(cls, plot: Any, figure: Figure | None, caption: str, description: str = "") -> Picture:
-        """`plot` has a file and a title. `description` states the figures, by default those of the curves."""
+    def of(cls, file: str, title: str, caption: str, figure: Figure | None, description: str = "") -> Picture:
+        """`description` states the figures, by default those of the curves."""
         if figure is None:
-            return cls(plot.file, caption, b"", "")
-        content = png(figure)
-        return cls(plot.file, caption, content, svg(figure, plot.file, plot.title, description or described(figure)))
+            return cls(file, caption, b"", "")
+        return cls(file, caption, png(figure), svg(figure, file, title, description or described(figure)))
 
 
 def write_pictures(pictures: list[Picture], folder: Path) -> None:

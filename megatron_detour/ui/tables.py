@@ -1,23 +1,128 @@
-"""Tables and sentences for a terminal, of 80 columns or as wide as it is."""
+"""Tables as text for a terminal, as Markdown and, by the macro `table` of parts.html.j2, on a page."""
 
 from __future__ import annotations
 
-import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+from unicodedata import combining, east_asian_width
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from megatron_detour.text import markdown, visible
 
-from megatron_detour.text import visible
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDTH = 80
 GAP = 2
-LONGEST_NAME = 26  # characters of a line; names go on in the next one
+LONGEST_NAME, LONGEST_TEXT = 26, 48  # characters of a line; what is longer goes on in the next one
 HEADER_LINES = 3
-MARKS = re.compile(r"(?<=[-_./:])")
+ABSENT = "–"
+
+
+class Formatted(str):
+    """Text that is Markdown already."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell with a `note` in softer color below it. On a page it has a CSS class (`style`) and a tooltip (`tip`)."""
+
+    text: str
+    bold: bool = False
+    note: str = ""
+    style: str = ""
+    tip: str = ""
+
+
+@dataclass
+class Table:
+    """`align` has an l or r per column, and its last letter holds for all further ones.
+
+    On a terminal, columns that do not fit beside each other stand in blocks below each other, and the first `names`
+    columns stand in each block.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Entry | str]]
+    align: str = "lr"
+    title: str = ""
+    remarks: Sequence[str] = ()
+    names: int = 1
+
+    def __post_init__(self) -> None:
+        self.rows = [[cell if isinstance(cell, Entry) else Entry(cell) for cell in row] for row in self.rows]
+        self.align = self.align.ljust(len(self.headers), self.align[-1:] or "l")
+
+    def without_empty_columns(self) -> Table:
+        if not self.rows:
+            return self
+        kept = [at for at in range(len(self.headers)) if any(row[at].text for row in self.rows)]
+        rows = [[row[at] for at in kept] for row in self.rows]
+        align = "".join(self.align[at] for at in kept)
+        return replace(self, headers=[self.headers[at] for at in kept], rows=rows, align=align)
+
+    def markdown(self) -> str:
+        """Without title and remarks."""
+        rules = ["---:" if align == "r" else "---" for align in self.align]
+        lines = [[markdown(header) for header in self.headers], rules[: len(self.headers)]]
+        lines += [[_markdown_cell(cell) for cell in row] for row in self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def text(self) -> str:
+        """For 80 columns, with the title and without the remarks."""
+        return "\n".join("".join(text for text, _ in line).rstrip() for line in self._lines(WIDTH)).strip("\n")
+
+    def print(self, console: Console) -> None:
+        """Prints it without the remarks."""
+        from rich.text import Text
+
+        for line in self._lines(console.width):
+            console.print(Text.assemble(*line), soft_wrap=True)
+
+    def _lines(self, width: int) -> Iterator[list[tuple[str, str]]]:
+        """The parts of each line with their styles.
+
+        Headers and texts break at spaces, long words of them at their marks, figures only where nothing else helps.
+        """
+        headers = [_line(header) for header in self.headers]
+        rows = [[self._cell_lines(at, cell) for at, cell in enumerate(row)] for row in self.rows]
+        for lines in range(1, HEADER_LINES + 1):
+            widths = [_width(header, lines, [row[at] for row in rows]) for at, header in enumerate(headers)]
+            if sum(widths) + GAP * (len(widths) - 1) <= width:
+                break
+        left = width - sum(each + GAP for each in widths[: self.names])
+        widths[self.names :] = [max(1, min(each, left)) for each in widths[self.names :]]
+        if self.title:
+            yield [(_line(self.title), "bold")]
+        for block in _blocks(widths, self.names, left):
+            if any(headers):
+                cells = [_lines(headers[at], widths[at]) for at in block]
+                deepest = max(map(len, cells))
+                raised = [[""] * (deepest - len(lines)) + lines for lines in cells]
+                yield from self._side_by_side(block, raised, widths, [""] * len(block))
+            for row, entries in zip(rows, self.rows, strict=True):
+                cells = [[part for line in row[at] for part in _lines(line, widths[at])] for at in block]
+                yield from self._side_by_side(block, cells, widths, ["bold green" * entries[at].bold for at in block])
+            yield []
+
+    def _cell_lines(self, at: int, cell: Entry) -> list[str]:
+        lines = [_line(text) for text in (cell.text, cell.note) if text]
+        longest = LONGEST_NAME if at < self.names else LONGEST_TEXT
+        return [part for line in lines for part in _lines(line, longest)] if self.align[at] == "l" else lines
+
+    def _side_by_side(
+        self, block: list[int], cells: list[list[str]], widths: list[int], styles: list[str]
+    ) -> Iterator[list[tuple[str, str]]]:
+        for parts in zip_longest(*cells, fillvalue=""):
+            line = []
+            for at, part, style in zip(block, parts, styles, strict=True):
+                space = " " * (widths[at] - _room(part))
+                before, after = (space, "") if self.align[at] == "r" else ("", space)
+                line += [(before, ""), (part, style), (after + " " * (GAP if at != block[-1] else 0), "")]
+            yield line
 
 
 def wrapped(text: str) -> str:
@@ -25,53 +130,35 @@ def wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(visible(text), WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
-def columns(header: list[str], rows: list[list[str]]) -> str:
-    """The table of print_table with a column of names, as text of 80 columns."""
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
-    shown = [[visible(" ".join(text.split())) for text in row] for row in [header, *rows]]
-    print_table(console, "", shown[0], [[Text(text) for text in row] for row in shown[1:]], words=1)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+def _line(text: str) -> str:
+    return visible(" ".join(text.split()))
 
 
-def print_table(
-    console: Console, title: str, headers: Sequence[str], rows: Sequence[Sequence[Text]], words: int
-) -> None:
-    """Prints a table whose first `words` columns hold names and stand in each block, the others figures; columns that
-    do not fit beside each other stand in blocks below each other.
+def _markdown_cell(cell: Entry) -> str:
+    text = " ".join(part if isinstance(part, Formatted) else markdown(part) for part in (cell.text, cell.note) if part)
+    return f"**{text}**" if cell.bold and text else text
 
-    Headers and names break at spaces, long words of them at their marks, figures only where they are wider than all.
-    """
-    names = [at < words for at in range(len(headers))]
-    rows = [[_broken(cell, LONGEST_NAME) if at < words else cell for at, cell in enumerate(row)] for row in rows]
-    widths = [_width(header, column) for header, *column in zip(headers, *rows, strict=True)]
-    left = console.width - sum(width + GAP for width, name in zip(widths, names, strict=True) if name)
-    widths = [width if name else max(1, min(width, left)) for width, name in zip(widths, names, strict=True)]
+
+def _blocks(widths: list[int], names: int, left: int) -> list[list[int]]:
+    """The columns of each block: the names, and as many others as fit into `left` characters."""
     blocks: list[list[int]] = [[]]
-    for at in range(words, len(headers)):
+    for at in range(names, len(widths)):
         if blocks[-1] and sum(widths[i] + GAP for i in [*blocks[-1], at]) > left + GAP:
             blocks.append([])
         blocks[-1].append(at)
-    for number, block in enumerate(blocks):
-        shown = Table(title=Text(title if not number else "", "bold") or None, title_justify="left", box=None,
-                      show_header=any(headers), pad_edge=False, padding=(0, GAP, 0, 0))  # fmt: skip
-        for at in [*range(words), *block]:
-            head = Text("\n".join(_lines(headers[at], widths[at])))
-            shown.add_column(head, justify="left" if names[at] else "right", overflow="fold", min_width=widths[at])
-        for row in rows:
-            shown.add_row(*(row[at] if names[at] else _broken(row[at], widths[at]) for at in [*range(words), *block]))
-        console.print(shown)
-        console.print()
+    return [[*range(names), *block] for block in blocks]
 
 
-def _width(header: str, cells: Sequence[Text]) -> int:
-    """That of the longest cell and of a header in about three lines."""
+def _width(header: str, header_lines: int, cells: Sequence[Sequence[str]]) -> int:
+    """That of the longest cell and of a header in about this many lines."""
     words = [line for word in header.split() for line in _lines(word, LONGEST_NAME)]
-    lines = [line for cell in cells for line in cell.plain.split("\n")]
-    return max(1, min(-(-len(header) // HEADER_LINES), LONGEST_NAME), *map(len, words), *map(len, lines))
+    lines = [line for cell in cells for line in cell]
+    return max(1, min(-(-len(header) // header_lines), LONGEST_NAME), *map(_room, words), *map(_room, lines))
 
 
-def _broken(cell: Text, width: int) -> Text:
-    return Text("\n".join(part for line in cell.plain.split("\n") for part in _lines(line, width)), cell.style)
+def _room(text: str) -> int:
+    """The columns that a text takes: wide characters two, combining ones none."""
+    return sum(0 if combining(each) else 1 + (east_asian_width(each) in "WF") for each in text)
 
 
 def _lines(text: str, width: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -59,14 +60,14 @@ def test_verify_finds_damage(tmp_path, damage):
         store.verify(folder)
 
 
-def test_latest_passes_over_a_damaged_checkpoint_with_a_warning(tmp_path):
+def test_latest_passes_over_a_damaged_checkpoint_with_a_warning(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     for step in (1, 2, 10):
         store.publish(store.checkpoint_folder(tmp_path, step), write_numbers(step))
     (store.checkpoint_folder(tmp_path, 10) / "0.txt").write_text("")
-    warnings: list[str] = []
-    assert store.latest(tmp_path, warnings.append) == store.checkpoint_folder(tmp_path, 2)
-    assert len(warnings) == 1 and "step-00000010" in warnings[0]
-    assert store.latest(tmp_path / "empty", warnings.append) is None
+    assert store.latest(tmp_path) == store.checkpoint_folder(tmp_path, 2)
+    assert len(caplog.messages) == 1 and "step-00000010" in caplog.messages[0]
+    assert store.latest(tmp_path / "empty") is None
 
 
 def test_prune_keeps_the_newest_and_the_boundaries(tmp_path):
@@ -75,7 +76,7 @@ def test_prune_keeps_the_newest_and_the_boundaries(tmp_path):
     (tmp_path / ".step-00000004.writing-some-host.org-77").mkdir()
     store.publish(store.checkpoint_folder(tmp_path, 9), write_numbers(9))
     (tmp_path / ".step-00000004.copy-of-mine").mkdir()
-    store.prune(tmp_path, 5, 2, {0, 3}.__contains__, print)
+    store.prune(tmp_path, 5, 2, {0, 3}.__contains__)
     assert [store.step_of(folder) for folder in store.find_checkpoints(tmp_path)] == [0, 3, 4, 5, 9]
     assert [path.name for path in tmp_path.glob(".*")] == [".step-00000004.copy-of-mine"]
 
@@ -112,17 +113,17 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one(tmp_path):
         for folder in found:
             store.verify(folder)
         assert found or list(tmp_path.glob(".step-*.replaced-*"))
-        store.prune(tmp_path, 1, 1, lambda step: False, print)
+        store.prune(tmp_path, 1, 1, lambda step: False)
 
 
 @pytest.mark.parametrize("listing", ["{}", "[]", "null", "3", '{"0.bin": 3}', '{"0.bin": {"bxtes": 1}}', "\xff"])
-def test_a_listing_that_is_none_is_a_broken_folder(tmp_path, listing):
+def test_a_listing_that_is_none_is_a_broken_folder(tmp_path, listing, caplog):
+    caplog.set_level(logging.INFO)
     store.publish(tmp_path / "step-00000001", write_numbers(1))
     store.publish(tmp_path / "step-00000002", write_numbers(2))
     (tmp_path / "step-00000002" / store.LISTING).write_text(listing, encoding="latin-1")
-    warnings: list[str] = []
-    assert store.latest(tmp_path, warnings.append) == tmp_path / "step-00000001"
-    assert len(warnings) == 1
+    assert store.latest(tmp_path) == tmp_path / "step-00000001"
+    assert len(caplog.messages) == 1
 
 
 def test_every_flipped_bit_of_a_listing_is_found(tmp_path):
@@ -171,13 +172,13 @@ def test_what_the_listing_does_not_name_is_no_damage(tmp_path, put, name):
 
 
 @pytest.mark.parametrize(("put", "name"), STRAY)
-def test_pruning_takes_no_file_of_somebody_with_it(tmp_path, put, name):
+def test_pruning_takes_no_file_of_somebody_with_it(tmp_path, put, name, caplog):
+    caplog.set_level(logging.INFO)
     for step in (1, 2):
         store.publish(store.checkpoint_folder(tmp_path, step), write_numbers(step))
     there = put(store.checkpoint_folder(tmp_path, 1), name)
-    said: list[str] = []
-    store.prune(tmp_path, 2, 1, lambda step: False, said.append)
-    assert there.exists() == bool(said) == (not name.startswith("."))  # hidden ones are of tools
+    store.prune(tmp_path, 2, 1, lambda step: False)
+    assert there.exists() == bool(caplog.messages) == (not name.startswith("."))  # hidden ones are of tools
 
 
 def a_dangling_link(path: Path) -> None:
@@ -206,27 +207,27 @@ def a_folder_in_place_of_the_listing(path: Path) -> None:
     "make",
     [a_dangling_link, a_link_to_itself, a_file, a_folder_in_place_of_a_file, a_folder_in_place_of_the_listing],
 )
-def test_what_is_no_checkpoint_is_passed_over_and_replaced(tmp_path, make):
+def test_what_is_no_checkpoint_is_passed_over_and_replaced(tmp_path, make, caplog):
+    caplog.set_level(logging.INFO)
     store.publish(tmp_path / "step-00000001", write_numbers(1))
     make(tmp_path / "step-00000002")
-    warnings: list[str] = []
-    assert store.latest(tmp_path, warnings.append) == tmp_path / "step-00000001"
-    assert len(warnings) == 1
+    assert store.latest(tmp_path) == tmp_path / "step-00000001"
+    assert len(caplog.messages) == 1
     store.publish(tmp_path / "step-00000002", write_numbers(2))
     store.verify(tmp_path / "step-00000002")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
-def test_a_linked_checkpoint_is_one_and_what_it_points_to_stays(tmp_path):
+def test_a_linked_checkpoint_is_one_and_what_it_points_to_stays(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     (tmp_path / "elsewhere").mkdir()
     store.publish(tmp_path / "elsewhere" / "moved", write_numbers(1))
     for step in (2, 3):
         store.publish(store.checkpoint_folder(tmp_path, step), write_numbers(step))
     store.checkpoint_folder(tmp_path, 1).symlink_to(tmp_path / "elsewhere" / "moved")
     store.verify(store.checkpoint_folder(tmp_path, 1))
-    said: list[str] = []
-    store.prune(tmp_path, 3, 1, lambda step: False, said.append)
-    assert len(said) == 1 and "step-00000001 stays" in said[0]
+    store.prune(tmp_path, 3, 1, lambda step: False)
+    assert len(caplog.messages) == 1 and "step-00000001 stays" in caplog.messages[0]
     store.publish(store.checkpoint_folder(tmp_path, 1), write_numbers(9))
     store.verify(tmp_path / "elsewhere" / "moved")
 
@@ -273,7 +274,7 @@ def test_a_disk_that_cannot_be_read_is_not_a_damaged_checkpoint(tmp_path, monkey
 
     monkeypatch.setattr(Path, "read_text", fail)
     with pytest.raises(OSError, match="Stale"):
-        store.latest(tmp_path, print)
+        store.latest(tmp_path)
 
 
 def test_what_was_there_stays_where_the_new_one_cannot_get_its_name(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.evaluation.metrics import score
+from megatron_detour.evaluation.task_types import METRICS as KNOWN_METRICS
 
 METRICS = {
     "classification": "macro_f1",
@@ -91,7 +91,7 @@ def make_evaluation(
             for model, skill in skills.items():
                 own = skill + luck * random.Random(f"{model}{task.name}{seed}").gauss(0, 1)
                 predicted = task.predicted(gold, 0.0 if shuffled else min(1.0, own), model, seed)
-                value = score(task.metric, labels, gold, predicted)
+                value = KNOWN_METRICS[task.metric].score(labels, gold, predicted)
                 line = {
                     "model": model,
                     "task": task.name,

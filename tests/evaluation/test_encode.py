@@ -7,12 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_detour.evaluation.finetuning.encode import IGNORED, Encoder, Scale, collator, first_tokens, was_cut
-from megatron_detour.evaluation.task import Task
-
-
-def task(kind: str, metric: str) -> Task:
-    return Task(name="t", title="T", language="en", type=kind, metric=metric, metrics=(metric,))
+from megatron_detour.evaluation.task_types import TASK_TYPES
+from megatron_detour.evaluation.task_types.encode import IGNORED, Encoder, was_cut
+from megatron_detour.evaluation.task_types.token_classification import first_tokens
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +46,11 @@ def words_example(count: int) -> dict:
 
 @pytest.mark.parametrize("head", ["tokens", "span"])
 def test_tags_come_back_and_cut_words_are_no_entities(tokenizer, head):
-    encoder = Encoder(task("token-classification", "entity_f1"), ("O", "B-X", "I-X"), tokenizer, 40, head)
+    encoder = Encoder(TASK_TYPES["token-classification"].with_head(head), ("O", "B-X", "I-X"), tokenizer, 40)
     examples = [words_example(30), words_example(4)]
     features = encoder(examples)
     assert [was_cut(feature, 40) for feature in features] == [True, False]
-    batch = collator(tokenizer.pad_token_id, head)(features)
+    batch = encoder.kind.collate(features, tokenizer.pad_token_id)
     assert batch["input_ids"].shape == (2, 40) and not batch["attention_mask"][1, -1]
     assert (batch["labels"] != IGNORED).sum() == sum(s >= 0 for f in features for s in f["word_starts"])
     assert batch["labels"].shape == ((2, 40) if head == "tokens" else (2, 30))
@@ -66,7 +63,7 @@ def test_tags_come_back_and_cut_words_are_no_entities(tokenizer, head):
 
 
 def test_texts_and_pairs(tokenizer):
-    encoder = Encoder(task("classification", "accuracy"), ("no", "yes"), tokenizer, 64)
+    encoder = Encoder(TASK_TYPES["classification"], ("no", "yes"), tokenizer, 64)
     pair = {"text": "the nurse", "text_b": "the surgeon", "label": "yes"}
     features = encoder([pair, pair | {"label": "no"}])
     assert [feature["labels"] for feature in features] == [1, 0]
@@ -77,13 +74,13 @@ def test_texts_and_pairs(tokenizer):
 
 def test_several_labels_and_scores(tokenizer):
     text = {"text": "the nurse", "text_b": None}
-    encoder = Encoder(task("multi-label", "macro_f1"), ("a", "b", "c"), tokenizer, 64)
+    encoder = Encoder(TASK_TYPES["multi-label"], ("a", "b", "c"), tokenizer, 64)
     features = encoder([text | {"labels": ["c", "a"]}, text | {"labels": []}])
-    assert collator(0, "tokens")(features)["labels"].tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert encoder.kind.collate(features, 0)["labels"].tolist() == [[1, 0, 1], [0, 0, 0]]
     assert encoder.decode(features, np.array([[0.1, -0.1, 2], [-1, -1, -1.0]])) == [["a", "c"], []]
     examples = [text | {"score": score} for score in (0.0, 2.0, 4.0)]
-    scale = Scale.of(examples)
-    encoder = Encoder(task("similarity", "pearson"), (), tokenizer, 64, scale=scale)
+    similarity = TASK_TYPES["similarity"]
+    encoder = Encoder(similarity, (), tokenizer, 64, similarity.fit(examples))
     values = np.array([[feature["labels"]] for feature in encoder(examples)])
     assert values.mean() == pytest.approx(0) and values.std() == pytest.approx(1)
     assert encoder.decode([{}] * 3, values) == pytest.approx([0, 2, 4])
@@ -92,16 +89,16 @@ def test_several_labels_and_scores(tokenizer):
 def test_questions_of_different_numbers_of_options(tokenizer):
     three = {"question": "who", "options": ["the nurse", "a child", "an old man"], "answers": [2]}
     two = {"question": "what", "options": ["the dose", "some pain"], "answers": [0]}
-    one = Encoder(task("multiple-choice", "accuracy"), (), tokenizer, 64)
+    one = Encoder(TASK_TYPES["multiple-choice"], (), tokenizer, 64)
     features = one([three, two])
-    batch = collator(tokenizer.pad_token_id, "tokens")(features)
+    batch = one.kind.collate(features, tokenizer.pad_token_id)
     assert batch["input_ids"].shape[:2] == (2, 3)
     assert torch.equal(batch["input_ids"][1, 2], batch["input_ids"][1, 0])  # repeated, but without a label
     assert batch["labels"].tolist() == [[0, 0, 1], [1, 0, IGNORED]]
     logits = np.array([[0.0, 1.0, 3.0], [-2.0, -1.0, 9.0]])
     assert one.decode(features, logits) == [2, 1]
     assert one.gold([three, two]) == [2, 0]
-    several = Encoder(task("multiple-answer", "hamming"), (), tokenizer, 64)
+    several = Encoder(TASK_TYPES["multiple-answer"], (), tokenizer, 64)
     assert several.decode(features, logits) == [[1, 2], [1]]  # none is likely for the second: the likeliest
 
 
@@ -112,14 +109,14 @@ def test_a_tokenizer_without_a_first_token_is_refused(tokenizer_folder):
 
     bare = AutoTokenizer.from_pretrained(tokenizer_folder)
     bare.backend_tokenizer.post_processor = ByteLevel()
-    encoder = Encoder(task("classification", "accuracy"), ("no", "yes"), bare, 64)
+    encoder = Encoder(TASK_TYPES["classification"], ("no", "yes"), bare, 64)
     with pytest.raises(DetourError, match=r"does not begin a text with its \[CLS\]"):
         encoder([{"text": "the nurse", "text_b": None, "label": "yes"}])
 
 
 def test_a_word_has_the_same_tokens_wherever_it_stands(tokenizer):
     """The first word of a sentence has a space before it as well: with byte-level BPE it would be another word."""
-    encoder = Encoder(task("token-classification", "entity_f1"), ("O",), tokenizer, 64)
+    encoder = Encoder(TASK_TYPES["token-classification"], ("O",), tokenizer, 64)
     (feature,) = encoder([{"tokens": ["dose", "of", "dose"], "tags": ["O"] * 3}])
     ids, starts = feature["input_ids"], feature["word_starts"]
     first, last = ids[starts[0] : starts[1]], ids[starts[2] : -1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,13 @@ import transformers
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import read_dataset
-from megatron_detour.evaluation.finetuning.encode import IGNORED
-from megatron_detour.evaluation.finetuning.finetune import finetune, shuffle_labels
-from megatron_detour.evaluation.finetuning.heads import loss_of, open_model, optimizer_of
+from megatron_detour.evaluation.finetuning.finetune import finetune
+from megatron_detour.evaluation.finetuning.heads import open_model, optimizer_of
 from megatron_detour.evaluation.finetuning.protocol import load_protocol
-from megatron_detour.evaluation.metrics import scores
-from megatron_detour.evaluation.report.random_baseline import chance
-from megatron_detour.evaluation.task import TYPES, load_task
+from megatron_detour.evaluation.report.random_baseline import random_baseline
+from megatron_detour.evaluation.task import load_task
+from megatron_detour.evaluation.task_types import METRICS, TASK_TYPES
+from megatron_detour.evaluation.task_types.encode import IGNORED
 from tests.evaluation.small_tasks import write_small_tasks
 
 pytestmark = pytest.mark.integration
@@ -67,15 +68,16 @@ def settings_of(kind: str, *overrides: str):
     return load_protocol("quick", [f"{key}={value}" for key, value in settings.items()]).by_type[kind]
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TASK_TYPES)
 def test_a_type_is_learned_and_its_test_split_scored(kind, small, model, tmp_path):
     """Batches hold texts of like length here, which must not mix up whose prediction is whose."""
     dataset, shares = small[kind], []
     settings = settings_of(kind, "epochs=12")
     outcome = finetune(model, dataset, settings, 42, scratch=tmp_path, report=shares.append)
     metric = dataset.task.metric
-    assert outcome.scores[metric] > chance(metric, dataset.labels, outcome.gold).score + 0.1
-    assert outcome.scores == scores(dataset.task, dataset.labels, outcome.gold, outcome.predicted)
+    assert outcome.scores[metric] > random_baseline(METRICS[metric], dataset.labels, outcome.gold).score + 0.1
+    own = {name: METRICS[name].score(dataset.labels, outcome.gold, outcome.predicted) for name in dataset.task.metrics}
+    assert outcome.scores == own and list(own) == list(dataset.task.metrics)
     assert outcome.examples == {"train": 60, "dev": 20, "test": 20} and len(outcome.predicted) == 20
     assert shares == sorted(shares) and shares[-1] == 1 and outcome.steps == 12 * 8
     assert 0 < outcome.best_step <= outcome.steps and outcome.best_step % 8 == 0
@@ -105,8 +107,8 @@ def test_shuffled_labels_score_at_chance(kind, small, model, tmp_path):
 
 def test_shuffling_moves_the_labels_and_nothing_else(small):
     for kind, dataset in small.items():
-        shuffled = shuffle_labels(dataset.train, 7)
-        assert shuffled != dataset.train and shuffled == shuffle_labels(dataset.train, 7)
+        shuffled, again = (TASK_TYPES[kind].shuffle(dataset.train, random.Random(7)) for _ in range(2))
+        assert shuffled != dataset.train and shuffled == again
         key = {"token-classification": "tags", "classification": "label", "multi-label": "labels"}.get(kind)
         key = key or ("score" if kind == "similarity" else "answers")
         for before, after in zip(dataset.train, shuffled, strict=True):
@@ -154,14 +156,14 @@ def test_the_losses_by_hand():
     probability = torch.sigmoid(logits)
     full = wanted.clamp(min=0)
     by_hand = -(weights * full * probability.log() + (1 - full) * (1 - probability).log()).mean()
-    assert loss_of("multi-label", ("a", "b", "c"), train)(outputs, full).item() == pytest.approx(by_hand.item())
+    assert TASK_TYPES["multi-label"].loss(("a", "b", "c"), train)(outputs, full).item() == pytest.approx(by_hand.item())
     one = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, IGNORED]])
     by_hand = -(logits[0].log_softmax(-1)[2] + logits[1, :2].log_softmax(-1)[1]) / 2
-    assert loss_of("multiple-choice", (), [])(outputs, one).item() == pytest.approx(by_hand.item())
+    assert TASK_TYPES["multiple-choice"].loss((), [])(outputs, one).item() == pytest.approx(by_hand.item())
     there = wanted != IGNORED
     by_hand = -torch.where(wanted == 1, probability, 1 - probability)[there].log().mean()
-    assert loss_of("multiple-answer", (), [])(outputs, wanted).item() == pytest.approx(by_hand.item())
-    assert loss_of("classification", ("a", "b"), []) is None  # the model's own
+    assert TASK_TYPES["multiple-answer"].loss((), [])(outputs, wanted).item() == pytest.approx(by_hand.item())
+    assert TASK_TYPES["classification"].loss(("a", "b"), []) is None  # the model's own
 
 
 def test_heads_and_rates(small, model):

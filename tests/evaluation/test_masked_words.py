@@ -362,7 +362,7 @@ def test_a_trained_model_is_better_and_all_is_told(model_folder, taught_folder, 
     assert "[red]before" in shown.out and "against [red]before" in shown.out
     assert "80 of 80 windows" in shown.err
     page = (out / "intrinsic.md").read_text()
-    assert "## notes.jsonl" in page and "| after | domain |" in page and "Against [red]before:" in page
+    assert "## notes.jsonl" in page and "| after | domain |" in page and "Against \\[red\\]before:" in page
     # no text of the corpus leaves it
     written = "".join(path.read_text() for path in out.rglob("*") if path.is_file())
     assert "metformin" not in written and "amlodipine" not in written

@@ -10,7 +10,7 @@ from rich.console import Console
 from megatron_detour.commands.evaluate import list_tasks
 from megatron_detour.evaluation.masked_words.tables import print_tables
 from megatron_detour.evaluation.report.page import as_text
-from megatron_detour.evaluation.report.summary import summarise
+from megatron_detour.evaluation.report.summary import summarize
 from tests.evaluation.evaluations import MadeUp, make_evaluation
 
 MODELS = ["base", "modernbert-bio-base-10B-step-00000700", "ModernBERT-large-a-name-of-a-hospital/2"]
@@ -28,7 +28,7 @@ def line_of(model: str) -> dict:
 def evaluation(tmp_path, console: Console) -> None:
     tasks = [MadeUp("casimedicos_mcq_en", "token-classification", 20), MadeUp("rct_sections", examples=20)]
     skills = {model.replace("/", "-"): 0.5 for model in MODELS}
-    as_text(summarise(make_evaluation(tmp_path, tasks, skills), None, 50), console)
+    as_text(summarize(make_evaluation(tmp_path, tasks, skills), None, 50), console)
 
 
 def masked_words(tmp_path, console: Console) -> None:

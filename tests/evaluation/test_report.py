@@ -15,9 +15,10 @@ from rich.console import Console
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.report.page import as_text, model_table, read_summary, write_report
 from megatron_detour.evaluation.report.plots import draw_scores
-from megatron_detour.evaluation.report.random_baseline import chance
-from megatron_detour.evaluation.report.summary import summarise
+from megatron_detour.evaluation.report.random_baseline import random_baseline
+from megatron_detour.evaluation.report.summary import summarize
 from megatron_detour.evaluation.report.tables import against_table, p_words, points, scores_table, tables
+from megatron_detour.evaluation.task_types import METRICS as KNOWN_METRICS
 from megatron_detour.ui.colors import PAGE
 from tests.evaluation.evaluations import METRICS, MadeUp, make_evaluation
 from tests.observe.shown import refuse_overlaps, texts_of, words
@@ -67,7 +68,7 @@ def test_a_report_of_every_kind_of_task(tmp_path):
     assert "6 comparisons by task (1 model against base)" in text and "6 comparisons by task" in markdown
     assert "![Scores by task, and differences to the baseline](scores.png)" in markdown
     summary = read_summary(output)
-    assert summary == json.loads(json.dumps(summarise(output, None, FEW)))  # the same again
+    assert summary == json.loads(json.dumps(summarize(output, None, FEW)))  # the same again
     for kind in METRICS:
         found = task(summary, kind)
         assert found["metric"] == METRICS[kind] and 0 < found["differences"]["detour"]["p"] < 0.2, kind
@@ -83,7 +84,7 @@ def test_the_tables_in_words(tmp_path):
         lead = 0.125 + 0.001 * (line["seed"] - 43)
         line["score"] = 0.5 + 0.01 * (line["seed"] - 43) + (line["model"] == "detour") * lead
     rewrite(output, lines)
-    summary = summarise(output, None, FEW)
+    summary = summarize(output, None, FEW)
     assert shown(scores_table(summary)) == [
         ["bc5cdr", "entity F1", "50.0 ± 1.0", "*62.5 ± 1.1*"],
         ["rct_sections", "macro F1", "50.0 ± 1.0", "*62.5 ± 1.1*"],
@@ -116,18 +117,18 @@ def test_figures_as_they_are_read():
 def test_bold_needs_a_clear_lead_over_every_other_model(tmp_path):
     skills = {"a": 0.4, "b": 0.9, "c": 0.9}
     output = make_evaluation(tmp_path, [CLASSES, NER], skills, luck=0.0)
-    summary = summarise(output, None, FEW)
+    summary = summarize(output, None, FEW)
     assert all(difference["clear"] for t in summary["tasks"] for difference in t["differences"].values())
     assert not any("*" in text for row in shown(scores_table(summary)) for text in row)
     lone = make_evaluation(tmp_path / "lone", [CLASSES, NER], {"a": 0.4, "b": 0.9, "c": 0.6})
-    assert all(row[3].startswith("*") for row in shown(scores_table(summarise(lone, None, FEW)))[:2])
+    assert all(row[3].startswith("*") for row in shown(scores_table(summarize(lone, None, FEW)))[:2])
     # the baseline may be the best one too
-    assert all(row[2].startswith("*") for row in shown(scores_table(summarise(lone, "b", FEW)))[:2])
+    assert all(row[2].startswith("*") for row in shown(scores_table(summarize(lone, "b", FEW)))[:2])
 
 
 def test_one_seed_shows_no_clear_difference(tmp_path):
     output = make_evaluation(tmp_path, [NER, CLASSES], SKILLS, seeds=[42])
-    summary = summarise(output, None, FEW)
+    summary = summarize(output, None, FEW)
     assert all(
         t["differences"]["detour"]["p"] < 0.05 and not t["differences"]["detour"]["clear"] for t in summary["tasks"]
     )
@@ -136,7 +137,7 @@ def test_one_seed_shows_no_clear_difference(tmp_path):
 
 
 def test_the_baseline_can_be_chosen(two_models):
-    forth, back = summarise(two_models, None, FEW), summarise(two_models, "detour", FEW)
+    forth, back = summarize(two_models, None, FEW), summarize(two_models, "detour", FEW)
     assert (forth["baseline"], back["baseline"]) == ("base", "detour")
     assert back["against_baseline"][0]["cells"]["mean"] == -forth["against_baseline"][0]["cells"]["mean"] < 0
     assert back["against_baseline"][0]["tally"]["losses"] == 2
@@ -145,7 +146,7 @@ def test_the_baseline_can_be_chosen(two_models):
         assert here["base"]["p"] == there["detour"]["p"] and here["base"]["mean"] == -there["detour"]["mean"]
         assert here["base"]["interval"] == pytest.approx([-end for end in reversed(there["detour"]["interval"])])
     with pytest.raises(DetourError, match=r"has no such model \(did you mean 'detour'\?\); it has base, detour"):
-        summarise(two_models, "detours", FEW)
+        summarize(two_models, "detours", FEW)
 
 
 def test_a_single_model_has_scores_and_no_comparison(tmp_path):
@@ -176,7 +177,7 @@ def fixed(output: Path, tasks: int, seeds: int, differences: list[float], models
             for line in lines_of(output)
         ],
     )
-    return summarise(output, None, FEW)
+    return summarize(output, None, FEW)
 
 
 def test_the_first_line_says_what_could_have_been_shown(tmp_path):
@@ -225,7 +226,7 @@ def test_a_report_of_one_cell_or_of_equal_cells_is_written(tmp_path):
 
 def test_the_first_line_names_single_tasks(tmp_path):
     output = make_evaluation(tmp_path, [CLASSES], SKILLS, seeds=range(5), luck=0.001)
-    verdict = summarise(output, None, 2000)["verdict"]
+    verdict = summarize(output, None, 2000)["verdict"]
     assert verdict.startswith(
         "On single tasks: detour is better than base on rct_sections. Over all tasks no difference"
     )
@@ -237,7 +238,7 @@ def test_the_first_line_names_single_tasks(tmp_path):
 def test_missing_cells_are_named_and_left_out_of_the_average(two_models):
     rewrite(two_models, [line for line in lines_of(two_models) if (line["task"], line["seed"], line["model"])
                          != ("bc5cdr", 44, "detour")])  # fmt: skip
-    summary = summarise(two_models, None, FEW)
+    summary = summarize(two_models, None, FEW)
     assert summary["average"]["missing"] == ["detour, bc5cdr, seed 44"]
     assert summary["average"]["tasks"] == ["rct_sections"]
     assert "1 cell is missing (detour, bc5cdr, seed 44); the average leaves out bc5cdr" in summary["notes"]
@@ -251,7 +252,7 @@ def test_a_model_without_a_task_in_common(two_models):
     rewrite(
         two_models, [line for line in lines_of(two_models) if (line["task"] == "bc5cdr") == (line["model"] == "base")]
     )
-    summary = summarise(two_models, None, FEW)
+    summary = summarize(two_models, None, FEW)
     assert summary["average"]["tasks"] == [] and summary["against_baseline"][0]["cells"] is None
     assert against_table(summary).rows == [] and summary["comparisons"] == 0
     assert shown(scores_table(summary))[0][3] == "–"
@@ -260,7 +261,7 @@ def test_a_model_without_a_task_in_common(two_models):
 
 def test_missing_predictions_leave_out_the_test(two_models):
     (two_models / "predictions/detour/bc5cdr/43.json").unlink()
-    summary = summarise(two_models, None, FEW)
+    summary = summarize(two_models, None, FEW)
     found = task(summary, "bc5cdr")["differences"]["detour"]
     assert found["p"] is None and found["p_holm"] is None and not found["clear"]
     assert found["mean"] > 0 and found["interval"]
@@ -274,16 +275,16 @@ def test_missing_predictions_leave_out_the_test(two_models):
 
 
 def test_a_truncated_last_line_is_passed_over(two_models):
-    whole = summarise(two_models, None, FEW)
+    whole = summarize(two_models, None, FEW)
     with (two_models / "results.jsonl").open("a") as file:
         file.write(json.dumps(lines_of(two_models)[0] | {"seed": 45})[:90])
-    assert summarise(two_models, None, FEW) == whole
+    assert summarize(two_models, None, FEW) == whole
 
 
 def test_the_latest_result_of_a_cell_counts(two_models):
     first = lines_of(two_models)[0]
     rewrite(two_models, [first | {"score": 0.0}, *lines_of(two_models)])
-    assert task(summarise(two_models, None, FEW), first["task"])["scores"]["base"]["mean"] > 0.3
+    assert task(summarize(two_models, None, FEW), first["task"])["scores"]["base"]["mean"] > 0.3
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -359,7 +360,7 @@ def test_predictions_of_other_types_are_never_a_traceback(wrong, kind, tmp_path)
                 for other in tmp_path.glob("predictions/*/*/*.json"):
                     other.write_text(json.dumps(json.loads(other.read_text()) | {key: value}))
             try:
-                summarise(output, None, 20)
+                summarize(output, None, 20)
             except DetourError as fault:
                 assert "\n" not in str(fault) and str(tmp_path) in str(fault)
         make_evaluation(output, [MadeUp(kind, kind, 4)], SKILLS, seeds=[1, 2])
@@ -368,7 +369,7 @@ def test_predictions_of_other_types_are_never_a_traceback(wrong, kind, tmp_path)
 @pytest.mark.parametrize("content", ["[]", "null", "{", "[" * 100_000, '{"a": 1, "a": 2}', '{"format": 1}', "{}"])
 def test_a_summary_of_another_kind_is_one_sentence(content, tmp_path):
     (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(DetourError, match="write the report again"):
+    with pytest.raises(DetourError, match=r"megatron-detour evaluate report /"):
         read_summary(tmp_path)
 
 
@@ -399,9 +400,9 @@ def test_predictions_on_other_data_are_refused(two_models):
 
 
 def test_shuffled_labels_are_in_no_other_table(two_models):
-    before = summarise(two_models, None, FEW)
+    before = summarize(two_models, None, FEW)
     make_evaluation(two_models, [NER, CLASSES], {"detour": 0}, shuffled=True)
-    after = summarise(two_models, None, FEW)
+    after = summarize(two_models, None, FEW)
     assert shown(scores_table(after)) == shown(scores_table(before))
     assert [t["differences"] for t in after["tasks"]] == [t["differences"] for t in before["tasks"]]
     assert after["against_baseline"] == before["against_baseline"]
@@ -419,16 +420,16 @@ def test_a_model_at_chance_and_a_shuffled_one_above_it_are_told(tmp_path):
     for path in (output / "predictions/good/rct_sections").glob("*-shuffled.json"):
         assert json.loads(path.read_text())["labels"]
     rewrite(output, [line | {"score": 0.6} if line["shuffled"] else line for line in lines_of(output)])
-    found = task(summarise(output, None, FEW), "rct_sections")["sanity"]
+    found = task(summarize(output, None, FEW), "rct_sections")["sanity"]
     assert found["not_above"] == ["blind"] and found["shuffled"]["good"]["at_chance"] is False
     text = words(write_report(output, None, FEW))
     assert "(3), above chance" in text
 
 
 def test_a_model_with_shuffled_labels_only_takes_no_part_in_the_rest(two_models):
-    before = summarise(two_models, None, FEW)
+    before = summarize(two_models, None, FEW)
     make_evaluation(two_models, [NER], {"other": 0}, shuffled=True)
-    after = summarise(two_models, "other", FEW)
+    after = summarize(two_models, "other", FEW)
     assert after["models"] == ["base", "detour"] and after["average"] == before["average"]
     assert task(after, "bc5cdr")["sanity"]["shuffled"].keys() == {"other"}
     assert [cost["model"] for cost in after["cost"]] == ["base", "detour", "other"]
@@ -446,16 +447,16 @@ def test_an_evaluation_of_shuffled_labels_alone_has_a_report(tmp_path):
 
 def test_chance_by_hand():
     labels = ("no", "yes")
-    common = chance("accuracy", labels, ["yes"] * 70 + ["no"] * 30)
+    common = random_baseline(KNOWN_METRICS["accuracy"], labels, ["yes"] * 70 + ["no"] * 30)
     assert common.score == pytest.approx(0.7) and 0.71 <= common.high < 0.85
-    balanced = chance("macro_f1", labels, ["yes", "no"] * 100)
+    balanced = random_baseline(KNOWN_METRICS["macro_f1"], labels, ["yes", "no"] * 100)
     assert balanced.score == pytest.approx(0.5, abs=0.02)  # drawn; always "yes" would be 1/3
-    several = chance("micro_f1", labels, [["yes"], ["no"]] * 50)
+    several = random_baseline(KNOWN_METRICS["micro_f1"], labels, [["yes"], ["no"]] * 50)
     assert several.score == pytest.approx(2 / 3)  # both, always
-    assert chance("pearson", (), list(np.linspace(0, 4, 200))).score < 0.05
-    assert chance("accuracy", (), list(range(5)) * 40).score == pytest.approx(0.2, abs=0.01)
+    assert random_baseline(KNOWN_METRICS["pearson"], (), list(np.linspace(0, 4, 200))).score < 0.05
+    assert random_baseline(KNOWN_METRICS["accuracy"], (), list(range(5)) * 40).score == pytest.approx(0.2, abs=0.01)
     rare = [["O"] * 9 + ["B-X"] if row % 2 else ["B-X"] + ["O"] * 9 for row in range(40)]
-    assert chance("entity_f1", ("O", "B-X", "I-X"), rare).score == pytest.approx(0.5, abs=0.1)
+    assert random_baseline(KNOWN_METRICS["entity_f1"], ("O", "B-X", "I-X"), rare).score == pytest.approx(0.5, abs=0.1)
 
 
 # ------------------------------------------------------------------------------------------------ what others use
@@ -484,7 +485,7 @@ def test_a_table_for_the_model_card(two_models):
 
 def test_a_table_on_the_terminal(two_models):
     console = Console(file=io.StringIO(), width=150)
-    as_text(json.loads(json.dumps(summarise(two_models, None, FEW))), console)
+    as_text(json.loads(json.dumps(summarize(two_models, None, FEW))), console)
     text = console.file.getvalue()
     assert re.search(r"bc5cdr +entity F1 +\d\d\.\d ± \d", text) and "Against base" in text
     assert "2 comparisons by task (1 model against base)" in text and "Note: 3 seeds" in text
@@ -492,7 +493,7 @@ def test_a_table_on_the_terminal(two_models):
 
 def test_too_few_permutations_are_told(tmp_path):
     output = make_evaluation(tmp_path, [MadeUp(f"task{n}", examples=20) for n in range(4)], SKILLS)
-    notes = summarise(output, None, 50)["notes"]
+    notes = summarize(output, None, 50)["notes"]
     assert "50 permutations are too few for 4 comparisons: none can be significant" in notes
 
 

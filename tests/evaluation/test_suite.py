@@ -22,7 +22,8 @@ from megatron_detour.evaluation.finetuning.progress import SuiteProgress
 from megatron_detour.evaluation.finetuning.protocol import KNOWN, known_protocols, load_protocol
 from megatron_detour.evaluation.models import check_model
 from megatron_detour.evaluation.results import Cell, add_result, predictions_path, read_results
-from megatron_detour.evaluation.task import TYPES, known_tasks, load_task
+from megatron_detour.evaluation.task import known_tasks, load_task
+from megatron_detour.evaluation.task_types import TASK_TYPES
 from tests.evaluation.small_tasks import write_small_tasks
 from tests.evaluation.test_finetune import write_tiny_model
 from tests.harness import ROOT, environment
@@ -322,8 +323,8 @@ def test_protocols_hold_the_paper_s_figures():
     assert known_protocols() == ["paper-en", "paper-fr", "quick"]
     english, french = load_protocol("paper-en"), load_protocol("paper-fr")
     assert (english.seeds, french.seeds) == (tuple(range(42, 47)), tuple(range(42, 51)))
-    assert {english.by_type[kind].learning_rate for kind in TYPES} == {5e-5}
-    assert {english.by_type[kind].batch for kind in TYPES} == {16}
+    assert {english.by_type[kind].learning_rate for kind in TASK_TYPES} == {5e-5}
+    assert {english.by_type[kind].batch for kind in TASK_TYPES} == {16}
     assert english.by_type["token-classification"].epochs == 20 and english.by_type["classification"].epochs == 10
     assert english.by_type["classification"].select_by == "weighted_f1"
     entities, classes = french.by_type["token-classification"], french.by_type["multi-label"]
@@ -474,11 +475,11 @@ def test_the_time_left_is_that_of_the_fine_tunings_not_of_the_clock(monkeypatch,
     result = {"metric": "f1", "score": 0.5, "dev_score": 0.5, "device": "cpu"}
     done = {job.cell: result | {"seconds": took[job.cell.task]} for job in jobs[:-1]}
     with SuiteProgress(jobs, done, 1) as progress:
-        assert progress.left() == "5 min left"  # before anything is done in this session
+        assert progress.left() == "5m00s left"  # before anything is done in this session
         progress.show({jobs[-1].cell: 0.01})
-        assert progress.left() == "5 min left"
+        assert progress.left() == "4m57s left"
         progress.show({jobs[-1].cell: 0.5})
-        assert progress.left() == "2 min left"
+        assert progress.left() == "2m30s left"
         progress.finished(jobs[-1], result | {"seconds": 290.0})
         assert (
             progress.left() == ""
@@ -492,6 +493,6 @@ def test_the_time_left_of_a_new_task_is_guessed_by_its_cost_and_shared_by_the_wo
     with SuiteProgress(jobs, {}, 2) as progress:
         assert progress.left() == ""  # nothing is known
         progress.finished(jobs[0], result)
-        assert progress.left() == "10 min left"  # twice 10 minutes by two workers
+        assert progress.left() == "10m00s left"  # twice 10 minutes by two workers
         progress.finished(jobs[1], result | {"seconds": 120.0, "device": "gpu"})
-        assert progress.left() == "2 min left"  # what took long was another machine
+        assert progress.left() == "2m00s left"  # what took long was another machine

@@ -18,7 +18,6 @@ from megatron_detour.forecast.costs import Speed, lengths_of
 from megatron_detour.forecast.faults import warnings
 from megatron_detour.forecast.start import DEFAULTS, Start
 from megatron_detour.forecast.storage import disk, readings
-from megatron_detour.forecast.text import duration
 from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.model.peaks import peak_flops
 from megatron_detour.model.shape import Shape
@@ -195,19 +194,11 @@ def test_peaks_by_the_names_that_torch_gives(name, teraflops):
     assert peak_flops(name, "float32") is None
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(4, "4s"), (61, "1min"), (3 * 3600 + 25 * 60, "3h25"), (47.99 * 3600, "47h59"), (50 * 3600, "2d02h")],
-)
-def test_durations(seconds, words):
-    assert duration(seconds) == words
-
-
 def test_sessions_of_a_time_limit():
     config, plan = planned(time_limit="2h")
     told = forecast(config, plan, 1, start=Start(TINY, None), rate=51_200 / 7200 / 3.5)
     assert told.sessions == 4
-    assert "7h00 on 1 x h100 at 2 tokens/s each, as given, 4 sessions of 2h00" in render(told)
+    assert "7h00m on 1 x h100 at 2 tokens/s each, as given, 4 sessions of 2h00m" in render(told)
     assert [costs.sessions(seconds, None) for seconds in (1, 86_400, 86_401)] == [1, 1, 2]
     assert costs.sessions(86_400, 6 * 3600) == 4
 

@@ -181,8 +181,7 @@ def partitions(tensor: int):
 
     config = run_config(tensor)
     state, _ = start_distributed(config)
-    engine = create_engine(tiny(state), config, read_deepspeed_config(config.deepspeed), state)
-    zero = engine.optimizer
+    zero = create_engine(tiny(state), config, read_deepspeed_config(config.deepspeed), state).engine.optimizer
     masters = sum(p.numel() for p in zero.single_partition_of_fp32_groups)
     return masters, zero.reduce_bucket_size, zero.nccl_start_alignment_factor
 

@@ -93,7 +93,7 @@ def check_what_is_left(run: Path, reference: Path, after: str) -> None:
             done = record["step"]
     if done <= 0:
         return
-    newest = store.latest(run / "checkpoints", warn=lambda message: None)
+    newest = store.latest(run / "checkpoints")
     assert newest is not None, f"{after}: no checkpoint is whole at step {done}"
     if "damaged" in after:
         return

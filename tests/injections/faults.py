@@ -107,7 +107,7 @@ def sigterm(start: Start, rng: random.Random, number: int = signal.SIGTERM) -> s
     session.kill(None if rng.random() < 0.5 else [rng.randrange(session.setup.ranks)], number)
     codes = session.wait()
     assert set(codes) in ({0}, {EXIT_INTERRUPTED}), (codes, session.output()[-3000:])
-    newest = store.latest(session.folder / "checkpoints", warn=print)
+    newest = store.latest(session.folder / "checkpoints")
     assert store.step_of(newest) == session.step(), session.output()[-3000:]  # nothing at all is lost
     return when
 
@@ -142,7 +142,7 @@ def damage(start: Start, rng: random.Random) -> str:
     wait_for(lambda: session.step() > INTERVAL, session)
     session.kill()
     session.wait()
-    newest = store.latest(session.folder / "checkpoints", warn=print)
+    newest = store.latest(session.folder / "checkpoints")
     trained = [folder for folder in store.find_checkpoints(session.folder / "checkpoints") if store.step_of(folder)]
     if len(trained) < 2 or store.step_of(newest) == PHASE_ENDS[-1]:  # a run that has lost all is refused
         return "nothing to damage"
@@ -165,7 +165,7 @@ def damage(start: Start, rng: random.Random) -> str:
     elif how == "stray":  # no damage: nothing is lost by it
         (newest / "README.md").write_text("of somebody")
         (newest / "notes").mkdir(exist_ok=True)
-        assert store.latest(session.folder / "checkpoints", warn=print) == newest
+        assert store.latest(session.folder / "checkpoints") == newest
     elif how == "double":
         metrics = session.folder / "metrics.jsonl"
         lines = metrics.read_bytes().splitlines(keepends=True)

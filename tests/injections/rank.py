@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch._inductor.compile_fx
 import transformers.models.modernbert.modeling_modernbert
 
 import megatron_detour.commands.train
-import megatron_detour.training.session
+import megatron_detour.training.trainer
 from megatron_detour.commands.main import main
 from megatron_detour.errors import command_line
 
@@ -42,7 +43,7 @@ def no_number_from(step_number: int) -> None:
     honest = Trainer.train_step
 
     def train_step(trainer, step, batch):
-        engine, backward = trainer.engine, trainer.engine.backward
+        engine, backward = trainer.zero.engine, trainer.zero.engine.backward
         if step.number >= step_number:
             engine.backward = lambda loss: backward(loss * float("nan"))
         try:
@@ -67,12 +68,12 @@ def validate_to_nan(call: int) -> None:
 
 
 def no_report() -> None:
-    from megatron_detour.training import session
+    from megatron_detour.training import recorder
 
     def write_report(folder):
         raise RuntimeError("no font")
 
-    session.write_report = write_report
+    recorder.write_report = write_report
 
 
 def disk_away_from(step_number: int) -> None:
@@ -107,7 +108,8 @@ def text_away_from(step_number: int) -> None:
 
     def load(trainer, step):
         if step.number >= step_number:
-            trainer.data = SimpleNamespace(of=lambda phase: SimpleNamespace(documents=fail))
+            data = SimpleNamespace(of=lambda phase: SimpleNamespace(documents=fail))
+            trainer.run = dataclasses.replace(trainer.run, data=data)
         return honest(trainer, step)
 
     Trainer._load = load

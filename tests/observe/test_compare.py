@@ -71,7 +71,7 @@ def test_a_detour_beside_its_control(twins: list[Path], tmp_path: Path) -> None:
     )
     assert "phases.detour.objective clm mlm phases.detour.mask_rate – 0.3" in text
     assert "seed 17" not in text
-    assert "The same versions and machines, as far as the runs say." in text
+    assert "The same versions and machines, as far as the runs record them." in text
     assert "Tokens trained 13.1M 13.1M" in text and "Skipped updates 0 0" in text
 
 
@@ -89,13 +89,13 @@ def test_equal_checksums_after_other_amounts_of_tokens_are_other_data(twins: lis
 
 def test_runs_without_checksums_cannot_be_told_apart(twins: list[Path]) -> None:
     change_records(twins[1], {step: {"data_crc": None} for step in range(1, 201)})
-    assert "Unknown : notes-control and notes have no checksums in common" in page_words(twins)
+    assert "Unknown : cannot verify that notes-control and notes read the same data" in page_words(twins)
 
 
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"sequences: 128": "sequences: 64"}, "other validation.sequences."),
+        ({"sequences: 128": "sequences: 64"}, "Differences: validation.sequences."),
         ({"seed: 3": "seed: 4", "{sequence_length: 1024}": "{sequence_length: 512}"}, "data.sequence_length."),
         ({"every: 20": "every: 40"}, None),
     ],
@@ -107,7 +107,7 @@ def test_another_validation_is_told(twins: list[Path], change: dict[str, str], f
     (twins[1] / "run.yaml").write_text(content, encoding="utf-8")
     text = page_words(twins)
     if fault:
-        assert "No : notes-control and notes were not validated alike, so their figures do not compare: " in text
+        assert "No : notes-control and notes were validated differently, so their figures are not comparable. " in text
         assert fault in text
     else:
         assert "were validated on the same text" in text
@@ -115,9 +115,9 @@ def test_another_validation_is_told(twins: list[Path], change: dict[str, str], f
 
 def test_another_or_an_unnamed_validation_corpus_is_told(twins: list[Path]) -> None:
     change_file(twins[1], "environment.json", validation_corpora=[{"prefix": "x", "sha256": "ef" * 32}])
-    assert "do not compare: other corpora, tokenizer." in page_words(twins)
+    assert "are not comparable. Differences: corpora, tokenizer." in page_words(twins)
     change_file(twins[1], "environment.json", validation_corpora=[])
-    assert "Unknown : notes-control and notes do not both name the corpora of their validation." in page_words(twins)
+    assert "Unknown : notes-control and notes do not both name their validation corpora." in page_words(twins)
 
 
 def test_an_unfinished_run_is_drawn_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_what_cannot_be_compared_is_a_fault(twins: list[Path], tmp_path: Path) -
 
 
 def test_only_an_earlier_comparison_is_written_over(twins: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(DetourError, match="holds other files"):
+    with pytest.raises(DetourError, match="contains files other than"):
         write_comparison(twins, twins[0])
     (tmp_path / "file").write_text("x")
     with pytest.raises(DetourError, match="is a file"):
@@ -196,7 +196,7 @@ def test_only_an_earlier_comparison_is_written_over(twins: list[Path], tmp_path:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "compare.html").write_text("<html>")
-    with pytest.raises(DetourError, match="holds other files"):
+    with pytest.raises(DetourError, match="contains files other than"):
         write_comparison(twins, foreign)
     out = tmp_path / "out"
     write_comparison(twins, out)
@@ -252,10 +252,10 @@ def test_runs_differ_in_color_and_in_line(tmp_path: Path) -> None:
     [
         (
             {"val_mlm_loss": 2.0},
-            "notes is 2.260 nats per token; that of notes-control is 0.260 lower; with one run of each",
+            "notes is 2.260 nats per token; that of notes-control is 0.260 lower; with one run each",
         ),
         ({"val_mlm_loss": 2.5}, "notes is 2.260 nats per token; that of notes-control is 0.240 higher;"),
-        ({"data_crc": 7}, "told from one made by the recipe. The runs did not read the same data."),
+        ({"data_crc": 7}, "from that of seed and data order. The runs did not read the same data."),
     ],
 )
 def test_the_first_line_says_what_is_known(twins: list[Path], change: dict[str, Any], said: str) -> None:
@@ -265,8 +265,8 @@ def test_the_first_line_says_what_is_known(twins: list[Path], change: dict[str, 
 
 def test_the_first_line_claims_nothing_without_a_common_validation(twins: list[Path], tmp_path: Path) -> None:
     bare = make_run(tmp_path / "bare", TWO_PHASES, name="bare", validate_every=0)
-    assert "Nothing is known yet: the runs have no held-out MLM loss after the same tokens." in page_words(
+    assert "No result yet: the runs have no held-out MLM loss at the same number of tokens." in page_words(
         [twins[0], bare]
     )
     (twins[1] / "run.yaml").write_text(CONTROL_FILE.replace("seed: 3", "seed: 4"))
-    assert "Nothing is known of which run is better: they were not validated alike" in page_words(twins)
+    assert "Unknown which run is better: they were validated differently" in page_words(twins)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron_detour.observe.progress import Progress, validation_figures
+from megatron_detour.observe.progress import RunProgress, validation_figures
 
 PHASES = [
     {"name": "warm", "objective": "mlm", "first_step": 1, "steps": 10, "end_tokens": 1_000},
@@ -27,15 +27,15 @@ def record(step: int, rate: float | None = 1000.0, **fields: object) -> dict[str
     return {"step": step, "tokens": tokens, "seconds": seconds, **figures, **fields}
 
 
-def plain(interval_seconds: float, done_steps: int = 0) -> tuple[Progress, io.StringIO]:
+def plain(line_seconds: float, done_steps: int = 0) -> tuple[RunProgress, io.StringIO]:
     stream = io.StringIO()
-    return Progress(PHASES, done_steps, stream=stream, interval_seconds=interval_seconds), stream
+    return RunProgress(PHASES, done_steps, stream=stream, line_seconds=line_seconds), stream
 
 
 def test_a_plain_line_says_it_all() -> None:
     progress, stream = plain(0)
     with progress:
-        progress.update(record(30, rate=6480.4))
+        progress.show(record(30, rate=6480.4))
     assert stream.getvalue() == "step 30/50  detour [x] (clm)  loss 4.812  lr 2.0e-03  6,480 tokens/s  2s left\n"
 
 
@@ -44,7 +44,7 @@ def test_plain_lines_keep_their_distance_save_for_phases_validations_and_the_end
     with progress:
         for step in range(1, 51):
             fields = {"val_mlm_loss": 2.5, "val_mlm_accuracy": 0.5} if step == 20 else {}
-            progress.update(record(step, **fields))
+            progress.show(record(step, **fields))
     lines = stream.getvalue().splitlines()
     assert [int(re.match(r"step (\d+)/50", line)[1]) for line in lines] == [1, 11, 20, 50]
     assert lines[2].endswith("validation: MLM loss 2.500, MLM accuracy 50.0%")
@@ -53,10 +53,10 @@ def test_plain_lines_keep_their_distance_save_for_phases_validations_and_the_end
 
 def test_plain_lines_follow_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("megatron_detour.observe.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("megatron_detour.ui.progress.time.monotonic", lambda: now)
     progress, stream = plain(10)
     for step in range(1, 11):
-        progress.update(record(step))
+        progress.show(record(step))
         now += 4.0
     assert re.findall(r"step (\d+)/", stream.getvalue()) == ["1", "4", "7", "10"]
 
@@ -64,25 +64,25 @@ def test_plain_lines_follow_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_time_left_comes_from_the_recent_rate_without_the_first_step() -> None:
     progress, _ = plain(0)
     assert progress.seconds_left is None
-    progress.update(record(1, rate=10.0))
+    progress.show(record(1, rate=10.0))
     assert progress.seconds_left == pytest.approx(20_900 / 10)
-    progress.update(record(2, rate=1000.0))
+    progress.show(record(2, rate=1000.0))
     assert progress.seconds_left == pytest.approx(20_800 / 1000)
-    progress.update(record(3, rate=500.0))
+    progress.show(record(3, rate=500.0))
     # a step at each rate: 200 tokens in 0.3 s
     assert progress.seconds_left == pytest.approx(20_700 * 0.3 / 200)
     for step in range(11, 40):
-        progress.update(record(step, rate=2000.0))
+        progress.show(record(step, rate=2000.0))
     assert progress.seconds_left == pytest.approx(5_500 / 2000)
-    progress.update(record(50, rate=None))
+    progress.show(record(50, rate=None))
     assert progress.seconds_left == 0
 
 
 def test_a_small_step_weighs_less_than_a_large_one() -> None:
     progress, _ = plain(0)
-    progress.update(record(9, rate=1.0))
-    progress.update(record(10, rate=100.0))
-    progress.update(record(11, rate=1000.0))
+    progress.show(record(9, rate=1.0))
+    progress.show(record(10, rate=100.0))
+    progress.show(record(11, rate=1000.0))
     # 100 tokens in 1 s and 500 in 0.5 s
     assert progress.seconds_left == pytest.approx(19_500 * 1.5 / 600)
 
@@ -90,7 +90,7 @@ def test_a_small_step_weighs_less_than_a_large_one() -> None:
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
-        ({"skipped": "the loss is nan", "loss": None}, "step 12: the update was left out: the loss is nan"),
+        ({"skipped": "the loss is nan", "loss": None}, "step 12: the update was skipped: the loss is nan"),
         (
             {"spike": "spike: loss 7.10 is 8.2 sigma above the mean of 128 steps"},
             "step 12: spike: loss 7.10 is 8.2 sigma above the mean of 128 steps; the update was made",
@@ -99,21 +99,21 @@ def test_a_small_step_weighs_less_than_a_large_one() -> None:
 )
 def test_what_a_guard_did_is_a_line_at_once(fields: dict[str, object], line: str) -> None:
     progress, stream = plain(3600)
-    progress.update(record(11))
-    progress.update(record(12, **fields))
-    progress.update(record(13))
+    progress.show(record(11))
+    progress.show(record(12, **fields))
+    progress.show(record(13))
     assert stream.getvalue().splitlines()[1:] == [line]
 
 
 def test_the_use_of_the_machine_is_said_where_it_is_known() -> None:
     progress, stream = plain(0)
-    progress.update(record(30, mfu=0.413))
+    progress.show(record(30, mfu=0.413))
     assert "1,000 tokens/s  MFU 41%" in stream.getvalue()
 
 
 def test_a_validation_before_the_first_step_needs_no_loss() -> None:
     progress, stream = plain(0)
-    progress.update({"step": 0, "val_clm_loss": 7.0})
+    progress.show({"step": 0, "val_clm_loss": 7.0})
     assert stream.getvalue() == "step 0/50  validation: CLM loss 7.000\n"
 
 
@@ -127,9 +127,9 @@ def terminal_screen(monkeypatch: pytest.MonkeyPatch, done_steps: int, last_step:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
-    with Progress(PHASES, done_steps, stream=stream) as progress:
+    with RunProgress(PHASES, done_steps, stream=stream) as progress:
         for step in range(done_steps + 1, last_step + 1):
-            progress.update(record(step))
+            progress.show(record(step))
         progress.say("saved [step]")
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
 
@@ -152,8 +152,8 @@ def test_a_resumed_run_starts_from_its_done_steps(monkeypatch: pytest.MonkeyPatc
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
-    with Progress(PHASES, 0, stream=stream) as progress:
-        progress.update(record(1))
+    with RunProgress(PHASES, 0, stream=stream) as progress:
+        progress.show(record(1))
     assert stream.getvalue().startswith("step 1/50  warm (mlm)")
     assert "\x1b" not in stream.getvalue()
 

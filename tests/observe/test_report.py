@@ -139,12 +139,12 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
 
 def test_settings_that_phases_share_or_do_not_have_are_left_out(tmp_path: Path) -> None:
     text = page_words(make_run(tmp_path))
-    assert text.count("64 sequences of 1,024 tokens a step") == 1
+    assert text.count("64 sequences of 1,024 tokens per step") == 1
     for absent in ("frozen", "optimizer", "reads", "whole words", "Guards"):
         assert absent not in text, absent
 
 
-def test_settings_of_a_phase_stand_below_its_row(tmp_path: Path) -> None:
+def test_settings_of_a_phase_have_a_column(tmp_path: Path) -> None:
     corpora = [{"prefix": "data/web", "weight": 0.25}, {"prefix": "data/notes", "weight": 0.75}]
     warmup = {"from": 8, "increment": 8, "tokens": 2_000_000}
     phases = [
@@ -159,11 +159,11 @@ def test_settings_of_a_phase_stand_below_its_row(tmp_path: Path) -> None:
     ]
     text = page_words(make_run(tmp_path, phases))
     assert (
-        "embeddings, layers 0-7 frozen; 8 to 64 sequences of 1,024 tokens a step, growing over 2M tokens; "
+        "embeddings, layers 0-7 frozen; 8 to 64 sequences of 1,024 tokens per step, growing over 2M tokens; "
         "reads data/web (1)" in text
     )
     assert (
-        "the optimizer state begins anew; 64 sequences of 1,024 tokens a step; "
+        "the optimizer state is reset; 64 sequences of 1,024 tokens per step; "
         "reads data/web (0.25), data/notes (0.75)" in text
     )
     assert "decay MLM 30% to 10% masked, whole words 10" in text
@@ -190,7 +190,7 @@ def test_sessions_say_how_they_ended(tmp_path: Path) -> None:
         "0 the time limit of 23h00m 4",
         "(resumed) 10 killed 4",
         "(resumed) 20 error: out of memory 4",
-        "(resumed) 30 at work, or killed 4",
+        "(resumed) 30 running, or killed 4",
     ):
         assert row in text, row
 
@@ -210,10 +210,10 @@ def test_figures_by_phase_and_corpus(tmp_path: Path) -> None:
     corpora = {"val_mlm_loss/notes": 2.125, "val_mlm_accuracy/notes": 0.4321}
     change_records(folder, {0: corpora, 120: corpora})
     text = page_words(folder)
-    assert "Figure Corpus before after detour at step 130" in text
-    assert "MLM loss all 2.610 2.900 2.382 notes 2.125 2.125 –" in text
-    assert "notes 43.2% 43.2% –" in text
-    assert "MLM bits per byte all 0.870 0.967 0.794" in text
+    assert "Figure before after detour at step 130" in text
+    assert "MLM loss 2.610 2.900 2.382 MLM loss, notes 2.125 2.125 –" in text
+    assert "MLM accuracy, notes 43.2% 43.2% –" in text
+    assert "MLM bits per byte 0.870 0.967 0.794" in text
 
 
 def test_a_plan_that_is_none_is_a_fault(tmp_path: Path) -> None:

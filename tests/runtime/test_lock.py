@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -28,15 +29,15 @@ from pathlib import Path
 from megatron_detour.errors import command_line
 from megatron_detour.runtime.lock import RunLock
 def main():
-    with RunLock(Path(sys.argv[1]), print, 0.1, 1.0):
+    with RunLock(Path(sys.argv[1]), 0.1, 1.0):
         print("held", flush=True)
         sys.stdin.readline()
 command_line(main)
 """
 
 
-def lock(folder: Path, said: list[str] | None = None) -> RunLock:
-    return RunLock(folder, (said if said is not None else []).append, BEAT, STALE)
+def lock(folder: Path) -> RunLock:
+    return RunLock(folder, BEAT, STALE)
 
 
 @pytest.fixture
@@ -96,27 +97,27 @@ def test_the_lock_is_gone_after_the_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_on_the_machine_is_refused_at_once(tmp_path, holder):
-    said = []
-    with pytest.raises(DetourError) as refused, lock(tmp_path, said):
+def test_a_second_run_on_the_machine_is_refused_at_once(tmp_path, holder, caplog):
+    caplog.set_level(logging.INFO)
+    with pytest.raises(DetourError) as refused, lock(tmp_path):
         pass
     content = json.loads((tmp_path / LOCK).read_text())
     assert str(refused.value) == (
         f"{tmp_path}: another run (process {holder.pid} on host {content['host']}, since {content['started']}) "
         "writes here; end it or choose another folder=..."
     )
-    assert said == []
+    assert caplog.messages == []
     holder.communicate("\n")
     assert holder.returncode == 0
 
 
-def test_a_killed_run_leaves_nothing_to_remove(tmp_path, holder):
+def test_a_killed_run_leaves_nothing_to_remove(tmp_path, holder, caplog):
+    caplog.set_level(logging.INFO)
     holder.kill()
     holder.wait()
-    said = []
-    with lock(tmp_path, said):
+    with lock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-    assert said == []  # nor anything to wait for
+    assert caplog.messages == []  # nor anything to wait for
 
 
 def test_a_stopped_run_still_holds_its_lock(tmp_path, holder):
@@ -126,23 +127,23 @@ def test_a_stopped_run_still_holds_its_lock(tmp_path, holder):
 
 
 @pytest.mark.parametrize("flock", [True, False])
-def test_a_run_elsewhere_is_waited_for_and_succeeded(tmp_path, elsewhere, request, flock):
+def test_a_run_elsewhere_is_waited_for_and_succeeded(tmp_path, elsewhere, request, flock, caplog):
+    caplog.set_level(logging.INFO)
     if not flock:
         request.getfixturevalue("without_flock")
-    said = []
     threading.Timer(3 * BEAT, elsewhere.kill).start()
-    with lock(tmp_path, said):
+    with lock(tmp_path):
         assert elsewhere.killed.is_set()
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-    (sentence,) = said
+    (sentence,) = caplog.messages
     assert "process 42 on host node7" in sentence
 
 
-def test_a_run_elsewhere_that_goes_on_is_respected(tmp_path, elsewhere):
-    said = []
-    with pytest.raises(DetourError, match="process 42 on host node7, since 2026-01-01"), lock(tmp_path, said):
+def test_a_run_elsewhere_that_goes_on_is_respected(tmp_path, elsewhere, caplog):
+    caplog.set_level(logging.INFO)
+    with pytest.raises(DetourError, match="process 42 on host node7, since 2026-01-01"), lock(tmp_path):
         pass
-    assert len(said) == 1
+    assert len(caplog.messages) == 1
     assert json.loads((tmp_path / LOCK).read_text())["token"] == "theirs"
 
 

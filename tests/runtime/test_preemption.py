@@ -115,8 +115,8 @@ def first_reason(stop, clock, step=10.0):
     [
         (23 * 3600, 600, 23 * 3600 - 600, "23h00m"),
         (5400, 0, 5400, "1h30m"),
-        (600, 400, 300, "10m"),  # half of the limit is for work
-        (100, 0, 100, "100s"),
+        (600, 400, 300, "10m00s"),  # half of the limit is for work
+        (100, 0, 100, "1m40s"),
     ],
 )
 def test_a_limit_leaves_the_margin(clock, limit, margin, stops, spoken):
@@ -135,7 +135,9 @@ def test_the_end_of_the_job_leaves_a_minute_at_least(clock, ends_in, margin, sto
     assert reason == f"the end of the Slurm job at {at}"
 
 
-@pytest.mark.parametrize(("limit", "reason"), [(1800, "the time limit of 30m"), (7200, "the end of the Slurm job at")])
+@pytest.mark.parametrize(
+    ("limit", "reason"), [(1800, "the time limit of 30m00s"), (7200, "the end of the Slurm job at")]
+)
 def test_the_earlier_limit_counts(clock, ends_in, limit, reason):
     ends_in(3600)
     assert first_reason(Preemption(limit), clock)[1].startswith(reason)

@@ -14,7 +14,7 @@ from megatron_detour.plan import Plan
 from megatron_detour.training.freezing import frozen_parameters
 from tests.harness import ROOT, run_ranks, slow
 from tests.models import loss_of, microbatch, tiny
-from tests.training.test_zero2 import LEARNING_RATE, microbatches, plain_optimizer, run_config
+from tests.training.test_zero2 import LEARNING_RATE, microbatches, plain_optimizer, run_config, step_of
 
 pytestmark = pytest.mark.integration
 
@@ -45,25 +45,20 @@ def phased_steps(tensor: int, dtype: str):
     state, _ = start_distributed(config)
     model = tiny(state)
     reference = dict(tiny().named_parameters())
-    engine = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)
-    scatter(engine, state, lambda name: reference[name].detach())
-    for group in engine.optimizer.param_groups:
-        group["lr"] = LEARNING_RATE
+    zero = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)
+    scatter(zero, lambda name: reference[name].detach())
+    zero.set_learning_rate(LEARNING_RATE)
     norms, states = [], [TrainingState() for _ in range(4)]
     for number, phase in enumerate(plan.phases):
-        gather(engine, state, states[number])
-        freeze(engine, phase)
+        gather(zero, states[number])
+        freeze(zero, phase)
         for step in range(number * STEPS, number * STEPS + STEPS):
             batches = microbatches(step)
             labelled = sum(len(b.labels) for b in batches)
             share = len(batches) // state.data_size
             mine = batches[state.data_rank * share : (state.data_rank + 1) * share]
-            for batch in mine:
-                engine.set_gradient_accumulation_boundary(batch is mine[-1])
-                engine.backward(loss_of(engine, batch).loss * state.data_size / labelled)
-            engine.step()
-            norms.append(float(engine.get_global_grad_norm()))
-    gather(engine, state, states[3])
+            norms.append(step_of(zero, mine, labelled))
+    gather(zero, states[3])
     return norms, states
 
 

@@ -55,7 +55,7 @@ def cut_back(folder: Path, to: Path, step: int) -> Path:
     for checkpoint in store.find_checkpoints(to / "checkpoints"):
         if store.step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)
-    assert store.step_of(store.latest(to / "checkpoints", warn=print)) == step
+    assert store.step_of(store.latest(to / "checkpoints")) == step
     return to
 
 
@@ -84,7 +84,6 @@ def test_and_back_again(home, run_file, tmp_path):
 
 def loaded(run_file: str, folder: str, overrides: list[str]):
     """On every rank: restores a run as a session does; what it then holds, on the first rank."""
-    from megatron_detour.checkpoint.saver import Background
     from megatron_detour.checkpoint.state import TrainingState, gather
     from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.data.phase_data import PhaseData
@@ -94,16 +93,17 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     from megatron_detour.training.engine import create_engine, start_distributed
     from megatron_detour.training.guards import Guard
     from megatron_detour.training.initial_model import InitialModel
+    from megatron_detour.training.run import Run
 
     config = load(run_file, [*GENTLE, *overrides, f"folder={folder}"])
     plan, start = Plan.of(config), InitialModel.of(config)
     data = PhaseData(plan, config.data.order_seed, start.vocabulary)
-    state, _ = start_distributed(config)
-    engine = create_engine(ModernBert(start.shape, state), config, read_deepspeed_config(config.deepspeed), state)
-    guard, held = Guard(config.guards), TrainingState()
-    background = Background()
-    Checkpoints(config, plan, Path(folder), engine, state, start, data, guard, background, print).restore()
-    gather(engine, state, held)
+    state, device = start_distributed(config)
+    zero = create_engine(ModernBert(start.shape, state), config, read_deepspeed_config(config.deepspeed), state)
+    run = Run(config, plan, Path(folder), start, data, state, device, choice=None, zero=zero, preemption=None)
+    Checkpoints(run, Guard(config.guards)).restore()
+    held = TrainingState()
+    gather(zero, held)
     return held
 
 

@@ -150,7 +150,7 @@ def test_a_run_that_has_lost_its_work_is_not_begun_anew_unless_asked_to(run, con
 
 def go_on(folder: Path, config: RunConfig) -> Path | None:
     refuse_another_run(folder, config)
-    return newest_checkpoint(folder, config, print)
+    return newest_checkpoint(folder, config)
 
 
 def test_restart_does_not_begin_anew_what_can_go_on(run, config):

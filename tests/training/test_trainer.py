@@ -35,9 +35,12 @@ def no_pauses(monkeypatch):
 
 def load(documents, rank_batch, monkeypatch) -> tuple:
     made = object.__new__(Trainer)
-    made.data = SimpleNamespace(of=lambda phase: SimpleNamespace(documents=documents))
-    made.state = SimpleNamespace(data_rank=0, data_size=1, sequence_multiple=1)
-    made.start, made.config = SimpleNamespace(words=None, vocabulary=None), SimpleNamespace(seed=7)
+    made.run = SimpleNamespace(
+        data=SimpleNamespace(of=lambda phase: SimpleNamespace(documents=documents)),
+        parallel=SimpleNamespace(data_rank=0, data_size=1, sequence_multiple=1),
+        initial=SimpleNamespace(words=None, vocabulary=None),
+        config=SimpleNamespace(seed=7),
+    )
     phase = SimpleNamespace(micro_sequences=1, sequence_length=8)
     monkeypatch.setattr(module, "rank_batch", rank_batch)
     return made._load(SimpleNamespace(phase=phase, objective=CausalLM(), start=0, tokens=8))

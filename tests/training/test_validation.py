@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,7 +48,9 @@ def validation(tokenizer: Path, corpora: tuple[Corpus, ...], state: ParallelStat
     settings = dataclasses.replace(config.validation, corpora=corpora, sequences=12)
     vocabulary = load_vocabulary(tokenizer)
     config = dataclasses.replace(config, validation=settings)
-    return Validation(config, vocabulary, find_tokenizer(tokenizer), state or ParallelState(), torch.device("cpu"))
+    initial = SimpleNamespace(vocabulary=vocabulary, tokenizer_file=find_tokenizer(tokenizer))
+    run = SimpleNamespace(config=config, initial=initial, parallel=state or ParallelState(), device=torch.device("cpu"))
+    return Validation(run)
 
 
 @pytest.fixture(autouse=True)

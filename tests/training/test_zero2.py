@@ -60,8 +60,8 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
     state, _ = start_distributed(config)
     model = tiny(state)
     reference = dict(tiny().named_parameters())
-    engine = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)
-    scatter(engine, state, lambda name: reference[name].detach())
+    zero = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)
+    scatter(zero, lambda name: reference[name].detach())
     whole = {name: p for name, p in model.named_parameters() if spec_of(p) is None}
     norms, first, last = [], TrainingState(), TrainingState()
     for step in range(steps):
@@ -70,22 +70,27 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
         batches = [together(batches[i : i + micro]) for i in range(0, len(batches), micro)]
         share = len(batches) // state.data_size
         mine = batches[state.data_rank * share : (state.data_rank + 1) * share]
-        for group in engine.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE
-        for batch in mine:
-            engine.set_gradient_accumulation_boundary(batch is mine[-1])
-            engine.backward(loss_of(engine, batch).loss * state.data_size / labelled)
-        engine.step()
-        norms.append(float(engine.get_global_grad_norm()))
+        zero.set_learning_rate(LEARNING_RATE)
+        norms.append(step_of(zero, mine, labelled))
         refuse_unequal_replicas(whole, state)
         if step == 0:
-            gather(engine, state, first)
-    gather(engine, state, last)
+            gather(zero, first)
+    gather(zero, last)
     return norms, first, last
 
 
+def step_of(zero, mine: list[MicroBatch], labelled: int) -> float:
+    """A step on this rank's micro-batches of `labelled` positions over all ranks; the norm of the gradient."""
+    scale = torch.tensor(zero.parallel.data_size / labelled)
+    for batch in mine:
+        zero.accumulate(batch.arguments, scale, is_last=batch is mine[-1])
+    norm = zero.gradient_norm()
+    zero.step(norm)
+    return float(norm)
+
+
 def plain_optimizer(model) -> torch.optim.AdamW:
-    """The optimiser of `run_config`, of torch alone."""
+    """The optimizer of `run_config`, of torch alone."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]

@@ -57,7 +57,16 @@ def test_rate_words(rate: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (250, "4m10s"), (7500, "2h05m"), (86399.7, "1d00h"), (273600, "3d04h")],
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (250, "4m10s"),
+        (7500, "2h05m"),
+        (86399.7, "1d00h"),
+        (273600, "3d04h"),
+        (47.99 * 3600, "1d23h"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -65,10 +74,10 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_words_of_a_batch_and_of_frozen_parts() -> None:
     phase: dict[str, Any] = {"sequences": 576, "sequence_length": 8192, "batch_warmup": None, "freeze": []}
-    assert batch_words(phase) == "576 sequences of 8,192 tokens a step"
+    assert batch_words(phase) == "576 sequences of 8,192 tokens per step"
     warm = {"from": 96, "increment": 96, "tokens": 1_000_000_000}
     assert batch_words({**phase, "batch_warmup": warm}) == (
-        "96 to 576 sequences of 8,192 tokens a step, growing over 1B tokens"
+        "96 to 576 sequences of 8,192 tokens per step, growing over 1B tokens"
     )
     assert frozen_words(phase) == ""
     assert frozen_words({"freeze": ["embeddings", "layers.0-7"]}) == "embeddings, layers 0-7"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,11 +19,11 @@ from torch.utils.data import DataLoader
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset
-from megatron_detour.evaluation.finetuning.encode import Encoder, Example, Scale, collator, length_of, was_cut
-from megatron_detour.evaluation.finetuning.heads import loss_of, open_model, optimizer_of, pretrained_part
+from megatron_detour.evaluation.finetuning.heads import open_model, optimizer_of
 from megatron_detour.evaluation.finetuning.protocol import Settings
-from megatron_detour.evaluation.metrics import scores
 from megatron_detour.evaluation.models import most_positions, opening
+from megatron_detour.evaluation.task_types import METRICS
+from megatron_detour.evaluation.task_types.encode import Encoder, Example, Feature, token_count, was_cut
 
 SUBSET_SEED = 0  # of the examples that a protocol's train_examples and dev_examples leave: the same for all seeds
 Report = Callable[[float], None]  # gets the share of the steps that are done
@@ -59,26 +60,38 @@ def finetune(
     Raises DetourError for a model or a tokenizer that does not fit the task.
     """
     began = time.monotonic()
+    kind = dataset.task.kind
     train = _subset(dataset.train, settings.train_examples)
     dev = _subset(dataset.dev, settings.dev_examples)
     if shuffled:
-        train = shuffle_labels(train, seed)
+        train = kind.shuffle(train, random.Random(seed))
     transformers.set_seed(seed)
     network = open_model(model, dataset, settings)
     encoder = encoder_of(model, network, dataset, settings, train)
     features = {name: encoder(split) for name, split in (("train", train), ("dev", dev), ("test", dataset.test))}
     with TemporaryDirectory(dir=scratch, prefix="finetune-") as folder:
-        trainer = _trainer(network, encoder, settings, seed, features, dev, Path(folder), train, report)
+        trainer = _Trainer(
+            model=network,
+            args=_arguments(settings, seed, Path(folder)),
+            data_collator=partial(encoder.kind.collate, pad=encoder.tokenizer.pad_token_id),
+            train_dataset=features["train"],
+            eval_dataset=_sorted(features["dev"]),
+            compute_metrics=_judge(encoder, settings.select_by or dataset.task.metric, dev, features["dev"]),
+            compute_loss_func=kind.loss(dataset.labels, train),
+            preprocess_logits_for_metrics=_kept_outputs(encoder),
+            optimizers=(optimizer_of(network, settings), None),
+            callbacks=[_Progress(report)],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         predicted = _predict(trainer, encoder, features["test"])
     gold = encoder.gold(dataset.test)
-    task = dataset.task
     return Outcome(
-        scores=scores(task, dataset.labels, gold, predicted),
+        scores={name: METRICS[name].score(dataset.labels, gold, predicted) for name in dataset.task.metrics},
         dev_score=float(trainer.state.best_metric),
         best_step=int(trainer.state.best_global_step),
         steps=int(trainer.state.global_step),
-        examples={name: len(of_split) for name, of_split in features.items()},
+        examples={name: len(split) for name, split in features.items()},
         cut=sum(was_cut(feature, encoder.max_length) for feature in features["test"]),
         gold=gold,
         predicted=predicted,
@@ -89,26 +102,6 @@ def finetune(
 
 def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-
-
-def shuffle_labels(examples: list[Example], seed: int) -> list[Example]:
-    """The same texts with each other's labels; the tags of all words change places, so that no entity stays whole."""
-    rng = random.Random(seed)
-    if "tags" in examples[0]:
-        tags = [tag for example in examples for tag in example["tags"]]
-        rng.shuffle(tags)
-        left = iter(tags)
-        return [example | {"tags": [next(left) for _ in example["tags"]]} for example in examples]
-    if "answers" in examples[0]:  # an option's number means nothing in another question
-        return [example | {"answers": _other_answers(example, rng)} for example in examples]
-    key = next(key for key in ("label", "labels", "score") if key in examples[0])
-    labels = [example[key] for example in examples]
-    rng.shuffle(labels)
-    return [example | {key: label} for example, label in zip(examples, labels, strict=True)]
-
-
-def _other_answers(example: Example, rng: random.Random) -> list[int]:
-    return sorted(rng.sample(range(len(example["options"])), len(example["answers"])))
 
 
 def _subset(examples: list[Example], most: int | None) -> list[Example]:
@@ -124,9 +117,9 @@ def encoder_of(model: Path, network: nn.Module, dataset: Dataset, settings: Sett
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
     if tokenizer.pad_token_id is None:
         raise DetourError(f"{model}: the tokenizer has no padding token; name one in its tokenizer_config.json")
-    longest = min(settings.max_length, most_positions(pretrained_part(network), tokenizer))
-    scale = Scale.of(train) if dataset.task.type == "similarity" else None
-    return Encoder(dataset.task, dataset.labels, tokenizer, longest, settings.ner_head, scale)
+    longest = min(settings.max_length, most_positions(network.base_model, tokenizer))
+    kind = dataset.task.kind.with_head(settings.ner_head)
+    return Encoder(kind, dataset.labels, tokenizer, longest, kind.fit(train))
 
 
 class _Trainer(transformers.Trainer):
@@ -151,38 +144,17 @@ class _Progress(transformers.TrainerCallback):
         self.report(state.global_step / max(state.max_steps, 1))
 
 
-def _trainer(
-    network: nn.Module,
-    encoder: Encoder,
-    settings: Settings,
-    seed: int,
-    features: dict[str, list[dict[str, Any]]],
-    dev: list[Example],
-    folder: Path,
-    train: list[Example],
-    report: Report,
-) -> transformers.Trainer:
-    gold, selected = encoder.gold(dev), settings.select_by or encoder.task.metric
-    judged = replace(encoder.task, metric=selected, metrics=(selected,))
+def _judge(
+    encoder: Encoder, metric: str, dev: list[Example], features: list[Feature]
+) -> Callable[[Any], dict[str, float]]:
+    """Scores a validation by the metric that selects the best state."""
+    gold = encoder.gold(dev)
 
     def judge(evaluated: Any) -> dict[str, float]:
-        predicted = encoder.decode(features["dev"], _unsorted(evaluated.predictions, features["dev"]))
-        return {"selected": scores(judged, encoder.labels, gold, predicted)[selected]}
+        predicted = encoder.decode(features, _unsorted(evaluated.predictions, features))
+        return {"selected": METRICS[metric].score(encoder.labels, gold, predicted)}
 
-    trainer = _Trainer(
-        model=network,
-        args=_arguments(settings, seed, folder),
-        data_collator=collator(encoder.tokenizer.pad_token_id, encoder.ner_head),
-        train_dataset=features["train"],
-        eval_dataset=_sorted(features["dev"]),
-        compute_metrics=judge,
-        compute_loss_func=loss_of(encoder.task.type, encoder.labels, train),
-        preprocess_logits_for_metrics=_answers(encoder),
-        optimizers=(optimizer_of(network, settings), None),
-        callbacks=[_Progress(report)],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
+    return judge
 
 
 def _arguments(settings: Settings, seed: int, folder: Path) -> Any:
@@ -221,37 +193,34 @@ def _arguments(settings: Settings, seed: int, folder: Path) -> Any:
     )
 
 
-def _answers(encoder: Encoder) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    """What is kept of a batch's outputs: tag ids of tokens or, from the span head, of words; else the logits."""
-    of_tags = encoder.task.type == "token-classification"
+def _kept_outputs(encoder: Encoder) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """What is kept of a batch's outputs for decoding. Raises DetourError where they are NaN or infinite."""
 
     def kept(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-        if not torch.isfinite(outputs[0] if isinstance(outputs, tuple) else outputs).all():
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not torch.isfinite(outputs[0]).all():
             raise DetourError("the model has diverged: its outputs are NaN or infinite; try a smaller learning_rate")
-        if of_tags and encoder.ner_head == "span":
-            return outputs[1]  # SpanOutput.tags
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        return logits.argmax(-1) if of_tags else logits
+        return encoder.kind.kept_outputs(outputs)
 
     return kept
 
 
-def _predict(trainer: transformers.Trainer, encoder: Encoder, features: list[dict[str, Any]]) -> list[Any]:
+def _predict(trainer: transformers.Trainer, encoder: Encoder, features: list[Feature]) -> list[Any]:
     trainer.compute_metrics = None
     outputs = trainer.predict(_sorted(features)).predictions
     return encoder.decode(features, _unsorted(outputs, features))
 
 
-def _order(features: list[dict[str, Any]]) -> np.ndarray:
-    return np.argsort([-length_of(feature) for feature in features], kind="stable")
+def _order(features: list[Feature]) -> np.ndarray:
+    return np.argsort([-token_count(feature) for feature in features], kind="stable")
 
 
-def _sorted(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sorted(features: list[Feature]) -> list[Feature]:
     """Longest first, so that batches hold little padding; evaluation does not depend on the order."""
     return [features[i] for i in _order(features)]
 
 
-def _unsorted(outputs: np.ndarray, features: list[dict[str, Any]]) -> np.ndarray:
+def _unsorted(outputs: np.ndarray, features: list[Feature]) -> np.ndarray:
     restored = np.empty_like(outputs)
     restored[_order(features)] = outputs
     return restored

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from megatron_detour.evaluation.results import Cell, Result
-from megatron_detour.text import visible
+from megatron_detour.ui.format import duration
+from megatron_detour.ui.progress import Progress
 
 if TYPE_CHECKING:
     from megatron_detour.evaluation.finetuning.worker import Job
@@ -25,7 +23,7 @@ class _Took(NamedTuple):
     device: str | None
 
 
-class SuiteProgress:
+class SuiteProgress(Progress):
     """Shows `jobs`, of which those in `done` were finished in earlier sessions, while `workers` of them run at once.
 
     The time left is that of the fine-tunings, never of the clock: a session that has just begun, or whose workers still
@@ -33,21 +31,12 @@ class SuiteProgress:
     """
 
     def __init__(self, jobs: Sequence[Job], done: Mapping[Cell, Result], workers: int) -> None:
+        super().__init__([("fine-tuning", len(jobs))])
         self._total, self._workers = len(jobs), max(1, workers)
         self._waiting = {job.cell: job for job in jobs if job.cell not in done}
         self._took = [self._of(job, done[job.cell]) for job in jobs if job.cell in done]
         self._running: dict[Cell, float] = {}  # shares
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("fine-tuning"),
-            BarColumn(),
-            TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        self._bar = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = self._bar.add_task("", total=max(self._total, 1), count="", left="") if self._bar else None
-        self._console = self._bar.console if self._bar else console
+        self._began = time.monotonic()
 
     @staticmethod
     def _of(job: Job, result: Result) -> _Took:
@@ -58,29 +47,24 @@ class SuiteProgress:
         return self._total - len(self._waiting)
 
     def __enter__(self) -> SuiteProgress:
+        super().__enter__()
         if self._done:
-            self._say(f"{self._done} of {self._total} fine-tunings were finished before")
-        if self._bar:
-            self._bar.start()
+            self.say(f"{self._done} of {self._total} fine-tunings were finished before")
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._bar:
-            self._bar.stop()
-
     def show(self, shares: Mapping[Cell, float]) -> None:
-        """`shares` of the jobs that run are done."""
+        """`shares` of the running jobs are done. A log has a line per finished fine-tuning instead."""
         self._running = dict(shares)
-        if self._bar:
-            partly = self._done + sum(shares.values())
-            self._bar.update(self._task, completed=partly, count=f"{self._done}/{self._total}", left=self.left())
+        if self.on_terminal:
+            figures = [f"{duration(time.monotonic() - self._began)} elapsed", self.left()]
+            self.update([self._done + sum(shares.values())], [", ".join(filter(None, figures))], "")
 
     def finished(self, job: Job, result: Result) -> None:
         self._waiting.pop(job.cell, None)
         self._running.pop(job.cell, None)
         self._took.append(self._of(job, result))
         left = self.left()
-        self._say(
+        self.say(
             f"{self._done}/{self._total}  {job.cell}: {result['metric']} {result['score']:.3f} "
             f"(validation {result['dev_score']:.3f}), {result['seconds']:.0f} s{', ' * bool(left)}{left}"
         )
@@ -99,8 +83,4 @@ class SuiteProgress:
             same = alike.get(cell[:2])
             expected = sum(same) / len(same) if same else job.cost * rate
             seconds += expected * (1 - self._running.get(cell, 0.0))
-        minutes = seconds / min(self._workers, len(self._waiting)) / 60
-        return f"{minutes:.0f} min left" if minutes < 120 else f"{minutes / 60:.1f} h left"
-
-    def _say(self, line: str) -> None:
-        self._console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
+        return f"{duration(seconds / min(self._workers, len(self._waiting)))} left"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.evaluation.task import METRICS, TYPES, Task, known_tasks
+from megatron_detour.evaluation.task import Task, known_tasks
+from megatron_detour.evaluation.task_types import TASK_TYPES
 from megatron_detour.settings import Choice, Entries, Faults, Range, apply_override, read, settings_of, to_plain
 from megatron_detour.structured import read_yaml
 
@@ -74,14 +75,14 @@ class Protocol:
     def settings(self, task: Task) -> Settings:
         """Those of the task's type with those of the task itself. Raises DetourError for what does not fit the task."""
         values = to_plain(self.by_type[task.type]) | self.by_task.get(task.name, {})
-        found = read(Settings, values, f"protocol {self.name}, tasks.{task.name}")
-        metrics = METRICS[task.type]
-        if found.select_by is not None and found.select_by not in metrics:
+        settings = read(Settings, values, f"protocol {self.name}, tasks.{task.name}")
+        metrics = task.kind.metric_names
+        if settings.select_by is not None and settings.select_by not in metrics:
             raise DetourError(
-                f"protocol {self.name}: select_by: unknown metric {found.select_by!r} for {task.name}, a task of "
-                f"{task.type}{nearest(found.select_by, list(metrics))}; there are {', '.join(metrics)}"
+                f"protocol {self.name}: select_by: unknown metric {settings.select_by!r} for {task.name}, a task of "
+                f"{task.type}{nearest(settings.select_by, list(metrics))}; there are {', '.join(metrics)}"
             )
-        return found
+        return settings
 
     def unused_sections(self, tasks: tuple[Task, ...]) -> list[str]:
         """Names under `tasks` that are neither among these nor packaged: most likely misspelt."""
@@ -107,8 +108,9 @@ def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B0
     given = _parsed(overrides)
     where = f"{path}{' with ' + ' '.join(overrides) if overrides else ''}"
     file = read(_File, read_yaml(path), where, _check_names)
-    by_type = {kind: read(Settings, file.defaults | file.types.get(kind, {}) | given, where) for kind in TYPES}
-    shown = {key: getattr(by_type[TYPES[0]], key) if isinstance(value, str) else value for key, value in given.items()}
+    by_type = {kind: read(Settings, file.defaults | file.types.get(kind, {}) | given, where) for kind in TASK_TYPES}
+    any_type = next(iter(by_type.values()))
+    shown = {key: getattr(any_type, key) if isinstance(value, str) else value for key, value in given.items()}
     name = path.stem + "".join(f" {key}={value}" for key, value in sorted(shown.items()))
     by_task = {task: changes | given for task, changes in file.tasks.items()}
     return Protocol(name, file.about, file.seeds, by_type, by_task)
@@ -117,8 +119,8 @@ def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B0
 def _check_names(file: _File, faults: Faults) -> None:
     """Unknown task types and settings."""
     for key in file.types:
-        if key not in TYPES:
-            faults.add(f"types.{key}", f"unknown task type{nearest(key, list(TYPES))}")
+        if key not in TASK_TYPES:
+            faults.add(f"types.{key}", f"unknown task type{nearest(key, list(TASK_TYPES))}")
     sections = {f"types.{key}": changes for key, changes in file.types.items()}
     sections |= {f"tasks.{key}": changes for key, changes in file.tasks.items()}
     for section, changes in (("defaults", file.defaults), *sections.items()):

@@ -63,7 +63,7 @@ def run_suite(suite: Suite) -> int:
 
 
 def _read_all(suite: Suite) -> dict[str, Dataset]:
-    """All data sets; every fault of them and of the models' folders is told at once."""
+    """All data sets; reports every fault of them and of the models' folders at once."""
     faults: list[str] = []
     datasets: dict[str, Dataset] = {}
     for task in suite.tasks:
@@ -154,7 +154,7 @@ def _is_done(output: Path, job: Job, done: dict[Cell, Result]) -> bool:
 
 
 def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
-    """A fault of one job stops no other; all faults are told at the end."""
+    """A fault of one job stops no other; all faults are reported at the end."""
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
@@ -189,7 +189,7 @@ def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
                 progress.finished(job, result)
     except BrokenProcessPool:
         raise DetourError(
-            "a worker process died, most likely for want of memory: what was finished is kept; try fewer --jobs, or "
+            "a worker process died, probably out of memory; finished results are kept; try fewer --jobs, or "
             "--set batch=N max_length=N for less memory"
         ) from None
     finally:

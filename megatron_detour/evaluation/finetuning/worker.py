@@ -100,7 +100,7 @@ def run_job(job: Job) -> tuple[Result, dict[str, Any]]:
         "protocol": job.protocol,
         "title": job.task.title,
         "language": job.task.language,
-        "ner_head": job.settings.ner_head if job.task.type == "token-classification" else None,
+        "ner_head": job.settings.ner_head if job.task.kind.has_ner_head else None,
         "metric": job.task.metric,
         "score": outcome.scores[job.task.metric],
         "scores": outcome.scores,

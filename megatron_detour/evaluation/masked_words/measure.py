@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.masked_words.figures import SUMS, compared, draws, measured
 from megatron_detour.evaluation.masked_words.positions import folded
-from megatron_detour.evaluation.masked_words.tables import Progress, markdown, print_tables, say
+from megatron_detour.evaluation.masked_words.progress import WindowProgress
+from megatron_detour.evaluation.masked_words.tables import as_markdown, print_tables, say
 from megatron_detour.evaluation.masked_words.texts import Domain, IntrinsicOptions, Text, texts_of
 from megatron_detour.evaluation.models import check_model, identity_of
 from megatron_detour.files import write_whole
@@ -98,7 +99,7 @@ def _fill(
     from megatron_detour.evaluation.masked_words.score import score_windows
     from megatron_detour.evaluation.probes import load_model
 
-    with Progress(windows) as progress:
+    with WindowProgress(windows) as progress:
         for name, missing in todo.items():
             if not missing:
                 continue
@@ -183,7 +184,7 @@ def _write(output: Path, lines: list[dict[str, Any]]) -> None:
     ]
     content = [json.dumps(line, ensure_ascii=False) + "\n" for line in kept + lines]
     write_whole(output / LINES, "".join(content))
-    write_whole(output / TABLES, markdown(kept + lines))
+    write_whole(output / TABLES, as_markdown(kept + lines))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -192,7 +193,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         lines = [parse_json(line, str(path)) for line in path.read_text(encoding="utf-8").splitlines()]
-        markdown(lines)
+        as_markdown(lines)
         if not all(isinstance(line[key], str) for line in lines for key in ("model", "corpus")):
             raise TypeError("a name is not a string")
         [line["settings"] for line in lines]

@@ -1,21 +1,18 @@
-"""The figures of masked words as tables, in Markdown and on the terminal, and the progress of measuring."""
+"""The figures of masked words as tables, in Markdown and on the terminal."""
 
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
-from rich import progress
 from rich.console import Console
 from rich.text import Text
 
-from megatron_detour.text import visible
-from megatron_detour.ui.tables import print_table
+from megatron_detour.text import markdown, visible
+from megatron_detour.ui.tables import Entry, Table
 
-SECONDS_A_LINE = 30
-HEAD = ("Model", "Words", "Masked", "Perplexity a word", "Bits a byte", "Accuracy")
-CHANGE_HEAD = ("Model", "Words", "Perplexity, ratio", "Bits a byte, difference", "Accuracy, points")
+HEAD = ("Model", "Words", "Masked", "Perplexity per word", "Bits per byte", "Accuracy")
+CHANGE_HEAD = ("Model", "Words", "Perplexity, ratio", "Bits per byte, difference", "Accuracy, points")
 NOTE = (
     "Words are masked at the same places for every model, all tokens of a word and all words of a window at once. In "
     "brackets: the 95% interval of a bootstrap over documents, of 20 or more. Ratios and differences are of the same "
@@ -29,15 +26,14 @@ def say(sentence: str) -> None:
     print(visible(sentence), file=sys.stderr, flush=True)
 
 
-def markdown(lines: list[Line]) -> str:
+def as_markdown(lines: list[Line]) -> str:
     """All figures, corpus by corpus."""
     parts = ["# Restoring masked words", NOTE]
     for corpus, own in _grouped(lines, "corpus").items():
-        parts += [f"## {_escaped(corpus)}", f"{_facts(own[0])}.", _markdown_table(HEAD, _figure_rows(own))]
-        parts += [f"{_escaped(sentence)}." for sentence in _unknown(own)]
+        parts += [f"## {markdown(corpus)}", f"{_facts(own[0])}.", _figures(own).markdown()]
+        parts += [f"{markdown(sentence)}." for sentence in _unknown(own)]
         for baseline, changed in _grouped(own, "compared_with").items():
-            title = f"Against {_escaped(baseline)}:"
-            parts += [title, _markdown_table(CHANGE_HEAD, _change_rows(changed))]
+            parts += [f"Against {markdown(baseline)}:", _changes(changed).markdown()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -46,12 +42,12 @@ def print_tables(lines: list[Line], console: Console | None = None) -> None:
     console = console or Console()
     for corpus, own in _grouped(lines, "corpus").items():
         console.print(Text(visible(f"{corpus}: {_facts(own[0])}")))
-        _print_table(console, HEAD, _figure_rows(own))
+        _figures(own).print(console)
         for sentence in _unknown(own):
             console.print(Text(visible(f"{sentence}.")))
         for baseline, changed in _grouped(own, "compared_with").items():
             console.print(Text(visible(f"{corpus}, against {baseline}")))
-            _print_table(console, CHANGE_HEAD, _change_rows(changed))
+            _changes(changed).print(console)
 
 
 def _grouped(lines: list[Line], key: str) -> dict[str, list[Line]]:
@@ -78,8 +74,8 @@ def _unknown(lines: list[Line]) -> list[str]:
     ]
 
 
-def _figure_rows(lines: list[Line]) -> list[tuple[str, ...]]:
-    return [
+def _figures(lines: list[Line]) -> Table:
+    rows = [
         (
             line["model"],
             kind,
@@ -92,10 +88,11 @@ def _figure_rows(lines: list[Line]) -> list[tuple[str, ...]]:
         for line in lines
         if line[kind] is not None
     ]
+    return Table(HEAD, rows, "llr", names=2)
 
 
-def _change_rows(lines: list[Line]) -> list[tuple[str, ...]]:
-    return [
+def _changes(lines: list[Line]) -> Table:
+    rows = [
         (
             line["model"],
             kind,
@@ -109,72 +106,10 @@ def _change_rows(lines: list[Line]) -> list[tuple[str, ...]]:
         for line in lines
         if kind in line["change"]
     ]
+    return Table(CHANGE_HEAD, rows, "llr", names=2)
 
 
-def _interval(figure: dict[str, float | None], form: str) -> str:
-    if figure["low"] is None:
-        return f"{figure['value']:{form}}"
-    return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
-
-
-def _markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * 2 + ("---:",) * (len(head) - 2), *rows]
-    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    return visible(" ".join(text.split())).replace("|", "\\|")
-
-
-def _print_table(console: Console, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Intervals stand below their values, as side by side they are wider than a terminal."""
-    # Text, as rich would read brackets as its own markup.
-    cells = [
-        [Text(cell.replace(" [", "\n[") if at > 1 else visible(cell)) for at, cell in enumerate(row)] for row in rows
-    ]
-    print_table(console, "", head, cells, words=2)
-
-
-class Progress:
-    """Windows done of `total`, their rate and the time left: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._name = total, 0, ""
-        self._began = self._told = time.monotonic()
-        console = Console(stderr=True)
-        columns = (
-            progress.TextColumn("{task.fields[name]}", markup=False),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("windows"),
-            progress.TextColumn("{task.fields[rate]}"),
-            progress.TimeRemainingColumn(),
-        )
-        self._bar = progress.Progress(*columns, console=console) if console.is_terminal else None
-        self._task = self._bar.add_task("", total=total, name="", rate="") if self._bar else None
-
-    def __enter__(self) -> Progress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def on(self, name: str) -> None:
-        """Says what is measured from now on."""
-        self._name = visible(name)
-        if self._bar:
-            self._bar.update(self._task, name=self._name)
-
-    def add(self, windows: int) -> None:
-        self._done += windows
-        now = time.monotonic()
-        rate = self._done / max(now - self._began, 1e-3)
-        if self._bar:
-            self._bar.update(self._task, completed=self._done, rate=f"{rate:.1f}/s")
-        elif now - self._told > SECONDS_A_LINE or self._done == self._total:
-            self._told = now
-            left = (self._total - self._done) / max(rate, 1e-3)
-            say(f"{self._name}: {self._done:,} of {self._total:,} windows, {rate:.1f}/s, {left / 60:.0f} min left")
+def _interval(figure: dict[str, float | None], form: str) -> Entry:
+    """The value, and its interval below it, as side by side they are wider than a terminal."""
+    interval = "" if figure["low"] is None else f"[{figure['low']:{form}}, {figure['high']:{form}}]"
+    return Entry(f"{figure['value']:{form}}", note=interval)

@@ -14,6 +14,8 @@ import numpy as np
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.results import RESULTS, Cell, Result, predictions_path, read_results
+from megatron_detour.evaluation.task import known_tasks, load_task
+from megatron_detour.evaluation.task_types import METRICS
 from megatron_detour.structured import read_json_object
 
 REQUIRED = ("protocol", "metric", "score", "scores", "examples", "seconds")
@@ -62,16 +64,16 @@ class Evaluation:
     def scores(self, model: str, task: str, *, shuffled: bool = False) -> dict[int, float]:
         """The test scores by seed."""
         cells = self.shuffled if shuffled else self.trained
-        found = {cell.seed: cells[cell]["score"] for cell in cells if (cell.model, cell.task) == (model, task)}
-        return dict(sorted(found.items()))
+        scores = {cell.seed: cells[cell]["score"] for cell in cells if (cell.model, cell.task) == (model, task)}
+        return dict(sorted(scores.items()))
 
     def matrix(self, model: str) -> np.ndarray:
         """The test scores [tasks, seeds], NaN where there is none."""
-        found = np.full((len(self.tasks), len(self.seeds)), np.nan)
+        matrix = np.full((len(self.tasks), len(self.seeds)), np.nan)
         for row, task in enumerate(self.tasks):
             for seed, score in self.scores(model, task.name).items():
-                found[row, self.seeds.index(seed)] = score
-        return found
+                matrix[row, self.seeds.index(seed)] = score
+        return matrix
 
 
 @dataclass(frozen=True)
@@ -88,26 +90,26 @@ class TaskFacts:
 def read_evaluation(output: Path, baseline: str | None = None) -> Evaluation:
     """Reads OUTPUT/results.jsonl. Raises DetourError for none, for results that do not compare, an unknown baseline."""
     path = output / RESULTS
-    found = read_results(output)
-    if not found:
+    results = read_results(output)
+    if not results:
         raise DetourError(f"{path}: holds no result yet; evaluate a model first (megatron-detour evaluate)")
-    for cell, result in found.items():
+    for cell, result in results.items():
         _check(path, cell, result)
-    _refuse_mixed(path, found)
-    models = list(dict.fromkeys(cell.model for cell in found))
+    _refuse_mixed(path, results)
+    models = list(dict.fromkeys(cell.model for cell in results))
     if baseline is not None and baseline not in models:
         raise DetourError(
             f"--baseline {baseline}: {path} has no such model{nearest(baseline, models)}; it has {', '.join(models)}"
         )
-    trained = {cell: result for cell, result in found.items() if not cell.shuffled}
+    trained = {cell: result for cell, result in results.items() if not cell.shuffled}
     shown = list(dict.fromkeys(cell.model for cell in trained)) or models
     first = baseline if baseline in shown else shown[0]
     return Evaluation(
         output=output,
         models=(first, *(model for model in shown if model != first)),
-        tasks=_tasks(found),
+        tasks=_tasks(results),
         trained=trained,
-        shuffled={cell: result for cell, result in found.items() if cell.shuffled},
+        shuffled={cell: result for cell, result in results.items() if cell.shuffled},
     )
 
 
@@ -115,7 +117,7 @@ def _check(path: Path, cell: Cell, result: Result) -> None:
     for key in REQUIRED:
         if key not in result:
             raise DetourError(f"{path}: the result of {cell} lacks the key {key!r}; remove its line and evaluate again")
-    if result["metric"] not in FORMS:
+    if result["metric"] not in METRICS:
         raise DetourError(f"{path}: unknown metric {result['metric']!r} of {cell}; remove its line")
     score = result["score"]
     if score is None or not math.isfinite(score):
@@ -124,17 +126,17 @@ def _check(path: Path, cell: Cell, result: Result) -> None:
         )
 
 
-def _refuse_mixed(path: Path, found: dict[Cell, Result]) -> None:
+def _refuse_mixed(path: Path, results: dict[Cell, Result]) -> None:
     """Raises DetourError where results were not made alike: a table of them would compare nothing."""
-    protocols = _differing(result["protocol"] for result in found.values())
+    protocols = _differing(result["protocol"] for result in results.values())
     if protocols:
         raise DetourError(
             f"{path}: holds results of the protocols {' and '.join(map(repr, protocols))}, which do not compare; give "
             "each protocol an --output of its own"
         )
-    for task in dict.fromkeys(cell.task for cell in found):
-        results = [result for cell, result in found.items() if cell.task == task]
-        for key, values in _definition(results):
+    for task in dict.fromkeys(cell.task for cell in results):
+        alike = [result for cell, result in results.items() if cell.task == task]
+        for key, values in _definition(alike):
             if differing := _differing(values):
                 raise DetourError(
                     f"{path}: results of the task {task!r} do not compare, as they differ in their {key} "
@@ -152,24 +154,22 @@ def _definition(results: list[Result]) -> list[tuple[str, list[Any]]]:
 
 def _differing(values: Iterable[Any]) -> list[Any]:
     """The first two values that differ; empty where all are the same."""
-    found: list[Any] = []
+    distinct: list[Any] = []
     for value in values:
-        if value not in found:
-            found.append(value)
-    return found[:2] if len(found) > 1 else []
+        if value not in distinct:
+            distinct.append(value)
+    return distinct[:2] if len(distinct) > 1 else []
 
 
-def _tasks(found: dict[Cell, Result]) -> tuple[TaskFacts, ...]:
+def _tasks(results: dict[Cell, Result]) -> tuple[TaskFacts, ...]:
     latest: dict[str, Result] = {}
-    for cell, result in found.items():
+    for cell, result in results.items():
         latest[cell.task] = result  # the latest, as a title may have been mended
     facts = [_facts(name, result) for name, result in latest.items()]
     return tuple(sorted(facts, key=lambda task: (task.language, task.name)))
 
 
 def _facts(name: str, result: Result) -> TaskFacts:
-    from megatron_detour.evaluation.task import known_tasks, load_task
-
     task = load_task(name) if name in known_tasks() else None
     # a user's own is known by what its results say
     title, language = (
@@ -193,23 +193,10 @@ class Predictions:
 
     def contributions(self, metric: str, cell: Cell) -> np.ndarray:
         """What each example adds to the score of a cell [n, k]. Raises DetourError for what is no label or number."""
-        from megatron_detour.evaluation.metrics import contributions
-
         try:
-            return contributions(metric, self.labels, self.gold, self.predicted[cell])
+            return METRICS[metric].contributions(self.labels, self.gold, self.predicted[cell])
         except DetourError as fault:
             raise DetourError(f"{predictions_path(self.output, cell)}: {fault}; {REMEDY}") from None
-
-
-_CLASS, _LABELS, _NUMBERS = list[str], list[list[str]], list[list[int]]
-FORMS = {  # of right and predicted answers (metrics.py), by the metrics that judge them
-    "entity_f1": (_LABELS,),
-    "accuracy": (_CLASS, list[int]),
-    **dict.fromkeys(("macro_f1", "weighted_f1", "micro_f1"), (_CLASS, _LABELS)),
-    "exact_match": (_LABELS, _NUMBERS),
-    "hamming": (_NUMBERS,),
-    **dict.fromkeys(("pearson", "spearman"), (list[float],)),
-}
 
 
 def read_predictions(output: Path, metric: str, cells: Iterable[Cell]) -> Predictions | None:
@@ -240,8 +227,8 @@ def _read(path: Path, metric: str) -> dict[str, Any]:
     except DetourError as fault:
         raise DetourError(f"{fault}; {REMEDY}") from None
     gold, predicted, labels = (content.get(key) for key in ("gold", "predicted", "labels"))
-    alike = any(_is(gold, form) and _is(predicted, form) for form in FORMS[metric])
-    if not alike or not _is(labels, _CLASS) or not len(gold) == len(predicted) > 0:
+    alike = any(_is(gold, form) and _is(predicted, form) for form in METRICS[metric].answers)
+    if not alike or not _is(labels, list[str]) or not len(gold) == len(predicted) > 0:
         raise DetourError(f'{path}: not predictions of the form {{"labels", "gold", "predicted"}}; {REMEDY}')
     return content
 

@@ -10,13 +10,11 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.models import fingerprint
 from megatron_detour.evaluation.report.load_results import read_evaluation
 from megatron_detour.evaluation.report.statistics import Spread
-from megatron_detour.evaluation.report.summary import FORMAT, PERMUTATIONS, summarise
+from megatron_detour.evaluation.report.summary import FORMAT, PERMUTATIONS, summarize
 from megatron_detour.evaluation.report.tables import (
     Summary,
-    Table,
     against_table,
     comparisons_words,
-    counted,
     interval_words,
     p_words,
     points,
@@ -27,6 +25,7 @@ from megatron_detour.evaluation.results import read_results
 from megatron_detour.files import write_whole
 from megatron_detour.structured import read_json_object
 from megatron_detour.text import markdown, visible
+from megatron_detour.ui.format import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,12 +40,12 @@ def write_report(output: Path, baseline: str | None = None, permutations: int = 
     `baseline` is the model that the others are compared with, the first one unless given. Raises DetourError where
     there is no result, or where results do not compare.
     """
-    from megatron_detour.evaluation.report.plots import SCORES, describe
+    from megatron_detour.evaluation.report import plots
     from megatron_detour.ui.page import Picture, write_pictures
 
     output = Path(output)
-    summary = summarise(output, baseline, permutations)
-    picture = Picture.of(SCORES, SCORES.draw(summary), SCORES.caption, describe(summary))
+    summary = summarize(output, baseline, permutations)
+    picture = Picture.of(plots.FILE, plots.TITLE, plots.CAPTION, plots.draw_scores(summary), plots.describe(summary))
     write_pictures([picture], output)
     write_whole(output / TEXT, _markdown(summary, picture.file if picture.content else ""))
     write_whole(output / PAGE, _page(summary, picture))
@@ -64,7 +63,9 @@ def read_summary(output: Path) -> Summary:
     except DetourError as fault:
         raise DetourError(f"{fault}; write the report again (megatron-detour evaluate report {output})") from None
     if summary.get("format") != FORMAT:
-        raise DetourError(f"{path}: of another version; run megatron-detour evaluate report {output}")
+        raise DetourError(
+            f"{path}: of another version; write the report again (megatron-detour evaluate report {output})"
+        )
     return summary
 
 
@@ -109,21 +110,11 @@ def as_text(summary: Summary, console: Console) -> None:
     console.print(visible(summary["verdict"]), style="bold", markup=False, highlight=False)
     for table in (scores_table(summary), against_table(summary)):
         if table.rows:
-            _print(table, console)
+            table.print(console)
     if len(summary["models"]) > 1:
         console.print(visible(comparisons_words(summary)), markup=False, highlight=False)
     for note in summary["notes"]:
         console.print(visible(f"Note: {note}"), style="yellow", markup=False, highlight=False)
-
-
-def _print(table: Table, console: Console) -> None:
-    from rich.text import Text
-
-    from megatron_detour.ui.tables import print_table
-
-    # Text, not str, since rich would read brackets as its own markup
-    rows = [[Text(visible(entry.text), "bold green" if entry.bold else "") for entry in row] for row in table.rows]
-    print_table(console, visible(table.title), [visible(header) for header in table.headers], rows, table.words)
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -142,6 +133,7 @@ def _page(summary: Summary, picture: Any) -> str:
 
     return render(
         TEMPLATE,
+        Path(__file__).parent,
         verdict=summary["verdict"],
         about=_about(summary),
         chips={model: variable(appearance(number)["color"]) for number, model in enumerate(summary["models"])},
@@ -168,17 +160,10 @@ def _markdown(summary: Summary, picture: str) -> str:
         parts.append("\n".join(f"- {markdown(note)}" for note in summary["notes"]))
     for number, table in enumerate(tables(summary)):
         parts.append(f"## {markdown(table.title)}")
-        parts.append(_markdown_table(table))
+        parts.append(table.markdown())
         parts += [markdown(remark) for remark in table.remarks]
         if not number and picture:
             parts.append(f"![Scores by task, and differences to the baseline]({picture})")
     if summary["versions"]:
         parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()))
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    rule = ["---" if number < table.words else "---:" for number in range(len(table.headers))]
-    rows = [[f"**{markdown(e.text)}**" if e.bold and e.text else markdown(e.text) for e in row] for row in table.rows]
-    lines = [[markdown(header) for header in table.headers], rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_detour.evaluation.report import tables
-from megatron_detour.evaluation.report.tables import Summary, counted, metric_words
+from megatron_detour.evaluation.report.tables import Summary, metric_words
 from megatron_detour.text import visible
-from megatron_detour.ui.colors import AXIS, BAND, INK, LINE, PAGE, SOFT
-from megatron_detour.ui.figures import appearance
-from megatron_detour.ui.format import shortened
+from megatron_detour.ui.colors import AXIS, BAND, INK, PAGE, SOFT
+from megatron_detour.ui.figures import add_legend, appearance, style_axes
+from megatron_detour.ui.format import counted, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FILE = "scores.png"
+TITLE = "Scores by task and differences to the baseline"
+CAPTION = (
+    "Left, the mean over seeds with its 95% interval (Student's t). Right, the difference to the baseline with its "
+    "95% interval: of a task over seeds, in the first row over tasks. A full mark on the right is a clear difference "
+    "after Holm's correction: of a task by permutation test and seeds both, in the first row by tasks."
+)
 WIDTH = 9.2  # inches, as the other plots of a report
 LEAST_ROW, MODEL_ROW = 0.36, 0.105  # inches of a task, and of a model in it
 LONGEST_TITLE, LONGEST_MODEL, LONGEST_BASELINE = 30, 60, 26  # characters
@@ -24,16 +31,6 @@ LEGEND_WIDTH = 112  # characters in a row of the legend
 REACH = 0.75  # of the range of the means, which an interval may widen on either side
 LEAST_REACH = 2.0  # points
 FULL_SCORE = 101.5  # percent; no score lies above 100, whatever its interval
-
-
-@dataclass(frozen=True)
-class EvaluationPlot:
-    """A plot of the report: its file, its caption, and how it is drawn."""
-
-    file: str
-    title: str
-    caption: str
-    draw: Callable[[Summary], Figure | None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Mark:
 
 
 def draw_scores(summary: Summary) -> Figure | None:
-    """Draws a row a task, the average in the first one; None where there is no score."""
+    """Draws a row per task, the average in the first one; None where there is no score."""
     from matplotlib.figure import Figure
 
     rows = _rows(summary)
@@ -76,7 +73,7 @@ def draw_scores(summary: Summary) -> Figure | None:
 def describe(summary: Summary) -> str:
     """The plot's figures, for whoever does not see it."""
     models, rows = summary["models"], _rows(summary)
-    told = [
+    scores = [
         f"{rows[mark.row][0]}, {models[mark.model]}: {tables.percent(mark.mean / 100)}%"
         for mark in sorted(_scores(summary), key=lambda mark: (mark.row, mark.model))
     ]
@@ -86,7 +83,7 @@ def describe(summary: Summary) -> str:
         for mark in _differences(summary)
     ]
     against = f" Differences to {models[0]}: {'; '.join(differing)}." if differing else ""
-    return visible(f"Scores: {'; '.join(told)}.{against}")
+    return visible(f"Scores: {'; '.join(scores)}.{against}")
 
 
 def _rows(summary: Summary) -> list[tuple[str, str]]:
@@ -137,11 +134,8 @@ def _panel(axes: Axes, rows: list[Any], marks: list[Mark], models: int, label: s
         _draw(axes, mark, models)
     axes.set(xlim=(low, high), ylim=(len(rows) - 0.5, -0.5))
     axes.set_xlabel(label, color=INK, fontsize=9.5, parse_math=False)
-    axes.grid(axis="x", color=LINE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(AXIS)
-    axes.tick_params(axis="x", labelsize=8.5, colors=INK, color=AXIS)
+    style_axes(axes, "x")
+    axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", left=False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "−") if zero and value else f"{value:g}")
     beyond = sum(bool(m.interval and (m.interval[0] < low or m.interval[1] > high)) for m in marks)
@@ -193,18 +187,4 @@ def _legend(figure: Figure, models: list[str], *, differences: bool) -> None:
     columns = max(1, min(len(handles), LEGEND_WIDTH // (max(map(len, handles)) + 9)))
     rows = -(-len(handles) // columns)
     figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))
-    style = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, "handlelength": 2.2, "columnspacing": 1.8}
-    figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns, **style)
-    for text in figure.legends[0].get_texts():
-        text.set_parse_math(False)
-
-
-SCORES = EvaluationPlot(
-    "scores.png",
-    "Scores by task and differences to the baseline",
-    "Left, the mean over seeds with its 95% interval (Student's t). Right, the difference to the baseline with its "
-    "95% interval: of a task over seeds, in the first row over tasks. A full mark on the right is a "
-    "clear difference after Holm's correction: of a task by permutation test and seeds both, in the first row by "
-    "tasks.",
-    draw_scores,
-)
+    add_legend(figure, handles, "upper left", columns)

@@ -37,7 +37,7 @@ class Spread:
         """Half the 95% interval of the mean by Student's t; with 3 values 2.5 sd. None for a single value, and where
         all are equal, as nothing is known of how they vary.
 
-        Of several `comparisons` it is half of Bonferroni's interval: no smaller mean could be told from 0 among them.
+        Of several `comparisons` it is half of Bonferroni's interval: no smaller mean could differ clearly from 0.
         """
         if self.sd is None or self.sd <= _ROUNDING:
             return None
@@ -179,8 +179,8 @@ def permutation_test(
         shift = np.zeros((len(swaps), seeds * width))
         shift[:, columns] = swaps @ change
         shift = shift.reshape(-1, seeds, width)
-        found = (score(totals_a + shift) - score(totals_b - shift)).mean(-1)
-        count += int((np.abs(found) >= abs(observed) - _ROUNDING).sum())
+        differences = (score(totals_a + shift) - score(totals_b - shift)).mean(-1)
+        count += int((np.abs(differences) >= abs(observed) - _ROUNDING).sum())
     return Permutation(observed, count / (permutations + 1))
 
 
@@ -211,13 +211,13 @@ def holm(p_values: Iterable[float], families: int = 1) -> list[float]:
     return corrected.tolist()
 
 
-def greater_p(of_examples: float | None, of_seeds: float | None) -> float | None:
+def greater_p(p_examples: float | None, p_seeds: float | None) -> float | None:
     """The p that a difference is more than chance on both counts: for other examples and for other seeds.
 
     A permutation test alone would not do. It takes the fine-tuned models as they are, and on a large test split two
     lots of seeds of the very same model differ "significantly" (tests/evaluation/test_statistics.py shows it).
     """
-    return None if of_examples is None or of_seeds is None else max(of_examples, of_seeds)
+    return None if p_examples is None or p_seeds is None else max(p_examples, p_seeds)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron_detour.evaluation.report.load_results import (
     read_evaluation,
     read_predictions,
 )
-from megatron_detour.evaluation.report.random_baseline import chance
+from megatron_detour.evaluation.report.random_baseline import random_baseline
 from megatron_detour.evaluation.report.statistics import (
     LEVEL,
     Spread,
@@ -30,6 +30,7 @@ from megatron_detour.evaluation.report.statistics import (
 )
 from megatron_detour.evaluation.report.verdict import verdict
 from megatron_detour.evaluation.results import Cell
+from megatron_detour.evaluation.task_types import METRICS
 
 FORMAT = 3
 PERMUTATIONS = 10_000
@@ -38,16 +39,16 @@ MOST_NAMED = 6  # missing cells, all of which stand in summary.json
 FEW_TASKS = 6
 
 
-def summarise(output: Path, baseline: str | None = None, permutations: int = PERMUTATIONS) -> dict[str, Any]:
+def summarize(output: Path, baseline: str | None = None, permutations: int = PERMUTATIONS) -> dict[str, Any]:
     """Returns the content of summary.json. Raises DetourError where results do not compare (comparable.py)."""
     evaluation = read_evaluation(output, baseline)
     notes = Notes()
     tasks = [_task(evaluation, task, permutations, notes) for task in evaluation.tasks]
-    found = [each for task in tasks for each in task["differences"].values()]
-    comparisons = sum(each["p_greater"] is not None for each in found)
+    differences = [each for task in tasks for each in task["differences"].values()]
+    comparisons = sum(each["p_greater"] is not None for each in differences)
     # The verdict speaks of single tasks and of means over tasks: the two share the chance of a false finding.
     families = 1 + bool(comparisons and sum(bool(task["differences"]) for task in tasks) > 1)
-    _add_holm(found, "p_greater", families)
+    _add_holm(differences, "p_greater", families)
     _add_holm([task["best"] for task in tasks if task["best"]], "p")
     if families * comparisons / (permutations + 1) >= LEVEL:
         notes.add(f"{permutations:,} permutations are too few for {comparisons:,} comparisons: none can be significant")
@@ -88,17 +89,17 @@ class Notes:
         self._without_predictions.setdefault(task.name, []).append(" and ".join(models))
 
     def said(self, evaluation: Evaluation) -> list[str]:
-        found = list(self._said)
+        notes = list(self._said)
         for name, pairs in self._without_predictions.items():
-            found.append(f"no permutation test on {name}, as predictions are missing ({'; '.join(pairs)})")
+            notes.append(f"no permutation test on {name}, as predictions are missing ({'; '.join(pairs)})")
         if len(evaluation.seeds) == 1:
-            found.append("one seed tells nothing of how much scores vary over seeds, so no difference counts as clear")
+            notes.append("one seed tells nothing of how much scores vary over seeds, so no difference counts as clear")
         elif 1 < len(evaluation.seeds) < 5:
-            found.append(f"{len(evaluation.seeds)} seeds: the intervals over seeds are wide and rough")
+            notes.append(f"{len(evaluation.seeds)} seeds: the intervals over seeds are wide and rough")
         if 0 < len(evaluation.tasks) < FEW_TASKS and len(evaluation.models) > 1:
             few = f"{len(evaluation.tasks)} tasks" if len(evaluation.tasks) > 1 else "1 task"
-            found.append(f"{few}: an interval over so few is wide, and right only where their differences are normal")
-        return found
+            notes.append(f"{few}: an interval over so few is wide, and right only where their differences are normal")
+        return notes
 
 
 def _all(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -170,13 +171,11 @@ class Pairs:
         return self._found[model, other]
 
     def _p(self, model: str, other: str, seeds: list[int]) -> float | None:
-        from megatron_detour.evaluation.metrics import score_of
-
         a, b = (self._contributions_of(name, seeds) for name in (model, other))
         if a is None or b is None:
             self._notes.no_predictions(self._task, (model, other))
             return None
-        return permutation_test(a, b, lambda totals: score_of(self._task.metric, totals), self._permutations).p
+        return permutation_test(a, b, METRICS[self._task.metric].from_totals, self._permutations).p
 
     def _contributions_of(self, model: str, seeds: list[int]) -> np.ndarray | None:
         """What each test example adds to the score [seeds, n, k]; None where predictions are missing."""
@@ -198,10 +197,10 @@ def _best(pairs: Pairs, ranked: list[str]) -> dict[str, Any] | None:
     return {"model": best, "p": None if None in p_values else max(p_values)}
 
 
-def _add_holm(found: list[dict[str, Any]], key: str, families: int = 1) -> None:
+def _add_holm(comparisons: list[dict[str, Any]], key: str, families: int = 1) -> None:
     """Adds `p_holm` and `clear` by the p under `key`; what has none is not a comparison."""
-    tested = [each for each in found if each[key] is not None]
-    for each in found:
+    tested = [each for each in comparisons if each[key] is not None]
+    for each in comparisons:
         each |= {"p_holm": None, "clear": False}
     for each, p in zip(tested, holm((each[key] for each in tested), families), strict=True):
         each |= {"p_holm": p, "clear": p < LEVEL}
@@ -211,16 +210,16 @@ def _sanity(
     evaluation: Evaluation, task: TaskFacts, predictions: Predictions | None, spreads: dict[str, Spread]
 ) -> dict[str, Any]:
     """Chance, what shuffled labels gave, and which models are not above chance; None where it is not known."""
-    by_luck = chance(task.metric, predictions.labels, predictions.gold) if predictions else None
-    found = {}
+    baseline = random_baseline(METRICS[task.metric], predictions.labels, predictions.gold) if predictions else None
+    shuffled = {}
     for model in evaluation.shuffled_models:
         if own := evaluation.scores(model, task.name, shuffled=True):
             spread = Spread.of(list(own.values()))
-            found[model] = _shown(spread) | {"at_chance": by_luck and spread.mean <= by_luck.high}
+            shuffled[model] = _shown(spread) | {"at_chance": baseline and spread.mean <= baseline.high}
     return {
-        "chance": asdict(by_luck) if by_luck else None,
-        "shuffled": found,
-        "not_above": [model for model, spread in spreads.items() if by_luck and spread.mean <= by_luck.high],
+        "chance": asdict(baseline) if baseline else None,
+        "shuffled": shuffled,
+        "not_above": [model for model, spread in spreads.items() if baseline and spread.mean <= baseline.high],
     }
 
 
@@ -257,14 +256,14 @@ def _against(evaluation: Evaluation, tasks: list[dict[str, Any]], model: str, fa
     """One model against the baseline over all cells that both have; None where they have none."""
     own, other = evaluation.matrix(model), evaluation.matrix(evaluation.baseline)
     there = bool((~np.isnan(own - other)).any())
-    found = [task["differences"][model] for task in tasks if model in task["differences"]]
+    differences = [task["differences"][model] for task in tasks if model in task["differences"]]
     return {
         "model": model,
         "cells": asdict(paired_bootstrap(own, other, RESAMPLES)) if there else None,
         "by_tasks": asdict(over_tasks(own, other)) if there else None,
         "least": _least(own - other, families * (len(evaluation.models) - 1)) if there else None,
-        "tally": asdict(tally([each["mean"] for each in found], [each["clear"] for each in found])),
-        "tested": sum(each["p_greater"] is not None for each in found),
+        "tally": asdict(tally([each["mean"] for each in differences], [each["clear"] for each in differences])),
+        "tested": sum(each["p_greater"] is not None for each in differences),
     }
 
 
@@ -290,11 +289,11 @@ def _cost(evaluation: Evaluation, model: str) -> dict[str, Any]:
 
 def _versions(evaluation: Evaluation, notes: Notes) -> dict[str, str]:
     """The versions of the libraries, of a package that was changed on the way all that there were."""
-    found: dict[str, dict[str, None]] = {}
+    by_package: dict[str, dict[str, None]] = {}
     for result in _all(evaluation):
         for package, version in (result.get("versions") or {}).items():
-            found.setdefault(package, {})[str(version)] = None
-    for package, versions in found.items():
+            by_package.setdefault(package, {})[str(version)] = None
+    for package, versions in by_package.items():
         if len(versions) > 1:
             notes.add(f"results were made with several versions of {package}: {', '.join(versions)}")
-    return {package: ", ".join(versions) for package, versions in found.items()}
+    return {package: ", ".join(versions) for package, versions in by_package.items()}

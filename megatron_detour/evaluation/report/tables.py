@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_detour.evaluation.report.statistics import TIE
-from megatron_detour.ui.format import duration
+from megatron_detour.ui.format import counted, duration
+from megatron_detour.ui.tables import ABSENT, Entry, Table
 
-ABSENT = "–"
 Summary = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The text of a cell."""
-
-    text: str
-    bold: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns after the first `words` ones hold numbers."""
-
-    title: str
-    headers: list[str]
-    rows: list[list[Entry]]
-    remarks: list[str]
-    words: int = 1
 
 
 def tables(summary: Summary) -> list[Table]:
@@ -59,7 +39,7 @@ def scores_table(summary: Summary) -> Table:
             "after Holm's correction over "
             f"{counted(sum(task['best'] is not None for task in summary['tasks']), 'task')})."
         )
-    return Table("Scores", ["Task", "Metric", *models], rows, remarks, words=2)
+    return Table(["Task", "Metric", *models], rows, "llr", "Scores", remarks, names=2)
 
 
 def _of_seeds(summary: Summary) -> str:
@@ -88,14 +68,14 @@ def against_table(summary: Summary) -> Table:
     """Every other model against the baseline, over all cells that both have."""
     rows = [
         [
-            Entry(found["model"]),
+            found["model"],
             Entry(points(found["cells"]["mean"]), found["by_tasks"]["clear"]),
-            Entry(interval_words(found["cells"])),
-            Entry(p_words(found["cells"]["p"])),
-            Entry(interval_words(found["by_tasks"])),
-            Entry(p_words(found["by_tasks"]["p"])),
-            Entry("{wins} / {losses} / {ties}".format(**found["tally"])),
-            Entry("{clear_wins} / {clear_losses}".format(**found["tally"])),
+            interval_words(found["cells"]),
+            p_words(found["cells"]["p"]),
+            interval_words(found["by_tasks"]),
+            p_words(found["by_tasks"]["p"]),
+            "{wins} / {losses} / {ties}".format(**found["tally"]),
+            "{clear_wins} / {clear_losses}".format(**found["tally"]),
         ]
         for found in summary["against_baseline"]
         if found["cells"]
@@ -110,7 +90,7 @@ def against_table(summary: Summary) -> Table:
         "Better / worse / equal",
         "Clear: better / worse",
     ]
-    return Table(f"Against {summary['baseline']}", headers, rows, _of_the_comparison(summary))
+    return Table(headers, rows, title=f"Against {summary['baseline']}", remarks=_of_the_comparison(summary))
 
 
 def _of_the_comparison(summary: Summary) -> list[str]:
@@ -146,13 +126,13 @@ def _doubled(summary: Summary) -> str:
 def _by_task(summary: Summary, model: str) -> Table:
     rows = [
         [
-            Entry(task["name"]),
+            task["name"],
             Entry(points(found["mean"]), found["clear"]),
-            Entry(ABSENT if found["interval"] is None else _range(*found["interval"])),
-            Entry(p_words(found["p_seeds"])),
-            Entry(p_words(found["p"])),
-            Entry(p_words(found["p_holm"])),
-            Entry(("better" if found["mean"] > 0 else "worse") if found["clear"] else ""),
+            ABSENT if found["interval"] is None else _range(*found["interval"]),
+            p_words(found["p_seeds"]),
+            p_words(found["p"]),
+            p_words(found["p_holm"]),
+            ("better" if found["mean"] > 0 else "worse") if found["clear"] else "",
         ]
         for task in summary["tasks"]
         for found in [task["differences"].get(model)]
@@ -165,7 +145,7 @@ def _by_task(summary: Summary, model: str) -> Table:
         "where it is below 0.05."
     )
     headers = ["Task", "Difference (points)", "95%, seeds", "p, seeds", "p, examples", "p after Holm", "Clear"]
-    return Table(f"{model} against {summary['baseline']}, by task", headers, rows, [remark])
+    return Table(headers, rows, title=f"{model} against {summary['baseline']}, by task", remarks=[remark])
 
 
 def _sanity(summary: Summary) -> Table:
@@ -183,7 +163,7 @@ def _sanity(summary: Summary) -> Table:
         "with shuffled labels are in no other table.",
     ]
     headers = ["Task", "Chance (up to)", *(f"{model}, shuffled labels" for model in models), "No better than chance"]
-    return Table("Sanity", headers, rows, remarks)
+    return Table(headers, rows, title="Sanity", remarks=remarks)
 
 
 def _chance(chance: dict[str, float] | None) -> str:
@@ -201,31 +181,32 @@ def _shuffled(score: dict[str, Any] | None) -> Entry:
 def _tasks(summary: Summary) -> Table:
     rows = [
         [
-            Entry(task["name"]),
-            Entry(task["title"]),
-            Entry(task["language"] or ABSENT),
-            Entry(metric_words(task["metric"])),
+            task["name"],
+            task["title"],
+            task["language"] or ABSENT,
+            metric_words(task["metric"]),
             Entry(f"{task['test']:,}"),
         ]
         for task in summary["tasks"]
     ]
-    return Table("Tasks", ["Task", "What it is", "Language", "Metric", "Test examples"], rows, [], words=4)
+    return Table(["Task", "What it is", "Language", "Metric", "Test examples"], rows, "llllr", "Tasks")
 
 
 def _cost(summary: Summary) -> Table:
     rows = [
         [
-            Entry(cost["model"]),
+            cost["model"],
             Entry(f"{cost['runs']:,}"),
-            Entry(duration(cost["seconds"])),
-            Entry(duration(cost["seconds"] / cost["runs"]) if cost["runs"] else ABSENT),
-            Entry(duration(cost["shuffled_seconds"]) if cost["shuffled_runs"] else ABSENT),
+            duration(cost["seconds"]),
+            duration(cost["seconds"] / cost["runs"]) if cost["runs"] else ABSENT,
+            duration(cost["shuffled_seconds"]) if cost["shuffled_runs"] else ABSENT,
         ]
         for cost in summary["cost"]
     ]
     headers = ["Model", "Fine-tunings", "Time", "Mean time", "Time with shuffled labels"]
     machines = ", ".join(summary["machines"]) or "machines that the results do not name"
-    return Table("Cost", headers, rows, [f"The sum of the fine-tunings' own times, on {machines}."])
+    remark = f"The sum of the fine-tunings' own times, on {machines}."
+    return Table(headers, rows, title="Cost", remarks=[remark])
 
 
 def metric_words(metric: str) -> str:
@@ -258,7 +239,3 @@ def interval_words(found: dict[str, float]) -> str:
 
 def _range(low: float, high: float) -> str:
     return f"{points(low)} to {points(high)}"
-
-
-def counted(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

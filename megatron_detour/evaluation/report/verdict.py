@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_detour.evaluation.report.tables import Summary, counted, metric_words, p_words, percent, points
+from megatron_detour.evaluation.report.tables import Summary, metric_words, p_words, percent, points
+from megatron_detour.ui.format import counted
 
 
 def verdict(summary: Summary) -> str:
@@ -16,10 +17,10 @@ def verdict(summary: Summary) -> str:
         )
     if not others:
         return _alone(summary)
-    clear = [found for found in others if found["by_tasks"] and found["by_tasks"]["clear"]]
+    clear = [other for other in others if other["by_tasks"] and other["by_tasks"]["clear"]]
     if clear:
-        return f"{'; '.join(_over_tasks(found, baseline) for found in clear)}."
-    by_task = [words for found in others for words in _on_tasks(summary, found["model"])]
+        return f"{'; '.join(_over_tasks(other, baseline) for other in clear)}."
+    by_task = [words for other in others for words in _on_tasks(summary, other["model"])]
     if by_task:
         return f"On single tasks: {'; '.join(by_task)}. Over all tasks no difference is clear: {_reach(summary)}."
     return f"No difference is clear: {_reach(summary)}."
@@ -34,12 +35,12 @@ def _alone(summary: Summary) -> str:
     return f"{model} was scored on {counted(len(summary['tasks']), 'task')}; one model alone is no comparison."
 
 
-def _over_tasks(found: dict[str, Any], baseline: str) -> str:
-    tasks = found["by_tasks"]
+def _over_tasks(other: dict[str, Any], baseline: str) -> str:
+    tasks = other["by_tasks"]
     way = "better" if tasks["mean"] > 0 else "worse"
     interval = f"{points(tasks['low'])} to {points(tasks['high'])}"
     return (
-        f"{found['model']} is {way} than {baseline} by {percent(abs(tasks['mean']))} points over "
+        f"{other['model']} is {way} than {baseline} by {percent(abs(tasks['mean']))} points over "
         f"{counted(tasks['units'], 'task')} (95% {interval}, p {p_words(tasks['p'])})"
     )
 
@@ -48,8 +49,8 @@ def _on_tasks(summary: Summary, model: str) -> list[str]:
     """Where a model is clearly better, and where it is clearly worse."""
     clear = {True: [], False: []}
     for task in summary["tasks"]:
-        if (found := task["differences"].get(model)) and found["clear"]:
-            clear[found["mean"] > 0].append(task["name"])
+        if (difference := task["differences"].get(model)) and difference["clear"]:
+            clear[difference["mean"] > 0].append(task["name"])
     than = summary["baseline"]
     return [
         f"{model} is {'better' if better else 'worse'} than {than} on {', '.join(names)}"
@@ -61,7 +62,7 @@ def _on_tasks(summary: Summary, model: str) -> list[str]:
 def _reach(summary: Summary) -> str:
     """The smallest mean difference that could have been clear, as tasks (or the seeds of a single one) vary here."""
     size = f"{counted(len(summary['tasks']), 'task')} x {counted(len(summary['seeds']), 'seed')}"
-    least = [found["least"] for found in summary["against_baseline"] if found["least"] is not None]
+    least = [other["least"] for other in summary["against_baseline"] if other["least"] is not None]
     if not least:
         return f"{size} cannot show any"
     return f"{size} cannot show less than {percent(min(least))} points"

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from megatron_detour.checkpoint.saver import Background
+from megatron_detour.training.checkpoints import Background
 
 
 def test_work_is_done_in_order_while_the_caller_goes_on():
@@ -38,20 +38,3 @@ def test_what_it_raises_is_raised_by_the_next_check_or_wait():
             background.check()
             threading.Event().wait(0.001)
     background.wait()
-
-
-def test_what_takes_too_long_is_not_waited_for():
-    background, gate = Background(), threading.Event()
-    background.submit(lambda: "early")
-    assert background.wait(30) == "early"
-    background.submit(lambda: gate.wait(30) and "late")
-    assert background.wait(0.01) is None
-    gate.set()
-    assert background.wait() == "late"
-
-    def fails() -> None:
-        raise TimeoutError("its own")
-
-    background.submit(fails)
-    with pytest.raises(TimeoutError, match="its own"):
-        background.wait(30)

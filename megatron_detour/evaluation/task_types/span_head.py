@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.finetuning.crf import BEGIN, INSIDE, LAST, UNIT, BoundaryCrf, Span, best_spans, tags_of
+from megatron_detour.evaluation.task_types.crf import BEGIN, INSIDE, LAST, UNIT, BoundaryCrf, Span, best_spans, tags_of
 
 LONGEST_SPAN = 40  # words
 RARE = math.log(0.01 / 0.99)
@@ -80,6 +80,11 @@ class SpanTagger(nn.Module):
         self.emit = nn.Linear(hidden, 1 + 4 * len(self.labels))
         self.crf = BoundaryCrf(len(self.labels))
         self.spans = Biaffine(hidden, len(self.labels), biaffine)
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The encoder, under the name that transformers' own models with a head give it."""
+        return self.encoder
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, word_starts: Tensor, labels: Tensor | None = None
@@ -149,11 +154,11 @@ class SpanTagger(nn.Module):
         for row, spans in enumerate(gold):
             for first, last, kind in spans:
                 targets[row, kind, first, last] = 1
-        of_spans = F.binary_cross_entropy_with_logits(span_scores, targets, reduction="none")
+        span_loss = F.binary_cross_entropy_with_logits(span_scores, targets, reduction="none")
         at = torch.arange(words, device=emissions.device)
         counted = (at[:, None] <= at) & (at < at[:, None] + LONGEST_SPAN) & (at < lengths[:, None, None])
-        of_spans = (of_spans * counted[:, None]).sum()
-        return (self.crf.loss(emissions, lengths, paths).sum() + of_spans) / lengths.sum()
+        span_loss = (span_loss * counted[:, None]).sum()
+        return (self.crf.loss(emissions, lengths, paths).sum() + span_loss) / lengths.sum()
 
     def _best(self, emissions: Tensor, span_scores: Tensor, words: int) -> list[Span]:
         scores = span_scores[:, :words, :words].detach().cpu().numpy()

@@ -1,0 +1,157 @@
+"""`megatron-detour batches`: what the model reads in some steps of a run, as text and as arrays.
+
+It reads neither weights nor a GPU. Which documents a step reads, and how each is corrupted, does not depend on ranks
+and micro-batches, so a step's arrays hold its documents in the order of the stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from megatron_detour.commands.parser import add_control, add_run_file, count, read_run_file
+from megatron_detour.config import RunConfig
+from megatron_detour.data.batches import split
+from megatron_detour.data.phase_data import PhaseData
+from megatron_detour.errors import DetourError, format_faults
+from megatron_detour.forecast.start import look
+from megatron_detour.objectives import IGNORE
+from megatron_detour.plan import Plan, Step
+from megatron_detour.text import visible
+from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_tokenizer
+from megatron_detour.tokenizer.word_boundaries import Words
+
+LAYOUT = (
+    "FILE.npz holds four int64 arrays per step, N being its number in eight digits: step-N/input_ids [tokens], the "
+    "corrupted documents one after the other; step-N/labels [tokens], the token to predict at each position, which in "
+    "causal phases is the next one, or -100; step-N/document_lengths [documents]; step-N/sequence_numbers [documents], "
+    "by which documents draw their masks"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_file(parser)
+    add_control(parser)
+    add = parser.add_argument
+    add("--steps", type=_steps, default="1", metavar="A-B", help="as metrics.jsonl numbers them: from 1 (%(default)s)")
+    add("--documents", type=count, default=3, metavar="N", help="to show of each step (%(default)s)")
+    add("--output", type=Path, metavar="FILE.npz", help="write all documents of the steps as arrays")
+    parser.description += f". {LAYOUT}."
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints, and writes where asked to. Raises DetourError."""
+    config = read_run_file(options.run_file, options.overrides, options.control)
+    plan = Plan.of(config)
+    if options.steps.stop > plan.total_steps + 1:
+        raise DetourError(f"--steps: {options.steps.stop - 1:,} is past the run's last step, {plan.total_steps:,}")
+    if not options.steps.start:
+        print("step 0 is the state before training: it reads no text")
+    source = Source.of(config, plan)
+    written = zipfile.ZipFile(options.output, "x") if options.output else None
+    for number in options.steps:
+        if number:
+            batch = source.read(step_numbered(plan, number))
+            print("\n".join(visible(line) for line in batch.shown(source.tokenizer, options.documents)), flush=True)
+            for name, array in batch.arrays().items() if written else ():
+                with written.open(f"step-{number:08d}/{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array)
+    if written:
+        written.close()
+        print(f"arrays  {options.output}")
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Documents of a step over all ranks."""
+
+    step: Step
+    causal: bool
+    input_ids: np.ndarray  # int64 [tokens]
+    labels: np.ndarray  # int64 [tokens], IGNORE where there is none
+    lengths: np.ndarray  # int64 [documents]
+    numbers: np.ndarray  # int64 [documents]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "document_lengths": self.lengths,
+            "sequence_numbers": self.numbers,
+        }
+
+    def shown(self, tokenizer: Tokenizer, documents: int) -> Iterator[str]:
+        """A line about the step, then its first documents, each below its own line."""
+        step = self.step
+        yield (
+            f"step {step.number:,}  phase {step.phase.name} ({step.objective.label}), "
+            f"{'causal' if self.causal else 'bidirectional'}: {len(self.lengths):,} documents, "
+            f"{len(self.input_ids):,} tokens, {(self.labels != IGNORE).sum():,} labels"
+        )
+        parts = zip(split(self.input_ids, self.lengths), split(self.labels, self.lengths), strict=True)
+        for at, (ids, labels) in zip(range(documents), parts, strict=False):
+            yield f"--- document {self.numbers[at]}, {len(ids):,} tokens"
+            yield tokenizer.decode(ids, skip_special_tokens=False) if self.causal else marked(tokenizer, ids, labels)
+
+
+def marked(tokenizer: Tokenizer, ids: np.ndarray, labels: np.ndarray) -> str:
+    """The text, with each position that has a label as <what the model reads|what it has to restore>."""
+    text, kept = [], []
+    for token, label in zip(ids.tolist(), labels.tolist(), strict=True):
+        if label == IGNORE:
+            kept.append(token)
+            continue
+        text.append(tokenizer.decode(kept, skip_special_tokens=False))
+        read, restored = (tokenizer.decode([one], skip_special_tokens=False) for one in (token, label))
+        text.append(f"<{read}|{restored}>")
+        kept = []
+    return "".join([*text, tokenizer.decode(kept, skip_special_tokens=False)])
+
+
+@dataclass(frozen=True)
+class Source:
+    """What turns a step into its documents, as training does (training/trainer.py)."""
+
+    data: PhaseData
+    words: Words | None
+    tokenizer: Tokenizer
+    seed: int
+
+    @classmethod
+    def of(cls, config: RunConfig, plan: Plan) -> Source:
+        """Raises DetourError for a tokenizer or a corpus that is not there."""
+        start = look(config.model, config.needs_word_boundaries)
+        if start.vocabulary is None:
+            raise DetourError(format_faults(list(start.faults)))
+        file = find_tokenizer(config.model.tokenizer or config.model.start, config.model.download)
+        data = PhaseData(plan, config.data.order_seed, start.vocabulary)
+        words = Words.of(file, start.vocabulary) if config.needs_word_boundaries else None
+        return cls(data, words, load_tokenizer(file), config.seed)
+
+    def read(self, step: Step) -> StepBatch:
+        mixture = self.data.of(step.phase)
+        objective = step.objective.bind(mixture.vocabulary, self.words)
+        documents = mixture.documents(step.start, step.tokens)
+        corrupted = objective.apply(mixture.tokens(documents), documents.lengths, self.seed, documents.numbers)
+        labels = corrupted.all_labels()
+        return StepBatch(step, objective.causal, corrupted.inputs, labels, documents.lengths, documents.numbers)
+
+
+def step_numbered(plan: Plan, number: int) -> Step:
+    """The step of this number, from 1."""
+    stages = (stage for phase in plan.phases for stage in phase.stretches)
+    stage = next(stage for stage in stages if number < stage.first_step + stage.steps)
+    return plan.at(stage.start + (number - stage.first_step) * (stage.tokens // stage.steps))
+
+
+def _steps(text: str) -> range:
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+        raise argparse.ArgumentTypeError(f"a step or a range such as 1-12 is needed, it is {text!r}")
+    return range(int(first), int(last or first) + 1)

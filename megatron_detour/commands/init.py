@@ -1,0 +1,326 @@
+"""`megatron-detour init`: a run file and a Slurm script for the user's texts, model and GPUs, and what to do with them.
+
+Amounts are the paper's (arXiv 2605.12438) where the texts are large enough, and shrink with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from megatron_detour.commands.parser import above_zero, count
+from megatron_detour.config import Model, from_dict, parse_tokens, recipes
+from megatron_detour.corpus.documents import read_shard
+from megatron_detour.corpus.records import TextKeys
+from megatron_detour.corpus.sources import InputShard, find_inputs, is_text, plan_shards
+from megatron_detour.data.manifest import read_manifest
+from megatron_detour.errors import DetourError, format_faults
+from megatron_detour.forecast import Forecast, Start, forecast
+from megatron_detour.forecast.start import PUBLISHED, look
+from megatron_detour.plan import Plan
+from megatron_detour.tokenizer.vocabulary import load_tokenizer
+
+MOST_EPOCHS = 4  # from which repeated text teaches clearly less (Muennighoff et al., 2023)
+PAPER_TOKENS, PAPER_STEP, PAPER_LENGTH = 55 * 10**9, 3 * 2**20, 8192
+DECAY_SHARE = 1 / 11  # of all tokens: 1B after 10B, 5B after 50B
+STEPS = 1000  # wanted at least: the batch shrinks before the number of steps does
+COUNTED_BYTES, COUNTED_TEXTS = 64 << 20, 1000  # of the texts, to guess how many tokens they have
+CHARACTERS_PER_TOKEN = 4  # where the tokenizer is not here yet
+HELD_OUT = 100  # documents wanted for validation
+CPU_LENGTH = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--texts", metavar="PATH", help="folder or file of texts (.jsonl, .txt, .parquet), or the prefix of a corpus")
+    add("--model", metavar="DIR_OR_ID", help="the encoder to go on from (answerdotai/ModernBERT-base)")
+    add("--gpus", metavar="N", help="of the machine, or of all nodes; 0: train on the CPU (those of this machine)")
+    add("--gpu", metavar="NAME", help="for instance h100 (that of this machine)")
+    add("--gpu-memory", type=above_zero, metavar="GB", help="of a GPU (that of this machine, or 80)")
+    add("--name", metavar="NAME", help="of the run and its files (that of the texts)")
+    add("--account", metavar="NAME", help="the Slurm account")
+    add("--partition", metavar="NAME", help="the Slurm partition")
+    add("--nodes", type=count, default=1, metavar="N", help="that the GPUs are in (%(default)s)")
+    add("--time", default="24:00:00", metavar="TIME", help="of a Slurm job (%(default)s)")
+    add("--tokens", metavar="N", help="to train on, as 2B (four times what the texts hold, at most 55B)")
+    add("--yes", action="store_true", help="ask nothing: take the defaults")
+    add("--list", action="store_true", help="list the packaged recipes and stop")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes NAME.yaml and NAME.sbatch into the current folder. Raises DetourError."""
+    if options.list:
+        print("\n".join(recipes()))
+        return
+    answer(options)
+    model = Model(options.model, download=not Path(options.model).is_dir())
+    start = look(dataclasses.replace(model, download=False))
+    if start.shape is None or (start.faults and options.model not in PUBLISHED):
+        raise DetourError(format_faults(list(start.faults)))
+    texts = Texts.of(options.texts, options.name, None if start.vocabulary is None else options.model)
+    machine = Machine(int(options.gpus), options.gpu, options.gpu_memory)
+    chosen = fitting(run_file(options, texts, model, start, machine), start, machine)
+    files = {Path(f"{options.name}.yaml"): as_yaml(chosen), Path(f"{options.name}.sbatch"): slurm(options, machine)}
+    for path in files:
+        if path.exists():
+            raise DetourError(f"{path}: is there already and is never overwritten; give another --name")
+    for path, content in files.items():
+        path.write_text(content, encoding="utf-8")
+    print(f"texts    about {texts.tokens:,} tokens")
+    print(f"wrote    {', '.join(map(str, files))}")
+    commands = next_commands(options, texts, model, machine)
+    print("\n".join(["next:", *(f"  {command}" for command in commands)]))
+
+
+def answer(options: argparse.Namespace) -> None:
+    """Fills in what no flag gave: five questions at most, and none with --yes or without a terminal."""
+    given = options.gpus == "0" or (options.gpus and options.gpu)
+    detected = Machine(0, None, None) if given else Machine.here()
+    ask = _ask if sys.stdin.isatty() and not options.yes else _default
+    options.texts = options.texts or ask("texts: a folder, a file or the prefix of a built corpus", "")
+    if not options.texts:
+        raise DetourError("--texts: init needs the texts to train on")
+    options.model = options.model or ask("model: a folder or a hub id", "answerdotai/ModernBERT-base")
+    options.gpus = options.gpus or ask("GPUs, 0 for none", str(detected.gpus))
+    if not options.gpus.isdecimal():
+        raise DetourError(f"--gpus: a whole number is needed, it is {options.gpus!r}")
+    options.gpu = options.gpu or detected.name or "h100"
+    options.gpu_memory = options.gpu_memory or detected.memory or 80
+    options.name = options.name or ask("name of the run", Path(options.texts).name.split(".")[0] or "run")
+    if options.account is None and options.partition is None:
+        options.account, _, options.partition = ask("Slurm account/partition, empty for none", "").partition("/")
+
+
+def _ask(question: str, default: str) -> str:
+    return input(f"{question} [{default}]: ").strip() or default
+
+
+def _default(question: str, default: str) -> str:
+    return default
+
+
+@dataclass(frozen=True)
+class Machine:
+    gpus: int  # 0: the CPU
+    name: str | None
+    memory: float | None  # GB of a GPU
+
+    @classmethod
+    def here(cls) -> Machine:
+        import torch
+
+        if not torch.cuda.is_available():
+            return cls(0, None, None)
+        memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+        return cls(torch.cuda.device_count(), torch.cuda.get_device_name(0), memory)
+
+    @property
+    def ranks(self) -> int:
+        return max(self.gpus, 1)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What there is to train on."""
+
+    prefix: str  # of the corpus, built or to be built
+    built: bool
+    documents: int  # about
+    tokens: int  # about
+    flags: tuple[str, ...] = ()  # of preprocess, beyond the input
+
+    @classmethod
+    def of(cls, path: str, name: str, tokenizer: str | None) -> Texts:
+        """Counts the tokens of a corpus, or guesses those of texts from some of them. Raises DetourError."""
+        prefix = path.removesuffix(".manifest.json").removesuffix(".bin").removesuffix(".idx")
+        if Path(f"{prefix}.manifest.json").exists():
+            manifest = read_manifest(prefix)
+            return cls(prefix, True, manifest.documents, manifest.tokens)
+        inputs, _ = find_inputs([path])
+        key = text_key(inputs[0])
+        whole = len(inputs) > 1 and all(map(is_text, inputs))  # a file is then a document
+        documents, tokens = _guess(plan_shards(inputs, whole), TextKeys((key,)), tokenizer)
+        flags = (*(["--whole-files"] if whole else []), *(["--text-key", key] if key != "text" else []))
+        return cls(f"data/{name}", False, documents, tokens, flags)
+
+    @property
+    def held_out(self) -> float:
+        return max(0.01, min(0.2, round(HELD_OUT / self.documents, 3)))
+
+    @property
+    def validation(self) -> str | None:
+        """The prefix of the held-out corpus, if there is or will be one."""
+        prefix = f"{self.prefix}.heldout"
+        return prefix if not self.built or Path(f"{prefix}.manifest.json").exists() else None
+
+
+def text_key(path: str) -> str:
+    """The key of the text in a file's records: "text", or else the string that is longest in the first record."""
+    record: dict[str, Any] = {}
+    if path.endswith(".parquet"):
+        from pyarrow.parquet import ParquetFile
+
+        record = next(ParquetFile(path).iter_batches(1)).to_pylist()[0]
+    elif path.endswith(".jsonl"):
+        with Path(path).open("rb") as file:
+            try:
+                record = json.loads(file.readline(COUNTED_BYTES))
+            except ValueError:
+                return "text"
+    texts = {key: value for key, value in record.items() if isinstance(value, str)}
+    return "text" if "text" in texts or not texts else max(texts, key=lambda key: len(texts[key]))
+
+
+def _guess(shards: list[InputShard], keys: TextKeys, tokenizer: str | None) -> tuple[int, int]:
+    """Documents and tokens of all shards, from some that lie evenly among them."""
+    size = sum(shard.size for shard in shards)
+    every = max(1, size // COUNTED_BYTES)
+    chosen = shards[::every]
+    texts = [text for shard in chosen for block in read_shard(shard, keys) for text in block.texts]
+    if not texts:
+        raise DetourError(f"{shards[0].path}: no text was found under the key {keys.keys[0]!r}; build the corpus first")
+    scale = size / max(sum(shard.size for shard in chosen), 1)
+    some = texts[:: max(1, len(texts) // COUNTED_TEXTS)]
+    per_character = 1 / CHARACTERS_PER_TOKEN
+    if tokenizer:
+        encoded = load_tokenizer(tokenizer).encode_batch(some)
+        per_character = sum(len(one.ids) for one in encoded) / sum(map(len, some))
+    return max(1, int(scale * len(texts))), max(1, int(scale * sum(map(len, texts)) * per_character))
+
+
+def run_file(options: argparse.Namespace, texts: Texts, model: Model, start: Start, machine: Machine) -> dict[str, Any]:
+    """The run file before the memory of a GPU is looked at: one sequence per forward pass."""
+    length = min(start.shape.max_positions, PAPER_LENGTH if machine.gpus else CPU_LENGTH)
+    training = texts.tokens * (1 if texts.built else 1 - texts.held_out)
+    total = parse_tokens(options.tokens) if options.tokens else min(int(MOST_EPOCHS * training), PAPER_TOKENS)
+    step = min(PAPER_STEP, total // STEPS)
+    a_rank = max(1, step // (length * machine.ranks))
+    power = 1 << (a_rank.bit_length() - 1)
+    # 2^n or 3 * 2^n, as the paper's 384: numbers with many divisors for micro-batches.
+    sequences = machine.ranks * (power * 3 // 2 if a_rank >= power * 3 // 2 else power)
+    decay = max(int(total * DECAY_SHARE), sequences * length)
+    detour = max(total - decay, sequences * length)
+    every = _rounded(total // 22)
+    rate = {"peak": 2e-4}
+    content: dict[str, Any] = {
+        "name": options.name,
+        "folder": f"runs/{options.name}",
+        "model": {"start": model.start} | ({"download": True} if model.download else {}),
+        "data": {"corpora": [{"prefix": texts.prefix}], "sequence_length": length},
+        "batch": {"sequences": sequences, "micro_sequences": 1},
+        "phases": [
+            {
+                "name": "detour",
+                "objective": "clm",
+                "tokens": _rounded(detour),
+                "learning_rate": rate | {"warmup": _rounded(min(10**8, detour // 100))},
+            },
+            {
+                "name": "decay",
+                "objective": "mlm",
+                "mask_rate": 0.15,
+                "tokens": _rounded(decay),
+                "learning_rate": rate | {"shape": "1-sqrt", "end": 2e-5},
+            },
+        ],
+        "deepspeed": f"ds_configs/zero2_{'bf16' if machine.gpus else 'fp32_cpu'}.json",
+        "compute": {"recompute": "none"},
+        "checkpoint": {"every": every, "keep": 2},
+    }
+    if texts.validation:
+        held = texts.tokens * texts.held_out / length
+        corpora = [{"prefix": texts.validation}]
+        content["validation"] = {"corpora": corpora, "every": every, "sequences": max(1, min(256, int(held)))}
+    return content
+
+
+def _rounded(tokens: int) -> int:
+    """Down to two digits, so that it can be read."""
+    unit = 10 ** max(len(str(tokens)) - 2, 0)
+    return max(tokens // unit * unit, 1)
+
+
+def fitting(content: dict[str, Any], start: Start, machine: Machine) -> dict[str, Any]:
+    """With the least recomputation, and then the largest micro-batch, that the forecast fits into a GPU's memory."""
+    a_rank = content["batch"]["sequences"] // machine.ranks
+    for recompute in ("none", "selective", "full"):
+        for micro in (size for size in range(a_rank, 0, -1) if a_rank % size == 0):
+            tried = content | {
+                "batch": content["batch"] | {"micro_sequences": micro},
+                "compute": {"recompute": recompute},
+            }
+            if _fits(_forecast(tried, start, machine), machine):
+                return tried
+    return tried  # the plan says what is left to try
+
+
+def _forecast(content: dict[str, Any], start: Start, machine: Machine) -> Forecast:
+    config = from_dict(content)
+    device = machine.name if machine.gpus else "cpu"
+    memory = machine.memory or 80
+    return forecast(config, Plan.of(config), machine.ranks, start=start, device=device, gpu_memory=memory)
+
+
+def _fits(told: Forecast, machine: Machine) -> bool:
+    most = told.most_memory
+    gigabytes = machine.memory if machine.gpus else psutil.virtual_memory().total / 1e9
+    return most is None or most.fits(gigabytes)
+
+
+def as_yaml(content: dict[str, Any]) -> str:
+    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return (
+        "# yaml-language-server: $schema=run.schema.json\n"
+        "# Written by megatron-detour init; megatron-detour schema > run.schema.json makes editors complete its keys.\n"
+        f"{body}"
+    )
+
+
+def slurm(options: argparse.Namespace, machine: Machine) -> str:
+    """A batch script that goes back into the queue until the run is done."""
+    requeue = (Path(__file__).parents[1] / "recipes" / "requeue.sh").read_text(encoding="utf-8")
+    per_node = -(-machine.ranks // options.nodes)
+    lines = [f"--job-name={options.name}", f"--nodes={options.nodes}", f"--ntasks-per-node={per_node}"]
+    lines += [f"--gpus-per-node={per_node}", "--cpus-per-task=8"] if machine.gpus else ["--cpus-per-task=2"]
+    lines += [f"--account={options.account}"] if options.account else []
+    lines += [f"--partition={options.partition}"] if options.partition else []
+    lines += [f"--time={options.time}", "--signal=USR1@300", "--requeue", "--open-mode=append", "--output=%x-%j.log"]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# Trains {options.name}.yaml: sbatch {options.name}.sbatch [key=value ...], from this folder.",
+            *(f"#SBATCH {line}" for line in lines),
+            "set -euo pipefail",
+            "[ ! -e .venv/bin/activate ] || . .venv/bin/activate",
+            "",
+            requeue.rstrip(),
+            "",
+            "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
+            f'run_and_requeue "$(folder_of {shlex.quote(f"runs/{options.name}")} "$@")" \\',
+            '  srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --gpu-bind=none \\',
+            f'  python -u -m megatron_detour train {shlex.quote(f"{options.name}.yaml")} "$@"',
+            "",
+        ]
+    )
+
+
+def next_commands(options: argparse.Namespace, texts: Texts, model: Model, machine: Machine) -> list[str]:
+    """Build or check the corpus, plan, train."""
+    build = ["preprocess", "verify", texts.prefix]
+    if not texts.built:
+        build = ["preprocess", "--input", options.texts, "--output-prefix", texts.prefix, "--tokenizer", model.start]
+        build += [*texts.flags, "--held-out", f"{texts.held_out:g}", *(["--download"] if model.download else [])]
+    file = f"{options.name}.yaml"
+    gpu = ["--gpu", options.gpu, "--gpu-memory", f"{options.gpu_memory:.0f}"] if machine.gpus else ["--gpu", "cpu"]
+    plan = ["plan", file, "--gpus", str(machine.ranks), *gpu]
+    train = ["train", file, *(["--launch"] if machine.ranks > 1 else [])]
+    return [shlex.join(["megatron-detour", *words]) for words in (build, plan, train)]
