@@ -100,8 +100,8 @@ ALLOWED = {
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands log forecast preflight run_directory training checkpoint corpus settings config plan data model kernels "
-        "parallel observe runtime release evaluation ui errors",
+        "commands log forecast preflight run_directory training checkpoint corpus settings config plan data model "
+        "kernels parallel observe runtime release evaluation ui errors",
         "torch psutil packaging rich transformers",
     ),
     "commands.init": (
