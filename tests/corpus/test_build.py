@@ -319,7 +319,7 @@ def test_a_single_text_file_is_read_line_by_line_and_says_so(tmp_path, prefix, t
     path = reports(tmp_path / "in", 1) / "000.txt"
     assert build([path], prefix, tokenizer_folder).documents == 3
     assert (
-        f"{path}: each of its about 3 lines is a document; with --whole-files the file is one"
+        f"{path}: each of about 3 lines is a document; with --whole-files the file is one document"
         in capsys.readouterr().err
     )
 

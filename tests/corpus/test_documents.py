@@ -78,7 +78,7 @@ BAD_LINES = {
         b'{"text": {"a": "x", "b": "y"}}',
         "the value of 'text' is an object; use --text-key text.NAME for the text under NAME in it",
     ),
-    "a usual key": (b'{"Jane Doe": 1, "note": {"text": "x"}}', "no key 'text' (there is 'note'); --text-key names"),
+    "a usual key": (b'{"Jane Doe": 1, "note": {"text": "x"}}', "no key 'text' (there is 'note'); set --text-key to"),
     "twice": (b'{"text": "a", "text": "b"}', "duplicate key 'text'"),
     "twice, with spaces": (b'{"text" : "a", "n": 1, "text" :"b"}', "duplicate key 'text'"),
     "null": (b'{"text": null}', "the value of 'text' is null"),

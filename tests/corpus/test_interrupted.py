@@ -26,13 +26,14 @@ from tests.conftest import build, sentences, write_jsonl
 ROOT = Path(__file__).parents[2]
 STRETCH = 4_000
 # A build of small parts in a process of its own, as a tool runs it; argv: prefix, tokenizer, input, flags.
+pytestmark = pytest.mark.integration
+
 SCRIPT = f"""
 import sys
 from megatron_detour.corpus import build_corpus, options, sources
 from megatron_detour.errors import command_line
 import argparse
 
-pytestmark = pytest.mark.integration
 sources.SHARD_BYTES = {STRETCH}
 parser = argparse.ArgumentParser()
 options.add_flags(parser)
@@ -292,7 +293,7 @@ def test_a_damaged_entry_is_done_again_and_a_damaged_note_is_written_again(
     tmp_path, texts, tokenizer_folder, small_parts, monkeypatch, content
 ):
     with monkeypatch.context() as broken:
-        broken.setattr(publish, "_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(publish, "_rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build([texts], tmp_path / "c", tokenizer_folder)
     entry = min((tmp_path / ".c.building").glob("?" * 24 + ".json"))
@@ -349,7 +350,7 @@ def test_a_build_broken_off_before_the_first_name_leaves_nothing_of_the_old_one(
 ):
     build([texts], tmp_path / "c", tokenizer_folder, held_out=0.1)
     with monkeypatch.context() as broken:
-        broken.setattr(publish, "_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(publish, "_rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
     build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
