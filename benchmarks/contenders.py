@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.workload import Document, Workload
 from megatron_detour.data.batches import MicroBatch, document_positions
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.flops import training_flops
 from megatron_detour.model.modernbert import Compute, ModernBert
@@ -70,7 +70,8 @@ def ours(
 ) -> tuple[Contender, int]:
     """Return this project's model on packed sequences, padded to the sequence length, and the FLOPs of a step."""
     shape = Shape.of(config, "benchmark")
-    shape.check_tensor_parallel(state.tensor_size)
+    if faults := shape.tensor_parallel_faults(state.tensor_size):
+        raise DetourError(format_faults(faults))
     with torch.device(device):
         model = ModernBert(shape, state, compute).to(dtype)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.release import hub
 from megatron_detour.release.card_metadata import CardMetadata, read_card_metadata
 from megatron_detour.release.export import DTYPES, export
+from megatron_detour.settings import flag, validate
 from megatron_detour.text import visible
 
 
@@ -80,4 +81,5 @@ def _given(options: argparse.Namespace) -> CardMetadata:
     spoken = CardMetadata(
         options.name, tuple(options.language), options.licence, options.base_model, domain=options.domain
     )
+    validate(spoken, shown=lambda key: flag(key).removesuffix("s"))  # --language may name several
     return spoken.over(read_card_metadata(options.card_facts)) if options.card_facts else spoken

@@ -28,6 +28,7 @@ GROUPS = {
         ),
     },
     "train": {
+        "schema": ("print the JSON Schema of run files, for editors", "> run.schema.json"),
         "plan": (
             "what a run would take and what would stop it: memory, hours, epochs, disk, faults",
             "run.yaml --gpus 4 --gpu h100",

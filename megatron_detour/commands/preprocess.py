@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_detour.corpus import build_corpus, examine, merge, options
+from megatron_detour import settings
+from megatron_detour.corpus import BuildOptions, build_corpus, examine, merge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subcommands = parser.add_subcommands(implied="build")
-    options.add_flags(subcommands.add_parser("build", help="build a corpus; the word may be left out"))
+    settings.add_arguments(
+        subcommands.add_parser("build", help="build a corpus; the word may be left out"), BuildOptions
+    )
     for name, what in (
         ("verify", "check files against the manifest, every byte and every id"),
         ("stats", "counts, lengths and their histogram, P.lengths.png"),
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.subcommand == "build":
-        chosen = options.options_of(arguments)
+        chosen = settings.from_namespace(BuildOptions, arguments)
         print(examine.summary(chosen, build_corpus(chosen)))
     elif arguments.subcommand == "merge":
         print(merge.merge_corpora(arguments.prefixes, arguments.output_prefix, arguments.overwrite))

@@ -16,8 +16,8 @@ import torch
 
 from megatron_detour.config import Corpus
 from megatron_detour.data.indexed import IndexedCorpus, bin_path
-from megatron_detour.data.integrity import refuse_changed
-from megatron_detour.data.manifest import Manifest, read_manifest
+from megatron_detour.data.integrity import open_corpus
+from megatron_detour.data.manifest import Manifest
 from megatron_detour.data.order import balance
 from megatron_detour.data.stream import DocumentStream
 from megatron_detour.data.window_cache import WindowCache
@@ -112,12 +112,9 @@ class DocumentMixture:
         self.sequence_length = sequence_length
         self.vocabulary = vocabulary
         self.prefixes = [corpus.prefix for corpus in corpora]
-        self.manifests = _manifests(corpora)
-        for corpus, manifest in zip(corpora, self.manifests, strict=True):
-            _check_tokenizer(corpus.prefix, Vocabulary.from_dict(manifest.tokenizer), vocabulary)
-        self.corpora = [
-            _opened(corpus.prefix, manifest) for corpus, manifest in zip(corpora, self.manifests, strict=True)
-        ]
+        opened = _open(self.prefixes, vocabulary)
+        self.manifests = [manifest for manifest, _ in opened]
+        self.corpora = [corpus for _, corpus in opened]
         weights = [Fraction(str(corpus.weight)) for corpus in corpora]
         self._shares = [weight / sum(weights) for weight in weights]
         self._seeds = [self._offset.seeds.get(prefix, i) for i, prefix in enumerate(self.prefixes)]
@@ -223,29 +220,14 @@ def document_positions(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
 
-def _manifests(corpora: tuple[Corpus, ...]) -> list[Manifest]:
-    """Raises one DetourError that names every corpus that is not there or not whole."""
-    manifests, faults = [], []
-    for corpus in corpora:
+def _open(prefixes: list[str], vocabulary: Vocabulary) -> list[tuple[Manifest, IndexedCorpus]]:
+    """Raises one DetourError that names every corpus that cannot be used."""
+    opened, faults = [], []
+    for prefix in prefixes:
         try:
-            manifests.append(read_manifest(corpus.prefix))
+            opened.append(open_corpus(prefix, vocabulary))
         except DetourError as fault:
             faults.append(str(fault))
     if faults:
         raise DetourError(format_faults(faults))
-    return manifests
-
-
-def _opened(prefix: str, manifest: Manifest) -> IndexedCorpus:
-    corpus = IndexedCorpus(prefix)  # a file of another size is told as such
-    refuse_changed(prefix, manifest)
-    return corpus
-
-
-def _check_tokenizer(prefix: str, built_with: Vocabulary, used: Vocabulary) -> None:
-    if built_with.sha256 != used.sha256:
-        raise DetourError(
-            f"{prefix}: this corpus was built with another tokenizer (sha256 {built_with.sha256[:12]}, "
-            f"{built_with.size:,} ids) than the run's (sha256 {used.sha256[:12]}, {used.size:,} ids); build it again "
-            "with the run's tokenizer, or set model.tokenizer to the corpus's"
-        )
+    return opened

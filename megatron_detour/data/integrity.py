@@ -1,4 +1,4 @@
-"""Whether a corpus is still the one that was built: told by hash, of the text a sample where the start cannot wait."""
+"""Opening a corpus: whether it is there, whole, still the one that was built, and of the run's tokenizer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_detour.data.indexed import bin_path, idx_path
-from megatron_detour.data.manifest import Manifest
+from megatron_detour.data.indexed import IndexedCorpus, bin_path, idx_path
+from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
+from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 SAMPLE_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
@@ -22,6 +23,21 @@ def sample_sha256(path: Path) -> str:
             file.seek(max(size - BLOCK_BYTES, 0) * number // (SAMPLE_BLOCKS - 1))
             digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def open_corpus(prefix: str, vocabulary: Vocabulary | None) -> tuple[Manifest, IndexedCorpus]:
+    """Opens a corpus of text in the ids of `vocabulary` (None: of any). Raises DetourError with the reason why not."""
+    manifest = read_manifest(prefix)
+    built_with = manifest.tokenizer
+    if vocabulary and built_with["sha256"] != vocabulary.sha256:
+        raise DetourError(
+            f"{prefix}: built with another tokenizer (sha256 {built_with['sha256'][:12]}, {built_with['size']:,} ids) "
+            f"than the run's (sha256 {vocabulary.sha256[:12]}, {vocabulary.size:,} ids); build it again with the run's "
+            "tokenizer, or set model.tokenizer to the corpus's"
+        )
+    corpus = IndexedCorpus(prefix)  # which compares the sizes of the files before their content is read
+    refuse_changed(prefix, manifest)
+    return manifest, corpus
 
 
 def refuse_changed(prefix: str, manifest: Manifest) -> None:

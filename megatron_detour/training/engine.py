@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_detour.config import RunConfig
-from megatron_detour.errors import DetourError, brief, format_faults
-from megatron_detour.forecast.faults import of_ranks
+from megatron_detour.errors import DetourError, brief
 from megatron_detour.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_detour.parallel.zero import Zero, deepspeed_settings
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
@@ -28,11 +27,8 @@ def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
 
 
 def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
-    """Joins the ranks and makes the groups. Raises DetourError when the ranks do not fit the run file."""
+    """Joins the ranks and makes the groups. Raises DetourError where ranks are missing or more than the GPUs."""
     ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    faults = of_ranks(config, ranks)
-    if faults:
-        raise DetourError(format_faults(faults))
     port = "29500" if ranks > 1 else "0"  # 0: any that is free
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, default)

@@ -69,7 +69,7 @@ def test_files_that_agree_with_a_wrong_manifest(corpus, tmp_path):
         verify(str(prefix))
     prefix = copy_of(corpus, tmp_path)
     vouch(prefix, documents=299)
-    with pytest.raises(DetourError, match="does not hold the manifest's documents and tokens"):
+    with pytest.raises(DetourError, match="its documents or tokens differ from the manifest's"):
         verify(str(prefix))
     lengths[3], lengths[4] = lengths[3] + lengths[4], 0
     write_index(prefix.with_suffix(".idx"), lengths, whole.dtype)
@@ -98,7 +98,7 @@ def test_peek(corpus, tmp_path):
     (entry,) = peek(corpus.prefix, str(corpus.tokenizer), 1, 137)
     assert entry.endswith(" characters)") and len(entry) < 700
     for options, says in (
-        ((None, 3, None), "--tokenizer: peek needs"),
+        ((None, 3, None), "--tokenizer: peek requires"),
         ((str(corpus.tokenizer), 3, 300), "has documents 0 to 299"),
     ):
         with pytest.raises(DetourError, match=says):
@@ -136,7 +136,7 @@ def test_merge_refuses_what_does_not_fit(corpus, tmp_path, tokenizer_folder):
         ([str(tmp_path / "b")], "b", "one of the corpora to merge"),
         ([str(tmp_path / "none")], "m", "no such corpus"),
         ([corpus.prefix, corpus.prefix], "m", "is given twice"),
-        ([corpus.prefix], "", "that is a folder"),
+        ([corpus.prefix], "", "is a folder"),
     ):
         with pytest.raises(DetourError, match=says):
             merge_corpora(prefixes, str(tmp_path / output))
@@ -159,7 +159,7 @@ def test_tokenizers_that_do_not_fit_are_told(corpus):
     told = summary(options, dataclasses.replace(manifest, unknown=manifest.tokens // 10))
     assert "warning: 10.0% of the tokens are [UNK]" in told
     told = summary(options, dataclasses.replace(manifest, tokenizer=manifest.tokenizer | {"mask": None}))
-    assert "warning: the tokenizer has no [MASK], which training needs" in told
+    assert "warning: the tokenizer has no [MASK], which training requires" in told
 
 
 def test_whoever_reads_may_have_enough(corpus):

@@ -31,11 +31,11 @@ def test_lengths_normal_form_and_language():
     removed: Counter[str] = Counter()
     french = "Le patient a de la fièvre depuis hier et prend du paracétamol."
     english = "The patient has had a fever since yesterday and takes paracetamol."
-    cleaner = Cleaner(BuildOptions(normalize="NFC", min_chars=5, max_chars=80, language=("fr",)))
+    cleaner = Cleaner(BuildOptions("c", "t", normalize="NFC", min_chars=5, max_chars=80, language=("fr",)))
     texts = [french, english, "Bon", french * 2, french.replace("è", "e\u0300")]
     assert cleaner.clean(texts, removed) == [french, french]
     assert removed == {"language": 1, "short": 1, "long": 1}
-    assert Cleaner(BuildOptions()).clean(texts, removed) == texts
+    assert Cleaner(BuildOptions("c", "t")).clean(texts, removed) == texts
 
 
 def test_removed_documents_are_counted_in_the_manifest(tmp_path, tokenizer_folder):
@@ -68,7 +68,7 @@ def test_similar_documents_meet_by_way_of_others(tmp_path):
 @pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.9])
 def test_bands_meet_from_about_the_similarity_on(similarity):
     """Pairs of documents that share a known part of their 5-grams, well above and well below the threshold."""
-    cleaner = Cleaner(BuildOptions(deduplicate="near", similarity=similarity))
+    cleaner = Cleaner(BuildOptions("c", "t", deduplicate="near", similarity=similarity))
     rng = random.Random(3)
 
     def meet(jaccard: float) -> bool:
@@ -147,4 +147,4 @@ def test_documents_of_which_the_tokenizer_leaves_nothing_are_empty(tmp_path, tok
 
 def test_an_unknown_language_is_refused():
     with pytest.raises(DetourError, match="--language: py3langid does not support 'english'; it supports ace af"):
-        Cleaner(BuildOptions(language=("fr", "english")))
+        Cleaner(BuildOptions("c", "t", language=("fr", "english")))

@@ -30,15 +30,16 @@ pytestmark = pytest.mark.integration
 
 SCRIPT = f"""
 import sys
-from megatron_detour.corpus import build_corpus, options, sources
+from megatron_detour.corpus import BuildOptions, build_corpus, sources
 from megatron_detour.errors import command_line
+from megatron_detour.settings import add_arguments, from_namespace
 import argparse
 
 sources.SHARD_BYTES = {STRETCH}
 parser = argparse.ArgumentParser()
-options.add_flags(parser)
+add_arguments(parser, BuildOptions)
 if __name__ == "__main__":
-    command_line(lambda: build_corpus(options.options_of(parser.parse_args())) and None)
+    command_line(lambda: build_corpus(from_namespace(BuildOptions, parser.parse_args())) and None)
 """
 
 
@@ -411,18 +412,18 @@ def test_a_file_that_grows_is_refused(tmp_path, texts, tokenizer_folder, monkeyp
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"workers": 0}, "--workers: at least 1"),
-        ({"max_rejects": -1}, "--max-rejects: at least 0"),
+        ({"workers": 0}, "--workers: must be at least 1, not 0"),
+        ({"max_rejects": -1}, "--max-rejects: must be at least 0, not -1"),
         ({"num_shards": 3}, "each process needs its --shard-index"),
         ({"num_shards": 3, "shard_index": 3}, "3 is not below --num-shards 3"),
         ({"num_shards": 3, "shard_index": 1, "engine_cluster": "ray"}, "--engine-cluster"),
         ({"max_chars": 5, "min_chars": 6}, "--max-chars: 5 leaves out every document"),
-        ({"held_out": 1.0}, "--held-out: a share from 0 to below 1"),
-        ({"similarity": 0.5}, "--similarity: it is for --deduplicate near"),
-        ({"dataset": "d"}, "--dataset: it does not go with --input"),
-        ({"streaming": True}, "they are for --dataset only"),
-        ({"output_prefix": "folder/"}, "that is a folder"),
-        ({"input": ()}, "--input or --dataset"),
+        ({"held_out": 1.0}, "--held-out: must be at least 0 and below 1, not 1.0"),
+        ({"similarity": 0.5}, "--similarity: requires --deduplicate near"),
+        ({"dataset": "d"}, "--dataset: does not go with --input"),
+        ({"streaming": True}, "--streaming: requires --dataset"),
+        ({"output_prefix": "folder/"}, "--output-prefix: folder/ is a folder"),
+        ({"input": ()}, "--input: give --input or --dataset"),
     ],
 )
 def test_options_that_cannot_be(options, says):

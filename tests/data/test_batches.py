@@ -238,7 +238,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(corpus, tmp_path):
     with pytest.raises(DetourError) as caught:
         DocumentMixture((Corpus(corpus.prefix),), LENGTH, 42, other)
     message = str(caught.value)
-    assert message.startswith(f"{corpus.prefix}: this corpus was built with another tokenizer")
+    assert message.startswith(f"{corpus.prefix}: built with another tokenizer")
     assert "400 ids" in message
     assert "390 ids" in message
     assert message.endswith("set model.tokenizer to the corpus's")

@@ -17,11 +17,11 @@ from megatron_detour.config import from_dict
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan
+from megatron_detour.run_directory import add_session, note
 from megatron_detour.runtime.failure_detector import Verdict
 from megatron_detour.training import recorder as module
 from megatron_detour.training.checkpoints import Background
 from megatron_detour.training.recorder import Recorder
-from megatron_detour.training.run_directory import add_session, note
 from tests.harness import ROOT
 from tests.release.made import PHASES, SIZES
 
