@@ -304,7 +304,7 @@ def test_folders_globs_and_whole_files(tmp_path):
     (tmp_path / "deep/c.txt.gz").write_bytes(gzip.compress(b"five\nsix"))
     assert texts_of(read(tmp_path, whole_files=True))[1:2] == ["five\nsix"]
     for names, says in (
-        ([f"{tmp_path}/*.jsonl"], "no such input file"),
+        ([f"{tmp_path}/*.jsonl"], "no input file matches"),
         ([f"{tmp_path}/deep/readme.md"], "input files must end in"),
         ([f"{tmp_path}/deep/*.md"], "no file ends in"),
         ([str(tmp_path / "deep"), str(tmp_path / "deep/a.txt")], "a.txt: this input is given twice"),
