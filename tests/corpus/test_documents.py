@@ -178,8 +178,8 @@ def test_nothing_of_a_record_is_told_but_its_place(tmp_path, bad):
 def test_a_file_of_line_ends_is_read_as_fast_as_they_are(tmp_path, monkeypatch):
     """No call for each empty line, whatever stands beside them."""
     taken = []
-    real = Block.take
-    monkeypatch.setattr(Block, "take", lambda *given: (taken.append(given), real(*given)))
+    real = Block.add
+    monkeypatch.setattr(Block, "add", lambda *given: (taken.append(given), real(*given)))
     for name, line in (("a.txt.gz", b"text"), ("a.jsonl.gz", b'{"text": "text"}'), ("b.jsonl.gz", b"oops")):
         (tmp_path / name).write_bytes(gzip.compress(b"\n" * 3_000_000 + line + b"\n" * 3_000_000))
         blocks = read(tmp_path / name)

@@ -25,9 +25,8 @@ from tests.conftest import build, sentences, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 STRETCH = 4_000
-# A build of small parts in a process of its own, as a tool runs it; argv: prefix, tokenizer, input, flags.
 pytestmark = pytest.mark.integration
-
+# A build of small parts in a process of its own, as a tool runs it; argv: prefix, tokenizer, input, flags.
 SCRIPT = f"""
 import sys
 from megatron_detour.corpus import BuildOptions, build_corpus, sources
