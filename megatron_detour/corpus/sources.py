@@ -221,9 +221,7 @@ def _saved_split(name: str, split: str | None) -> str:
         raise DetourError(f"{folder / DATASET_SPLITS}: splits must be a list of names of adjacent folders")
     if split not in splits:
         choices = "|".join(splits[:10])
-        raise DetourError(
-            f"{name}: the dataset has no split {split!r}; choose one of its {len(splits)} splits with --split {choices}"
-        )
+        raise DetourError(f"{name}: the dataset has {len(splits)} splits; choose one with --split {choices}")
     return str(folder / split)
 
 

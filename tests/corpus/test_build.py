@@ -155,7 +155,7 @@ def mend(path: Path, bad: list[bytes]) -> Path:
     ("name", "content", "says"),
     [
         ("none.jsonl", None, "no such input file"),
-        ("a.csv", b"x\n", "an input file must end in .jsonl, .jsonl.gz, .jsonl.zst, .txt"),
+        ("a.csv", b"x\n", "input files must end in .jsonl, .jsonl.gz, .jsonl.zst, .txt"),
         ("a.jsonl", b"", "the input has no usable documents"),
         ("a.txt", b" \n\n", "the input has no usable documents"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "some text"}\n' * 50)[:-20], "cannot be read to its end"),
@@ -168,7 +168,7 @@ def test_inputs_that_cannot_be_built(tmp_path, prefix, tokenizer_folder, name, c
     if content is not None:
         (tmp_path / name).write_bytes(content)
     message = failure([tmp_path / name], prefix, tokenizer_folder)
-    assert str(tmp_path / name if "no documents" not in says else prefix) in message
+    assert str(tmp_path / name if "no usable documents" not in says else prefix) in message
     assert says in message
 
 
@@ -319,7 +319,7 @@ def test_a_single_text_file_is_read_line_by_line_and_says_so(tmp_path, prefix, t
     path = reports(tmp_path / "in", 1) / "000.txt"
     assert build([path], prefix, tokenizer_folder).documents == 3
     assert (
-        f"{path}: each of its about 3 lines is a document; with --whole-files the file is one"
+        f"{path}: each of about 3 lines is a document; with --whole-files the file is one document"
         in capsys.readouterr().err
     )
 

@@ -78,7 +78,7 @@ BAD_LINES = {
         b'{"text": {"a": "x", "b": "y"}}',
         "the value of 'text' is an object; use --text-key text.NAME for the text under NAME in it",
     ),
-    "a usual key": (b'{"Jane Doe": 1, "note": {"text": "x"}}', "no key 'text' (there is 'note'); --text-key names"),
+    "a usual key": (b'{"Jane Doe": 1, "note": {"text": "x"}}', "no key 'text' (there is 'note'); set --text-key to"),
     "twice": (b'{"text": "a", "text": "b"}', "duplicate key 'text'"),
     "twice, with spaces": (b'{"text" : "a", "n": 1, "text" :"b"}', "duplicate key 'text'"),
     "null": (b'{"text": null}', "the value of 'text' is null"),
@@ -178,8 +178,8 @@ def test_nothing_of_a_record_is_told_but_its_place(tmp_path, bad):
 def test_a_file_of_line_ends_is_read_as_fast_as_they_are(tmp_path, monkeypatch):
     """No call for each empty line, whatever stands beside them."""
     taken = []
-    real = Block.take
-    monkeypatch.setattr(Block, "take", lambda *given: (taken.append(given), real(*given)))
+    real = Block.add
+    monkeypatch.setattr(Block, "add", lambda *given: (taken.append(given), real(*given)))
     for name, line in (("a.txt.gz", b"text"), ("a.jsonl.gz", b'{"text": "text"}'), ("b.jsonl.gz", b"oops")):
         (tmp_path / name).write_bytes(gzip.compress(b"\n" * 3_000_000 + line + b"\n" * 3_000_000))
         blocks = read(tmp_path / name)
@@ -304,7 +304,7 @@ def test_folders_globs_and_whole_files(tmp_path):
     (tmp_path / "deep/c.txt.gz").write_bytes(gzip.compress(b"five\nsix"))
     assert texts_of(read(tmp_path, whole_files=True))[1:2] == ["five\nsix"]
     for names, says in (
-        ([f"{tmp_path}/*.jsonl"], "no such input file"),
+        ([f"{tmp_path}/*.jsonl"], "no input file matches"),
         ([f"{tmp_path}/deep/readme.md"], "input files must end in"),
         ([f"{tmp_path}/deep/*.md"], "no file ends in"),
         ([str(tmp_path / "deep"), str(tmp_path / "deep/a.txt")], "a.txt: this input is given twice"),

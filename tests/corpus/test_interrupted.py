@@ -25,6 +25,7 @@ from tests.conftest import build, sentences, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 STRETCH = 4_000
+pytestmark = pytest.mark.integration
 # A build of small parts in a process of its own, as a tool runs it; argv: prefix, tokenizer, input, flags.
 SCRIPT = f"""
 import sys
@@ -33,7 +34,6 @@ from megatron_detour.errors import command_line
 from megatron_detour.settings import add_arguments, from_namespace
 import argparse
 
-pytestmark = pytest.mark.integration
 sources.SHARD_BYTES = {STRETCH}
 parser = argparse.ArgumentParser()
 add_arguments(parser, BuildOptions)
@@ -293,7 +293,7 @@ def test_a_damaged_entry_is_done_again_and_a_damaged_note_is_written_again(
     tmp_path, texts, tokenizer_folder, small_parts, monkeypatch, content
 ):
     with monkeypatch.context() as broken:
-        broken.setattr(publish, "_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(publish, "_rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build([texts], tmp_path / "c", tokenizer_folder)
     entry = min((tmp_path / ".c.building").glob("?" * 24 + ".json"))
@@ -350,7 +350,7 @@ def test_a_build_broken_off_before_the_first_name_leaves_nothing_of_the_old_one(
 ):
     build([texts], tmp_path / "c", tokenizer_folder, held_out=0.1)
     with monkeypatch.context() as broken:
-        broken.setattr(publish, "_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(publish, "_rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
     build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)

@@ -148,7 +148,7 @@ def test_used_output_is_refused_and_kept(corpus, tmp_path):
     [
         (b'{"text": "a"}\nnot json\n', r"a\.jsonl, line 2: invalid JSON"),
         (b'{"text": "a"}\n\n[1]\n', r"a\.jsonl, line 3: not a JSON object"),
-        (b'{"texte": "a"}\n', r"a\.jsonl, line 1: no key 'text' \(there is 'texte'\); --text-key"),
+        (b'{"texte": "a"}\n', r"a\.jsonl, line 1: no key 'text' \(there is 'texte'\); set --text-key"),
         (b'{"text": 3}\n', r"a\.jsonl, line 1: the value of 'text' is not a string"),
         (b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl, line 2: not UTF-8"),
     ],
