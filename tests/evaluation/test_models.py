@@ -164,11 +164,11 @@ def change(path: Path, key: str, value: object) -> None:
 
 def open_all(folder: Path, dataset, tmp_path: Path) -> None:
     """As a suite does: the check, then a worker; and as the masked words are measured."""
-    from megatron_detour.evaluation.finetuning.finetune import encoder_of
+    from megatron_detour.evaluation.finetuning.finetune import build_encoder
 
     for opening in (
         lambda: check_model(folder),
-        lambda: encoder_of(folder, open_model(folder, dataset, settings_of("classification")), dataset,
+        lambda: build_encoder(folder, open_model(folder, dataset, settings_of("classification")), dataset,
                            settings_of("classification"), dataset.train)(dataset.test),
         lambda: load_model(folder),
     ):  # fmt: skip

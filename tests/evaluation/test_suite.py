@@ -19,10 +19,10 @@ from megatron_detour.commands import evaluate as command
 from megatron_detour.commands.parser import Parser
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.finetuning.progress import SuiteProgress
-from megatron_detour.evaluation.finetuning.protocol import Settings, known_protocols, load_protocol
+from megatron_detour.evaluation.finetuning.protocol import FinetuneSettings, load_protocol, packaged_protocols
 from megatron_detour.evaluation.models import check_model
 from megatron_detour.evaluation.results import Cell, add_result, predictions_path, read_results
-from megatron_detour.evaluation.task import known_tasks, load_task
+from megatron_detour.evaluation.task import load_task, packaged_tasks
 from megatron_detour.evaluation.task_types import TASK_TYPES
 from tests.evaluation.small_tasks import write_small_tasks
 from tests.evaluation.test_finetune import write_tiny_model
@@ -320,7 +320,7 @@ def test_results_survive_a_torn_line_and_take_the_latest(tmp_path):
 
 
 def test_protocols_hold_the_paper_s_figures():
-    assert known_protocols() == ["paper-en", "paper-fr", "quick"]
+    assert packaged_protocols() == ["paper-en", "paper-fr", "quick"]
     english, french = load_protocol("paper-en"), load_protocol("paper-fr")
     assert (english.seeds, french.seeds) == (tuple(range(42, 47)), tuple(range(42, 51)))
     assert {english.by_type[kind].learning_rate for kind in TASK_TYPES} == {5e-5}
@@ -360,7 +360,7 @@ def test_every_task_of_the_paper_is_cut_where_the_paper_cuts_it(name):
 
 
 def test_the_list_is_the_paper_s():
-    assert set(LONGEST) == {name for name in known_tasks() if load_task(name).paper}
+    assert set(LONGEST) == {name for name in packaged_tasks() if load_task(name).paper}
 
 
 def test_a_protocol_can_differ_by_task(tmp_path):
@@ -402,7 +402,7 @@ def test_a_protocol_of_other_types_is_one_sentence_or_holds(wrong, section, tmp_
     keys = (
         ("about", "seeds", "defaults", "types", "tasks")
         if not section
-        else (*Settings.__struct_fields__, "classification")
+        else (*FinetuneSettings.__struct_fields__, "classification")
     )
     hoc = load_task("hoc")
     for key in keys:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset, read_dataset
-from megatron_detour.evaluation.task import _KEYS, FOLDER, Task, known_tasks, load_task
+from megatron_detour.evaluation.task import _KEYS, FOLDER, Task, load_task, packaged_tasks
 from megatron_detour.evaluation.task_types import TASK_TYPES
 from tests.evaluation.small_tasks import SIZES, write_small_tasks
 
@@ -42,7 +42,7 @@ def own(tmp_path):
     return load
 
 
-@pytest.mark.parametrize("name", known_tasks())
+@pytest.mark.parametrize("name", packaged_tasks())
 def test_packaged_tasks_are_whole(name):
     task = load_task(name)
     assert task.name == name
@@ -54,19 +54,19 @@ def test_packaged_tasks_are_whole(name):
 
 def test_the_papers_tasks():
     of_paper = {"en": [], "fr": []}
-    for name in known_tasks():
+    for name in packaged_tasks():
         if paper := load_task(name).paper:
             of_paper[paper].append(name)
     assert {paper: " ".join(names) for paper, names in of_paper.items()} == PAPER
 
 
 def test_every_type_has_a_packaged_task():
-    assert {load_task(name).type for name in known_tasks()} == set(TASK_TYPES)
+    assert {load_task(name).type for name in packaged_tasks()} == set(TASK_TYPES)
 
 
 def test_the_page_names_every_task_with_its_facts():
     rows = {row[0].strip("`"): row[1:] for row in (re.split(r" \| ", line[2:-2]) for line in _table_lines())}
-    assert list(rows) == known_tasks()
+    assert list(rows) == packaged_tasks()
     for name, (language, kind, metric, paper, licence, how) in rows.items():
         task = load_task(name)
         assert (language, kind, metric, licence) == (task.language, task.type, task.metric, task.licence), name
