@@ -78,7 +78,7 @@ def test_a_detour_beside_its_control(twins: list[Path], tmp_path: Path) -> None:
 def test_other_data_is_told_with_the_first_step(twins: list[Path]) -> None:
     change_records(twins[1], {150: {"data_crc": 1}, 151: {"data_crc": 2}})
     text = page_words(twins)
-    assert "No : notes-control and notes did not read the same documents: 198 of 200 steps are equal, " in text
+    assert "No : notes-control and notes did not read the same documents: 198 of 200 steps are equal; " in text
     assert "the first different one is step 150." in text
 
 
@@ -117,7 +117,7 @@ def test_another_or_an_unnamed_validation_corpus_is_told(twins: list[Path]) -> N
     change_file(twins[1], "environment.json", validation_corpora=[{"prefix": "x", "sha256": "ef" * 32}])
     assert "are not comparable. Differences: corpora, tokenizer." in page_words(twins)
     change_file(twins[1], "environment.json", validation_corpora=[])
-    assert "Unknown : notes-control and notes do not both name their validation corpora." in page_words(twins)
+    assert "Unknown : notes-control and notes do not both record their validation corpora." in page_words(twins)
 
 
 def test_an_unfinished_run_is_drawn_as_far_as_it_goes(tmp_path: Path) -> None:
