@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.finetuning.protocol import known_protocols, load_protocol
+from megatron_detour.evaluation.finetuning.protocol import load_protocol, packaged_protocols
 from megatron_detour.evaluation.masked_words.texts import IntrinsicOptions
 from megatron_detour.evaluation.models import named_models
 from megatron_detour.evaluation.results import RESULTS
-from megatron_detour.evaluation.task import Task, known_tasks, load_task
+from megatron_detour.evaluation.task import Task, load_task, packaged_tasks
 from megatron_detour.text import visible
 
 GROUPS = ("all", "paper-en", "paper-fr")
@@ -59,7 +59,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for results and report")
     parser.add_argument("--seeds", type=_count, metavar="N", help="of each model and task (the protocol's)")
     parser.add_argument(
-        "--protocol", default="quick", metavar="NAME", help=f"{', '.join(known_protocols())}, or a YAML file (quick)"
+        "--protocol", default="quick", metavar="NAME", help=f"{', '.join(packaged_protocols())}, or a YAML file (quick)"
     )
     parser.add_argument("--ner-head", choices=("tokens", "span"), help="for named entities (the protocol's)")
     parser.add_argument("--jobs", type=_count, metavar="N", help="fine-tunings at once (one a GPU; 1 without)")
@@ -132,7 +132,7 @@ def report(output: Path, baseline: str | None) -> None:
 def list_tasks() -> None:
     """Prints a line of facts for each task, and its title below, in 80 columns."""
     rows = [("name", "", "type", "metric", "paper", "title")]
-    for task in map(load_task, known_tasks()):
+    for task in map(load_task, packaged_tasks()):
         rows.append((task.name, task.language, task.type, task.metric, task.paper, task.title))
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     for *cells, title in rows:
@@ -188,7 +188,7 @@ def chosen_tasks(names: list[str], data: Path) -> tuple[Task, ...]:
 
 
 def _group(name: str, data: Path) -> list[Task]:
-    known = [load_task(task) for task in known_tasks()]
+    known = [load_task(task) for task in packaged_tasks()]
     if name != "all":
         return [task for task in known if task.paper == name.removeprefix("paper-")]
     there = [task for task in known if (data / task.name).is_dir()]

@@ -1,1 +1,1 @@
-"""What a trained model knows: tasks, measures without labels, probes."""
+"""Evaluation of trained models: fine-tuning on tasks, masked-word scores without labels, fill-mask probes."""

@@ -1,11 +1,11 @@
-"""Metrics, by the libraries that define them, and as sums over examples for tests that recompute them many times.
+"""Metrics from their reference libraries, and as sums over examples for statistical tests that recompute them often.
 
-Predictions and right answers are lists with one item per example: tags (list of str), a label (str), several labels
-(list of str), a score (float), an option's number (int), or several of them (list of int).
+Predictions and gold answers are lists with one item per example: tags (list of str), a label (str), several labels
+(list of str), a score (float), an option index (int), or several option indices (list of int).
 
-What is undefined counts as 0: precision, recall and F1 without a prediction or a right answer, and a correlation of
-constant scores. Macro F1 is scikit-learn's: of classes the mean over those that are right or predicted somewhere, of
-sets of labels over all labels, so that one that the split lacks counts as 0 for every model.
+Undefined values are 0: precision, recall and F1 without predictions or gold answers, and correlations of constant
+scores. Macro F1 is scikit-learn's: for classification the mean over labels that occur in gold or predictions; for
+multi-label tasks the mean over all labels, so that a label absent from the split counts as 0 for every model.
 """
 
 from __future__ import annotations
@@ -23,39 +23,38 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Answers = Sequence[Any]
-_CONSTANT = 1e-10  # variance over mean square about the gold mean: what float32 leaves of equal predictions is less
+_CONSTANT = 1e-10  # variance / mean square about the gold mean; float32 rounding of equal predictions is below this
 
 
 class Metric(ABC):
-    """One metric. `answers` are the types of the lists that it compares, for checks of stored predictions.
+    """One metric. `answers` are the types of the lists that it compares, used to validate stored predictions.
 
-    A new metric needs `_contributions` and `from_totals`, or is a MeanOverExamples with `_values`. A TaskType that
-    lists it makes it known.
+    A new metric implements `_contributions` and `from_totals`, or subclasses MeanOverExamples with `_values`. It is
+    registered when a TaskType lists it.
     """
 
     name: str
     answers: tuple[Any, ...]
-    baseline_examples: int | None = None  # how many examples a random baseline reads; None: all
+    baseline_examples: int | None = None  # examples used for the random baseline; None: all
 
     def score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float:
-        """The metric by its library; `labels` are the data set's.
+        """Compute the metric with its reference library; `labels` are the dataset's labels.
 
-        Raises DetourError where gold and predicted differ in length, or hold an unknown label or a number that is not
-        finite.
+        Raises DetourError if gold and predicted differ in length or contain an unknown label or a non-finite number.
         """
         self.check(gold, predicted)
         return self._score(labels, gold, predicted)
 
     def contributions(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> NDArray[np.float64]:
-        """What each example adds to the metric's totals: [examples, k], see `from_totals`. Raises as `score` does."""
+        """Return each example's contribution to the totals, [examples, k] (see `from_totals`). Raises as `score`."""
         self.check(gold, predicted)
         return self._contributions(labels, gold, predicted)
 
     def check(self, gold: Answers, predicted: Answers) -> None:
         if len(gold) != len(predicted):
-            raise DetourError(f"{self.name}: {len(gold)} right answers, but {len(predicted)} predictions")
+            raise DetourError(f"{self.name}: {len(gold)} gold answers, but {len(predicted)} predictions")
         if not len(gold):
-            raise DetourError(f"{self.name}: there are no predictions")
+            raise DetourError(f"{self.name}: no predictions")
 
     def _score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float:
         return float(self.from_totals(self._contributions(labels, gold, predicted).sum(0)))
@@ -65,10 +64,10 @@ class Metric(ABC):
 
     @abstractmethod
     def from_totals(self, totals: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The metric of summed contributions: [..., k] -> [...]."""
+        """Compute the metric from summed contributions: [..., k] -> [...]."""
 
     def constant_answers(self, gold: Answers) -> list[Any]:
-        """The best answers for a model that gives every example the same one, by the frequencies in `gold`."""
+        """Return the best constant predictions (the same for every example) given the frequencies in `gold`."""
         if not _are_sets(gold):
             return [Counter(gold).most_common(1)[0][0]]
         single = Counter(label for answer in gold for label in answer)
@@ -76,12 +75,12 @@ class Metric(ABC):
         return [list(sets.most_common(1)[0][0]), [single.most_common(1)[0][0]] if single else [], sorted(single)]
 
     def adapt(self, answer: Any, gold: Any) -> Any:
-        """The answer of another example in a form that can be given to the one whose right answer is `gold`."""
+        """Convert another example's answer to the form of an answer to the example with answer `gold`."""
         return answer
 
 
 class MeanOverExamples(Metric):
-    """A metric with a value per example; totals are (sum, count)."""
+    """A metric that averages a value per example; totals are (sum, count)."""
 
     def _contributions(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> NDArray[np.float64]:
         values = np.asarray(self._values(gold, predicted), dtype=np.float64)
@@ -121,7 +120,7 @@ class ExactMatch(MeanOverExamples):
 
 
 class Hamming(MeanOverExamples):
-    """The mean Jaccard index of right and predicted sets, which FrenchMedMCQA calls Hamming score."""
+    """The mean Jaccard index of gold and predicted sets, which FrenchMedMCQA calls Hamming score."""
 
     name, answers = "hamming", (list[list[int]],)
 
@@ -137,8 +136,8 @@ class Hamming(MeanOverExamples):
 
 
 class F1(Metric):
-    """F1 of labels, one or several per example. Totals are true positives, false positives and false negatives (k 3);
-    of "macro" and "weighted" these and 1 where it counts in any case, for each label (k 4 * labels)."""
+    """F1 of one or several labels per example. Totals are true positives, false positives and false negatives (k = 3);
+    for "macro" and "weighted" these per label, plus 1 if the label always counts (k = 4 * labels)."""
 
     answers = (list[str], list[list[str]])
 
@@ -171,17 +170,17 @@ class F1(Metric):
 
 
 class EntityF1(Metric):
-    """seqeval's F1 of whole entities. Totals are the numbers of entities that are right, predicted and in the text."""
+    """seqeval's F1 of whole entities. Totals are the numbers of correct, predicted and gold entities."""
 
     name, answers = "entity_f1", (list[list[str]],)
-    baseline_examples = 500  # entities take long to extract
+    baseline_examples = 500  # extracting entities is slow
 
     def check(self, gold: Answers, predicted: Answers) -> None:
         super().check(gold, predicted)
-        for number, (tags, others) in enumerate(zip(gold, predicted, strict=True)):
-            if len(tags) != len(others):
+        for number, (tags, guesses) in enumerate(zip(gold, predicted, strict=True)):
+            if len(tags) != len(guesses):
                 raise DetourError(
-                    f"{self.name}: example {number} has {len(tags)} words, but {len(others)} predicted tags"
+                    f"{self.name}: example {number} has {len(tags)} words, but {len(guesses)} predicted tags"
                 )
 
     def _score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float:
@@ -193,8 +192,8 @@ class EntityF1(Metric):
         from seqeval.metrics.sequence_labeling import get_entities
 
         counts = np.zeros((len(gold), 3))
-        for row, (tags, others) in enumerate(zip(gold, predicted, strict=True)):
-            right, given = set(get_entities(list(tags))), set(get_entities(list(others)))
+        for row, (tags, guesses) in enumerate(zip(gold, predicted, strict=True)):
+            right, given = set(get_entities(list(tags))), set(get_entities(list(guesses)))
             counts[row] = len(right & given), len(given), len(right)
         return counts
 
@@ -202,16 +201,16 @@ class EntityF1(Metric):
         return _ratio(2 * totals[..., 0], totals[..., 1] + totals[..., 2])
 
     def constant_answers(self, gold: Answers) -> list[Any]:
-        return []  # F1 without an entity is 0
+        return []  # F1 without entities is 0
 
     def adapt(self, answer: list[str], gold: list[str]) -> list[str]:
-        """Tags cut or filled up with "O" to the sentence's length."""
+        """Truncate the tags, or pad them with "O", to the sentence's length."""
         return answer[: len(gold)] + ["O"] * (len(gold) - len(answer))
 
 
 class Correlation(Metric):
-    """Totals are the sums x, y, xx, yy, xy and 1 of gold (x) and predicted scores (y), both less the mean of gold,
-    which changes no correlation but keeps the sums exact; of Spearman's the same of ranks among what is given here."""
+    """Totals are the sums of x, y, xx, yy, xy and 1 for gold (x) and predicted (y) scores, both minus the mean of gold,
+    which leaves the correlation unchanged and keeps the sums exact; for Spearman the same sums of ranks."""
 
     answers = (list[float],)
 
@@ -221,12 +220,12 @@ class Correlation(Metric):
     def check(self, gold: Answers, predicted: Answers) -> None:
         super().check(gold, predicted)
         if not (np.isfinite(gold).all() and np.isfinite(predicted).all()):
-            raise DetourError(f"{self.name}: some scores are NaN or infinite; the model has probably diverged")
+            raise DetourError(f"{self.name}: scores are NaN or infinite; the model has probably diverged")
 
     def _score(self, labels: Sequence[str], gold: Answers, predicted: Answers) -> float:
         from scipy import stats
 
-        # scipy gives nan for constant scores, and noise for those that are constant but for rounding
+        # scipy returns NaN for constant scores, and noise for scores that are constant up to rounding
         if not all(_variances(self._contributions(labels, gold, predicted).sum(0))):
             return 0.0
         test = stats.pearsonr if self.name == "pearson" else stats.spearmanr
@@ -247,7 +246,7 @@ class Correlation(Metric):
         return np.clip(_ratio(covariance, np.sqrt(x_variance) * np.sqrt(y_variance)), -1.0, 1.0)
 
     def constant_answers(self, gold: Answers) -> list[Any]:
-        return []  # constant scores correlate with nothing
+        return []  # the correlation of constant scores is 0
 
 
 ACCURACY, EXACT_MATCH, HAMMING, ENTITY_F1 = Accuracy(), ExactMatch(), Hamming(), EntityF1()
@@ -256,10 +255,10 @@ PEARSON, SPEARMAN = Correlation("pearson"), Correlation("spearman")
 
 
 def _are_sets(answers: Answers) -> bool:
-    """Whether an answer holds several labels.
+    """Whether answers are sets of labels.
 
-    scikit-learn's macro F1 then counts every label, one that never occurs as 0; of classes it leaves out those that are
-    neither right nor predicted anywhere.
+    If so, scikit-learn's macro F1 counts every label, absent ones as 0; otherwise it skips labels that occur neither
+    in gold nor in predictions.
     """
     return isinstance(answers[0], list | tuple)
 
@@ -269,21 +268,21 @@ def _all_items(gold: Answers, predicted: Answers) -> list[Any]:
 
 
 def _one_hot(labels: Sequence[Any], gold: Answers, predicted: Answers) -> NDArray[np.bool_]:
-    """Right and predicted labels: [2, examples, labels]."""
+    """Return gold and predicted labels as booleans [2, examples, labels]."""
     columns = {label: i for i, label in enumerate(labels)}
     ones = np.zeros((2, len(gold), len(columns)), dtype=bool)
     for which, answers in enumerate((gold, predicted)):
         for row, answer in enumerate(answers):
             for label in [answer] if isinstance(answer, str) else answer:
                 if label not in columns:
-                    whose = ("the right answer", "the prediction")[which]
-                    raise DetourError(f"{whose} of example {row} is {label!r}, not a label of the data set")
+                    kind = ("gold answer", "prediction")[which]
+                    raise DetourError(f"{kind} {label!r} of example {row} is not a label of the dataset")
                 ones[which, row, columns[label]] = True
     return ones
 
 
 def _padded(one_hot: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With an empty column: scikit-learn takes a single one for two classes."""
+    """Add an empty column: scikit-learn reads a single column as binary classes."""
     return np.pad(one_hot, ((0, 0), (0, 0), (0, 1)))
 
 
@@ -296,7 +295,7 @@ def _f1(counts: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _variances(totals: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sums of squares about the mean, 0 for what counts as constant."""
+    """Return sums of squares about the mean, 0 for numerically constant values."""
     x, y, xx, yy, _, count = np.moveaxis(totals, -1, 0)
     variances = [square - _ratio(total * total, count) for total, square in ((x, xx), (y, yy))]
     return tuple(np.where(v <= _CONSTANT * square, 0.0, v) for v, square in zip(variances, (xx, yy), strict=True))

@@ -1,4 +1,4 @@
-"""Models as they are given to an evaluation: folders with names, checked and identified by their content."""
+"""The models of an evaluation: named folders, checked, and identified by their content."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_detour.errors import DetourError, brief
 from megatron_detour.files import file_facts
 from megatron_detour.structured import read_json_object
 
-OPTIMIZER = "optimizer.safetensors"  # of a checkpoint, beside its weights
+OPTIMIZER = "optimizer.safetensors"  # in a checkpoint, beside the weights
 
 
 def named_models(given: list[str]) -> dict[str, Path]:
-    """Folders by name: NAME=DIR, else the folder's own. Raises DetourError where two have the same."""
+    """Return folders by name (NAME=DIR, or the folder's name). Raises DetourError for duplicate names."""
     models: dict[str, Path] = {}
     for word in given:
         name, equals, folder = word.partition("=")
@@ -25,12 +25,12 @@ def named_models(given: list[str]) -> dict[str, Path]:
             name, folder = Path(word).resolve().name, word
             if equals and not Path(word).is_dir():
                 raise DetourError(
-                    f"--model {_plain(word)}: there is no such folder; as the path holds '=', give NAME={_plain(word)}"
+                    f"--model {_plain(word)}: no such folder; if the path contains '=', give NAME={_plain(word)}"
                 )
         if not name or "/" in name or name.startswith(".") or not name.isprintable():
-            raise DetourError(f"--model {_plain(word)}: give NAME=DIR with a name that can be a folder's")
+            raise DetourError(f"--model {_plain(word)}: invalid name; give NAME=DIR with a valid folder name")
         if name in models:
-            raise DetourError(f"--model {word}: a second model named {name!r}; give NAME=DIR to tell them apart")
+            raise DetourError(f"--model {word}: a second model named {name!r}; give NAME=DIR to distinguish them")
         models[name] = Path(folder)
     return models
 
@@ -40,50 +40,51 @@ def _plain(word: str) -> str:
 
 
 def check_model(folder: Path) -> None:
-    """Raises DetourError for a folder that is no Hugging Face model with a tokenizer."""
+    """Raise DetourError unless the folder is a Hugging Face model with a tokenizer."""
     if not folder.is_dir():
-        raise DetourError(f"--model {folder}: there is no such folder")
+        raise DetourError(f"--model {folder}: no such folder")
     if (folder / "checkpoints").is_dir():
-        raise DetourError(f"--model {folder}: this is a run; give a checkpoint of it, NAME={folder}/checkpoints/step-N")
+        raise DetourError(
+            f"--model {folder}: a run directory; give one of its checkpoints, NAME={folder}/checkpoints/step-N"
+        )
     if not (folder / "config.json").is_file():
-        raise DetourError(f"--model {folder}: no config.json there; give the folder of a Hugging Face model")
+        raise DetourError(f"--model {folder}: no config.json; give the folder of a Hugging Face model")
     if "decoder" in _model_type(folder):
         raise DetourError(
-            f"--model {folder}: this is a decoder, which reads from left to right only; export the checkpoint without "
-            "--decoder"
+            f"--model {folder}: a decoder, which only attends to the left; export the checkpoint without --decoder"
         )
     if not weight_files(folder):
-        raise DetourError(f"--model {folder}: no *.safetensors there, so it has no weights that could be read")
+        raise DetourError(f"--model {folder}: no *.safetensors; give a folder with safetensors weights")
     if not (folder / "tokenizer.json").is_file():
-        raise DetourError(f"--model {folder}: no tokenizer.json there; save the model's fast tokenizer into the folder")
+        raise DetourError(f"--model {folder}: no tokenizer.json; save the model's fast tokenizer into the folder")
 
 
 def _model_type(folder: Path) -> str:
-    """Reads what decides on a model, so that invalid JSON, or a key that appears twice, is reported before training."""
+    """Read the model's JSON files, so that invalid JSON or duplicate keys are reported before training."""
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
     model_type = read_json_object(folder / "config.json").get("model_type")
     if not isinstance(model_type, str):
-        raise DetourError(f"--model {folder}: its config.json is not that of a model: model_type is {model_type!r}")
+        raise DetourError(f"--model {folder}: config.json is not a model's: model_type is {model_type!r}")
     return model_type
 
 
 @contextmanager
 def opening(folder: Path) -> Iterator[None]:
-    """Makes a DetourError of whatever a library raises over the files of a model's folder."""
+    """Turn any exception that a library raises while reading a model's folder into a DetourError."""
     try:
         yield
     except DetourError:
         raise
     except Exception as error:
-        raise DetourError(f"{folder}: cannot be opened as a model ({brief(error)})") from None
+        raise DetourError(f"{folder}: cannot load the model ({brief(error)})") from None
 
 
 def most_positions(network: Any, tokenizer: Any) -> int:
-    """How many tokens a model reads at most.
+    """Return the longest input of a model in tokens.
 
-    RoBERTa and its kin number positions from the padding's on: 514 of them hold 512 tokens. Raises DetourError.
+    RoBERTa-like models number positions after the padding index: 514 positions hold 512 tokens. Raises DetourError.
     """
     limits = [tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None) or math.inf]
     for name, module in network.named_modules():
@@ -101,12 +102,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """identity_of in one word, as results hold it."""
-    return hashlib.sha256(repr(identity_of(folder)).encode()).hexdigest()
+    """Return one hash of model_identity, as stored in results."""
+    return hashlib.sha256(repr(model_identity(folder)).encode()).hexdigest()
 
 
-def identity_of(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that decide on what a model computes, by their names."""
+def model_identity(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that determines what a model computes, by file name."""
     named = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
     files = [*named, *weight_files(folder)]
     return {path.name: file_facts(path)["sha256"] for path in files if path.is_file()}

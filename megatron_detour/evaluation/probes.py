@@ -1,4 +1,4 @@
-"""Fill-in-the-mask probes: does a model put the right word in place of a mask?"""
+"""Fill-mask probes: does a model predict the right word for a mask?"""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from megatron_detour.text import visible
 PLACEHOLDER = "[MASK]"
 _DOCUMENTS_READ = 10_000
 _WINDOW_WORDS = 40
-# a whole word of five letters or more, after a space, as a mask takes the space before it
+# a whole word of five letters or more, after a space, since a mask includes the preceding space
 _WORD = re.compile(r"(?<=\S )[^\W\d_]{5,}(?=[\s.,;:!?)]|$)")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A text with one [MASK] and the word that belongs there; `lang` may be empty."""
+    """A text with one [MASK] and its answer; `lang` may be empty."""
 
     text: str
     answer: str
     lang: str = ""
 
     def filled(self) -> tuple[str, int, int]:
-        """The text with its answer, and the answer's first and one-past-last character."""
+        """Return the text with its answer, and the answer's start and end character."""
         start = self.text.index(PLACEHOLDER)
         return self.text.replace(PLACEHOLDER, self.answer), start, start + len(self.answer)
 
 
 @dataclass(frozen=True)
 class Guess:
-    """What a model put in place of a mask: `tops` are its best words, best first, `tokens` the answer's length."""
+    """A model's prediction for a mask: `tops` are its best words, best first; `tokens` is the answer's length."""
 
     tops: tuple[str, ...]
     right: bool
@@ -54,7 +54,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The guesses of one model, one a probe and in their order."""
+    """The answers of one model, one per probe, in order."""
 
     label: str
     guesses: tuple[Guess, ...]
@@ -66,23 +66,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """Probes and what each model answered."""
+    """Probes and each model's answers."""
 
     probes: tuple[Probe, ...]
     outcomes: tuple[Outcome, ...]
 
 
 def read_probes(path: Path) -> list[Probe]:
-    """Reads lines {"text", "answer", "lang"?}; raises DetourError that names the line for anything else."""
+    """Read lines {"text", "answer", "lang"?}. Raises DetourError, naming the line, for any other content."""
     if not path.is_file():
         raise DetourError(f"{path}: no such file")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DetourError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise DetourError(f"{path}: cannot read as UTF-8 text ({error})") from None
     probes = [_probe(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not probes:
-        raise DetourError(f"{path}: holds no probes")
+        raise DetourError(f"{path}: no probes; add one JSON object per line")
     return probes
 
 
@@ -92,17 +92,17 @@ def _probe(line: str, place: str) -> Probe:
         raise DetourError(f'{place}: not a JSON object such as {{"text": "... {PLACEHOLDER}.", "answer": "..."}}')
     for key in ("text", "answer"):
         if not isinstance(record.get(key), str) or not record[key].strip():
-            raise DetourError(f"{place}: no text under the key {key!r}")
+            raise DetourError(f"{place}: {key!r} is not a string or is empty")
     if record["text"].count(PLACEHOLDER) != 1:
         raise DetourError(f"{place}: the text needs exactly one {PLACEHOLDER}")
     return Probe(record["text"], record["answer"].strip(), str(record.get("lang", "")))
 
 
 def probes_from_corpus(path: Path, count: int = 10, seed: int = 0, text_key: str = "text") -> list[Probe]:
-    """Masks one random word (five letters or more) in each of `count` random documents of the first 10,000.
+    """Mask one random word (five letters or more) in each of `count` random documents of the first 10,000.
 
-    The text around it is its sentence, at most 40 words. The same arguments give the same probes; there are fewer when
-    documents are few. Raises DetourError if `count` is below 1 or no document has such a word.
+    The context is the word's sentence, at most 40 words. Deterministic; returns fewer probes if there are too few
+    documents. Raises DetourError if `count` is below 1 or no document has such a word.
     """
     if count < 1:
         raise DetourError(f"--count {count}: give a number above 0")
@@ -126,7 +126,7 @@ def _masked_words(documents: Sequence[str], rng: random.Random) -> Iterator[Prob
 def _masked_word(sentence: str, rng: random.Random) -> Probe:
     word = rng.choice(list(_WORD.finditer(sentence)))
     before, after = sentence[: word.start()].split(), sentence[word.end() :]
-    # the text after the word starts with its punctuation or a space, which must stay as it is
+    # the text after the word starts with punctuation or a space, which must be kept
     kept = before[-_WINDOW_WORDS // 2 :]
     tail = " ".join(after.split(" ")[: _WINDOW_WORDS - len(kept)])
     return Probe(f"{' '.join(kept)} {PLACEHOLDER}{tail}", word.group())
@@ -135,22 +135,22 @@ def _masked_word(sentence: str, rng: random.Random) -> Probe:
 def masked_ids(
     probe: Probe, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (ids [1, n] with the answer masked, positions [k] of the masks, the answer's ids [k]).
+    """Return (ids [1, n] with the answer masked, positions [k] of the masks, the answer's ids [k]).
 
-    The filled-in sentence is tokenized and its answer's tokens are replaced, so all other tokens are those that the
-    model would read in the true sentence. Raises DetourError if the answer shares a token with its neighbours.
+    The complete sentence is tokenized and the answer's tokens are replaced, so all other tokens are those of the
+    original sentence. Raises DetourError if the answer shares a token with its neighbors.
     """
     text, start, end = probe.filled()
     encoded = tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"][0].tolist()
-    # a mask stands for the space before its word too, be that a token or a part of one
+    # a mask also covers the space before its word, whether a separate token or part of one
     start -= text[:start].endswith(" ")
     positions = [at for at, (first, last) in enumerate(offsets) if first < end and last > start and last > first]
     if not positions:
-        raise DetourError(f"probe {probe.text!r}: the answer {probe.answer!r} has no token of its own")
+        raise DetourError(f"probe {probe.text!r}: the answer {probe.answer!r} has no tokens; choose another answer")
     covered = text[offsets[positions[0]][0] : offsets[positions[-1]][1]]
     if covered.strip() != probe.answer:
-        raise DetourError(f"probe {probe.text!r}: the answer shares the token of {covered.strip()!r}, reword the probe")
+        raise DetourError(f"probe {probe.text!r}: the answer shares a token with {covered.strip()!r}; reword the probe")
     where = torch.tensor(positions)
     answer = ids[0, where].clone()
     ids[0, where] = mask_token_id
@@ -160,27 +160,27 @@ def masked_ids(
 def load_model(
     folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Opens a Hugging Face folder; raises DetourError if it lacks files, weights or a mask."""
+    """Load a Hugging Face folder. Raises DetourError for missing files, weights or mask token."""
     if not (folder / "config.json").is_file():
-        raise DetourError(f"{folder}: no config.json there, give the folder of a Hugging Face model")
+        raise DetourError(f"{folder}: no config.json; give the folder of a Hugging Face model")
     logging.disable_progress_bar()
     with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, loading = AutoModelForMaskedLM.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
-    # transformers fills missing weights with random numbers, whose answers would mean nothing
+    # transformers initializes missing weights randomly, which would make the answers meaningless
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
-        raise DetourError(f"{folder}: {len(missing)} weights are missing, {missing[0]} first, give a masked-LM model")
+        raise DetourError(f"{folder}: {len(missing)} weights are missing, {missing[0]} first; give a masked-LM model")
     if tokenizer.mask_token_id is None or not tokenizer.is_fast:
-        raise DetourError(f"{folder}: the tokenizer has no mask token or no tokenizer.json, give one that has both")
+        raise DetourError(f"{folder}: the tokenizer needs a tokenizer.json and a mask token")
     return model.to(device).eval(), tokenizer
 
 
 @torch.inference_mode()
 def guess(probe: Probe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: int = 3) -> Guess:
-    """The model's arg-max at each mask; for an answer of one token also its next best words, `top` in all."""
+    """Return the model's argmax at each mask; for single-token answers the `top` best words."""
     ids, where, answer = masked_ids(probe, tokenizer, tokenizer.mask_token_id)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, where]
     best = logits.topk(top if len(where) == 1 else 1, dim=-1).indices
@@ -191,12 +191,12 @@ def guess(probe: Probe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def run_probes(
     folders: Sequence[Path], probes: Sequence[Probe], labels: Sequence[str] | None = None, top: int = 3
 ) -> Report:
-    """Asks every model every probe. `labels` head the columns; without them, the folders' names do.
+    """Run every probe on every model. `labels` are the column headers, by default the folder names.
 
-    Raises DetourError if labels and folders differ in number, `top` is below 1 or a model cannot be opened.
+    Raises DetourError if labels and folders differ in number, `top` is below 1 or a model cannot be loaded.
     """
     if labels and len(labels) != len(folders):
-        raise DetourError(f"{len(labels)} --label for {len(folders)} --model, give one for each model or none")
+        raise DetourError(f"{len(labels)} --label for {len(folders)} --model; give one per model or none")
     if top < 1:
         raise DetourError(f"--top {top}: give a number above 0")
     names = labels or [folder.resolve().name for folder in folders]
@@ -209,8 +209,8 @@ def run_probes(
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Prints a line a probe, a column a model, and below them how many are right."""
-    # Text, not str, since rich would read the brackets of a user's text as its own markup
+    """Print a row per probe, a column per model, and the number of right answers."""
+    # Text, not str: rich would interpret brackets in a user's text as markup
     table = Table("probe", "answer", show_lines=True)
     for outcome in report.outcomes:
         table.add_column(Text(visible(outcome.label)))
@@ -224,5 +224,5 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 def _cell(answer: Guess) -> Text:
     mark = ("✓ ", "green") if answer.right else ("✗ ", "red")
-    others = f" ({', '.join(answer.tops[1:])})" if len(answer.tops) > 1 else ""
-    return Text.assemble(mark, visible(answer.tops[0]), (visible(others), "dim"))
+    runners_up = f" ({', '.join(answer.tops[1:])})" if len(answer.tops) > 1 else ""
+    return Text.assemble(mark, visible(answer.tops[0]), (visible(runners_up), "dim"))

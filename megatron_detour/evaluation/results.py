@@ -19,7 +19,7 @@ Result = dict[str, Any]
 
 
 class _Shape(msgspec.Struct):
-    """The types of what is read from a result; keys of later versions are passed over."""
+    """The types of the keys that are read; keys of later versions are ignored."""
 
     model: str
     task: str
@@ -42,7 +42,7 @@ class _Shape(msgspec.Struct):
 
 
 class Cell(NamedTuple):
-    """What a result is of."""
+    """The model, task, seed and labels of a result."""
 
     model: str
     task: str
@@ -58,9 +58,9 @@ class Cell(NamedTuple):
 
 
 def read_results(output: Path) -> dict[Cell, Result]:
-    """The results by their cells, the latest where there are several. Raises DetourError for a file of another kind.
+    """Return the results by cell, the latest if a cell has several. Raises DetourError for any other file.
 
-    A last line that was cut off by a kill is passed over; its cell is done again.
+    A truncated last line is skipped; its cell is run again.
     """
     path = output / RESULTS
     if not path.exists():
@@ -69,7 +69,7 @@ def read_results(output: Path) -> dict[Cell, Result]:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
-        raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DetourError(f"{path}: cannot read: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
         try:
             result = parse_json(line.decode(), str(path))
@@ -94,7 +94,7 @@ def predictions_path(output: Path, cell: Cell) -> Path:
 
 
 def add_result(output: Path, result: Result, predictions: dict[str, Any]) -> None:
-    """Writes the predictions, then the line: a line that is there has its predictions. Safe with several writers."""
+    """Write the predictions, then the line, so that every line has its predictions. Safe with concurrent writers."""
     path = predictions_path(output, Cell.of(result))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(predictions, ensure_ascii=False))
@@ -102,7 +102,7 @@ def add_result(output: Path, result: Result, predictions: dict[str, Any]) -> Non
     with os.fdopen(descriptor, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         content = file.read()
-        file.seek(content.rfind(b"\n") + 1)  # over what a kill has left of a line
+        file.seek(content.rfind(b"\n") + 1)  # overwrite a truncated last line
         file.truncate()
         file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
         file.flush()

@@ -110,7 +110,7 @@ def test_a_tokenizer_without_a_first_token_is_refused(tokenizer_folder):
     bare = AutoTokenizer.from_pretrained(tokenizer_folder)
     bare.backend_tokenizer.post_processor = ByteLevel()
     encoder = Encoder(TASK_TYPES["classification"], ("no", "yes"), bare, 64)
-    with pytest.raises(DetourError, match=r"does not begin a text with its \[CLS\]"):
+    with pytest.raises(DetourError, match=r"does not prepend \[CLS\]"):
         encoder([{"text": "the nurse", "text_b": None, "label": "yes"}])
 
 

@@ -141,10 +141,10 @@ def changed(kind: str, **values) -> bytes:
     [
         ("similarity", b"{", r"invalid JSON: Expecting"),
         ("similarity", b'{"text": "a", "text": "b"}', "duplicate key 'text'"),
-        ("similarity", b"[" * 100_000, "not a JSON object; write one object a line"),
+        ("similarity", b"[" * 100_000, "not a JSON object; write one object per line"),
         ("similarity", b'{"a": ' + b"[" * 100_000, "nested too deep"),
-        ("similarity", b"[{}, {}]", "not a JSON object; write one object a line"),
-        ("similarity", b"[{}, ", "not a JSON object; write one object a line, not a list"),
+        ("similarity", b"[{}, {}]", "not a JSON object; write one object per line"),
+        ("similarity", b"[{}, ", "not a JSON object; write one object per line, not a list"),
         ("similarity", b"5", "not a JSON object"),
         ("similarity", b"\xff", "not UTF-8"),
         ("similarity", rb'{"text": "\ud800"}', "holds half a surrogate pair"),
@@ -192,7 +192,7 @@ def changed(kind: str, **values) -> bytes:
             "the value of 'tokens' is a text, not a list",
         ),
         ("token-classification", b'{"tokens": [], "tags": []}', "nothing under 'tokens'; leave out"),
-        ("multiple-choice", changed("multiple-choice", options={"a": "pain"}), "1 options; at least two"),
+        ("multiple-choice", changed("multiple-choice", options={"a": "pain"}), "1 options; give at least two"),
         ("multiple-choice", changed("multiple-choice", options="ab"), "'options' is neither an object nor a list"),
         ("multiple-choice", changed("multiple-choice", options=["a", ""]), "the text under 'options' is blank"),
         (
@@ -203,7 +203,7 @@ def changed(kind: str, **values) -> bytes:
         (
             "multiple-choice",
             changed("multiple-choice", options=["x", "y"], answers=[2]),
-            "'2' names no option; there are 0, 1",
+            "'2' is not an option; choose from 0, 1",
         ),
         (
             "multiple-choice",
@@ -219,7 +219,7 @@ def changed(kind: str, **values) -> bytes:
         (
             "multiple-answer",
             changed("multiple-answer", answers=[]),
-            "0 right answers; multiple-answer needs at least one",
+            "no right answer; multiple-answer needs at least one",
         ),
         ("multiple-answer", changed("multiple-answer", answers=[None]), "null under 'answers'"),
     ],
@@ -241,7 +241,7 @@ def test_messages_hold_no_text_of_the_data(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_an_empty_split_is_refused(tmp_path, split):
-    with pytest.raises(DetourError, match=rf"{split}.jsonl: has no examples"):
+    with pytest.raises(DetourError, match=rf"{split}.jsonl: no examples"):
         read(tmp_path, "similarity", **{split: b"\n"})
 
 
@@ -261,7 +261,7 @@ def test_a_label_that_train_lacks(tmp_path, kind, known, new, label):
     # a task that lists it takes it, and one that lists others refuses it in every split
     listed = ("finding", "findings", "drug", "Finding", "Drug")
     assert len(read(tmp_path, kind, {"labels": listed}, test=content).test) == 2
-    with pytest.raises(DetourError, match=rf"train.jsonl, line 2: the {label} is not under labels of the task"):
+    with pytest.raises(DetourError, match=rf"train.jsonl, line 2: the {label} is missing from the task's labels"):
         read(tmp_path, kind, {"labels": ("finding", "Finding")}, train=content)
 
 
@@ -325,7 +325,7 @@ def one_hot(number: int, zero, one) -> list[list]:
 @pytest.mark.parametrize(("zero", "one"), [(0, 1), ("0", "1"), (0.0, 1.0), (False, True)])
 def test_vectors_of_zero_and_one_are_no_names(length, zero, one, tmp_path):
     values = [[zero], [one]] * 4 if length == 1 else one_hot(length, zero, one)
-    with pytest.raises(DetourError, match="labels are names; this looks like a vector of 0 and 1"):
+    with pytest.raises(DetourError, match="labels look like a vector of 0 and 1"):
         labelled(tmp_path, "multi-label", values)
 
 
@@ -345,15 +345,15 @@ def test_numbers_of_labels_are_names(values, labels, expected, tmp_path):
 @pytest.mark.parametrize(
     ("one", "other", "told"),
     [
-        (1, "1", r"the label '1' is a number in one line and a text in another"),
+        (1, "1", r"the label '1' is a number in one line and a string in another"),
         ("yes", "yes ", "the labels 'yes' and 'yes ' look alike"),
         ("a b", "a  b", "the labels .* look alike"),
         ("é", "e\u0301", "the labels .* look alike"),
         ("a", "a\u200b", "the labels .* look alike"),
-        ("a", " ", "where a name or a whole number is needed"),
-        ("a", True, "where a name or a whole number is needed|a vector of 0 and 1"),
-        ("a", None, "where a name or a whole number is needed"),
-        ("a", 1.0, "where a name or a whole number is needed|a vector of 0 and 1"),
+        ("a", " ", "not a name or an integer"),
+        ("a", True, "not a name or an integer|a vector of 0 and 1"),
+        ("a", None, "not a name or an integer"),
+        ("a", 1.0, "not a name or an integer|a vector of 0 and 1"),
     ],
 )
 def test_labels_that_look_alike_are_refused(kind, one, other, told, tmp_path):

@@ -14,7 +14,7 @@ import transformers
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import read_dataset
 from megatron_detour.evaluation.finetuning.finetune import finetune
-from megatron_detour.evaluation.finetuning.heads import open_model, optimizer_of
+from megatron_detour.evaluation.finetuning.heads import build_optimizer, open_model
 from megatron_detour.evaluation.finetuning.protocol import load_protocol
 from megatron_detour.evaluation.report.random_baseline import random_baseline
 from megatron_detour.evaluation.task import load_task
@@ -175,7 +175,7 @@ def test_heads_and_rates(small, model):
     kept = open_model(model, dataset, settings_of("classification"))
     pretrained = transformers.AutoModelForMaskedLM.from_pretrained(model)
     assert torch.equal(kept.head.dense.weight, pretrained.head.dense.weight)  # transformers' head goes on from it
-    groups = optimizer_of(network, settings_of("classification", "head_learning_rate=1e-2")).param_groups
+    groups = build_optimizer(network, settings_of("classification", "head_learning_rate=1e-2")).param_groups
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert rates[id(network.classifier.weight)] == (1e-2, 0.01) and rates[id(network.classifier.bias)] == (1e-2, 0)
     assert rates[id(network.model.layers[0].attn.Wqkv.weight)] == (3e-3, 0.01)
@@ -191,10 +191,10 @@ def test_an_encoder_that_is_not_there_is_no_random_one(model, small, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.Wo.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DetourError, match=r"1 weights of the encoder are missing or .* model\.layers\.1\.mlp\.Wo"):
+    with pytest.raises(DetourError, match=r"1 encoder weights are missing or .* model\.layers\.1\.mlp\.Wo"):
         open_model(tmp_path, small["classification"], settings_of("classification"))
     (tmp_path / "model.safetensors").write_bytes(b"no weights at all")
-    with pytest.raises(DetourError, match="cannot be opened as a model"):
+    with pytest.raises(DetourError, match="cannot load the model"):
         open_model(tmp_path, small["classification"], settings_of("classification"))
 
 

@@ -280,7 +280,7 @@ def test_broken_weights_are_told(model_folder):
 def test_a_window_that_is_too_long_is_told(opened):
     model, tokenizer = opened
     windows = windows_of(0, "word " * 300, **SHAPE | {"words": 300})
-    with pytest.raises(DetourError, match=r"a window has 1,201 tokens and the model reads 512; .* --window-words"):
+    with pytest.raises(DetourError, match=r"a window has 1,201 tokens, but the model reads 512; .* --window-words"):
         score_windows(model, tokenizer, windows, 1000)
 
 
@@ -359,10 +359,10 @@ def test_a_trained_model_is_better_and_all_is_told(model_folder, taught_folder, 
     lines = [json.loads(line) for line in (out / "intrinsic.jsonl").read_text().splitlines()]
     assert lines == [before, after]
     shown = capsys.readouterr()
-    assert "[red]before" in shown.out and "against [red]before" in shown.out
+    assert "[red]before" in shown.out and "compared with [red]before" in shown.out
     assert "80 of 80 windows" in shown.err
     page = (out / "intrinsic.md").read_text()
-    assert "## notes.jsonl" in page and "| after | domain |" in page and "Against \\[red\\]before:" in page
+    assert "## notes.jsonl" in page and "| after | domain |" in page and "Compared with \\[red\\]before:" in page
     # no text of the corpus leaves it
     written = "".join(path.read_text() for path in out.rglob("*") if path.is_file())
     assert "metformin" not in written and "amlodipine" not in written
@@ -423,7 +423,7 @@ def test_words_of_a_file_are_the_domain(model_folder, texts, tmp_path, capsys):
     words.write_text("Metformin\nœdema\n\nheart failure\n", encoding="utf-8")
     (line,) = measure({"a": model_folder}, [texts], IntrinsicOptions(**OPTIONS, words=words), tmp_path / "out")
     assert line["domain_words"] == 2 and 0 < line["domain"]["words"] < line["all"]["words"] / 5
-    assert f"{words}: 1 lines hold no word or several" in capsys.readouterr().err
+    assert f"{words}: 1 lines do not contain exactly one word" in capsys.readouterr().err
     assert read_words(words) == (frozenset({"metformin", "œdema"}), 1)
 
 
@@ -461,9 +461,9 @@ def test_the_command_takes_what_measure_takes(model_folder, taught_folder, texts
         ({"window_words": -1}, "--window-words -1"),
         ({"seed": -1}, "--seed -1"),
         ({"ratio": float("nan")}, "--ratio nan"),
-        ({"mask_rate": 1.0}, "--mask-rate 1.0: give a share"),
-        ({"words": Path("w"), "reference": (Path("r"),)}, "leave out --reference"),
-        ({"domain": (Path("d"),)}, "give --reference too"),
+        ({"mask_rate": 1.0}, "--mask-rate 1.0: give a fraction"),
+        ({"words": Path("w"), "reference": (Path("r"),)}, "omit --reference"),
+        ({"domain": (Path("d"),)}, "--domain requires --reference"),
     ],
 )
 def test_options_without_a_meaning_are_told(values, message):
@@ -474,11 +474,11 @@ def test_options_without_a_meaning_are_told(values, message):
 def corpus_faults(folder: Path) -> dict[str, tuple[Path, str]]:
     contents = {
         "absent.jsonl": (None, "absent.jsonl: no such file"),
-        "empty.jsonl": ("", "empty.jsonl: holds no words"),
-        "blank.txt": ("\n \n", "blank.txt: holds no words"),
+        "empty.jsonl": ("", "empty.jsonl: no words"),
+        "blank.txt": ("\n \n", "blank.txt: no words"),
         "bad.jsonl": ('{"text": "one"}\nnot json\n', "bad.jsonl, line 2: .*JSON"),
         "key.jsonl": ('{"body": "one"}\n', "key.jsonl, line 1: .*text"),
-        "signs.txt": ("... !!!\n", "signs.txt: holds no words"),
+        "signs.txt": ("... !!!\n", "signs.txt: no words"),
     }
     for name, (content, _) in contents.items():
         if content is not None:
@@ -501,27 +501,27 @@ def test_wrong_inputs_get_one_sentence(model_folder, texts, reference, tmp_path)
     for path, message in corpus_faults(tmp_path).values():
         check(message, corpora=[path])
     check("at least one model", models_here={})
-    check("the same corpus is given twice", corpora=[texts, texts])
+    check("the same corpus twice", corpora=[texts, texts])
     check("no config.json", models_here={"a": tmp_path})
     (tmp_path / "taken").write_text("")
     check("taken is a file", output="taken")
-    check("no domain word found, as none of 4 letters", reference=(texts,))
+    check("no domain words: none has 4 letters", reference=(texts,))
     check("absent: no such file", reference=(tmp_path / "absent",))
     check("absent: no such file", words=tmp_path / "absent")
     (tmp_path / "words.txt").write_text("xylophone\n")
-    check("no domain word found among the masked ones", words=tmp_path / "words.txt")
+    check("no domain words among the masked ones", words=tmp_path / "words.txt")
     (tmp_path / "words.txt").write_text("two words\n")
-    check("words.txt: holds no word, give one a line", words=tmp_path / "words.txt")
+    check("words.txt: no words; write one per line", words=tmp_path / "words.txt")
     check("--device gpu: give auto, cpu", device="gpu")
     check("--device cuda:99: torch sees", device="cuda:99")
     maskless = tmp_path / "maskless"
     shutil.copytree(model_folder, maskless)
     settings = json.loads((maskless / "tokenizer_config.json").read_text())
     (maskless / "tokenizer_config.json").write_text(json.dumps(settings | {"mask_token": None}))
-    check("the tokenizer has no mask token", models_here={"a": maskless})
+    check("the tokenizer needs a tokenizer.json and a mask token", models_here={"a": maskless})
     letters = tmp_path / "long.txt"
     letters.write_text("a b " * 400)
-    check("random on .*long.txt: a window has .* and the model reads 512", corpora=[letters], window_words=800)
+    check("random on .*long.txt: a window has .* but the model reads 512", corpora=[letters], window_words=800)
 
 
 WRONG = [
@@ -549,6 +549,6 @@ def test_what_lies_in_the_output_is_never_a_traceback(content, model_folder, tex
     assert again["all"] == whole["all"]
     (out / "intrinsic.jsonl").write_bytes(content + b"\n")
     if content:
-        with pytest.raises(DetourError, match=r"intrinsic.jsonl: not the lines of .*remove the file") as caught:
+        with pytest.raises(DetourError, match=r"intrinsic.jsonl: not output of .*remove the file") as caught:
             measure({"a": model_folder}, [texts], options, out)
         assert "\n" not in str(caught.value)

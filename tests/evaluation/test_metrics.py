@@ -174,12 +174,12 @@ def test_scores_are_plain_numbers(name):
 @pytest.mark.parametrize(
     ("name", "gold", "predicted", "says"),
     [
-        ("accuracy", [1, 2], [1], "accuracy: 2 right answers, but 1 predictions"),
-        ("accuracy", [], [], "accuracy: there are no predictions"),
+        ("accuracy", [1, 2], [1], "accuracy: 2 gold answers, but 1 predictions"),
+        ("accuracy", [], [], "accuracy: no predictions"),
         ("entity_f1", [["O"], ["O", "O"]], [["O"], ["O"]], "entity_f1: example 1 has 2 words, but 1 predicted tags"),
         ("macro_f1", ["a", "b"], ["a", "f"], "the prediction of example 1 is 'f', not a label of the data set"),
         ("micro_f1", [["a", "f"]], [["a"]], "the right answer of example 0 is 'f', not a label of the data set"),
-        ("pearson", [1.0, 2.0], [1.0, float("nan")], "pearson: some scores are NaN or infinite; the model has"),
+        ("pearson", [1.0, 2.0], [1.0, float("nan")], "pearson: scores are NaN or infinite; the model has"),
     ],
 )
 def test_answers_that_do_not_fit_are_named(name, gold, predicted, says):

@@ -102,7 +102,7 @@ def test_an_encoder_of_other_sizes_is_refused(small, model, tmp_path):  # noqa: 
     shutil.copytree(model, tmp_path / "m")
     config = json.loads((model / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
-    with pytest.raises(DetourError, match=r"cannot be opened as a model|weights of the encoder"):
+    with pytest.raises(DetourError, match=r"cannot load the model|encoder weights"):
         open_model(tmp_path / "m", small["classification"], settings_of("classification"))
 
 
@@ -164,11 +164,11 @@ def change(path: Path, key: str, value: object) -> None:
 
 def open_all(folder: Path, dataset, tmp_path: Path) -> None:
     """As a suite does: the check, then a worker; and as the masked words are measured."""
-    from megatron_detour.evaluation.finetuning.finetune import encoder_of
+    from megatron_detour.evaluation.finetuning.finetune import build_encoder
 
     for opening in (
         lambda: check_model(folder),
-        lambda: encoder_of(folder, open_model(folder, dataset, settings_of("classification")), dataset,
+        lambda: build_encoder(folder, open_model(folder, dataset, settings_of("classification")), dataset,
                            settings_of("classification"), dataset.train)(dataset.test),
         lambda: load_model(folder),
     ):  # fmt: skip

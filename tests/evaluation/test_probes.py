@@ -100,7 +100,7 @@ def test_answer_at_the_start_and_after_an_apostrophe(tokenizer):
 
 def test_answer_inside_a_token_is_refused(tokenizer):
     assert "Ġdiabetes" in tokenizer.get_vocab()
-    with pytest.raises(DetourError, match="shares the token"):
+    with pytest.raises(DetourError, match="shares a token"):
         masked_ids(Probe("for dia[MASK].", "betes"), tokenizer, tokenizer.mask_token_id)
 
 

@@ -62,11 +62,11 @@ def test_a_report_of_every_kind_of_task(tmp_path):
     }  # fmt: skip
     html, text, markdown = page.read_text(), words(page), (output / "report.md").read_text()
     (described,) = re.findall(r"<svg .*?<desc>(Scores: .*?)</desc>", html)
-    assert "%" in described and "Differences to" in described and (output / "scores.png").stat().st_size
+    assert "%" in described and "Differences from" in described and (output / "scores.png").stat().st_size
     assert not re.search(r"(src|href)=\"(?!#)|<script|<link|url\((?!#)|@import|https?://", html)
     assert "6 tasks, seeds 42, 43, 44, protocol quick." in text and read_summary(output)["verdict"] in text
-    assert "6 comparisons by task (1 model against base)" in text and "6 comparisons by task" in markdown
-    assert "![Scores by task, and differences to the baseline](scores.png)" in markdown
+    assert "6 comparisons by task (1 model compared with base)" in text and "6 comparisons by task" in markdown
+    assert "![Scores by task, and differences from the baseline](scores.png)" in markdown
     summary = read_summary(output)
     assert summary == json.loads(json.dumps(summarize(output, None, FEW)))  # the same again
     for kind in METRICS:
@@ -132,7 +132,7 @@ def test_one_seed_shows_no_clear_difference(tmp_path):
     assert all(
         t["differences"]["detour"]["p"] < 0.05 and not t["differences"]["detour"]["clear"] for t in summary["tasks"]
     )
-    assert any(note.startswith("one seed tells nothing") for note in summary["notes"])
+    assert any(note.startswith("with one seed the variance") for note in summary["notes"])
     assert shown(scores_table(summary))[0][2].count("±") == 0
 
 
@@ -153,7 +153,9 @@ def test_a_single_model_has_scores_and_no_comparison(tmp_path):
     output = make_evaluation(tmp_path, [NER], {"only": 0.7})
     text = words(write_report(output, None, FEW))
     assert (
-        "Evaluation of 1 model" in text and "one model alone is no comparison. 1 task" in text and "Against" not in text
+        "Evaluation of 1 model" in text
+        and "a comparison needs a second model. 1 task" in text
+        and "Against" not in text
     )
     assert read_summary(output)["comparisons"] == 0
 
@@ -183,13 +185,13 @@ def fixed(output: Path, tasks: int, seeds: int, differences: list[float], models
 def test_the_first_line_says_what_could_have_been_shown(tmp_path):
     summary = fixed(tmp_path, 2, 2, [0.01, 0.015])
     # half of Student's interval of 97.5% of task means 1.5 and 2.0: 25.452 * 0.354 / sqrt(2)
-    assert summary["verdict"] == "No difference is clear: 2 tasks x 2 seeds cannot show less than 6.4 points."
+    assert summary["verdict"] == "No difference is clear: 2 tasks x 2 seeds cannot detect less than 6.4 points."
     write_report(tmp_path, None, FEW)
     assert (tmp_path / "report.md").read_text().startswith(f"# Evaluation\n\n**{summary['verdict']}**\n")
     several = fixed(tmp_path / "several", 2, 2, [0.01, 0.015], models=2)
-    assert several["verdict"].endswith("cannot show less than 12.7 points.")  # of two models, after Holm's correction
+    assert several["verdict"].endswith("cannot detect less than 12.7 points.")  # of two models, after Holm's correction
     assert fixed(tmp_path / "one", 1, 3, [0.01])["verdict"].endswith(
-        "1 task x 3 seeds cannot show less than 2.5 points."
+        "1 task x 3 seeds cannot detect less than 2.5 points."
     )
     assert fixed(tmp_path / "least", 1, 1, [0.01])["verdict"].endswith("1 task x 1 seed cannot show any.")
 
@@ -241,7 +243,7 @@ def test_missing_cells_are_named_and_left_out_of_the_average(two_models):
     summary = summarize(two_models, None, FEW)
     assert summary["average"]["missing"] == ["detour, bc5cdr, seed 44"]
     assert summary["average"]["tasks"] == ["rct_sections"]
-    assert "1 cell is missing (detour, bc5cdr, seed 44); the average leaves out bc5cdr" in summary["notes"]
+    assert "1 cell is missing (detour, bc5cdr, seed 44); the average excludes bc5cdr" in summary["notes"]
     rows = shown(scores_table(summary))
     assert rows[0][3].endswith(" (2)") and rows[-1][0] == "Mean of 1 task"
     assert summary["against_baseline"][0]["cells"]["units"] == 5
@@ -389,7 +391,7 @@ def test_predictions_on_other_data_are_refused(two_models):
     path = two_models / "predictions/detour/rct_sections/43.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"gold": content["gold"][::-1]}))
-    with pytest.raises(DetourError, match="right answers are not those of the task's other predictions"):
+    with pytest.raises(DetourError, match="gold answers differ from the task's other predictions"):
         write_report(two_models, None)
     path.write_text(json.dumps(content | {"predicted": ["nothing"] * len(content["gold"])}))
     with pytest.raises(DetourError, match=f"{path}: the prediction of example 0 is 'nothing'.*remove the file"):
@@ -410,7 +412,7 @@ def test_shuffled_labels_are_in_no_other_table(two_models):
     assert found["shuffled"]["detour"]["seeds"] == 3 and found["shuffled"]["detour"]["at_chance"]
     assert found["not_above"] == []
     sanity = next(table for table in tables(after) if table.title == "Sanity")
-    assert sanity.headers == ["Task", "Chance (up to)", "detour, shuffled labels", "No better than chance"]
+    assert sanity.headers == ["Task", "Random baseline (up to)", "detour, shuffled labels", "Not above random baseline"]
     assert after["cost"][1]["shuffled_runs"] == 6 and after["cost"][1]["runs"] == 6
 
 
@@ -423,7 +425,7 @@ def test_a_model_at_chance_and_a_shuffled_one_above_it_are_told(tmp_path):
     found = task(summarize(output, None, FEW), "rct_sections")["sanity"]
     assert found["not_above"] == ["blind"] and found["shuffled"]["good"]["at_chance"] is False
     text = words(write_report(output, None, FEW))
-    assert "(3), above chance" in text
+    assert "(3), above random baseline" in text
 
 
 def test_a_model_with_shuffled_labels_only_takes_no_part_in_the_rest(two_models):
@@ -487,14 +489,14 @@ def test_a_table_on_the_terminal(two_models):
     console = Console(file=io.StringIO(), width=150)
     as_text(json.loads(json.dumps(summarize(two_models, None, FEW))), console)
     text = console.file.getvalue()
-    assert re.search(r"bc5cdr +entity F1 +\d\d\.\d ± \d", text) and "Against base" in text
-    assert "2 comparisons by task (1 model against base)" in text and "Note: 3 seeds" in text
+    assert re.search(r"bc5cdr +entity F1 +\d\d\.\d ± \d", text) and "Compared with base" in text
+    assert "2 comparisons by task (1 model compared with base)" in text and "Note: 3 seeds" in text
 
 
 def test_too_few_permutations_are_told(tmp_path):
     output = make_evaluation(tmp_path, [MadeUp(f"task{n}", examples=20) for n in range(4)], SKILLS)
     notes = summarize(output, None, 50)["notes"]
-    assert "50 permutations are too few for 4 comparisons: none can be significant" in notes
+    assert "50 permutations are too few for 4 comparisons to be significant" in notes
 
 
 def test_names_are_no_markup(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from transformers import ModernBertConfig, ModernBertModel
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.task_types.crf import FORBIDDEN, BoundaryCrf, best_spans, legal_moves, tags_of
+from megatron_detour.evaluation.task_types.crf import FORBIDDEN, BoundaryCrf, best_spans, legal_moves, path_tags
 from megatron_detour.evaluation.task_types.span_head import LONGEST_SPAN, SpanTagger
 
 PAD, CLS, SEP = 0, 1, 2
@@ -82,7 +82,7 @@ def test_a_likelihood_that_is_a_distribution_over_sets_of_entities():
     assert len({tuple(spans_of(path)) for path in legal}) == len(legal)
     total = 0.0
     for path in legal:
-        assert tags_of(spans_of(path), words) == list(path)
+        assert path_tags(spans_of(path), words) == list(path)
         total += (-crf.loss(emissions, torch.tensor([words]), torch.tensor([path]))).exp().item()
     assert total == pytest.approx(1, abs=1e-4)
 
@@ -201,7 +201,7 @@ def test_tags_of_every_sentence_are_well_formed_and_of_its_length():
 
 def force(model: SpanTagger, spans: list[tuple[int, int, int]], words: int) -> None:
     """Makes the model decode these spans of the words that are there, whatever it reads."""
-    tags = tags_of(spans, words)
+    tags = path_tags(spans, words)
     model.eval()
     model.emit.forward = lambda context: torch.eye(len(model.tags) * 2 - 1)[tags][None] * 100
 

@@ -190,7 +190,7 @@ def test_missing_cells_leave_out_their_pair():
     cells = paired_bootstrap(a, b, 100)
     assert cells.mean == pytest.approx((0.1 + 0.4) / 2) and cells.units == 2
     assert over_tasks(a, b).units == 2
-    with pytest.raises(ValueError, match="no cell in common"):
+    with pytest.raises(ValueError, match="no common cell"):
         paired_bootstrap(a, np.full((3, 2), np.nan))
     with pytest.raises(ValueError, match="1 dimension"):
         paired_bootstrap(np.zeros(3), np.zeros(3))

@@ -19,10 +19,10 @@ from megatron_detour.commands import evaluate as command
 from megatron_detour.commands.parser import Parser
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.finetuning.progress import SuiteProgress
-from megatron_detour.evaluation.finetuning.protocol import KNOWN, known_protocols, load_protocol
+from megatron_detour.evaluation.finetuning.protocol import KNOWN, load_protocol, packaged_protocols
 from megatron_detour.evaluation.models import check_model
 from megatron_detour.evaluation.results import Cell, add_result, predictions_path, read_results
-from megatron_detour.evaluation.task import known_tasks, load_task
+from megatron_detour.evaluation.task import load_task, packaged_tasks
 from megatron_detour.evaluation.task_types import TASK_TYPES
 from tests.evaluation.small_tasks import write_small_tasks
 from tests.evaluation.test_finetune import write_tiny_model
@@ -123,7 +123,7 @@ def test_kills_lose_nothing_that_was_finished(workshop, unbroken, tmp_path):
         before, lines = lines, _whole_lines(output)
         assert lines[: len(before)] == before and len(before) + 2 <= len(lines) < 8
     status, _, err = finish(start(workshop, output))
-    assert status == 0 and f"{len(lines)} of 8 fine-tunings were finished before" in err
+    assert status == 0 and f"{len(lines)} of 8 fine-tunings are already finished" in err
     assert _whole_lines(output)[: len(lines)] == lines
     assert figures(output) == figures(unbroken)
     assert not (output / ".scratch").exists()
@@ -156,7 +156,7 @@ def _lives(pid: int) -> bool:
 def test_a_finished_suite_does_nothing_and_more_seeds_only_theirs(workshop, unbroken, tmp_path, capsys):
     before = (unbroken / "results.jsonl").read_bytes()
     command.run(_options(arguments(workshop, unbroken)))
-    assert "8 of 8 fine-tunings were finished before" in capsys.readouterr().err
+    assert "8 of 8 fine-tunings are already finished" in capsys.readouterr().err
     assert (unbroken / "results.jsonl").read_bytes() == before
 
 
@@ -169,13 +169,13 @@ def _options(words: list[str]):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (["epochs=2"], "holds results of the protocol"),
+        (["epochs=2"], "contains results of protocol"),
         (["--seeds", "0"], None),
         (["--tasks", "hocc"], r"hocc.*did you mean 'hoc'"),
-        (["epoch=2"], r"epoch=2: give key=value.*did you mean 'epochs'"),
+        (["epoch=2"], r"epoch=2: not key=value.*did you mean 'epochs'"),
         (["batch=8", "batch=9"], "batch=9: batch is given twice"),
         (["batch=many"], "batch=many.*Expected `int"),
-        (["warmup=2"], "warmup is a share"),
+        (["warmup=2"], "warmup must be a fraction"),
         (["--model", "/nowhere"], r"--model /nowhere: there is no such folder"),
         (["--model", "a=one/x", "a=two/x"], "a second model named 'a'"),
     ],
@@ -209,7 +209,7 @@ def test_models_without_weights_or_tokenizer_are_told_together(workshop, unbroke
     words[1:3] = [str(tmp_path / "bare"), str(tmp_path / "empty")]
     with pytest.raises(DetourError, match="2 faults") as caught:
         command.run(_options(words))
-    assert "no tokenizer.json there" in str(caught.value) and "no weights" in str(caught.value)
+    assert "no tokenizer.json" in str(caught.value) and "safetensors weights" in str(caught.value)
     assert not (tmp_path / "out").exists()
     words[words.index("--data") + 1] = str(tmp_path)
     with pytest.raises(DetourError, match=r"4 faults[\s\S]*small_classification: there is no such folder"):
@@ -239,7 +239,7 @@ def test_a_name_stands_for_one_model_and_options_add_up(workshop, unbroken, tmp_
     words[1] = f"first={workshop / 'second'}"
     with pytest.raises(DetourError, match="small_classification, seed 42, but of another model"):
         command.run(_options(words))
-    kinds = (("modernbert-decoder", None, "this is a decoder"), ("x", "checkpoints", "this is a run"))
+    kinds = (("modernbert-decoder", None, "a decoder"), ("x", "checkpoints", "a run directory"))
     for model_type, extra, told in kinds:
         folder = tmp_path / model_type
         folder.mkdir()
@@ -261,10 +261,10 @@ def test_a_fault_of_one_job_stops_no_other(workshop, tmp_path):
     broken.mkdir()
     for path in (workshop / "first").iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
-    (broken / "model.safetensors").write_bytes(b"no weights")
+    (broken / "model.safetensors").write_bytes(b"safetensors weights")
     words = arguments(workshop, tmp_path / "out", tasks=("classification",), seeds=1)
     words[1:3] = [str(broken), str(workshop / "second")]
-    with pytest.raises(DetourError, match=r"broken, small_classification, seed 42: .*cannot be opened as a model"):
+    with pytest.raises(DetourError, match=r"broken, small_classification, seed 42: .*cannot load the model"):
         command.run(_options(words))
     assert list(read_results(tmp_path / "out")) == [Cell("second", "small_classification", 42)]
 
@@ -321,7 +321,7 @@ def test_results_survive_a_torn_line_and_take_the_latest(tmp_path):
 
 
 def test_protocols_hold_the_paper_s_figures():
-    assert known_protocols() == ["paper-en", "paper-fr", "quick"]
+    assert packaged_protocols() == ["paper-en", "paper-fr", "quick"]
     english, french = load_protocol("paper-en"), load_protocol("paper-fr")
     assert (english.seeds, french.seeds) == (tuple(range(42, 47)), tuple(range(42, 51)))
     assert {english.by_type[kind].learning_rate for kind in TASK_TYPES} == {5e-5}
@@ -361,7 +361,7 @@ def test_every_task_of_the_paper_is_cut_where_the_paper_cuts_it(name):
 
 
 def test_the_list_is_the_paper_s():
-    assert set(LONGEST) == {name for name in known_tasks() if load_task(name).paper}
+    assert set(LONGEST) == {name for name in packaged_tasks() if load_task(name).paper}
 
 
 def test_a_protocol_can_differ_by_task(tmp_path):

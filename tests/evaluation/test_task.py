@@ -10,7 +10,7 @@ import pytest
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset, read_dataset
-from megatron_detour.evaluation.task import _KEYS, FOLDER, Task, known_tasks, load_task
+from megatron_detour.evaluation.task import _KEYS, FOLDER, Task, load_task, packaged_tasks
 from megatron_detour.evaluation.task_types import TASK_TYPES
 from tests.evaluation.small_tasks import SIZES, write_small_tasks
 
@@ -42,7 +42,7 @@ def own(tmp_path):
     return load
 
 
-@pytest.mark.parametrize("name", known_tasks())
+@pytest.mark.parametrize("name", packaged_tasks())
 def test_packaged_tasks_are_whole(name):
     task = load_task(name)
     assert task.name == name
@@ -54,19 +54,19 @@ def test_packaged_tasks_are_whole(name):
 
 def test_the_papers_tasks():
     of_paper = {"en": [], "fr": []}
-    for name in known_tasks():
+    for name in packaged_tasks():
         if paper := load_task(name).paper:
             of_paper[paper].append(name)
     assert {paper: " ".join(names) for paper, names in of_paper.items()} == PAPER
 
 
 def test_every_type_has_a_packaged_task():
-    assert {load_task(name).type for name in known_tasks()} == set(TASK_TYPES)
+    assert {load_task(name).type for name in packaged_tasks()} == set(TASK_TYPES)
 
 
 def test_the_page_names_every_task_with_its_facts():
     rows = {row[0].strip("`"): row[1:] for row in (re.split(r" \| ", line[2:-2]) for line in _table_lines())}
-    assert list(rows) == known_tasks()
+    assert list(rows) == packaged_tasks()
     for name, (language, kind, metric, paper, licence, how) in rows.items():
         task = load_task(name)
         assert (language, kind, metric, licence) == (task.language, task.type, task.metric, task.licence), name
@@ -109,7 +109,7 @@ def test_a_short_file_is_filled_up(own):
         ("[1]", "a task is a YAML mapping with the keys name, language, type"),
         ("a: b: c", "invalid YAML"),
         (f"{MINE}type: similarity\n", "line 4: duplicate key 'type'"),
-        (f"{MINE}title: 'a\u202eb'\n", "title: the text .* characters that do not print"),
+        (f"{MINE}title: 'a\u202eb'\n", "title: .* non-printable characters"),
         ("language: en\ntype: similarity\n", "the key name is missing"),
         ("name: a\ntype: similarity\n", "the key language is missing"),
         ("name: a\nlanguage: en\n", "the key type is missing"),
@@ -117,12 +117,12 @@ def test_a_short_file_is_filled_up(own):
         (f"{MINE}1: 2\n", "unknown key 1"),
         ("name: 5\nlanguage: en\ntype: similarity\n", "name: a text is needed, it is 5; quotes"),
         ("name: a/b\nlanguage: en\ntype: similarity\n", "name: 'a/b' cannot name a folder"),
-        ("name: ..\nlanguage: en\ntype: similarity\n", "name: '..' cannot name a folder"),
+        ("name: ..\nlanguage: en\ntype: similarity\n", "name: '..' is not a valid folder name"),
         ("name: a\nlanguage: no\ntype: similarity\n", "language: a text is needed, it is False; quotes"),
         ("name: a\nlanguage: English\ntype: similarity\n", "language: 'English' is not a language code"),
         ("name: a\nlanguage: en\ntype: ner\n", "type: unknown type 'ner'; there are token-classification, "),
         ("name: a\nlanguage: en\ntype: multilabel\n", "type: unknown type 'multilabel' .*mean 'multi-label'"),
-        (f"{MINE}title: ' '\n", "title: the text is empty"),
+        (f"{MINE}title: ' '\n", "title: must not be empty"),
         (f"{MINE}paper: de\n", "paper: 'de' is neither en nor fr"),
         (f"{MINE}metric: entity_f1\n", "metric: unknown metric 'entity_f1' for classification.*; there are macro_f1"),
         (f"{MINE}metrics: [accurracy]\n", "metrics: unknown metric 'accurracy' .*did you mean 'accuracy'"),
@@ -130,7 +130,7 @@ def test_a_short_file_is_filled_up(own):
         (f"{MINE}labels: [yes, no]\n", "labels: a text is needed, it is True; quotes make it one"),
         (f"{MINE}labels: [a, b, a]\n", "labels: 'a' stands there twice"),
         ("name: a\nlanguage: en\ntype: similarity\nlabels: [a]\n", "labels: a task of type similarity has none"),
-        (f"{MINE}fields: [a]\n", "fields: a mapping is needed, such as {text: KEY_OF_THE_FILE}"),
+        (f"{MINE}fields: [a]\n", "fields: must be a mapping such as {text: KEY_IN_FILE}"),
         (f"{MINE}fields: {{labels: a}}\n", "fields.labels: classification has no such field .*did you mean 'label'"),
         (f"{MINE}fields: {{label: 1}}\n", "fields.label: a text is needed, it is 1"),
     ],
@@ -143,9 +143,9 @@ def test_what_is_wrong_with_a_file_is_named(own, tmp_path, content, says):
 
 
 def test_an_unknown_task_is_named_with_the_nearest(tmp_path):
-    with pytest.raises(DetourError, match=r"task bc5cd: neither a task of docs/tasks.md nor .*did you mean 'bc5cdr'"):
+    with pytest.raises(DetourError, match=r"task bc5cd: neither packaged (docs/tasks.md) nor .*did you mean 'bc5cdr'"):
         load_task("bc5cd")
-    with pytest.raises(DetourError, match="neither a task"):
+    with pytest.raises(DetourError, match="neither packaged"):
         load_task(str(tmp_path))  # a folder
 
 

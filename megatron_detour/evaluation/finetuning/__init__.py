@@ -1,1 +1,1 @@
-"""Fine-tuning models on tasks: protocols, heads, jobs and the workers that do them."""
+"""Fine-tuning on tasks: protocols, heads, jobs and workers."""

@@ -1,4 +1,4 @@
-"""Fine-tunes one model on one task with one seed, and scores the test split with the best state by validation."""
+"""Fine-tune one model on one task with one seed, and score the test split with the best validated state."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from torch.utils.data import DataLoader
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset
-from megatron_detour.evaluation.finetuning.heads import open_model, optimizer_of
-from megatron_detour.evaluation.finetuning.protocol import Settings
+from megatron_detour.evaluation.finetuning.heads import build_optimizer, open_model
+from megatron_detour.evaluation.finetuning.protocol import FinetuneSettings
 from megatron_detour.evaluation.models import most_positions, opening
 from megatron_detour.evaluation.task_types import METRICS
 from megatron_detour.evaluation.task_types.encode import Encoder, Example, Feature, token_count, was_cut
 
-SUBSET_SEED = 0  # of the examples that a protocol's train_examples and dev_examples leave: the same for all seeds
-Report = Callable[[float], None]  # gets the share of the steps that are done
+SUBSET_SEED = 0  # for the subsets of train_examples and dev_examples; independent of the fine-tuning seed
+Report = Callable[[float], None]  # receives the fraction of steps done
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a fine-tuned model scored, and its predictions on the test split beside the right answers."""
+    """The scores of a fine-tuned model, and its predictions and the gold answers of the test split."""
 
     scores: dict[str, float]
     dev_score: float
     best_step: int
     steps: int
     examples: dict[str, int]
-    cut: int  # test texts that filled the length
+    cut: int  # test texts truncated at max_length
     gold: list[Any]
     predicted: list[Any]
     seconds: float
@@ -48,16 +48,16 @@ class Outcome:
 def finetune(
     model: Path,
     dataset: Dataset,
-    settings: Settings,
+    settings: FinetuneSettings,
     seed: int,
     *,
     shuffled: bool = False,
     scratch: Path,
-    report: Report = lambda share: None,
+    report: Report = lambda fraction: None,
 ) -> Outcome:
-    """`shuffled` trains on labels in random order: what comes out is chance. `scratch` holds checkpoints meanwhile.
+    """Fine-tune and score. `shuffled` trains on shuffled labels, a sanity check; `scratch` holds temporary checkpoints.
 
-    Raises DetourError for a model or a tokenizer that does not fit the task.
+    Raises DetourError if the model or tokenizer does not fit the task.
     """
     began = time.monotonic()
     kind = dataset.task.kind
@@ -67,7 +67,7 @@ def finetune(
         train = kind.shuffle(train, random.Random(seed))
     transformers.set_seed(seed)
     network = open_model(model, dataset, settings)
-    encoder = encoder_of(model, network, dataset, settings, train)
+    encoder = build_encoder(model, network, dataset, settings, train)
     features = {name: encoder(split) for name, split in (("train", train), ("dev", dev), ("test", dataset.test))}
     with TemporaryDirectory(dir=scratch, prefix="finetune-") as folder:
         trainer = _Trainer(
@@ -79,7 +79,7 @@ def finetune(
             compute_metrics=_judge(encoder, settings.select_by or dataset.task.metric, dev, features["dev"]),
             compute_loss_func=kind.loss(dataset.labels, train),
             preprocess_logits_for_metrics=_kept_outputs(encoder),
-            optimizers=(optimizer_of(network, settings), None),
+            optimizers=(build_optimizer(network, settings), None),
             callbacks=[_Progress(report)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -111,19 +111,21 @@ def _subset(examples: list[Example], most: int | None) -> list[Example]:
     return [examples[i] for i in kept]
 
 
-def encoder_of(model: Path, network: nn.Module, dataset: Dataset, settings: Settings, train: list[Example]) -> Encoder:
-    """Texts are cut to the protocol's length, or to what the model reads where that is less. Raises DetourError."""
+def build_encoder(
+    model: Path, network: nn.Module, dataset: Dataset, settings: FinetuneSettings, train: list[Example]
+) -> Encoder:
+    """Build the encoder; texts are truncated at the protocol's or the model's maximum length. Raises DetourError."""
     with opening(model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
     if tokenizer.pad_token_id is None:
-        raise DetourError(f"{model}: the tokenizer has no padding token; name one in its tokenizer_config.json")
+        raise DetourError(f"{model}: the tokenizer has no padding token; set pad_token in its tokenizer_config.json")
     longest = min(settings.max_length, most_positions(network.base_model, tokenizer))
     kind = dataset.task.kind.with_head(settings.ner_head)
     return Encoder(kind, dataset.labels, tokenizer, longest, kind.fit(train))
 
 
 class _Trainer(transformers.Trainer):
-    """Evaluates in the given order: grouping by length would change that of the evaluation too, without a word."""
+    """Evaluates in dataset order: group_by_length would silently reorder the evaluation too."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         return self._in_order(self.eval_dataset if eval_dataset is None else eval_dataset)
@@ -133,7 +135,7 @@ class _Trainer(transformers.Trainer):
 
     def _in_order(self, dataset: Any) -> DataLoader:
         loader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)  # which counts its batches: without that some outputs are dropped
+        return self.accelerator.prepare(loader)  # it counts batches; without it some outputs are dropped
 
 
 class _Progress(transformers.TrainerCallback):
@@ -147,7 +149,7 @@ class _Progress(transformers.TrainerCallback):
 def _judge(
     encoder: Encoder, metric: str, dev: list[Example], features: list[Feature]
 ) -> Callable[[Any], dict[str, float]]:
-    """Scores a validation by the metric that selects the best state."""
+    """Return compute_metrics: the validation score that selects the best state."""
     gold = encoder.gold(dev)
 
     def judge(evaluated: Any) -> dict[str, float]:
@@ -157,7 +159,7 @@ def _judge(
     return judge
 
 
-def _arguments(settings: Settings, seed: int, folder: Path) -> Any:
+def _arguments(settings: FinetuneSettings, seed: int, folder: Path) -> Any:
     cuda = torch.cuda.is_available()
     rhythm = "steps" if settings.validate_every else "epoch"
     return transformers.TrainingArguments(
@@ -170,7 +172,7 @@ def _arguments(settings: Settings, seed: int, folder: Path) -> Any:
         per_device_eval_batch_size=max(16, settings.batch),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=settings.warmup,  # below 1: a share
+        warmup_steps=settings.warmup,  # below 1: a fraction
         max_grad_norm=settings.clip,
         train_sampling_strategy="group_by_length" if settings.by_length else "random",
         bf16=cuda and torch.cuda.is_bf16_supported(),
@@ -194,7 +196,7 @@ def _arguments(settings: Settings, seed: int, folder: Path) -> Any:
 
 
 def _kept_outputs(encoder: Encoder) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    """What is kept of a batch's outputs for decoding. Raises DetourError where they are NaN or infinite."""
+    """Return a function that selects the outputs needed for decoding. It raises DetourError if they are not finite."""
 
     def kept(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -216,7 +218,7 @@ def _order(features: list[Feature]) -> np.ndarray:
 
 
 def _sorted(features: list[Feature]) -> list[Feature]:
-    """Longest first, so that batches hold little padding; evaluation does not depend on the order."""
+    """Sort by length, longest first, to minimize padding; evaluation does not depend on the order."""
     return [features[i] for i in _order(features)]
 
 

@@ -11,22 +11,24 @@ from torch import nn
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset
-from megatron_detour.evaluation.finetuning.protocol import Settings
+from megatron_detour.evaluation.finetuning.protocol import FinetuneSettings
 from megatron_detour.evaluation.models import opening
 
 
-def open_model(folder: Path, dataset: Dataset, settings: Settings) -> nn.Module:
-    """A pretrained encoder with a new head for the task, in fp32. Raises DetourError for a folder that has none."""
+def open_model(folder: Path, dataset: Dataset, settings: FinetuneSettings) -> nn.Module:
+    """Load a pretrained encoder with a new head for the task, in fp32. Raises DetourError if the folder has none."""
 
     def load(auto_class: str, **options: Any) -> transformers.PreTrainedModel:
         with opening(folder):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if settings.pooling and hasattr(config, "classifier_pooling"):
-            options["classifier_pooling"] = settings.pooling  # released ModernBERTs differ in it
+            options["classifier_pooling"] = settings.pooling  # released ModernBERT models differ here
         network = _pretrained(getattr(transformers, auto_class), folder, **options)
         if settings.head == "linear" and network.base_model is not network:
             if not isinstance(getattr(network, "head", None), nn.Module):
-                raise DetourError(f"{folder}: its kind of model has no dense layer that head=linear could leave out")
+                raise DetourError(
+                    f"{folder}: this model type has no dense layer for head=linear to remove; use head=transformers"
+                )
             network.head = nn.Identity()
         return network
 
@@ -34,17 +36,17 @@ def open_model(folder: Path, dataset: Dataset, settings: Settings) -> nn.Module:
 
 
 def _pretrained(auto_class: Any, folder: Path, **options: Any) -> transformers.PreTrainedModel:
-    """The encoder of a folder with a head that no task has trained."""
+    """Load the folder's encoder with an untrained head."""
     options |= {"local_files_only": True, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     with opening(folder):
         network, loading = auto_class.from_pretrained(folder, output_loading_info=True, **options)
-    # transformers fills what is missing with random numbers: right for a new head, never for the encoder
+    # transformers initializes missing weights randomly: right for a new head, never for the encoder
     own = f"{network.base_model_prefix}." if network.base_model is not network else ""
     new = {name for name in loading["missing_keys"] if "pooler" not in name}
     new |= {name for name, *_ in loading["mismatched_keys"]}
     if missing := sorted(name for name in new if name.startswith(own)):
         raise DetourError(
-            f"{folder}: {len(missing)} weights of the encoder are missing or of another size, {missing[0]} first"
+            f"{folder}: {len(missing)} encoder weights are missing or have the wrong shape, {missing[0]} first"
         )
     head = {name for name, _ in network.named_parameters() if not name.startswith(own)}
     if own and any(name not in loading["missing_keys"] and not name.startswith("head.") for name in head):
@@ -53,14 +55,14 @@ def _pretrained(auto_class: Any, folder: Path, **options: Any) -> transformers.P
 
 
 def _with_fresh_head(auto_class: Any, tuned: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """The folder is of a model that was fine-tuned: its classifier, and the layer before it, are another task's."""
+    """Replace the head of an already fine-tuned model: its classifier and dense layer belong to another task."""
     fresh = auto_class.from_config(tuned.config, dtype=torch.float32)
     fresh.base_model.load_state_dict(tuned.base_model.state_dict())
     return fresh
 
 
-def optimizer_of(network: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW without decay on norms and biases; the head, everything outside the encoder, may have its own rate."""
+def build_optimizer(network: nn.Module, settings: FinetuneSettings) -> torch.optim.Optimizer:
+    """Build AdamW without weight decay on norms and biases; the head (all outside the encoder) may have its own lr."""
     encoder = {id(parameter) for parameter in network.base_model.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in network.parameters():

@@ -1,4 +1,4 @@
-"""How an evaluation goes: finished fine-tunings, their scores, the time left; plain lines without a terminal."""
+"""The progress of an evaluation: finished fine-tunings, their scores, the time left; plain lines in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Took(NamedTuple):
-    """What a finished fine-tuning tells of those that are left."""
+    """The duration of a finished fine-tuning, for estimating the remaining ones."""
 
     cell: Cell
     cost: float
@@ -24,10 +24,10 @@ class _Took(NamedTuple):
 
 
 class SuiteProgress(Progress):
-    """Shows `jobs`, of which those in `done` were finished in earlier sessions, while `workers` of them run at once.
+    """Shows `jobs`, of which earlier sessions finished those in `done`, while `workers` run concurrently.
 
-    The time left is that of the fine-tunings, never of the clock: a session that has just begun, or whose workers still
-    load, is not taken for a slow one.
+    The time left is estimated from durations of fine-tunings, not from wall time, so that startup and model loading
+    do not distort it.
     """
 
     def __init__(self, jobs: Sequence[Job], done: Mapping[Cell, Result], workers: int) -> None:
@@ -35,7 +35,7 @@ class SuiteProgress(Progress):
         self._total, self._workers = len(jobs), max(1, workers)
         self._waiting = {job.cell: job for job in jobs if job.cell not in done}
         self._took = [self._of(job, done[job.cell]) for job in jobs if job.cell in done]
-        self._running: dict[Cell, float] = {}  # shares
+        self._running: dict[Cell, float] = {}  # fractions done
         self._began = time.monotonic()
 
     @staticmethod
@@ -49,11 +49,11 @@ class SuiteProgress(Progress):
     def __enter__(self) -> SuiteProgress:
         super().__enter__()
         if self._done:
-            self.say(f"{self._done} of {self._total} fine-tunings were finished before")
+            self.say(f"{self._done} of {self._total} fine-tunings are already finished")
         return self
 
     def show(self, shares: Mapping[Cell, float]) -> None:
-        """`shares` of the running jobs are done. A log has a line per finished fine-tuning instead."""
+        """Show the fractions done of the running jobs. A log gets a line per finished fine-tuning instead."""
         self._running = dict(shares)
         if self.on_terminal:
             figures = [f"{duration(time.monotonic() - self._began)} elapsed", self.left()]
@@ -70,7 +70,7 @@ class SuiteProgress(Progress):
         )
 
     def left(self) -> str:
-        """The time left by what the same model and task took on this machine, else by cost; nothing while not known."""
+        """Return the time left, by durations of the same model and task on this device, else by cost; "" if unknown."""
         took = [one for one in self._took if one.device == self._took[-1].device]
         if not took or not self._waiting:
             return ""

@@ -1,4 +1,4 @@
-"""How models are fine-tuned: a protocol is a file of settings, by the type of a task and, where it says so, by task."""
+"""Fine-tuning protocols: files of settings, with overrides by task type and by task."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.evaluation.task import Task, known_tasks
+from megatron_detour.evaluation.task import Task, packaged_tasks
 from megatron_detour.evaluation.task_types import TASK_TYPES
 from megatron_detour.settings import Choice, Entries, Faults, Range, apply_override, read, settings_of, to_plain
 from megatron_detour.structured import read_yaml
 
 FOLDER = Path(__file__).parent / "protocols"
-LAST_SEED = 2**32 - 1 - 1000  # numpy's last one, less those that `first_seeds` may add
-SHORTEST = 8  # tokens: special ones and a few of a text
+LAST_SEED = 2**32 - 1 - 1000  # numpy's largest seed, minus what `first_seeds` may add
+SHORTEST = 8  # tokens: the special ones and a few more
 
 
 ABOVE_ZERO = Range(above=0)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The fine-tuning of one task; everything here decides on its figures."""
+class FinetuneSettings:
+    """The fine-tuning settings of one task; all of them affect its scores."""
 
     learning_rate: Annotated[float, ABOVE_ZERO, "largest learning rate"]
     batch: Annotated[int, ABOVE_ZERO, "examples per step"]
@@ -50,7 +50,7 @@ class Settings:
     dev_examples: Annotated[int | None, ABOVE_ZERO, "at most"] = None
 
 
-Changes = dict[str, Any]  # of settings, by their names
+Changes = dict[str, Any]  # settings by name
 
 
 @dataclass(frozen=True)
@@ -64,51 +64,53 @@ class _File:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Settings for every task. `name` says the overrides as well: they make it another protocol."""
+    """FinetuneSettings for every task. `name` says the overrides as well: they make it another protocol."""
 
     name: str
     about: str
     seeds: tuple[int, ...]
-    by_type: dict[str, Settings]
+    by_type: dict[str, FinetuneSettings]
     by_task: dict[str, Changes]
 
-    def settings(self, task: Task) -> Settings:
+    def settings(self, task: Task) -> FinetuneSettings:
         """Those of the task's type with those of the task itself. Raises DetourError for what does not fit the task."""
         values = to_plain(self.by_type[task.type]) | self.by_task.get(task.name, {})
-        settings = read(Settings, values, f"protocol {self.name}, tasks.{task.name}")
+        settings = read(FinetuneSettings, values, f"protocol {self.name}, tasks.{task.name}")
         metrics = task.kind.metric_names
         if settings.select_by is not None and settings.select_by not in metrics:
             raise DetourError(
-                f"protocol {self.name}: select_by: unknown metric {settings.select_by!r} for {task.name}, a task of "
-                f"{task.type}{nearest(settings.select_by, list(metrics))}; there are {', '.join(metrics)}"
+                f"protocol {self.name}: select_by: unknown metric {settings.select_by!r} for {task.name} "
+                f"({task.type}){nearest(settings.select_by, list(metrics))}; choose from {', '.join(metrics)}"
             )
         return settings
 
     def unused_sections(self, tasks: tuple[Task, ...]) -> list[str]:
-        """Names under `tasks` that are neither among these nor packaged: most likely misspelt."""
-        return sorted(self.by_task.keys() - {task.name for task in tasks} - set(known_tasks()))
+        """Return names under `tasks` that are neither among these nor packaged: most likely misspelled."""
+        return sorted(self.by_task.keys() - {task.name for task in tasks} - set(packaged_tasks()))
 
     def first_seeds(self, count: int | None) -> tuple[int, ...]:
-        """The protocol's own seeds, or the first `count` of them and the numbers that follow."""
+        """Return the protocol's seeds, or the first `count` of them, continued by consecutive numbers."""
         if count is None:
             return self.seeds
         return tuple([*self.seeds, *range(max(self.seeds) + 1, max(self.seeds) + 1 + count)][:count])
 
 
-def known_protocols() -> list[str]:
+def packaged_protocols() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B006 never changed
-    """A packaged protocol or a YAML file of one's own, with `key=value` overrides for all types. Raises DetourError."""
-    path = FOLDER / f"{name}.yaml" if name in known_protocols() else Path(name)
+    """Load a packaged protocol or a YAML file, with `key=value` overrides for all types. Raises DetourError."""
+    path = FOLDER / f"{name}.yaml" if name in packaged_protocols() else Path(name)
     if not path.is_file():
-        known = known_protocols()
+        known = packaged_protocols()
         raise DetourError(f"--protocol {name}: neither a file nor one of {', '.join(known)}{nearest(name, known)}")
     given = _parsed(overrides)
     where = f"{path}{' with ' + ' '.join(overrides) if overrides else ''}"
     file = read(_File, read_yaml(path), where, _check_names)
-    by_type = {kind: read(Settings, file.defaults | file.types.get(kind, {}) | given, where) for kind in TASK_TYPES}
+    by_type = {
+        kind: read(FinetuneSettings, file.defaults | file.types.get(kind, {}) | given, where) for kind in TASK_TYPES
+    }
     any_type = next(iter(by_type.values()))
     shown = {key: getattr(any_type, key) if isinstance(value, str) else value for key, value in given.items()}
     name = path.stem + "".join(f" {key}={value}" for key, value in sorted(shown.items()))
@@ -141,4 +143,4 @@ def _parsed(overrides: list[str]) -> Changes:
     return parsed
 
 
-KNOWN = [setting.name for setting in settings_of(Settings)]
+KNOWN = [setting.name for setting in settings_of(FinetuneSettings)]

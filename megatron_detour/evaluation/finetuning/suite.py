@@ -1,4 +1,4 @@
-"""Models x tasks x seeds: what is to be done, what is done already, and the workers that do the rest."""
+"""Models x tasks x seeds: find the unfinished fine-tunings and run them on workers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from megatron_detour.evaluation.models import check_model, fingerprint, weight_f
 from megatron_detour.evaluation.results import Cell, Result, add_result, predictions_path, read_results
 from megatron_detour.evaluation.task import Task
 
-FORMAT = 2  # of what a result means: another one makes older results those of another evaluation
+RESULT_FORMAT = 2  # part of a result's identity; increase it when results stop being comparable
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What is evaluated, and where the results go. `jobs` fine-tunings run at once, each on a GPU of its own."""
+    """An evaluation and its output folder. `jobs` fine-tunings run concurrently, each on its own GPU."""
 
     models: dict[str, Path]
     tasks: tuple[Task, ...]
@@ -41,29 +41,29 @@ class Suite:
     output: Path
     shuffled: bool = False
     jobs: int = 1
-    devices: tuple[str, ...] = ()  # of CUDA_VISIBLE_DEVICES, one a job; empty: the CPU
+    devices: tuple[str, ...] = ()  # from CUDA_VISIBLE_DEVICES, one per job; empty: the CPU
 
 
 def run_suite(suite: Suite) -> int:
-    """Does what is not done yet, in an order that makes models comparable early; returns how many it did.
+    """Run the unfinished jobs, in an order that makes models comparable early; return how many were run.
 
-    Raises DetourError, before anything is trained, with every fault of models, tasks and earlier results.
+    Raises DetourError, before training, listing every fault of models, tasks and earlier results.
     """
     datasets = _read_all(suite)
     done = read_results(suite.output)
     with _scratch(suite.output) as scratch:
         jobs = list(_jobs(suite, datasets, scratch))
-        _refuse_others(suite, jobs, done)
+        _refuse_mismatched(suite, jobs, done)
         todo = [job for job in jobs if not _is_done(suite.output, job, done)]
         for job in todo:
-            done.pop(job.cell, None)  # its predictions are gone
+            done.pop(job.cell, None)  # its predictions are missing
         with SuiteProgress(jobs, done, suite.jobs) as progress:
             _run(suite, todo, progress)
     return len(todo)
 
 
 def _read_all(suite: Suite) -> dict[str, Dataset]:
-    """All data sets; reports every fault of them and of the models' folders at once."""
+    """Read all datasets and check the models' folders. Raises one DetourError that lists every fault."""
     faults: list[str] = []
     datasets: dict[str, Dataset] = {}
     for task in suite.tasks:
@@ -90,7 +90,7 @@ def _jobs(suite: Suite, datasets: dict[str, Dataset], scratch: Path) -> Iterator
             settings = suite.protocol.settings(task)
             dataset = datasets[task.name]
             fixed = {
-                "format": str(FORMAT),
+                "format": str(RESULT_FORMAT),
                 "task": _hash(repr((task.type, task.metrics, sorted(task.fields.items()), task.labels))),
                 "data": dataset.sha256,
                 "protocol": _hash(msgspec.json.encode(settings).decode()),
@@ -110,7 +110,7 @@ def _jobs(suite: Suite, datasets: dict[str, Dataset], scratch: Path) -> Iterator
 
 
 def _cost(dataset: Dataset, settings: Any) -> float:
-    """Examples that go through a model, a training one counted three times: what shares of the time are guessed by."""
+    """Return the number of forward passes, a training example counting three, for estimating the time left."""
     train = min(len(dataset.train), settings.train_examples or len(dataset.train))
     dev = min(len(dataset.dev), settings.dev_examples or len(dataset.dev))
     steps = settings.steps or settings.epochs * train / settings.batch
@@ -122,27 +122,27 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _refuse_others(suite: Suite, jobs: list[Job], done: dict[Cell, Result]) -> None:
-    """Raises DetourError where a result that is there was made of something else."""
+def _refuse_mismatched(suite: Suite, jobs: list[Job], done: dict[Cell, Result]) -> None:
+    """Raise DetourError if an existing result has a different model, task, data or protocol."""
     protocols = {result.get("protocol", "") for result in done.values()} - {suite.protocol.name}
     if protocols:
         raise DetourError(
-            f"{suite.output}: holds results of the protocol {protocols.pop()!r}, this one is {suite.protocol.name!r}; "
+            f"{suite.output}: contains results of protocol {protocols.pop()!r}, not {suite.protocol.name!r}; "
             "choose another --output"
         )
     for job in jobs:
         for cell, result in done.items():
             changed = _changed(job, cell, result.get("identity", {}))
             if changed:
-                way = "another name for the model (--model NAME=DIR), " if changed == "model" else ""
+                rename = "rename the model (--model NAME=DIR), " if changed == "model" else ""
                 raise DetourError(
-                    f"{suite.output}: has a result for {cell}, but of another {changed}; choose another --output, {way}"
-                    "or remove its lines from results.jsonl"
+                    f"{suite.output}: the result for {cell} has a different {changed}; choose another --output, "
+                    f"{rename}or remove its lines from results.jsonl"
                 )
 
 
 def _changed(job: Job, cell: Cell, identity: dict[str, str]) -> str | None:
-    """What of a job an earlier result has otherwise: a name stands for one model, and a task for one set of data."""
+    """Return the part in which an earlier result differs from a job: model and task names must stay unique."""
     parts = ["model"] * (cell.model == job.cell.model) + ["format", "task", "data", "protocol"] * (
         cell.task == job.cell.task
     )
@@ -154,12 +154,12 @@ def _is_done(output: Path, job: Job, done: dict[Cell, Result]) -> bool:
 
 
 def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
-    """A fault of one job stops no other; all faults are reported at the end."""
+    """Run the jobs. A failed job does not stop the rest; all faults are raised at the end."""
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
     workers = min(suite.jobs, len(todo))
-    shares, stop = context.Array("d", workers), context.Event()  # of each worker's job that are done
+    shares, stop = context.Array("d", workers), context.Event()  # fraction done of each worker's job
     slots = context.Queue()
     for slot in range(workers):
         slots.put((slot, suite.devices[slot % len(suite.devices)] if suite.devices else ""))
@@ -174,14 +174,14 @@ def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
             if not running:
                 break
             finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            progress.show(_shares_of(sorted(shares), list(running.values())))
+            progress.show(_fractions(sorted(shares), list(running.values())))
             for future in finished:
                 job = running.pop(future)
                 try:
                     result, predictions = future.result()
                 except BrokenProcessPool:
                     raise
-                except Exception as fault:  # of a library perhaps: the other models and tasks go on
+                except Exception as fault:  # possibly a library's: the other jobs continue
                     kind = "" if isinstance(fault, DetourError) else f"{type(fault).__name__}: "
                     faults.append(f"{job.cell}: {kind}{fault}")
                     continue
@@ -189,8 +189,8 @@ def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
                 progress.finished(job, result)
     except BrokenProcessPool:
         raise DetourError(
-            "a worker process died, probably out of memory; finished results are kept; try fewer --jobs, or "
-            "--set batch=N max_length=N for less memory"
+            "a worker process died, probably out of memory; finished results are kept: lower --jobs, or "
+            "--set batch=N max_length=N"
         ) from None
     finally:
         stop.set()
@@ -199,24 +199,24 @@ def _run(suite: Suite, todo: list[Job], progress: SuiteProgress) -> None:
         raise DetourError(format_faults(faults))
 
 
-def _shares_of(shares: list[float], running: list[Job]) -> dict[Cell, float]:
-    """Workers do not say which job is whose: the first to begin is taken for the furthest."""
+def _fractions(shares: list[float], running: list[Job]) -> dict[Cell, float]:
+    """Assign fractions done to jobs. Workers do not report their job, so the oldest is assumed to be furthest."""
     return {job.cell: share for job, share in zip(running, reversed(shares), strict=False)}
 
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A folder for the checkpoints of this process's workers; what killed processes of this machine left goes first."""
-    whole, host = output / ".scratch", socket.gethostname()
-    whole.mkdir(parents=True, exist_ok=True)
-    for left in whole.glob(f"{host}-*"):
-        if not Path(f"/proc/{left.name.removeprefix(f'{host}-')}").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    mine = whole / f"{host}-{os.getpid()}"
-    mine.mkdir(exist_ok=True)
+    """Provide a folder for this process's checkpoints; first remove those of dead processes of this host."""
+    parent, host = output / ".scratch", socket.gethostname()
+    parent.mkdir(parents=True, exist_ok=True)
+    for stale in parent.glob(f"{host}-*"):
+        if not Path(f"/proc/{stale.name.removeprefix(f'{host}-')}").exists():
+            shutil.rmtree(stale, ignore_errors=True)
+    folder = parent / f"{host}-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
     try:
-        yield mine
+        yield folder
     finally:
-        shutil.rmtree(mine, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another process uses it
-            whole.rmdir()
+            parent.rmdir()

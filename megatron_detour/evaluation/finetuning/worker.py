@@ -1,4 +1,4 @@
-"""A process that fine-tunes: one GPU, or a share of the cores, and one job after the other."""
+"""A worker process: one GPU, or some of the cores, and one job after another."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from typing import Any
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset, read_dataset
-from megatron_detour.evaluation.finetuning.protocol import Settings
+from megatron_detour.evaluation.finetuning.protocol import FinetuneSettings
 from megatron_detour.evaluation.results import Cell, Result
 from megatron_detour.evaluation.task import Task
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG = 1  # see prctl(2)
 PACKAGES = ("torch", "transformers", "tokenizers", "seqeval", "scikit-learn", "scipy")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tuning, and its result's identity: hashes of all that decides on its figures, by what they are of."""
+    """One fine-tuning. `identity` holds hashes of everything that determines its scores."""
 
     cell: Cell
     path: Path
     task: Task
     data: Path
-    settings: Settings
+    settings: FinetuneSettings
     protocol: str
     identity: dict[str, str]
-    cost: float  # in any unit that is the same for all jobs
-    scratch: Path  # for checkpoints meanwhile
+    cost: float  # relative to other jobs
+    scratch: Path  # for temporary checkpoints
 
 
 class Stopped(Exception):
-    """The parent wants no more results."""
+    """The parent has asked the worker to stop."""
 
 
-# Set in each worker by begin_worker; the shares are read by the parent's display.
+# Set in each worker by begin_worker; the parent reads the shares (fractions done) for its display.
 _slot: int
 _shares: Any
 _stop: Any
-_read: dict[str, Dataset] = {}  # by the task's name
+_read: dict[str, Dataset] = {}  # by task name
 
 
 def begin_worker(slots: Any, shares: Any, stop: Any, threads: int, parent: int) -> None:
-    """Takes a slot and its device before torch is loaded, and ends with the parent."""
+    """Take a slot and its device before torch is imported; arrange to die with the parent."""
     global _slot, _shares, _stop
     _slot, device = slots.get()
     _shares, _stop = shares, stop
@@ -56,9 +56,9 @@ def begin_worker(slots: Any, shares: Any, stop: Any, threads: int, parent: int) 
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if not device:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning, as transformers loads DeepSpeed
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # avoids a warning, since transformers imports DeepSpeed
     _end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -66,15 +66,15 @@ def begin_worker(slots: Any, shares: Any, stop: Any, threads: int, parent: int) 
 
 
 def _end_with(parent: int) -> None:
-    """A worker that waits for work would not notice that its parent was killed."""
+    """Kill this worker when its parent dies: a waiting worker would not notice."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before
+        if os.getppid() != parent:  # it died before the call
             os._exit(1)
 
 
 def run_job(job: Job) -> tuple[Result, dict[str, Any]]:
-    """Returns the line for results.jsonl and the predictions. Raises DetourError."""
+    """Return the line for results.jsonl and the predictions. Raises DetourError."""
     import torch
 
     from megatron_detour.evaluation.finetuning.finetune import finetune
@@ -92,7 +92,7 @@ def run_job(job: Job) -> tuple[Result, dict[str, Any]]:
         )
     except torch.OutOfMemoryError:
         raise DetourError(
-            f"the GPU's memory does not hold {job.settings.batch} texts of {job.settings.max_length} tokens; give "
+            f"GPU out of memory with {job.settings.batch} texts of {job.settings.max_length} tokens; lower it with "
             "--set batch=N or max_length=N"
         ) from None
     result = job.cell._asdict() | {
@@ -124,7 +124,7 @@ def _report(share: float) -> None:
 
 
 def _dataset(task: Task, data: Path) -> Dataset:
-    """The last one is kept, as jobs of a task follow each other."""
+    """Read a dataset; cache the last one, since jobs of a task are consecutive."""
     if task.name not in _read:
         _read.clear()
         _read[task.name] = read_dataset(task, data)

@@ -1,1 +1,1 @@
-"""How well models restore masked words of text: measures that need no labels."""
+"""How well models restore masked words: an evaluation without labels."""

@@ -1,7 +1,7 @@
-"""How well models restore masked words of a text: perplexity, bits a byte and accuracy, without any label.
+"""How well models restore masked words of a text: perplexity, bits per byte and accuracy, without labels.
 
-The masked words are chosen on the text (intrinsic/words.py), so that the figures of models with different tokenizers
-are about the same words.
+The masked words are chosen in the text (positions.py), so that models with different tokenizers are scored on the same
+words.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.masked_words.figures import SUMS, compared, draws, measured
 from megatron_detour.evaluation.masked_words.positions import folded
 from megatron_detour.evaluation.masked_words.progress import WindowProgress
-from megatron_detour.evaluation.masked_words.tables import as_markdown, print_tables, say
+from megatron_detour.evaluation.masked_words.tables import as_markdown, print_tables, warn
 from megatron_detour.evaluation.masked_words.texts import Domain, IntrinsicOptions, Text, texts_of
-from megatron_detour.evaluation.models import check_model, identity_of
+from megatron_detour.evaluation.models import check_model, model_identity
 from megatron_detour.files import write_whole
 from megatron_detour.structured import parse_json, read_json_object
 
@@ -31,18 +31,18 @@ __all__ = ["IntrinsicOptions", "measure"]
 LINES, TABLES, CELLS = "intrinsic.jsonl", "intrinsic.md", "cells"
 CIRCUMSTANCES = {"windows", "domain_words", "device", "dtype", "seconds", "versions"}
 Place = tuple[str, str]  # the names of a model and a corpus
-Cell = dict[str, Any]  # what was found there: sums by document
+Cell = dict[str, Any]  # the sums by document
 
 
 def measure(
     models: dict[str, Path], corpora: list[Path], options: IntrinsicOptions, output: Path
 ) -> list[dict[str, Any]]:
-    """Measures every model on every corpus, writes intrinsic.jsonl and intrinsic.md into `output`, prints the tables.
+    """Measure every model on every corpus, write intrinsic.jsonl and intrinsic.md into `output`, print the tables.
 
-    Returns a line for each model and corpus, as intrinsic.jsonl holds them. What output/cells has for the same weights,
-    texts and settings is not done again. Each model but the first is compared with the first. Lines of earlier calls
-    stay, unless their corpus is now measured with other settings. Raises DetourError for what cannot be read, has
-    nothing to measure or does not fit a model.
+    Returns the lines of intrinsic.jsonl, one per model and corpus. Results in output/cells for the same weights, texts
+    and settings are reused. Every model is compared with the first. Lines of earlier calls are kept, unless their
+    corpus is now measured with different settings. Raises DetourError for unreadable files, corpora without words to
+    mask, and texts that do not fit a model.
     """
     if not models or not corpora:
         raise DetourError("give at least one model and one corpus")
@@ -54,9 +54,9 @@ def measure(
     device, dtype = _device(options.device)
     domain = Domain(options)
     if domain.lines_unused:
-        say(f"{options.words}: {domain.lines_unused:,} lines hold no word or several, and are left out")
+        warn(f"{options.words}: {domain.lines_unused:,} lines do not contain exactly one word; skipped")
     texts = texts_of(corpora, options, domain)
-    identities = {name: identity_of(folder) for name, folder in models.items()}
+    identities = {name: model_identity(folder) for name, folder in models.items()}
     keys = {
         (name, text.name): _hash({"text": text.settings, "model": identities[name], "dtype": dtype})
         for name in models
@@ -74,10 +74,10 @@ def measure(
         _write(output, lines())
 
     _fill(models, texts, set(cells), device, dtype, options, keep)
-    found = lines()
-    _write(output, found)
-    print_tables(found)
-    return found
+    final = lines()
+    _write(output, final)
+    print_tables(final)
+    return final
 
 
 def _fill(
@@ -89,7 +89,7 @@ def _fill(
     options: IntrinsicOptions,
     keep: Callable[[Place, Cell], None],
 ) -> None:
-    """Measures what is not done. All texts are read before the first model, so that their faults are told at once."""
+    """Measure the missing cells. All texts are read before the first model is loaded, to report their faults early."""
     todo = {name: [text for text in texts if (name, text.name) not in done] for name in models}
     windows = sum(len(text.content[0]) for missing in todo.values() for text in missing)
     if not windows:
@@ -113,7 +113,7 @@ def _fill(
                     raise DetourError(f"{models[name]} on {text.path}: {error}") from None
                 cell = _cell(text, scores)
                 keep((name, text.name), cell | _circumstances(device, dtype, time.monotonic() - began))
-            del model  # before the next one takes its place in memory
+            del model  # free its memory before loading the next one
 
 
 def _cell(text: Text, scores: Sequence[Sequence[WordScore]]) -> Cell:
@@ -144,7 +144,7 @@ def _lines(
     options: IntrinsicOptions,
 ) -> list[dict[str, Any]]:
     baseline = next(iter(models))
-    found = []
+    results = []
     for text in texts:
         for name, folder in models.items():
             cell, first = cells.get((name, text.name)), cells.get((baseline, text.name))
@@ -153,7 +153,7 @@ def _lines(
             drawn = draws(cell["documents"], options.resamples, options.seed)
             kinds = [kind for kind in ("all", "domain") if cell[kind] is not None]
             compare = name != baseline and first is not None
-            found.append(
+            results.append(
                 {
                     "model": name,
                     "path": str(folder),
@@ -168,11 +168,11 @@ def _lines(
                     "key": keys[name, text.name],
                 }
             )
-    return found
+    return results
 
 
 def _write(output: Path, lines: list[dict[str, Any]]) -> None:
-    """Writes these lines after those of earlier calls that they do not replace."""
+    """Write these lines after the lines of earlier calls that they do not replace."""
     output.mkdir(parents=True, exist_ok=True)
     now = {line["corpus"]: line["settings"] for line in lines}
     models = {(line["model"], line["corpus"]) for line in lines}
@@ -188,7 +188,7 @@ def _write(output: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of earlier calls. Raises DetourError for a file of another kind."""
+    """Return the lines of earlier calls. Raises DetourError for any other content."""
     if not path.exists():
         return []
     try:
@@ -199,14 +199,14 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         [line["settings"] for line in lines]
     except (DetourError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise DetourError(
-            f"{path}: not the lines of megatron-detour evaluate intrinsic ({error!r:.200}); remove the file, what is "
-            "measured is kept beside it"
+            f"{path}: not output of megatron-detour evaluate intrinsic ({error!r:.200}); remove the file, the "
+            "results are kept in cells/"
         ) from None
     return lines
 
 
 def _read_cell(output: Path, key: str) -> Cell | None:
-    """What was measured before; None where it is not there or damaged, as it can be measured again."""
+    """Return an earlier result; None if it is missing or damaged, so that it is measured again."""
     path = output / CELLS / f"{key}.json"
     try:
         cell = read_json_object(path)
@@ -217,12 +217,12 @@ def _read_cell(output: Path, key: str) -> Cell | None:
     except FileNotFoundError:
         return None
     except (DetourError, ValueError, TypeError, KeyError, OverflowError, MemoryError):
-        say(f"{path}: damaged, so it is measured again")
+        warn(f"{path}: damaged; measuring again")
         return None
 
 
 def _device(name: str) -> tuple[str, str]:
-    """The device, and the type of the weights there."""
+    """Return the device and the dtype of the weights."""
     import torch
 
     if name == "auto":
@@ -231,7 +231,7 @@ def _device(name: str) -> tuple[str, str]:
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise DetourError(f"--device {name}: give auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise DetourError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here; give cpu or another one")
+        raise DetourError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; give cpu or another GPU")
     return name, "bfloat16" if kind == "cuda" else "float32"
 
 

@@ -1,8 +1,8 @@
-"""Which words are masked, decided on the text alone: the same ones for every model, whatever its tokenizer.
+"""Which words are masked. This depends on the text alone, so it is the same for models with different tokenizers.
 
-A word is a stretch of letters and digits, as in tokenizer/word_boundaries.py. A document is cut into windows at words;
-of each window the same share of words is chosen, those with the smallest of their random numbers, which come from
-(seed, number of the document, number of the word).
+A word is a run of letters and digits, as in tokenizer/word_boundaries.py. A document is split at words into windows;
+in each window the same fraction of words is chosen, those with the smallest random numbers, which are functions of
+(seed, document number, word number).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron_detour.corpus.documents import read_documents
 from megatron_detour.counter_rng import GOLDEN, mix, streams
 from megatron_detour.errors import DetourError
 
-DOCUMENTS, WINDOWS, WORDS = range(3)  # purposes of random numbers
+DOCUMENTS, WINDOWS, WORDS = range(3)  # streams of random numbers
 BYTES_A_WORD = 10  # of a window, at most: what has few words, such as a table of figures, would be too long for models
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a document and the words in it that are masked, by their first and one-past-last character."""
+    """A part of a document and its masked words, by start and end character."""
 
     document: int
     text: str
@@ -40,7 +40,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents that are measured, by their numbers in the file, and how often each word is in all of it."""
+    """The chosen documents, by their numbers in the file, and the word counts of the whole file."""
 
     documents: dict[int, str]
     counts: Counter[str]
@@ -48,23 +48,23 @@ class Corpus:
 
 @cache
 def _word_pattern() -> re.Pattern[str]:
-    """Letters and digits, and marks that go on with them: accents of their own, vowel signs. All are below 1F000."""
+    """Letters, digits and the combining marks that continue them: accents, vowel signs. All are below U+1F000."""
     marks = "".join(chr(at) for at in range(0x300, 0x1F000) if unicodedata.category(chr(at))[0] == "M")
     return re.compile(rf"[^\W_]+(?:[{marks}]+[^\W_]*)*")
 
 
 def find_words(text: str) -> list[tuple[int, int]]:
-    """First and one-past-last characters."""
-    return [found.span() for found in _word_pattern().finditer(text)]
+    """Return the start and end characters of the words."""
+    return [match.span() for match in _word_pattern().finditer(text)]
 
 
 def folded(word: str) -> str:
-    """The form by which words are looked up and counted."""
+    """Return the form in which words are looked up and counted."""
     return unicodedata.normalize("NFC", word).casefold()
 
 
 def count_words(paths: Iterable[Path], text_key: str) -> Counter[str]:
-    """How often each word, folded, is in the documents of files."""
+    """Return the counts of folded words in the documents of files."""
     counts: Counter[str] = Counter()
     for path in paths:
         for text in read_documents(path, text_key):
@@ -80,7 +80,7 @@ def _folded(counts: Counter[str]) -> Counter[str]:
 
 
 def read_corpus(path: Path, text_key: str, seed: int, count: int) -> Corpus:
-    """The `count` documents of a file whose random numbers are the smallest. Raises DetourError for one without any."""
+    """Return the `count` documents with the smallest random numbers. Raises DetourError for a file without words."""
     counts: Counter[str] = Counter()
 
     def drawn() -> Iterator[tuple[int, int, str]]:
@@ -90,38 +90,38 @@ def read_corpus(path: Path, text_key: str, seed: int, count: int) -> Corpus:
 
     chosen = heapq.nsmallest(count, drawn())
     if not counts:
-        raise DetourError(f"{path}: holds no words, give a file with documents")
+        raise DetourError(f"{path}: no words; give a file with documents")
     return Corpus({number: text for _, number, text in sorted(chosen, key=lambda one: one[1])}, _folded(counts))
 
 
 def windows_of(number: int, text: str, *, seed: int, words: int, windows: int, mask_rate: float) -> list[Window]:
-    """Cuts a document into windows of at most `words` words and 10 times as many bytes; chooses `windows` of them.
+    """Split a document into windows of at most `words` words and 10 times as many bytes; choose `windows` of them.
 
-    A window begins at a word and goes on to the next window's; what cannot be cut at words has no window. In each,
-    `mask_rate` of the words are chosen, rounded and at least one.
+    A window extends from a word to the start of the next window; text that cannot be split at words has no window.
+    `mask_rate` of each window's words are masked, rounded, at least one.
     """
     places = find_words(text)
     drawn = _drawn(seed, WORDS, number, len(places))
-    found = []
+    candidates = []
     for first, past, end in _cuts(text, places, words):
         kept = max(1, round(mask_rate * (past - first)))
         chosen = np.sort(first + np.argsort(drawn[first:past], kind="stable")[:kept])
         start = places[first][0]
         inside = tuple((places[word][0] - start, places[word][1] - start) for word in chosen)
-        found.append(Window(number, text[start:end], inside))
-    order = np.argsort(_drawn(seed, WINDOWS, number, len(found)), kind="stable")[:windows]
-    return [found[at] for at in sorted(order)]
+        candidates.append(Window(number, text[start:end], inside))
+    order = np.argsort(_drawn(seed, WINDOWS, number, len(candidates)), kind="stable")[:windows]
+    return [candidates[at] for at in sorted(order)]
 
 
 def _drawn(seed: int, purpose: int, number: int, count: int) -> np.ndarray:
-    """The random numbers of the first `count` things of a document, uint64."""
+    """Return the random numbers of a document's first `count` items, uint64."""
     start = streams(seed, purpose, np.array([number]))
     with np.errstate(over="ignore"):
         return mix(start + np.arange(count, dtype=np.uint64) * np.uint64(GOLDEN))
 
 
 def _cuts(text: str, places: Sequence[tuple[int, int]], words: int) -> Iterator[tuple[int, int, int]]:
-    """First and one-past-last words of windows, and the characters that they end before."""
+    """Return start and end words of windows, and their end characters."""
     first = 0
     while first < len(places):
         start = end = places[first][0]
@@ -138,7 +138,7 @@ def _cuts(text: str, places: Sequence[tuple[int, int]], words: int) -> Iterator[
 
 @dataclass(frozen=True)
 class DomainRule:
-    """What makes a word one of the domain: its share of words against that in general text, and how often it is."""
+    """The rule for domain words: relative frequency compared with general text, number of occurrences, length."""
 
     ratio: float = 8
     occurrences: int = 3
@@ -146,26 +146,26 @@ class DomainRule:
 
 
 def domain_words(counts: Counter[str], reference: Counter[str], rule: DomainRule) -> frozenset[str]:
-    """Words that are `ratio` times as frequent as in the reference, where one that never occurs is infinitely so."""
-    here, there = counts.total(), reference.total()
+    """Return words that are `ratio` times as frequent as in the reference (a word absent there always qualifies)."""
+    corpus_words, reference_words = counts.total(), reference.total()
     return frozenset(
         word
         for word, count in counts.items()
         if count >= rule.occurrences
         and sum(character.isalpha() for character in word) >= rule.letters
-        and count * there >= rule.ratio * reference[word] * here
+        and count * reference_words >= rule.ratio * reference[word] * corpus_words
     )
 
 
 def read_words(path: Path) -> tuple[frozenset[str], int]:
-    """The words of a file, one a line, and how many lines hold no word or several. Raises DetourError for no word."""
+    """Return the words of a file, one per line, and the number of other lines. Raises DetourError if it has no word."""
     if not path.is_file():
         raise DetourError(f"{path}: no such file")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DetourError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise DetourError(f"{path}: cannot read as UTF-8 text ({error})") from None
     words = frozenset(folded(line) for line in lines if _word_pattern().fullmatch(line))
     if not words:
-        raise DetourError(f"{path}: holds no word, give one a line, of letters and digits alone")
+        raise DetourError(f"{path}: no words; write one per line, of letters and digits only")
     return words, sum(not _word_pattern().fullmatch(line) for line in lines)

@@ -1,4 +1,4 @@
-"""The progress of measuring masked words: windows done, their rate and the time left."""
+"""The progress of the masked-word evaluation: windows done, rate and time left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class WindowProgress(Progress):
         self._began = time.monotonic()
 
     def on(self, name: str) -> None:
-        """Names what is measured from now on."""
+        """Set the name of the current measurement."""
         self._name = name
 
     def add(self, windows: int) -> None:

@@ -1,4 +1,4 @@
-"""What a masked language model gives to the words that were masked in windows of text."""
+"""Score a masked language model on the masked words of windows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron_detour.evaluation.models import most_positions
 
 @dataclass
 class WordScore:
-    """One masked word: minus the log-likelihood of its tokens in nats, whether the model's first choice is right for
-    all of them, how many they are, and whether one is the tokenizer's unknown token or there is none."""
+    """One masked word: the negative log-likelihood of its tokens in nats, whether the argmax is right for all of them,
+    their number, and whether one is the unknown token or the word has no token."""
 
     loss: float = 0.0
     right: bool = True
@@ -29,8 +29,8 @@ class WordScore:
 
 @dataclass(frozen=True)
 class Masked:
-    """A window as a model reads it: ids with masks; the masked positions, and for each its true id and the numbers of
-    the chosen words that it has a part of."""
+    """A tokenized window: ids with masks, and for each masked position the true id and the indices of the words that
+    its token overlaps."""
 
     ids: list[int]
     positions: list[int]
@@ -39,7 +39,7 @@ class Masked:
 
 
 def mask_window(window: Window, tokenizer: PreTrainedTokenizerBase) -> Masked:
-    """Masks every token that shares a character with a chosen word, and a token of only the space before one."""
+    """Mask every token that overlaps a chosen word, and tokens that are only the space before one."""
     encoded = tokenizer(window.text, return_offsets_mapping=True, truncation=False, verbose=False)
     masked = Masked(list(encoded["input_ids"]), [], [], [])
     for at, (start, end) in enumerate(encoded["offset_mapping"]):
@@ -63,16 +63,16 @@ def score_windows(
     batch_tokens: int,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[list[WordScore]]:
-    """The scores of each window's chosen words. `report` gets the number of windows done since last time.
+    """Return the scores of each window's chosen words. `report` receives the number of windows newly done.
 
-    A batch has windows of like length and `batch_tokens` positions at most, padding included, or one window. Raises
-    DetourError for a window that the model cannot read whole.
+    A batch has windows of similar length and at most `batch_tokens` positions including padding, or one window.
+    Raises DetourError for a window longer than the model's maximum input.
     """
     masked = [mask_window(window, tokenizer) for window in windows]
     longest, limit = max((len(one.ids) for one in masked), default=0), most_positions(model, tokenizer)
     if longest > limit:
         raise DetourError(
-            f"a window has {longest:,} tokens and the model reads {limit:,}; give all models a smaller --window-words"
+            f"a window has {longest:,} tokens, but the model reads {limit:,}; lower --window-words for all models"
         )
     scores: list[list[WordScore]] = [[] for _ in windows]
     for batch in _batches([len(one.ids) for one in masked], batch_tokens):
@@ -90,7 +90,7 @@ def score_windows(
 def _word_scores(
     masked: Masked, count: int, losses: list[float], right: list[bool], unknown_id: int | None
 ) -> list[WordScore]:
-    """The loss of a token that has parts of several words is shared out evenly, and each of them needs it right."""
+    """Sum losses per word. A token that overlaps several words divides its loss evenly, and all need it right."""
     scores = [WordScore() for _ in range(count)]
     for words, answer, loss, guessed in zip(masked.words, masked.answers, losses, right, strict=True):
         for word in words:
@@ -117,7 +117,7 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def _score_batch(model: PreTrainedModel, padding: int, batch: Sequence[Masked]) -> tuple[list[float], list[bool]]:
-    """Losses and rightness of all masked positions, one window after the other."""
+    """Return loss and correctness of all masked positions, window by window."""
     width = max(len(one.ids) for one in batch)
 
     def on_device(values: list[Any]) -> Tensor:
@@ -132,14 +132,14 @@ def _score_batch(model: PreTrainedModel, padding: int, batch: Sequence[Masked]) 
     logits = (logits if logits.dim() == 2 else logits.flatten(0, 1)[where]).float()
     losses = torch.nn.functional.cross_entropy(logits, answers, reduction="none")
     if not losses.isfinite().all():
-        raise DetourError("the model's likelihoods are NaN or infinite; its weights are broken or too large for bf16")
+        raise DetourError("the model's likelihoods are NaN or infinite; its weights are damaged or overflow in bf16")
     return losses.double().tolist(), (logits.argmax(-1) == answers).tolist()
 
 
 @contextmanager
 def _decoding_only(model: PreTrainedModel, where: Tensor) -> Iterator[None]:
-    """Shows these positions of the flattened batch alone to the last layer, which is most of a small model's work and
-    of all models' memory. A model that has it elsewhere, or flattens batches itself, gives the logits of all."""
+    """Pass only these positions of the flattened batch to the output layer, which dominates a small model's time and
+    every model's memory. If the model has no such layer, or flattens batches itself, compute all logits."""
 
     def pick(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return (inputs[0].flatten(0, 1)[where], *inputs[1:]) if inputs[0].dim() == 3 else None

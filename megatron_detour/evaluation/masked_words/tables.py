@@ -1,4 +1,4 @@
-"""The figures of masked words as tables, in Markdown and on the terminal."""
+"""Tables of masked-word figures, as Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from megatron_detour.ui.tables import Entry, Table
 HEAD = ("Model", "Words", "Masked", "Perplexity per word", "Bits per byte", "Accuracy")
 CHANGE_HEAD = ("Model", "Words", "Perplexity, ratio", "Bits per byte, difference", "Accuracy, points")
 NOTE = (
-    "Words are masked at the same places for every model, all tokens of a word and all words of a window at once. In "
-    "brackets: the 95% interval of a bootstrap over documents, of 20 or more. Ratios and differences are of the same "
-    "documents."
+    "The same words are masked for every model, all tokens of a word and all chosen words of a window at once. In "
+    "brackets: the 95% bootstrap interval over documents, if there are at least 20. Ratios and differences are paired "
+    "by document."
 )
 
 Line = dict[str, Any]
 
 
-def say(sentence: str) -> None:
+def warn(sentence: str) -> None:
     print(visible(sentence), file=sys.stderr, flush=True)
 
 
 def as_markdown(lines: list[Line]) -> str:
-    """All figures, corpus by corpus."""
+    """Return all figures by corpus."""
     parts = ["# Restoring masked words", NOTE]
     for corpus, own in _grouped(lines, "corpus").items():
         parts += [f"## {markdown(corpus)}", f"{_facts(own[0])}.", _figures(own).markdown()]
         parts += [f"{markdown(sentence)}." for sentence in _unknown(own)]
         for baseline, changed in _grouped(own, "compared_with").items():
-            parts += [f"Against {markdown(baseline)}:", _changes(changed).markdown()]
+            parts += [f"Compared with {markdown(baseline)}:", _changes(changed).markdown()]
     return "\n\n".join(parts) + "\n"
 
 
 def print_tables(lines: list[Line], console: Console | None = None) -> None:
-    """Prints a table of figures for each corpus, and one of differences where there are several models."""
+    """Print a table of figures per corpus, and one of differences if there are several models."""
     console = console or Console()
     for corpus, own in _grouped(lines, "corpus").items():
         console.print(Text(visible(f"{corpus}: {_facts(own[0])}")))
@@ -46,29 +46,29 @@ def print_tables(lines: list[Line], console: Console | None = None) -> None:
         for sentence in _unknown(own):
             console.print(Text(visible(f"{sentence}.")))
         for baseline, changed in _grouped(own, "compared_with").items():
-            console.print(Text(visible(f"{corpus}, against {baseline}")))
+            console.print(Text(visible(f"{corpus}, compared with {baseline}")))
             _changes(changed).print(console)
 
 
 def _grouped(lines: list[Line], key: str) -> dict[str, list[Line]]:
-    found: dict[str, list[Line]] = {}
+    groups: dict[str, list[Line]] = {}
     for line in lines:
         if line[key] is not None:
-            found.setdefault(line[key], []).append(line)
-    return found
+            groups.setdefault(line[key], []).append(line)
+    return groups
 
 
 def _facts(line: Line) -> str:
     words, domain = line["all"]["words"], ""
     if line["domain"] is not None:
-        domain = f", {line['domain']['words']:,} of them domain words ({line['domain_words']:,} such words are known)"
+        domain = f", {line['domain']['words']:,} of them domain words (of a list of {line['domain_words']:,})"
     return f"{line['documents']:,} documents, {line['windows']:,} windows, {words:,} masked words{domain}"
 
 
 def _unknown(lines: list[Line]) -> list[str]:
-    """Models whose tokenizers cannot write all words: guessing the unknown token is easier than guessing a word."""
+    """Name models whose tokenizers lack some words: predicting the unknown token is easier than predicting a word."""
     return [
-        f"{line['model']}: {line['all']['unknown']:,} of the masked words are unknown to the tokenizer in whole or part"
+        f"{line['model']}: {line['all']['unknown']:,} of the masked words are wholly or partly unknown to the tokenizer"
         for line in lines
         if line["all"]["unknown"]
     ]
@@ -110,6 +110,6 @@ def _changes(lines: list[Line]) -> Table:
 
 
 def _interval(figure: dict[str, float | None], form: str) -> Entry:
-    """The value, and its interval below it, as side by side they are wider than a terminal."""
+    """Return the value with its interval below it; side by side they are wider than a terminal."""
     interval = "" if figure["low"] is None else f"[{figure['low']:{form}}, {figure['high']:{form}}]"
     return Entry(f"{figure['value']:{form}}", note=interval)

@@ -1,4 +1,4 @@
-"""The texts that models are measured on: what is masked in each, and which of its words are the domain's."""
+"""The texts of the masked-word evaluation: the masked words of each, and which of them are domain words."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from megatron_detour.evaluation.masked_words.positions import (
 )
 from megatron_detour.files import file_facts
 
-VERSION = 1  # of how words are chosen
+VERSION = 1  # of the choice of words
 
 
 @dataclass(frozen=True)
 class IntrinsicOptions:
-    """What is masked and how it is measured. Raises DetourError for a value that has no meaning.
+    """Options of the masked-word evaluation. Raises DetourError for an invalid value.
 
-    documents: of each corpus, at most. windows: of a document, at most. words: a file of domain words, one a line; or
-    reference: files of general language, and domain: files of the domain that are counted beside each corpus. ratio:
-    how many times as frequent a domain word is. resamples: of the bootstrap. device: "auto", "cpu", "cuda" or "cuda:N".
-    batch_tokens: positions in a forward pass.
+    documents: at most, per corpus. windows: at most, per document. words: a file of domain words, one per line; or
+    reference: files of general language, and domain: files of the domain counted with each corpus. ratio: how many
+    times as frequent a domain word is. resamples: of the bootstrap. device: "auto", "cpu", "cuda" or "cuda:N".
+    batch_tokens: positions per forward pass.
     """
 
     documents: int = 500
@@ -55,15 +55,15 @@ class IntrinsicOptions:
         if self.seed < 0:
             raise DetourError(f"--seed {self.seed}: give 0 or more")
         if not 0 < self.mask_rate < 1:
-            raise DetourError(f"--mask-rate {self.mask_rate}: give a share between 0 and 1, such as 0.15")
+            raise DetourError(f"--mask-rate {self.mask_rate}: give a fraction between 0 and 1, such as 0.15")
         if self.words and (self.reference or self.domain):
-            raise DetourError("--words names the words of the domain: leave out --reference and --domain")
+            raise DetourError("--words already lists the domain words; omit --reference and --domain")
         if self.domain and not self.reference:
-            raise DetourError("--domain is counted against a general text: give --reference too")
+            raise DetourError("--domain requires --reference")
 
 
 class Domain:
-    """Which words are the domain's: those of a file, or those that general text has far less often, or not said."""
+    """The domain words: those of a file, or those much rarer in general text, or undefined."""
 
     def __init__(self, options: IntrinsicOptions) -> None:
         self.options = options
@@ -73,7 +73,7 @@ class Domain:
 
     @cached_property
     def settings(self) -> dict[str, Any] | None:
-        """What decides which words they are, beside the corpus."""
+        """Return what determines the domain words, besides the corpus."""
         options = self.options
         if options.words:
             return {"words": _sha256(options.words)}
@@ -88,22 +88,22 @@ class Domain:
         return count_words(self.options.reference, key), count_words(self.options.domain, key)
 
     def words_of(self, path: Path, counts: Counter[str]) -> frozenset[str] | None:
-        """The domain's words in a corpus with these counts; None where nothing says what the domain is."""
+        """Return the domain words of a corpus with these counts; None if no domain is defined."""
         if self.listed is not None or not self.options.reference:
             return self.listed
         reference, domain = self._counts
         rule = DomainRule(self.options.ratio)
-        found = domain_words(counts + domain, reference, rule)
-        if not found:
+        words = domain_words(counts + domain, reference, rule)
+        if not words:
             raise DetourError(
-                f"{path}: no domain word found, as none of {rule.letters} letters or more is there {rule.occurrences} "
-                f"times and {rule.ratio:g} times as often as in --reference; give --words, --domain or a lower --ratio"
+                f"{path}: no domain words: none has {rule.letters} letters or more, occurs {rule.occurrences} times "
+                f"and {rule.ratio:g} times as often as in --reference; give --words, --domain or a lower --ratio"
             )
-        return found
+        return words
 
 
 class Text:
-    """A corpus: its name, what decides on its figures, and its windows and domain words, read when first asked for."""
+    """A corpus: its name, the settings of its figures, and its windows and domain words, read on first access."""
 
     def __init__(self, name: str, path: Path, options: IntrinsicOptions, domain: Domain) -> None:
         _check(path)
@@ -118,7 +118,7 @@ class Text:
 
     @cached_property
     def content(self) -> tuple[list[Window], frozenset[str] | None]:
-        """Windows and domain words. Raises DetourError for a corpus with nothing to mask."""
+        """Return windows and domain words. Raises DetourError for a corpus with nothing to mask."""
         options = self._options
         corpus = read_corpus(self.path, options.text_key, options.seed, options.documents)
         shape = {"words": options.window_words, "windows": options.windows, "mask_rate": options.mask_rate}
@@ -128,21 +128,21 @@ class Text:
             for window in windows_of(number, text, seed=options.seed, **shape)
         ]
         if not windows:
-            raise DetourError(f"{self.path}: the documents taken hold no words; give more --documents")
+            raise DetourError(f"{self.path}: the chosen documents have no words; increase --documents")
         words = self._domain.words_of(self.path, corpus.counts)
         if words is not None and not any(folded(word) in words for window in windows for word in window.words()):
             raise DetourError(
-                f"{self.path}: no domain word found among the masked ones; give more --documents or --words"
+                f"{self.path}: no domain words among the masked ones; increase --documents or give more --words"
             )
         return windows, words
 
 
 def texts_of(corpora: list[Path], options: IntrinsicOptions, domain: Domain) -> list[Text]:
-    """Texts under the names of their files, or under their paths where names are the same."""
+    """Return texts named by their files, or by their paths if file names collide."""
     names = [path.name for path in corpora]
     labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, corpora, strict=True)]
     if len(set(labels)) < len(labels):
-        raise DetourError("the same corpus is given twice; give each once")
+        raise DetourError("--corpus: the same corpus twice; give each once")
     return [Text(label, path, options, domain) for label, path in zip(labels, corpora, strict=True)]
 
 

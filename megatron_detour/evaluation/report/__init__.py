@@ -1,1 +1,1 @@
-"""What an evaluation has found: statistics, tables, plots and pages."""
+"""The report of an evaluation: statistics, tables, plots and pages."""

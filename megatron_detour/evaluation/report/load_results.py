@@ -1,4 +1,4 @@
-"""The results of an evaluation as they compare: of one protocol, one definition of each task, one test split."""
+"""Load the results of an evaluation and refuse those that are not comparable (protocol, task, data, test split)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.results import RESULTS, Cell, Result, predictions_path, read_results
-from megatron_detour.evaluation.task import known_tasks, load_task
+from megatron_detour.evaluation.task import load_task, packaged_tasks
 from megatron_detour.evaluation.task_types import METRICS
 from megatron_detour.structured import read_json_object
 
 REQUIRED = ("protocol", "metric", "score", "scores", "examples", "seconds")
-OF_A_TASK = ("metric", "ner_head", "examples")  # keys of a result that must agree within a task
-REMEDY = "remove the file: the next evaluation makes it again, and until then the report does without"
-OF_ITS_IDENTITY = {  # hashes, where a result has them
-    "format": "format of results",
-    "task": "definition of the task",
+TASK_KEYS = ("metric", "ner_head", "examples")  # keys of a result that must agree within a task
+REMEDY = "remove the file; the next evaluation recreates it"
+IDENTITY_KEYS = {  # hashes, if a result has them
+    "format": "result format",
+    "task": "task definition",
     "data": "data",
     "protocol": "protocol",
 }
@@ -31,10 +31,10 @@ OF_ITS_IDENTITY = {  # hashes, where a result has them
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results by cells. `trained` have true labels, `shuffled` shuffled ones; the two are never mixed.
+    """Results by cell: `trained` with true labels, `shuffled` with shuffled labels. The two are never mixed.
 
-    `models` are in the order of their first result, the baseline first; one that has nothing but shuffled results is
-    none of them, unless there is no other. `tasks` are by language and name.
+    `models` are in the order of their first result, the baseline first, without models that have only shuffled
+    results, unless all have. `tasks` are sorted by language and name.
     """
 
     output: Path
@@ -49,12 +49,12 @@ class Evaluation:
 
     @property
     def shuffled_models(self) -> list[str]:
-        """Those with results of shuffled labels."""
+        """The models with results of shuffled labels."""
         return list(dict.fromkeys(cell.model for cell in self.shuffled))
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
-        """All seeds that any model has on any task, with true labels."""
+        """All seeds of any model on any task, with true labels."""
         return tuple(sorted({cell.seed for cell in self.trained}))
 
     @property
@@ -62,13 +62,13 @@ class Evaluation:
         return next(iter((self.trained or self.shuffled).values()))["protocol"]
 
     def scores(self, model: str, task: str, *, shuffled: bool = False) -> dict[int, float]:
-        """The test scores by seed."""
+        """Return the test scores by seed."""
         cells = self.shuffled if shuffled else self.trained
         scores = {cell.seed: cells[cell]["score"] for cell in cells if (cell.model, cell.task) == (model, task)}
         return dict(sorted(scores.items()))
 
     def matrix(self, model: str) -> np.ndarray:
-        """The test scores [tasks, seeds], NaN where there is none."""
+        """Return the test scores [tasks, seeds], NaN where missing."""
         matrix = np.full((len(self.tasks), len(self.seeds)), np.nan)
         for row, task in enumerate(self.tasks):
             for seed, score in self.scores(model, task.name).items():
@@ -78,7 +78,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What a report says of a task. `test` is the number of its test examples."""
+    """A task as reported. `test` is the number of its test examples."""
 
     name: str
     title: str
@@ -88,18 +88,18 @@ class TaskFacts:
 
 
 def read_evaluation(output: Path, baseline: str | None = None) -> Evaluation:
-    """Reads OUTPUT/results.jsonl. Raises DetourError for none, for results that do not compare, an unknown baseline."""
+    """Read OUTPUT/results.jsonl. Raises DetourError for missing or incomparable results or an unknown baseline."""
     path = output / RESULTS
     results = read_results(output)
     if not results:
-        raise DetourError(f"{path}: holds no result yet; evaluate a model first (megatron-detour evaluate)")
+        raise DetourError(f"{path}: no results yet; evaluate a model first (megatron-detour evaluate)")
     for cell, result in results.items():
         _check(path, cell, result)
     _refuse_mixed(path, results)
     models = list(dict.fromkeys(cell.model for cell in results))
     if baseline is not None and baseline not in models:
         raise DetourError(
-            f"--baseline {baseline}: {path} has no such model{nearest(baseline, models)}; it has {', '.join(models)}"
+            f"--baseline {baseline}: not in {path}{nearest(baseline, models)}; choose from {', '.join(models)}"
         )
     trained = {cell: result for cell, result in results.items() if not cell.shuffled}
     shown = list(dict.fromkeys(cell.model for cell in trained)) or models
@@ -116,44 +116,43 @@ def read_evaluation(output: Path, baseline: str | None = None) -> Evaluation:
 def _check(path: Path, cell: Cell, result: Result) -> None:
     for key in REQUIRED:
         if key not in result:
-            raise DetourError(f"{path}: the result of {cell} lacks the key {key!r}; remove its line and evaluate again")
+            raise DetourError(f"{path}: the result of {cell} lacks {key!r}; remove its line and evaluate again")
     if result["metric"] not in METRICS:
-        raise DetourError(f"{path}: unknown metric {result['metric']!r} of {cell}; remove its line")
+        raise DetourError(f"{path}: {cell} has the unknown metric {result['metric']!r}; remove its line")
     score = result["score"]
     if score is None or not math.isfinite(score):
         raise DetourError(
-            f"{path}: the score of {cell} is {score!r}, not a finite number; remove its line and evaluate again"
+            f"{path}: the score {score!r} of {cell} is not a finite number; remove its line and evaluate again"
         )
 
 
 def _refuse_mixed(path: Path, results: dict[Cell, Result]) -> None:
-    """Raises DetourError where results were not made alike: a table of them would compare nothing."""
+    """Raise DetourError if the results are not comparable."""
     protocols = _differing(result["protocol"] for result in results.values())
     if protocols:
         raise DetourError(
-            f"{path}: holds results of the protocols {' and '.join(map(repr, protocols))}, which do not compare; give "
-            "each protocol an --output of its own"
+            f"{path}: results of protocols {' and '.join(map(repr, protocols))} are not comparable; use a separate "
+            "--output per protocol"
         )
     for task in dict.fromkeys(cell.task for cell in results):
         alike = [result for cell, result in results.items() if cell.task == task]
         for key, values in _definition(alike):
             if differing := _differing(values):
                 raise DetourError(
-                    f"{path}: results of the task {task!r} do not compare, as they differ in their {key} "
-                    f"({' and '.join(map(str, differing))}); keep the lines of one kind, or give each an --output of "
-                    "its own"
+                    f"{path}: results of task {task!r} are not comparable, they differ in {key} "
+                    f"({' and '.join(map(str, differing))}); keep the lines of one of them, or use a separate --output"
                 )
 
 
 def _definition(results: list[Result]) -> list[tuple[str, list[Any]]]:
-    """By what may differ between results of a task, its values."""
-    own = [(key, [result.get(key) for result in results]) for key in OF_A_TASK]
+    """Return the values of each property that must agree between results of a task."""
+    own = [(key, [result.get(key) for result in results]) for key in TASK_KEYS]
     hashes = [result.get("identity", {}) for result in results]
-    return own + [(title, [each[key][:12] for each in hashes if key in each]) for key, title in OF_ITS_IDENTITY.items()]
+    return own + [(title, [each[key][:12] for each in hashes if key in each]) for key, title in IDENTITY_KEYS.items()]
 
 
 def _differing(values: Iterable[Any]) -> list[Any]:
-    """The first two values that differ; empty where all are the same."""
+    """Return the first two distinct values, or nothing if all are equal."""
     distinct: list[Any] = []
     for value in values:
         if value not in distinct:
@@ -164,14 +163,14 @@ def _differing(values: Iterable[Any]) -> list[Any]:
 def _tasks(results: dict[Cell, Result]) -> tuple[TaskFacts, ...]:
     latest: dict[str, Result] = {}
     for cell, result in results.items():
-        latest[cell.task] = result  # the latest, as a title may have been mended
+        latest[cell.task] = result  # the latest: its title may have been corrected
     facts = [_facts(name, result) for name, result in latest.items()]
     return tuple(sorted(facts, key=lambda task: (task.language, task.name)))
 
 
 def _facts(name: str, result: Result) -> TaskFacts:
-    task = load_task(name) if name in known_tasks() else None
-    # a user's own is known by what its results say
+    task = load_task(name) if name in packaged_tasks() else None
+    # for a user's task, use the facts stored in its results
     title, language = (
         (task.title, task.language) if task else (result.get("title") or name, result.get("language") or "")
     )
@@ -184,7 +183,7 @@ def _shown(text: str) -> str:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The predictions of one task on its test split, whose right answers are those of every file."""
+    """The predictions for one task's test split. All files have the same gold answers."""
 
     output: Path
     labels: tuple[str, ...]
@@ -192,7 +191,7 @@ class Predictions:
     predicted: dict[Cell, list[Any]]
 
     def contributions(self, metric: str, cell: Cell) -> np.ndarray:
-        """What each example adds to the score of a cell [n, k]. Raises DetourError for what is no label or number."""
+        """Return each example's contribution to a cell's score, [n, k]. Raises DetourError for invalid predictions."""
         try:
             return METRICS[metric].contributions(self.labels, self.gold, self.predicted[cell])
         except DetourError as fault:
@@ -200,9 +199,9 @@ class Predictions:
 
 
 def read_predictions(output: Path, metric: str, cells: Iterable[Cell]) -> Predictions | None:
-    """Reads those of the cells, all of one task, that are there; None where there is none.
+    """Read the existing predictions of these cells, all of one task; None if there are none.
 
-    Raises DetourError for a file that is damaged, and for two with other right answers.
+    Raises DetourError for a damaged file, and for files with different gold answers.
     """
     first: dict[str, Any] | None = None
     predicted = {}
@@ -214,8 +213,8 @@ def read_predictions(output: Path, metric: str, cells: Iterable[Cell]) -> Predic
         first = first or content
         if content["gold"] != first["gold"] or content["labels"] != first["labels"]:
             raise DetourError(
-                f"{path}: the right answers are not those of the task's other predictions, so the models were tested "
-                "on different data; give each data set an --output of its own"
+                f"{path}: the gold answers differ from the task's other predictions, so the models were tested on "
+                "different data; use a separate --output per dataset"
             )
         predicted[cell] = content["predicted"]
     return Predictions(output, tuple(first["labels"]), first["gold"], predicted) if first else None

@@ -1,4 +1,4 @@
-"""The report of an evaluation: Markdown, a self-contained HTML page, a plot, all figures as JSON, and the terminal."""
+"""The report of an evaluation: Markdown, a self-contained HTML page, a plot, all figures as JSON, terminal output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.models import fingerprint
 from megatron_detour.evaluation.report.load_results import read_evaluation
 from megatron_detour.evaluation.report.statistics import Spread
-from megatron_detour.evaluation.report.summary import FORMAT, PERMUTATIONS, summarize
+from megatron_detour.evaluation.report.summary import PERMUTATIONS, SUMMARY_FORMAT, summarize
 from megatron_detour.evaluation.report.tables import (
     Summary,
     against_table,
@@ -35,10 +35,10 @@ TEMPLATE = "evaluation.html.j2"
 
 
 def write_report(output: Path, baseline: str | None = None, permutations: int = PERMUTATIONS) -> Path:
-    """Writes scores.png, report.md, report.html and summary.json into OUTPUT; returns the page's path.
+    """Write scores.png, report.md, report.html and summary.json into OUTPUT; return the page's path.
 
-    `baseline` is the model that the others are compared with, the first one unless given. Raises DetourError where
-    there is no result, or where results do not compare.
+    `baseline` is the model that the other models are compared with, by default the first. Raises DetourError if
+    results are missing or not comparable.
     """
     from megatron_detour.evaluation.report import plots
     from megatron_detour.ui.page import Picture, write_pictures
@@ -54,7 +54,7 @@ def write_report(output: Path, baseline: str | None = None, permutations: int = 
 
 
 def read_summary(output: Path) -> Summary:
-    """The figures that write_report has written. Raises DetourError where it has not, or for a damaged file."""
+    """Read summary.json, as written by write_report. Raises DetourError for a missing or damaged file."""
     path = Path(output) / FIGURES
     if not path.is_file():
         raise DetourError(f"{path}: no such file; write the report first (megatron-detour evaluate report {output})")
@@ -62,25 +62,25 @@ def read_summary(output: Path) -> Summary:
         summary = read_json_object(path)
     except DetourError as fault:
         raise DetourError(f"{fault}; write the report again (megatron-detour evaluate report {output})") from None
-    if summary.get("format") != FORMAT:
+    if summary.get("format") != SUMMARY_FORMAT:
         raise DetourError(
-            f"{path}: of another version; write the report again (megatron-detour evaluate report {output})"
+            f"{path}: written by another version; write the report again (megatron-detour evaluate report {output})"
         )
     return summary
 
 
 def model_table(output: Path, model: str) -> list[dict[str, Any]]:
-    """What a card says of a model on each task: task, title, language, metric, protocol, mean, sd (None for one seed),
-    seeds.
+    """Return a model's scores for a model card, per task: task, title, language, metric, protocol, mean, sd (None for
+    one seed), seeds.
 
-    Mean and sd are shares of 1, `seeds` is the number of them. Raises DetourError where the evaluation has no such
-    model, or none of its tasks.
+    Mean and sd are fractions, `seeds` is a count. Raises DetourError if the evaluation has no such model, or no
+    finished task of it.
     """
     evaluation = read_evaluation(Path(output))
     known = [*evaluation.models, *evaluation.shuffled_models]
     if model not in known:
         raise DetourError(
-            f"{output}: the evaluation has no model {model!r}{nearest(model, known)}; it has {', '.join(known)}"
+            f"{output}: the evaluation has no model {model!r}{nearest(model, known)}; choose from {', '.join(known)}"
         )
     rows = []
     for task in evaluation.tasks:
@@ -95,7 +95,7 @@ def model_table(output: Path, model: str) -> list[dict[str, Any]]:
 
 
 def scored_folder(output: Path, model: str) -> Path | None:
-    """The folder that a model's scores are of; None where it is gone or has changed since."""
+    """Return the folder of the evaluated model; None if it is missing or has changed since."""
     results = [result for cell, result in read_results(Path(output)).items() if cell.model == model]
     folder = Path(results[-1].get("path", ""))
     try:
@@ -106,7 +106,7 @@ def scored_folder(output: Path, model: str) -> Path | None:
 
 
 def as_text(summary: Summary, console: Console) -> None:
-    """Prints the verdict, scores, differences to the baseline, and what has to be known of them."""
+    """Print the verdict, scores, differences from the baseline, and notes."""
     console.print(visible(summary["verdict"]), style="bold", markup=False, highlight=False)
     for table in (scores_table(summary), against_table(summary)):
         if table.rows:
@@ -122,8 +122,8 @@ def as_text(summary: Summary, console: Console) -> None:
 
 def _about(summary: Summary) -> str:
     tasks, seeds = counted(len(summary["tasks"]), "task"), summary["seeds"]
-    of_seeds = f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}" if seeds else "shuffled labels only"
-    return f"{tasks}, {of_seeds}, protocol {summary['protocol']}."
+    shown = f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}" if seeds else "shuffled labels only"
+    return f"{tasks}, {shown}, protocol {summary['protocol']}."
 
 
 def _page(summary: Summary, picture: Any) -> str:
@@ -137,7 +137,7 @@ def _page(summary: Summary, picture: Any) -> str:
         verdict=summary["verdict"],
         about=_about(summary),
         chips={model: variable(appearance(number)["color"]) for number, model in enumerate(summary["models"])},
-        cards=[_card(found, summary) for found in summary["against_baseline"] if found["cells"]],
+        cards=[_card(comparison, summary) for comparison in summary["against_baseline"] if comparison["cells"]],
         notes=summary["notes"],
         tables=tables(summary),
         picture=picture if picture.content else None,
@@ -145,12 +145,12 @@ def _page(summary: Summary, picture: Any) -> str:
     )
 
 
-def _card(found: dict[str, Any], summary: Summary) -> dict[str, str]:
-    ways = [(name, found[key]) for key, name in (("by_tasks", "by tasks"), ("cells", "by cells"))]
+def _card(comparison: dict[str, Any], summary: Summary) -> dict[str, str]:
+    methods = [("by tasks", comparison["by_tasks"]), ("by cells", comparison["cells"])]
     return {
-        "title": f"{found['model']} against {summary['baseline']}",
-        "value": f"{points(found['cells']['mean'])} points",
-        "remark": "; ".join(f"95% {interval_words(each)} {name}, p {p_words(each['p'])}" for name, each in ways),
+        "title": f"{comparison['model']} compared with {summary['baseline']}",
+        "value": f"{points(comparison['cells']['mean'])} points",
+        "remark": "; ".join(f"95% {interval_words(each)} {name}, p {p_words(each['p'])}" for name, each in methods),
     }
 
 
@@ -163,7 +163,7 @@ def _markdown(summary: Summary, picture: str) -> str:
         parts.append(table.markdown())
         parts += [markdown(remark) for remark in table.remarks]
         if not number and picture:
-            parts.append(f"![Scores by task, and differences to the baseline]({picture})")
+            parts.append(f"![Scores by task, and differences from the baseline]({picture})")
     if summary["versions"]:
         parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()))
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""The plot of an evaluation: scores by task, and differences to the baseline, with intervals."""
+"""The plot of an evaluation: scores by task, and differences from the baseline, with intervals."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "scores.png"
-TITLE = "Scores by task and differences to the baseline"
+TITLE = "Scores by task and differences from the baseline"
 CAPTION = (
-    "Left, the mean over seeds with its 95% interval (Student's t). Right, the difference to the baseline with its "
-    "95% interval: of a task over seeds, in the first row over tasks. A full mark on the right is a clear difference "
-    "after Holm's correction: of a task by permutation test and seeds both, in the first row by tasks."
+    "Left: the mean over seeds with its 95% interval (Student's t). Right: the difference from the baseline with its "
+    "95% interval, over seeds for a task, over tasks in the first row. A filled marker on the right is a clear "
+    "difference after Holm's correction: by permutation test and over seeds for a task, over tasks in the first row."
 )
-WIDTH = 9.2  # inches, as the other plots of a report
-LEAST_ROW, MODEL_ROW = 0.36, 0.105  # inches of a task, and of a model in it
+WIDTH = 9.2  # inches, like the other plots of a report
+LEAST_ROW, MODEL_ROW = 0.36, 0.105  # inches per task, and per model within it
 LONGEST_TITLE, LONGEST_MODEL, LONGEST_BASELINE = 30, 60, 26  # characters
 LEGEND_WIDTH = 112  # characters in a row of the legend
-REACH = 0.75  # of the range of the means, which an interval may widen on either side
+REACH = 0.75  # how far intervals may extend the axis on either side, relative to the range of the means
 LEAST_REACH = 2.0  # points
-FULL_SCORE = 101.5  # percent; no score lies above 100, whatever its interval
+FULL_SCORE = 101.5  # percent, the end of the axis: scores are at most 100
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A mean with its interval, in percent or points. A full mark is any score, or a clear difference."""
+    """A mean with its interval, in percent or points. `full` (a filled marker) for scores and clear differences."""
 
     row: int
     model: int
@@ -45,7 +45,7 @@ class Mark:
 
 
 def draw_scores(summary: Summary) -> Figure | None:
-    """Draws a row per task, the average in the first one; None where there is no score."""
+    """Draw a row per task, the average in the first row; None without scores."""
     from matplotlib.figure import Figure
 
     rows = _rows(summary)
@@ -60,18 +60,18 @@ def draw_scores(summary: Summary) -> Figure | None:
     baseline = shortened(models[0], LONGEST_BASELINE)
     _panel(panels[0], rows, _scores(summary), len(models), "score on the test split (%)")
     if differences:
-        _panel(panels[1], rows, differences, len(models), f"difference to {baseline} (points)", zero=True)
+        _panel(panels[1], rows, differences, len(models), f"difference from {baseline} (points)", zero=True)
     for axes, title in zip(panels, ("Scores", "Differences"), strict=False):
         axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=8)
     if differences:
-        panels[1].set_title("full mark: clear difference", loc="right", fontsize=8.2, color=SOFT, pad=8)
+        panels[1].set_title("filled: clear difference", loc="right", fontsize=8.2, color=SOFT, pad=8)
     _name_rows(panels[0], rows)
     _legend(figure, models, differences=bool(differences))
     return figure
 
 
 def describe(summary: Summary) -> str:
-    """The plot's figures, for whoever does not see it."""
+    """Return the plot's figures as text, as its alternative text."""
     models, rows = summary["models"], _rows(summary)
     scores = [
         f"{rows[mark.row][0]}, {models[mark.model]}: {tables.percent(mark.mean / 100)}%"
@@ -82,12 +82,12 @@ def describe(summary: Summary) -> str:
         + (f" ({mark.interval[0]:.1f} to {mark.interval[1]:.1f})" if mark.interval else "")
         for mark in _differences(summary)
     ]
-    against = f" Differences to {models[0]}: {'; '.join(differing)}." if differing else ""
+    against = f" Differences from {models[0]}: {'; '.join(differing)}." if differing else ""
     return visible(f"Scores: {'; '.join(scores)}.{against}")
 
 
 def _rows(summary: Summary) -> list[tuple[str, str]]:
-    """Title and metric of each row."""
+    """Return the title and metric of each row."""
     tasks = [(task["name"], metric_words(task["metric"])) for task in summary["tasks"] if task["scores"]]
     average = summary["average"]
     return [(f"Mean of {counted(len(average['tasks']), 'task')}", "")] * bool(average["scores"]) + tasks
@@ -97,23 +97,27 @@ def _scores(summary: Summary) -> list[Mark]:
     groups = [summary["average"]["scores"]] if summary["average"]["scores"] else []
     groups += [task["scores"] for task in summary["tasks"] if task["scores"]]
     return [
-        Mark(row, number, 100 * found["mean"], _percent(found["interval"]))
+        Mark(row, number, 100 * figures["mean"], _percent(figures["interval"]))
         for row, scores in enumerate(groups)
-        for number, found in ((n, scores[m]) for n, m in enumerate(summary["models"]) if m in scores)
+        for number, figures in ((n, scores[m]) for n, m in enumerate(summary["models"]) if m in scores)
     ]
 
 
 def _differences(summary: Summary) -> list[Mark]:
     first, models = int(bool(summary["average"]["scores"])), summary["models"]
     marks = []
-    for found in summary["against_baseline"]:
-        if found["cells"] and first:
-            tasks = found["by_tasks"]
+    for figures in summary["against_baseline"]:
+        if figures["cells"] and first:
+            tasks = figures["by_tasks"]
             interval = None if tasks["low"] is None else (tasks["low"], tasks["high"])
-            marks.append(Mark(0, models.index(found["model"]), 100 * tasks["mean"], _percent(interval), tasks["clear"]))
+            marks.append(
+                Mark(0, models.index(figures["model"]), 100 * tasks["mean"], _percent(interval), tasks["clear"])
+            )
     for row, task in enumerate((task for task in summary["tasks"] if task["scores"]), start=first):
-        for model, found in task["differences"].items():
-            mark = Mark(row, models.index(model), 100 * found["mean"], _percent(found["interval"]), found["clear"])
+        for model, figures in task["differences"].items():
+            mark = Mark(
+                row, models.index(model), 100 * figures["mean"], _percent(figures["interval"]), figures["clear"]
+            )
             marks.append(mark)
     return marks
 
@@ -147,7 +151,7 @@ def _panel(axes: Axes, rows: list[Any], marks: list[Mark], models: int, label: s
 
 def _draw(axes: Axes, mark: Mark, models: int) -> None:
     look = appearance(mark.model)
-    # the models of a row lie below each other, in four fifths of it
+    # the models of a row are stacked within four fifths of its height
     y = mark.row + 0.8 * ((mark.model + 0.5) / models - 0.5)
     if mark.interval:
         axes.plot(mark.interval, (y, y), color=look["color"], linewidth=1.3, solid_capstyle="butt", zorder=2)
@@ -157,7 +161,7 @@ def _draw(axes: Axes, mark: Mark, models: int) -> None:
 
 
 def _limits(marks: list[Mark], zero: bool) -> tuple[float, float]:
-    """A range that the means set, and intervals as far as they do not dwarf them: those of two seeds are huge."""
+    """Return axis limits that show the means, and the intervals unless they are far wider (as with two seeds)."""
     means = [mark.mean for mark in marks] + [0.0] * zero
     ends = [end for mark in marks for end in mark.interval or ()]
     reach = max(REACH * (max(means) - min(means)), LEAST_REACH)

@@ -1,4 +1,4 @@
-"""What a task's test split gives to a model that does not read its texts."""
+"""The random baseline: the best score on a task's test split without reading its texts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SEED = 0
 
 @dataclass(frozen=True)
 class RandomBaseline:
-    """`score` is the best of the guesses below; up to `high` a score is no better than that, by the luck of a split."""
+    """`score` is the best score of the guesses below; scores up to `high` are not distinguishable from it."""
 
     score: float
     high: float
 
 
 def random_baseline(metric: Metric, labels: Sequence[str], gold: Sequence[Any]) -> RandomBaseline:
-    """The best score of guesses that know the test split's frequencies and nothing of its texts.
+    """Return the best score of guesses that use the answers' frequencies in the test split but not its texts.
 
-    The guesses are the same answer for every example (Metric.constant_answers), and answers drawn at random from the
-    right ones. `high` lies 1.96 standard deviations of the random guesses above the best one, a point at least.
+    The guesses are constant answers (Metric.constant_answers), and answers drawn at random from the gold answers.
+    `high` is 1.96 standard deviations of the random guesses above the best score, at least one point.
     """
     gold = gold[: metric.baseline_examples]
 

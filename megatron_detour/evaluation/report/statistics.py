@@ -1,6 +1,6 @@
-"""Is a difference between models more than chance? Student's t, bootstrap, permutation test, Holm's correction.
+"""Tests of differences between models: Student's t, bootstrap, permutation test, Holm's correction.
 
-Scores are shares of 1. Every difference is a - b, so above 0 where a is better; every p is two-sided.
+Scores are fractions. Every difference is a - b, positive if a is better; every p is two-sided.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEVEL = 0.05  # what counts as significant; intervals are of 1 - LEVEL
-TIE = 0.0005  # a difference below 0.05 points is not seen in a table of one decimal
-_ROUNDING = 1e-12  # differences that are equal on paper differ by this much in floating point
-_CHUNK = 4_000_000  # numbers held at once
+LEVEL = 0.05  # significance level; intervals cover 1 - LEVEL
+TIE = 0.0005  # differences below 0.05 points are invisible in a table with one decimal
+_ROUNDING = 1e-12  # mathematically equal differences may differ by this much in floating point
+_CHUNK = 4_000_000  # numbers in memory at once
 _EXACT_IN_SINGLE = 2**24
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n - 1) of `count` values; no deviation of a single value."""
+    """Mean and standard deviation (n - 1) of `count` values; sd is None for a single value."""
 
     mean: float
     sd: float | None
@@ -34,10 +34,10 @@ class Spread:
         return cls(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, len(array))
 
     def half(self, comparisons: int = 1) -> float | None:
-        """Half the 95% interval of the mean by Student's t; with 3 values 2.5 sd. None for a single value, and where
-        all are equal, as nothing is known of how they vary.
+        """Return half the width of the mean's 95% interval by Student's t (2.5 sd for 3 values). None for a single
+        value, and if all are equal, since their variance is unknown.
 
-        Of several `comparisons` it is half of Bonferroni's interval: no smaller mean could differ clearly from 0.
+        With several `comparisons`, Bonferroni's interval: a smaller mean could not differ clearly from 0.
         """
         if self.sd is None or self.sd <= _ROUNDING:
             return None
@@ -50,9 +50,9 @@ class Spread:
         return None if half is None else (self.mean - half, self.mean + half)
 
     def p(self) -> float | None:
-        """p of Student's t that the mean is 0: below 0.05 exactly where the interval leaves out 0.
+        """Return p of Student's t test that the mean is 0; below 0.05 exactly if the interval excludes 0.
 
-        None for a single value; 1 where all are equal.
+        None for a single value; 1 if all are equal.
         """
         if self.sd is None:
             return None
@@ -65,9 +65,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A mean difference with its 95% interval and p, of one method: p is below 0.05 exactly where the interval leaves
-    out 0. `units` is the number of what was compared: cells, or tasks. Where there is one, or all differ by exactly as
-    much, nothing is known of how they vary: there is no interval, and p is 1.
+    """A mean difference with its 95% interval and p by one method; p is below 0.05 exactly if the interval excludes 0.
+
+    `units` is the number of cells or tasks compared. With a single unit, or if all differences are equal, their
+    variance is unknown: there is no interval, and p is 1.
     """
 
     mean: float
@@ -78,16 +79,15 @@ class Comparison:
 
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed: int = 0) -> Comparison:
-    """Compares two models by their scores [tasks, seeds]; NaN where a cell is missing, which leaves out the pair.
+    """Compare two models by their scores [tasks, seeds], NaN for missing cells, whose pairs are skipped.
 
-    Draws (task, seed) cells with replacement, as arXiv 2605.12438 does ("paired bootstrap over tasks x seeds"). The
-    seeds of a task are not independent of each other: for whether a model would be better on other tasks of this kind
-    see over_tasks.
+    Resamples (task, seed) cells with replacement, as in arXiv 2605.12438 ("paired bootstrap over tasks x seeds"). The
+    seeds of a task are not independent; over_tasks tells whether a model would be better on other tasks of this kind.
 
-    Percentiles of n cells are too narrow by the t distribution's width and by sqrt((n - 1) / n), so the resampled means
-    are stretched by as much about their mean: 2% for 72 cells, 43% for six, which would else find something in nothing
-    in 14% of cases. p is twice the smaller share of them on either side of 0, both with one more in numerator and
-    denominator, so that p is never 0. Raises ValueError for no pair at all.
+    Percentile intervals of n cells are too narrow by the width of the t distribution and by sqrt((n - 1) / n), so the
+    resampled means are stretched about their mean accordingly: by 2% for 72 cells, by 43% for six, where the false
+    positive rate would otherwise be 14%. p is twice the smaller fraction of them on either side of 0, with one added to
+    numerator and denominator, so that p is never 0. Raises ValueError if there is no pair.
     """
     difference = _differences(a, b)
     cells = difference[~np.isnan(difference)]
@@ -97,14 +97,14 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed
     means = np.sort(mean + _stretch(count) * (_resampled_means(cells, resamples, seed) - mean))
     below, above = (means <= _ROUNDING).sum(), (means >= -_ROUNDING).sum()
     p = min(1.0, 2 * (int(min(below, above)) + 1) / (resamples + 1))
-    end = max(0, math.ceil(LEVEL / 2 * (resamples + 1)) - 2)  # as many means may lie beyond 0 with p below LEVEL
+    end = max(0, math.ceil(LEVEL / 2 * (resamples + 1)) - 2)  # at most this many means beyond 0 keep p below LEVEL
     return Comparison(mean, float(means[end]), float(means[-1 - end]), p, count)
 
 
 def over_tasks(a: np.ndarray, b: np.ndarray) -> Comparison:
-    """Compares two models as paired_bootstrap does, by Student's t of the tasks' mean differences.
+    """Compare two models like paired_bootstrap, but by Student's t over the tasks' mean differences.
 
-    It asks whether a model would be better on other tasks of this kind.
+    This tests whether a model would be better on other tasks of this kind.
     """
     difference = _differences(a, b)
     difference = difference[~np.isnan(difference).all(1)]
@@ -116,9 +116,9 @@ def over_tasks(a: np.ndarray, b: np.ndarray) -> Comparison:
 def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     if difference.ndim != 2:
-        raise ValueError(f"scores must be [tasks, seeds], they have {difference.ndim} dimensions")
+        raise ValueError(f"scores must be [tasks, seeds], not {difference.ndim}-dimensional")
     if np.isnan(difference).all():
-        raise ValueError("the models have no cell in common")
+        raise ValueError("the models have no common cell")
     return difference
 
 
@@ -129,7 +129,7 @@ def _stretch(count: int) -> float:
 
 
 def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means [resamples] of values drawn with replacement."""
+    """Return the means [resamples] of values drawn with replacement."""
     rng, count = np.random.default_rng(seed), len(values)
     rows, means = max(1, _CHUNK // count), []
     for start in range(0, resamples, rows):
@@ -139,7 +139,7 @@ def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarra
 
 @dataclass(frozen=True)
 class Permutation:
-    """A difference of scores on one task and the p of a permutation test."""
+    """A difference of scores on one task with p by permutation test."""
 
     difference: float
     p: float
@@ -152,22 +152,22 @@ def permutation_test(
     permutations: int = 10_000,
     seed: int = 0,
 ) -> Permutation:
-    """Compares two models on the same test examples, by what each example adds to the score [seeds, n, k].
+    """Compare two models on the same test examples, by each example's contribution to the score [seeds, n, k].
 
-    `score` makes scores [...] of totals [..., k] (metrics.score_of). Each permutation swaps the two models on a random
-    half of the examples, an example in all seeds at once; the statistic is the difference of the mean scores over
-    seeds. p is the share of permutations, the true one among them, with a difference at least as large on either side.
+    `score` maps totals [..., k] to scores [...] (Metric.from_totals). Each permutation swaps the two models on a random
+    half of the examples, in all seeds at once; the statistic is the difference of the mean scores over seeds. p is the
+    fraction of permutations, including the identity, whose difference is at least as large in absolute value.
 
-    The test takes the fine-tuned models as they are: it tells whether the difference would hold on other examples of
-    this kind, not whether it would with other seeds. Source: approximate randomisation (Noreen 1989; Yeh 2000).
+    The test conditions on the fine-tuned models: it tells whether the difference would hold on other examples of this
+    kind, not with other seeds. Source: approximate randomization (Noreen 1989; Yeh 2000).
     """
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 3 or a.shape != b.shape:
-        raise ValueError(f"contributions must both be [seeds, n, k], they are {a.shape} and {b.shape}")
+        raise ValueError(f"contributions must both be [seeds, n, k], not {a.shape} and {b.shape}")
     totals_a, totals_b = (each.sum(1, dtype=np.float64) for each in (a, b))
     observed = float((score(totals_a) - score(totals_b)).mean())
     seeds, _, width = a.shape
-    # Where the models agree a swap moves nothing: most examples, and for counts of right answers some columns.
+    # Where the models agree a swap changes nothing: skip those examples and columns.
     moved = (a != b).any((0, 2))
     change = (b[:, moved].astype(np.float64) - a[:, moved]).transpose(1, 0, 2).reshape(-1, seeds * width)
     columns = change.any(0)
@@ -185,23 +185,23 @@ def permutation_test(
 
 
 def _coins(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    """Random zeros and ones [rows, columns]."""
+    """Return random zeros and ones [rows, columns]."""
     width = -(-columns // 8)
     drawn = np.frombuffer(rng.bytes(rows * width), dtype=np.uint8).reshape(rows, width)
     return np.unpackbits(drawn, axis=1, count=columns)
 
 
 def _single_if_exact(change: np.ndarray) -> np.ndarray:
-    """Counts add up exactly in single precision too, in half the time."""
+    """Convert counts to single precision, where sums are still exact and twice as fast."""
     whole = (change == np.rint(change)).all() and np.abs(change).sum(0).max(initial=0) < _EXACT_IN_SINGLE
     return change.astype(np.float32) if whole else change
 
 
 def holm(p_values: Iterable[float], families: int = 1) -> list[float]:
-    """Corrects p for the number of comparisons, in the given order (Holm 1979).
+    """Correct p values for multiple comparisons, keeping their order (Holm 1979).
 
-    With these the chance of one false finding or more among all comparisons is no greater than the level. Of several
-    `families` of comparisons each gets its part of the level (Bonferroni), so that this holds for all of them together.
+    This bounds the family-wise error rate by the level. With several `families` of comparisons, each gets an equal part
+    of the level (Bonferroni), so that the bound holds for all of them together.
     """
     p = np.asarray(list(p_values), dtype=np.float64)
     order = np.argsort(p, kind="stable")
@@ -212,17 +212,17 @@ def holm(p_values: Iterable[float], families: int = 1) -> list[float]:
 
 
 def greater_p(p_examples: float | None, p_seeds: float | None) -> float | None:
-    """The p that a difference is more than chance on both counts: for other examples and for other seeds.
+    """Return the greater p of the test over examples and the test over seeds, so that a difference must pass both.
 
-    A permutation test alone would not do. It takes the fine-tuned models as they are, and on a large test split two
-    lots of seeds of the very same model differ "significantly" (tests/evaluation/test_statistics.py shows it).
+    The permutation test alone is not enough: on a large test split, two sets of seeds of the very same model differ
+    "significantly" (shown in tests/evaluation/test_statistics.py).
     """
     return None if p_examples is None or p_seeds is None else max(p_examples, p_seeds)
 
 
 @dataclass(frozen=True)
 class Tally:
-    """On how many tasks a model is better, worse, or within `TIE`; and on how many of them clearly."""
+    """The number of tasks on which a model is better, worse, or within `TIE`, and clearly better or worse."""
 
     wins: int
     losses: int
@@ -232,7 +232,7 @@ class Tally:
 
 
 def tally(differences: Sequence[float], clear: Sequence[bool]) -> Tally:
-    """Counts mean differences [tasks]; `clear` says which of them are more than chance."""
+    """Count mean differences [tasks]; `clear` marks those that are significant."""
     seen = [(d > 0, s) for d, s in zip(differences, clear, strict=True) if abs(d) >= TIE]
     return Tally(
         wins=sum(above for above, _ in seen),

@@ -1,4 +1,4 @@
-"""The figures of an evaluation in words: tables that Markdown, HTML and terminal show alike. Scores in percent."""
+"""The tables of an evaluation for Markdown, HTML and terminal. Scores are in percent."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Summary = dict[str, Any]
 
 
 def tables(summary: Summary) -> list[Table]:
-    """All tables of a report, those that would be empty left out."""
-    found = [scores_table(summary), against_table(summary)]
-    found += [_by_task(summary, model) for model in summary["models"][1:]]
-    found += [_sanity(summary), _tasks(summary), _cost(summary)]
-    return [table for table in found if table.rows]
+    """Return all non-empty tables of a report."""
+    candidates = [scores_table(summary), against_table(summary)]
+    candidates += [_by_task(summary, model) for model in summary["models"][1:]]
+    candidates += [_sanity(summary), _tasks(summary), _cost(summary)]
+    return [table for table in candidates if table.rows]
 
 
 def scores_table(summary: Summary) -> Table:
-    """Tasks in rows, models in columns, and the average over what all models have finished."""
+    """Return scores by task (rows) and model (columns), and the average over tasks that all models have finished."""
     models = summary["models"]
     rows = [
         [Entry(task["name"]), Entry(metric_words(task["metric"]))]
@@ -32,21 +32,21 @@ def scores_table(summary: Summary) -> Table:
     if average["scores"]:
         title = f"Mean of {counted(len(average['tasks']), 'task')}"
         rows.append([Entry(title), Entry("")] + [_score(average["scores"][model], summary) for model in models])
-    remarks = [f"{_of_seeds(summary)} In percent, on the test split."]
+    remarks = [f"{_seeds_remark(summary)} In percent, on the test split."]
     if len(models) > 1:
         remarks.append(
-            "Bold: better than every other model, by the permutation test and over seeds (the greater p is below 0.05 "
-            "after Holm's correction over "
+            "Bold: better than every other model, by permutation test and over seeds (greater p below 0.05 after "
+            "Holm's correction over "
             f"{counted(sum(task['best'] is not None for task in summary['tasks']), 'task')})."
         )
     return Table(["Task", "Metric", *models], rows, "llr", "Scores", remarks, names=2)
 
 
-def _of_seeds(summary: Summary) -> str:
+def _seeds_remark(summary: Summary) -> str:
     count = len(summary["seeds"])
     if count < 2:
         return "One seed."
-    return f"Mean ± standard deviation over {count} seeds, or as many as stand in brackets."
+    return f"Mean ± standard deviation over {count} seeds, or the number in parentheses."
 
 
 def _is_best(task: dict[str, Any], model: str) -> bool:
@@ -65,20 +65,20 @@ def _score(score: dict[str, Any] | None, summary: Summary, bold: bool = False) -
 
 
 def against_table(summary: Summary) -> Table:
-    """Every other model against the baseline, over all cells that both have."""
+    """Compare every other model with the baseline over their common cells."""
     rows = [
         [
-            found["model"],
-            Entry(points(found["cells"]["mean"]), found["by_tasks"]["clear"]),
-            interval_words(found["cells"]),
-            p_words(found["cells"]["p"]),
-            interval_words(found["by_tasks"]),
-            p_words(found["by_tasks"]["p"]),
-            "{wins} / {losses} / {ties}".format(**found["tally"]),
-            "{clear_wins} / {clear_losses}".format(**found["tally"]),
+            comparison["model"],
+            Entry(points(comparison["cells"]["mean"]), comparison["by_tasks"]["clear"]),
+            interval_words(comparison["cells"]),
+            p_words(comparison["cells"]["p"]),
+            interval_words(comparison["by_tasks"]),
+            p_words(comparison["by_tasks"]["p"]),
+            "{wins} / {losses} / {ties}".format(**comparison["tally"]),
+            "{clear_wins} / {clear_losses}".format(**comparison["tally"]),
         ]
-        for found in summary["against_baseline"]
-        if found["cells"]
+        for comparison in summary["against_baseline"]
+        if comparison["cells"]
     ]
     headers = [
         "Model",
@@ -90,62 +90,62 @@ def against_table(summary: Summary) -> Table:
         "Better / worse / equal",
         "Clear: better / worse",
     ]
-    return Table(headers, rows, title=f"Against {summary['baseline']}", remarks=_of_the_comparison(summary))
+    return Table(headers, rows, title=f"Compared with {summary['baseline']}", remarks=_comparison_remarks(summary))
 
 
-def _of_the_comparison(summary: Summary) -> list[str]:
+def _comparison_remarks(summary: Summary) -> list[str]:
     return [
-        "Points: the mean difference over all cells (a task with a seed) that both models have; above 0 the model is "
-        "better. 95%: its interval; p: two-sided, below 0.05 where the interval leaves out 0. Of cells by paired "
-        f"bootstrap ({summary['resamples']:,} resamples), as in arXiv 2605.12438; of tasks by Student's t of their "
-        "mean differences, which is the one to go by where other tasks of the kind are meant. Bold: by tasks p is "
-        f"below 0.05 after Holm's correction over {counted(len(summary['models']) - 1, 'model')}{_doubled(summary)}.",
-        f"Better, worse, equal: on how many tasks, by the mean over seeds; equal is less than {100 * TIE:g} points. "
-        "Clear: more than chance for other test examples (permutation test) and for other seeds (Student's t), the "
-        f"greater p being below 0.05 after Holm's correction{_doubled(summary)}.",
+        "Points: the mean difference over the cells (task and seed) that both models have; above 0 the model is "
+        "better. 95%: its interval; p: two-sided, below 0.05 if the interval excludes 0. Cells: paired bootstrap "
+        f"({summary['resamples']:,} resamples), as in arXiv 2605.12438. Tasks: Student's t over the tasks' mean "
+        "differences; prefer it for conclusions about other tasks of this kind. Bold: p by tasks is below 0.05 "
+        f"after Holm's correction over {counted(len(summary['models']) - 1, 'model')}{_doubled(summary)}.",
+        f"Better, worse, equal: number of tasks, by the mean over seeds; equal is less than {100 * TIE:g} points. "
+        "Clear: significant over test examples (permutation test) and over seeds (Student's t): the greater p is "
+        f"below 0.05 after Holm's correction{_doubled(summary)}.",
         comparisons_words(summary),
     ]
 
 
 def comparisons_words(summary: Summary) -> str:
-    """How many comparisons were made, and what that means."""
+    """Return the number of comparisons and their error rate, in a sentence."""
     count = summary["comparisons"]
     if not count:
-        return "No comparison by task was made: each needs the predictions of both models, with two seeds at least."
+        return "No comparison by task: each needs the predictions of both models, with at least two seeds."
     them = "any of them" if summary["families"] == 1 else "any of them, or a mean over tasks,"
     return (
-        f"{counted(count, 'comparison')} by task ({counted(len(summary['models']) - 1, 'model')} against "
-        f"{summary['baseline']}): where no model differs, the chance that {them} is called clear is 5% at most."
+        f"{counted(count, 'comparison')} by task ({counted(len(summary['models']) - 1, 'model')} compared with "
+        f"{summary['baseline']}): if no model differs, the probability that {them} is called clear is at most 5%."
     )
 
 
 def _doubled(summary: Summary) -> str:
-    return "" if summary["families"] == 1 else " and doubled, as single tasks and means over tasks are both looked at"
+    return "" if summary["families"] == 1 else " and doubled, since both single tasks and means over tasks are tested"
 
 
 def _by_task(summary: Summary, model: str) -> Table:
     rows = [
         [
             task["name"],
-            Entry(points(found["mean"]), found["clear"]),
-            ABSENT if found["interval"] is None else _range(*found["interval"]),
-            p_words(found["p_seeds"]),
-            p_words(found["p"]),
-            p_words(found["p_holm"]),
-            ("better" if found["mean"] > 0 else "worse") if found["clear"] else "",
+            Entry(points(comparison["mean"]), comparison["clear"]),
+            ABSENT if comparison["interval"] is None else _range(*comparison["interval"]),
+            p_words(comparison["p_seeds"]),
+            p_words(comparison["p"]),
+            p_words(comparison["p_holm"]),
+            ("better" if comparison["mean"] > 0 else "worse") if comparison["clear"] else "",
         ]
         for task in summary["tasks"]
-        for found in [task["differences"].get(model)]
-        if found
+        for comparison in [task["differences"].get(model)]
+        if comparison
     ]
     remark = (
-        "Over seeds: Student's t, paired by seed. Over examples: a permutation test of the test examples, with "
+        "Over seeds: Student's t, paired by seed. Over examples: permutation test over the test examples, with "
         f"{summary['permutations']:,} permutations. After Holm: the greater of the two, corrected for all "
-        f"{counted(summary['comparisons'], 'comparison')} with {summary['baseline']}{_doubled(summary)}; clear "
-        "where it is below 0.05."
+        f"{counted(summary['comparisons'], 'comparison')} with {summary['baseline']}{_doubled(summary)}; clear if "
+        "below 0.05."
     )
     headers = ["Task", "Difference (points)", "95%, seeds", "p, seeds", "p, examples", "p after Holm", "Clear"]
-    return Table(headers, rows, title=f"{model} against {summary['baseline']}, by task", remarks=[remark])
+    return Table(headers, rows, title=f"{model} compared with {summary['baseline']}, by task", remarks=[remark])
 
 
 def _sanity(summary: Summary) -> Table:
@@ -158,11 +158,16 @@ def _sanity(summary: Summary) -> Table:
         if task["sanity"]["chance"] or task["sanity"]["shuffled"]
     ]
     remarks = [
-        "Chance: the best of guesses that know the answers' frequencies and none of the texts, and up to where the "
-        "luck of a test split reaches. A model trained on shuffled labels belongs there, any other one above it. Runs "
-        "with shuffled labels are in no other table.",
+        "Random baseline: the best score of guesses from the answers' frequencies without reading the texts, and the "
+        "upper end of its random variation. Models trained on shuffled labels should score there, all other models "
+        "above it. Runs with shuffled labels are in no other table.",
     ]
-    headers = ["Task", "Chance (up to)", *(f"{model}, shuffled labels" for model in models), "No better than chance"]
+    headers = [
+        "Task",
+        "Random baseline (up to)",
+        *(f"{model}, shuffled labels" for model in models),
+        "Not above random baseline",
+    ]
     return Table(headers, rows, title="Sanity", remarks=remarks)
 
 
@@ -174,7 +179,7 @@ def _shuffled(score: dict[str, Any] | None) -> Entry:
     if not score:
         return Entry(ABSENT)
     sd = "" if score["sd"] is None else f" ± {percent(score['sd'])}"
-    verdict = {True: ", at chance", False: ", above chance", None: ""}[score["at_chance"]]
+    verdict = {True: ", at random baseline", False: ", above random baseline", None: ""}[score["at_chance"]]
     return Entry(f"{percent(score['mean'])}{sd} ({score['seeds']}){verdict}", score["at_chance"] is False)
 
 
@@ -189,7 +194,7 @@ def _tasks(summary: Summary) -> Table:
         ]
         for task in summary["tasks"]
     ]
-    return Table(["Task", "What it is", "Language", "Metric", "Test examples"], rows, "llllr", "Tasks")
+    return Table(["Task", "Title", "Language", "Metric", "Test examples"], rows, "llllr", "Tasks")
 
 
 def _cost(summary: Summary) -> Table:
@@ -204,13 +209,13 @@ def _cost(summary: Summary) -> Table:
         for cost in summary["cost"]
     ]
     headers = ["Model", "Fine-tunings", "Time", "Mean time", "Time with shuffled labels"]
-    machines = ", ".join(summary["machines"]) or "machines that the results do not name"
-    remark = f"The sum of the fine-tunings' own times, on {machines}."
+    machines = ", ".join(summary["machines"]) or "unknown devices"
+    remark = f"The total duration of the fine-tunings, on {machines}."
     return Table(headers, rows, title="Cost", remarks=[remark])
 
 
 def metric_words(metric: str) -> str:
-    """E.g. ``entity F1``, ``accuracy``."""
+    """Return e.g. ``entity F1``, ``accuracy``."""
     return metric.replace("_f1", " F1").replace("_", " ")
 
 
@@ -219,13 +224,13 @@ def percent(share: float) -> str:
 
 
 def points(share: float) -> str:
-    """A difference with its sign, ``0.0`` without one."""
+    """Return a difference in points with its sign; ``0.0`` has none."""
     text = f"{100 * share:+.1f}".replace("-", "−")
     return "0.0" if text in ("+0.0", "−0.0") else text
 
 
 def p_words(p: float | None) -> str:
-    """As many digits as mean something."""
+    """Return p with its meaningful digits."""
     if p is None:
         return ABSENT
     if p < 0.0001:
@@ -233,8 +238,8 @@ def p_words(p: float | None) -> str:
     return f"{p:.4f}" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def interval_words(found: dict[str, float]) -> str:
-    return ABSENT if found["low"] is None else _range(found["low"], found["high"])
+def interval_words(comparison: dict[str, float]) -> str:
+    return ABSENT if comparison["low"] is None else _range(comparison["low"], comparison["high"])
 
 
 def _range(low: float, high: float) -> str:

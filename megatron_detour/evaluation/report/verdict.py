@@ -1,4 +1,4 @@
-"""What an evaluation has shown, in one sentence: the first line of its report."""
+"""The result of an evaluation in one sentence, the first line of its report."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from megatron_detour.ui.format import counted
 
 
 def verdict(summary: Summary) -> str:
-    """Which models are clearly better or worse, or that none is and what difference could have been shown."""
+    """Return which models are clearly better or worse, or that none is and the smallest detectable difference."""
     baseline, others = summary["baseline"], summary["against_baseline"]
     if not summary["seeds"]:
-        return (
-            "Models were trained on shuffled labels alone: this tells what chance is, and of no model how good it is."
-        )
+        return "All models were trained on shuffled labels: their scores measure leakage, not quality."
     if not others:
         return _alone(summary)
     clear = [other for other in others if other["by_tasks"] and other["by_tasks"]["clear"]]
@@ -31,8 +29,8 @@ def _alone(summary: Summary) -> str:
     if len(summary["tasks"]) == 1:
         task = summary["tasks"][0]
         score = f"{percent(task['scores'][model]['mean'])} ({metric_words(task['metric'])})"
-        return f"{model} scores {score} on {task['name']}; one model alone is no comparison."
-    return f"{model} was scored on {counted(len(summary['tasks']), 'task')}; one model alone is no comparison."
+        return f"{model} scores {score} on {task['name']}; a comparison needs a second model."
+    return f"{model} was scored on {counted(len(summary['tasks']), 'task')}; a comparison needs a second model."
 
 
 def _over_tasks(other: dict[str, Any], baseline: str) -> str:
@@ -46,7 +44,7 @@ def _over_tasks(other: dict[str, Any], baseline: str) -> str:
 
 
 def _on_tasks(summary: Summary, model: str) -> list[str]:
-    """Where a model is clearly better, and where it is clearly worse."""
+    """Return on which tasks a model is clearly better, and on which clearly worse."""
     clear = {True: [], False: []}
     for task in summary["tasks"]:
         if (difference := task["differences"].get(model)) and difference["clear"]:
@@ -60,9 +58,9 @@ def _on_tasks(summary: Summary, model: str) -> list[str]:
 
 
 def _reach(summary: Summary) -> str:
-    """The smallest mean difference that could have been clear, as tasks (or the seeds of a single one) vary here."""
+    """Return the smallest mean difference that could have been clear, given the variance over tasks (or seeds)."""
     size = f"{counted(len(summary['tasks']), 'task')} x {counted(len(summary['seeds']), 'seed')}"
     least = [other["least"] for other in summary["against_baseline"] if other["least"] is not None]
     if not least:
-        return f"{size} cannot show any"
-    return f"{size} cannot show less than {percent(min(least))} points"
+        return f"{size} cannot detect any"
+    return f"{size} cannot detect less than {percent(min(least))} points"

@@ -1,4 +1,4 @@
-"""The kinds of tasks, and their metrics by name. A new kind is a module here and its class in the list below."""
+"""The registry of task types and their metrics. To add a type, add a module here and its class to the list below."""
 
 from megatron_detour.evaluation.metrics import Metric
 from megatron_detour.evaluation.task_types.base import TaskType

@@ -1,10 +1,9 @@
-"""A linear-chain CRF over entity boundaries, and the best set of entities under it and a score for each span.
+"""A linear-chain CRF over entity boundaries, and decoding of the best entities given CRF and span scores.
 
-Tags are O and, for each entity type, B (begins), I (inside), L (last) and U (an entity of one word): a chain that knows
-where entities end beside where they begin (Ratinov and Roth, 2009). Its paths and the sets of entities that neither
-overlap nor nest are the same thing: each set has one path.
+Tags are O and, for each entity type, B (begin), I (inside), L (last) and U (unit, an entity of one word), as in Ratinov
+and Roth (2009). Paths correspond one-to-one to sets of entities that neither overlap nor nest.
 
-Shapes: n sentences, w words, k tags (1 + 4 a type), t types.
+Shapes: n sentences, w words, k tags (1 + 4 per type), t types.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 O_TAG = 0
-BEGIN, INSIDE, LAST, UNIT = range(4)  # of a type's four tags
-# Far below any score, yet finite: a path through it has probability 0 and its gradient is no NaN.
+BEGIN, INSIDE, LAST, UNIT = range(4)  # offsets of a type's four tags
+# Far below any score, yet finite: a path through it has probability 0 and a finite gradient.
 FORBIDDEN = -1e4
 
 Span = tuple[int, int, int]  # first word, last word, type
@@ -26,8 +25,8 @@ def tag_of(kind: int, part: int) -> int:
     return 1 + 4 * kind + part
 
 
-def tags_of(spans: list[Span], words: int) -> list[int]:
-    """The one path of entities that do not overlap."""
+def path_tags(spans: list[Span], words: int) -> list[int]:
+    """Return the path of non-overlapping entities."""
     tags = [O_TAG] * words
     for first, last, kind in spans:
         tags[first : last + 1] = [tag_of(kind, INSIDE)] * (last + 1 - first)
@@ -38,7 +37,7 @@ def tags_of(spans: list[Span], words: int) -> list[int]:
 
 
 def legal_moves(types: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tag may follow which, bool [k, k], and which may be first and last, bool [k] each."""
+    """Return the allowed transitions, bool [k, k], and the allowed first and last tags, bool [k] each."""
     begins, ends = torch.zeros(1 + 4 * types, dtype=torch.bool), torch.zeros(1 + 4 * types, dtype=torch.bool)
     begins[O_TAG] = ends[O_TAG] = True
     begins[1 + BEGIN :: 4] = begins[1 + UNIT :: 4] = True
@@ -51,7 +50,7 @@ def legal_moves(types: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class BoundaryCrf(nn.Module):
-    """Learned transitions between the tags of `types` entity types; those that no set of entities has stay excluded."""
+    """Learned transitions between the tags of `types` entity types; invalid transitions are excluded."""
 
     def __init__(self, types: int) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class BoundaryCrf(nn.Module):
             self.register_buffer(name, legal, persistent=False)
 
     def scores(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Transitions [k, k], first [k] and final [k] in float32, FORBIDDEN where no path may go."""
+        """Return transition [k, k], first [k] and final [k] scores in float32, FORBIDDEN for invalid ones."""
         return (
             self.transitions.float().masked_fill(~self.moves, FORBIDDEN),
             self.first.float().masked_fill(~self.begins, FORBIDDEN),
@@ -72,9 +71,9 @@ class BoundaryCrf(nn.Module):
         )
 
     def log_partition(self, emissions: Tensor, lengths: Tensor) -> Tensor:
-        """The log of the sum of all paths' exponentiated scores, [n].
+        """Return the log partition function, [n].
 
-        emissions: float [n, w, k]; lengths: int64 [n], 1 or more; what lies beyond a sentence's length is not read.
+        emissions: float [n, w, k]; lengths: int64 [n], at least 1; words beyond a sentence's length are ignored.
         """
         transitions, first, final = self.scores()
         reached = first + emissions[:, 0]
@@ -84,7 +83,7 @@ class BoundaryCrf(nn.Module):
         return (reached + final).logsumexp(1)
 
     def path_score(self, emissions: Tensor, lengths: Tensor, tags: Tensor) -> Tensor:
-        """The score of one path a sentence, [n]; tags: int64 [n, w], any legal value beyond a sentence's length."""
+        """Return the score of one path per sentence, [n]; tags: int64 [n, w], any valid tag beyond the length."""
         transitions, first, final = self.scores()
         within = torch.arange(emissions.shape[1], device=emissions.device) < lengths[:, None]
         seen = emissions.gather(2, tags[:, :, None]).squeeze(2)
@@ -93,25 +92,25 @@ class BoundaryCrf(nn.Module):
         return ((seen + moved) * within).sum(1) + first[tags[:, 0]] + final[last]
 
     def loss(self, emissions: Tensor, lengths: Tensor, tags: Tensor) -> Tensor:
-        """The negative log-likelihood of the paths, in nats, [n]."""
+        """Return the negative log-likelihood of the paths in nats, [n]."""
         return self.log_partition(emissions, lengths) - self.path_score(emissions, lengths, tags)
 
 
 def best_spans(crf: BoundaryCrf, emissions: np.ndarray, span_scores: np.ndarray, longest: int) -> list[Span]:
-    """The entities of the path with the highest score, where each entity adds its own to that of the chain.
+    """Return the entities of the path with the highest sum of CRF score and span scores.
 
-    emissions: float [w, k]; span_scores: float [t, w, w], first word by last word. Entities have `longest` words at
-    most. With span scores of zero this is Viterbi's path; with them it is Viterbi's over segments (Sarawagi and Cohen,
+    emissions: float [w, k]; span_scores: float [t, w, w], first word by last word. Entities have at most `longest`
+    words. With zero span scores this is Viterbi decoding; otherwise semi-Markov Viterbi decoding (Sarawagi and Cohen,
     2004), whose states are the tags that may end a segment.
     """
     transitions, first, final = (scores.detach().cpu().double().numpy() for scores in crf.scores())
     emissions, span_scores = emissions.astype(np.float64), span_scores.astype(np.float64)
     words, kinds = len(emissions), np.arange(crf.types)
     begin, inside, last, unit = (1 + 4 * kinds + part for part in (BEGIN, INSIDE, LAST, UNIT))
-    inner = np.vstack([np.zeros(crf.types), np.cumsum(emissions[:, inside], axis=0)])  # of words before this one
-    entered = np.zeros((words, len(first)))  # the best score of all before a word, and the move to a tag there
+    inner = np.vstack([np.zeros(crf.types), np.cumsum(emissions[:, inside], axis=0)])  # over the words before this one
+    entered = np.zeros((words, len(first)))  # best score before a word plus the transition to its tag
     came_from = np.zeros((words, len(first)), dtype=int)
-    best = np.full((words, len(first)), -np.inf)  # of all up to a word, whose segment ends with this tag
+    best = np.full((words, len(first)), -np.inf)  # best score up to a word whose segment ends with this tag
     lengths = np.ones((words, len(first)), dtype=int)
     for at in range(words):
         moves = best[at - 1][:, None] + transitions if at else None

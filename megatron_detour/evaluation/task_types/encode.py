@@ -1,4 +1,4 @@
-"""Examples as a model reads them: token ids, where words begin, and batches of them."""
+"""Encode examples for a model: token ids, word starts, padded batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from megatron_detour.evaluation.task_types.base import TaskType
 
-IGNORED = -100  # of labels: no loss
+IGNORED = -100  # label without loss
 FILLERS = {"attention_mask": 0, "token_type_ids": 0, "word_starts": -1, "labels": IGNORED}
 Example = dict[str, Any]
 Feature = dict[str, Any]
@@ -23,9 +23,9 @@ Feature = dict[str, Any]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns a task's examples into features, and a model's outputs into predictions.
+    """Converts a task's examples to features, and a model's outputs to predictions.
 
-    `fitted` is what the task type learned from the training examples (TaskType.fit).
+    `fitted` is the result of TaskType.fit on the training examples.
     """
 
     kind: TaskType
@@ -35,22 +35,22 @@ class Encoder:
     fitted: Any = None
 
     def __call__(self, examples: Sequence[Example]) -> list[Feature]:
-        """Features in the examples' order; `labels` in the form that the task's loss takes."""
+        """Return features in the order of the examples, with `labels` in the form that the task's loss expects."""
         return self.kind.encode(examples, self)
 
     def decode(self, features: list[Feature], outputs: np.ndarray) -> list[Any]:
-        """Predictions out of a model's outputs, padded to the longest."""
+        """Convert a model's outputs, padded to the longest, to predictions."""
         return self.kind.decode(features, outputs, self)
 
     def gold(self, examples: Sequence[Example]) -> list[Any]:
-        """The right answers in the form of predictions (evaluation/metrics.py)."""
+        """Return the gold answers in the form of predictions (evaluation/metrics.py)."""
         return [self.kind.gold(example) for example in examples]
 
     def tokenize(
         self, texts: list[str], second: Sequence[str | None] | None = None, *, offsets: bool = False
     ) -> list[Feature]:
-        """A feature per text, or per pair of texts; `offsets` adds offset_mapping. Raises DetourError for a tokenizer
-        that has a [CLS] but does not begin texts with it."""
+        """Return a feature per text or pair of texts; `offsets` adds offset_mapping. Raises DetourError for a
+        tokenizer that has a [CLS] but does not start texts with it."""
         pairs = list(second) if second and second[0] is not None else None
         encoded = self.tokenizer(
             texts, pairs, truncation=True, max_length=self.max_length, return_offsets_mapping=offsets
@@ -58,27 +58,27 @@ class Encoder:
         features = [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
         if self.tokenizer.cls_token_id is not None and features[0]["input_ids"][0] != self.tokenizer.cls_token_id:
             raise DetourError(
-                f"{self.tokenizer.name_or_path}: the tokenizer does not begin a text with its "
-                f"{self.tokenizer.cls_token}; its tokenizer.json needs a post-processor that does"
+                f"{self.tokenizer.name_or_path}: the tokenizer does not prepend {self.tokenizer.cls_token}; add a "
+                "post-processor to its tokenizer.json"
             )
         return features
 
 
 def token_count(feature: Feature) -> int:
-    """Tokens of an example, all options of a question together."""
+    """Return the number of tokens of an example, summed over options."""
     ids = feature["input_ids"]
     return sum(map(len, ids)) if isinstance(ids[0], list) else len(ids)
 
 
 def was_cut(feature: Feature, max_length: int) -> bool:
-    """Whether a text filled the length; such a one has most likely lost its end."""
+    """Whether a text fills the maximum length, and so was most likely truncated."""
     ids = feature["input_ids"]
     longest = max(map(len, ids)) if isinstance(ids[0], list) else len(ids)
     return longest >= max_length
 
 
 def pad_features(features: list[Feature], pad: int) -> dict[str, Tensor]:
-    """A batch of features that are lists of numbers, or single numbers: [batch, longest] or [batch]."""
+    """Pad features, lists of numbers or single numbers, to tensors [batch, longest] or [batch]."""
     return {key: pad_values([feature[key] for feature in features], FILLERS.get(key, pad)) for key in features[0]}
 
 

@@ -37,7 +37,7 @@ class MultiLabel(TaskType):
         return [float(label in example["labels"]) for label in encoder.labels]
 
     def loss(self, labels: tuple[str, ...], train: list[Example]) -> Callable[..., Tensor]:
-        """Binary cross-entropy, each label's positives weighted by its negatives over positives in training."""
+        """Return binary cross-entropy with positives weighted by negatives / positives of the training split."""
         import torch
 
         counts = torch.tensor([sum(label in example["labels"] for example in train) for label in labels])
@@ -50,5 +50,5 @@ class MultiLabel(TaskType):
         return weighted
 
     def decode(self, features: list[Feature], outputs: np.ndarray, encoder: Encoder) -> list[list[str]]:
-        """outputs: logits [n, labels]; a label holds from a probability of one half."""
+        """outputs: logits [n, labels]; labels with probability 0.5 or more are predicted."""
         return [[encoder.labels[i] for i in np.flatnonzero(row > 0)] for row in outputs]

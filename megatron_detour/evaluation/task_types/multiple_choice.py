@@ -1,4 +1,4 @@
-"""A question with one right option among several, or with several right ones."""
+"""Questions with one or several right options."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class MultipleAnswer(TaskType):
-    """Examples {"question": str, "options": [str], "answers": [int]} with the right options' numbers from 0;
-    predictions are lists of numbers."""
+    """Examples {"question": str, "options": [str], "answers": [int]} with the indices of the right options;
+    predictions are lists of indices."""
 
     name = "multiple-answer"
     fields = ("question", "options", "answers")
@@ -29,30 +29,30 @@ class MultipleAnswer(TaskType):
     def read(self, record: Record) -> Example:
         question, options = record.text("question"), record.value("options")
         if not isinstance(options, dict | list):
-            raise BadExample(f"the value of {record.key('options')!r} is neither an object nor a list of options")
+            raise BadExample(f"{record.key('options')!r} is neither an object nor a list of options")
         if len(options) < 2:
-            raise BadExample(f"{len(options)} options; at least two are needed")
-        # the names by which answers may call them: keys, or numbers from 0
+            raise BadExample(f"{len(options)} options; give at least two")
+        # answers refer to options by key, or by index from 0
         names = list(options) if isinstance(options, dict) else [str(i) for i in range(len(options))]
         values = options.values() if isinstance(options, dict) else options
         texts = [record.as_text("options", text) for text in values]
         answers = self.read_answers(record, record.value("answers"))
         for answer in answers:
             if answer not in names:
-                raise BadExample(f"the answer {answer!r} names no option; there are {', '.join(names)}")
+                raise BadExample(f"the answer {answer!r} is not an option; choose from {', '.join(names)}")
         return {"question": question, "options": texts, "answers": sorted(map(names.index, answers))}
 
     def read_answers(self, record: Record, value: Any) -> list[str]:
-        """The names of the right options, each once."""
+        """Return the names of the right options, without duplicates."""
         if isinstance(value, list):
             record.refuse_vectors(value)
         answers = _answers(record, value)
         if not answers:
-            raise BadExample("0 right answers; multiple-answer needs at least one")
+            raise BadExample("no right answer; multiple-answer needs at least one")
         return answers
 
     def shuffle(self, examples: list[Example], rng: random.Random) -> list[Example]:
-        """Other answers of the same question: an option's number means nothing in another one."""
+        """Draw random answers within each question: option indices mean nothing in another question."""
         return [
             example | {"answers": sorted(rng.sample(range(len(example["options"])), len(example["answers"])))}
             for example in examples
@@ -68,7 +68,7 @@ class MultipleAnswer(TaskType):
         return merged | {"labels": [float(i in example["answers"]) for i in range(len(options))]}
 
     def collate(self, features: list[Feature], pad: int) -> dict[str, Tensor]:
-        """[batch, options, tokens]; a question with fewer options repeats its first one, without a label."""
+        """Return [batch, options, tokens]; questions with fewer options repeat their first one, without a label."""
         most = max(len(feature["labels"]) for feature in features)
         batch = {"labels": pad_values([feature["labels"] for feature in features], IGNORED)}
         for key in features[0].keys() - {"labels"}:
@@ -78,7 +78,7 @@ class MultipleAnswer(TaskType):
         return batch
 
     def loss(self, labels: tuple[str, ...], train: list[Example]) -> Callable[..., Tensor]:
-        """Binary cross-entropy of each option that is there."""
+        """Return binary cross-entropy over each question's options, without padding."""
         import torch
 
         def each(outputs: Any, targets: Tensor, **_: Any) -> Tensor:
@@ -94,12 +94,12 @@ class MultipleAnswer(TaskType):
         return [self.choose(row[: len(feature["labels"])]) for feature, row in rows]
 
     def choose(self, logits: np.ndarray) -> Any:
-        """Options from a probability of one half; the likeliest where none reaches it, as a question has an answer."""
+        """Return options with probability 0.5 or more; if none, the most likely, since every question has an answer."""
         return np.flatnonzero(logits > min(0.0, logits.max() - 1e-6)).tolist()
 
 
 class MultipleChoice(MultipleAnswer):
-    """Examples as of multiple-answer, with one right option; predictions are numbers."""
+    """Examples like those of multiple-answer, with one right option; predictions are indices."""
 
     name = "multiple-choice"
     metrics = (ACCURACY,)
@@ -114,7 +114,7 @@ class MultipleChoice(MultipleAnswer):
         return example["answers"][0]
 
     def loss(self, labels: tuple[str, ...], train: list[Example]) -> Callable[..., Tensor]:
-        """Cross-entropy over the options that are there."""
+        """Return cross-entropy over each question's options, without padding."""
         import torch
 
         def one_of(outputs: Any, targets: Tensor, **_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""A score of two texts."""
+"""A similarity score of two texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Scale(NamedTuple):
-    """Of the training scores, which a model learns at mean 0 and standard deviation 1."""
+    """Mean and sd of the training scores, which are standardized for training."""
 
     mean: float
     deviation: float

@@ -1,6 +1,6 @@
 """The span head for French entity recognition: BiLSTM, CRF and biaffine scores of spans on an encoder.
 
-What is known. The paper gives "BiLSTM(400 x 3) + CRF + biaffine(64), 4,000 steps, lr 5e-5 encoder / 1e-3 head, batch
+Sources. The paper gives "BiLSTM(400 x 3) + CRF + biaffine(64), 4,000 steps, lr 5e-5 encoder / 1e-3 head, batch
 16". All of these stand together in tabib, an open framework for French biomedical models whose examples name the
 paper's own; it ports the head of Wajsbürt's NLStruct (models/bitag.py, recipes/train_ner.py). There: a linear layer and
 GELU to 400; three bidirectional LSTMs of 400 in all (200 a direction), each let in by a gate g = sigmoid(linear(h)) as
@@ -34,7 +34,16 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.task_types.crf import BEGIN, INSIDE, LAST, UNIT, BoundaryCrf, Span, best_spans, tags_of
+from megatron_detour.evaluation.task_types.crf import (
+    BEGIN,
+    INSIDE,
+    LAST,
+    UNIT,
+    BoundaryCrf,
+    Span,
+    best_spans,
+    path_tags,
+)
 
 LONGEST_SPAN = 40  # words
 RARE = math.log(0.01 / 0.99)
@@ -42,9 +51,8 @@ RARE = math.log(0.01 / 0.99)
 
 @dataclass
 class SpanOutput(ModelOutput):
-    """loss: nats a word, []; logits: float [batch, words, BIO tags], each word's scores before the CRF, 0 where there
-    is no word; tags, outside training only: int64 [batch, words], the decoded ids of BIO tags, O where there is no
-    word."""
+    """loss: nats per word, []; logits: float [batch, words, BIO tags], each word's scores before the CRF, 0 for
+    padding; tags, only outside training: int64 [batch, words], the decoded ids of BIO tags, O for padding."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -55,7 +63,7 @@ class SpanTagger(nn.Module):
     """Entity recognition with a span head, for transformers' Trainer. `labels` are the entity types.
 
     BIO tags have the ids of Dataset.labels: O, then B-X and I-X by type in alphabetical order. Raises DetourError for
-    no type, a type that is given twice, and an odd `hidden`.
+    missing or duplicate types, and an odd `hidden`.
     """
 
     def __init__(
@@ -69,9 +77,9 @@ class SpanTagger(nn.Module):
     ) -> None:
         super().__init__()
         if not labels or len(set(labels)) < len(labels):
-            raise DetourError(f"the span head needs entity types, each once, and got {', '.join(labels) or 'none'}")
+            raise DetourError(f"the span head needs distinct entity types, got {', '.join(labels) or 'none'}")
         if hidden % 2:
-            raise DetourError(f"hidden {hidden}: give an even number, as each direction of the BiLSTM has one half")
+            raise DetourError(f"hidden {hidden}: give an even number; each direction of the BiLSTM has half of it")
         self.labels = tuple(sorted(labels))
         self.tags = ("O", *(f"{part}-{label}" for label in self.labels for part in "BI"))
         self.encoder = encoder
@@ -83,20 +91,20 @@ class SpanTagger(nn.Module):
 
     @property
     def base_model(self) -> PreTrainedModel:
-        """The encoder, under the name that transformers' own models with a head give it."""
+        """The encoder, named as in transformers' models with a head."""
         return self.encoder
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, word_starts: Tensor, labels: Tensor | None = None
     ) -> SpanOutput:
-        """Scores the words of sentences, and with `labels` the loss.
+        """Score the words of sentences and, with `labels`, compute the loss.
 
-        input_ids, attention_mask: int64 [batch, tokens]. word_starts: int64 [batch, words], the index of a word's first
-        sub-token in rising order, -1 for words that are not there: padding, cut off, or without a token. labels: int64
+        input_ids, attention_mask: int64 [batch, tokens]. word_starts: int64 [batch, words], the index of each word's
+        first sub-token, ascending; -1 for padding, and for words that are truncated or have no token. labels: int64
         [batch, words], ids of BIO tags, -100 for padding; an I-X that continues nothing begins an entity.
         """
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        # Autocast would run the LSTM of a GPU in fp16; beside the encoder the head costs little.
+        # Autocast would run the LSTM in fp16 on a GPU; the head is cheap compared with the encoder.
         with torch.autocast(states.device.type, enabled=False):
             return self._tag(states.float(), input_ids, attention_mask, word_starts, labels)
 
@@ -105,7 +113,7 @@ class SpanTagger(nn.Module):
     ) -> SpanOutput:
         logits = states.new_zeros((*word_starts.shape, len(self.tags)), dtype=torch.float32)
         tags = torch.zeros_like(word_starts)
-        places = [(row >= 0).nonzero().squeeze(1) for row in word_starts.cpu()]  # of the words that are there
+        places = [(row >= 0).nonzero().squeeze(1) for row in word_starts.cpu()]  # of words that have a token
         rows = [number for number, place in enumerate(places) if len(place)]
         if not rows:
             return SpanOutput(states.sum() * 0 if labels is not None else None, logits, None if self.training else tags)
@@ -134,9 +142,9 @@ class SpanTagger(nn.Module):
     def decode(
         self, input_ids: Tensor, attention_mask: Tensor, word_starts: Tensor, words: Sequence[int] | None = None
     ) -> list[list[str]]:
-        """The BIO tags of each sentence's words, without dropout.
+        """Return the BIO tags of each sentence's words, without dropout.
 
-        `words` says how many words each sentence has, cut ones included; without it all columns of word_starts count.
+        `words` is the number of words of each sentence, truncated ones included; by default all columns of word_starts.
         """
         training = self.training
         self.eval()
@@ -149,7 +157,7 @@ class SpanTagger(nn.Module):
 
     def _loss(self, emissions: Tensor, span_scores: Tensor, lengths: Tensor, gold: list[list[Span]]) -> Tensor:
         words = emissions.shape[1]
-        paths = torch.tensor([tags_of(spans, words) for spans in gold], device=emissions.device)
+        paths = torch.tensor([path_tags(spans, words) for spans in gold], device=emissions.device)
         targets = torch.zeros_like(span_scores)
         for row, spans in enumerate(gold):
             for first, last, kind in spans:
@@ -165,7 +173,7 @@ class SpanTagger(nn.Module):
         return best_spans(self.crf, emissions[:words].detach().cpu().numpy(), scores, LONGEST_SPAN)
 
     def _as_bio(self, emissions: Tensor) -> Tensor:
-        """[..., 1 + 4 types] -> [..., 1 + 2 types]: B and U begin, I and L go on."""
+        """[..., 1 + 4 types] -> [..., 1 + 2 types]: B and U begin, I and L continue."""
         parts = emissions[..., 1:].unflatten(-1, (len(self.labels), 4))
         begins = torch.logaddexp(parts[..., BEGIN], parts[..., UNIT])
         goes_on = torch.logaddexp(parts[..., INSIDE], parts[..., LAST])
@@ -173,7 +181,7 @@ class SpanTagger(nn.Module):
 
 
 class GatedLstm(nn.Module):
-    """Bidirectional LSTMs of `width` in all, each added to what it read by a gate, then a LayerNorm."""
+    """Bidirectional LSTMs of total width `width`, each combined with its input by a gate, then a LayerNorm."""
 
     def __init__(self, inputs: int, width: int, layers: int, dropout: float) -> None:
         super().__init__()
@@ -186,18 +194,18 @@ class GatedLstm(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
-        """words: [n, w, inputs]; lengths: int64 [n] on the CPU, 1 or more, the largest w. Returns [n, w, width]."""
-        reached = F.gelu(self.enter(words))
+        """words: [n, w, inputs]; lengths: int64 [n] on the CPU, at least 1, maximum w. Returns [n, w, width]."""
+        hidden = F.gelu(self.enter(words))
         for lstm, gate, norm in zip(self.lstms, self.gates, self.norms, strict=True):
-            packed = pack_padded_sequence(reached, lengths, batch_first=True, enforce_sorted=False)
+            packed = pack_padded_sequence(hidden, lengths, batch_first=True, enforce_sorted=False)
             out = self.dropout(pad_packed_sequence(lstm(packed)[0], batch_first=True)[0])
-            share = torch.sigmoid(gate(out))
-            reached = norm((1 - share) * reached + share * out)
-        return reached
+            weight = torch.sigmoid(gate(out))
+            hidden = norm((1 - weight) * hidden + weight * out)
+        return hidden
 
 
 class Biaffine(nn.Module):
-    """The log-odds that a span is an entity, by type: its first word's projection times its last word's."""
+    """Log-odds that a span is an entity, by type: the dot product of its first and last words' projections."""
 
     def __init__(self, inputs: int, types: int, size: int) -> None:
         super().__init__()
@@ -214,7 +222,7 @@ class Biaffine(nn.Module):
 
 
 def _ends_of_text(input_ids: Tensor, attention_mask: Tensor, config: Any) -> Tensor:
-    """One past the last token of each sentence's text, int64 [batch], without a closing special token."""
+    """Return the end of each sentence's text, int64 [batch], excluding a closing special token."""
     tokens = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (tokens * attention_mask).max(1).values
     closing = torch.zeros_like(last, dtype=torch.bool)
@@ -225,9 +233,9 @@ def _ends_of_text(input_ids: Tensor, attention_mask: Tensor, config: Any) -> Ten
 
 
 def _word_means(states: Tensor, starts: Tensor, ends: Tensor, places: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Means of the words' sub-tokens, [n, w, width], and the numbers of words, int64 [n] on the CPU.
+    """Return the mean of each word's sub-tokens, [n, w, width], and the number of words, int64 [n] on the CPU.
 
-    A word goes on to the next one's first sub-token, the last one to the end of the text.
+    A word extends to the first sub-token of the next, the last word to the end of the text.
     """
     lengths = torch.tensor([len(place) for place in places])
     ends = torch.maximum(ends, starts.max(1).values + 1)
@@ -236,12 +244,12 @@ def _word_means(states: Tensor, starts: Tensor, ends: Tensor, places: list[Tenso
         borders[row, : len(place)] = starts[row, place.to(starts.device)]
     at = torch.arange(states.shape[1], device=states.device)
     members = (at >= borders[:, :-1, None]) & (at < borders[:, 1:, None])
-    # A product, as sums by index come in another order each time on a GPU.
+    # A matrix product, because index_add_ is not deterministic on a GPU.
     return (members / members.sum(-1, keepdim=True).clamp(min=1)).to(states.dtype) @ states, lengths
 
 
 def _gold_spans(ids: Iterable[int]) -> list[Span]:
-    """The entities of BIO ids; whatever is no id of B or I is outside."""
+    """Return the entities of BIO ids; ids other than B or I are outside."""
     spans: list[Span] = []
     kind_before = None
     for at, tag in enumerate(ids):

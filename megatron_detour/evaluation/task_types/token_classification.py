@@ -1,4 +1,4 @@
-"""Named entities: a BIO tag per word, by a classifier of tokens or by the span head."""
+"""Named entities: a BIO tag per word, by a token classifier or by the span head."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _BIO = re.compile(r"O|[BI]-\S.*")
 class TokenClassification(TaskType):
     """Examples {"tokens": [str], "tags": [str]}, a tag per word; predictions are lists of tags.
 
-    A task's labels are types of entities; a model's are "O", then B-X and I-X of all types in alphabetical order.
+    A task's labels are entity types; a model's are "O", then B-X and I-X of all types in alphabetical order.
     """
 
     name = "token-classification"
     fields = ("tokens", "tags")
     answer = "tags"
     metrics = (ENTITY_F1,)
-    label_noun = "type of entity"
+    label_noun = "entity type"
     has_ner_head = True
     auto_class = "AutoModelForTokenClassification"
 
@@ -36,16 +36,16 @@ class TokenClassification(TaskType):
         tokens, tags = record.items("tokens"), record.items("tags")
         for name, values in (("tokens", tokens), ("tags", tags)):
             if not all(isinstance(value, str) for value in values):
-                raise BadExample(f"the values of {record.key(name)!r} are not all texts")
+                raise BadExample(f"{record.key(name)!r} must contain only strings")
         if len(tokens) != len(tags):
             raise BadExample(
-                f"{len(tokens)} values under {record.key('tokens')!r}, but {len(tags)} under {record.key('tags')!r}"
+                f"{len(tokens)} values in {record.key('tokens')!r}, but {len(tags)} in {record.key('tags')!r}"
             )
         if not tokens:
-            raise BadExample(f"nothing under {record.key('tokens')!r}; leave out sentences without words")
+            raise BadExample(f"{record.key('tokens')!r} is empty; omit sentences without words")
         for tag in set(tags):
             if not _BIO.fullmatch(tag):
-                raise BadExample(f"the tag {tag!r} is none of BIO: O, B-TYPE or I-TYPE")
+                raise BadExample(f"invalid BIO tag {tag!r}; use O, B-TYPE or I-TYPE")
         return {"tokens": tokens, "tags": tags}
 
     def labels_of(self, example: Example) -> set[str]:
@@ -55,7 +55,7 @@ class TokenClassification(TaskType):
         return ("O", *(f"{prefix}-{label}" for label in labels for prefix in "BI"))
 
     def shuffle(self, examples: list[Example], rng: random.Random) -> list[Example]:
-        """The tags of all words change places, so that no entity stays whole."""
+        """Shuffle the tags of all words, so that no entity stays whole."""
         tags = [tag for example in examples for tag in example["tags"]]
         rng.shuffle(tags)
         left = iter(tags)
@@ -65,9 +65,9 @@ class TokenClassification(TaskType):
         return SpanClassification() if ner_head == "span" else self
 
     def encode(self, examples: Sequence[Example], encoder: Encoder) -> list[Feature]:
-        """Words are joined by spaces, as every kind of tokenizer knows text; a word's first token stands for it.
+        """Join words by spaces, which suits every tokenizer; a word is represented by its first token.
 
-        The first word has a space before it too, so that it is the word that it is elsewhere (add_prefix_space).
+        The first word is preceded by a space too, so that it is tokenized as elsewhere (add_prefix_space).
         """
         ids = {tag: i for i, tag in enumerate(encoder.labels)}
         features = encoder.tokenize([" " + " ".join(e["tokens"]) for e in examples], offsets=True)
@@ -77,7 +77,7 @@ class TokenClassification(TaskType):
         return features
 
     def collate(self, features: list[Feature], pad: int) -> dict[str, Tensor]:
-        """Tags become the `labels` of the words' first tokens."""
+        """Return a padded batch with tags as `labels` of the words' first tokens."""
         return pad_features([self._labeled(feature) for feature in features], pad)
 
     def _labeled(self, feature: Feature) -> Feature:
@@ -92,7 +92,7 @@ class TokenClassification(TaskType):
         return outputs[0].argmax(-1)
 
     def decode(self, features: list[Feature], outputs: np.ndarray, encoder: Encoder) -> list[list[str]]:
-        """outputs: ids of tags [n, tokens]. A word that was cut off counts as no entity."""
+        """outputs: ids of tags [n, tokens]. Truncated words count as O."""
         return [
             [encoder.labels[row[start]] if start >= 0 else "O" for start in feature["word_starts"]]
             for feature, row in zip(features, outputs, strict=True)
@@ -100,7 +100,7 @@ class TokenClassification(TaskType):
 
 
 class SpanClassification(TokenClassification):
-    """The same with the span head, whose labels and outputs are of words."""
+    """Token classification with the span head, whose labels and outputs are per word."""
 
     def _labeled(self, feature: Feature) -> Feature:
         labels = [
@@ -125,11 +125,10 @@ class SpanClassification(TokenClassification):
 
 
 def first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]], begin: int = 0) -> list[int]:
-    """The first token of each of the words, which were joined by single spaces from character `begin` on; -1 for one
-    that has none.
+    """Return the first token of each word, -1 for words without one; words are joined by single spaces from `begin`.
 
-    `offsets` are the tokens' first and one-past-last characters; (0, 0) for special tokens. A token may include the
-    space before its word.
+    `offsets` are the tokens' start and end characters, (0, 0) for special tokens. A token may include the space before
+    its word.
     """
     starts, token = [], 0
     for word in words:
