@@ -1,1 +1,1 @@
-"""What a run shows: metrics file, TensorBoard, wandb, progress, the report page and pages that compare runs."""
+"""Observing runs: metrics file, TensorBoard, wandb, progress, run reports and comparisons."""

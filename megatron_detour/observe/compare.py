@@ -1,4 +1,4 @@
-"""Several runs side by side, for instance a detour and its control: plots and one self-contained HTML page."""
+"""Compare several runs, such as a detour and its control: plots and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ from megatron_detour.ui.tables import ABSENT, Entry, Table, wrapped
 
 PAGE = "compare.html"
 MARK = '<meta name="generator" content="megatron_detour comparison of runs">'
-OF_THE_FOLDER = ("name", "folder")  # keys of a run file that differ between any two runs
+UNIQUE_KEYS = ("name", "folder")  # keys of a run file that differ between any two runs
 OF_VALIDATION = ("sequences", "seed", "mask_rate", "sequence_length")
 
 
 def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
-    """Draws the runs of `folders` together: writes PNG files and compare.html into `output`.
+    """Plot the runs of `folders` together: write PNG files and compare.html into `output`.
 
     Returns the page's path, and the verdict and the validation figures as text for a terminal.
 
-    Runs that are not finished are drawn as far as they go. The first run is the one that the others are compared with.
-    Raises DetourError for fewer than two runs, a folder given twice or that is no run, and an output that is there and
-    is no earlier comparison.
+    Unfinished runs are shown up to their last step. All runs are compared with the first. Raises DetourError for fewer
+    than two runs, a duplicate or invalid run directory, and an existing output that is not an earlier comparison.
     """
     folders, output = [Path(folder) for folder in folders], Path(output)
     if len(folders) < 2:
-        raise DetourError("a comparison takes the folders of two runs or more")
+        raise DetourError("give at least two run directories to compare")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise DetourError("the same folder is given twice; give each run once")
+        raise DetourError("the same run directory twice; give each run once")
     runs = [read_run(folder) for folder in folders]
     labels, settings = _labels(runs), [_settings(run) for run in runs]
     _take(output)
@@ -51,14 +50,14 @@ def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
     pictures = [
         Picture.of(plot.file, plot.title, plot.compared, plot.draw(runs, drawn)) for plot in PLOTS if plot.compared
     ]
-    # The page comes first: it marks the folder as a comparison's.
+    # Write the page first: it marks the folder as a comparison.
     write_whole(output / PAGE, _page(runs, labels, settings, pictures))
     write_pictures(pictures, output)
     return output / PAGE, _as_text(runs, labels, settings)
 
 
 def _take(output: Path) -> None:
-    """Makes the folder, unless it holds anything but an earlier comparison."""
+    """Create the folder. Raises DetourError if it contains anything but an earlier comparison."""
     page = output / PAGE
     if output.exists() and not output.is_dir():
         raise DetourError(f"{output} is a file; choose another --output")
@@ -68,7 +67,7 @@ def _take(output: Path) -> None:
 
 
 def _labels(runs: list[Run]) -> list[str]:
-    """The names of the runs, where several share one with as much of the folders as tells them apart."""
+    """Return the names of the runs; for shared names, with the distinguishing part of their folders."""
     names = [run.name for run in runs]
     for place in (lambda run: run.folder.name, lambda run: str(run.folder)):
         labels = [f"{run.name} ({place(run)})" if names.count(run.name) > 1 else run.name for run in runs]
@@ -91,7 +90,7 @@ def _page(runs: list[Run], labels: list[str], settings: list[dict[str, Any]], pi
         verdicts=verdicts,
         figures=_figures(runs, drawn),
         cost=Table(["", *drawn], _totals(runs)),
-        settings=Table(["", *drawn], _differing([_flat(own, OF_THE_FOLDER) for own in settings]), align="l"),
+        settings=Table(["", *drawn], _differing([_flat(own, UNIQUE_KEYS) for own in settings]), align="l"),
         versions=Table(["", *drawn], _differing([_software(run) for run in runs]), align="l"),
     )
 
@@ -112,7 +111,7 @@ def _verdicts(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]
 def _settings(run: Run) -> dict[str, Any]:
     content = parse_yaml(run.run_file, str(run.folder / "run.yaml"))
     if not isinstance(content, dict):
-        raise DetourError(f"{run.folder / 'run.yaml'} holds no settings; restore the file")
+        raise DetourError(f"{run.folder / 'run.yaml'}: no settings; restore the file")
     return content
 
 
@@ -124,7 +123,7 @@ def _phase(phase: dict[str, Any]) -> str:
 
 
 def _totals(runs: list[Run]) -> list[list[str | Entry]]:
-    """The phases and the figures of the whole runs, a row each."""
+    """Return rows with the phases and the overall figures of the runs."""
     facts = [{title: value for title, value, _ in headline(run)} for run in runs]
     phases = [Entry("\n".join(map(_phase, run.phases)), style="wrap lines") for run in runs]
     titles = dict.fromkeys(title for own in facts for title in own)
@@ -133,7 +132,7 @@ def _totals(runs: list[Run]) -> list[list[str | Entry]]:
 
 
 def _data_verdicts(runs: list[Run], labels: list[str]) -> list[tuple[str, str]]:
-    """Whether each run read the documents of the first one, step by step, by their checksums."""
+    """Return whether each run read the same documents as the first, step by step, by checksums."""
     first = runs[0].steps
     found = []
     for run, label in zip(runs[1:], labels[1:], strict=True):
@@ -144,27 +143,27 @@ def _data_verdicts(runs: list[Run], labels: list[str]) -> list[tuple[str, str]]:
         same = (sums == own_sums) & (first["tokens"][rows] == own["tokens"][own_rows])
         steps = int(there.sum())
         if not steps:
-            found.append(("Unknown", f"cannot verify that {pair} read the same data: no step of both has a checksum."))
+            found.append(("Unknown", f"cannot verify that {pair} read the same data: no common step has a checksum."))
         elif same[there].all():
-            found.append(("Yes", f"{pair} read the same documents in all {steps:,} steps that both have done."))
+            found.append(("Yes", f"{pair} read the same documents in all {steps:,} common steps."))
         else:
             text = (
                 f"{pair} did not read the same documents: {int(same[there].sum()):,} of {steps:,} steps are "
-                f"equal, and the first other one is step {first.numbers[rows][there & ~same][0]:,}."
+                f"equal; the first different one is step {first.numbers[rows][there & ~same][0]:,}."
             )
             found.append(("No", text))
     return found
 
 
 def _validation_verdicts(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Whether each run was validated as the first one was, so that their figures compare."""
+    """Return whether each run was validated like the first, so that their figures are comparable."""
     first, *others = [_validation(run, own) for run, own in zip(runs, settings, strict=True)]
     found = []
     for facts, label in zip(others, labels[1:], strict=True):
         pair = f"{label} and {labels[0]}"
         differing = [key for key in facts if facts[key] != first[key]]
         if not facts["corpora"] or not first["corpora"]:
-            found.append(("Unknown", f"{pair} do not both name their validation corpora."))
+            found.append(("Unknown", f"{pair} do not both record their validation corpora."))
         elif differing:
             text = (
                 f"{pair} were validated differently, so their figures are not comparable. "
@@ -177,7 +176,7 @@ def _validation_verdicts(runs: list[Run], labels: list[str], settings: list[dict
 
 
 def _validation(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
-    """What decides which tokens validation measures."""
+    """Return what determines the tokens of validation."""
     corpora = run.environment.get("validation_corpora") or []
     own, data = (part if isinstance(part, dict) else {} for part in (settings.get("validation"), settings.get("data")))
     return {
@@ -189,7 +188,7 @@ def _validation(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figures(runs: list[Run], headers: list[str]) -> list[Table]:
-    """The validation figures where every run has some at a phase's end, by tokens, and at the end of each run."""
+    """Return validation figures at the token counts where all runs ended a phase, and at the end of each run."""
     at = [{run.tokens_at(b.record["step"]): b.record for b in run.boundaries() if b.ends_phase} for run in runs]
     common = sorted(set(at[0]).intersection(*at[1:]))
     tables = [_figures_table(_title(tokens), headers, [records[tokens] for records in at]) for tokens in common]
@@ -197,7 +196,7 @@ def _figures(runs: list[Run], headers: list[str]) -> list[Table]:
     ends = [run.tokens_at(record["step"]) if record else None for run, record in zip(runs, last, strict=True)]
     if len(set(ends)) > 1 or ends[0] not in common:
         reached = ", ".join(ABSENT if end is None else compact(end) for end in ends)
-        title = f"Last of each run (at {reached} tokens)"
+        title = f"Latest of each run (at {reached} tokens)"
         tables.append(_figures_table(title, headers, last, compared=len(set(ends)) == 1))
     return [table for table in tables if table.rows]
 
@@ -207,19 +206,19 @@ def _title(tokens: int) -> str:
 
 
 def _figures_table(title: str, headers: list[str], records: list[Record], compared: bool = True) -> Table:
-    """`compared`: whether differences to the first run mean anything."""
+    """`compared`: whether to show differences from the first run."""
     rows = []
     for row in validation_rows(records):
         first, *others = row.values
         changes = ["" if None in (first, other) else row.figure.change(other - first) for other in others]
         title_cell = Entry(row.title, style=f"{row.figure.objective}-text")
         rows.append([title_cell, *row.texts(ABSENT), *(changes if compared else [])])
-    changed = [f"{number} against 1" for number in range(2, len(records) + 1)] if compared else []
+    changed = [f"{number} minus 1" for number in range(2, len(records) + 1)] if compared else []
     return Table(["", *headers, *changed], rows, title=title)
 
 
 def _flat(content: Any, left_out: Iterable[str] = (), prefix: str = "") -> dict[str, str]:
-    """The settings by dotted keys; phases are keyed by their names, other lists by numbers."""
+    """Return the settings by dotted key; phases are keyed by name, other lists by index."""
     if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
         content = {entry.get("name", number): entry for number, entry in enumerate(content)}
     if not isinstance(content, dict) or not content:
@@ -236,7 +235,7 @@ def _setting(value: Any) -> str:
 
 
 def _software(run: Run) -> dict[str, str]:
-    """Versions, and what the latest session ran on."""
+    """Return versions, and the environment of the latest session."""
     found = {str(package): str(version) for package, version in (run.environment.get("versions") or {}).items()}
     for key in ("device", "ranks", "tensor_parallel", "attention", "kernels", "dtype", "recompute"):
         if run.sessions and key in run.sessions[-1]:
@@ -245,7 +244,7 @@ def _software(run: Run) -> dict[str, str]:
 
 
 def _differing(facts: list[dict[str, str]]) -> list[list[str]]:
-    """The keys whose values are not the same in all, each with its values."""
+    """Return the keys whose values differ, with the values."""
     keys = dict.fromkeys(key for own in facts for key in own)
     rows = [[key, *(own.get(key, ABSENT) for own in facts)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]

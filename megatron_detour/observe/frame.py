@@ -1,4 +1,4 @@
-"""A figure over the tokens trained: strips that name the phases, and below them panels of curves."""
+"""A figure over trained tokens: strips that name the phases, and panels of curves below them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-STRIP = 0.44  # inches that the names of the phases take
+STRIP = 0.44  # inches, height of a strip of phase names
 SWITCH = "objective switch"
 RESUMED = "resumed from a checkpoint"
 FROZEN = "some parameters frozen"
-BUCKETS = 900  # of a curve that has more points: each is drawn by its least and its greatest
-LONGEST_LABEL = 90  # characters of a legend's entry
-LEGEND_WIDTH = 118  # characters in a row of the legend
+BUCKETS = 900  # for curves with more points: the minimum and maximum of each are drawn
+LONGEST_LABEL = 90  # characters of a legend entry
+LEGEND_WIDTH = 118  # characters per legend row
 LEGEND_ROW = 0.175  # inches
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over tokens. Curves with the same label share an entry of the legend.
+    """Values over tokens. Curves with the same label share a legend entry.
 
-    A measurement of each step is drawn as its mean; a schedule (`exact`) and a few points with a `marker` as they are.
+    Measurements per step are smoothed; a schedule (`exact`) and points with a `marker` are drawn unchanged.
     """
 
     x: np.ndarray
@@ -42,15 +42,15 @@ class Curve:
     label: str
     linestyle: Any = "-"
     marker: str = ""
-    faint: bool = True  # the values themselves behind their mean
+    faint: bool = True  # draw the raw values behind the mean
     exact: bool = False
 
 
 class Frame:
-    """A figure of one run, or of several, which have a strip each unless their phases are the same.
+    """A figure of one or several runs; each run has a strip, unless all have the same phases.
 
-    A run's phases tint the panels below; the panels of several runs get lines at the phases' ends. `colors` are those
-    of the runs, `height` the inches of the panels and a strip. Draw into `panels`, then `finish`.
+    The phases of a single run tint the panels; with several runs, lines mark the ends of phases. `colors` are the runs'
+    colors, `height` the inches of the panels and a strip. Draw into `panels`, then call `finish`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Frame:
             self._bands(runs[number], axes)
 
     def _rows(self, heights: list[float]) -> list[Axes]:
-        """Axes below each other that share the x axis of the first."""
+        """Return stacked axes that share the x axis."""
         grid = self.figure.add_gridspec(len(heights), 1, height_ratios=heights)
         first = self.figure.add_subplot(grid[0])
         return [first] + [self.figure.add_subplot(grid[row], sharex=first) for row in range(1, len(heights))]
@@ -133,7 +133,7 @@ class Frame:
         return min(phase["end_tokens"], max(run.done_tokens, 1))
 
     def curves(self, axes: Axes, curves: list[Curve], *, from_zero: bool = False) -> None:
-        """Draws the curves; single peaks of measurements do not set the range of the y axis."""
+        """Draw the curves; isolated peaks of measurements do not determine the range of the y axis."""
         bounds: list[float] = []
         for curve in curves:
             if curve.marker:
@@ -154,7 +154,7 @@ class Frame:
             axes.margins(y=0.14)
 
     def _points(self, axes: Axes, curve: Curve) -> None:
-        """A line through a few measurements; among hundreds the markers would hide the line."""
+        """Draw a line with markers, unless there are so many that they would hide the line."""
         look = {"color": curve.color, "linestyle": curve.linestyle, "marker": curve.marker, "linewidth": 1.6}
         every = max(1, len(curve.x) // 40)
         x, y = thinned(curve.x, curve.y)
@@ -166,7 +166,7 @@ class Frame:
         axes.plot(*thinned(curve.x, smoothed(curve.y)), label=curve.label, **_look(curve, linewidth=1.9))
 
     def finish(self) -> Figure:
-        """Adds the resumptions, the legend and, once the widths are known, the names of the phases."""
+        """Add the resumptions, the legend and, once the widths are known, the names of the phases."""
         if len(self.runs) == 1:
             for step in self.runs[0].resumptions:
                 x = self.runs[0].tokens_at(step)
@@ -179,7 +179,7 @@ class Frame:
                 handles.setdefault(label, handle)
         self._legend(handles)
         self.figure.draw_without_rendering()
-        self.figure.set_layout_engine("none")  # what it laid out stays: it takes longer than the drawing
+        self.figure.set_layout_engine("none")  # keep the layout: computing it again takes longer than drawing
         self._name_phases()
         return self.figure
 
@@ -206,20 +206,20 @@ class Frame:
             labels = [shortened(label, LONGEST_LABEL) for label in handles]
             columns = _columns(labels)
             further = max(0, -(-len(labels) // columns) - 2)
-            # a legend of many rows takes its room below the figure, not from the panels
+            # a legend with many rows extends the figure instead of shrinking the panels
             self.figure.set_figheight(self.figure.get_figheight() + further * LEGEND_ROW)
             shown = dict(zip(labels, handles.values(), strict=True))
             add_legend(self.figure, shown, "lower center", columns)
 
     def _name_phases(self) -> None:
-        """Writes in each band the longest of its labels that fits, or its number, which the title's row explains."""
+        """Write in each band the longest of its labels that fits, or its number, which the title row explains."""
         numbered = []
         for run_number, strip in self.strips.items():
             run, width = self.runs[run_number], strip.get_window_extent().width
             for number, phase in enumerate(run.started_phases, start=1):
                 start, end = phase["start_tokens"], self._end(run, phase)
                 room = width * (end - start) / self.edge - 8
-                # a dollar sign in a name is no formula
+                # a dollar sign in a name does not start a formula
                 middle = 0.57 if phase.get("freeze") else 0.5  # above the hatching
                 label = strip.text((start + end) / 2, middle, "", fontsize=8.2, color=INK, parse_math=False)
                 label.set(ha="center", va="center_baseline", linespacing=1.2)
@@ -229,8 +229,8 @@ class Frame:
         if numbered:
             first = next(iter(self.strips.values()))
             key = first.set_title("", loc="right", fontsize=8.2, color=SOFT, pad=7, parse_math=False)
-            texts = ["numbers in the strip: the phases in the order of the plan"]
-            # several runs have several numberings
+            texts = ["numbers in the strip: phases in the order of the plan"]
+            # the numbers of several runs may mean different phases
             if len(self.strips) == 1:
                 texts.insert(0, ",  ".join(numbered))
             _fit(key, texts, 0.62 * first.get_window_extent().width)
@@ -245,28 +245,28 @@ def objective_label(objective: str) -> str:
 
 
 def _look(curve: Curve, linewidth: float) -> dict[str, Any]:
-    """A line through a point or two is invisible or nearly so: mark them."""
+    """Return a marker for curves of one or two points, whose line is hardly visible."""
     mark = {"marker": "o", "markersize": 4, "clip_on": False} if len(curve.x) <= 2 else {}
     return {"color": curve.color, "linestyle": curve.linestyle, "linewidth": linewidth, **mark}
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A centered mean: unlike a trailing one it does not shift the curve at the start of a phase."""
+    """Return a centered mean, which unlike a trailing mean does not shift the curve at the start of a phase."""
     half = max(1, len(values) // 60)
     total = np.append(0.0, np.cumsum(values))
     center = np.arange(len(values))
-    # Where a phase starts the curve is steep, so the window shrinks on both sides; where it ends noise matters more.
+    # At the start of a phase the curve is steep, so the window shrinks on both sides; at its end noise matters more.
     before = np.minimum(half, center)
     after = np.minimum(before, len(values) - 1 - center)
     return (total[center + after + 1] - total[center - before]) / (before + after + 1)
 
 
 def _usual_range(values: np.ndarray, low: float) -> tuple[float, float]:
-    """The range of a phase from `low`, without its first steps and single peaks that stand far above the others."""
+    """Return the range of a phase from `low`, without its first steps and isolated peaks."""
     width = max(9, len(values) // 100)
     if len(values) < 2 * width:
         return low, float(values.max())
-    # Every window of a long curve would be a hundredth of its length, squared, in memory: a few hundred tell the same.
+    # All windows of a long curve would need length^2 / 100 memory: a few hundred of them suffice.
     windows = np.lib.stride_tricks.sliding_window_view(values, width)[:: max(1, width // 9)]
     high = float(np.median(windows, axis=1).max())
     limit = high + 0.3 * (high - low)
@@ -274,7 +274,7 @@ def _usual_range(values: np.ndarray, low: float) -> tuple[float, float]:
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ends, and the least and the greatest of each of BUCKETS stretches: what a plot this wide can show."""
+    """Return the ends, and the minimum and maximum of each of BUCKETS intervals: what a plot of this width can show."""
     width = -(-len(y) // BUCKETS)
     if width < 3:
         return x, y
@@ -286,7 +286,7 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit(label: Text, texts: list[str], room: float) -> bool:
-    """Sets the first of `texts` no wider than `room` pixels; empties the label where none is."""
+    """Set the first of `texts` that is at most `room` pixels wide, or an empty label."""
     for text in texts:
         label.set_text(text)
         if label.get_window_extent().width <= room:
@@ -306,12 +306,12 @@ def _phase_labels(phase: dict[str, Any]) -> list[str]:
 
 
 def _entry(axes: Axes, label: str) -> None:
-    """Adds a label to the legend that no artist of its own bears."""
+    """Add a legend entry that has no artist in the plot."""
     axes.plot([], [], label=label)
 
 
 def _with_own_phases(runs: list[Run]) -> list[int]:
-    """The numbers of the runs that get a strip: all of them, or the longest one where they share their phases."""
+    """Return the indices of the runs that get a strip: all, or only the longest if they share their phases."""
     keys = ("name", "freeze", "start_tokens", "end_tokens")
     phases = [
         [(read_objective(phase).describe(), [phase.get(key) for key in keys]) for phase in run.phases] for run in runs
@@ -322,13 +322,13 @@ def _with_own_phases(runs: list[Run]) -> list[int]:
 
 
 def _columns(labels: list[str]) -> int:
-    widest = max(len(label) for label in labels) + 8  # with its line
+    widest = max(len(label) for label in labels) + 8  # including its line
     if sum(len(label) + 8 for label in labels) <= LEGEND_WIDTH:
         return len(labels)
     return max(1, min(4, len(labels), LEGEND_WIDTH // widest))
 
 
 def _shares(panels: int, room: float) -> list[float]:
-    """Heights of the panels; the first is the largest."""
+    """Return the panels' heights; the first is the largest."""
     weights = [1.6] + [1.0] * (panels - 1)
     return [room * weight / sum(weights) for weight in weights]

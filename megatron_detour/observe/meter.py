@@ -1,4 +1,4 @@
-"""What the machine is and what a run takes of it."""
+"""Memory, MFU and device name of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("megatron-detour", "torch", "deepspeed", "transformers", "tokenizers
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: of the GPU by tensors, or of the process on a CPU."""
+    """Return the peak memory so far in bytes: tensors on a GPU, or the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -25,7 +25,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def utilisation(flops_per_second: float, device: torch.device, dtype: torch.dtype) -> float | None:
-    """The share of all ranks' devices' peak; None where the peak is not known."""
+    """Return the fraction of the peak FLOP/s of all ranks' devices; None if the peak is unknown."""
     peak = peak_flops(device_name(device), str(dtype).removeprefix("torch."))
     return peak and flops_per_second / (peak * dist.get_world_size())
 

@@ -1,4 +1,4 @@
-"""What to do with a run that is done: the commands, ready to be copied."""
+"""The next commands after a finished run, ready to be copied."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def next_commands(folder: Path, checkpoint: Path, control: bool) -> str:
-    """Convert, evaluate, train the control and compare; `control` where the run has a causal phase to stand against."""
+    """Return commands to convert, evaluate, train the control and compare; `control` if the run has a causal phase."""
     run, name = shlex.quote(str(folder)), shlex.quote(folder.name)
     model = f"models/{name}"
     steps = [

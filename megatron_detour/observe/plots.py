@@ -1,6 +1,6 @@
-"""The plots of a run's report and of a comparison: a run alone is a comparison of one.
+"""The plots of run reports and comparisons; a report is a comparison of one run.
 
-One run's curves have the colors of their objectives, several runs' those of the runs.
+A single run's curves are colored by objective, several runs' curves by run.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKS = 400  # of a guard, side by side over the width of a plot
-MIN_WAIT_SCALE = 0.01  # of the time; a smaller scale would draw noise
-HIGH, LOW = (2.0, 1.6), (1.4, 1.5)  # inches: of a figure without panels, and of each panel
+MARKS = 400  # at most, guard marks over the width of a plot
+MIN_WAIT_SCALE = 0.01  # fraction of the time; a smaller scale would show noise
+HIGH, LOW = (2.0, 1.6), (1.4, 1.5)  # inches: a figure without panels, and each panel
 UNIGRAM = "unigram baseline"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of a page: its file, how it is drawn for runs with these labels, and its captions.
+    """A plot of a page: its file, its drawing function for labeled runs, and its captions.
 
-    `caption` is that on the page of one run, `compared` that on a comparison; without one the plot is not shown there.
+    `caption` is used in run reports, `compared` in comparisons; without it the plot is omitted there.
     """
 
     file: str
@@ -55,7 +55,7 @@ class _Panel:
 def _draw(
     runs: list[Run], title: str, panels: list[_Panel], *, height: tuple[float, float] = HIGH, guards: bool = False
 ) -> Figure | None:
-    """The panels that have curves; None where none has."""
+    """Draw the panels that have curves; None if there are none."""
     panels = [panel for panel in panels if panel.curves]
     if not panels:
         return None
@@ -99,7 +99,7 @@ def _draw_learning_rate(runs: list[Run], labels: list[str]) -> Figure | None:
 
 
 def _draw_schedule(runs: list[Run], labels: list[str]) -> Figure | None:
-    """The objectives' shares, such as the mask rate, and the batch, where they change within a run."""
+    """Draw the objectives' scheduled fractions, such as the mask rate, and the batch, if they change within a run."""
     shares = {key: key.replace("_", " ") for kind in KINDS.values() for key in kind.scheduled}
     shown = {key: (name, as_percentages) for key, name in shares.items()}
     shown |= {"sequences": ("sequences per step", as_counts)}
@@ -154,7 +154,7 @@ def _draw_bits_per_byte(runs: list[Run], labels: list[str]) -> Figure | None:
 
 
 def _validation_panels(runs: list[Run], labels: list[str], keys: list[str]) -> list[_Panel]:
-    """A panel per figure; those of one run that differ in their objective alone share a panel."""
+    """Return a panel per figure; figures of one run that differ only in objective share a panel."""
     groups: dict[str, list[str]] = {}
     for key in keys:
         if any(_has(run.validations, key) for run in runs):
@@ -171,7 +171,7 @@ def _validation_panels(runs: list[Run], labels: list[str], keys: list[str]) -> l
 
 
 def _measure(key: str) -> str:
-    """What a figure measures, without its objective."""
+    """Return a figure's quantity, without the objective."""
     return VALIDATION_FIGURES[key].axis.partition(" ")[2]
 
 
@@ -181,7 +181,7 @@ def _validation_curves(runs: list[Run], labels: list[str], key: str) -> list[Cur
         objectives = list(dict.fromkeys(each.objective for each in VALIDATION_FIGURES.values()))
         marker = MARKERS[objectives.index(figure.objective)]
         look = {"color": objective_color(figure.objective), "marker": marker}
-        # The accuracy has a panel of its own, whose axis names it.
+        # Accuracy has a separate panel, whose axis names it.
         return _validated(runs[0], key, "_accuracy" if figure.share else f"{figure.title}, held-out text", look)
     numbered = enumerate(zip(runs, labels, strict=True))
     return [curve for n, (run, label) in numbered for curve in _validated(run, key, label, appearance(n))]
@@ -212,7 +212,7 @@ def _has(records: list[Record], key: str) -> bool:
 def _curves(
     runs: list[Run], labels: list[str], key: str, *, objective: str = "", quantity: str = "", exact: bool = False
 ) -> list[Curve]:
-    """The figure of each run over each of its phases, or over those of one objective."""
+    """Return the figure of each run by phase, or only phases of one objective."""
     curves = []
     for number, run in enumerate(runs):
         for own, steps in stretches(run):
@@ -228,11 +228,11 @@ def _curves(
 
 
 def _mark_guards(axes: Axes, run: Run) -> None:
-    """Marks at the top the steps at which a guard acted."""
+    """Mark at the top the steps at which a guard acted."""
     skipped = [record for record in run.guarded if record.get("skipped")]
     reported = [record for record in run.guarded if not record.get("skipped")]
     for records, marker, label in ((skipped, "x", "update skipped"), (reported, "v", "spike reported")):
-        # as many as can be told apart
+        # no more than are distinguishable
         place = {round(MARKS * x / max(run.done_tokens, 1)): x for x in (run.tokens_at(r["step"]) for r in records)}
         if x := list(place.values()):
             look = {"color": GUARD, "marker": marker, "markersize": 5, "linestyle": "none", "clip_on": False}
@@ -246,7 +246,7 @@ PLOTS = [
         _draw_validation,
         "Every objective is measured on held-out text in every phase. Losses of different objectives are different "
         "quantities: compare each only with itself.",
-        "Held-out text. The top of the page says whether it was the same, under the same masks.",
+        "Held-out text. The top of the page states whether text and masks were the same.",
     ),
     Plot(
         "bits_per_byte.png",
@@ -259,16 +259,16 @@ PLOTS = [
         "validation_corpora.png",
         "Validation by corpus",
         _draw_validation_corpora,
-        "The held-out text of each validation corpus by itself.",
+        "The held-out text of each validation corpus separately.",
     ),
     Plot(
         "loss.png",
         "Training loss",
         _draw_loss,
-        "Each step faintly, and a centered mean per phase. The objective sets the color; losses of different "
-        "objectives are different quantities.",
-        "A centered mean per phase, each objective by itself: losses of different objectives are different "
-        "quantities, and MLM losses at different mask rates do not compare.",
+        "Each step (faint), and a centered mean per phase. Colors are objectives; losses of different objectives are "
+        "different quantities.",
+        "A centered mean per phase, by objective: losses of different objectives are different "
+        "quantities, and MLM losses at different mask rates are not comparable.",
     ),
     Plot(
         "gradient_norm.png",
@@ -282,20 +282,20 @@ PLOTS = [
         "schedule.png",
         "Mask rate and batch",
         _draw_schedule,
-        "The share of tokens masked and the sequences per step, at each step.",
+        "The fraction of tokens masked and the sequences per step.",
     ),
     Plot(
         "throughput.png",
         "Throughput",
         _draw_throughput,
-        "Tokens per second of each step over all devices, padding included. MFU is the share of the devices' peak "
-        "FLOP/s that the model's operations reach.",
-        "Tokens per second over all devices, padding included; MFU where the devices' peak is known.",
+        "Tokens per second at each step over all devices, including padding. MFU is the model's FLOP/s as a fraction "
+        "of the devices' peak.",
+        "Tokens per second over all devices, including padding; MFU if the devices' peak is known.",
     ),
     Plot(
         "machine.png",
         "Data wait and memory",
         _draw_machine,
-        "The share of each step's time spent waiting for data, and the peak memory of one rank so far.",
+        "The fraction of each step's time spent waiting for data, and the peak memory of one rank so far.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar per phase and the latest figures, or lines of a log."""
+"""The progress of a run: a bar per phase and the latest figures, or log lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RunProgress(Progress):
 
     `plan_phases` are the phases of plan.json, `done_steps` the steps that earlier sessions completed.
     Without a terminal, a line appears at most every `line_seconds`, and always at a change of phase,
-    at a validation and at the last step. What a guard did gets a line of its own.
+    a validation and the last step. Guard actions get a separate line.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class RunProgress(Progress):
         return self
 
     def show(self, record: dict[str, Any]) -> None:
-        """Shows the record of a step, or of a validation before the first step."""
+        """Show the record of a step, or of a validation before the first step."""
         self._done_steps = record["step"]
         self._done_tokens = record.get("tokens", self._done_tokens)
         self._rates.add(record.get("tokens_per_second"), record.get("seconds"))
@@ -64,7 +64,7 @@ class RunProgress(Progress):
 
     @property
     def seconds_left(self) -> float | None:
-        """The seconds to the end of the run at the recent rate; None before the first step."""
+        """Return the seconds to the end of the run at the recent rate; None before the first step."""
         rate = self._rates.smoothed
         if not rate or self._done_tokens is None:
             return None
@@ -86,7 +86,7 @@ class RunProgress(Progress):
 
 
 class _Rates:
-    """Tokens per second over the recent steps, each with its time."""
+    """Tokens per second over recent steps."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_STEPS)
@@ -102,14 +102,14 @@ class _Rates:
 
     @property
     def smoothed(self) -> float | None:
-        # The first step of a session pays for compilation and warm caches: it counts only while it is alone.
+        # The first step of a session includes compilation and cold caches: it counts only while it is the only one.
         if not self._recent:
             return self._first
         return sum(tokens for tokens, _ in self._recent) / sum(seconds for _, seconds in self._recent)
 
 
 def validation_figures(record: dict[str, Any]) -> str:
-    """Returns the validation figures of a record in words, or an empty string where it holds none."""
+    """Return the validation figures of a record in words, or an empty string if there are none."""
     parts = []
     for name, kind in KINDS.items():
         if record.get(f"val_{name}_loss") is not None:
@@ -125,16 +125,16 @@ def _per_byte(record: dict[str, Any], key: str) -> str:
 
 
 def guard_words(record: dict[str, Any]) -> str:
-    """Returns what a guard did at this step and why, or an empty string where it did nothing."""
+    """Return what a guard did at this step and why, or an empty string."""
     if record.get("skipped"):
-        return f"step {record['step']}: the update was skipped: {record['skipped']}"
+        return f"step {record['step']}: update skipped: {record['skipped']}"
     if record.get("spike"):
-        return f"step {record['step']}: {record['spike']}; the update was made"
+        return f"step {record['step']}: {record['spike']}; update applied"
     return ""
 
 
 def _phase_title(entry: dict[str, Any]) -> str:
-    """The name and objective of a plan's phase (`name`) or of a record (`phase`)."""
+    """Return the name and objective of a plan's phase (key `name`) or a record (key `phase`)."""
     name = " ".join(str(entry.get("phase") or entry.get("name") or "").split())
     objective = entry.get("objective")
     if not name:

@@ -1,4 +1,4 @@
-"""The report of a run: its plots and one self-contained HTML page, made from the files of its folder alone."""
+"""The report of a run: plots and a self-contained HTML page, from the files of the run directory alone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LISTED_GUARDS, LISTED_SOURCES = 20, 5
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes plots/*.png and report.html into the folder of a finished or unfinished run; returns the page's path.
+    """Write plots/*.png and report.html into the directory of a finished or unfinished run; return the page's path.
 
-    A plot without any figures is left out. Raises DetourError where the folder is not that of a run.
+    Empty plots are omitted. Raises DetourError unless the folder is a run directory.
     """
     run_folder = Path(run_folder)
     run = read_run(run_folder)
@@ -58,7 +58,7 @@ def _page(run: Run, pictures: list[Picture]) -> str:
 
 
 def as_text(run_folder: Path) -> str:
-    """The validation figures by phase and the figures of the whole run, for a terminal."""
+    """Return the validation figures by phase and the overall figures as text for a terminal."""
     run = read_run(Path(run_folder))
     done = f"{run.done_steps:,} of {run.plan['total_steps']:,} steps"
     parts = [f"{visible(run.name)}: {'finished, ' if run.finished else ''}{done}"]
@@ -89,7 +89,7 @@ def _plan_row(run: Run, phase: dict[str, Any]) -> list[Entry]:
 
 
 def _figures_table(run: Run) -> Table:
-    """A row per validation figure and corpus: its values at the boundaries of the phases."""
+    """Return a row per validation figure and corpus: its values at the phase boundaries."""
     boundaries = run.boundaries()
     rows = [
         [Entry(row.title, style=f"{row.figure.objective}-text"), *row.texts(ABSENT)]
@@ -135,7 +135,7 @@ def _corpus(facts: dict[str, Any]) -> list[Entry]:
 
 
 def _sources(facts: dict[str, Any]) -> Entry:
-    """The first few, and how many more there are."""
+    """Return the first few sources, and the number of the rest."""
     sources = facts.get("sources") or []
     others = (facts.get("source_files") or len(sources)) - LISTED_SOURCES
     size = facts.get("source_bytes") or sum(source["bytes"] for source in sources)
@@ -145,7 +145,7 @@ def _sources(facts: dict[str, Any]) -> Entry:
 
 
 def _changes(run: Run) -> list[dict[str, Any]]:
-    """The first and the last value of each validation figure."""
+    """Return the first and the last value of each validation figure."""
     changes = []
     for key, figure in VALIDATION_FIGURES.items():
         held = [record for record in run.validations if record.get(key) is not None]
@@ -168,7 +168,7 @@ def _changes(run: Run) -> list[dict[str, Any]]:
 
 
 def _sessions_table(run: Run) -> Table:
-    """The sessions with how each ended; one that could not say was killed, or is still running."""
+    """Return the sessions and how each ended; without a record it was killed or is still running."""
     silent = ["killed"] * (len(run.sessions) - 1) + ["finished" if run.finished else "running, or killed"]
     headers = ["Started", "After step", "Ended", "Ranks", "Device", "Attention, kernels, precision"]
     rows = [_session(*each) for each in zip(run.sessions, silent, range(len(run.sessions)), strict=False)]
@@ -176,7 +176,7 @@ def _sessions_table(run: Run) -> Table:
 
 
 def _session(session: dict[str, Any], otherwise: str, number: int) -> list[Entry]:
-    missing = session.get("missing_steps")  # of the figures, when it began
+    missing = session.get("missing_steps")  # without figures when the session began
     parallel, cores, recompute = (session.get(key) for key in ("tensor_parallel", "host_cores", "recompute"))
     how = [f"recompute {recompute}"] if recompute else []
     how += [f"skipped: {fault}" for fault in session.get("passed_over") or []]
@@ -198,7 +198,7 @@ def _session(session: dict[str, Any], otherwise: str, number: int) -> list[Entry
 
 
 def headline(run: Run) -> list[tuple[str, str, str]]:
-    """The figures of the whole run, each a title, a value and a remark."""
+    """Return the overall figures of the run, each a title, a value and a remark."""
     facts = [("Tokens trained", compact(run.done_tokens), f"of {compact(run.plan['total_tokens'])} planned")]
     steps = run.steps
     seconds = steps.total("seconds")

@@ -1,4 +1,4 @@
-"""What plan.json, environment.json and run_state.json hold, as far as it is read; what is unfit is refused."""
+"""Read and validate the parts of plan.json, environment.json and run_state.json that are used."""
 
 from __future__ import annotations
 
@@ -112,25 +112,25 @@ class _State(TypedDict):
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's run_state.json. Raises DetourError where the file is missing or holds none."""
-    return _read(path, _State, "take another checkpoint")
+    """Read a checkpoint's run_state.json. Raises DetourError for a missing or invalid file."""
+    return _read(path, _State, "use another checkpoint")
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """Raises DetourError where the file is missing or holds no plan."""
+    """Read plan.json. Raises DetourError for a missing or invalid file."""
     return _read(path, _Plan)
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises DetourError for other content."""
+    """Read environment.json, {} if there is none. Raises DetourError for an invalid file."""
     return _read(path, _Environment) if path.exists() else {}
 
 
-def _read(path: Path, kind: Any, remedy: str = "restore the file or start the run anew") -> dict[str, Any]:
+def _read(path: Path, kind: Any, remedy: str = "restore the file or restart the run") -> dict[str, Any]:
     try:
         content = read_json(path)
     except OSError as error:
-        raise DetourError(f"{path} cannot be read ({error.strerror}); is this the folder of a run?") from None
+        raise DetourError(f"{path}: cannot read ({error.strerror}); is this a run directory?") from None
     try:
         msgspec.convert(content, kind)
     except msgspec.ValidationError as fault:

@@ -1,4 +1,4 @@
-"""What the folder of a run says: its plan and its records, by phases and tokens."""
+"""Read a run directory: its plan and its records, by phases and tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_detour.observe.steps import StepReader, Steps
 
 @dataclass(frozen=True)
 class ValidationFigure:
-    """A validation figure: its title, its unit and how it is written."""
+    """A validation figure: title, unit and format."""
 
     objective: str
     title: str
     unit: str = ""
-    share: bool = False  # of one: written in percent
+    share: bool = False  # a fraction, shown in percent
 
     @property
     def axis(self) -> str:
@@ -38,7 +38,7 @@ class ValidationFigure:
 
 
 def _figures(kind: type[Objective]) -> dict[str, ValidationFigure]:
-    """By their keys in the records of validations."""
+    """Return the validation figures by their keys in records."""
     name, label = kind.name, kind.label
     accuracy = {f"val_{name}_accuracy": ValidationFigure(name, f"{label} accuracy", share=True)}
     return {
@@ -53,7 +53,7 @@ VALIDATION_FIGURES = {key: figure for kind in KINDS.values() for key, figure in 
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a run reports its validation figures: before step 1, at the end of a phase or at the latest validation."""
+    """A point where validation figures are reported: before step 1, a phase's end, or the latest validation."""
 
     title: str
     record: Record
@@ -62,9 +62,9 @@ class Boundary:
 
 @dataclass
 class Run:
-    """What a run's folder says: `steps` are trained, `validations` have val_* figures, at `guarded` a guard spoke.
+    """A run: `steps` are trained steps, `validations` records with val_* figures, `guarded` those of guard actions.
 
-    The steps' tokens are whole: as their records say, or else as their phases suggest.
+    Every step has a token count: from its record, or else from the plan.
     """
 
     folder: Path
@@ -102,30 +102,30 @@ class Run:
 
     @property
     def resumptions(self) -> list[int]:
-        """The steps after which a later session went on."""
+        """The steps after which a later session resumed."""
         steps = [session["step"] for session in self.sessions[1:]]
         return [step for step in steps if 0 < step <= self.done_steps]
 
     @property
     def skipped(self) -> list[Record]:
-        """The steps whose update was skipped."""
+        """The records of steps whose update was skipped."""
         return [record for record in self.guarded if record.get("skipped")]
 
     @cached_property
     def validation_corpora(self) -> list[str]:
-        """The names of the validation corpora that have figures of their own, in their order."""
+        """The names of the validation corpora with separate figures, in order."""
         keys = (key.partition("/") for record in self.validations for key in record)
         return list(dict.fromkeys(name for key, _, name in keys if name and key in VALIDATION_FIGURES))
 
     def tokens_at(self, step: int) -> int:
-        """The tokens consumed once `step` is done."""
+        """Return the tokens consumed after `step`."""
         at = int(np.searchsorted(self.steps.numbers, step))
         if at < len(self.steps) and self.steps.numbers[at] == step:
             return int(self.steps["tokens"][at])
         return _planned_tokens(self.phases, step)
 
     def tokens_of_steps(self) -> np.ndarray:
-        """How many tokens each step took."""
+        """Return the number of tokens of each step."""
         numbers, tokens = self.steps.numbers, self.steps["tokens"]
         before = np.append(self.tokens_at(int(numbers[0]) - 1), tokens[:-1]) if len(numbers) else tokens
         for gap in np.flatnonzero(np.diff(numbers) > 1) + 1:
@@ -133,7 +133,7 @@ class Run:
         return tokens - before
 
     def boundaries(self) -> list[Boundary]:
-        """The validations before the first step and at the end of each phase, and the latest where it is another."""
+        """Return the validations before the first step and at the end of each phase, and the latest."""
         ends = {phase["first_step"] + phase["steps"] - 1: str(phase["name"]) for phase in self.phases}
         found = []
         for record in self.validations:
@@ -148,13 +148,13 @@ class Run:
 
 
 def read_run(run_folder: Path) -> Run:
-    """Returns what the files of a run's folder say. Raises DetourError where one is missing or unfit."""
+    """Read a run directory. Raises DetourError for missing or invalid files."""
     plan, environment = read_plan(run_folder / "plan.json"), read_environment(run_folder / "environment.json")
     try:
         run_file = (run_folder / "run.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         cause = getattr(error, "strerror", None) or "not UTF-8"
-        raise DetourError(f"{run_folder / 'run.yaml'} cannot be read ({cause}); restore the file") from None
+        raise DetourError(f"{run_folder / 'run.yaml'}: cannot read ({cause}); restore the file") from None
     reader = StepReader(run_folder / "metrics.jsonl", tuple(VALIDATION_FIGURES))
     return Run(
         folder=run_folder,
@@ -184,14 +184,14 @@ def _planned_tokens(phases: list[dict[str, Any]], step: int) -> int:
 
 
 def validation_points(run: Run, key: str) -> tuple[list[float], list[float]]:
-    """The tokens trained and the figure of each validation that has it."""
+    """Return the trained tokens and the value of each validation that has the figure."""
     held = [record for record in run.validations if key in record]
     return [run.tokens_at(record["step"]) for record in held], [record[key] for record in held]
 
 
 @dataclass(frozen=True)
 class ValidationRow:
-    """A validation figure, over all corpora or of one, in each of several records; None where it was not measured."""
+    """A validation figure, over all corpora or for one, in several records; None where it was not measured."""
 
     key: str
     corpus: str
@@ -210,7 +210,7 @@ class ValidationRow:
 
 
 def validation_rows(records: list[Record]) -> list[ValidationRow]:
-    """A row per figure that any record has, in the order of VALIDATION_FIGURES, all corpora before single ones."""
+    """Return a row per figure of any record, in the order of VALIDATION_FIGURES, all corpora before single ones."""
     order = list(VALIDATION_FIGURES)
     names = {tuple(key.split("/", 1)) if "/" in key else (key, ""): key for record in records for key in record}
     known = sorted((name for name in names if name[0] in order), key=lambda name: (order.index(name[0]), name[1] != ""))
@@ -219,7 +219,7 @@ def validation_rows(records: list[Record]) -> list[ValidationRow]:
 
 
 def stretches(run: Run) -> list[tuple[str, Steps]]:
-    """The steps of each started phase, with its objective."""
+    """Yield the steps of each started phase, with its objective."""
     return [
         (phase["objective"], run.steps.between(phase["first_step"], phase["first_step"] + phase["steps"] - 1))
         for phase in run.started_phases

@@ -1,4 +1,4 @@
-"""Where the record of each step goes: a JSON-lines file, TensorBoard and Weights & Biases."""
+"""Sinks for the records of steps: a JSON Lines file, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from megatron_detour.structured import read_json_object
 
 Record = dict[str, Any]
 
-COUNTED = ("skipped", "spike")  # fields whose text says why; services that draw numbers get how often it happened
-FLUSH_SECONDS = 30  # of TensorBoard's files
+COUNTED = ("skipped", "spike")  # text fields with a reason; TensorBoard and wandb get their counts
+FLUSH_SECONDS = 30  # for TensorBoard
 GROUPS = {
     "tokens_per_second": "speed",
     "model_tflops": "speed",
@@ -37,7 +37,7 @@ GROUPS = {
 
 
 class Sink(Protocol):
-    """Takes one record a step, in the order of the steps."""
+    """Receives one record per step, in order."""
 
     def write(self, record: Record) -> None: ...
 
@@ -45,12 +45,11 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """Appends one JSON object a line to `path`.
+    """Appends one JSON object per line to `path`.
 
-    Opening removes every line with a step above `resume_step`, lines that stand twice and a torn last line, so that a
-    resumed run holds each step once; `counts` says how many of the kept steps were skipped or had a spike. Raises
-    DetourError where a line before the last is unreadable, and OSError with the file's name where the disk takes no
-    more.
+    Opening removes lines with a step above `resume_step`, duplicates and a truncated last line, so that a resumed run
+    has each step once; `counts` is the number of kept steps that were skipped or had a spike. Raises DetourError if a
+    line before the last is unreadable, and OSError with the file's name if writing fails.
     """
 
     def __init__(self, path: Path | str, resume_step: int) -> None:
@@ -65,11 +64,11 @@ class MetricsFile:
 
     @property
     def missing(self) -> str:
-        """The steps before the one that comes that have no line, for instance "3, 7-9"; "" where there are none."""
+        """The earlier steps without a line, for instance "3, 7-9", or ""."""
         return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in self._gaps)
 
     def _kept(self, resume_step: int) -> Iterator[bytes]:
-        """The lines up to `resume_step`, one at a time: a long run's file does not fit in memory many times."""
+        """Yield the lines up to `resume_step` one at a time, to save memory for long runs."""
         self.counts, self._gaps, done = dict.fromkeys(COUNTED, 0), [], 0
         for line, record in _in_order(self.path):
             if record["step"] <= resume_step:
@@ -83,14 +82,14 @@ class MetricsFile:
             self._gaps.append((done + 1, resume_step))
 
     def write(self, record: Record) -> None:
-        """Writes one line. Raises ValueError, writing nothing, where a figure is NaN or infinite."""
+        """Write one line. Raises ValueError, without writing, if a figure is NaN or infinite."""
         left = _line(record).encode()
         with _naming(self.path):
-            while left:  # what was written of it before an error is not written again
+            while left:  # after an error, continue with the unwritten rest
                 left = left[retry(lambda rest=left: self._file.write(rest)) :]
 
     def close(self) -> None:
-        """Brings the file to the disk and closes it; a second call does nothing."""
+        """Flush the file to disk and close it; further calls do nothing."""
         if self._file.closed:
             return
         with _naming(self.path):
@@ -101,10 +100,10 @@ class MetricsFile:
 
 
 class TensorBoardSink:
-    """Writes event files under `folder`; the points of an earlier session after `resume_step` are hidden.
+    """Writes event files under `folder`; points of an earlier session after `resume_step` are hidden.
 
-    `counts` are those of the MetricsFile. A step is one event, and the file is not named after the machine as torch's
-    SummaryWriter would. Raises DetourError where the tensorboard package is missing.
+    `counts` come from MetricsFile. A step is one event, and the file name does not contain the host name, unlike that
+    of torch's SummaryWriter. Raises DetourError if the tensorboard package is missing.
     """
 
     def __init__(self, folder: Path | str, resume_step: int, counts: dict[str, int] | None = None) -> None:
@@ -112,14 +111,14 @@ class TensorBoardSink:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
-            raise DetourError("TensorBoard files need the package tensorboard: pip install tensorboard") from error
+            raise DetourError("TensorBoard requires the package tensorboard: pip install tensorboard") from error
         self._folder = Path(folder)
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._numbers = _Numbers(counts)
         self._flushed = time.monotonic()
         with _naming(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            # TensorBoard reads a folder's files in the order of their names.
+            # TensorBoard reads files in the order of their names.
             self._file = RecordWriter((self._folder / f"events.out.tfevents.{time.time_ns()}").open("xb"))
             self._add(file_version="brain.Event:2")
             begun = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -127,7 +126,7 @@ class TensorBoardSink:
             self._file.flush()
 
     def write(self, record: Record) -> None:
-        """Logs every numeric field of the record at x = its step; text and missing figures are left out."""
+        """Log every numeric field of the record at its step; text and missing figures are omitted."""
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in self._numbers.of(record).items()]
         with _naming(self._folder):
             self._add(step=record["step"], summary=self._summary(value=values))
@@ -144,13 +143,13 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Sends the figures of a run to Weights & Biases, or keeps them in `folder`/wandb with ``mode: offline``.
+    """Sends the figures of a run to Weights & Biases, or stores them in `folder`/wandb with ``mode: offline``.
 
-    `settings` are arguments of wandb.init (project, entity, group, tags, mode, ...). The run's id is kept in
-    `folder`/wandb.json, so that every session of the run goes on in the same place. Figures are drawn over the field
-    `step` and not over wandb's own counter, which takes no step twice: what a session repeats after `resume_step` (in
-    the run's config) is logged beside the earlier figures. Neither code nor the terminal's text is sent.
-    Raises DetourError where the package is missing or wandb refuses the run.
+    `settings` are arguments of wandb.init (project, entity, group, tags, mode, ...). The run's id is stored in
+    `folder`/wandb.json, so that every session resumes the same wandb run. Figures are plotted over the field `step`,
+    not over wandb's step counter, which accepts each step only once: steps that a session repeats after `resume_step`
+    (in the run's config) are logged beside the earlier ones. Neither code nor terminal output is sent.
+    Raises DetourError if the package is missing or wandb rejects the run.
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class WandbSink:
         try:
             import wandb
         except ImportError as error:
-            raise DetourError("Weights & Biases needs the package wandb: pip install wandb") from error
+            raise DetourError("Weights & Biases requires the package wandb: pip install wandb") from error
         self._numbers = _Numbers(counts)
         private = wandb.Settings(console="off", disable_code=True, disable_git=True, save_code=False)
         kept = {"id": _wandb_id(Path(folder)), "resume": "allow", "dir": str(folder), "settings": private}
@@ -175,11 +174,11 @@ class WandbSink:
             self._run.define_metric("*", step_metric="step")
         except (wandb.Error, TypeError, ValueError) as error:
             raise DetourError(
-                f"wandb: {brief(error)}; mend its settings, or set its mode to offline and send the figures later"
+                f"wandb: {brief(error)}; correct its settings, or set mode: offline and run wandb sync later"
             ) from error
 
     def write(self, record: Record) -> None:
-        """Logs every numeric field of the record; text and missing figures are left out."""
+        """Log every numeric field of the record; text and missing figures are omitted."""
         self._run.log({**self._numbers.of(record), "step": record["step"]})
 
     def close(self) -> None:
@@ -187,7 +186,7 @@ class WandbSink:
 
 
 class _Numbers:
-    """What a record holds for services that draw numbers, by tag; counts go on from `counts`."""
+    """Converts records to numbers by tag, for TensorBoard and wandb; counts continue from `counts`."""
 
     def __init__(self, counts: dict[str, int] | None) -> None:
         self._counts = {field: (counts or {}).get(field, 0) for field in COUNTED}
@@ -210,12 +209,12 @@ def _wandb_id(folder: Path) -> str:
     try:
         known = read_json_object(path).get("id")
         if not isinstance(known, str) or not known:
-            raise DetourError(f"{path}: has no id of a wandb run")
+            raise DetourError(f"{path}: no wandb run id")
         return known
     except FileNotFoundError:
         made = secrets.token_hex(4)
     except DetourError as fault:
-        raise DetourError(f"{fault}; restore it, or remove it to begin another wandb run") from None
+        raise DetourError(f"{fault}; restore it, or remove it to start a new wandb run") from None
     folder.mkdir(parents=True, exist_ok=True)
     with _naming(path):
         write_whole(path, json.dumps({"id": made}) + "\n")
@@ -224,7 +223,7 @@ def _wandb_id(folder: Path) -> str:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Gives an OSError that names no file, as of a full disk, the name of this one."""
+    """Add the file name to an OSError without one, such as for a full disk."""
     try:
         yield
     except OSError as error:
@@ -234,31 +233,31 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def tensorboard_tag(field: str) -> str:
-    """Returns the tag of a record's field, e.g. ``val/mlm_loss`` for ``val_mlm_loss``."""
+    """Return the tag of a record's field, e.g. ``val/mlm_loss`` for ``val_mlm_loss``."""
     if field.startswith("val_"):
         return f"val/{field.removeprefix('val_')}"
     return f"{GROUPS.get(field, 'train')}/{field}"
 
 
 def read_metrics(path: Path | str) -> list[Record]:
-    """Returns the records of a metrics file, without a torn last line.
+    """Return the records of a metrics file, without a truncated last line.
 
-    Raises DetourError where the file is missing or a line before the last is no record.
+    Raises DetourError if the file is missing or a line before the last is invalid.
     """
     return [record for _, record in metrics_lines(Path(path))]
 
 
 def metrics_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
-    """Each line with its record, without a torn last line. Raises DetourError as read_metrics does."""
+    """Yield each line with its record, without a truncated last line. Raises DetourError like read_metrics."""
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
-        raise DetourError(f"{path} is missing; is this the folder of a run?") from error
+        raise DetourError(f"{path}: no such file; is this a run directory?") from error
     with file:
-        unread = 0  # the number of a line that is no record: torn where it is the last one
+        unread = 0  # the number of an invalid line; truncated if it is the last one
         for number, line in enumerate(file, start=1):
             if unread:
-                raise DetourError(f"{path}, line {unread} is not a step record; remove that line or restore the file")
+                raise DetourError(f"{path}, line {unread}: not a step record; remove the line or restore the file")
             record = _parse(line)
             if record is None:
                 unread = number
@@ -267,7 +266,7 @@ def metrics_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
 
 
 def _in_order(path: Path) -> Iterator[tuple[bytes, Record]]:
-    """Each step's line once, as it was written last; at once in memory only where a hand has mixed them."""
+    """Yield the last line of each step; all lines are held in memory only if they are out of order."""
     steps = [record["step"] for _, record in metrics_lines(path)]
     if all(before < after for before, after in pairwise(steps)):
         return metrics_lines(path)
@@ -278,7 +277,7 @@ def _in_order(path: Path) -> Iterator[tuple[bytes, Record]]:
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):  # also what a character cut in half raises
+    except (ValueError, RecursionError):  # includes UnicodeDecodeError for a truncated character
         return None
     if isinstance(record, dict) and type(record.get("step")) is int:
         return record

@@ -1,4 +1,4 @@
-"""The figures of a run's steps as columns: a million steps take the room that ten thousand dicts would."""
+"""The figures of a run's steps as columns, which take 1% of the memory of dicts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGEST_STEP = 2**53
 
 
 class Steps:
-    """A column per figure over the steps `numbers`, which ascend; NaN where a step lacks the figure."""
+    """A column per figure over the ascending steps `numbers`; NaN for missing figures."""
 
     def __init__(self, numbers: np.ndarray, columns: dict[str, np.ndarray]) -> None:
         self.numbers, self._columns = numbers, columns
@@ -57,7 +57,7 @@ class Steps:
         return len(np.unique(values[~np.isnan(values)])) > 1
 
     def between(self, first: int, last: int) -> Steps:
-        """The steps from `first` to `last`, without a copy."""
+        """Return the steps from `first` to `last`, without copying."""
         start, end = np.searchsorted(self.numbers, [first, last + 1])
         return Steps(self.numbers[start:end], {name: column[start:end] for name, column in self._columns.items()})
 
@@ -71,22 +71,22 @@ class Steps:
         return float(np.nansum(self[figure] * self[weight]))
 
     def mean(self, figure: str, weight: str) -> float | None:
-        """The weighted mean over the steps that have both; None where there is none."""
+        """Return the weighted mean over the steps that have both; None if there are none."""
         values, weights = self[figure], self[weight]
         there = ~np.isnan(values) & (weights > 0)
         return float(np.average(values[there], weights=weights[there])) if there.any() else None
 
     def points(self, figure: str) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens trained and the figure, of the steps that have it."""
+        """Return trained tokens and values of the steps that have the figure."""
         values = self[figure]
         there = ~np.isnan(values)
         return self["tokens"][there], values[there]
 
 
 class StepReader:
-    """Reads a metrics file once: trained steps become columns, validations and what a guard did stay records.
+    """Reads a metrics file once: trained steps become columns; validations and guard actions stay records.
 
-    A step that was written twice counts once, as it ran last. Raises DetourError for a figure that is no number.
+    A duplicate step counts once, as it ran last. Raises DetourError for a figure that is not a number.
     """
 
     def __init__(self, path: Path, validation_figures: tuple[str, ...]) -> None:
@@ -102,7 +102,7 @@ class StepReader:
     def _take(self, line: int, record: Record) -> None:
         step = record["step"]
         if not -1 < step < LARGEST_STEP:
-            raise DetourError(f"{self._path}, line {line}: there is no step {step:.3g}; remove the line")
+            raise DetourError(f"{self._path}, line {line}: invalid step {step:.3g}; remove the line")
         if step:
             self._numbers.append(step)
             for figure, column in self._columns.items():
@@ -115,7 +115,7 @@ class StepReader:
             return math.nan
         if type(value) is float or (type(value) is int and abs(value) < LARGEST_STEP):
             return value
-        raise DetourError(f"{self._path}, line {line}: {figure} is not a number in range; remove the line")
+        raise DetourError(f"{self._path}, line {line}: {figure} is not a valid number; remove the line")
 
     def _keep(self, kept: dict[int, Record], step: int, record: Record) -> None:
         kept.pop(step, None)
@@ -146,7 +146,7 @@ class StepReader:
         kept = {}
         for figure, values in columns.items():
             finite = np.isfinite(values)
-            if finite.any():  # an infinite figure is no point of a curve
+            if finite.any():  # infinite figures are not plotted
                 kept[figure] = values if finite.all() else np.where(finite, values, np.nan)
         return Steps(numbers, kept)
 

@@ -1,1 +1,1 @@
-"""What people are shown: numbers, tables, colors, pages."""
+"""Presentation: number formats, tables, progress, colors, figures and pages."""

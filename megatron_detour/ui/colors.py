@@ -1,7 +1,7 @@
-"""The colors of pages and plots, each by its name, for light pages and dark ones.
+"""The named colors of pages and plots, for light and dark pages.
 
-A plot is drawn in the light ones; inside a page each becomes the CSS variable of its name, so that a dark page darkens
-its plots. Text and curves have a contrast of 4.5 or more to page and card, axes 3; `line` and `band` only divide.
+Plots are drawn in light colors; in a page each becomes a CSS variable, so that plots follow the page's dark mode. Text
+and curves have a contrast of at least 4.5 to page and card, axes 3; `line` and `band` are separators only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAIRS = {
     "good": ("#1d7a46", "#5fcf92"),
     "open": ("#8f5b00", "#f0b955"),
     "guard": ("#b3261e", "#ff8a80"),
-    # For lines that differ in no objective: distinguished by lightness and style too, without the objectives' colors.
+    # For lines not distinguished by objective: different in lightness and style too, and not the objectives' colors.
     "run-1": ("#1b1b1b", "#f2f2f2"),
     "run-2": ("#00755a", "#3fc79c"),
     "run-3": ("#b0308c", "#f08fd0"),
@@ -42,10 +42,10 @@ _VARIABLES = {light: f"var(--{name})" for name, light in LIGHT.items()} | {"#000
 
 
 def variable(light: str) -> str:
-    """The CSS variable of a color."""
+    """Return the CSS variable of a color."""
     return _VARIABLES[light]
 
 
 def with_variables(svg: str) -> str:
-    """The drawing with variables in place of colors. Raises KeyError for a color that has no name."""
+    """Replace the colors of a drawing with CSS variables. Raises KeyError for a color without a name."""
     return re.sub(r"(?<=[:\s])#[0-9a-f]{6}(?=[;\"'])", lambda found: variable(found[0]), svg)

@@ -1,4 +1,4 @@
-"""A figure as a file's content, as a drawing inside a page, and in words."""
+"""Convert figures to PNG files, to SVG elements for pages, and to text descriptions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 
 def appearance(number: int) -> dict[str, Any]:
-    """Color, line style and marker of the curve of this number, from 0."""
+    """Return color, line style and marker of curve `number`, from 0."""
     return {
         "color": PALETTE[number % len(PALETTE)],
         "linestyle": STYLES[number % len(STYLES)],
@@ -34,13 +34,13 @@ def as_percentages(axes: Axes) -> None:
 
 
 def as_counts(axes: Axes) -> None:
-    """Whole amounts from zero, in short."""
+    """Format an axis of counts from zero, abbreviated."""
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: compact(value))
 
 
 def style_axes(axes: Axes, values: str) -> None:
-    """Grid lines across the axis of the values (x or y), and no frame."""
+    """Draw grid lines across the value axis (x or y), and no frame."""
     axes.grid(axis=values, color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -49,7 +49,7 @@ def style_axes(axes: Axes, values: str) -> None:
 
 
 def add_legend(figure: Figure, handles: dict[str, Any], place: str, columns: int) -> None:
-    """A legend outside of the panels, of artists by their labels. A dollar sign in a label does not start a formula."""
+    """Add a legend outside the panels, for artists by label. A dollar sign in a label does not start a formula."""
     look = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, "handlelength": 2.6, "columnspacing": 1.8}
     legend = figure.legend(list(handles.values()), list(handles), loc=f"outside {place}", ncols=columns, **look)
     for text in legend.get_texts():
@@ -57,7 +57,7 @@ def add_legend(figure: Figure, handles: dict[str, Any], place: str, columns: int
 
 
 def png(figure: Figure) -> bytes:
-    """The content of a PNG file."""
+    """Return the content of a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     target = io.BytesIO()
@@ -66,7 +66,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """An element for a page: texts stay text, colors are the page's; `name` keeps its ids apart from other plots'."""
+    """Return an SVG element for a page: text stays text, colors are variables; `name` makes its ids unique."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -85,7 +85,7 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
 
 
 def described(figure: Figure) -> str:
-    """The figures of the curves, for whoever does not see them: each line's first, last, least and greatest value."""
+    """Return an alternative text: each curve's first, last, minimum and maximum value."""
     return " ".join(filter(None, (_described(axes) for axes in figure.axes if axes.get_ylabel())))
 
 
@@ -96,7 +96,7 @@ def _described(axes: Axes) -> str:
     curves: dict[str, list[float]] = {}
     for line in axes.lines:
         label = str(line.get_label()).removeprefix("_")
-        # marks of steps are in other coordinates, single values behind a mean have no label
+        # marks of steps have other coordinates; raw values behind a mean have no label
         if line.get_transform() is axes.transData and not label.startswith("child"):
             curves.setdefault(label, []).extend(map(float, line.get_ydata()))
     parts = [f"{label}: {_course(values, shares)}" for label, values in curves.items() if values]

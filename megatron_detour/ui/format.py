@@ -1,4 +1,4 @@
-"""How the numbers and settings of a run read."""
+"""Format numbers and settings for people."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ SHAPES = {"linear": "a straight line", "cosine": "a cosine", "1-sqrt": "one minu
 
 
 def frozen_words(phase: dict[str, Any]) -> str:
-    """Returns what a phase does not train, e.g. ``embeddings, layers 0-7``; nothing where it trains everything."""
+    """Return what a phase freezes, e.g. ``embeddings, layers 0-7``, or an empty string."""
     return ", ".join(str(part).replace("layers.", "layers ") for part in phase.get("freeze") or [])
 
 
 def batch_words(phase: dict[str, Any]) -> str:
-    """Returns e.g. ``64 sequences of 1,024 tokens per step`` or, as it warms up, ``8 to 64 sequences ...``."""
+    """Return e.g. ``64 sequences of 1,024 tokens per step`` or, with a batch warm-up, ``8 to 64 sequences ...``."""
     warmup = phase.get("batch_warmup")
     words = f"{phase['sequences']:,} sequences of {phase['sequence_length']:,} tokens per step"
     return f"{warmup['from']:,} to {words}, growing over {compact(warmup['tokens'])} tokens" if warmup else words
 
 
 def common_batch(phases: list[dict[str, Any]]) -> str:
-    """The batch of every phase in words; nothing where phases differ or warm up."""
+    """Return the batch of all phases in words, or nothing if phases differ or warm up."""
     alike = not (_differ(phases, "sequences") or _differ(phases, "sequence_length"))
     return batch_words(phases[0]) if phases and alike and not any(p.get("batch_warmup") for p in phases) else ""
 
 
 def settings_words(phase: dict[str, Any], phases: list[dict[str, Any]]) -> str:
-    """The settings of a phase that are not the default, or that the phases of the run do not share."""
+    """Return the settings of a phase that are not the default or differ between phases."""
     parts = []
     if phase.get("freeze"):
         parts.append(f"{frozen_words(phase)} frozen")
@@ -47,17 +47,17 @@ def _differ(phases: list[dict[str, Any]], key: str) -> bool:
 
 
 def format_lr(rate: dict[str, Any]) -> str:
-    """Describes the learning rate of a phase: its warm-up, its peak and its end."""
+    """Describe the learning rate of a phase: warm-up, peak and end."""
     peak, end, shape = rate["peak"], rate.get("end"), str(rate.get("shape") or "constant")
     warmup = rate.get("warmup_tokens") or 0
     words = f"rises to {peak:.3g} over {compact(warmup)} tokens" if warmup else f"starts at {peak:.3g}"
     if shape == "constant" or end is None or end == peak:
-        return f"{words}, then stays"
+        return f"{words}, then stays constant"
     return f"{words}, then follows {SHAPES.get(shape, shape)} to {end:.3g}"
 
 
 def compact(number: float) -> str:
-    """Returns a count in three significant digits: ``950``, ``12.3k``, ``1.5M``, ``2B``, ``1.2T``."""
+    """Return a count with three significant digits: ``950``, ``12.3k``, ``1.5M``, ``2B``, ``1.2T``."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         # 999,999 rounds up to 1M, not to 1000k
         if float(f"{abs(number):.3g}") >= size:
@@ -72,7 +72,7 @@ def _three_digits(number: float) -> str:
 
 
 def byte_size(count: float) -> str:
-    """Returns a size in binary units: ``512 B``, ``3.4 MiB``."""
+    """Return a size in binary units: ``512 B``, ``3.4 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{_three_digits(count)} {unit}"
@@ -81,12 +81,12 @@ def byte_size(count: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Returns e.g. ``1 task`` or ``1,200 tasks``."""
+    """Return e.g. ``1 task`` or ``1,200 tasks``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Returns a time in its two largest units: ``45s``, ``4m10s``, ``2h05m``, ``3d04h``."""
+    """Return a duration in its two largest units: ``45s``, ``4m10s``, ``2h05m``, ``3d04h``."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"
@@ -98,7 +98,7 @@ def duration(seconds: float) -> str:
 
 
 def shortened(text: str, room: int) -> str:
-    """Returns `text` in one line of at most `room` characters; what is left out of its middle becomes ``…``."""
+    """Return `text` as one line of at most `room` characters, with ``…`` for what is omitted from its middle."""
     text = visible(" ".join(text.split()))
     if len(text) <= room:
         return text

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: templates filled in, with the plots inside."""
+"""Self-contained HTML pages: rendered templates with embedded plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot: its file's name and content, and how a page shows it; empty where there was nothing to draw."""
+    """A plot: file name and content, and its appearance in a page; empty if there was nothing to draw."""
 
     file: str
     caption: str
@@ -28,14 +28,14 @@ class Picture:
 
     @classmethod
     def of(cls, file: str, title: str, caption: str, figure: Figure | None, description: str = "") -> Picture:
-        """`description` states the figures, by default those of the curves."""
+        """`description` is the alternative text, by default the curves' figures."""
         if figure is None:
             return cls(file, caption, b"", "")
         return cls(file, caption, png(figure), svg(figure, file, title, description or described(figure)))
 
 
 def write_pictures(pictures: list[Picture], folder: Path) -> None:
-    """Writes the pictures as PNG files; removes the file that an earlier time left of an empty one."""
+    """Write the pictures as PNG files; remove old files of empty ones."""
     for picture in pictures:
         if picture.content:
             write_whole(folder / picture.file, picture.content)
@@ -44,7 +44,7 @@ def write_pictures(pictures: list[Picture], folder: Path) -> None:
 
 
 def render(template: str, folder: Path, **values: Any) -> str:
-    """Returns the page that the file `template` of `folder` makes of `values`; base and parts lie beside this file."""
+    """Render the file `template` of `folder` with `values`; base and parts are beside this file."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -66,5 +66,5 @@ def render(template: str, folder: Path, **values: Any) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """What a template puts into a page; text that is markup already has been shown."""
+    """Make a template's value printable, unless it is markup already."""
     return visible(value) if type(value) is str else value

@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal, a line now and then in a log. Both go to stderr."""
+"""Progress on stderr: bars on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LINE_SECONDS, REFRESH_SECONDS = 30.0, 0.2
 
 
 class Progress:
-    """A context manager. `bars` are titles and totals; `amount` writes what is done of a total.
+    """A context manager. `bars` are titles and totals; `amount` formats the done and total amounts.
 
-    Without a terminal, a line appears at most every `line_seconds`, and for each update that says so.
+    Without a terminal, a line appears at most every `line_seconds`, and for each update with `now`.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Progress:
         return self._live is not None
 
     def say(self, line: str) -> None:
-        """Prints a line, above the bars where there are some."""
+        """Print a line, above any bars."""
         if self._live:
             self._live.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
         else:
             print(visible(line), file=self._stream, flush=True)
 
     def update(self, done: Sequence[float], figures: Sequence[str], line: str, *, now: bool = False) -> None:
-        """`done` of each bar, with lines of `figures` below the bars; a log gets `line`. `now`: do not wait."""
+        """Set `done` of each bar and the lines of `figures` below them; a log gets `line`. `now`: do not wait."""
         self._figures = figures
         for number, amount in enumerate(done if self._live else ()):
             total = self._bars.tasks[number].total
@@ -88,5 +88,5 @@ class Progress:
 
 
 def time_left(done: float, total: float, seconds: float) -> str:
-    """For instance ``4m10s left``, at the mean rate of these seconds; nothing where nothing is done yet."""
+    """Return for instance ``4m10s left``, at the mean rate so far; "" if nothing is done yet."""
     return f"{duration((total - done) / done * seconds)} left" if done else ""

@@ -1,4 +1,4 @@
-"""Tables as text for a terminal, as Markdown and, by the macro `table` of parts.html.j2, on a page."""
+"""Tables for a terminal, as Markdown and, with the macro `table` of parts.html.j2, in a page."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 GAP = 2
-LONGEST_NAME, LONGEST_TEXT = 26, 48  # characters of a line; what is longer goes on in the next one
+LONGEST_NAME, LONGEST_TEXT = 26, 48  # characters per line; longer text is wrapped
 HEADER_LINES = 3
 ABSENT = "–"
 
 
 class Formatted(str):
-    """Text that is Markdown already."""
+    """Text that already is Markdown."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell with a `note` in softer color below it. On a page it has a CSS class (`style`) and a tooltip (`tip`)."""
+    """A cell with a `note` in a softer color below it. In a page it has a CSS class (`style`) and a tooltip (`tip`)."""
 
     text: str
     bold: bool = False
@@ -39,10 +39,10 @@ class Entry:
 
 @dataclass
 class Table:
-    """`align` has an l or r per column, and its last letter holds for all further ones.
+    """`align` has an l or r per column; its last letter applies to all further columns.
 
-    On a terminal, columns that do not fit beside each other stand in blocks below each other, and the first `names`
-    columns stand in each block.
+    On a terminal, columns that do not fit side by side are split into blocks, and each block repeats the first `names`
+    columns.
     """
 
     headers: Sequence[str]
@@ -65,27 +65,27 @@ class Table:
         return replace(self, headers=[self.headers[at] for at in kept], rows=rows, align=align)
 
     def markdown(self) -> str:
-        """Without title and remarks."""
+        """Return Markdown without title and remarks."""
         rules = ["---:" if align == "r" else "---" for align in self.align]
         lines = [[markdown(header) for header in self.headers], rules[: len(self.headers)]]
         lines += [[_markdown_cell(cell) for cell in row] for row in self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def text(self) -> str:
-        """For 80 columns, with the title and without the remarks."""
+        """Return text for 80 columns, with the title and without the remarks."""
         return "\n".join("".join(text for text, _ in line).rstrip() for line in self._lines(WIDTH)).strip("\n")
 
     def print(self, console: Console) -> None:
-        """Prints it without the remarks."""
+        """Print the table without the remarks."""
         from rich.text import Text
 
         for line in self._lines(console.width):
             console.print(Text.assemble(*line), soft_wrap=True)
 
     def _lines(self, width: int) -> Iterator[list[tuple[str, str]]]:
-        """The parts of each line with their styles.
+        """Yield the parts of each line with their styles.
 
-        Headers and texts break at spaces, long words of them at their marks, figures only where nothing else helps.
+        Headers and text break at spaces, long words at punctuation, numbers only as a last resort.
         """
         headers = [_line(header) for header in self.headers]
         rows = [[self._cell_lines(at, cell) for at, cell in enumerate(row)] for row in self.rows]
@@ -126,7 +126,7 @@ class Table:
 
 
 def wrapped(text: str) -> str:
-    """The sentence in lines, without a break inside a word."""
+    """Wrap a sentence without breaking words."""
     return "\n".join(textwrap.wrap(visible(text), WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
@@ -140,7 +140,7 @@ def _markdown_cell(cell: Entry) -> str:
 
 
 def _blocks(widths: list[int], names: int, left: int) -> list[list[int]]:
-    """The columns of each block: the names, and as many others as fit into `left` characters."""
+    """Return the columns of each block: the names, and as many more as fit into `left` characters."""
     blocks: list[list[int]] = [[]]
     for at in range(names, len(widths)):
         if blocks[-1] and sum(widths[i] + GAP for i in [*blocks[-1], at]) > left + GAP:
@@ -150,19 +150,19 @@ def _blocks(widths: list[int], names: int, left: int) -> list[list[int]]:
 
 
 def _width(header: str, header_lines: int, cells: Sequence[Sequence[str]]) -> int:
-    """That of the longest cell and of a header in about this many lines."""
+    """Return the width of the longest cell and of the header wrapped to about this many lines."""
     words = [line for word in header.split() for line in _lines(word, LONGEST_NAME)]
     lines = [line for cell in cells for line in cell]
     return max(1, min(-(-len(header) // header_lines), LONGEST_NAME), *map(_room, words), *map(_room, lines))
 
 
 def _room(text: str) -> int:
-    """The columns that a text takes: wide characters two, combining ones none."""
+    """Return the columns of a text: two for wide characters, none for combining ones."""
     return sum(0 if combining(each) else 1 + (east_asian_width(each) in "WF") for each in text)
 
 
 def _lines(text: str, width: int) -> list[str]:
-    """The text in lines of this many characters: broken at spaces, a longer word at its marks, and else anywhere."""
+    """Wrap a text to this width: at spaces, longer words at punctuation, otherwise anywhere."""
     lines = [""]
     for word in text.split(" "):
         pieces = [word]

@@ -63,9 +63,9 @@ def test_a_detour_beside_its_control(twins: list[Path], tmp_path: Path) -> None:
     assert " ".join(shown.split()).startswith(first) and "MLM loss" in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert "1: notes" in text and "2: notes-control" in text and text.count("Finished : 200 steps") == 2
-    assert "Yes : notes-control and notes read the same documents in all 200 steps that both have done." in text
+    assert "Yes : notes-control and notes read the same documents in all 200 common steps." in text
     assert "Yes : notes-control and notes were validated on the same text under the same masks." in text
-    assert "Before training" in text and "At 13.1M tokens" in text and "Last of each run" not in text
+    assert "Before training" in text and "At 13.1M tokens" in text and "Latest of each run" not in text
     assert re.search(
         r"At 7\.86M tokens .*? MLM loss 2\.900 2\.400 \u22120\.500 MLM accuracy 46\.8% 54\.8% \+8\.0 points", text
     )
@@ -78,13 +78,13 @@ def test_a_detour_beside_its_control(twins: list[Path], tmp_path: Path) -> None:
 def test_other_data_is_told_with_the_first_step(twins: list[Path]) -> None:
     change_records(twins[1], {150: {"data_crc": 1}, 151: {"data_crc": 2}})
     text = page_words(twins)
-    assert "No : notes-control and notes did not read the same documents: 198 of 200 steps are equal, " in text
-    assert "the first other one is step 150." in text
+    assert "No : notes-control and notes did not read the same documents: 198 of 200 steps are equal; " in text
+    assert "the first different one is step 150." in text
 
 
 def test_equal_checksums_after_other_amounts_of_tokens_are_other_data(twins: list[Path]) -> None:
     change_records(twins[1], {200: {"tokens": 7}})
-    assert "199 of 200 steps are equal, and the first other one is step 200." in page_words(twins)
+    assert "199 of 200 steps are equal; the first different one is step 200." in page_words(twins)
 
 
 def test_runs_without_checksums_cannot_be_told_apart(twins: list[Path]) -> None:
@@ -117,16 +117,16 @@ def test_another_or_an_unnamed_validation_corpus_is_told(twins: list[Path]) -> N
     change_file(twins[1], "environment.json", validation_corpora=[{"prefix": "x", "sha256": "ef" * 32}])
     assert "are not comparable. Differences: corpora, tokenizer." in page_words(twins)
     change_file(twins[1], "environment.json", validation_corpora=[])
-    assert "Unknown : notes-control and notes do not both name their validation corpora." in page_words(twins)
+    assert "Unknown : notes-control and notes do not both record their validation corpora." in page_words(twins)
 
 
 def test_an_unfinished_run_is_drawn_as_far_as_it_goes(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "a", TWO_PHASES), make_run(tmp_path / "b", CONTROL, name="other", done=150)]
     text = page_words(folders)
     assert "Unfinished : step 150 of 200" in text
-    assert "in all 150 steps that both have done" in text
+    assert "in all 150 common steps" in text
     assert "At 7.86M tokens" in text and "At 13.1M tokens" not in text
-    assert "Last of each run (at 13.1M, 9.18M tokens)" in text
+    assert "Latest of each run (at 13.1M, 9.18M tokens)" in text
     runs = [read_run(folder) for folder in folders]
     lines = plots._draw_gradient_norm(runs, ["1: a", "2: b"]).axes[-1].lines
     ends = {
@@ -173,14 +173,14 @@ def test_text_from_the_runs_is_escaped(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_a_fault(twins: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     for folders, fault in (
-        (twins[:1], "two runs or more"),
-        ([twins[0], tmp_path / "x" / ".." / "detour"], "given twice"),
-        ([twins[0], tmp_path / "none"], "is this the folder of a run"),
+        (twins[:1], "at least two run directories"),
+        ([twins[0], tmp_path / "x" / ".." / "detour"], "the same run directory twice"),
+        ([twins[0], tmp_path / "none"], "is this a run directory"),
     ):
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(DetourError, match=fault):
             write_comparison(folders, out)
-    for content, fault in (("a: [", "invalid YAML"), ("[]", "holds no settings")):
+    for content, fault in (("a: [", "invalid YAML"), ("[]", "no settings")):
         (twins[1] / "run.yaml").write_text(content)
         with pytest.raises(DetourError, match=fault):
             write_comparison(twins, out)
@@ -269,4 +269,4 @@ def test_the_first_line_claims_nothing_without_a_common_validation(twins: list[P
         [twins[0], bare]
     )
     (twins[1] / "run.yaml").write_text(CONTROL_FILE.replace("seed: 3", "seed: 4"))
-    assert "Unknown which run is better: they were validated differently" in page_words(twins)
+    assert "Unknown which run is better: the runs were validated differently" in page_words(twins)

@@ -90,10 +90,10 @@ def test_a_small_step_weighs_less_than_a_large_one() -> None:
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
-        ({"skipped": "the loss is nan", "loss": None}, "step 12: the update was skipped: the loss is nan"),
+        ({"skipped": "the loss is nan", "loss": None}, "step 12: update skipped: the loss is nan"),
         (
             {"spike": "spike: loss 7.10 is 8.2 sigma above the mean of 128 steps"},
-            "step 12: spike: loss 7.10 is 8.2 sigma above the mean of 128 steps; the update was made",
+            "step 12: spike: loss 7.10 is 8.2 sigma above the mean of 128 steps; update applied",
         ),
     ],
 )
