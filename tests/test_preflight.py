@@ -91,7 +91,7 @@ def of_phase(number: int, **keys: Any) -> Callable[[Run], None]:
 ALL = ["embeddings", "final_norm", "head", "layers.0-4"]
 OTHER = r"data\.corpora: \S+: built with another tokenizer \(sha256 .*, 400 ids\) than the run's .*; build it again"
 REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is wrong -> sentences
-    "no model": (lambda r: r["model"].update(start="/nowhere"), r"model\.start: /nowhere: there is no such model"),
+    "no model": (lambda r: r["model"].update(start="/nowhere"), r"model\.start: /nowhere: no such model file or folder"),
     "no weights": (
         lambda r: (model(r) / "model.safetensors").unlink(),
         r"model\.start: \S+: the folder has no model\.s",
@@ -126,7 +126,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "no tokenizer": (
         lambda r: (model(r) / "tokenizer.json").unlink(),
-        r"model\.start: \S+: the folder has no tokenizer",
+        r"model\.start: \S+: no tokenizer.json in this folder",
     ),
     "a tokenizer that is not the model's": (
         lambda r: (
@@ -201,32 +201,32 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "no corpus of a phase": (
         of_phase(0, corpora=[{"prefix": "no"}]),
-        r"phases\.detour\.corpora: no\.manifest\.json: there",
+        r"phases\.detour\.corpora: no\.manifest\.json: no such corpus",
     ),
     "no held-out corpus": (
         lambda r: r["validation"].update(corpora=[{"prefix": "no"}]),
-        r"validation\.corpora: no\.manifest\.json: there is no such corpus; build it",
+        r"validation\.corpora: no\.manifest\.json: no such corpus; build it",
     ),
     "a corpus of another tokenizer": (lambda r: edit(model(r) / "tokenizer.json", normalizer=None), OTHER),
     "a corpus without its text": (
         lambda r: Path(f"{copied(r)}.bin").unlink(),
-        r"data\.corpora: \S+\.bin: is missing where",
+        r"data\.corpora: \S+\.bin: missing; rebuild",
     ),
     "a corpus that is cut": (
         lambda r: Path(f"{copied(r)}.idx").write_bytes(b"MMIDIDX"),
-        r"data\.corpora: \S+\.idx: has 7 bytes where the manifest says",
+        r"data\.corpora: \S+\.idx: 7 bytes instead of 6,042",
     ),
     "an index of another format": (
         lambda r: write_over(f"{copied(r)}.idx", 0, b"nonsense"),
-        r"data\.corpora: \S+\.idx: not an index of Megatron's format, version 1",
+        r"data\.corpora: \S+\.idx: not an index in Megatron's format, version 1",
     ),
     "an index that has changed": (
         lambda r: write_over(f"{copied(r)}.idx", 34, struct.pack("<i", 5)),
-        r"data\.corpora: \S+\.idx: not as the manifest says, so something has changed",
+        r"data\.corpora: \S+\.idx: does not match the manifest, so it has changed",
     ),
     "text that has changed": (
         lambda r: write_over(f"{copied(r)}.bin", 0, b"\7\0\7\0"),
-        r"data\.corpora: \S+\.bin: not as the manifest says",
+        r"data\.corpora: \S+\.bin: does not match the manifest",
     ),
     "a folder of something else": (another_run, r"\S+/run: holds files but no run; choose another folder"),
 }

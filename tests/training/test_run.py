@@ -455,7 +455,7 @@ def test_the_example_runs_as_a_shell_script(way, run_file):
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert "15,895 + 1,590 = 17,485 steps of 3,145,728 tokens" in result.stdout
+    assert "15,895 + 1,590 = 17,485 steps, 55,003,054,080 tokens" in result.stdout
 
 
 def test_the_example_is_valid_bash_and_python():
