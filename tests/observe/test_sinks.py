@@ -346,13 +346,13 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(wandb: Wandb, tmp_path: Pat
 
 def test_faults_of_wandb_are_sentences(wandb: Wandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb.fault = Wandb.Error("no API key")
-    with pytest.raises(DetourError, match="no API key; mend its settings, or set its mode to offline"):
+    with pytest.raises(DetourError, match="no API key; correct its settings, or set mode: offline"):
         WandbSink({}, tmp_path, "detour", 0)
     wandb.fault = TypeError("init() got an unexpected keyword argument 'projet'")
     with pytest.raises(DetourError, match="projet"):
         WandbSink({"projet": "x"}, tmp_path, "detour", 0)
     wandb.fault = ValueError("1 validation error\nmode\n  Input should be 'online'")
-    with pytest.raises(DetourError, match="1 validation error mode Input should be 'online'; mend"):
+    with pytest.raises(DetourError, match="1 validation error mode Input should be 'online'; correct"):
         WandbSink({"mode": "x"}, tmp_path, "detour", 0)
     for content in (
         "",
