@@ -1,6 +1,6 @@
-"""Where the package's log records go: to the terminal, above the progress display while there is one.
+"""Send the package's log records to the terminal, above the progress display if there is one.
 
-Modules log to `logging.getLogger(__name__)`. Nothing is shown until a command asks for it, on the first rank only.
+Modules log to `logging.getLogger(__name__)`. Nothing is shown until a command calls `to_terminal`, on the first rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_detour.text import visible
 
 
 class _Terminal(logging.Handler):
-    """Hands each record to `show` as one text, warnings with that word in front."""
+    """Passes each record to `show` as text, with a prefix for warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -32,7 +32,7 @@ _TERMINAL = _Terminal()
 
 
 def to_terminal() -> None:
-    """Prints what the package logs from now on, on stdout."""
+    """Print the package's log records to stdout from now on."""
     logger = logging.getLogger("megatron_detour")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -41,7 +41,7 @@ def to_terminal() -> None:
 
 @contextmanager
 def shown_by(show: Callable[[str], None]) -> Iterator[None]:
-    """While it is open, `show` prints the log."""
+    """Print log records with `show` inside the context."""
     before, _TERMINAL.show = _TERMINAL.show, show
     try:
         yield

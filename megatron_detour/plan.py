@@ -1,5 +1,7 @@
-"""Time as a pure function of tokens: what a step does follows from the run file and the tokens consumed, and from
-nothing else. Nothing here is saved to resume."""
+"""The schedule as a pure function of tokens: the run file and the tokens consumed determine each step.
+
+Resuming needs no saved state of it.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +18,25 @@ from megatron_detour.objectives import Objective
 
 @dataclass(frozen=True)
 class BatchStage:
-    """Steps of one batch size. `start` and `tokens` are amounts of tokens of the run."""
+    """Consecutive steps of one batch size. `start` counts tokens from the start of the run."""
 
     first_step: int  # 1-based
     steps: int
-    sequences: int  # a step
+    sequences: int  # per step
     start: int
     tokens: int
 
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """A phase rounded up to whole steps, with the run's values where it has none of its own."""
+    """A phase rounded up to whole steps, with defaults taken from the run."""
 
     settings: Phase
     sequence_length: int
-    sequences: int  # a step, after the warm-up
+    sequences: int  # per step, after the batch warm-up
     micro_sequences: int
     corpora: tuple[Corpus, ...]
-    stretches: tuple[BatchStage, ...]
+    stages: tuple[BatchStage, ...]
 
     @property
     def name(self) -> str:
@@ -50,11 +52,11 @@ class PlannedPhase:
 
     @property
     def first_step(self) -> int:
-        return self.stretches[0].first_step
+        return self.stages[0].first_step
 
     @cached_property
     def steps(self) -> int:
-        return sum(stretch.steps for stretch in self.stretches)
+        return sum(stage.steps for stage in self.stages)
 
     @property
     def last_step(self) -> int:
@@ -63,11 +65,11 @@ class PlannedPhase:
     @property
     def start(self) -> int:
         """Tokens of the run before the phase."""
-        return self.stretches[0].start
+        return self.stages[0].start
 
     @cached_property
     def tokens(self) -> int:
-        return sum(stretch.tokens for stretch in self.stretches)
+        return sum(stage.tokens for stage in self.stages)
 
     @property
     def end(self) -> int:
@@ -77,7 +79,7 @@ class PlannedPhase:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step. `tokens` are those consumed once it is done, `start` those before."""
+    """One optimizer step; `start` and `tokens` are the tokens consumed before and after it."""
 
     number: int  # 1-based
     phase: PlannedPhase
@@ -126,40 +128,40 @@ class Plan:
         return any(phase.objective.detour for phase in self.phases)
 
     @cached_property
-    def _stretches(self) -> list[tuple[BatchStage, PlannedPhase]]:
-        return [(stretch, phase) for phase in self.phases for stretch in phase.stretches]
+    def _stages(self) -> list[tuple[BatchStage, PlannedPhase]]:
+        return [(stage, phase) for phase in self.phases for stage in phase.stages]
 
     @cached_property
     def _starts(self) -> list[int]:
-        return [stretch.start for stretch, _ in self._stretches]
+        return [stage.start for stage, _ in self._stages]
 
     def at(self, tokens: int) -> Step:
-        """The step that begins when `tokens` have been consumed. Raises ValueError outside the run or inside a step."""
+        """Return the step that begins after `tokens` tokens. Raise ValueError outside the run or inside a step."""
         if not 0 <= tokens < self.total_tokens:
             raise ValueError(f"no step begins at {tokens} tokens")
-        stretch, phase = self._stretches[bisect_right(self._starts, tokens) - 1]
-        size = stretch.sequences * phase.sequence_length
-        before, inside = divmod(tokens - stretch.start, size)
+        stage, phase = self._stages[bisect_right(self._starts, tokens) - 1]
+        size = stage.sequences * phase.sequence_length
+        before, inside = divmod(tokens - stage.start, size)
         if inside:
             raise ValueError(f"no step begins at {tokens} tokens")
         done = tokens + size - phase.start
         return Step(
-            number=stretch.first_step + before,
+            number=stage.first_step + before,
             phase=phase,
             learning_rate=learning_rate(phase, done),
             objective=phase.objective.at(done, phase.tokens),
-            sequences=stretch.sequences,
+            sequences=stage.sequences,
             start=tokens,
             tokens=tokens + size,
         )
 
     def step(self, number: int) -> Step:
-        """The step with this number, from 1 to total_steps. Raises ValueError for another."""
+        """Return the step with this number, from 1 to total_steps. Raise ValueError for other numbers."""
         if not 1 <= number <= self.total_steps:
             raise ValueError(f"there is no step {number}")
-        stretch, phase = next(pair for pair in reversed(self._stretches) if pair[0].first_step <= number)
-        size = stretch.sequences * phase.sequence_length
-        return self.at(stretch.start + (number - stretch.first_step) * size)
+        stage, phase = next(pair for pair in reversed(self._stages) if pair[0].first_step <= number)
+        size = stage.sequences * phase.sequence_length
+        return self.at(stage.start + (number - stage.first_step) * size)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -171,34 +173,35 @@ class Plan:
 
 
 def learning_rate(phase: PlannedPhase, done: int) -> float:
-    """The rate of the step that brings the phase to `done` tokens: above zero at the first, the end at the last.
+    """Return the learning rate of the step that brings the phase to `done` tokens.
 
-    x is the share of the phase after its warm-up; 1-sqrt is the recipe of ModernBERT's decay.
+    The first step's is above zero, the last one's is the end. x is the fraction of the phase after its warm-up that is
+    done; 1-sqrt is ModernBERT's decay.
     """
     rate = phase.learning_rate
     if done < rate.warmup:
         return rate.peak * done / rate.warmup
     x = (done - rate.warmup) / max(phase.tokens - rate.warmup, 1)
-    left = {
+    decay = {
         "constant": 1.0,
         "linear": 1 - x,
         "cosine": (1 + math.cos(math.pi * x)) / 2,
         "1-sqrt": 1 - math.sqrt(x),
     }[rate.shape]
-    return rate.last + (rate.peak - rate.last) * left
+    return rate.last + (rate.peak - rate.last) * decay
 
 
 def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> PlannedPhase:
     length = phase.sequence_length or config.data.sequence_length
     sequences = phase.sequences or config.batch.sequences
-    stretches: list[BatchStage] = []
+    stages: list[BatchStage] = []
     step, start = (before.last_step + 1, before.end) if before else (1, 0)
     done = 0
     for size, until in _batch_sizes(phase, sequences):
         steps = math.ceil((until - done) / (size * length))
         if steps > 0:
             tokens = steps * size * length
-            stretches.append(BatchStage(step, steps, size, start + done, tokens))
+            stages.append(BatchStage(step, steps, size, start + done, tokens))
             step, done = step + steps, done + tokens
     return PlannedPhase(
         settings=phase,
@@ -206,12 +209,12 @@ def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> Pl
         sequences=sequences,
         micro_sequences=phase.micro_sequences or config.batch.micro_sequences,
         corpora=phase.corpora or config.data.corpora,
-        stretches=tuple(stretches),
+        stages=tuple(stages),
     )
 
 
 def _batch_sizes(phase: Phase, sequences: int) -> list[tuple[int, int]]:
-    """Batch sizes with the tokens of the phase that each one leads to."""
+    """Return batch sizes, each with the tokens of the phase at which it ends."""
     warmup = phase.batch_warmup
     if warmup is None:
         return [(sequences, phase.tokens)]

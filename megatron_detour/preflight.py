@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights, weight_sizes
 from megatron_detour.config import Model, RunConfig
-from megatron_detour.config.deepspeed import look_at_deepspeed_config
+from megatron_detour.config.deepspeed import check_deepspeed_config
 from megatron_detour.data.integrity import open_corpus
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.model.flops import Frozen
@@ -70,7 +70,7 @@ def preflight(config: RunConfig, plan: Plan, ranks: int | None = None, owns_fold
     first rank does. Nothing is fetched unless model.download allows it.
     """
     found = check_model(config, plan)
-    deepspeed, faults = look_at_deepspeed_config(config.deepspeed)
+    deepspeed, faults = check_deepspeed_config(config.deepspeed)
     faults += _packages(config)
     faults += _ranks(config, ranks) if ranks else []
     faults += _corpora(config, plan, found.vocabulary)

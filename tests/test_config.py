@@ -241,7 +241,7 @@ def test_values_of_the_wrong_kind(raw, says):
 CHECKS = {
     "no model": (small(model={}), "model: give either start"),
     "two models": (small(model__config={}), "model: give either start"),
-    "no tokenizer": (small(model={"config": {}}), "model.tokenizer: a model made from model.config needs"),
+    "no tokenizer": (small(model={"config": {}}), "model.tokenizer: required with model.config"),
     "no corpus": (small(data__corpora=[]), "data.corpora: must be a list with at least 1 entry, not []"),
     "weight": (small(data__corpora__1__weight=0), "data.corpora.1.weight: must be above 0, not 0"),
     "held-out weight": (
@@ -315,7 +315,7 @@ CHECKS = {
     "peak": (small(phases__0__learning_rate__peak=0), "phases.0.learning_rate.peak: must be above 0, not 0"),
     "warm-up": (
         small(phases__0__learning_rate__warmup="4001"),
-        "phases.0.learning_rate.warmup: 4001 tokens do not fit into the phase's 4000",
+        "phases.0.learning_rate.warmup: 4001 tokens exceed the phase's 4000",
     ),
     "shape": (
         small(phases__1__learning_rate__shape="1-sqr"),
@@ -363,7 +363,7 @@ CHECKS = {
     ),
     "batch warm-up's tokens": (
         small(phases__0__batch_warmup={"start": 2, "increment": 2, "tokens": "5k"}),
-        "phases.0.batch_warmup.tokens: 5000 tokens do not fit into the phase's 4000",
+        "phases.0.batch_warmup.tokens: 5000 tokens exceed the phase's 4000",
     ),
     "phase without corpora": (
         small(phases__0__corpora=[]),
@@ -371,7 +371,7 @@ CHECKS = {
     ),
     "corpus twice": (
         small(data__corpora=[{"prefix": "a"}, {"prefix": "a"}]),
-        "data.corpora: the corpus 'a' is listed twice; give it the sum of its weights once",
+        "data.corpora: the corpus 'a' is listed twice; list it once, with the sum of its weights",
     ),
     "phase's name": (
         small(phases__0__name="a.b"),
@@ -437,7 +437,7 @@ def test_files_that_are_no_run_file(tmp_path, content, says):
 
 
 def test_a_missing_run_file_and_a_folder(tmp_path):
-    with pytest.raises(DetourError, match="there is no such run file"):
+    with pytest.raises(DetourError, match="no such run file"):
         load(tmp_path / "none.yaml")
     with pytest.raises(DetourError, match="cannot be read"):
         load(tmp_path)

@@ -101,11 +101,11 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "weights of other sizes": (
         lambda r: edit(model(r) / "config.json", intermediate_size=64),
-        r"model\.start: .*Wi\.weight is \(96, 32\) where the configuration means \(128, 32\)",
+        r"model\.start: .*Wi\.weight has size \(96, 32\), but config.json implies \(128, 32\)",
     ),
     "weights that are cut": (
         lambda r: (model(r) / "model.safetensors").write_bytes(b"x"),
-        r"model\.start: \S+: not a safetensors file, or cut; download",
+        r"model\.start: \S+: not a safetensors file, or truncated; download",
     ),
     "another kind of model": (
         lambda r: edit(model(r) / "config.json", model_type="bert"),
@@ -147,7 +147,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
         word_level,
         [
             r"whole_word_masking: .*model type WordLevel",
-            r"model\.start: .*where the configuration means \(301, 32\)",
+            r"model\.start: .*but config.json implies \(301, 32\)",
             OTHER,
         ],
     ),
@@ -175,7 +175,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
         ),
         r"parallel\.tensor: 32 is too much for a vocabulary of 400; set 1",
     ),
-    "no DeepSpeed file": (lambda r: r.update(deepspeed="no.json"), r"deepspeed: no\.json: there is no such file"),
+    "no DeepSpeed file": (lambda r: r.update(deepspeed="no.json"), r"deepspeed: no\.json: no such file"),
     "a DeepSpeed file that is no JSON": (lambda r: deepspeed(r, "no JSON"), r"deepspeed: \S+"),
     "a DeepSpeed file that is a list": (lambda r: deepspeed(r, []), r"deepspeed: \S+"),
     "ZeRO-3": (
@@ -184,7 +184,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "a key that the run file has": (
         lambda r: deepspeed(r, {"zero_optimization": {"stage": 2}, "train_batch_size": 8}),
-        r"\S+ remove train_batch_size; it follows from batch\.sequences",
+        r"\S+ remove train_batch_size; batch\.sequences",
     ),
     "overlapping sums": (
         lambda r: deepspeed(r, {"zero_optimization": {"stage": 2, "overlap_comm": True}}),

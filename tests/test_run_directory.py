@@ -27,7 +27,7 @@ from megatron_detour.run_directory import (
     stand_in,
     start_hash,
 )
-from megatron_detour.training.checkpoints import FORMAT, _read_state, refuse_another_shape
+from megatron_detour.training.checkpoints import RUN_STATE_FORMAT, _read_state, refuse_another_shape
 from megatron_detour.training.guards import Guard
 from tests.harness import ROOT
 from tests.release.made import PHASES, SIZES, tiny_config
@@ -75,7 +75,7 @@ def run(config) -> Path:
 
 def save(folder: Path, config: RunConfig, tokens: int, step: int) -> None:
     corpora = {c.prefix: read_manifest(c.prefix).files["bin"]["sha256"] for c in config.data.corpora}
-    state = {"format": FORMAT, "step": step, "tokens": tokens, "guard": Guard(config.guards).to_dict()}
+    state = {"format": RUN_STATE_FORMAT, "step": step, "tokens": tokens, "guard": Guard(config.guards).to_dict()}
     state |= {"corpora": corpora, "start": start_hash(config.model.start)}
 
     def write(aside: Path) -> None:
@@ -357,7 +357,7 @@ def test_a_start_model_that_has_changed_its_shape_is_told(run, corpus, changes):
     shape = Shape.of(tiny_config(corpus.tokenizer), "tests")
     (final / "config.json").write_text(json.dumps(tiny_config(corpus.tokenizer)))
     refuse_another_shape(final, shape)
-    with pytest.raises(DetourError, match=r"was saved with .*, and the start model now says"):
+    with pytest.raises(DetourError, match=r"saved with .*, but the start model now has"):
         refuse_another_shape(final, Shape.of(tiny_config(corpus.tokenizer, changes), "tests"))
 
 

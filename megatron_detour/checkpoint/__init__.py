@@ -1,1 +1,1 @@
-"""Checkpoints: publishing folders whole, gathering a run's state by parameter name, Hugging Face's format."""
+"""Checkpoints: atomic publishing of folders, a run's state by parameter name, and the Hugging Face format."""

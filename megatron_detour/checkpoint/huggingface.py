@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: config.json, safetensors, the tokenizer's files; and a run's state beside them."""
+"""Read and write Hugging Face folders (config.json, safetensors, tokenizer files), and a run's state beside them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from megatron_detour.tokenizer.sentencepiece_model import SUFFIXES
 from megatron_detour.tokenizer.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, load_tokenizer
 
 OPTIMIZER = "optimizer.safetensors"
-STEP = "step"  # of Adam, by parameter name beside the moments
+STEP = "step"  # key prefix of Adam's step counts, stored beside the moments
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
-TOLERANCE = 1e-4  # of fp32 logits, as a share of the greatest
-COMPARED_TOKENS, COMPARED_TOGETHER = 1024, 5  # of a text, texts of a padded batch: whole logits are large
-# Of tokenizer_config.json and special_tokens_map.json: what changes ids or their use, not where it lay, nor code.
+TOLERANCE = 1e-4  # largest difference of fp32 logits, relative to the largest logit
+COMPARED_TOKENS, COMPARED_TOGETHER = 1024, 5  # tokens per text and texts per padded batch: logits are large
+# Keys of tokenizer_config.json and special_tokens_map.json that affect ids or their use; paths and code are left out.
 TOKENIZER_KEYS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
     "additional_special_tokens",
@@ -44,7 +44,7 @@ TOKENIZER_KEYS = (
 
 
 class Weights:
-    """Tensors by name out of a model's safetensors files, read one by one. Use as a context manager."""
+    """Reads tensors by name from a model's safetensors files, one at a time. Use as a context manager."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -65,19 +65,19 @@ class Weights:
         self._stack.close()
 
     def __call__(self, name: str) -> torch.Tensor:
-        """The tensor in fp32."""
+        """Return the tensor in fp32."""
         path, stored = self._stored.where[name]
         return self._files[path].get_tensor(stored).to(torch.float32)
 
     def check(self, sizes: dict[str, tuple[int, ...]]) -> None:
-        """Raises DetourError unless every parameter is there in its size."""
+        """Raise DetourError unless every parameter exists with its size."""
         self._stored.check(sizes, self.source.name)
 
 
-def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """A config.json for a new model: transformers' defaults, the tokenizer's ids, and what the run file gives.
+def fresh_config(overrides: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the config.json of a new model: transformers' defaults, the tokenizer's ids, and the run file's keys.
 
-    Raises DetourError where transformers rejects a value.
+    Raise DetourError when transformers rejects a value.
     """
     from transformers import ModernBertConfig
 
@@ -90,13 +90,13 @@ def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any
         "eos_token_id": vocabulary.sep,
     }
     try:
-        return ModernBertConfig(**{**ids, **given}).to_dict()
-    except Exception as error:  # transformers' validators raise kinds of their own
+        return ModernBertConfig(**{**ids, **overrides}).to_dict()
+    except Exception as error:  # transformers' validators raise their own types
         raise DetourError(f"model.config: {brief(error)}") from None
 
 
 def known_config_keys() -> list[str]:
-    """Of config.json: others are not a ModernBERT's, such as auto_map, which would ask every user to run its code."""
+    """Return ModernBERT's keys of config.json. Others are dropped, such as auto_map, which makes users run its code."""
     from transformers import ModernBertConfig
 
     return [*ModernBertConfig().to_dict(), *OLD_KEYS]
@@ -110,10 +110,7 @@ def write_model(
     weights: dict[str, torch.Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes config.json, model.safetensors and the tokenizer's files into a folder. `weights` are full tensors.
-
-    Only known keys of config.json are written.
-    """
+    """Write config.json (known keys only), model.safetensors and tokenizer files. `weights` are full tensors."""
     kept = {*known_config_keys()} - {"dtype", "_name_or_path"}
     described = {key: value for key, value in config.items() if key in kept}
     described |= {"architectures": ["ModernBertForMaskedLM"], "dtype": str(dtype).removeprefix("torch.")}
@@ -127,7 +124,7 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
 
 
 def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
-    """Copies tokenizer.json byte by byte and the known keys of its other files, which are made where they lack."""
+    """Copy tokenizer.json unchanged and the known keys of its other files, which are created if missing."""
     from tokenizers import Tokenizer
 
     file = find_tokenizer(source.name, source.download)
@@ -150,7 +147,7 @@ def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None
 
 
 def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str, Any]) -> None:
-    """Writes the optimiser's and the run's state beside a model's files."""
+    """Write the state of the optimizer and of the run beside a model's files."""
     updated = training.adam_steps
     flat = {f"{kind}.{name}": by_name[name] for kind, by_name in training.moments.items() for name in updated}
     flat |= {f"{STEP}.{name}": torch.tensor(steps) for name, steps in updated.items()}
@@ -163,12 +160,15 @@ def read_run_state(folder: Path) -> dict[str, Any]:
 
 
 def open_optimizer(folder: Path, stack: ExitStack) -> tuple[Callable[[str, str], torch.Tensor], dict[str, int]]:
-    """A reader of Adam's moments by kind and parameter name, open as long as `stack`; and Adam's steps by name."""
+    """Return a reader of Adam's moments by kind and parameter name, open as long as `stack`, and step counts by name.
+
+    Raise DetourError if the file is missing or damaged.
+    """
     try:
         opened = stack.enter_context(safe_open(folder / OPTIMIZER, "pt"))
     except (SafetensorError, OSError):
-        raise DetourError(f"{folder / OPTIMIZER}: missing or not a safetensors file; bring it back") from None
-    counted = [key for key in opened.keys() if key.startswith(f"{STEP}.")]  # noqa: SIM118 no mapping
+        raise DetourError(f"{folder / OPTIMIZER}: missing or not a safetensors file; restore it") from None
+    counted = [key for key in opened.keys() if key.startswith(f"{STEP}.")]  # noqa: SIM118 not a mapping
     steps = {key.removeprefix(f"{STEP}."): int(opened.get_tensor(key)) for key in counted}
     return lambda kind, name: opened.get_tensor(f"{kind}.{name}"), steps
 
@@ -177,12 +177,12 @@ def open_optimizer(folder: Path, stack: ExitStack) -> tuple[Callable[[str, str],
 def compare_with_transformers(
     name: str | Path, model: ModernBert, texts: tuple[str, ...] = (), causal: bool = False
 ) -> float:
-    """The greatest difference of our fp32 logits to those of transformers' model, as a share of the greatest logit.
+    """Return the largest difference between our fp32 logits and transformers', relative to the largest logit.
 
-    The documents are random ids, shorter and longer than the local window, so that every kind of layer is exercised,
-    and `texts` in the tokens of the folder `name`, each alone and in padded batches. A greatest logit below 1 counts as
-    1. `causal`: the folder is a ModernBertDecoder's. Raises DetourError where transformers' tokenizer gives
-    other ids than training read.
+    Inputs are random ids, shorter and longer than the local window so that every kind of layer is exercised, and
+    `texts` tokenized by the folder `name`, each alone and in padded batches. A largest logit below 1 counts as 1.
+    `causal`: the folder holds a ModernBertDecoder. Raise DetourError if transformers' tokenizer produces other ids
+    than tokenizer.json.
     """
     import transformers
 
@@ -200,48 +200,48 @@ def compare_with_transformers(
     worst = 0.0
     for batch in batches:
         lengths = [len(ids) for ids in batch]
-        inputs = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)  # with any id: the mask hides it
+        inputs = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)  # any id will do: the mask hides it
         mask = torch.arange(inputs.shape[1]) < torch.tensor(lengths)[:, None]
         references = theirs(input_ids=inputs, attention_mask=mask.long()).logits
         for ids, length, reference in zip(batch, lengths, references, strict=True):
             ours = model.logits(ids, torch.arange(length), (length,), causal)
-            worst = max(worst, _share(ours, reference[:length]))
+            worst = max(worst, _relative_difference(ours, reference[:length]))
     return worst
 
 
 def _token_ids(folder: Path, texts: tuple[str, ...], longest: int) -> list[torch.Tensor]:
-    """The ids of each text by the tokenizer of a folder as transformers opens it, cut at `longest`."""
+    """Return each text's ids from a folder's tokenizer as transformers opens it, cut at `longest`."""
     from transformers import AutoTokenizer
 
     theirs, ours = AutoTokenizer.from_pretrained(folder, local_files_only=True), load_tokenizer(folder)
-    found = []
+    documents = []
     for text in texts:
         ids = theirs(text, verbose=False)["input_ids"]
         if ids != ours.encode(text).ids:
             raise DetourError(
-                "transformers' tokenizer gives other ids than tokenizer.json, with which the corpus was built; look "
-                "for a key of tokenizer_config.json that changes them, such as additional_special_tokens"
+                "transformers' tokenizer produces other ids than tokenizer.json, which built the corpus; remove the "
+                "key of tokenizer_config.json that changes them, such as additional_special_tokens"
             )
-        found.append(torch.tensor(ids[:longest]))
-    return found
+        documents.append(torch.tensor(ids[:longest]))
+    return documents
 
 
-def _share(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    share = float((reference - ours).abs().max() / reference.abs().max().clamp(min=1))
-    return share if math.isfinite(share) else math.inf
+def _relative_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    difference = float((reference - ours).abs().max() / reference.abs().max().clamp(min=1))
+    return difference if math.isfinite(difference) else math.inf
 
 
 def refuse_difference(difference: float, what: str) -> None:
-    """Raises DetourError when the logits of `what` are not transformers' within TOLERANCE."""
+    """Raise DetourError when the logits of `what` differ from transformers' by more than TOLERANCE."""
     if not difference <= TOLERANCE:
         raise DetourError(
-            f"{what}: the logits differ from transformers' by {difference:.1e} of the greatest one, more than "
-            f"{TOLERANCE:.0e}: this model is not the function that transformers computes, and is not used"
+            f"{what}: logits differ from transformers' by {difference:.1e} of the largest logit, more than "
+            f"{TOLERANCE:.0e}: refusing to use this model"
         )
 
 
 def load_model(source: Source, shape: Shape) -> ModernBert:
-    """A whole fp32 model out of a folder, for checks on one process."""
+    """Load the full fp32 model of a folder, for checks in one process."""
     model = ModernBert(shape, ParallelState())
     with Weights(source) as weights:
         weights.check(model.full_sizes())
@@ -250,15 +250,15 @@ def load_model(source: Source, shape: Shape) -> ModernBert:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    path.touch()  # as files are made here: safetensors leaves its own to its owner alone
+    path.touch()  # gets the usual permissions: safetensors creates files that only their owner can read
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
-        if number:  # a full disk, or one that is away for a moment
+        if number:  # a full or temporarily unavailable disk
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        raise DetourError(f"{path}: cannot be written: {error}") from None
+        raise DetourError(f"{path}: cannot write: {error}") from None
     path.chmod(mode)
 
 

@@ -1,5 +1,4 @@
-"""A Hugging Face model as it lies in a folder or in the hub's cache, looked at without torch: its configuration, and
-the names and sizes of its weights from the headers of its safetensors files."""
+"""Read a Hugging Face model's configuration and, from safetensors headers, its weights' names and sizes; no torch."""
 
 from __future__ import annotations
 
@@ -15,20 +14,20 @@ from megatron_detour.structured import parse_json, read_json_object
 from megatron_detour.tokenizer.vocabulary import hub_file
 
 WEIGHTS, WEIGHTS_INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
-WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)+")  # what DistributedDataParallel and torch.compile put before names
+LONGEST_HEADER = 100_000_000  # bytes; the format's limit
+WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)+")  # prefixes of DistributedDataParallel and torch.compile
 ENCODER, HEAD = "model.", "head.dense.weight"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face model: a folder, or a hub id in the local cache, or fetched where that is allowed."""
+    """A Hugging Face model: a folder, or a hub id in the local cache, downloaded if `download` allows it."""
 
     name: str
     download: bool = False
 
     def file(self, name: str) -> Path:
-        """Raises DetourError when there is no such file."""
+        """Raise DetourError if the file does not exist."""
         folder = Path(self.name)
         if not folder.is_dir():
             return hub_file(self.name, name, self.download, "model")
@@ -46,7 +45,7 @@ class Source:
             return False
 
     def weight_files(self) -> list[Path]:
-        """Raises DetourError where the model has no safetensors files."""
+        """Raise DetourError if the model has no safetensors files."""
         if self.has(WEIGHTS):
             return [self.file(WEIGHTS)]
         if self.has(WEIGHTS_INDEX):
@@ -62,7 +61,7 @@ class Source:
             return [self.file(name) for name in sorted(set(names.values()))]
         if self.has(PICKLED):
             raise DetourError(
-                f"{self.name}: the weights are in {PICKLED} alone, and pickled files are not opened; write "
+                f"{self.name}: the weights exist only as {PICKLED}, and pickle files are never opened; write "
                 f"{WEIGHTS} with transformers: AutoModelForMaskedLM.from_pretrained({self.name!r})"
                 ".save_pretrained('another-folder')"
             )
@@ -72,42 +71,42 @@ class Source:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Which file holds each weight, under which name, and in which size."""
+    """The file, stored name and size of each weight."""
 
     where: dict[str, tuple[Path, str]]
     sizes: dict[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, source: Source) -> StoredWeights:
-        """Raises DetourError where the files cannot be read. A wrapper's prefix that all names bear is taken off."""
+        """Read the headers; strip a wrapper's prefix that all names share. Raise DetourError on unreadable files."""
         found = [(name, path, size) for path in source.weight_files() for name, size in _header(path).items()]
         prefixes = {match[0] if (match := WRAPPED.match(name)) else "" for name, *_ in found}
         cut = len(prefixes.pop()) if len(prefixes) == 1 else 0
         return cls({name[cut:]: (path, name) for name, path, _ in found}, {name[cut:]: size for name, _, size in found})
 
     def check(self, sizes: dict[str, tuple[int, ...]], origin: str) -> None:
-        """Raises DetourError unless every parameter is there in its size."""
+        """Raise DetourError unless every parameter exists with its size."""
         for name, size in sizes.items():
-            found = self.sizes.get(name)
-            if found is None:
-                raise DetourError(f"{origin}: the weights have no {name}; {self._why_not(name)}")
-            if found != size:
-                raise DetourError(f"{origin}: {name} is {found} where the configuration means {size}")
+            stored = self.sizes.get(name)
+            if stored is None:
+                raise DetourError(f"{origin}: the weights have no {name}; {self._why_missing(name)}")
+            if stored != size:
+                raise DetourError(f"{origin}: {name} has size {stored}, but config.json implies {size}")
 
-    def _why_not(self, name: str) -> str:
+    def _why_missing(self, name: str) -> str:
         if name.removeprefix(ENCODER) in self.sizes:
             return (
-                "this is an encoder without the head for masked words (saved by AutoModel); start from the folder or "
-                "hub id that it was loaded from, or from one saved by AutoModelForMaskedLM"
+                "this encoder has no masked-LM head (it was saved by AutoModel); start from the folder or hub id that "
+                "it was loaded from, or from one saved by AutoModelForMaskedLM"
             )
         if any(key.startswith(ENCODER) for key in self.sizes):
-            return "a model with the head for masked words is needed, as AutoModelForMaskedLM saves it"
+            return "use a model with a masked-LM head, as saved by AutoModelForMaskedLM"
         names = ", ".join(sorted(self.sizes)[:2]) or "nothing"
-        return f"they are named otherwise ({names}, ...); save the model with AutoModelForMaskedLM's save_pretrained"
+        return f"their names differ ({names}, ...); save the model with AutoModelForMaskedLM's save_pretrained"
 
 
 def weight_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Names and whole sizes of a ModernBERT's weights, as model/modernbert.py makes them."""
+    """Return the names and full sizes of a ModernBERT's weights, as in model/modernbert.py."""
     hidden, inner = shape.hidden, shape.intermediate
     sizes: dict[str, tuple[int, ...]] = {
         "model.embeddings.tok_embeddings.weight": (shape.vocabulary, hidden),
@@ -132,16 +131,16 @@ def weight_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Sizes by name. Raises DetourError unless the file is a whole safetensors file."""
+    """Return sizes by name. Raise DetourError unless this is an intact safetensors file."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(min(length, LONGEST_HEADER))
         whole = path.stat().st_size
     except OSError as error:
-        raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DetourError(f"{path}: cannot read: {error.strerror}") from None
     if not 2 <= length <= LONGEST_HEADER or len(text) < length:
-        raise DetourError(f"{path}: not a safetensors file, or cut; download or save the model again")
+        raise DetourError(f"{path}: not a safetensors file, or truncated; download or save the model again")
     header = parse_json(text.decode("utf-8", "replace"), str(path))
     if not isinstance(header, dict):
         raise DetourError(f"{path}: not a safetensors file; download or save the model again")
@@ -149,15 +148,15 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
     sizes = {name: _size(entry, whole - 8 - length) for name, entry in header.items()}
     for name, size in sizes.items():
         if size is None:
-            raise DetourError(f"{path}: cut or damaged at the weight {name!r}; download or save the model again")
+            raise DetourError(f"{path}: truncated or damaged at weight {name!r}; download or save the model again")
     return sizes
 
 
 def _size(entry: Any, bytes_of_data: int) -> tuple[int, ...] | None:
-    """The size in a header's entry; None where the entry is not one, or its data lie beyond the file."""
+    """Return the size in a header's entry; None if the entry is invalid or its data lie beyond the file's end."""
     try:
         size, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-        good = all(type(n) is int and n >= 0 for n in (*size, start, end)) and start <= end <= bytes_of_data
-        return size if good and math.prod(size) <= end - start else None
+        valid = all(type(n) is int and n >= 0 for n in (*size, start, end)) and start <= end <= bytes_of_data
+        return size if valid and math.prod(size) <= end - start else None
     except (TypeError, KeyError, ValueError):
         return None

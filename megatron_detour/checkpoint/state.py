@@ -1,6 +1,6 @@
-"""A run's weights and optimizer state by parameter name: out of ZeRO-2's flat partitions and back into them.
+"""Convert a run's weights and optimizer state between ZeRO-2's flat partitions and full tensors by parameter name.
 
-Gathered by name they fit any number of ranks and any cut; parallel/zero.py says how ZeRO-2 keeps them.
+Full tensors fit any number of ranks and any tensor-parallel size; parallel/zero.py describes the partitions.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainingState:
-    """Full fp32 tensors by parameter name, on the host: weights, and the moments by kind.
+    """Full fp32 tensors by parameter name, in host memory: weights, and Adam's moments by kind.
 
-    Moments count where there are steps: a parameter that was never updated has none. Filled again, it uses its tensors
-    again: fresh pages cost more than what is written to them.
+    A parameter without steps was never updated, and its moments are meaningless. Tensors are reused by every save:
+    touching fresh pages costs more than writing to them.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class TrainingState:
     adam_steps: dict[str, int] = field(default_factory=dict)
 
     def reserve(self, sizes: dict[str, tuple[int, ...]], pinned: bool) -> None:
-        """Makes the tensors, `pinned` so that copies off a GPU run at the bus's speed, and touches their pages."""
+        """Allocate the tensors and touch their pages; `pinned` memory lets a GPU copy at full bus speed."""
         for kind in (self.weights, *self.moments.values()):
             for name, size in sizes.items():
                 if name not in kind:
@@ -41,9 +41,9 @@ class TrainingState:
 
 
 def gather(zero: Zero, into: TrainingState) -> None:
-    """Fills `into` with the state of a run, on the first rank; every rank must call it.
+    """Fill `into` with the state of a run, on the first rank; every rank must call it.
 
-    Raises DetourError when tensor ranks hold unequal copies of a replicated parameter or of its moments.
+    Raise DetourError when tensor-parallel ranks hold unequal copies of a replicated parameter or its moments.
     """
     state = zero.parallel
     for group in zero.groups:
@@ -61,9 +61,9 @@ def scatter(
     moment: Callable[[str, str], torch.Tensor] | None = None,
     adam_steps: dict[str, int] | None = None,
 ) -> None:
-    """Sets master weights and parameters from `weight(name)`, and Adam from `moment(kind, name)` where it has steps.
+    """Set master weights and parameters from `weight(name)`, and Adam's state from `moment(kind, name)`.
 
-    Both give full fp32 tensors; every rank takes what it owns.
+    Both return full fp32 tensors, of which every rank copies its shard. Parameters without steps get no Adam state.
     """
     state = zero.parallel
     for group in zero.groups:
@@ -71,18 +71,18 @@ def scatter(
         steps = _steps_of_group([name for name, *_ in group.parameters], adam_steps or {})
         adam = {kind: torch.zeros_like(partition) for kind in MOMENTS} if steps is not None else {}
         for name, parameter, offset in group.parameters:
-            local = _cut_for(parameter, weight(name), state)
+            local = _local_shard(parameter, weight(name), state)
             parameter.data.copy_(local.view_as(parameter))
             _place(partition, local, offset, state)
             for kind, flat in adam.items():
-                _place(flat, _cut_for(parameter, moment(kind, name), state), offset, state)
+                _place(flat, _local_shard(parameter, moment(kind, name), state), offset, state)
         if adam:
             zero.set_adam_state(group, adam, steps)
 
 
 @torch.no_grad()
 def reset_optimizer_state(zero: Zero) -> None:
-    """Starts Adam anew for what is not frozen; weights stay as they are."""
+    """Zero Adam's state of the parameters that are not frozen; weights do not change."""
     for group in zero.groups:
         if not group.options["frozen"]:
             for value in zero.adam_state(group).values():
@@ -90,22 +90,22 @@ def reset_optimizer_state(zero: Zero) -> None:
 
 
 def refuse_unequal_replicas(values: dict[str, torch.Tensor], state: ParallelState) -> None:
-    """Raises DetourError unless all tensor ranks hold the same bits; every tensor rank must call it."""
+    """Raise DetourError unless all tensor-parallel ranks hold the same bits; all of them must call it."""
     unequal = unequal_replicas(values, state)
     if unequal:
         raise DetourError(
-            f"tensor-parallel copies of {', '.join(unequal[:3])} differ between ranks, which only a fault of a machine "
-            "or a library can do; nothing was saved since the last checkpoint, and starting again goes on from there"
+            f"tensor-parallel copies of {', '.join(unequal[:3])} differ between ranks: a hardware or library fault; "
+            "nothing was saved since; run the same command to resume from the last checkpoint"
         )
 
 
 def _steps_of_group(names: list[str], adam_steps: dict[str, int]) -> int | None:
-    """Adam's steps of the parameters of a group, which are always updated together; None before the first."""
+    """Return Adam's step count of a group, whose parameters are always updated together; None before step 1."""
     steps = {adam_steps.get(name) for name in names}
     if len(steps) > 1:
         raise DetourError(
-            f"the checkpoint's optimizer has made different numbers of steps for {names[0]} and others of its group; "
-            "it is of another run file"
+            f"the checkpoint's optimizer has different step counts for {names[0]} and the rest of its group; it "
+            "belongs to another run file"
         )
     return steps.pop() if steps else None
 
@@ -113,7 +113,7 @@ def _steps_of_group(names: list[str], adam_steps: dict[str, int]) -> int | None:
 def _gather_group(
     group: ZeroGroup, partition: torch.Tensor, state: ParallelState, into: dict[str, torch.Tensor]
 ) -> None:
-    """Puts one kind of value of a group, as full tensors by name, `into` the first rank's; every rank must call it."""
+    """Gather one kind of value of a group as full tensors `into` the first rank's dict; every rank must call it."""
     flat = _all_gather(partition, state.data_group, state.data_size)
     if state.data_rank:
         return
@@ -130,7 +130,7 @@ def _gather_group(
 
 
 def _all_gather(part: torch.Tensor, group: dist.ProcessGroup | None, size: int) -> torch.Tensor:
-    """The parts of all ranks of a group one after the other, flat."""
+    """Return the parts of all ranks of a group, concatenated and flat."""
     part = part.contiguous().view(-1)
     if size == 1:
         return part
@@ -139,12 +139,12 @@ def _all_gather(part: torch.Tensor, group: dist.ProcessGroup | None, size: int) 
     return whole
 
 
-def _cut_for(parameter: torch.nn.Parameter, full: torch.Tensor, state: ParallelState) -> torch.Tensor:
+def _local_shard(parameter: torch.nn.Parameter, full: torch.Tensor, state: ParallelState) -> torch.Tensor:
     return shard(full, spec_of(parameter), state.tensor_rank, state.tensor_size).contiguous().view(-1)
 
 
 def _place(partition: torch.Tensor, local: torch.Tensor, offset: int, state: ParallelState) -> None:
-    """Copies the stretch of `local`, which lies at `offset` of the flat vector, that this rank's partition covers."""
+    """Copy the range of `local` that this rank's partition covers; `local` starts at `offset` of the flat vector."""
     first = state.data_rank * len(partition)
     begin, end = max(offset, first), min(offset + len(local), first + len(partition))
     if begin < end:

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all: written aside, flushed, listed in a manifest, renamed."""
+"""Publish folders atomically: write to a temporary name, flush, list the files in a manifest, rename."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from megatron_detour.structured import parse_json
 logger = logging.getLogger(__name__)
 
 LISTING, RUN_STATE, TOKENIZER = "files.json", "run_state.json", "tokenizer.json"
-NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+MISSING_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 LEFTOVER = re.compile(r"\.step-\d+\.(writing|replaced)-.+")
 
 
 class Broken(Exception):
-    """A folder that does not hold what its listing says; the message says what is wrong."""
+    """A folder does not match its listing; the message says how."""
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder beside `folder`, then gives it its name, replacing whatever has it already.
+    """Let `write` fill a temporary folder, then rename it to `folder`, replacing what exists.
 
-    On any error nothing is left behind; where the disk was away for a moment it is all done again.
+    An error leaves nothing behind; a transient disk error is retried.
     """
     remove_abandoned(folder)
     retry(lambda: _publish(folder, write))
@@ -37,7 +37,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _publish(folder: Path, write: Callable[[Path], None]) -> None:
     aside, replaced = aside_of(folder, "writing"), aside_of(folder, "replaced")
-    for leftover in (aside, replaced):  # of a killed writer that had the same process number
+    for leftover in (aside, replaced):  # from a killed writer with the same process id
         discard(leftover)
     aside.mkdir(parents=True)
     try:
@@ -52,7 +52,7 @@ def _publish(folder: Path, write: Callable[[Path], None]) -> None:
             aside.rename(folder)
         except OSError:
             if os.path.lexists(replaced):
-                replaced.rename(folder)  # what was there stays there
+                replaced.rename(folder)  # keep the old folder
             raise
         flush(folder.parent)
     finally:
@@ -61,9 +61,9 @@ def _publish(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def verify(folder: Path, needless: Container[str] = ()) -> None:
-    """Checks a published folder against its listing, sizes first. Raises Broken.
+    """Check a published folder against its listing, sizes first. Raise Broken.
 
-    What the listing does not name is not ours and tells nothing; nor do files that are `needless` to the caller.
+    Files that are not listed are ignored, and so are those that the caller does not need (`needless`).
     """
     listed = {name: facts for name, facts in _listing(folder).items() if name not in needless}
     for name, facts in listed.items():
@@ -80,7 +80,7 @@ def _listing(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         listing = parse_json(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        if error.errno not in NOT_THERE:  # a disk that cannot be read is no reason to go on from an older one
+        if error.errno not in MISSING_ERRORS:  # an unreadable disk must not make a run resume from an older one
             raise
         raise Broken(f"{path} is missing") from None
     except (DetourError, UnicodeDecodeError):
@@ -89,7 +89,7 @@ def _listing(folder: Path) -> dict[str, dict[str, Any]]:
         raise Broken(f"{path} lists no files")
     for name, facts in listing.items():
         if name != Path(name).name or not isinstance(facts, dict) or facts.keys() != {"bytes", "sha256"}:
-            raise Broken(f"{path} does not list files with their bytes and sha256")
+            raise Broken(f"{path} does not list each file's bytes and sha256")
     return listing
 
 
@@ -102,59 +102,59 @@ def step_of(folder: Path) -> int:
 
 
 def find_checkpoints(checkpoints: Path) -> list[Path]:
-    """Published checkpoints, oldest first. What a killed run left half-written has another name."""
+    """Return published checkpoints, oldest first. Unfinished ones of a killed run have other names."""
     return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def latest(checkpoints: Path, needless: Container[str] = ()) -> Path | None:
-    """The newest checkpoint that is whole; a broken one is passed over with a warning."""
+    """Return the newest intact checkpoint, skipping broken ones with a warning."""
     for folder in reversed(find_checkpoints(checkpoints)):
         try:
             retry(lambda folder=folder: verify(folder, needless))
             return folder
         except Broken as fault:
-            logger.warning("%s is passed over: %s", folder, fault)
+            logger.warning("skipping %s: %s", folder, fault)
     return None
 
 
 def prune(checkpoints: Path, newest: int, keep: int, is_kept: Callable[[int], bool]) -> None:
-    """Removes what killed runs left behind, and checkpoints older than the `keep` up to step `newest`.
+    """Remove leftovers of killed runs, and all but the `keep` newest checkpoints up to step `newest`.
 
-    Those whose step `is_kept` stay, and those that hold what no run has put there, or are links to another place.
+    Checkpoints whose step `is_kept`, that hold files of a user, or that are links stay.
     """
-    known = [folder for folder in find_checkpoints(checkpoints) if step_of(folder) <= newest]  # a later one is broken
-    for folder in known[:-keep]:
+    folders = [folder for folder in find_checkpoints(checkpoints) if step_of(folder) <= newest]  # a later one is broken
+    for folder in folders[:-keep]:
         if is_kept(step_of(folder)):
             continue
         foreign = _foreign(folder)
         if foreign:
-            logger.info("%s stays: %s", folder, foreign)
+            logger.info("keeping %s: %s", folder, foreign)
         else:
             _remove(folder)
     remove_leftovers(checkpoints)
 
 
 def _foreign(folder: Path) -> str | None:
-    """What speaks against removing a checkpoint: it may be somebody's. Hidden files are of tools, not of people."""
+    """Return why a checkpoint must not be removed, if it may hold a user's data; hidden files do not count."""
     if folder.is_symlink() or not folder.is_dir():
-        return "it is not a folder of this run"
+        return "not a folder of this run"
     try:
         ours = {LISTING, *_listing(folder)}
     except Broken:
         return None
-    others = sorted(path.name for path in folder.iterdir() if path.name not in ours and path.name[0] != ".")
-    return f"it holds {others[0]}, which the run has not written" if others else None
+    extra = sorted(path.name for path in folder.iterdir() if path.name not in ours and path.name[0] != ".")
+    return f"it contains {extra[0]}, which the run did not write" if extra else None
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Removes what killed runs have left half-written or half-removed, where it can be removed."""
+    """Remove what killed runs left half-written or half-removed, if possible."""
     for leftover in checkpoints.glob(".step-*-*"):
         if LEFTOVER.fullmatch(leftover.name):
             discard(leftover)
 
 
 def _remove(folder: Path) -> None:
-    """Under its own name a folder is whole, even while it goes."""
+    """Rename a folder before deleting it, so that no partial folder ever has a checkpoint's name."""
     going = aside_of(folder, "replaced")
     folder.rename(going)
     discard(going, silent=False)

@@ -144,7 +144,7 @@ class Source:
 
 def step_numbered(plan: Plan, number: int) -> Step:
     """The step of this number, from 1."""
-    stages = (stage for phase in plan.phases for stage in phase.stretches)
+    stages = (stage for phase in plan.phases for stage in phase.stages)
     stage = next(stage for stage in stages if number < stage.first_step + stage.steps)
     return plan.at(stage.start + (number - stage.first_step) * (stage.tokens // stage.steps))
 

@@ -1,4 +1,4 @@
-"""The run file: one YAML that says everything a run depends on, checked as a whole."""
+"""The run file: one YAML file with all settings of a run, checked as a whole."""
 
 from megatron_detour.config.amounts import parse_tokens
 from megatron_detour.config.control import as_control, parse_control

@@ -1,4 +1,4 @@
-"""Amounts with a unit: tokens, as 50B or "3 steps", and times, as 23h30m."""
+"""Amounts with a unit: tokens such as 50B or "3 steps", and times such as 23h30m."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from megatron_detour.settings import Enclosing, FaultElsewhere, Parsed
 
-LARGEST = 10**15  # of tokens and seconds: what lies above is a slip, and more than floating-point numbers tell apart
+LARGEST = 10**15  # tokens or seconds: larger amounts are typing errors, and beyond the precision of a float
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _NUMBER = r"[\d_,]{0,30}\.?\d{1,30}(?:[eE][+-]?\d\d?)?"
 _AMOUNT = rf"\s*({_NUMBER})\s*(k|M|B|T|steps?)?\s*"
@@ -16,9 +16,9 @@ _TIME = "".join(rf"\s*(?:(\d{{1,9}}){unit})?\s*" for unit in "dhms")
 
 
 def parse_tokens(value: Any, tokens_per_step: int | None = None) -> int:
-    """Reads an amount of tokens: an integer, "50B", "1.5M", "200k" or "3 steps".
+    """Parse an amount of tokens: an integer, "50B", "1.5M", "200k" or "3 steps".
 
-    Raises ValueError with what the value must be, FaultElsewhere for steps of unknown size.
+    Raise ValueError with what the value must be, and FaultElsewhere for steps of unknown size.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return _within(value)
@@ -35,8 +35,8 @@ def parse_tokens(value: Any, tokens_per_step: int | None = None) -> int:
     return _within(int(amount))
 
 
-def parse_seconds(value: Any, _: Enclosing = []) -> int:  # noqa: B006 never changed
-    """Reads a time: seconds as an integer, or "23h30m", "90m", "2d", "45s". Raises ValueError."""
+def parse_seconds(value: Any, _: Enclosing = []) -> int:  # noqa: B006 never mutated
+    """Parse a time: seconds as an integer, or "23h30m", "90m", "2d", "45s". Raise ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return _within(value)
     match = re.fullmatch(_TIME, str(value))
@@ -57,12 +57,12 @@ def _tokens(value: Any, enclosing: Enclosing) -> int:
 
 
 def _tokens_per_step(enclosing: Enclosing) -> int | None:
-    """Sequences times their length, of the phase around an amount or of the run; None where the run file lacks them."""
+    """Return sequences x sequence length of the enclosing phase or of the run; None if the run file lacks them."""
 
     def size(section: str, key: str) -> Any:
-        of_phase = next((raw.get(key) for cls, raw in enclosing if cls.__name__ == "Phase"), None)
-        whole = enclosing[0][1].get(section)
-        return of_phase or (whole.get(key) if isinstance(whole, dict) else None)
+        phase_value = next((raw.get(key) for cls, raw in enclosing if cls.__name__ == "Phase"), None)
+        run_section = enclosing[0][1].get(section)
+        return phase_value or (run_section.get(key) if isinstance(run_section, dict) else None)
 
     sizes = size("batch", "sequences"), size("data", "sequence_length")
     known = all(type(size) is int and size > 0 for size in sizes)

@@ -1,4 +1,4 @@
-"""Faults of a run file that no single key shows; the rules of single keys stand in schema.py."""
+"""Faults of a run file that involve several keys; schema.py holds the rules of single keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megatron_detour.settings import Faults
 
 
 def check(config: RunConfig, faults: Faults) -> None:
-    """Adds the faults of a config, whose unusable keys hold some value of their type."""
+    """Add the faults of a config, whose unusable keys hold placeholder values of their type."""
     _check_model(config, faults)
     _check_corpora(config.data.corpora, "data.corpora", faults)
     _check_corpora(config.validation.corpora, "validation.corpora", faults)
@@ -27,15 +27,15 @@ def check(config: RunConfig, faults: Faults) -> None:
 def _check_model(config: RunConfig, faults: Faults) -> None:
     model = config.model
     if (model.start is None) == (model.config is None):
-        faults.add("model", "give either start (a folder or hub id) or config (a shape to initialise), and not both")
+        faults.add("model", "set either start (a folder or hub id) or config (a shape to initialize)")
     elif model.config is not None and model.tokenizer is None:
-        faults.add("model.tokenizer", "a model made from model.config needs a tokenizer (a folder or a tokenizer.json)")
+        faults.add("model.tokenizer", "required with model.config: set it to a folder or a tokenizer.json")
 
 
 def _check_corpora(corpora: tuple[Corpus, ...], key: str, faults: Faults) -> None:
     prefixes = [corpus.prefix for corpus in corpora]
     for prefix in sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
-        faults.add(key, f"the corpus {prefix!r} is listed twice; give it the sum of its weights once")
+        faults.add(key, f"the corpus {prefix!r} is listed twice; list it once, with the sum of its weights")
 
 
 def _check_batch_warmup(phase: Phase, size: int, key: str, faults: Faults) -> None:
@@ -49,13 +49,13 @@ def _check_batch_warmup(phase: Phase, size: int, key: str, faults: Faults) -> No
             ["batch"],
         )
     if warmup.tokens > phase.tokens:
-        faults.add(f"{key}.tokens", f"{warmup.tokens} tokens do not fit into the phase's {phase.tokens}", [tokens])
+        faults.add(f"{key}.tokens", f"{warmup.tokens} tokens exceed the phase's {phase.tokens}", [tokens])
 
 
 def _check_rate(phase: Phase, key: str, faults: Faults) -> None:
     rate, tokens, key = phase.learning_rate, f"{key}.tokens", f"{key}.learning_rate"
     if rate.warmup > phase.tokens:
-        faults.add(f"{key}.warmup", f"{rate.warmup} tokens do not fit into the phase's {phase.tokens}", [tokens])
+        faults.add(f"{key}.warmup", f"{rate.warmup} tokens exceed the phase's {phase.tokens}", [tokens])
     ends = [name for name in ("end", "end_ratio") if getattr(rate, name) is not None]
     related = [f"{key}.{name}" for name in ("shape", "peak", "end", "end_ratio")]
     if rate.shape == "constant":

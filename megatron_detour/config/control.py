@@ -1,4 +1,4 @@
-"""The equal-compute twin of a run: other objective, all else the same."""
+"""The control of a run: another objective at equal compute, with everything else unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_detour.objectives import REFERENCE
 
 
 def parse_control(text: str) -> float:
-    """The mask rate of ``--control mlm=0.30``. Raises DetourError."""
+    """Return the mask rate of ``--control mlm=0.30``. Raise DetourError."""
     objective, _, rate = text.partition("=")
     try:
         if objective != "mlm":
@@ -21,14 +21,14 @@ def parse_control(text: str) -> float:
 
 
 def as_control(config: RunConfig, mask_rate: float) -> RunConfig:
-    """Every phase of a detour becomes MLM at `mask_rate`; data, order and schedule stay.
+    """Replace the objective of each detour phase by MLM at `mask_rate`; data, order and schedule do not change.
 
-    It masks whole words where the run file's own phases do.
+    Whole words are masked if any phase of the run file masks them. Raise DetourError if there is no detour.
     """
     if not 0 < mask_rate < 1:
-        raise DetourError(f"--control: the mask rate must lie between 0 and 1, it is {mask_rate:g}")
+        raise DetourError(f"--control: the mask rate must be between 0 and 1, not {mask_rate:g}")
     if not any(phase.objective.detour for phase in config.phases):
-        raise DetourError("--control: every phase of the run file trains mlm, so there is nothing to replace")
+        raise DetourError("--control: every phase of the run file already trains mlm; run it without --control")
     masked = REFERENCE(mask_rate, whole_word_masking=config.needs_word_boundaries)
     phases = tuple(
         dataclasses.replace(phase, objective=masked) if phase.objective.detour else phase for phase in config.phases

@@ -1,4 +1,4 @@
-"""The run file as frozen dataclasses. Amounts of tokens are integers here, times seconds."""
+"""The run file as frozen dataclasses, with amounts of tokens as integers and times in seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE = Range(above=0, most=2**20)
 SHARE = Range(above=0, below=1)
 SEED = Range(least=0, below=2**31)
 STEP = Range(least=1)
-# What key=value can address.
+# Restricted to what key=value can address.
 PHASE_NAME = Pattern(r"(?!\d+$)[\w -]+", "a name of letters, digits, spaces, - and _ that is not a number")
 
 
@@ -33,15 +33,15 @@ class LearningRate:
 
     peak: Annotated[float, ABOVE_ZERO, "largest learning rate"]
     warmup: Annotated[Tokens, Range(least=0), "tokens of the linear warm-up from 0"] = 0
-    shape: Annotated[str, Choice(SHAPES), "course from the peak to the end of the phase"] = "constant"
+    shape: Annotated[str, Choice(SHAPES), "decay from the peak to the end of the phase"] = "constant"
     end: Annotated[
         float | None, Range(least=0), "learning rate at the end of the phase; for all shapes but constant"
     ] = None
-    end_ratio: Annotated[float | None, Range(least=0, most=1), "the same as a share of the peak"] = None
+    end_ratio: Annotated[float | None, Range(least=0, most=1), "the same as a fraction of the peak"] = None
 
     @property
     def last(self) -> float:
-        """The rate at the end of the phase."""
+        """The learning rate at the end of the phase."""
         if self.shape == "constant":
             return self.peak
         return self.end if self.end is not None else self.end_ratio * self.peak
@@ -49,17 +49,17 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class BatchWarmup:
-    """Steps grow from `start` sequences by `increment` at a time to the phase's batch, in equal shares of `tokens`."""
+    """The batch grows from `start` sequences by `increment` to the phase's size, in stages of equal tokens."""
 
     start: Annotated[int, SIZE, "sequences of the first steps"]
     increment: Annotated[int, SIZE, "sequences by which steps grow"]
-    tokens: Annotated[Tokens, ABOVE_ZERO, "tokens over which they grow, in equal shares"]
+    tokens: Annotated[Tokens, ABOVE_ZERO, "tokens over which they grow, in stages of equal tokens"]
 
 
 @dataclass(frozen=True)
 class Corpus:
     prefix: Annotated[str, "path of the corpus, without .bin, .idx or .manifest.json"]
-    weight: Annotated[float, ABOVE_ZERO, "share of the sequences, relative to the other corpora"] = 1.0
+    weight: Annotated[float, ABOVE_ZERO, "sampling weight, relative to the other corpora"] = 1.0
 
 
 Corpora = Annotated[tuple[Corpus, ...], Entries(least=1)]
@@ -79,10 +79,10 @@ class Phase:
     optimizer_state: Annotated[str, Choice(OPTIMIZER_STATES), "Adam's moments at the start of the phase"] = "keep"
     sequences: Annotated[int | None, SIZE, "replaces `batch.sequences`"] = None
     micro_sequences: Annotated[int | None, SIZE, "replaces `batch.micro_sequences`"] = None
-    batch_warmup: Annotated[BatchWarmup | None, "batches that grow at the start of the phase"] = None
+    batch_warmup: Annotated[BatchWarmup | None, "growing batch at the start of the phase"] = None
     sequence_length: Annotated[int | None, SIZE, "replaces `data.sequence_length` (see below)"] = None
     corpora: Annotated[
-        Corpora | None, "replaces `data.corpora`; each corpus goes on where the phases before have left it"
+        Corpora | None, "replaces `data.corpora`; each corpus continues where earlier phases stopped reading it"
     ] = None
 
 
@@ -96,26 +96,26 @@ class Model:
         "or the shape of a model to initialize: keys of transformers' ModernBertConfig; the vocabulary comes from "
         "`model.tokenizer`",
     ] = None
-    tokenizer: Annotated[str | None, "folder or tokenizer.json; the start model's own unless set"] = None
-    download: Annotated[bool, "fetch a hub id; otherwise only the local cache is read"] = False
+    tokenizer: Annotated[str | None, "folder or tokenizer.json; by default the start model's"] = None
+    download: Annotated[bool, "download a hub id; otherwise only the local cache is read"] = False
 
 
 @dataclass(frozen=True)
 class Data:
-    corpora: Annotated[Corpora, "what is read"]
+    corpora: Annotated[Corpora, "training corpora"]
     sequence_length: Annotated[int, SIZE, "tokens per sequence"]
     order_seed: Annotated[int, SEED, "seed of the order of documents"] = 42
 
 
 @dataclass(frozen=True)
 class Batch:
-    sequences: Annotated[int, SIZE, "sequences per step over all ranks; any number of ranks shares them out"]
-    micro_sequences: Annotated[int, SIZE, "sequences in a forward pass of a rank, about: documents stay whole"] = 1
+    sequences: Annotated[int, SIZE, "sequences per step over all ranks; any number of ranks divides any batch"]
+    micro_sequences: Annotated[int, SIZE, "approximate sequences per forward pass of a rank: documents stay whole"] = 1
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW. Each step multiplies a decayed weight by 1 - lr * weight_decay."""
+    """AdamW with decoupled weight decay: each step multiplies a decayed weight by 1 - lr * weight_decay."""
 
     betas: Annotated[
         tuple[Annotated[float, Range(least=0, below=1)], Annotated[float, Range(least=0, below=1)]],
@@ -128,29 +128,29 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Parallel:
-    tensor: Annotated[int, SIZE, "tensor-parallel ranks, which hold a layer together"] = 1
-    sequence: Annotated[bool, "sequence parallelism: these ranks share the positions between their layers"] = False
+    tensor: Annotated[int, SIZE, "tensor-parallel size: ranks that split each layer"] = 1
+    sequence: Annotated[bool, "sequence parallelism: these ranks also split the positions between their layers"] = False
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How it is computed; what is computed does not depend on it, but for rounding."""
+    """Backends and recomputation; results differ by rounding only."""
 
     attention: Annotated[str, Choice(ATTENTION), "attention backend"] = "auto"
     kernels: Annotated[str, Choice(KERNELS), "fused or plain kernels"] = "auto"
-    recompute: Annotated[str, Choice(RECOMPUTE), "activations that the backward pass computes again"] = "none"
+    recompute: Annotated[str, Choice(RECOMPUTE), "activations that the backward pass recomputes"] = "none"
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out sequences under masks that never change, so that figures compare across phases and runs."""
+    """Held-out sequences under fixed masks, so that metrics are comparable across phases and runs."""
 
     corpora: Annotated[tuple[Corpus, ...], "held-out corpora; no validation without them"] = ()
     every: Annotated[Tokens | None, ABOVE_ZERO, "tokens between validations; at phase boundaries only unless set"] = (
         None
     )
     sequences: Annotated[int, SIZE, "held-out sequences"] = 64
-    mask_rate: Annotated[float, SHARE, "share of their tokens that are masked"] = 0.15
+    mask_rate: Annotated[float, SHARE, "fraction of their tokens that is masked"] = 0.15
     seed: Annotated[int, SEED, "seed of their masks"] = 0
 
 
@@ -159,19 +159,19 @@ class Checkpoint:
     every: Annotated[Tokens | None, ABOVE_ZERO, "tokens between checkpoints; at phase boundaries only unless set"] = (
         None
     )
-    keep: Annotated[int, SIZE, "how many of the newest are kept; those of phase boundaries always are"] = 2
-    keep_every: Annotated[Tokens | None, ABOVE_ZERO, "those that pass a multiple of this are kept as well"] = None
+    keep: Annotated[int, SIZE, "newest checkpoints to keep; those at phase boundaries are always kept"] = 2
+    keep_every: Annotated[Tokens | None, ABOVE_ZERO, "also keep checkpoints at multiples of these tokens"] = None
 
 
 @dataclass(frozen=True)
 class Guards:
-    """What happens to a step whose loss or gradient is NaN, or stands far above those before it.
+    """What to do about a step whose loss or gradient norm is NaN, or far above those of previous steps.
 
-    A step that is skipped changes neither weights nor optimizer; its tokens count as consumed.
+    A skipped step changes neither weights nor optimizer; its tokens count as consumed.
     """
 
-    spikes: Annotated[str, Choice(SPIKES), "what to do about a spike of loss or gradient norm (section 5)"] = "report"
-    sigma: Annotated[float, ABOVE_ZERO, "standard deviations above the mean that make a spike"] = 6.0
+    spikes: Annotated[str, Choice(SPIKES), "action on a spike of loss or gradient norm (section 5)"] = "report"
+    sigma: Annotated[float, ABOVE_ZERO, "standard deviations above the mean that count as a spike"] = 6.0
     window: Annotated[int, Range(least=16, most=2**20), "steps over which mean and deviation are computed"] = 128
     patience: Annotated[int, ABOVE_ZERO, "skipped steps in a row that end the run"] = 10
 
@@ -182,7 +182,7 @@ class Profile:
 
     steps: Annotated[
         tuple[Annotated[int, STEP], Annotated[int, STEP]],
-        "first and last step to record; `profile/` in the run's folder gets a trace per rank",
+        "first and last step to record; one trace per rank is written to `profile/` in the run directory",
     ]
 
 
@@ -191,19 +191,19 @@ class Wandb:
     project: Annotated[str, "project in Weights & Biases"]
     entity: Annotated[str | None, "team or user"] = None
     group: Annotated[str | None, "group of runs"] = None
-    mode: Annotated[str, Choice(WANDB_MODES), "send figures at once, or keep them for `wandb sync`"] = "online"
+    mode: Annotated[str, Choice(WANDB_MODES), "upload metrics immediately, or store them for `wandb sync`"] = "online"
 
 
 @dataclass(frozen=True)
 class RunConfig:
     name: Annotated[str, "name of the run"]
-    folder: Annotated[str, "folder that the run writes"]
+    folder: Annotated[str, "run directory"]
     model: Model
     data: Data
     batch: Batch
     phases: Annotated[tuple[Phase, ...], Entries(least=1), "phases of the run, in order"]
     deepspeed: Annotated[str, "a file of `ds_configs/`: ZeRO-2 in bf16 or fp32"]
-    seed: Annotated[int, SEED, "seed of masks, and of weights that are initialized"] = 17
+    seed: Annotated[int, SEED, "seed of masks and of newly initialized weights"] = 17
     optimizer: Optimizer = field(default_factory=Optimizer)
     z_loss: Annotated[float, Range(least=0), "weight of the squared log-sum-exp of the logits in the loss"] = 0.0
     parallel: Parallel = field(default_factory=Parallel)
@@ -212,26 +212,26 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     guards: Guards = field(default_factory=Guards)
     time_limit: Annotated[
-        Seconds | None, ABOVE_ZERO, "time that a job may take, such as `23h30m`: the run saves and ends before"
+        Seconds | None, ABOVE_ZERO, "time limit of a session, such as `23h30m`: it saves and exits in time"
     ] = None
     restart: Annotated[
-        bool, "start anew where the checkpoints are gone or damaged, instead of refusing; a whole run is resumed"
+        bool, "start from scratch if all checkpoints are missing or damaged, instead of refusing; else resume"
     ] = False
     tensorboard: Annotated[bool, "write TensorBoard files"] = True
-    wandb: Annotated[Wandb | None, "send figures to Weights & Biases"] = None
+    wandb: Annotated[Wandb | None, "log to Weights & Biases"] = None
     profile: Annotated[Profile | None, "record a few steps with torch's profiler"] = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain mappings and lists that `from_dict` reads back to an equal RunConfig."""
+        """Return plain mappings and lists from which `from_dict` builds an equal RunConfig."""
         return to_plain(self)
 
     @property
     def needs_word_boundaries(self) -> bool:
-        """Whether a phase asks the tokenizer where words begin."""
+        """Whether any phase masks whole words."""
         return any(phase.objective.needs_word_boundaries for phase in self.phases)
 
     def trajectory(self) -> dict[str, Any]:
-        """The part of the run file that the weights depend on, flat: two runs that differ here are different runs."""
+        """Return the settings that determine the weights, flat: runs that differ here are different runs."""
         whole = self.to_dict()
         chosen = {key: whole[key] for key in ("seed", "model", "data", "phases", "optimizer", "z_loss")}
         chosen["model"].pop("download")
@@ -244,7 +244,7 @@ class RunConfig:
 
 
 def flatten(value: Any, key: str = "") -> list[tuple[str, Any]]:
-    """Plain mappings and lists as pairs of a dotted key and a scalar."""
+    """Return plain mappings and lists as pairs of a dotted key and a scalar."""
     if isinstance(value, dict):
         return [pair for name, item in value.items() for pair in flatten(item, join_key(key, name))]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The objectives of a run's phases, a file each. Every `Objective` in a module of this package is registered."""
+"""Training objectives, one per file. Every `Objective` subclass in a module of this package is registered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-# What an encoder is used for: a control trains it, runs are compared by its validation loss.
+# The objective that encoders are used with: controls train it, and its validation loss compares runs.
 REFERENCE = MaskedLM
 
 
@@ -39,7 +39,7 @@ KINDS = {REFERENCE.name: REFERENCE} | dict(sorted(_kinds(Objective).items()))
 
 
 def read_objective(phase: dict[str, Any]) -> Objective:
-    """The objective of a phase of plan.json, which may be one that is not registered here."""
+    """Return the objective of a phase of plan.json, which need not be registered here."""
     name = phase["objective"]
     return KINDS[name].of(phase) if name in KINDS else _unknown(name)
 

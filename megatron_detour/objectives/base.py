@@ -1,6 +1,6 @@
-"""What every objective is: the settings of a phase in the run file, and all that the rest of the package asks of it.
+"""The interface of objectives: a phase's settings in the run file, and everything that the package needs to know.
 
-Runs name objectives by `name`; nothing outside this package compares names. docs/extending.md adds one.
+Code outside this package never compares names of objectives. docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -16,66 +16,66 @@ if TYPE_CHECKING:
     from megatron_detour.tokenizer.vocabulary import Vocabulary
     from megatron_detour.tokenizer.word_boundaries import Words
 
-IGNORE = -100  # the label of a position that has none, as in torch and transformers
+IGNORE = -100  # marks positions without a label, as in torch and transformers
 
 
 @dataclass(frozen=True)
 class Corrupted:
-    """The inputs of a model and its labels; all int64."""
+    """A model's inputs and labels; all int64."""
 
     inputs: np.ndarray  # [positions]
     labelled: np.ndarray  # [L], the labelled positions, ascending
     labels: np.ndarray  # [L]
 
     def all_labels(self) -> np.ndarray:
-        """[positions], IGNORE where there is none."""
+        """Return the labels of all positions, IGNORE where there is none, int64 [positions]."""
         labels = np.full(self.inputs.shape, IGNORE, dtype=np.int64)
         labels[self.labelled] = self.labels
         return labels
 
 
 class Corruption(Protocol):
-    """An objective at work with a vocabulary.
+    """An objective bound to a vocabulary.
 
-    It depends on (seed, document, position) alone: counter-based random numbers leave no state behind, and a
-    document's do not depend on its neighbors in a batch.
+    Results depend only on (seed, document, position): counter-based random numbers have no state, and a document's
+    corruption does not depend on the rest of its batch.
     """
 
     causal: bool  # the direction of attention
 
     def apply(self, tokens: np.ndarray, lengths: np.ndarray, seed: int, numbers: np.ndarray) -> Corrupted:
-        """Corrupts documents.
+        """Corrupt documents.
 
-        tokens: int [positions], one document after the other; lengths: int64 [documents], summing to `positions`;
-        numbers: int64 [documents], by which the documents draw.
+        tokens: int [positions], documents concatenated; lengths: int64 [documents], summing to `positions`;
+        numbers: int64 [documents], the random streams of the documents.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective with the keys that a phase gives it: the fields of its dataclass.
+    """An objective; the fields of its dataclass are its keys in a phase.
 
-    The defaults suit a bidirectional objective without keys that ends where a run may end.
+    The defaults fit a bidirectional objective without keys that a run may end with.
     """
 
-    name: ClassVar[str]  # in the run file, in records and file names
+    name: ClassVar[str]  # in the run file, metrics and file names
     label: ClassVar[str]  # in tables, plots and pages
-    color: ClassVar[tuple[str, str]]  # on light and on dark pages, with a contrast of 4.5 or more to both
+    color: ClassVar[tuple[str, str]]  # on light and dark pages, each with a contrast of at least 4.5
     causal: ClassVar[bool] = False  # the direction of attention
-    detour: ClassVar[bool] = False  # whether --control replaces it, and a run that ends with it is warned of
-    accuracy: ClassVar[bool] = False  # whether validation counts right answers besides the loss
-    special_tokens: ClassVar[tuple[str, ...]] = ()  # roles that the tokenizer must have, such as mask
-    scheduled: ClassVar[tuple[str, ...]] = ()  # keys that may change from step to step, all of them shares
+    detour: ClassVar[bool] = False  # whether --control replaces it, and ending a run with it gives a warning
+    accuracy: ClassVar[bool] = False  # whether validation reports accuracy besides the loss
+    special_tokens: ClassVar[tuple[str, ...]] = ()  # special tokens that the tokenizer must have, such as mask
+    scheduled: ClassVar[tuple[str, ...]] = ()  # keys that may change from step to step, all of them fractions
 
     @classmethod
     def for_validation(cls, mask_rate: float) -> Self:
-        """As held-out text is measured, at `validation.mask_rate`."""
+        """Return the objective for validation, at `validation.mask_rate`."""
         return cls()
 
     @classmethod
     def of(cls, phase: dict[str, Any]) -> Self:
-        """With the keys of a phase of plan.json; a key that is missing becomes its default or None."""
+        """Read the keys of a phase of plan.json; a missing key becomes its default or None."""
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         keys = {key: phase.get(key, None if value is dataclasses.MISSING else value) for key, value in defaults.items()}
         return cls(**keys)
@@ -84,15 +84,15 @@ class Objective:
         return {"objective": self.name, **dataclasses.asdict(self)}
 
     def bind(self, vocabulary: Vocabulary, words: Words | None = None) -> Corruption:
-        """The corruption of the objective's first step; `words` where it asks for word boundaries."""
+        """Return the corruption with these settings; `words` is set if `needs_word_boundaries`."""
         raise NotImplementedError
 
     def at(self, done: int, tokens: int) -> Self:
-        """The objective of the step that brings its phase to `done` of its `tokens`."""
+        """Return the objective of the step that brings its phase to `done` of `tokens` tokens."""
         return self
 
     def labeled_share(self, mean_document: float) -> float:
-        """The share of positions with a label, of documents of this many tokens on average, over the whole phase."""
+        """Return the fraction of labeled positions over a phase; `mean_document`: tokens per document."""
         raise NotImplementedError
 
     @property
@@ -100,16 +100,16 @@ class Objective:
         return False
 
     def details(self) -> str:
-        """What its keys say, for tables: such as ``30% masked``; nothing where they have nothing to say."""
+        """Return a summary of the keys for tables, such as ``30% masked``, or an empty string."""
         return ""
 
     def describe(self) -> str:
         return ", ".join(filter(None, [self.label, self.details()]))
 
     def figures(self) -> dict[str, float]:
-        """What a step's record says of it."""
+        """Return the objective's metrics of a step."""
         return {key: getattr(self, key) for key in self.scheduled}
 
     def warnings(self) -> Iterator[tuple[str, str]]:
-        """Keys with values that are seldom meant, and why."""
+        """Yield keys with unusual values, and why."""
         return iter(())

@@ -31,7 +31,7 @@ class CausalLM(Objective):
 
 @dataclass(frozen=True)
 class NextToken:
-    """A position's label is the next token of its document, and the last one has none. [CLS] is never a target."""
+    """A position's label is its document's next token; the last position has none. [CLS] is never a target."""
 
     vocabulary: Vocabulary
     causal = True

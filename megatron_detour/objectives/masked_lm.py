@@ -1,4 +1,4 @@
-"""Masked language modeling: a share of the tokens is hidden and to be restored from those around it."""
+"""Masked language modeling: a fraction of the tokens is predicted from the rest of the document."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from megatron_detour.tokenizer.vocabulary import Vocabulary
     from megatron_detour.tokenizer.word_boundaries import Words
 
-KEEP, REPLACE_BY_MASK = 0.1, 0.8  # of the chosen positions; the rest gets a random id (Devlin et al., 2019)
-CHOICE, ACTION = 1, 2  # what draws are for
+KEEP, REPLACE_BY_MASK = 0.1, 0.8  # fractions of the chosen positions; the rest get random ids (Devlin et al., 2019)
+CHOICE, ACTION = 1, 2  # random streams
 FULL_CHOICE, FULL_ACTION = 1 << 16, 1 << 32
-BLOCK = 1 << 16  # positions masked at once: what is needed in between stays in the cache
+BLOCK = 1 << 16  # positions masked at once, so that intermediate arrays stay in the CPU cache
 SHARE, USUAL_RATES = Range(above=0, below=1), (0.05, 0.50)
 
 
@@ -33,11 +33,11 @@ class MaskedLM(Objective):
     special_tokens = ("mask",)
     scheduled = ("mask_rate",)
 
-    mask_rate: Annotated[float, SHARE, "share of tokens that are masked"]
+    mask_rate: Annotated[float, SHARE, "fraction of tokens that is masked"]
     mask_rate_end: Annotated[
-        float | None, SHARE, "mask rate at the end of the phase, reached linearly; constant unless set"
+        float | None, SHARE, "mask rate at the end of the phase, reached linearly; by default constant"
     ] = None
-    whole_word_masking: Annotated[bool, "mask all tokens of a word or none (section 4)"] = False
+    whole_word_masking: Annotated[bool, "mask whole words (section 4)"] = False
 
     @classmethod
     def for_validation(cls, mask_rate: float) -> Self:
@@ -72,14 +72,14 @@ class MaskedLM(Objective):
         for key in ("mask_rate", "mask_rate_end"):
             rate = getattr(self, key)
             if rate is not None and not low <= rate <= high:
-                yield key, f"{rate:g} lies outside {low:g} to {high:g}; 0.15 to 0.3 is usual"
+                yield key, f"{rate:g} is outside {low:g} to {high:g}; 0.15 to 0.3 is usual"
 
 
 @dataclass(frozen=True)
 class Masking:
-    """A share of the ordinary tokens is to be restored. Special tokens are never chosen or drawn.
+    """Masks a fraction of the ordinary tokens. Special tokens are never masked, nor used as random replacements.
 
-    With `words`, all tokens of a word are chosen or none, at the same expected share.
+    With `words`, whole words are masked, at the same expected fraction of tokens.
     """
 
     vocabulary: Vocabulary
@@ -95,20 +95,20 @@ class Masking:
         inputs = tokens.astype(np.int64)
         labelled, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for documents, positions in _blocks(lengths):
-            some, draws = lengths[documents], numbers[documents]
-            hit = _choices(seed, draws, some) < round(self.mask_rate * FULL_CHOICE)
+            block_lengths, block_numbers = lengths[documents], numbers[documents]
+            hit = _choices(seed, block_numbers, block_lengths) < round(self.mask_rate * FULL_CHOICE)
             if self.words is not None:
-                begins = self.words.first_tokens(inputs[positions], some)
-                hit = np.repeat(hit[begins], np.diff(begins, append=len(hit)))  # as a word's first token drew
-            chosen, were = self._replace(inputs[positions], hit, seed, draws, some)
+                begins = self.words.first_tokens(inputs[positions], block_lengths)
+                hit = np.repeat(hit[begins], np.diff(begins, append=len(hit)))  # a word's first token decides
+            chosen, originals = self._replace(inputs[positions], hit, seed, block_numbers, block_lengths)
             labelled.append(chosen + positions.start)
-            labels.append(were)
+            labels.append(originals)
         return Corrupted(inputs, np.concatenate(labelled), np.concatenate(labels))
 
     def _replace(
         self, inputs: np.ndarray, hit: np.ndarray, seed: int, numbers: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Replaces tokens of `inputs` where `hit`, but for special ones; returns where, and which they were."""
+        """Replace the ordinary tokens of `inputs` where `hit`, in place. Return their positions and original ids."""
         chosen = np.flatnonzero(hit)
         chosen = chosen[~self._special.take(inputs.take(chosen))]
         tokens = inputs.take(chosen)
@@ -118,15 +118,16 @@ class Masking:
         bits = mix(np.repeat(starts, per_document) + chosen.astype(np.uint64) * np.uint64(GOLDEN))
         action = bits & np.uint64(FULL_ACTION - 1)
         inputs[chosen] = self.vocabulary.mask
-        others = np.flatnonzero(action >= round(REPLACE_BY_MASK * FULL_ACTION))
-        random_ids = self._ordinary[((bits[others] >> np.uint64(32)) * np.uint64(len(self._ordinary))) >> np.uint64(32)]
-        kept = action[others] < round((REPLACE_BY_MASK + KEEP) * FULL_ACTION)
-        inputs[chosen[others]] = np.where(kept, tokens[others], random_ids)
+        unmasked = np.flatnonzero(action >= round(REPLACE_BY_MASK * FULL_ACTION))
+        draws = bits[unmasked] >> np.uint64(32)
+        random_ids = self._ordinary[(draws * np.uint64(len(self._ordinary))) >> np.uint64(32)]
+        kept = action[unmasked] < round((REPLACE_BY_MASK + KEEP) * FULL_ACTION)
+        inputs[chosen[unmasked]] = np.where(kept, tokens[unmasked], random_ids)
         return chosen, tokens
 
 
 def _blocks(lengths: np.ndarray) -> Iterator[tuple[slice, slice]]:
-    """Documents that are masked together, and their positions: about BLOCK of these."""
+    """Yield slices of documents that are masked together, and of their positions, about BLOCK each."""
     ends = np.cumsum(lengths)
     first = begin = 0
     while first < len(ends):
@@ -137,7 +138,7 @@ def _blocks(lengths: np.ndarray) -> Iterator[tuple[slice, slice]]:
 
 
 def _choices(seed: int, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """A draw for each position, uint16 [positions]: 64 bits serve four of a document's."""
+    """Return a random number per position, uint16 [positions]: 64 bits serve four positions of a document."""
     fours = -(-lengths // 4)
     first = (np.cumsum(fours) - fours).astype(np.uint64)
     counters = np.arange(fours.sum(), dtype=np.uint64) * np.uint64(GOLDEN)
@@ -145,6 +146,6 @@ def _choices(seed: int, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     drawn = mix(counters).astype("<u8", copy=False).view("<u2")
     ends = np.cumsum(4 * fours)
     used = np.ones(len(drawn), dtype=bool)
-    for left in (1, 2, 3):  # by a document whose length is no multiple of four
+    for left in (1, 2, 3):  # unused numbers of documents whose length is not a multiple of four
         used[ends[4 * fours - lengths >= left] - left] = False
     return drawn[used]

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: where it begins or goes on, what is saved, and what is kept."""
+"""Save, restore and prune the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
 from megatron_detour.plan import Step
 from megatron_detour.run_directory import CHECKPOINTS, METRICS, newest_checkpoint, note, start_hash
-from megatron_detour.training.guards import Guard, is_memory
+from megatron_detour.training.guards import Guard, is_guard_state
 from megatron_detour.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # of run_state.json and optimizer.safetensors, and of the order of documents and masks
+RUN_STATE_FORMAT = 3  # covers run_state.json, optimizer.safetensors, and the order of documents and masks
 SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
 
 
 class Checkpoints:
-    """Every rank calls `restore`, `save` and `inspect`; the first one writes, beside training."""
+    """Every rank calls `restore`, `save` and `inspect`; the first rank writes, in the background."""
 
     def __init__(self, run: Run, guard: Guard) -> None:
         self.run, self.guard = run, guard
         self.checkpoints, self.metrics = run.folder / CHECKPOINTS, run.folder / METRICS
         self._background = Background()
         self.check, self.wait = self._background.check, self._background.wait
-        self.has_saved = False  # a step of this session
+        self.has_saved = False  # whether this session has saved a step
         self._start_hash: str | None = None
-        self.seconds = 0.0  # that the last save took in all, gathering and writing
+        self.seconds = 0.0  # the last save took, gathering and writing
         self._gathered = TrainingState()
 
     @property
     def bytes(self) -> int:
-        """The size of a checkpoint, roughly."""
+        """The approximate size of a checkpoint."""
         sizes = self.run.zero.module.full_sizes().values()
         return CHECKPOINT_BYTES * sum(torch.Size(size).numel() for size in sizes)
 
@@ -58,13 +58,13 @@ class Checkpoints:
         return store.checkpoint_folder(self.checkpoints, step)
 
     def restore(self) -> int:
-        """Sets weights and optimizer from the newest checkpoint or the start model; returns the tokens consumed."""
-        found = [None]
+        """Load weights and optimizer from the newest checkpoint or the start model; return the tokens consumed."""
+        newest = [None]
         if self.run.parallel.is_first:
             store.remove_leftovers(self.checkpoints)
-            found = [newest_checkpoint(self.run.folder, self.run.config)]
-        dist.broadcast_object_list(found, src=0)
-        checkpoint, model = found[0], self.run.zero.module
+            newest = [newest_checkpoint(self.run.folder, self.run.config)]
+        dist.broadcast_object_list(newest, src=0)
+        checkpoint, model = newest[0], self.run.zero.module
         if checkpoint is None and self.run.initial.weights is None:
             scatter(self.run.zero, lambda name: model.initial_weight(name, self.run.config.seed))
             return 0
@@ -86,12 +86,12 @@ class Checkpoints:
             model = self.run.config.model
             stand_in = self.run.initial.tokenizer.name
             if stand_in not in (model.tokenizer, model.start):
-                logger.info("%s is gone; %s stands in for it", model.start or model.tokenizer, stand_in)
+                logger.info("%s no longer exists; using %s instead", model.start or model.tokenizer, stand_in)
             logger.info("resuming from %s at %s tokens", checkpoint, f"{run_state['tokens']:,}")
             return run_state["tokens"]
 
     def prepare(self) -> None:
-        """Makes room for what is saved, beside the first steps: the first save would wait for it."""
+        """Allocate the buffers for saving during the first steps, so that the first save does not wait for them."""
         if self.run.parallel.is_first:
             sizes, pinned = self.run.zero.module.full_sizes(), next(self.run.zero.module.parameters()).is_cuda
             self._background.submit(lambda: self._gathered.reserve(sizes, pinned))
@@ -101,23 +101,23 @@ class Checkpoints:
         self._start_hash = self._start_hash or start_hash(self.run.config.model.start)
 
     def save(self, done: Step | None) -> None:
-        """Publishes a checkpoint after step `done`, or of the start, while training goes on.
+        """Save a checkpoint after step `done`, or of the initial weights (None), while training continues.
 
-        Raises DetourError when the disk has no room, and what the save before this one has raised.
+        Raise DetourError when the disk is full, or the error of the previous save.
         """
         target = self.path(done.number if done else 0)
         self._write(target, self._run_state(done), then=lambda: self._published(target))
 
     def inspect(self, step: Step, figures: dict[str, Any]) -> None:
-        """Keeps the state of a run that cannot go on: weights, what went wrong, and which tokens were read."""
+        """Save the state of a run that must stop: weights, metrics of the failed step, and which tokens it read."""
         target = self.run.folder / "inspect" / f"step-{step.number:08d}"
         numbers = {"read": [step.start, step.tokens], "figures": figures}  # tokens of the run
         self._write(target, self._run_state(step) | numbers, then=lambda: logger.info("kept %s", target))
         self._background.wait()
-        dist.barrier()  # whoever ends now ends the others
+        dist.barrier()  # the first rank to exit ends the others
 
     def _write(self, target: Path, run_state: dict[str, Any], then: Callable[[], None]) -> None:
-        self._background.wait()  # it reads what is to be gathered again
+        self._background.wait()  # the previous save still reads the buffers
         began = time.perf_counter()
         self.refuse_full_disk()
         gather(self.run.zero, self._gathered)
@@ -131,7 +131,7 @@ class Checkpoints:
 
         def work() -> None:
             if self.metrics.exists():
-                retry(lambda: flush(self.metrics))  # no checkpoint without the figures of the steps before it
+                retry(lambda: flush(self.metrics))  # a checkpoint's metrics must reach the disk before it does
             store.publish(target, write)
             then()
             self.seconds = time.perf_counter() - began
@@ -145,34 +145,34 @@ class Checkpoints:
         logger.info("saved %s", target)
         try:
             store.prune(self.checkpoints, step, self.run.config.checkpoint.keep, self._is_kept)
-        except OSError as error:  # somebody reads it, on a file system that minds
+        except OSError as error:  # some file systems refuse to remove an open file
             logger.warning("%s: not removed yet: %s", error.filename or self.checkpoints, error.strerror or error)
 
     def _is_kept(self, number: int) -> bool:
-        """Whether the checkpoint of this step stays for good: the start, phase boundaries, what `keep_every` asks."""
-        stands_in = self.run.initial.tokenizer.name == str(self.path(number))  # for a start model that is gone
+        """Return whether a step's checkpoint is permanent: step 0, phase boundaries and multiples of `keep_every`."""
+        stands_in = self.run.initial.tokenizer.name == str(self.path(number))  # for a missing start model
         if not number or stands_in:
             return True
         step = self.run.plan.step(number)
         return step.ends_phase or step.passes(self.run.config.checkpoint.keep_every)
 
     def refuse_full_disk(self) -> None:
-        """Raises DetourError unless the disk has room for one more checkpoint; the first rank looks."""
+        """Raise DetourError unless the disk has room for one more checkpoint. Only the first rank checks."""
         if not self.run.parallel.is_first:
             return
         try:
             free, needed = shutil.disk_usage(self.run.folder).free, self.bytes + SPARE_BYTES
         except (FileNotFoundError, NotADirectoryError):
-            raise DetourError(f"{self.run.folder}: the run's folder was removed while the run wrote it") from None
+            raise DetourError(f"{self.run.folder}: the run directory was removed during the run") from None
         if free < needed:
             raise DetourError(
-                f"{self.run.folder}: the disk has {free / 1e9:.2f} GB left, and a checkpoint takes "
-                f"{needed / 1e9:.2f} GB; make room and start again: nothing that was saved is lost"
+                f"{self.run.folder}: the disk has {free / 1e9:.2f} GB left and a checkpoint takes "
+                f"{needed / 1e9:.2f} GB; free some space and run the same command to resume"
             )
 
     def _run_state(self, done: Step | None) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": RUN_STATE_FORMAT,
             "step": done.number if done else 0,
             "total_steps": self.run.plan.total_steps,
             "tokens": done.tokens if done else 0,
@@ -187,30 +187,30 @@ class Checkpoints:
         }
 
     def _compare(self, source: Source) -> None:
-        """A start model has to be the same function here as in transformers: better told now than after the run."""
+        """Raise DetourError unless the start model's logits match transformers'."""
         if self.run.parallel.is_first:
             difference = huggingface.compare_with_transformers(
                 source.name, huggingface.load_model(source, self.run.initial.shape)
             )
             huggingface.refuse_difference(difference, source.name)
-            logger.info("%s: logits equal transformers' within %.1e", source.name, difference)
+            logger.info("%s: logits match transformers' within %.1e", source.name, difference)
 
     def _identities(self) -> dict[str, str]:
         return {prefix: manifest.files["bin"]["sha256"] for prefix, manifest in self.run.data.manifests().items()}
 
     def _check_corpora(self, run_state: dict[str, Any], checkpoint: Path) -> None:
-        """By their content, in the order in which they are read: paths may differ, see run_directory.py."""
-        known = list(run_state["corpora"].values())
+        """Compare corpora by content and order: paths may differ, see run_directory.py. Raise DetourError."""
+        saved = list(run_state["corpora"].values())
         for number, (prefix, sha256) in enumerate(self._identities().items()):
-            if known[number : number + 1] != [sha256]:
+            if saved[number : number + 1] != [sha256]:
                 raise DetourError(
-                    f"{prefix}: the corpus has changed since {checkpoint} was saved; bring the old one back, or start "
-                    "in another folder=..."
+                    f"{prefix}: the corpus has changed since {checkpoint} was saved; restore it or start in another "
+                    "folder=..."
                 )
 
 
 class Background:
-    """A thread for writing, in the order of `submit`. What it raises is raised by the next `check` or `wait`."""
+    """A writer thread that runs work in order. Its errors are raised by the next `check` or `wait`."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "writer")
@@ -220,42 +220,42 @@ class Background:
         self._submitted.append(self._pool.submit(work))
 
     def check(self) -> None:
-        """Does not wait."""
+        """Raise the error of finished work, without waiting."""
         while self._submitted and self._submitted[0].done():
             self._submitted.popleft().result()
 
     def wait(self) -> None:
-        """Waits until all is done."""
+        """Wait for all submitted work."""
         while self._submitted:
             self._submitted.popleft().result()
 
 
 def refuse_another_shape(checkpoint: Path, shape: Shape) -> None:
-    """Weights may fit a model that computes something else: other heads, windows, thetas. Raises DetourError."""
-    there = Shape.of(Source(str(checkpoint)).config(), str(checkpoint))
+    """Raise DetourError if the start model changed its heads, windows or thetas, which the weights would still fit."""
+    saved = Shape.of(Source(str(checkpoint)).config(), str(checkpoint))
     for name in (field.name for field in fields(Shape) if field.name not in ("max_positions", "initializer_range")):
-        before, now = getattr(there, name), getattr(shape, name)
+        before, now = getattr(saved, name), getattr(shape, name)
         if before != now:
             raise DetourError(
-                f"{checkpoint}: was saved with {name} {before}, and the start model now says {now}; bring back the "
-                "start model that the run began with, or choose another folder=..."
+                f"{checkpoint}: saved with {name} {before}, but the start model now has {now}; restore the original "
+                "start model, or start in another folder=..."
             )
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """Raises DetourError for what is not the state of a run, or is of another version."""
+    """Read run_state.json. Raise DetourError if it is invalid or has another format version."""
     path = checkpoint / huggingface.RUN_STATE
     run_state = huggingface.read_run_state(checkpoint)
-    if run_state.get("format") != FORMAT:
+    if run_state.get("format") != RUN_STATE_FORMAT:
         raise DetourError(
-            f"{checkpoint}: of another version of this project, which does not resume it; start in another "
+            f"{checkpoint}: saved by another version of this project and cannot be resumed; start in another "
             f"folder=... with model.start={checkpoint}"
         )
-    wanted = {"step": int, "tokens": int, "guard": dict, "corpora": dict}
-    wrong = [key for key, kind in wanted.items() if type(run_state.get(key)) is not kind]
-    if wrong or not is_memory(run_state["guard"]):
+    types = {"step": int, "tokens": int, "guard": dict, "corpora": dict}
+    wrong = [key for key, kind in types.items() if type(run_state.get(key)) is not kind]
+    if wrong or not is_guard_state(run_state["guard"]):
         raise DetourError(
-            f"{path}: {wrong[0] if wrong else 'guard'} is not what a run writes there; remove {checkpoint} to go on "
-            "from the checkpoint before it"
+            f"{path}: invalid value of {wrong[0] if wrong else 'guard'}; remove {checkpoint} to resume from the "
+            "previous checkpoint"
         )
     return run_state

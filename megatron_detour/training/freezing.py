@@ -1,4 +1,4 @@
-"""Parts of the model that a phase freezes: no gradients, and neither weights nor Adam's state touched."""
+"""Freeze parts of the model for a phase: no gradients, and neither weights nor Adam states change."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ HEAD = ("head.", "decoder.")
 
 
 class PhasedAdamW(torch.optim.AdamW):
-    """AdamW that leaves out groups flagged `frozen`; gradients are multiplied by `gradient_factor` before.
+    """AdamW that skips groups flagged `frozen` and first multiplies gradients by `gradient_factor`.
 
-    Frozen by a learning rate of zero the moments would go on to decay; without gradients, momentum would go on to
-    move the weights.
+    With a learning rate of zero, moments would keep decaying; without gradients, momentum would keep moving weights.
     """
 
-    gradient_factor: torch.Tensor  # scalar on the device: what clips the gradient
+    gradient_factor: torch.Tensor  # scalar on the device that clips the gradient
 
     def step(self, closure=None):
-        (group,) = self.param_groups  # ZeRO shows one at a time
+        (group,) = self.param_groups  # ZeRO steps one group at a time
         if group["frozen"]:
             return None
         for parameter in group["params"]:
@@ -34,7 +33,7 @@ class PhasedAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Matrices decay, norms and biases do not; parameters that are not frozen in the same phases are apart."""
+    """Group parameters by weight decay (matrices only, not norms and biases) and by the phases that freeze them."""
     frozen = {phase.name: frozen_parameters(model, phase.freeze) for phase in config.phases}
     groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -52,13 +51,13 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 
 
 def frozen_parameters(model: nn.Module, freeze: tuple[str, ...]) -> set[str]:
-    """Names of the parameters of these parts, all of which the model has (see preflight.py)."""
+    """Return the names of the parameters of these parts, all of which the model has (see preflight.py)."""
     prefixes = tuple(prefix for part in freeze for prefix in _prefixes(part))
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
 def freeze(zero: Zero, phase: PlannedPhase) -> None:
-    """Freezes what the phase freezes and thaws all else."""
+    """Freeze the phase's frozen parts and unfreeze all others."""
     for group in zero.groups:
         group.options["frozen"] = phase.name in group.options["frozen_in"]
         for _, parameter, _ in group.parameters:

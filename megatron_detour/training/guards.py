@@ -1,4 +1,4 @@
-"""Steps that went wrong: a loss or gradient that is NaN or infinite, or far above those of the steps before."""
+"""Detect bad steps: a loss or gradient norm that is NaN, infinite, or far above those of previous steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_detour.config.schema import Guards
 KINDS = ("loss", "gradient norm")
 
 
-def is_memory(value: Any) -> bool:
-    """Whether `value` is what Guard.to_dict gives."""
+def is_guard_state(value: Any) -> bool:
+    """Return whether `value` has the form of Guard.to_dict()."""
     recent = value.get("recent") if isinstance(value, dict) else None
     if not isinstance(recent, dict) or type(value.get("skipped_in_row")) is not int or set(recent) != set(KINDS):
         return False
@@ -23,19 +23,19 @@ def is_memory(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a step, and whether its update is left out."""
+    """What is wrong with a step, and whether to skip its update."""
 
     fault: str | None = None
     skip: bool = False
 
 
 def not_finite(figures: dict[str, float]) -> list[str]:
-    """The figures that are NaN or infinite."""
+    """Return the names of metrics that are NaN or infinite."""
     return [name for name, value in figures.items() if not math.isfinite(value)]
 
 
 class Guard:
-    """Judges steps in their order. What it remembers goes with checkpoints, so that a resumed run judges alike."""
+    """Judges steps in order. Its state is saved in checkpoints, so a resumed run reaches the same verdicts."""
 
     def __init__(self, settings: Guards) -> None:
         self.settings = settings
@@ -44,11 +44,11 @@ class Guard:
         self.begin_phase()
 
     def begin_phase(self) -> None:
-        """Losses of different objectives do not compare."""
+        """Forget previous steps: losses of different objectives are not comparable."""
         self._recent = {kind: deque(maxlen=self.settings.window) for kind in KINDS}
 
     def judge(self, loss: float, norm: float) -> Verdict:
-        """The verdict on a step with this loss and gradient norm; -1 and inf are DeepSpeed's words for NaN."""
+        """Return the verdict on a step's loss and gradient norm; DeepSpeed reports a NaN norm as -1 or inf."""
         figures = {"loss": loss, "gradient norm": norm}
         for kind, value in figures.items():
             if not math.isfinite(value) or value < 0:
@@ -61,7 +61,7 @@ class Guard:
         return Verdict()
 
     def remember(self, loss: float, norm: float, verdict: Verdict) -> None:
-        """A spike counts as well: what stays high is soon no spike."""
+        """Add a step to the window. Spikes count too, so that a lasting new level stops being one."""
         self.skipped_in_row = self.skipped_in_row + 1 if verdict.skip else 0
         if all(map(math.isfinite, (loss, norm))) and norm >= 0:
             self._recent["loss"].append(loss)
@@ -74,9 +74,9 @@ class Guard:
     def to_dict(self) -> dict[str, Any]:
         return {"skipped_in_row": self.skipped_in_row, "recent": {kind: [*v] for kind, v in self._recent.items()}}
 
-    def restore(self, remembered: dict[str, Any]) -> None:
-        self.skipped_in_row = remembered["skipped_in_row"]
-        for kind, values in remembered["recent"].items():
+    def restore(self, state: dict[str, Any]) -> None:
+        self.skipped_in_row = state["skipped_in_row"]
+        for kind, values in state["recent"].items():
             self._recent[kind].extend(values)
 
     def _spike(self, kind: str, value: float) -> str | None:

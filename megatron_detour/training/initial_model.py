@@ -1,4 +1,4 @@
-"""What a run starts from: the configuration, and where weights and tokenizer come from."""
+"""The model that a run starts from: its configuration, and the sources of weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InitialModel:
 
     @classmethod
     def of(cls, checked: Preflight) -> InitialModel:
-        """Raises DetourError with all that was found wrong."""
+        """Raise DetourError with all faults of the preflight check."""
         model = checked.refuse().model
         weights = Source(model.start, model.download) if model.start else None
         config = weights.config() if weights else fresh_config(model.config, checked.vocabulary)
@@ -39,7 +39,7 @@ class InitialModel:
 
 
 def _fetched(tokenizer: Source) -> Source:
-    """The same tokenizer with its small files fetched: checkpoints copy them from the local cache."""
+    """Fetch the tokenizer's small files, which checkpoints copy from the local cache."""
     if not Path(tokenizer.name).exists():
         for name in TOKENIZER_FILES:
             tokenizer.has(name)

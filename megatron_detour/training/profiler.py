@@ -1,4 +1,4 @@
-"""A window of steps under torch's profiler, as the run file's `profile` asks: one Chrome trace per rank."""
+"""Profile a window of steps, set by the run file's `profile`, with torch's profiler: one Chrome trace per rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Records the steps of `profile.steps`, both ends included; a session that begins or ends inside has a part."""
+    """Records `profile.steps`, both ends included; a session that begins or ends inside records its part."""
 
     def __init__(self, run: Run) -> None:
         self._steps = run.config.profile.steps if run.config.profile else (0, 0)
@@ -29,7 +29,7 @@ class Profiler:
             self._recording.start()
 
     def after(self, step: Step, is_last: bool) -> None:
-        """`is_last`: no step of this session follows."""
+        """Write the trace after the last step of the window, or of the session (`is_last`)."""
         if self._recording is None or (step.number < self._steps[1] and not is_last):
             return
         self._recording.stop()

@@ -1,6 +1,6 @@
-"""What the first rank writes and shows of a session: figures, progress, environment.json and the report.
+"""Metrics, progress, environment.json and the report of a session, written by the first rank.
 
-Every rank calls it; on the others nothing happens.
+Every rank calls the same methods; on the others they do nothing.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from megatron_detour.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-AWAY = "a disk that was away"
-REPORT_SECONDS = 10.0  # that a session which has to stop gives its report
+AWAY = "disk unavailable"
+REPORT_SECONDS = 10.0  # that a preempted session waits for its report
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -58,39 +58,39 @@ class Recorder:
 
     @contextmanager
     def own_folder(self) -> Iterator[None]:
-        """Keeps other runs out of the folder, and notes there how the session ended."""
+        """Lock the run directory, and record there how the session ended."""
         run = self.run
         if not run.parallel.is_first:
             yield
             return
         run.folder.mkdir(parents=True, exist_ok=True)
         with RunLock(run.folder):
-            refuse_another_run(run.folder, run.config)  # another may have begun since the start looked
+            refuse_another_run(run.folder, run.config)  # another run may have started since preflight
             for line in changed_settings(run.folder, run.config):
                 logger.info("%s", line)
             claim(run.folder, run.config, run.plan)
             try:
                 yield
             except BaseException as error:
-                with suppress(Exception):  # the first fault is the one to report
+                with suppress(Exception):  # report the first error
                     self.checkpoints.wait()
-                how = f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C"
+                reason = f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C"
                 if is_transient(error) and self.checkpoints.has_saved:
-                    error.restart = True  # else the next session would end in the same place
-                    how = f"{AWAY}: {error}"
+                    error.restart = True  # without progress, the next session would fail at the same step
+                    reason = f"{AWAY}: {error}"
                 with suppress(Exception):
-                    self._note(ended=how)
+                    self._note(ended=reason)
                 raise
 
     def note_end(self, verdict: Verdict) -> None:
-        """Another rank has failed, after which no work was saved, unless this one was at its end already."""
+        """Record that another rank failed, unless this session had already ended."""
         if not self._ended:
             with suppress(Exception):
                 self._note(ended=f"{AWAY if verdict.restart else 'error'}: {verdict}")
 
     @contextmanager
     def open(self, tokens: int, validation: Validation | None) -> Iterator[None]:
-        """Describes the session, which goes on from `tokens` consumed, and takes its figures while it is open."""
+        """Describe the session, which resumes after `tokens` tokens, and record its metrics while open."""
         with ExitStack() as stack:
             if self.run.parallel.is_first:
                 self._describe(tokens, validation)
@@ -98,32 +98,32 @@ class Recorder:
             yield
 
     def record(self, figures: dict[str, Any]) -> None:
-        """Takes what a step did, or a validation before the first one."""
+        """Write the metrics of a step, or of the validation before step 1."""
         for sink in self._sinks:
             sink.write(figures)
         if self._progress:
             self._progress.show(figures)
 
     def write_report(self) -> Future[Path | None] | None:
-        """Writes the report beside training."""
+        """Write the report in the background."""
         return self._reports.submit(self._write_report) if self.run.parallel.is_first else None
 
     def finish(self, finished: bool) -> None:
-        """Says and notes how the session ended; `finished`: at the end of the plan."""
+        """Log and record how the session ended; `finished`: the end of the plan was reached."""
         run, final = self.run, self.checkpoints.path(self.run.plan.total_steps)
         if not run.parallel.is_first:
             return
-        why = run.preemption.reason() or "a request to another rank"
-        self._note(ended="finished" if finished else why)
+        reason = run.preemption.reason() or "a request to another rank"
+        self._note(ended="finished" if finished else reason)
         self._ended = True
         if finished:
             logger.info("model    %s", final)
         else:
             logger.info(
-                "stopped by %s: saved, and the same command goes on from there (exit status %d)", why, EXIT_INTERRUPTED
+                "stopped by %s: saved; run the same command to resume (exit status %d)", reason, EXIT_INTERRUPTED
             )
         report = self.write_report()
-        with suppress(TimeoutError):  # who has asked to stop does not wait for long
+        with suppress(TimeoutError):  # a preempted job has little time left
             report = report.result(None if finished else REPORT_SECONDS)
         logger.info("report   %s", report if isinstance(report, Path) else "not written")
         logger.info("metrics  %s", run.folder / METRICS)
@@ -135,7 +135,7 @@ class Recorder:
         done = run.plan.at(tokens).number - 1
         metrics = MetricsFile(run.folder / METRICS, done if done else -1)
         if metrics.missing:
-            logger.warning("%s has no figures of steps %s; the report lacks them", metrics.path, metrics.missing)
+            logger.warning("%s has no metrics for steps %s; the report omits them", metrics.path, metrics.missing)
             self._note(missing_steps=metrics.missing)
         self._sinks = [metrics]
         if config.tensorboard:
@@ -149,7 +149,7 @@ class Recorder:
         stack.enter_context(shown_by(self._progress.say))
 
     def _describe(self, tokens: int, validation: Validation | None) -> None:
-        """Adds this session to environment.json, with what it runs on and what it reads."""
+        """Add this session to environment.json: hardware, versions and corpora."""
         run, gpu = self.run, self.run.device.type == "cuda"
         logger.info("%s", run.choice)
         predicted = forecast(
@@ -174,13 +174,13 @@ class Recorder:
     def _write_report(self) -> Path | None:
         try:
             return write_report(self.run.folder)
-        except Exception as error:  # a font, a full disk: no reason to end a run
+        except Exception as error:  # a missing font or a full disk must not end a run
             logger.warning("no report: %s: %s", type(error).__name__, error)
             return None
 
 
 def session_facts(run: Run, step: int) -> dict[str, Any]:
-    """What a session that begins after `step` runs on, for environment.json."""
+    """Return the hardware and backends of a session that begins after `step`, for environment.json."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "step": step,
@@ -197,7 +197,7 @@ def session_facts(run: Run, step: int) -> dict[str, Any]:
 
 
 def run_facts(run: Run, validation: Validation | None) -> dict[str, Any]:
-    """What a run trains and reads, and with which versions, for environment.json."""
+    """Return the model, corpora and versions of a run, for environment.json."""
     first = run.data.spans[0]
     corpora: dict[str, dict[str, Any]] = {}
     for span in run.data.spans:

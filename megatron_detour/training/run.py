@@ -1,4 +1,4 @@
-"""What one session of a run works with. A run is one session, or several when it was interrupted."""
+"""The state of one session of a run. An interrupted run has several sessions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_detour.training.initial_model import InitialModel
 
 @dataclass(frozen=True)
 class Run:
-    """Every rank has its own, and all but `parallel`, `device` and `preemption` say the same on each of them."""
+    """Created by each rank; only `parallel`, `device` and `preemption` differ between ranks."""
 
     config: RunConfig
     plan: Plan

@@ -1,6 +1,6 @@
-"""A session of a run from top to bottom. What a step does follows from the tokens consumed; what it did is one record.
+"""The training loop. Each step is a function of the tokens consumed, and writes one metrics record.
 
-`run_training` sets up a `Run`; `Trainer.train` goes from the newest checkpoint to the end of the plan.
+`run_training` sets up a `Run`; `Trainer.train` trains from the newest checkpoint to the end of the plan.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from megatron_detour.training.recorder import REPORT_SECONDS, Recorder
 from megatron_detour.training.run import Run
 from megatron_detour.training.validation import Validation
 
-REPLICA_STEPS = 100  # between checks of the parameters that every tensor rank holds whole
-COLLECT_STEPS = 100  # between garbage collections
+REPLICA_CHECK_STEPS = 100  # between checks that replicated parameters are equal on all tensor-parallel ranks
+GC_STEPS = 100  # between garbage collections
 
 
 def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemption) -> int:
-    """Trains from the newest whole checkpoint of `folder`, or from the start, to the end of the plan or preemption.
+    """Train from the newest intact checkpoint of `folder`, or from the start model, to the end of the plan.
 
-    Returns the exit status: 0 at the end, EXIT_INTERRUPTED where it was asked to stop before. Raises DetourError.
+    Return the exit status: 0 at the end of the plan, EXIT_INTERRUPTED when preempted. Raise DetourError.
     """
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     initial = InitialModel.of(preflight(config, plan, ranks, owns_folder=rank == 0))
@@ -82,48 +82,45 @@ def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemp
 
 
 class Trainer:
-    """Every rank has one, and all of them do the same at the same step."""
+    """Trains one session of a run. All ranks call the same methods at the same step."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.zero, self.guard = run, run.zero, Guard(run.config.guards)
         self.checkpoints = Checkpoints(run, self.guard)
         self.recorder = Recorder(run, self.checkpoints)
         self.validation = Validation(run) if run.config.validation.corpora else None
-        self._slowest = 0.0  # seconds from record to record
+        self._slowest_step = 0.0  # seconds between two records
 
     def train(self) -> bool:
-        """Returns whether the end of the plan was reached; otherwise the run was asked to stop, and has saved."""
+        """Return True at the end of the plan, False if the run was preempted and saved a checkpoint."""
         tokens = self.checkpoints.restore()
         finished = True
         if tokens < self.run.plan.total_tokens:
             self.checkpoints.refuse_full_disk()
             with self.recorder.open(tokens, self.validation):
                 if tokens == 0:
-                    self._begin()
+                    self._step_zero()
                 self.checkpoints.prepare()
-                with collected_by_hand():
+                with manual_garbage_collection():
                     finished = self._train_from(tokens)
                 self.checkpoints.wait()
         self.recorder.finish(finished)
         return finished
 
-    def _begin(self) -> None:
-        """Step 0: the figures before training, and a checkpoint where no folder holds these weights yet."""
+    def _step_zero(self) -> None:
+        """Validate before training, and save a checkpoint of freshly initialized weights."""
         if self.validation:
             figures = self.validation(self.zero.module)
             wrong = not_finite(figures)
             self.recorder.record({"step": 0, "tokens": 0} | figures | dict.fromkeys(wrong))
             if wrong:
-                raise DetourError(f"model.start: {wrong[0]} is NaN or infinite before any training; start from another")
+                raise DetourError(f"model.start: {wrong[0]} is NaN or infinite before training; choose another model")
         if self.run.initial.weights is None:
             self.checkpoints.save(None)
 
     def _train_from(self, tokens: int) -> bool:
-        """The loop. Returns whether the end of the plan was reached.
-
-        Raises DetourError when too many steps in a row had to be skipped.
-        """
-        plan, due = self.run.plan, self.run.config.checkpoint
+        """Run the loop; return as `train` does. Raise DetourError after too many skipped steps in a row."""
+        plan, settings = self.run.plan, self.run.config.checkpoint
         phase, profiler, recorded_at = None, Profiler(self.run), time.monotonic()
         for step, batch, waited in self._steps(tokens):
             if step.phase is not phase:
@@ -147,26 +144,26 @@ class Trainer:
             self._reserve_time(now - recorded_at)
             recorded_at = now
             profiler.after(step, is_last=stop or step.tokens == plan.total_tokens)
-            self._refuse_to_go_on(step, figures, wrong)
-            saves = stop or step.ends_phase or step.passes(due.every) or step.passes(due.keep_every)
+            self._check_health(step, figures, wrong)
+            saves = stop or step.ends_phase or step.passes(settings.every) or step.passes(settings.keep_every)
             if saves:
                 self.checkpoints.save(step)
                 if step.ends_phase and step.number < plan.total_steps:
                     self.recorder.write_report()
-            if saves or validates or step.number % COLLECT_STEPS == 0:
+            if saves or validates or step.number % GC_STEPS == 0:
                 gc.collect()
             if stop:
                 return step.tokens == plan.total_tokens
         return True
 
     def train_step(self, step: Step, batch: RankBatch) -> tuple[dict[str, Any], bool]:
-        """One optimizer step: the mean loss over all labeled positions of all ranks goes down its gradient.
+        """Take one optimizer step on the mean loss over the labeled positions of all ranks.
 
-        Returns what it did, and whether a rank has been asked to stop.
+        Return the step's metrics, and whether any rank was asked to stop.
         """
         counts = self._sum_over_ranks(batch, Frozen.of(step.phase.settings.freeze))
-        # ZeRO averages over the ranks, which is undone, so that the update does not depend on how the labeled
-        # positions fall on them.
+        # ZeRO averages gradients over ranks. Undo that, so that the update does not depend on how the labeled
+        # positions are distributed.
         scale = self.run.parallel.data_size / counts[1].clamp(min=1).double()
         self.zero.set_learning_rate(step.learning_rate)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.run.device)
@@ -201,29 +198,27 @@ class Trainer:
         return figures, stop
 
     def _sum_over_ranks(self, batch: RankBatch, frozen: Frozen) -> torch.Tensor:
-        """Tokens, labeled positions, padding, checksum and floating-point operations of all data-parallel ranks.
-
-        int64 [5], on the device.
-        """
+        """Return tokens, labeled positions, padding, checksum and FLOPs of all data-parallel ranks, int64 [5]."""
         flops = sum(
             training_flops(self.run.initial.shape, micro.lengths, micro.causal, len(micro.labels), frozen)
             for micro in batch.micro_batches
         )
-        mine = torch.tensor([batch.tokens, batch.labelled, batch.padding, batch.crc, flops])
-        if self.run.device.type == "cuda":  # out of pinned memory, as any other copy would be waited for
-            mine = mine.pin_memory().to(self.run.device, non_blocking=True)
-        dist.all_reduce(mine, group=self.run.parallel.data_group)
-        return mine
+        counts = torch.tensor([batch.tokens, batch.labelled, batch.padding, batch.crc, flops])
+        if self.run.device.type == "cuda":  # only copies from pinned memory are asynchronous
+            counts = counts.pin_memory().to(self.run.device, non_blocking=True)
+        dist.all_reduce(counts, group=self.run.parallel.data_group)
+        return counts
 
     def _read(
         self, counts: torch.Tensor, loss_sum: torch.Tensor, norm: torch.Tensor
     ) -> tuple[list[int], float, float, bool]:
-        """Counts, sum of the losses and norm, the same bits on every rank, and whether any rank is to stop.
+        """Return counts, loss sum and gradient norm, bit-identical on all ranks, and whether any rank must stop.
 
-        Here a step waits for the device, once: the guard has to know loss and norm before the optimizer steps.
+        This is a step's only host synchronization: the guard needs loss and norm before the optimizer steps.
         """
-        mine = loss_sum if self.run.parallel.tensor_rank == 0 else torch.zeros_like(loss_sum)
-        sums = torch.stack([mine, torch.full_like(mine, float(self.run.preemption.reason() is not None))])
+        local_loss = loss_sum if self.run.parallel.tensor_rank == 0 else torch.zeros_like(loss_sum)
+        must_stop = torch.full_like(local_loss, float(self.run.preemption.reason() is not None))
+        sums = torch.stack([local_loss, must_stop])
         dist.all_reduce(sums)
         figures = torch.cat([sums, norm.double().view(1)])
         host = torch.cat([counts, figures.view(torch.int64)]).cpu().numpy()
@@ -231,49 +226,52 @@ class Trainer:
         return host[: len(counts)].tolist(), loss, norm_value, stop > 0
 
     def _enter(self, step: Step) -> None:
-        """What changes with the phase: a run that is resumed inside it enters it again."""
+        """Apply the settings of the step's phase. A run resumed inside a phase enters it again."""
         freeze(self.zero, step.phase)
         if step.begins_phase:
             self.guard.begin_phase()
             if step.phase.settings.optimizer_state == "reset":
                 reset_optimizer_state(self.zero)
 
-    def _refuse_to_go_on(self, step: Step, figures: dict[str, Any], wrong: list[str]) -> None:
-        """`wrong` are validation's figures that are NaN or infinite: such weights do not replace good checkpoints."""
+    def _check_health(self, step: Step, figures: dict[str, Any], wrong: list[str]) -> None:
+        """Raise DetourError before bad weights replace good checkpoints.
+
+        wrong: names of validation metrics that are NaN or infinite.
+        """
         if wrong:
             self.checkpoints.inspect(step, figures)
             raise DetourError(
                 f"validation after step {step.number} of phase {step.phase.name}: {wrong[0]} is NaN or infinite; "
-                "nothing was saved since the last checkpoint: look at the folder inspect/ and the metrics, lower the "
-                "learning rate and start in another folder=..."
+                "nothing was saved since the last checkpoint: check inspect/ and the metrics, lower the learning rate "
+                "and start in another folder=..."
             )
         if self.guard.out_of_patience:
             self.checkpoints.inspect(step, figures)
             raise DetourError(
                 f"{self.guard.skipped_in_row} steps in a row were skipped, the last one, step {step.number} of phase "
-                f"{step.phase.name}, because {figures['skipped']}; nothing was saved since the last checkpoint: look "
-                "at the folder inspect/ and the metrics, lower the learning rate and start in another folder=..."
+                f"{step.phase.name}, because {figures['skipped']}; nothing was saved since the last checkpoint: check "
+                "inspect/ and the metrics, lower the learning rate and start in another folder=..."
             )
-        if step.number % REPLICA_STEPS == 0:
+        if step.number % REPLICA_CHECK_STEPS == 0:
             whole = {name: p for name, p in self.zero.module.named_parameters() if spec_of(p) is None}
             refuse_unequal_replicas(whole, self.run.parallel)
 
     def _reserve_time(self, seconds: float) -> None:
-        """Before a time limit there must be room for a step, with a validation perhaps, and for saving."""
-        self._slowest = max(self._slowest, seconds)
-        self.run.preemption.reserve_seconds(1.5 * (self._slowest + self.checkpoints.seconds) + REPORT_SECONDS)
+        """Reserve time before the time limit for the slowest step so far, validation included, and for a save."""
+        self._slowest_step = max(self._slowest_step, seconds)
+        self.run.preemption.reserve_seconds(1.5 * (self._slowest_step + self.checkpoints.seconds) + REPORT_SECONDS)
 
     def _steps(self, tokens: int) -> Iterator[tuple[Step, RankBatch, float]]:
-        """Steps with their batches, each made while the one before trains, and the seconds that it was waited for."""
+        """Yield steps with their batches, each prefetched during the previous step, and the seconds spent waiting."""
         plan = self.run.plan
         with ThreadPoolExecutor(1, "batches") as pool:
-            coming = pool.submit(self._load, plan.at(tokens)) if tokens < plan.total_tokens else None
-            while coming is not None:
+            upcoming = pool.submit(self._load, plan.at(tokens)) if tokens < plan.total_tokens else None
+            while upcoming is not None:
                 started = time.perf_counter()
-                step, batch = coming.result()
+                step, batch = upcoming.result()
                 waited = time.perf_counter() - started
                 more = step.tokens < plan.total_tokens
-                coming = pool.submit(self._load, plan.at(step.tokens)) if more else None
+                upcoming = pool.submit(self._load, plan.at(step.tokens)) if more else None
                 yield step, batch, waited
 
     def _load(self, step: Step) -> tuple[Step, RankBatch]:
@@ -281,11 +279,15 @@ class Trainer:
         objective = step.objective.bind(run.initial.vocabulary, run.initial.words)
         mixture = run.data.of(phase)
         micro_tokens = phase.micro_sequences * phase.sequence_length
-        mine, of = rank_micro_batches(step.tokens - step.start, micro_tokens, parallel.data_rank, parallel.data_size)
+        numbers, total = rank_micro_batches(
+            step.tokens - step.start, micro_tokens, parallel.data_rank, parallel.data_size
+        )
 
         def read() -> RankBatch:
             documents = mixture.documents(step.start, step.tokens)
-            return rank_batch(mixture, documents, mine, of, objective, run.config.seed, parallel.sequence_multiple)
+            return rank_batch(
+                mixture, documents, numbers, total, objective, run.config.seed, parallel.sequence_multiple
+            )
 
         return step, retry(read)
 
@@ -295,15 +297,15 @@ class Trainer:
             "seconds": seconds,
             "model_tflops": flops / seconds / 1e12,
         }
-        share = utilisation(flops / seconds, self.run.device, next(self.zero.module.parameters()).dtype)
-        return speed if share is None else speed | {"mfu": share}
+        mfu = utilisation(flops / seconds, self.run.device, next(self.zero.module.parameters()).dtype)
+        return speed if mfu is None else speed | {"mfu": mfu}
 
 
 @contextmanager
-def collected_by_hand() -> Iterator[None]:
-    """Without Python's garbage collector, which would stop one rank at a time, and all others with it."""
+def manual_garbage_collection() -> Iterator[None]:
+    """Disable automatic garbage collection, which would stall one rank at a time, and all others with it."""
     gc.collect()
-    gc.freeze()  # what is there stays for the run: collections need not look at it
+    gc.freeze()  # objects that exist now live as long as the run
     gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Held-out loss under masks that never change: the same tokens in every phase, every run and on any number of ranks."""
+"""Held-out loss under fixed masks: the same tokens in every phase, in every run and on any number of ranks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megatron_detour.objectives import KINDS, REFERENCE, Corruption
 from megatron_detour.tokenizer.token_bytes import byte_lengths
 from megatron_detour.training.run import Run
 
-UNIGRAM_TOKENS = 20_000_000  # read of each corpus for its unigram distribution
+UNIGRAM_TOKENS = 20_000_000  # sampled from each corpus for its unigram distribution
 
 
 class Validation:
-    """The documents of the first `validation.sequences` times a sequence's tokens, masked under `validation.seed`."""
+    """Documents of the first `validation.sequences` x `data.sequence_length` tokens, masked by `validation.seed`."""
 
     def __init__(self, run: Run) -> None:
         config, vocabulary = run.config, run.initial.vocabulary
@@ -40,22 +40,24 @@ class Validation:
         self.by_corpus = {name: self.documents[self.documents.corpora == i] for i, name in enumerate(names)}
 
     def __call__(self, model: ModernBert) -> dict[str, float]:
-        """Losses in nats a labelled token, bits a byte of them, the share of masked tokens restored; over all corpora,
-        and KEY/NAME for each where there are several. Every rank must call it."""
+        """Return losses (nats per labeled token), bits per byte and masked accuracy over all corpora.
+
+        With several corpora there is also KEY/NAME for each. Every rank must call it.
+        """
         figures: dict[str, float] = {}
         model.eval()
         for name, objective in self.objectives.items():
             sums = {corpus: self._sums(model, objective, texts) for corpus, texts in self.by_corpus.items()}
             figures |= _figures(name, sum(sums.values()), "")
             if len(sums) > 1:
-                for corpus, of_corpus in sums.items():
-                    figures |= _figures(name, of_corpus, f"/{corpus}")
+                for corpus, corpus_sums in sums.items():
+                    figures |= _figures(name, corpus_sums, f"/{corpus}")
         model.train()
         return figures
 
     @torch.no_grad()
     def _sums(self, model: ModernBert, objective: Corruption, documents: Documents) -> np.ndarray:
-        """Of these documents: loss, right answers, labelled tokens and their bytes, float64 [4]."""
+        """Return the sums of loss, correct predictions, labeled tokens and their bytes, float64 [4]."""
         totals, state = torch.zeros(4, dtype=torch.float64, device=self.device), self.state
         tokens = int(documents.lengths.sum())
         mine, of = rank_micro_batches(tokens, self.micro_tokens, state.data_rank, state.data_size)
@@ -69,10 +71,9 @@ class Validation:
         return totals.cpu().numpy()
 
     def unigram_loss(self, training: DocumentMixture, weights: list[float]) -> float:
-        """Loss in nats, on the masked tokens, of always answering with the training corpora's token frequencies.
+        """Return the loss, in nats per masked token, of the training corpora's unigram distribution.
 
-        The distribution covers ordinary tokens only, with one count added to each; it is the floor of a model that has
-        learned nothing of context.
+        It covers ordinary tokens only, with add-one smoothing: the best loss without context.
         """
         frequencies = np.zeros(training.vocabulary.size)
         for corpus, weight in zip(training.corpora, weights, strict=True):
@@ -98,7 +99,7 @@ def _figures(objective: str, sums: Any, suffix: str) -> dict[str, float]:
 
 
 def _names(prefixes: list[str]) -> list[str]:
-    """The shortest ends of the prefixes' paths that tell them apart."""
+    """Return the shortest suffixes of the prefixes' paths that are unique."""
     parts = [Path(prefix).parts for prefix in prefixes]
     longest = max(map(len, parts))
     for length in range(1, longest + 1):

@@ -100,7 +100,7 @@ def test_weights_of_other_sizes(run_file, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 64}))
     (model,) = by_what(doctor.items(str(run_file), []))["model"]
     assert model.state == FAULT
-    assert "mlp.Wi.weight is (96, 32) where the configuration means (128, 32)" in model.text
+    assert "mlp.Wi.weight has size (96, 32), but config.json implies (128, 32)" in model.text
 
 
 def test_a_damaged_corpus(run_file, corpus, tmp_path):

@@ -25,7 +25,7 @@ def test_the_module_is_the_command():
     done = call("--version")
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
     done = call("plan", "nowhere.yaml")
-    assert (done.returncode, done.stderr) == (1, "error: nowhere.yaml: there is no such run file, and no such recipe\n")
+    assert (done.returncode, done.stderr) == (1, "error: nowhere.yaml: no such run file or recipe\n")
 
 
 def test_the_console_script_is_the_same():

@@ -152,7 +152,7 @@ def check_faults(faults: list[str], expected: list[tuple[str, str, str]]) -> Non
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["phases.decay.mask_rate=0.7"], "phases.decay.mask_rate: 0.7 lies outside"),
+        (["phases.decay.mask_rate=0.7"], "phases.decay.mask_rate: 0.7 is outside"),
         (["phases.detour.learning_rate.warmup=6 steps"], "6,144 tokens are 75% of the phase's 8,192"),
         (["phases.decay.learning_rate={peak: 1.0e-3}"], "phases.decay.learning_rate: stays at 0.001"),
         (["phases.decay.objective=clm", "phases.decay.mask_rate=null"], "phases: the last one, decay, trains CLM"),
@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_told_what_to_change_first(capsys, monkeypatch, tmp
         (["plan", "x.yaml", "--mfu", "35"], "--mfu: a share between 0 and 1 is needed, it is 35"),
         (["plan", "x.yaml", "--rate", "fast"], "--rate: a number above 0 is needed"),
         (["plan", "x.yaml", "--rate", "5", "--mfu", "0.3"], "not allowed with"),
-        (["plan", "nowhere.yaml"], "nowhere.yaml: there is no such run file"),
+        (["plan", "nowhere.yaml"], "nowhere.yaml: no such run file"),
         (["paln"], "invalid choice"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_session_asks_to_be_started_again_where_the_next_one_gets_further(reco
 @pytest.mark.parametrize(
     ("again", "at_its_end", "how"),
     [
-        (True, False, "a disk that was away: rank 3 on n has"),
+        (True, False, "disk unavailable: rank 3 on n has"),
         (False, False, "error: rank 3 on n has"),
         (True, True, "75"),
     ],
@@ -151,10 +151,7 @@ def test_a_session_that_has_to_stop_says_that_it_has_saved_before_its_report(rec
     monkeypatch.setattr(module, "REPORT_SECONDS", 0.5)
     recorder.finish(finished=False)
     assert "report   not written" in capsys.readouterr().out  # and not waited for
-    assert (
-        f"stopped by SIGTERM: saved, and the same command goes on from there (exit status {EXIT_INTERRUPTED})"
-        in (asked[0])
-    )
+    assert f"stopped by SIGTERM: saved; run the same command to resume (exit status {EXIT_INTERRUPTED})" in (asked[0])
     assert ended(recorder.run.folder) == "SIGTERM"
     gate.set()
     monkeypatch.setattr(module, "REPORT_SECONDS", 60)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_detour.plan import Plan
-from megatron_detour.training.trainer import collected_by_hand
+from megatron_detour.training.trainer import manual_garbage_collection
 from tests.harness import run_ranks
 from tests.models import tiny
 from tests.training.test_zero2 import microbatches, run_config
@@ -95,7 +95,7 @@ def test_the_very_step_whose_gradient_is_nan_is_left_out(tmp_path):
 
 def test_the_collector_is_off_in_the_loop_and_on_again_after_it():
     before = gc.get_freeze_count()
-    with pytest.raises(KeyError), collected_by_hand():
+    with pytest.raises(KeyError), manual_garbage_collection():
         assert not gc.isenabled() and gc.get_freeze_count() > before
         raise KeyError
     assert gc.isenabled() and gc.get_freeze_count() == 0

@@ -171,7 +171,7 @@ def test_a_disk_that_stays_away_ends_a_run_that_goes_on_where_it_has_saved(whole
         assert "Traceback" not in told
     assert started(folder, run_file, Setup()).wait() == [0]
     ended = [s["ended"].partition(": ")[0] for s in json.loads((folder / "environment.json").read_text())["sessions"]]
-    assert ended == ["error", "a disk that was away", "error", "finished"]
+    assert ended == ["error", "disk unavailable", "error", "finished"]
     assert_same_run(folder, whole)
 
 
@@ -182,7 +182,7 @@ def test_a_disk_that_stays_away_from_another_rank_ends_the_run_in_the_same_way(r
     assert session.wait() == [EXIT_INTERRUPTED] * 2, session.output()[-3000:]
     assert "run the same command again to resume from the last checkpoint" in session.output()
     noted = json.loads((folder / "environment.json").read_text())["sessions"][-1]
-    assert noted["ended"].startswith("a disk that was away: rank 1 on ")
+    assert noted["ended"].startswith("disk unavailable: rank 1 on ")
     assert noted["saved"] >= INTERVAL
 
 
@@ -209,7 +209,7 @@ def test_a_run_goes_on_with_its_corpus_elsewhere_and_its_tokenizer_gone(whole, c
     session = started(folder, run_file, Setup(), *read_from("b"))
     assert session.wait() == [0], session.output()[-3000:]
     assert f"was '{tmp_path / 'a/corpus'}' and is '{tmp_path / 'b/corpus'}'; the same content" in session.output()
-    assert "stands in for it" in session.output()
+    assert "no longer exists; using" in session.output()
     assert_same_run(folder, whole)
 
 
@@ -226,5 +226,5 @@ def test_a_checkpoint_of_another_version_is_not_resumed(whole, run_file, tmp_pat
     (folder / "environment.json").write_text(json.dumps(environment))
     session = started(folder, run_file, Setup())
     assert session.wait() == [1]
-    assert f"error: {newest}: of another version of this project" in session.output()
+    assert f"error: {newest}: saved by another version of this project" in session.output()
     assert "Traceback" not in session.output()

@@ -174,12 +174,12 @@ def test_copies_stay_bit_equal_over_many_steps(tmp_path):
 )
 def test_what_deepspeed_refuses_of_its_file_is_a_sentence(more, told):
     from megatron_detour.errors import DetourError
-    from megatron_detour.training.engine import refuse_unfit
+    from megatron_detour.training.engine import validate_settings
 
     sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    refuse_unfit(sizes | {"zero_optimization": {"stage": 2}}, "ds.json")
+    validate_settings(sizes | {"zero_optimization": {"stage": 2}}, "ds.json")
     with pytest.raises(DetourError, match=rf"ds\.json: DeepSpeed rejects it: .*{told}"):
-        refuse_unfit(sizes | more, "ds.json")
+        validate_settings(sizes | more, "ds.json")
 
 
 @pytest.mark.parametrize(
