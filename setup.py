@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_detour", "megatron_detour.*"]),
     package_data={
-        "megatron_detour": ["recipes/*.yaml", "recipes/*.sh", "ds_configs/*.json"],
+        "megatron_detour": ["recipes/*.yaml", "recipes/*.json", "recipes/*.sh", "ds_configs/*.json"],
         "megatron_detour.observe": ["*.html.j2"],
         "megatron_detour.ui": ["*.html.j2"],
         "megatron_detour.evaluation": ["tasks/*.yaml", "finetuning/protocols/*.yaml", "report/*.html.j2"],

@@ -1,10 +1,9 @@
-"""Ways from JSON lines to ids on the disk, each run in a process of its own: python builders.py '{"builder": ...}'.
+"""Builders of token ids from JSON lines, each run in a separate process: python builders.py '{"builder": ...}'.
 
-A job names the builder, the input (JSON lines with a "text"), the tokenizer.json, an empty folder to write to, and how
-many documents' ids to `show` of what was written. The last line of the output is JSON: the documents and tokens, the
-seconds and the processor's seconds (with those of processes that it started) from the builder's call to the last byte's
-writing, without its imports, and the ids shown. Nothing is imported before it is needed, not even this project: a peer
-may live elsewhere.
+A job specifies the builder, the input (JSON lines with "text"), the tokenizer.json, an empty output folder, and for how
+many documents to `show` ids. The last line of the output is JSON: documents, tokens, wall-clock and CPU seconds
+(including child processes) from the builder's call to its last write, without imports, and the ids shown. Imports are
+lazy, even of this project: a peer may be installed in another environment.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-BATCH_CHARACTERS = 1_000_000  # of the engine alone: as much as our builder reads at once
+BATCH_CHARACTERS = 1_000_000  # for the engine alone: as much as our builder reads at a time
 BATCH_DOCUMENTS = 1_000  # of encode_batch and datasets.map
 
 Result = dict[str, Any]
 
 
 class Clock:
-    """Seconds between `start` and `stop`, all such stretches together."""
+    """Total seconds between `start` and `stop`."""
 
     def __init__(self) -> None:
         self.seconds = self.cpu_seconds = 0.0
@@ -61,9 +60,9 @@ def ours(job: dict[str, Any]) -> Result:
 
 
 def engine(job: dict[str, Any]) -> Result:
-    """The engine of our builder on documents in memory, each seen for the first time; only its own calls are timed.
+    """The engine of our builder on documents in memory, each processed once; only the engine's calls are timed.
 
-    The ids shown are those of the builder's adaptor, which puts special tokens around what sentencepiece gives.
+    The ids shown are those of the builder's adapter, which adds special tokens to sentencepiece's ids.
     """
     from megatron_detour.corpus.engines import ENGINES
 
@@ -95,7 +94,7 @@ def _sentencepiece(tokenizer_file: str) -> tuple[Callable, Callable]:
 
     from megatron_detour.tokenizer import sentencepiece_model as spm
 
-    model = spm.model_of(json.loads(Path(tokenizer_file).read_text(encoding="utf-8")))
+    model = spm.to_model(json.loads(Path(tokenizer_file).read_text(encoding="utf-8")))
     processor = SentencePieceProcessor(model_proto=model)
     return lambda texts: processor.encode(texts, out_type=int, num_threads=1), lambda rows: sum(map(len, rows))
 
@@ -110,7 +109,7 @@ RAW = {"fastokens": _fastokens, "sentencepiece": _sentencepiece, "tokenizers": _
 
 
 def encode_batch(job: dict[str, Any]) -> Result:
-    """The loop that one writes first: lines, Tokenizer.encode_batch, ids into a file."""
+    """The obvious loop: lines, Tokenizer.encode_batch, ids into a file."""
     import numpy as np
     from tokenizers import Tokenizer
 
@@ -134,7 +133,7 @@ def encode_batch(job: dict[str, Any]) -> Result:
 
 
 def datasets(job: dict[str, Any]) -> Result:
-    """datasets: JSON lines, map with the same tokenizer in one process, save_to_disk; nothing out of a cache."""
+    """datasets: JSON lines, map with the same tokenizer in one process, save_to_disk; without caching."""
     from datasets import Dataset, Features, Sequence, Value, disable_caching, disable_progress_bars, load_from_disk
     from tokenizers import Tokenizer
 
@@ -162,7 +161,7 @@ def datasets(job: dict[str, Any]) -> Result:
 
 
 def datatrove(job: dict[str, Any]) -> Result:
-    """datatrove: JsonlReader and DocumentTokenizer, a task in this process, documents in their order."""
+    """datatrove: JsonlReader and DocumentTokenizer, one task in this process, documents in order."""
     import numpy as np
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader

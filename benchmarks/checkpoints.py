@@ -1,4 +1,4 @@
-"""How long a checkpoint keeps training waiting, beside DeepSpeed's own, which is written while training waits."""
+"""How long a checkpoint blocks training, compared with DeepSpeed's, which blocks training while it is written."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_command(commands: Any) -> None:
     """Adds `checkpoint` to the subcommands of an argument parser."""
     parser = commands.add_parser(
         "checkpoint",
-        help="how long saving keeps training waiting, and DeepSpeed's own saving",
+        help="how long saving a checkpoint blocks training, compared with DeepSpeed",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--size", choices=SIZES, default="large", help="of the model")
@@ -55,14 +55,14 @@ def add_command(commands: Any) -> None:
 
 
 def measure(settings: Settings) -> list[tuple[str, str]]:
-    """Rows of a title and a figure. Raises DetourError where the folder has no room."""
+    """Return rows of a title and a figure. Raises DetourError if the disk is too small."""
     zero = _zero(settings)
     size = 12 * sum(torch.Size(s).numel() for s in zero.module.full_sizes().values())
     settings.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(settings.folder).free
     if free < 2.5 * size:
         raise DetourError(
-            f"--folder {settings.folder}: {free / 1e9:.1f} GB are free, {2.5 * size / 1e9:.1f} are needed"
+            f"--folder {settings.folder}: {free / 1e9:.1f} GB are free, but {2.5 * size / 1e9:.1f} GB are required"
         )
     process, before = psutil.Process(), psutil.Process().memory_info().rss
     rows = [("checkpoint", f"{size / 1e9:.2f} GB"), ("process before", f"{before / 1e9:.2f} GB")]
@@ -77,7 +77,7 @@ def measure(settings: Settings) -> list[tuple[str, str]]:
             stalls.append(time.perf_counter() - began)
             background.wait()
             writes.append(time.perf_counter() - began - stalls[-1])
-    rows.append(("our memory on top", f"{(peak.bytes - before) / 1e9:.2f} GB"))
+    rows.append(("additional memory, ours", f"{(peak.bytes - before) / 1e9:.2f} GB"))
     before = process.memory_info().rss
     with _Peak(process) as peak:
         for _ in range(settings.rounds):
@@ -86,13 +86,13 @@ def measure(settings: Settings) -> list[tuple[str, str]]:
         shutil.rmtree(settings.folder / name)
     return [
         *rows,
-        ("DeepSpeed's on top of that", f"{(peak.bytes - before) / 1e9:.2f} GB"),
-        ("room for it, made beside the first steps", f"{reserving:.2f} s"),
-        ("training waits", _seconds(stalls)),
-        ("then it is written in", _seconds(writes)),
-        ("the wait, as a share of that", f"{min(stalls) / min(writes):.1%}"),
+        ("additional memory, DeepSpeed", f"{(peak.bytes - before) / 1e9:.2f} GB"),
+        ("allocating buffers, during the first steps", f"{reserving:.2f} s"),
+        ("training is blocked for", _seconds(stalls)),
+        ("written in the background in", _seconds(writes)),
+        ("blocked, as a fraction of that", f"{min(stalls) / min(writes):.1%}"),
         ("DeepSpeed's save_checkpoint", _seconds(peers)),
-        ("it waits longer by", f"{min(peers) / min(stalls):.1f} x"),
+        ("DeepSpeed blocks longer by", f"{min(peers) / min(stalls):.1f} x"),
     ]
 
 
@@ -101,12 +101,12 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 
 class _Peak:
-    """The most memory that a process holds, looked at again and again."""
+    """Peak memory of a process, sampled in a thread."""
 
     def __init__(self, process: psutil.Process) -> None:
         self.process, self.bytes = process, 0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> _Peak:
         self._thread.start()
@@ -116,13 +116,13 @@ class _Peak:
         self._over.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._over.wait(SAMPLE_SECONDS):
             self.bytes = max(self.bytes, self.process.memory_info().rss)
 
 
 def _zero(settings: Settings) -> Zero:
-    """A model with random weights that has made a step of Adam."""
+    """Return a model with random weights and Adam states."""
     from transformers import ModernBertConfig
 
     changes = {"num_hidden_layers": settings.layers} if settings.layers else {}

@@ -1,4 +1,4 @@
-"""Who is measured: this project's model, and transformers' as its users run it and at its best."""
+"""The models measured: this project's, and transformers' as users run it and at its best."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from benchmarks.workload import Document, Workload
-from megatron_detour.data.batches import MicroBatch, positions_of
-from megatron_detour.errors import DetourError
+from megatron_detour.data.batches import MicroBatch, document_positions
+from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.flops import training_flops
 from megatron_detour.model.modernbert import Compute, ModernBert
@@ -23,13 +23,13 @@ from megatron_detour.parallel.state import ParallelState
 
 @dataclass(frozen=True)
 class Contender:
-    """`loss` is the mean over a batch's labelled positions; the batches together hold every document once."""
+    """`loss` is the mean over a batch's labeled positions; the batches together contain every document once."""
 
     name: str
     model: torch.nn.Module
     batches: list[Any]
     loss: Callable[[Any], torch.Tensor]
-    positions: int  # that are computed, padding included
+    positions: int  # computed, including padding
 
     def step(self) -> None:
         for batch in self.batches:
@@ -38,7 +38,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Peer:
-    """How transformers computes: its attn_implementation, and whether torch.compile is put around its model."""
+    """How transformers is run: its attn_implementation, and whether its model is compiled with torch.compile."""
 
     attention: str
     compile: bool
@@ -46,7 +46,7 @@ class Peer:
     dtype: torch.dtype
 
     def model(self, config: dict[str, Any], causal: bool) -> torch.nn.Module:
-        """With random weights. Raises DetourError where transformers has no such attention."""
+        """Return a model with random weights. Raises DetourError if transformers has no such attention."""
         from transformers import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM
         from transformers import ModernBertForMaskedLM as MaskedModel
 
@@ -68,9 +68,10 @@ class Peer:
 def ours(
     config: dict[str, Any], work: Workload, micro: int, compute: Compute, state: ParallelState, device, dtype
 ) -> tuple[Contender, int]:
-    """This project's model on packs, padded to the sequence length as in training; and the FLOPs of a step."""
+    """Return this project's model on packed sequences, padded to the sequence length, and the FLOPs of a step."""
     shape = Shape.of(config, "benchmark")
-    shape.check_tensor_parallel(state.tensor_size)
+    if faults := shape.tensor_parallel_faults(state.tensor_size):
+        raise DetourError(format_faults(faults))
     with torch.device(device):
         model = ModernBert(shape, state, compute).to(dtype)
     with torch.no_grad():
@@ -82,7 +83,7 @@ def ours(
     def loss(batch: MicroBatch) -> torch.Tensor:
         return model(*batch.arguments).loss / len(batch.labels)
 
-    # Padding is work that training does not need: it does not count.
+    # Padding does not count, as training has none.
     flops = sum(
         training_flops(shape, (len(d.inputs),), work.causal, int((d.labels != IGNORE).sum())) for d in work.documents
     )
@@ -91,7 +92,7 @@ def ours(
 
 
 def transformers_padded(config: dict[str, Any], work: Workload, batch: int, peer: Peer) -> Contender:
-    """Batches of documents as they come, padded to the longest of each: what its users' data collators make."""
+    """Batches of documents in order, padded to the longest of each, as by transformers' data collators."""
     model = peer.model(config, work.causal)
     batches, positions = [], 0
     for documents in _groups(work.documents, batch):
@@ -106,13 +107,13 @@ def transformers_padded(config: dict[str, Any], work: Workload, batch: int, peer
 
 
 def transformers_packed(config: dict[str, Any], work: Workload, micro: int, peer: Peer) -> Contender:
-    """Packs with positions and masks that keep documents apart, and the head on masked positions alone.
+    """Packed sequences with positions and masks that separate documents, and the head only on masked positions.
 
-    With SDPA a mask of every pair of positions serves; FlashAttention gets one flat row and where documents start.
+    SDPA gets a mask of all pairs of positions; FlashAttention gets one flat row and the starts of documents.
     """
     flash = peer.attention.startswith("flash")
     model = peer.model(config | {"sparse_prediction": True}, work.causal)
-    window = Shape.of(config, "benchmark").window - (1 if work.causal else 0)  # its decoder sees one key fewer
+    window = Shape.of(config, "benchmark").window - (1 if work.causal else 0)  # its decoder attends to one key fewer
     batches, positions = [], 0
     for packs in _groups(work.packs(), micro):
         length = sum(len(d.inputs) for pack in packs for d in pack) if flash else work.sequence_length
@@ -120,7 +121,7 @@ def transformers_packed(config: dict[str, Any], work: Workload, micro: int, peer
         lengths = [_lengths(row, length) for row in rows]
         given = {
             "input_ids": _rows([np.concatenate([d.inputs for d in row]) for row in rows], length, work.vocabulary.pad),
-            "position_ids": torch.from_numpy(np.stack([positions_of(np.array(row)) for row in lengths])),
+            "position_ids": torch.from_numpy(np.stack([document_positions(np.array(row)) for row in lengths])),
             "labels": _peer_labels(rows, length, work.causal),
         }
         if flash:
@@ -139,7 +140,7 @@ def transformers_packed(config: dict[str, Any], work: Workload, micro: int, peer
 
 
 def _peer_labels(rows: list[list[Document]], length: int, causal: bool) -> torch.Tensor:
-    """transformers' causal models shift the labels themselves: the label of a document's first token is none."""
+    """transformers' causal models shift the labels themselves: a document's first token has no label."""
     labels = []
     for row in rows:
         arrays = [np.concatenate([[IGNORE], d.labels[:-1]]) if causal else d.labels for d in row]
@@ -156,20 +157,20 @@ def _flat(packs: list[list[Document]], work: Workload) -> MicroBatch:
         labels += [*(d.labels for d in pack), np.full(missing, IGNORE)]
     inputs, labels = np.concatenate(inputs), np.concatenate(labels)
     where = np.flatnonzero(labels != IGNORE)
-    positions = positions_of(np.array(lengths))
+    positions = document_positions(np.array(lengths))
     ids, positions, where, labels = (torch.from_numpy(x) for x in (inputs, positions, where, labels[where]))
     return MicroBatch(ids, positions, tuple(lengths), work.causal, where, labels)
 
 
 def _lengths(row: list[Document], length: int) -> list[int]:
-    """Of the documents of a row, the last one being padding."""
+    """Return the lengths of a row's documents; the last one is padding, if any."""
     lengths = [len(document.inputs) for document in row]
     missing = length - sum(lengths)
     return [*lengths, missing] if missing else lengths
 
 
 def _masks(lengths: list[list[int]], causal: bool, window: int | None) -> torch.Tensor:
-    """Who sees whom, bool [rows, 1, T, T]."""
+    """Return attention masks, bool [rows, 1, T, T]."""
     cpu = torch.device("cpu")
     return torch.stack([AttentionPattern(tuple(row), causal, window, cpu).visible()[None] for row in lengths])
 

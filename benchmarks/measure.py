@@ -1,4 +1,4 @@
-"""Seconds and memory of steps, contenders taking turns so that a busy moment of the machine meets them all."""
+"""Time and memory of steps; contenders alternate, so that disturbances of the machine affect all of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from benchmarks.contenders import Contender
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MATRIX = {"cuda": 8192, "cpu": 2048}  # rows and columns of the product that the FLOP/s are compared with
+MATRIX = {"cuda": 8192, "cpu": 2048}  # size of the matrix product for reference FLOP/s
 
 
 @dataclass
 class Figures:
-    """Of one contender: seconds of each step, and the most memory that a step held beyond what it started with."""
+    """Seconds of each step of a contender, and the peak memory of a step beyond what was allocated before."""
 
     contender: Contender
     seconds: list[float] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Figures:
 
 
 def take_turns(contenders: list[Contender], rounds: int, device: torch.device, say) -> list[Figures]:
-    """A step of each to warm up, then `rounds` rounds in which each makes one."""
+    """Run one warm-up step of each contender, then `rounds` rounds of one step each."""
     all_figures = [Figures(contender) for contender in contenders]
     for number in range(rounds + 1):
         for figures in all_figures:
@@ -45,7 +45,7 @@ def take_turns(contenders: list[Contender], rounds: int, device: torch.device, s
 
 def _step(contender: Contender, device: torch.device) -> tuple[float, int | None]:
     for parameter in contender.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # there already, as in training
+        parameter.grad = torch.zeros_like(parameter)  # allocated beforehand, as in training
     gc.collect()
     before = _start_watching(device)
     started = time.perf_counter()
@@ -65,11 +65,11 @@ def _start_watching(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: what another contender freed goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: return what another contender freed to the system
     except (OSError, AttributeError):
         return None
     try:
-        CLEAR.write_text("5")  # Linux: the peak starts anew
+        CLEAR.write_text("5")  # Linux: reset the peak
         return _status("VmRSS")
     except OSError:
         return None
@@ -87,7 +87,7 @@ def _status(key: str) -> int | None:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product here and now."""
+    """Return the FLOP/s of a large square matrix product on this device."""
     size = MATRIX[device.type]
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     best = float("inf")

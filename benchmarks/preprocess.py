@@ -1,4 +1,4 @@
-"""`tools/benchmark.py preprocess`: the corpus builder beside its peers, with several workers, and its memory."""
+"""`tools/benchmark.py preprocess`: the corpus builder compared with its peers, with several workers, and its memory."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from megatron_detour.tokenizer.vocabulary import load_tokenizer
 from megatron_detour.ui.tables import Table
 
 CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
-WHOLE = ("ours", "engine")  # fast enough for all of the text
-SHORTEST = 0.1  # of the start-up's seconds: what takes less cannot be told from it
+WHOLE = ("ours", "engine")  # fast enough for the whole text
+MIN_FRACTION = 0.1  # of the startup time: shorter times cannot be measured
 VERSIONS = ("tokenizers", "fastokens", "sentencepiece", "datasets", "numpy")
 
 
@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass
 class Timed:
-    """A contender, its text and the seconds of each round, with all of the text and with one document."""
+    """A contender, its text and the seconds of each round, for the whole text and for one document."""
 
     name: str
     job: dict[str, Any]
@@ -74,48 +74,54 @@ class Timed:
         self.seconds.append(result[CLOCKS[self.clock]])
         self.tokens = result["tokens"]
         if result["documents"] != self.text.documents:
-            raise DetourError(f"{self.name}: {result['documents']:,} of {self.text.documents:,} documents came out")
+            raise DetourError(f"{self.name}: wrote {result['documents']:,} of {self.text.documents:,} documents")
 
     def _run(self, text: Slice) -> dict[str, Any]:
         return run_builder(self.python, self.job | {"input": [str(text.path)], "show": 0}, self.core)
 
     def rates(self) -> list[float] | None:
-        """MB/s of each round, without the start-up; None where it leaves too little to measure."""
+        """Return MB/s of each round, without startup; None if the rest is too short to measure."""
         start_up = statistics.median(self.start_up)
         net = [seconds - start_up for seconds in self.seconds]
-        return None if min(net) < SHORTEST * start_up else [self.text.megabytes / seconds for seconds in net]
+        return None if min(net) < MIN_FRACTION * start_up else [self.text.megabytes / seconds for seconds in net]
 
 
 def add_command(commands: Any) -> None:
-    """Adds `preprocess` to the subcommands of tools/benchmark.py; its `run` takes the flags."""
+    """Add `preprocess` to the subcommands of tools/benchmark.py; its `run` takes the flags."""
     parser = commands.add_parser(
         "preprocess",
-        help="the corpus builder beside the engine alone and other builders: MB/s of UTF-8 text, tokens/s, memory",
+        help="the corpus builder, its engine alone and other builders: MB/s of UTF-8 text, tokens/s, memory",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--tokenizer", required=True, help="a folder, a tokenizer.json, a SentencePiece model or a hub id")
-    add("--input", nargs="+", default=(), metavar="FILE", help="texts, whatever the builder reads; none: invented ones")
-    add("--text-key", default="text", help="of the input")
-    add("--megabytes", type=float, default=200, help="of text for ours and the engine; less input is repeated")
-    add("--peer-megabytes", type=float, default=10, help="of text for the others, the beginning of the same")
-    add("--contenders", nargs="*", choices=BUILDERS, default=list(BUILDERS), help="in this order; none: no table")
-    add("--peer-python", metavar="PATH", help="the Python of another environment, for peers that are not in this one")
-    add("--workers", type=int, nargs="+", default=(), metavar="N", help="ours with so many processes, each in turn")
-    add("--memory", type=float, nargs="+", default=(), metavar="GB", help="peak memory of builds from so much text")
-    add("--rounds", type=int, default=3, help="in which contenders take turns")
-    add("--clock", choices=CLOCKS, default="wall", help="cpu: of a busy machine; passes over waits, as for the disk")
-    add("--scratch", metavar="FOLDER", help="for texts and corpora, 4 bytes a byte of text; none: the system's")
-    add("--seed", type=int, default=0, help="of invented texts")
-    add("--json", type=Path, metavar="FILE", help="write all figures here")
+    add(
+        "--input",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="texts in any format of the builder; synthetic ones by default",
+    )
+    add("--text-key", default="text", help="key of the text in the input")
+    add("--megabytes", type=float, default=200, help="of text for ours and the engine; shorter input is repeated")
+    add("--peer-megabytes", type=float, default=10, help="of text for the peers, from the beginning")
+    add("--contenders", nargs="*", choices=BUILDERS, default=list(BUILDERS), help="in this order; none for no table")
+    add("--peer-python", metavar="PATH", help="Python of another environment, for peers that are missing in this one")
+    add("--workers", type=int, nargs="+", default=(), metavar="N", help="ours with these numbers of processes")
+    add("--memory", type=float, nargs="+", default=(), metavar="GB", help="peak memory of builds from this much text")
+    add("--rounds", type=int, default=3, help="in which contenders alternate")
+    add("--clock", choices=CLOCKS, default="wall", help="cpu for a busy machine; excludes waiting, e.g. for the disk")
+    add("--scratch", metavar="FOLDER", help="for texts and corpora, 4 bytes per byte of text; the system's by default")
+    add("--seed", type=int, default=0, help="of synthetic texts")
+    add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     parser.set_defaults(run=run)
 
 
 def run(options: dict[str, Any]) -> None:
-    """Measures and prints, with the flags of `add_command`. Raises DetourError."""
+    """Measure and print the table, with the flags of `add_command`. Raises DetourError."""
     target = options.pop("json")
     if target and not target.parent.is_dir():
-        raise DetourError(f"--json: there is no folder {target.parent}")
+        raise DetourError(f"--json: no such folder: {target.parent}")
     listed = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     result = measure(Settings(**listed), lambda line: print(line, file=sys.stderr, flush=True))
     print(table(result))
@@ -124,7 +130,7 @@ def run(options: dict[str, Any]) -> None:
 
 
 def measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
-    """All figures, as plain values. Raises DetourError for what does not fit, and where ids differ."""
+    """Return all figures as plain values. Raises DetourError for invalid settings and if ids differ."""
     _check(settings)
     with TemporaryDirectory(dir=settings.scratch, prefix="benchmark-") as scratch:
         folder = Path(scratch)
@@ -132,7 +138,7 @@ def measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
         texts = write_texts(folder, settings.input, settings.text_key, *sizes, settings.seed)
         say(f"{texts.whole.megabytes:,.1f} MB of text in {texts.whole.documents:,} documents")
         if texts.passes > 1:
-            say(f"the input is repeated {texts.passes} times; engines remember words, so new text would be slower")
+            say(f"the input is repeated {texts.passes} times; engines cache words, so new text would be slower")
         tokenizer_file = folder / "tokenizer.json"
         load_tokenizer(settings.tokenizer).save(str(tokenizer_file))
         bench = _Bench(settings, texts, folder, str(tokenizer_file), say)
@@ -170,7 +176,7 @@ class _Bench:
         return run_builder(python, self._job(name) | {"input": [str(few.path)], "show": few.documents}, None)
 
     def contenders(self) -> list[dict[str, Any]]:
-        """A row for each, those that are not installed without figures."""
+        """Return a row per contender, without figures for those that are not installed."""
         pythons = {name: self._python(name) for name in self._settings.contenders}
         self._compare({name: python for name, python in pythons.items() if python})
         core = max(cores(), default=None)
@@ -185,26 +191,26 @@ class _Bench:
         return [rows.get(name, {"name": name, "missing": NEEDS.get(name, "")}) for name in pythons]
 
     def _python(self, name: str) -> str | None:
-        """The interpreter that has what the contender needs: this one, else the other environment's."""
+        """Return the interpreter that has the contender's packages: this one, else the other environment's."""
         modules = NEEDS.get(name, "").split()
         if all(importlib.util.find_spec(module) for module in modules):
             return sys.executable
         if self._settings.peer_python is None:
             return None
         look = "import importlib.util as u, sys; sys.exit(not all(u.find_spec(m) for m in sys.argv[1:]))"
-        found = subprocess.run([self._settings.peer_python, "-c", look, *modules], check=False).returncode == 0
-        return self._settings.peer_python if found else None
+        installed = subprocess.run([self._settings.peer_python, "-c", look, *modules], check=False).returncode == 0
+        return self._settings.peer_python if installed else None
 
     def _text(self, name: str) -> Slice:
         return self._texts.whole if name in WHOLE else self._texts.peers
 
     def _compare(self, pythons: dict[str, str]) -> None:
-        """Raises DetourError unless all contenders give ids as good as encode_batch's for the first documents."""
+        """Raise DetourError unless all contenders give ids equivalent to encode_batch's for the first documents."""
         shown = {"ours": self._ours}
         shown |= {name: self._shown(name, python)["shown"] for name, python in pythons.items() if name != "ours"}
-        judge = "encode_batch" if "encode_batch" in shown else "ours"
-        compare_ids(shown, judge, ENGINES[self.engine](Path(self._tokenizer_file)).agrees)
-        self._say(f"{', '.join(shown)}: the same ids in the first {self._texts.few.documents} documents")
+        reference = "encode_batch" if "encode_batch" in shown else "ours"
+        compare_ids(shown, reference, ENGINES[self.engine](Path(self._tokenizer_file)).agrees)
+        self._say(f"{', '.join(shown)}: same ids in the first {self._texts.few.documents} documents")
 
     def _take_turns(self, timed: list[Timed]) -> None:
         for number in range(1, self._settings.rounds + 1):
@@ -216,7 +222,7 @@ class _Bench:
                 )
 
     def workers(self) -> list[dict[str, Any]]:
-        """Ours with so many processes each, on any core."""
+        """Measure ours with several numbers of processes, on any core."""
         timed = []
         for count in self._settings.workers:
             job, texts = self._job("ours", count), self._texts
@@ -227,7 +233,7 @@ class _Bench:
         return [row | {"workers": count} for row, count in zip(rows, self._settings.workers, strict=True)]
 
     def memory(self) -> list[dict[str, Any]]:
-        """Peak resident bytes of the builder's own process and of its worker, by the size of the text."""
+        """Measure peak resident bytes of the builder's process and of its worker by the size of the text."""
         rows = []
         for gigabytes in self._settings.memory:
             with TemporaryDirectory(dir=self._folder) as place:
@@ -240,19 +246,19 @@ class _Bench:
 
 
 def compare_ids(
-    shown: dict[str, list[list[int]]], judge: str, agrees: Callable[[np.ndarray, np.ndarray], bool]
+    shown: dict[str, list[list[int]]], reference: str, agrees: Callable[[np.ndarray, np.ndarray], bool]
 ) -> None:
-    """Raises DetourError for the first contender and document whose ids are not as good as the judge's."""
+    """Raise DetourError for the first contender and document whose ids are not equivalent to the reference's."""
     for name, rows in shown.items():
-        if len(rows) != len(shown[judge]):
-            raise DetourError(f"{name}: {len(rows)} documents came out where {judge} has {len(shown[judge])}")
-        for number, (ids, judged) in enumerate(zip(rows, shown[judge], strict=True), start=1):
-            if not agrees(np.array(ids), np.array(judged)):
-                raise DetourError(f"{name}: its ids of document {number} are not those of {judge}")
+        if len(rows) != len(shown[reference]):
+            raise DetourError(f"{name}: wrote {len(rows)} documents, but {reference} wrote {len(shown[reference])}")
+        for number, (ids, expected) in enumerate(zip(rows, shown[reference], strict=True), start=1):
+            if not agrees(np.array(ids), np.array(expected)):
+                raise DetourError(f"{name}: its ids of document {number} differ from those of {reference}")
 
 
 def _row(one: Timed, base: list[float] | None, engine: list[float] | None) -> dict[str, Any]:
-    """Ratios are taken round by round, of neighbours in time; then their median. None where there is nothing to say."""
+    """Return figures; ratios are medians over rounds, as adjacent runs are most comparable, None without a base."""
     rates = one.rates()
     rate = statistics.median(rates) if rates else None
     return {
@@ -269,14 +275,14 @@ def _row(one: Timed, base: list[float] | None, engine: list[float] | None) -> di
     }
 
 
-def _ratio(rates: list[float] | None, others: list[float] | None) -> float | None:
-    if rates is None or others is None:
+def _ratio(rates: list[float] | None, base: list[float] | None) -> float | None:
+    if rates is None or base is None:
         return None
-    return statistics.median(a / b for a, b in zip(rates, others, strict=True))
+    return statistics.median(a / b for a, b in zip(rates, base, strict=True))
 
 
 def table(result: dict[str, Any]) -> str:
-    """Tables of Markdown: contenders, workers, memory. "-" stands for what was too short to measure or has no base."""
+    """Return Markdown tables: contenders, workers, memory. "-" means too short to measure, or without a base."""
     parts = []
     if result["contenders"]:
         head = ("contender", "MB/s", "Mtokens/s", "times encode_batch", "of the engine's", "MB of text", "start-up s")
@@ -307,21 +313,21 @@ def _figure(value: float | None) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in VERSIONS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _check(settings: Settings) -> None:
     for name in ("megabytes", "peer_megabytes", "rounds"):
         if getattr(settings, name) <= 0:
-            raise DetourError(f"--{name.replace('_', '-')}: must be above 0, it is {getattr(settings, name):g}")
+            raise DetourError(f"--{name.replace('_', '-')}: must be above 0, not {getattr(settings, name):g}")
     for name in ("workers", "memory"):
         if any(value <= 0 for value in getattr(settings, name)):
-            raise DetourError(f"--{name}: must be above 0, it is {min(getattr(settings, name)):g}")
+            raise DetourError(f"--{name}: must be above 0, not {min(getattr(settings, name)):g}")
     if settings.scratch and not Path(settings.scratch).is_dir():
-        raise DetourError(f"--scratch: there is no folder {settings.scratch}")
+        raise DetourError(f"--scratch: no such folder: {settings.scratch}")

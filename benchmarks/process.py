@@ -1,4 +1,4 @@
-"""A builder in a process of its own: on one core if wanted, its memory watched if wanted."""
+"""Running a builder in a separate process, optionally on one core or with its memory monitored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_detour.errors import DetourError
 
 WATCH_SECONDS = 0.05
 ROOT = Path(__file__).parents[2]
-# One thread each, whatever the library: the others would share the core. And nothing of the network.
+# One thread per library, as they share one core; and no network access.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAYON_NUM_THREADS": "1",

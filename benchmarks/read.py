@@ -1,7 +1,7 @@
-"""How fast a large corpus is read: start-up at any place, documents, masks, memory. No model, no GPU.
+"""How fast a large corpus is read: startup at any position, documents, masking, memory. No model, no GPU.
 
-The corpus is made up: documents of log-normal lengths in a real index, and a sparse .bin, so that tens of billions of
-tokens take no room. Each figure comes from a fresh process.
+The corpus is synthetic: documents of log-normal lengths in a real index, and a sparse .bin, so that tens of billions of
+tokens take no disk space. Each figure is measured in a new process.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from megatron_detour.config import Corpus
 from megatron_detour.data.batches import DocumentMixture, rank_batch
 from megatron_detour.data.indexed import CODES, HEADER, MAGIC, bin_path, idx_path
 from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
-from megatron_detour.data.order import micro_batches_of
+from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 from megatron_detour.objectives import Masking
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 from megatron_detour.ui.tables import Table
 
-SPREAD = 0.8  # of the logarithms of the documents' lengths
+SPREAD = 0.8  # standard deviation of the logarithms of the documents' lengths
 SHORTEST = 3
-CHUNK = 1 << 20  # documents written at once
-# A sparse file reads as zeros: here they are an ordinary id.
+CHUNK = 1 << 20  # documents written at a time
+# A sparse file reads as zeros: here 0 is an ordinary id.
 VOCABULARY = Vocabulary(50_368, (1, 2, 3, 4, 5), mask=1, pad=2, cls=3, sep=4, unk=5, sha256="0" * 64)
 DTYPE = np.dtype(np.uint16)
 DEEP = 0.9  # of an epoch
@@ -42,18 +42,18 @@ MASK_RATE = 0.3
 class Settings:
     folder: Path
     documents: int
-    mean: int  # tokens a document
+    mean: int  # tokens per document
     sequence_length: tuple[int, ...]
-    sequences: int  # a batch
+    sequences: int  # per batch
     batches: int
 
 
 def measure(settings: Settings, say: Callable[[str], None]) -> list[tuple[str, str]]:
-    """Rows of (what, figure). Raises DetourError for settings that make no sense."""
+    """Return rows of (what, figure). Raises DetourError for invalid settings."""
     lengths = {"sequence-length": min(settings.sequence_length)}
     for name, value in (lengths | vars(settings)).items():
         if isinstance(value, int) and value < 1:
-            raise DetourError(f"--{name}: must be above 0, it is {value}")
+            raise DetourError(f"--{name}: must be above 0, not {value}")
     prefix = make_corpus(settings, say)
     rows = []
     for length in settings.sequence_length:
@@ -69,23 +69,23 @@ def measure(settings: Settings, say: Callable[[str], None]) -> list[tuple[str, s
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """In Markdown."""
+    """Return a Markdown table."""
     return Table(["what", "figure"], rows).markdown()
 
 
 def make_corpus(settings: Settings, say: Callable[[str], None]) -> str:
-    """Writes the corpus in bounded memory, unless it is there, and returns its prefix."""
+    """Write the corpus in bounded memory, unless it exists, and return its prefix."""
     prefix = str(settings.folder / f"made_up_{settings.documents}_{settings.mean}")
     if manifest_path(prefix).exists():
         return prefix
-    say(f"making {settings.documents:,} documents up in {settings.folder}")
+    say(f"generating {settings.documents:,} documents in {settings.folder}")
     settings.folder.mkdir(parents=True, exist_ok=True)
     tokens = 0
     with idx_path(prefix).open("wb") as out:
         out.write(HEADER.pack(MAGIC, 1, CODES[DTYPE], settings.documents, settings.documents + 1))
         for lengths in _lengths(settings):
             out.write(lengths.astype("<i4").tobytes())
-        for lengths in _lengths(settings):  # drawn again rather than kept
+        for lengths in _lengths(settings):  # drawn again instead of kept in memory
             ends = tokens + np.cumsum(lengths)
             out.write(((ends - lengths) * DTYPE.itemsize).astype("<i8").tobytes())
             tokens = int(ends[-1])
@@ -93,7 +93,7 @@ def make_corpus(settings: Settings, say: Callable[[str], None]) -> str:
             out.write(np.arange(first, min(first + CHUNK, settings.documents + 1), dtype="<i8").tobytes())
     with bin_path(prefix).open("wb") as out:
         out.truncate(tokens * DTYPE.itemsize)
-    # Nothing reads the checksum of the text: it is not computed over a file full of holes.
+    # The checksum of the sparse text is never read.
     files = {"bin": {"bytes": tokens * DTYPE.itemsize, "sha256": "0" * 64}, "idx": file_facts(idx_path(prefix))}
     manifest = Manifest(
         documents=settings.documents,
@@ -107,7 +107,7 @@ def make_corpus(settings: Settings, say: Callable[[str], None]) -> str:
 
 
 def start(prefix: str, length: int, first: int, settings: Settings) -> dict[str, float]:
-    """Seconds from opening to a first batch at token `first`, and what it added to this process's memory."""
+    """Return the seconds from opening to a first batch at token `first`, and the memory that this adds."""
     before = _memory()
     started = time.perf_counter()
     mixture = _open(prefix, length)
@@ -118,7 +118,7 @@ def start(prefix: str, length: int, first: int, settings: Settings) -> dict[str,
 
 
 def speeds(prefix: str, length: int, settings: Settings) -> list[tuple[str, str]]:
-    """Batches in training order from the beginning, then the memory that this took."""
+    """Measure batches in training order from the beginning, then the memory that this took."""
     mixture, objective, count = _open(prefix, length), Masking(VOCABULARY, MASK_RATE), settings.sequences
     before, step = _memory(), count * length
     starts = [number * step for number in range(settings.batches)]
@@ -136,16 +136,16 @@ def speeds(prefix: str, length: int, settings: Settings) -> list[tuple[str, str]
         times.append(time.perf_counter() - started)
     started = time.perf_counter()
     for start in starts:
-        mine, of = micro_batches_of(step, min(count, 64) * length, 0, 1)
+        mine, of = rank_micro_batches(step, min(count, 64) * length, 0, 1)
         rank_batch(mixture, mixture.documents(start, start + step), mine, of, objective, 17)
     both = len(starts) * count / (time.perf_counter() - started)
     grown = _memory()["VmHWM"] - before["VmRSS"]
     return [
-        ("sequences read per second, from what the system fetches first", f"{reading[0]:,.0f}"),
-        ("sequences read per second, again", f"{reading[1]:,.0f}"),
+        ("sequences read per second, first pass", f"{reading[0]:,.0f}"),
+        ("sequences read per second, second pass", f"{reading[1]:,.0f}"),
         (f"masking {count} sequences", f"{statistics.median(times) * 1_000:.2f} ms"),
-        ("sequences read, masked and put into micro-batches per second", f"{both:,.0f}"),
-        (f"memory that reading {len(starts) * count:,} took at most", _megabytes(grown)),
+        ("sequences read, masked and batched per second", f"{both:,.0f}"),
+        (f"peak memory of reading {len(starts) * count:,}", _megabytes(grown)),
     ]
 
 
@@ -159,7 +159,7 @@ def _fresh(function: Callable, *arguments: Any) -> Any:
 
 
 def _lengths(settings: Settings) -> Iterator[np.ndarray]:
-    """int64 [documents], chunk by chunk, the same ones every time."""
+    """Yield lengths, int64 [documents], in chunks; deterministic."""
     for number, first in enumerate(range(0, settings.documents, CHUNK)):
         drawn = np.random.default_rng(number).lognormal(
             np.log(settings.mean) - SPREAD**2 / 2, SPREAD, min(CHUNK, settings.documents - first)
@@ -168,7 +168,7 @@ def _lengths(settings: Settings) -> Iterator[np.ndarray]:
 
 
 def _memory() -> dict[str, int]:
-    """Bytes of this process as Linux counts them, now and (VmHWM) at most; of mapped files too."""
+    """Return this process's resident bytes, current and peak (VmHWM), including mapped files."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {key: int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM", "RssAnon", "RssFile")}

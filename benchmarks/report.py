@@ -1,6 +1,6 @@
-"""What a long run's files cost to read: its report, a comparison, resuming, TensorBoard's file. No model, no GPU.
+"""The cost of reading a long run's files: report, comparison, resuming, TensorBoard's file. No model, no GPU.
 
-The run is made up, with a validation every hundredth of it. Each figure comes from a fresh process.
+The run is synthetic, with 100 validations. Each figure is measured in a new process.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ SEQUENCES, LENGTH = 64, 1024
 
 
 def add_command(commands: Any) -> None:
-    """Adds `report` to the subcommands of an argument parser."""
+    """Add `report` to the subcommands of an argument parser."""
     parser = commands.add_parser(
         "report",
         help="seconds and memory of reports, comparisons, resuming and TensorBoard's file by the length of a run",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of a run")
-    parser.add_argument("--folder", type=Path, help="for the made-up runs, 0.9 GB per million steps (a temporary one)")
+    parser.add_argument(
+        "--folder", type=Path, help="for the synthetic runs, 0.9 GB per million steps (a temporary folder)"
+    )
     parser.set_defaults(run=lambda options: print(table(measure(options["steps"], options["folder"]))))
 
 
 def measure(lengths: list[int], folder: Path | None) -> list[tuple[str, ...]]:
-    """Rows of steps, what was done, seconds, those at work and peak memory. Raises DetourError for too few steps."""
+    """Return rows of steps, task, seconds, CPU seconds, peak memory. Raises DetourError for too few steps."""
     if min(lengths) < 100:
-        raise DetourError(f"--steps: at least 100 are needed, it is {min(lengths)}")
+        raise DetourError(f"--steps: must be at least 100, not {min(lengths)}")
     rows = []
     for steps in lengths:
         with tempfile.TemporaryDirectory(dir=folder) as made:
@@ -57,8 +59,8 @@ def measure(lengths: list[int], folder: Path | None) -> list[tuple[str, ...]]:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """In Markdown."""
-    return Table(["steps", "what", "time", "of it at work", "peak memory"], rows, align="rlr").markdown()
+    """Return a Markdown table."""
+    return Table(["steps", "what", "time", "CPU time", "peak memory"], rows, align="rlr").markdown()
 
 
 def report(made: Path) -> None:
@@ -74,7 +76,7 @@ def resume(made: Path) -> None:
 
 
 def tensorboard(made: Path) -> None:
-    """Every step of the run written."""
+    """Write every step of the run."""
     sink = TensorBoardSink(made / "tensorboard", 0)
     with (made / "one" / "metrics.jsonl").open("rb") as lines:
         for line in lines:
@@ -126,15 +128,15 @@ def _record(step: int, steps: int, half: int) -> dict[str, Any]:
 
 
 def _fresh(what: Callable[[Path], None], made: Path) -> tuple[float, float, int]:
-    """Seconds, those of the processor and the most bytes held, in a process that has loaded nothing else."""
+    """Return seconds, CPU seconds and peak bytes, measured in a new process."""
     code = f"from benchmarks import report; report.watch(report.{what.__name__}, {str(made)!r})"
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    seconds, busy, peak = told.split()
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    seconds, busy, peak = output.split()
     return float(seconds), float(busy), int(peak)
 
 
 def watch(what: Callable[[Path], None], made: str) -> None:
-    """Prints the seconds, those of the processor and the most bytes held."""
+    """Print seconds, CPU seconds and peak bytes."""
     begun, busy = time.perf_counter(), time.process_time()
     what(Path(made))
     print(time.perf_counter() - begun, time.process_time() - busy, _peak())
@@ -142,7 +144,7 @@ def watch(what: Callable[[Path], None], made: str) -> None:
 
 def _peak() -> int:
     status = Path("/proc/self/status")
-    if status.exists():  # rusage would count what the parent held before this program was loaded
+    if status.exists():  # rusage would include the parent's memory before exec
         return 1024 * int(status.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,4 +1,4 @@
-"""The same texts for all builders: JSON lines of a wanted size, from any input of the corpus builder or invented."""
+"""The same texts for all builders: JSON lines of a given size, from any input of the corpus builder or synthetic."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_detour.corpus.sources import find_inputs, plan_shards
 from megatron_detour.errors import DetourError
 
 FEW = 200  # documents whose ids are compared
-LINK_BYTES = 100_000_000  # of text in the file that a folder of links repeats
-ZIPF = 1.3  # exponent: a few words make half of a text, and new ones never end
-MEDIAN_WORDS, SPREAD = 200, 0.8  # of the log-normal lengths of invented documents
+LINK_BYTES = 100_000_000  # of text in the file that a folder of hard links repeats
+ZIPF = 1.3  # exponent: a few words make up half of a text, and new words keep occurring
+MEDIAN_WORDS, SPREAD = 200, 0.8  # of the log-normal lengths of synthetic documents
 SYLLABLES = [a + b for a in "bdfglmnprstv" for b in "aeioué"]
 
 
 @dataclass
 class Slice:
-    """A file of JSON lines; `bytes` are those of the texts in UTF-8, without JSON's."""
+    """A file of JSON lines; `bytes` counts the texts in UTF-8, without the JSON around them."""
 
     path: Path
     limit: float  # bytes of text, at least one document
@@ -42,13 +42,13 @@ class Slice:
 
 @dataclass
 class Texts:
-    """The beginnings of the same texts: all, the slower peers' share, a few to compare ids, one for the start-up."""
+    """Beginnings of the same texts: all, a part for the slower peers, a few to compare ids, one to measure startup."""
 
     whole: Slice
     peers: Slice
     few: Slice
     one: Slice
-    passes: int = 1  # over the input, to have enough
+    passes: int = 1  # over the input
 
     def slices(self) -> list[Slice]:
         return [self.whole, self.peers, self.few, self.one]
@@ -57,7 +57,7 @@ class Texts:
 def write_texts(
     folder: Path, inputs: tuple[str, ...], text_key: str, megabytes: float, peer_megabytes: float, seed: int
 ) -> Texts:
-    """Writes the slices into `folder`; without `inputs` the documents are invented. Raises DetourError."""
+    """Write the slices into `folder`; without `inputs` the documents are synthetic. Raises DetourError."""
     texts = Texts(
         Slice(folder / "whole.jsonl", megabytes * 1e6),
         Slice(folder / "peers.jsonl", min(megabytes, peer_megabytes) * 1e6),
@@ -85,23 +85,23 @@ def _add(each: Slice, file: TextIO, text: str) -> None:
 
 
 def _documents(inputs: tuple[str, ...], text_key: str, seed: int) -> Iterator[tuple[str, int]]:
-    """Documents without end, with the number of the pass over the input."""
+    """Yield documents endlessly, with the number of the pass over the input."""
     if not inputs:
         yield from ((text, 1) for text in invented(seed))
-    stretches, keys = plan_shards(find_inputs(list(inputs))[0]), TextKeys((text_key,))
+    shards, keys = plan_shards(find_inputs(list(inputs))[0]), TextKeys((text_key,))
     number = 0
     while True:
-        number, found = number + 1, False
-        for stretch in stretches:
-            for block in read_shard(stretch, keys):
-                found = found or bool(block.texts)
+        number, has_text = number + 1, False
+        for shard in shards:
+            for block in read_shard(shard, keys):
+                has_text = has_text or bool(block.texts)
                 yield from ((text, number) for text in block.texts)
-        if not found:
-            raise DetourError(f"--input: {', '.join(inputs)}: no document there has a text under {text_key!r}")
+        if not has_text:
+            raise DetourError(f"--input: {', '.join(inputs)}: no document has a text under {text_key!r}")
 
 
 def invented(seed: int) -> Iterator[str]:
-    """Documents of invented words without end; the more often a word comes, the shorter it is."""
+    """Yield documents of synthetic words endlessly; frequent words are shorter."""
     generator = np.random.default_rng(seed)
     words: dict[int, str] = {}
     while True:
@@ -123,9 +123,9 @@ def _word(rank: int) -> str:
 
 
 def link_many(source: Slice, folder: Path, gigabytes: float) -> tuple[Path, float]:
-    """A folder of links to one file, which together hold about so much text, and how many bytes that is.
+    """Create a folder of hard links to one file, with about this much text in total; return it and the exact bytes.
 
-    Each name is an input of its own for the builder, while the disk holds the text once.
+    To the builder each link is a separate input, while the text is on disk only once.
     """
     some = Slice(folder / "texts.jsonl", min(LINK_BYTES, gigabytes * 1e9))
     with source.path.open(encoding="utf-8") as lines, some.path.open("w", encoding="utf-8") as out:
@@ -135,5 +135,7 @@ def link_many(source: Slice, folder: Path, gigabytes: float) -> tuple[Path, floa
     links.mkdir()
     count = max(round(gigabytes * 1e9 / some.bytes), 1)
     for number in range(count):
-        (links / f"{number:06}.jsonl").hardlink_to(some.path)  # a file that symbolic links name is read once
+        (links / f"{number:06}.jsonl").hardlink_to(
+            some.path
+        )  # the builder would read a file behind symbolic links once
     return links, count * some.bytes

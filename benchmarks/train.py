@@ -1,4 +1,4 @@
-"""`tools/benchmark.py train`: forward and backward passes of this project's model, beside transformers' if asked."""
+"""`tools/benchmark.py train`: forward and backward passes of this project's model, and optionally transformers'."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class Settings:
 
 
 def run(json: Path | None, objective: list[str], dtype: list[str], say: Callable[[str], None], **options: Any) -> None:
-    """Prints the table of all objectives and dtypes, and writes the figures where `json` says. Raises DetourError."""
+    """Print the table of all objectives and dtypes, and write the figures to `json`. Raises DetourError."""
     if json and not json.parent.is_dir():
-        raise DetourError(f"--json: there is no folder {json.parent}")
+        raise DetourError(f"--json: no such folder: {json.parent}")
     chosen = itertools.product(objective, dtype)
     results = measure_all([Settings(objective=objective, dtype=dtype, **options) for objective, dtype in chosen], say)
     if os.environ.get("RANK", "0") == "0":
@@ -73,8 +73,7 @@ def run(json: Path | None, objective: list[str], dtype: list[str], say: Callable
 
 
 def measure_all(all_settings: list[Settings], say) -> list[dict[str, Any]]:
-    """The figures of measurements one after the other, as plain values. Raises DetourError for what does not fit or is
-    not there."""
+    """Run several measurements; return their figures as plain values. Raises DetourError for invalid settings."""
     for settings in all_settings:
         _check(settings)
     state, device = _join(all_settings[0])
@@ -129,7 +128,7 @@ def measure(settings: Settings, state: ParallelState, device: torch.device, say)
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """In Markdown, a row per contender and measurement; `times` is the first's tokens/s over this one's."""
+    """Return a Markdown table, a row per contender and measurement; `times` is the first's speed over this one's."""
     headers = ["objective", "dtype", "contender", "tokens/s", "times", "ms per step", "GiB per step", "TFLOP/s"]
     rows = [
         (
@@ -154,7 +153,7 @@ def write_json(path: Path, results: list[dict[str, Any]]) -> None:
 
 
 def _plain(one: Figures, first: Figures, tokens: int, flops: int, rate: float) -> dict[str, Any]:
-    """Ratios are taken round by round, of neighbours in time; then their median."""
+    """Return figures; ratios are medians over rounds, as adjacent steps are most comparable."""
     return {
         "name": one.contender.name,
         "seconds": one.median,
@@ -172,19 +171,19 @@ def _check(settings: Settings) -> None:
     positive = ("sequence_length", "micro_sequences", "tokens", "rounds", "tensor", "peer_batch")
     for name in positive:
         if getattr(settings, name) < 1:
-            raise DetourError(f"--{name.replace('_', '-')}: must be above 0, it is {getattr(settings, name)}")
+            raise DetourError(f"--{name.replace('_', '-')}: must be above 0, not {getattr(settings, name)}")
     if not 0 < settings.mask_rate < 1:
-        raise DetourError(f"--mask-rate: must lie between 0 and 1, it is {settings.mask_rate:g}")
+        raise DetourError(f"--mask-rate: must be between 0 and 1, not {settings.mask_rate:g}")
     if settings.seed < 0:
-        raise DetourError(f"--seed: must not be negative, it is {settings.seed}")
+        raise DetourError(f"--seed: must be at least 0, not {settings.seed}")
     if not settings.against and (settings.peer_compile or settings.peer_attention != "sdpa"):
-        raise DetourError("--peer-attention, --peer-compile: there is no peer; add --against transformers")
+        raise DetourError("--peer-attention and --peer-compile require --against transformers")
     if settings.sequence_parallel and settings.tensor == 1:
-        raise DetourError("--sequence-parallel: there is nothing to share out with --tensor 1")
+        raise DetourError("--sequence-parallel requires --tensor above 1")
     if settings.layers is not None and settings.layers < 1:
-        raise DetourError(f"--layers: must be above 0, it is {settings.layers}")
+        raise DetourError(f"--layers: must be above 0, not {settings.layers}")
     if settings.corpus and settings.full:
-        raise DetourError("--full: invents documents, and --corpus names some; give one of the two")
+        raise DetourError("--full and --corpus exclude each other; set only one of them")
     if settings.sequence_parallel and settings.sequence_length % settings.tensor:
         raise DetourError(
             f"--sequence-parallel: {settings.sequence_length} positions are not divisible by {settings.tensor} ranks"
@@ -194,7 +193,7 @@ def _check(settings: Settings) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks != settings.tensor:
         raise DetourError(
-            f"--tensor: {settings.tensor} and the ranks that were started, {ranks}, have to be the same: "
+            f"--tensor: {settings.tensor} differs from the {ranks} ranks started: "
             "torchrun --nproc_per_node N tools/benchmark.py train --tensor N"
         )
 

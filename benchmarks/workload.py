@@ -1,4 +1,4 @@
-"""The same documents, corrupted once, as every contender wants them: packed, padded, flat."""
+"""The same documents, corrupted once, in each contender's format: packed, padded, flat."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron_detour.data.manifest import read_manifest
 from megatron_detour.objectives import KINDS
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 
-# As of the released English ModernBERTs, where no corpus is given: the first ids are special.
+# Used without a corpus; size of the released English ModernBERTs, where the first ids are special.
 INVENTED = Vocabulary(50_368, (0, 1, 2, 3, 4), mask=0, pad=1, cls=2, sep=3, unk=4, sha256="")
 POOL = 16  # times the documents that are used
-MEDIAN_LENGTH, SPREAD = 260, 0.8  # of the log-normal lengths of invented documents: those of abstracts and paragraphs
+MEDIAN_LENGTH, SPREAD = 260, 0.8  # of the log-normal lengths of synthetic documents, like abstracts and paragraphs
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Workload:
-    """Documents of at most `sequence_length` tokens, in the order in which they come."""
+    """Documents of at most `sequence_length` tokens, in order."""
 
     documents: list[Document]
     sequence_length: int
@@ -43,7 +43,7 @@ class Workload:
         return sum(len(document.inputs) for document in self.documents)
 
     def packs(self) -> list[list[Document]]:
-        """Documents together in rows of at most `sequence_length` tokens."""
+        """Pack documents into rows of at most `sequence_length` tokens."""
         packed = _packed([document.inputs for document in self.documents], self.sequence_length)
         return [[self.documents[number] for number in pack] for pack in packed]
 
@@ -51,16 +51,16 @@ class Workload:
 def make_workload(
     corpus: str | None, objective: str, mask_rate: float, sequence_length: int, tokens: int, full: bool, seed: int
 ) -> Workload:
-    """Documents that fill about `tokens` positions of packs, drawn from a corpus or invented. Raises DetourError.
+    """Return documents that fill packs of about `tokens` positions, from a corpus or synthetic. Raises DetourError.
 
-    `corpus` is a prefix that tools/preprocess_data.py wrote. Longer documents lose their end; `full` makes every
-    document as long as the sequence.
+    `corpus` is the prefix of a built corpus. Longer documents are truncated; with `full` every document is as long as
+    the sequence.
     """
     generator = np.random.default_rng(seed)
     vocabulary = Vocabulary.from_dict(read_manifest(corpus).tokenizer) if corpus else INVENTED
     count = max(round(tokens / sequence_length), 1)
     texts = _texts(corpus, sequence_length, full, vocabulary, generator)
-    # As many as fill packs as training does; of those packs, some.
+    # Pack many documents, as in training, and use some of the packs.
     pool = list(itertools.islice(texts, POOL * count * (1 if full else sequence_length // MEDIAN_LENGTH + 1)))
     packs = _packed(pool, sequence_length)
     chosen = [number for pack in generator.permutation(len(packs))[:count] for number in packs[pack]]
@@ -74,7 +74,7 @@ def make_workload(
 
 
 def _packed(texts: list[np.ndarray], sequence_length: int) -> list[list[int]]:
-    """The numbers of the texts in each pack, by best fit decreasing: longest first, each where it leaves least room."""
+    """Return the indices of the texts in each pack, by best fit decreasing."""
     packs: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (free positions, pack), ascending
     for number in sorted(range(len(texts)), key=lambda number: -len(texts[number])):
@@ -88,7 +88,7 @@ def _packed(texts: list[np.ndarray], sequence_length: int) -> list[list[int]]:
 
 
 def _texts(corpus: str | None, sequence_length: int, full: bool, vocabulary: Vocabulary, generator):
-    """Token ids of documents without end, int64."""
+    """Yield token ids of documents endlessly, int64."""
     source = IndexedCorpus(corpus) if corpus else None
     while True:
         if source is not None and not full:

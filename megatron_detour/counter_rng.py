@@ -1,18 +1,18 @@
-"""Random numbers by counter: a number's bits mixed until nothing of it shows. No state, any of them at once.
+"""Counter-based random numbers: stateless, so that any draw can be computed independently.
 
-SplitMix64's finaliser (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014).
+SplitMix64's finalizer (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-GOLDEN = 0x9E3779B97F4A7C15  # odd, its bits irregular: multiples of it are far apart modulo 2**64
+GOLDEN = 0x9E3779B97F4A7C15  # odd, with irregular bits: its multiples are far apart modulo 2**64
 WORD = (1 << 64) - 1
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Maps uint64 values one to one onto uint64 values that look drawn; `values` is overwritten with them."""
+    """Map uint64 values one to one onto pseudorandom uint64 values, in place."""
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
     values ^= values >> np.uint64(27)
@@ -22,6 +22,6 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def streams(seed: int, purpose: int, numbers: np.ndarray) -> np.ndarray:
-    """Where the draws of each of `numbers`, int64 [n], begin: uint64 [n]. Draw i of stream s is mix(s + i * GOLDEN)."""
+    """Return the random stream, uint64 [n], of each of `numbers`, int64 [n]. Draw i is mix(stream + i * GOLDEN)."""
     salt = mix(np.array([(seed * GOLDEN + purpose) & WORD], dtype=np.uint64))
     return mix(mix(numbers.astype(np.uint64) + np.uint64(GOLDEN)) ^ salt)

@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were before, what identifies them, and disks that are away for a moment."""
+"""Atomic file writes, file checksums, and retries when a disk is briefly unavailable."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-PAUSES = (1.0, 4.0, 15.0)  # seconds before an operation is tried again
+PAUSES = (1.0, 4.0, 15.0)  # seconds before an operation is retried
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOLINK}
-ABANDONED_SECONDS = 24 * 3600  # without a change: of a writer on another machine, whose life is not seen from here
+ABANDONED_SECONDS = 24 * 3600  # without a change; whether a writer on another machine is alive cannot be seen here
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an error may pass by itself, as when a file server is away for a moment."""
+    """Return whether an error may resolve itself, as when a file server is briefly unavailable."""
     return isinstance(error, OSError) and error.errno in TRANSIENT
 
 
 def retry(work: Callable[[], T]) -> T:
-    """What `work` returns, which can be done again from its beginning; it is, a few times, after a passing error."""
+    """Return what `work` returns. It is repeated from its beginning, a few times, after a transient error."""
     for pause in PAUSES:
         try:
             return work()
@@ -39,7 +39,7 @@ def retry(work: Callable[[], T]) -> T:
 
 
 def write_whole(path: Path, content: str | bytes | Iterator[bytes]) -> None:
-    """Writes a file beside `path`, brings it to the disk and gives it its name in one move."""
+    """Write a file atomically: to a temporary file beside `path` that is synced to disk and renamed."""
     aside = path.with_name(f".{path.name}.part")
     whole = content.encode() if isinstance(content, str) else content
 
@@ -51,9 +51,9 @@ def write_whole(path: Path, content: str | bytes | Iterator[bytes]) -> None:
         aside.replace(path)
 
     try:
-        retry(write) if isinstance(whole, bytes) else write()  # parts are made once
+        retry(write) if isinstance(whole, bytes) else write()  # an iterator cannot be repeated
     except Exception as error:
-        if isinstance(error, OSError):  # a write to a full disk does not say which file
+        if isinstance(error, OSError):  # the error of a full disk does not name the file
             error.filename = error.filename or str(path)
         with suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -61,20 +61,20 @@ def write_whole(path: Path, content: str | bytes | Iterator[bytes]) -> None:
 
 
 def aside_of(path: Path, purpose: str) -> Path:
-    """Where this process writes what is to be called `path`, or moves what was."""
+    """Return where this process writes what will become `path`, or moves what it replaces."""
     return path.with_name(f".{path.name}.{purpose}-{socket.gethostname()}-{os.getpid()}")
 
 
 def remove_abandoned(path: Path) -> None:
-    """Removes what killed writers of `path` have left aside: those of this machine, and of any other after a day."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        match = re.fullmatch(r"(?:writing|replaced)-(?:(.+)-)?(\d+)", left.name.removeprefix(f".{path.name}."))
+    """Remove leftovers of killed writers of `path`: those of this machine, and those of others after a day."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        match = re.fullmatch(r"(?:writing|replaced)-(?:(.+)-)?(\d+)", leftover.name.removeprefix(f".{path.name}."))
         if match is None:
             continue
         dead = match[1] == socket.gethostname() and not _is_alive(int(match[2]))
         with suppress(OSError):
-            if dead or time.time() - left.lstat().st_mtime > ABANDONED_SECONDS:
-                discard(left)
+            if dead or time.time() - leftover.lstat().st_mtime > ABANDONED_SECONDS:
+                discard(leftover)
 
 
 def _is_alive(process: int) -> bool:
@@ -82,13 +82,13 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # somebody else's
+    except OSError:  # another user's process
         return True
     return True
 
 
 def discard(path: Path, silent: bool = True) -> None:
-    """Removes a folder, a file or a link, and nothing that a link points to; `silent`: as far as it can be removed."""
+    """Remove a folder, a file or a link (not its target); `silent` ignores what cannot be removed."""
     with suppress(OSError) if silent else nullcontext():
         if path.is_symlink() or path.is_file():
             path.unlink(missing_ok=True)
@@ -97,7 +97,7 @@ def discard(path: Path, silent: bool = True) -> None:
 
 
 def flush(path: Path) -> None:
-    """Brings a file or a folder's list of names to the disk."""
+    """Sync a file or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,6 +106,6 @@ def flush(path: Path) -> None:
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
+    """Return a file's size in bytes and its SHA-256."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -2,15 +2,16 @@
 
     clip: Annotated[float, Range(above=0), "largest gradient norm"] = 1.0
 
-`read` builds an instance from plain mappings (YAML, JSON) and reports all faults at once; `add_arguments` and
-`from_namespace` make the fields flags of a command; `json_schema` and `markdown_table` describe them. A field is an
-int, float, bool, str, Path, dict, tuple, another such dataclass, or one of these and None.
+`read` builds an instance from plain mappings (YAML, JSON) and reports all faults at once. `add_arguments`,
+`from_namespace` and `validate` make the fields flags of a command. `json_schema` and `markdown_table` describe them.
+A field is an int, float, bool, str, Path, dict, tuple, another such dataclass, or one of these or None.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import re
 import types
@@ -493,9 +494,15 @@ def _default_words(default: Any) -> str:
     return repr(default)[1:-1].replace("%", "%%") if isinstance(default, str) else f"{default:,g}"
 
 
-def from_namespace(cls: type[T], options: argparse.Namespace, check: Callable[[T, Faults], None] | None = None) -> T:
-    """The instance that parsed flags say. Raises DetourError with all faults, each with its flag."""
-    return read(cls, {s.name: getattr(options, s.name) for s in settings_of(cls)}, "", check, flag)
+def from_namespace(cls: type[T], options: argparse.Namespace) -> T:
+    """The instance that parsed flags say; `validate` checks it."""
+    values = {setting.name: getattr(options, setting.name) for setting in settings_of(cls)}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def validate(instance: T, check: Callable[[T, Faults], None] | None = None, shown: Callable[[str], str] = flag) -> None:
+    """Raises DetourError with all faults of an instance that was made of flags, each with its flag."""
+    read(type(instance), to_plain(instance), "", check, shown)
 
 
 def json_schema(cls: type, title: str) -> dict[str, Any]:
@@ -551,17 +558,18 @@ def _type_schema(setting: Setting, definitions: dict[str, Any]) -> dict[str, Any
     if setting.kind is tuple:
         items = [_value_schema(item, definitions) for item in setting.items]
         return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
-    return {"type": {int: "integer", float: "number", bool: "boolean", dict: "object"}.get(setting.kind, "string")}
+    kinds = {int: "integer", float: "number", bool: "boolean", dict: "object"}
+    return {"type": kinds[setting.kind]} if setting.kind in kinds else {"type": "string", "minLength": 1}
 
 
-def markdown_table(cls: type) -> str:
+def markdown_table(cls: type, shown: Callable[[str], str] = str) -> str:
     """A row per key, with its default and its help. A class that stands at several keys is taken apart at the first."""
-    lines = ["| key | default | |", "|---|---|---|"]
+    lines = [f"| {'flag' if shown is flag else 'key'} | default | |", "|---|---|---|"]
     for key, setting in _keys(cls, "", set()):
         default = "required" if setting.default is MISSING else _default_cell(setting.default)
         choices = setting.mark(Choice) or getattr(setting.mark(Tagged), "kinds", ())
         named = f": {', '.join(f'`{name}`' for name in choices)}" if choices else ""
-        lines.append(f"| `{key}` | {default} | {setting.help}{named} |")
+        lines.append(f"| `{shown(key)}` | {default} | {setting.help}{named} |")
     return "\n".join(lines)
 
 
@@ -583,4 +591,4 @@ def _keys(cls: type, key: str, done: set[type]) -> Iterator[tuple[str, Setting]]
 def _default_cell(default: Any) -> str:
     if default in (None, (), {}) or dataclasses.is_dataclass(default):
         return ""
-    return f"`{str(default).lower() if isinstance(default, bool) else to_plain(default)}`"
+    return f"`{json.dumps(to_plain(default)) if not isinstance(default, str) or not default.strip() else default}`"

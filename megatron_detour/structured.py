@@ -1,4 +1,4 @@
-"""JSON and YAML from outside: read whole, in UTF-8, each key once, or refused in one sentence that names the place."""
+"""Strict reading of JSON and YAML: UTF-8, no duplicate keys, errors in one sentence that names the place."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megatron_detour.errors import DetourError
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. Raises DetourError; FileNotFoundError is left to the caller, who knows the remedy."""
+    """Return the content of a JSON file. Raises DetourError, or FileNotFoundError, as the caller knows the remedy."""
     return parse_json(_text(path, "JSON"), str(path))
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file. Raises DetourError; FileNotFoundError is left to the caller, who knows the remedy."""
+    """Return the content of a YAML file. Raises DetourError, or FileNotFoundError, as the caller knows the remedy."""
     return parse_yaml(_text(path, "YAML"), str(path))
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object of a file. Raises DetourError for anything else; FileNotFoundError is left to the caller."""
+    """Return the JSON object in a file. Raises DetourError for any other content, or FileNotFoundError."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise DetourError(f"{path}: not a JSON object")
@@ -31,23 +31,23 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, origin: str) -> Any:
-    """Raises DetourError where `text` is not JSON, has a key twice in one object, or is nested too deep to read."""
+    """Parse JSON. Raises DetourError if it is invalid, has a duplicate key in an object, or is nested too deeply."""
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _mapping_of(pairs, origin))
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique_keys(pairs, origin))
     except json.JSONDecodeError as error:
-        raise DetourError(f"{origin}: not JSON: {error}") from None
+        raise DetourError(f"{origin}: invalid JSON: {error}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        raise DetourError(f"{origin}: not JSON that can be read: {_cause(error)}") from None
+        raise DetourError(f"{origin}: invalid JSON: {_cause(error)}") from None
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Raises DetourError where `text` is not YAML, has a key twice in one mapping, or is nested too deep to read."""
+    """Parse YAML. Raises DetourError if it is invalid, has a duplicate key in a mapping, or is nested too deeply."""
     try:
         return yaml.load(text, _UniqueKeyLoader)
     except _DuplicateKeyError as error:
         raise DetourError(f"{origin}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DetourError(f"{origin}: not YAML: {_cause(error)}") from None
+        raise DetourError(f"{origin}: invalid YAML: {_cause(error)}") from None
 
 
 class _DuplicateKeyError(Exception):
@@ -62,16 +62,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 continue
             key, line = self.construct_object(key_node), key_node.start_mark.line + 1
             if key in first:
-                raise _DuplicateKeyError(f"line {line}: the key {key!r} appears twice, first in line {first[key]}")
+                raise _DuplicateKeyError(f"line {line}: duplicate key {key!r}, first on line {first[key]}")
             first[key] = line
         return super().construct_mapping(node, deep)
 
 
-def _mapping_of(pairs: list[tuple[str, Any]], origin: str) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]], origin: str) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise DetourError(f"{origin}: the key {counts.most_common(1)[0][0]!r} appears twice in one object")
+        raise DetourError(f"{origin}: duplicate key {counts.most_common(1)[0][0]!r}")
     return mapping
 
 
@@ -81,10 +81,10 @@ def _text(path: str | Path, kind: str) -> str:
     except FileNotFoundError:
         raise
     except UnicodeDecodeError as error:
-        raise DetourError(f"{path}: not {kind}: not UTF-8 text (byte {error.start})") from None
+        raise DetourError(f"{path}: invalid {kind}: not UTF-8 (byte {error.start})") from None
     except OSError as error:
         raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _cause(error: Exception) -> str:
-    return "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())

@@ -1,28 +1,28 @@
-"""Text from outside as it may be shown: on a terminal, in a page, in Markdown."""
+"""Escaping of untrusted text for terminals, pages and Markdown."""
 
 from __future__ import annotations
 
 import re
 
-# Controls but tab and newline, marks that turn the direction of text or take no room, line separators, lone surrogates.
-# The joiners U+200C and U+200D stay: scripts and emoji need them.
+# Control characters except tab and newline, direction marks, zero-width characters, line separators, lone surrogates.
+# The joiners U+200C and U+200D are kept: scripts and emoji need them.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _MARKS = re.compile(r"[\\`*\[\]<>|$~&]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is no mark
-_FIRST = re.compile(r"^([#+=-]+|\d+[.)])(?=\s|$)")  # what begins a heading, a list, a rule or front matter
+_FIRST = re.compile(r"^([#+=-]+|\d+[.)])(?=\s|$)")  # starts a heading, a list, a rule or front matter
 
 
 def visible(text: str) -> str:
-    """Returns `text` with what a reader would not see, or what a terminal would obey, as codes such as ``\\x1b``."""
-    return _UNSEEN.sub(lambda found: _code(ord(found[0])), text)
+    """Return `text` with invisible and control characters replaced by codes such as ``\\x1b``."""
+    return _UNSEEN.sub(lambda match: _code(ord(match[0])), text)
 
 
 def markdown(text: str) -> str:
-    """Returns `text` in one line that Markdown, its tables too, shows as it stands: no heading, list, tag or link."""
+    """Return `text` as one line that Markdown renders literally, in tables as well: no heading, list, tag or link."""
     line = visible(" ".join(text.split()))
-    return _FIRST.sub(lambda found: f"{found[0][:-1]}\\{found[0][-1]}", _MARKS.sub(r"\\\g<0>", line))
+    return _FIRST.sub(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", _MARKS.sub(r"\\\g<0>", line))
 
 
 def _code(number: int) -> str:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_detour.corpus import BuildOptions, build_corpus
 from megatron_detour.corpus.train_tokenizer import train_tokenizer
 from megatron_detour.data.manifest import Manifest
+from tests.harness import ROOT
 
 WORDS = {
     "who": ("the patient", "the nurse", "a child", "the surgeon", "la patiente", "le médecin", "an old man"),
@@ -64,3 +66,50 @@ def corpus(tokenizer_folder, tmp_path_factory) -> BuiltCorpus:
     jsonl = write_jsonl(folder / "texts.jsonl", [sentences(rng, count) for count in counts])
     build([jsonl], folder / "corpus", tokenizer_folder)
     return BuiltCorpus(str(folder / "corpus"), jsonl, tokenizer_folder)
+
+
+@pytest.fixture
+def start_model(tokenizer_folder, tmp_path) -> str:
+    """A folder of a model of 400 ids."""
+    from safetensors.torch import save_file
+
+    from megatron_detour.tokenizer.vocabulary import load_vocabulary
+    from tests.models import CONFIG, tiny
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tokenizer_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    size = load_vocabulary(tokenizer_folder).size
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": size}))
+    weights = {name: parameter.detach() for name, parameter in tiny(vocab_size=size).named_parameters()}
+    save_file(weights, folder / "model.safetensors")
+    return str(folder)
+
+
+@pytest.fixture
+def good_run(start_model, corpus, tmp_path) -> dict:
+    """A run file that nothing is wrong with."""
+    detour = {"name": "detour", "objective": "clm", "tokens": "8 steps", "learning_rate": {"peak": 1e-3}}
+    rate = {"peak": 1e-3, "shape": "1-sqrt", "end": 0.0}
+    decay = {"name": "decay", "objective": "mlm", "mask_rate": 0.2, "tokens": "2 steps", "learning_rate": rate}
+    return {
+        "name": "small",
+        "folder": str(tmp_path / "run"),
+        "model": {"start": start_model},
+        "data": {"corpora": [{"prefix": corpus.prefix}], "sequence_length": 128},
+        "batch": {"sequences": 8, "micro_sequences": 2},
+        "phases": [detour, decay],
+        "deepspeed": str(ROOT / "ds_configs/zero2_bf16.json"),
+        "validation": {"corpora": [{"prefix": corpus.prefix}], "sequences": 8},
+    }
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    def write(raw: dict) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        return str(path)
+
+    return write

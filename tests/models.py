@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_detour.data.batches import MicroBatch, positions_of
+from megatron_detour.data.batches import MicroBatch, document_positions
 from megatron_detour.model.modernbert import Compute, ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.loss import LossSum
@@ -56,7 +56,9 @@ def microbatch(lengths: tuple[int, ...], causal: bool, labelled: float = 0.5, se
     ids = generator.integers(3, CONFIG["vocab_size"], total)
     where = np.flatnonzero(generator.random(total) < labelled)
     labels = generator.integers(3, CONFIG["vocab_size"], len(where))
-    ids, positions, where, labels = (torch.from_numpy(x) for x in (ids, positions_of(np.array(lengths)), where, labels))
+    ids, positions, where, labels = (
+        torch.from_numpy(x) for x in (ids, document_positions(np.array(lengths)), where, labels)
+    )
     return MicroBatch(ids, positions, lengths, causal, where, labels)
 
 

@@ -184,7 +184,7 @@ def test_later_overrides_win(tmp_path):
         ("phases.detuor.tokens=1B", "'detuor' is neither"),
         ("phases.²=1", "'²' is neither"),
         ("name.first=x", "name has no keys of its own"),
-        ("name=[", "not YAML"),
+        ("name=[", "invalid YAML"),
         ("batch.sequence=9", "batch.sequence: unknown key (did you mean 'sequences'?)"),
         ("checkpoint.evry=9", "checkpoint.evry: unknown key (did you mean 'every'?)"),
     ],
@@ -422,8 +422,8 @@ def test_edges_that_are_allowed():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"a: [", "not YAML"),
-        (b"name: \xff", "not YAML: not UTF-8"),
+        (b"a: [", "invalid YAML"),
+        (b"name: \xff", "invalid YAML: not UTF-8"),
         (b"- a\n", "a run file is a YAML mapping"),
         (b"", "a run file is a YAML mapping"),
     ],
@@ -657,9 +657,9 @@ def test_what_is_nested_too_deep_is_a_sentence(tmp_path, depth):
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(SMALL) + "phases: []\n")
-    with pytest.raises(DetourError, match=r"line \d+: the key 'phases' appears twice"):
+    with pytest.raises(DetourError, match=r"line \d+: duplicate key 'phases'"):
         load(path)
-    with pytest.raises(DetourError, match="the key 'spikes' appears twice"):
+    with pytest.raises(DetourError, match="duplicate key 'spikes'"):
         load(written(tmp_path, SMALL), ["guards={spikes: skip, spikes: report}"])
 
 

@@ -1,4 +1,4 @@
-"""How a command tells of an error and ends."""
+"""How a command reports an error and exits."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_an_error_of_a_file_is_one_sentence_that_names_it(number, capfd, monkeyp
 
 def test_a_run_that_has_saved_asks_to_be_started_again_when_a_disk_is_away(capfd, monkeypatch):
     error = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/data/x")
-    error.start_again = True
-    status, told = ended(error, capfd, monkeypatch)
+    error.restart = True
+    status, message = ended(error, capfd, monkeypatch)
     assert status == EXIT_INTERRUPTED
-    assert told.startswith("error: /data/x: Stale file handle; the disk may be back: start the same command again")
-    assert told.count("\n") == 1
+    assert message.startswith("error: /data/x: Stale file handle; the disk may be back: run the same command again")
+    assert message.count("\n") == 1
 
 
 def test_a_fault_of_the_code_keeps_its_traceback(capfd, monkeypatch):

@@ -39,7 +39,7 @@ ALLOWED = {
     "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
     "data.manifest": ("tokenizer errors", "msgspec"),
     "data.batches": ("data tokenizer objectives config errors files", "numpy torch"),
-    "corpus": ("corpus data tokenizer ui errors files", "numpy msgspec"),
+    "corpus": ("corpus data tokenizer ui settings errors files", "numpy msgspec"),
     "corpus.sources": ("errors", "pyarrow datasets huggingface_hub"),
     "corpus.records": ("errors", "msgspec numpy"),
     "corpus.lines": ("corpus errors", "numpy pyarrow"),
@@ -57,14 +57,14 @@ ALLOWED = {
     "checkpoint.source": ("tokenizer.vocabulary model.shape errors", ""),
     "release": (
         "release checkpoint model tokenizer objectives data.manifest observe.run_files observe.run_folder "
-        "observe.steps ui config plan errors",
+        "observe.steps ui settings config plan errors",
         "torch yaml jinja2 huggingface_hub",
     ),
     "observe": ("observe ui objectives errors files", "numpy matplotlib"),
     "observe.meter": ("observe model.peaks errors files", "torch"),
     "observe.run_files": ("objectives settings errors", "msgspec"),
     "observe.sinks": ("observe errors files", "tensorboard wandb"),
-    "evaluation": ("evaluation errors files", "numpy msgspec"),
+    "evaluation": ("evaluation settings errors files", "numpy msgspec"),
     "evaluation.metrics": ("errors", "numpy sklearn scipy seqeval"),
     "evaluation.task_types": ("evaluation.task_types evaluation.metrics errors", "numpy torch transformers"),
     "evaluation.task": ("evaluation.task_types errors", ""),
@@ -72,7 +72,7 @@ ALLOWED = {
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
         "evaluation.finetuning evaluation.task evaluation.task_types evaluation.examples "
-        "evaluation.models evaluation.results ui errors",
+        "evaluation.models evaluation.results settings ui errors",
         "numpy torch transformers msgspec",
     ),
     "evaluation.report": (
@@ -84,34 +84,43 @@ ALLOWED = {
         "evaluation.masked_words evaluation.models evaluation.probes corpus.documents counter_rng ui errors files",
         "numpy torch transformers rich",
     ),
+    "run_directory": (
+        "checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
+        "yaml",
+    ),
+    "preflight": (
+        "run_directory objectives config plan model_parts model.shape model.flops data.integrity tokenizer "
+        "checkpoint.source checkpoint.huggingface errors",
+        "",
+    ),
     "forecast": (
-        "forecast objectives config plan model_parts model.shape model.flops model.peaks data.manifest data.indexed "
-        "data.order tokenizer checkpoint.source ui errors",
+        "forecast preflight objectives config plan model.shape model.flops model.peaks data.manifest data.indexed "
+        "data.order ui errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
     "commands": (
-        "commands log forecast training checkpoint corpus config plan data model kernels parallel observe runtime "
-        "release evaluation ui errors",
+        "commands log forecast preflight run_directory training checkpoint corpus settings config plan data model "
+        "kernels parallel observe runtime release evaluation ui errors",
         "torch psutil packaging rich transformers",
     ),
     "commands.init": (
-        "commands.parser config plan corpus data.manifest tokenizer forecast errors",
+        "commands.parser config plan corpus data.manifest tokenizer forecast preflight errors",
         "psutil pyarrow torch yaml",
     ),
     "commands.batches": (
-        "commands.parser config data plan objectives tokenizer forecast.start errors",
+        "commands.parser config data plan objectives tokenizer preflight errors",
         "numpy tokenizers",
     ),
     "commands.main": ("commands.parser errors", ""),
     "commands.parser": ("config errors", ""),
     "commands.plan": ("commands.parser forecast config plan ui errors", ""),
     "training": (
-        "training log runtime checkpoint data tokenizer model model_parts observe parallel kernels config errors files "
-        "forecast objectives plan",
-        "numpy torch yaml",
+        "training log run_directory preflight runtime checkpoint data tokenizer model model_parts observe parallel "
+        "kernels config errors files forecast objectives plan",
+        "numpy torch",
     ),
-    "training.engine": ("training parallel config plan forecast.faults errors files", "torch deepspeed"),
+    "training.engine": ("training parallel config plan errors files", "torch deepspeed"),
     "benchmarks": (
         "benchmarks data corpus tokenizer model observe parallel kernels ui errors files objectives",
         "numpy torch transformers",

@@ -14,10 +14,10 @@ def test_what_is_read():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "f: the key 'c' appears twice in one object"),
-        ('{"a": ', "f: not JSON: Expecting value"),
-        ("[" * 100_000, "f: not JSON that can be read: nested too deep"),
-        ("1" * 10_000, "f: not JSON that can be read: Exceeds the limit"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "f: duplicate key 'c'"),
+        ('{"a": ', "f: invalid JSON: Expecting value"),
+        ("[" * 100_000, "f: invalid JSON: nested too deeply"),
+        ("1" * 10_000, "f: invalid JSON: Exceeds the limit"),
     ],
 )
 def test_refused_json(text, sentence):
@@ -29,13 +29,13 @@ def test_refused_json(text, sentence):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a: 1\nphases: []\nb: {x: 1}\nphases: [1]\n", "f: line 4: the key 'phases' appears twice, first in line 2"),
-        ("a: {x: 1, x: 2}\n", "f: line 1: the key 'x' appears twice"),
-        ("a: [", "f: not YAML: "),
-        ("[" * 5_000, "f: not YAML: nested too deep"),
-        ("a: 2024-99-99\n", "f: not YAML: month must be in 1..12"),
-        ("? [1, 2]\n: 3\n", "f: not YAML: "),
-        ("a: " + "1" * 10_000, "f: not YAML: Exceeds the limit"),
+        ("a: 1\nphases: []\nb: {x: 1}\nphases: [1]\n", "f: line 4: duplicate key 'phases', first on line 2"),
+        ("a: {x: 1, x: 2}\n", "f: line 1: duplicate key 'x'"),
+        ("a: [", "f: invalid YAML: "),
+        ("[" * 5_000, "f: invalid YAML: nested too deeply"),
+        ("a: 2024-99-99\n", "f: invalid YAML: month must be in 1..12"),
+        ("? [1, 2]\n: 3\n", "f: invalid YAML: "),
+        ("a: " + "1" * 10_000, "f: invalid YAML: Exceeds the limit"),
     ],
 )
 def test_refused_yaml(text, sentence):
@@ -53,7 +53,7 @@ def test_files(tmp_path):
             read(tmp_path)
     file.write_bytes(b'{"a": "\xff"}')
     for read, kind in ((read_json, "JSON"), (read_yaml, "YAML")):
-        with pytest.raises(DetourError, match=rf"f\.json: not {kind}: not UTF-8 text \(byte 7\)"):
+        with pytest.raises(DetourError, match=rf"f\.json: invalid {kind}: not UTF-8 \(byte 7\)"):
             read(file)
     file.write_text("[1]")
     assert read_json(file) == [1]

@@ -162,7 +162,7 @@ def test_lines_of_commands_show_names_as_codes(show: Callable[[], None], capsys:
 
 
 def test_errors_show_names_as_codes(capfd: pytest.CaptureFixture[str]) -> None:
-    errors.say_error(f"{HOSTILE}\udcff: is no corpus", 0)
+    errors.print_error(f"{HOSTILE}\udcff: is no corpus", 0)
     told = capfd.readouterr().err
     assert not unseen(told) and told.startswith("error: a\\x1b]0;owned")
 

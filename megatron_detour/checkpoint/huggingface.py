@@ -21,7 +21,7 @@ from megatron_detour.checkpoint.state import TrainingState
 from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
 from megatron_detour.errors import DetourError, brief
 from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.model.shape import OLD_KEYS, Shape, refuse_unknown_keys
+from megatron_detour.model.shape import OLD_KEYS, Shape
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
 from megatron_detour.tokenizer.sentencepiece_model import SUFFIXES
@@ -75,10 +75,12 @@ class Weights:
 
 
 def fresh_config(given: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """A config.json for a new model: transformers' defaults, the tokenizer's ids, and what the run file gives."""
+    """A config.json for a new model: transformers' defaults, the tokenizer's ids, and what the run file gives.
+
+    Raises DetourError where transformers rejects a value.
+    """
     from transformers import ModernBertConfig
 
-    refuse_unknown_keys(given)
     ids = {
         "vocab_size": vocabulary.size,
         "pad_token_id": vocabulary.pad,

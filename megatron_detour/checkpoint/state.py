@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_detour.errors import DetourError
-from megatron_detour.parallel.replicas import unequal_replicas
+from megatron_detour.parallel.collectives import unequal_replicas
 from megatron_detour.parallel.shard import shard, spec_of, unshard
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.parallel.zero import Zero, ZeroGroup

@@ -20,9 +20,9 @@ from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import split
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import DetourError, format_faults
-from megatron_detour.forecast.start import look
 from megatron_detour.objectives import IGNORE
 from megatron_detour.plan import Plan, Step
+from megatron_detour.preflight import look
 from megatron_detour.text import visible
 from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_tokenizer
 from megatron_detour.tokenizer.word_boundaries import Words
@@ -133,12 +133,11 @@ class Source:
     def of(cls, config: RunConfig, plan: Plan) -> Source:
         """Raises DetourError if the tokenizer or a corpus does not exist."""
         start = look(config.model, config.needs_word_boundaries)
-        if start.vocabulary is None:
+        if start.vocabulary is None or (config.needs_word_boundaries and start.words is None):
             raise DetourError(format_faults(list(start.faults)))
         file = find_tokenizer(config.model.tokenizer or config.model.start, config.model.download)
         data = PhaseData(plan, config.data.order_seed, start.vocabulary)
-        words = Words.of(file, start.vocabulary) if config.needs_word_boundaries else None
-        return cls(data, words, load_tokenizer(file), config.seed)
+        return cls(data, start.words, load_tokenizer(file), config.seed)
 
     def read(self, step: Step) -> StepBatch:
         mixture = self.data.of(step.phase)

@@ -11,6 +11,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.release import hub
 from megatron_detour.release.card_metadata import CardMetadata, read_card_metadata
 from megatron_detour.release.export import DTYPES, export
+from megatron_detour.settings import flag, validate
 from megatron_detour.text import visible
 
 
@@ -88,4 +89,5 @@ def _card_metadata(options: argparse.Namespace) -> CardMetadata:
     metadata = CardMetadata(
         options.name, tuple(options.language), options.license, options.base_model, domain=options.domain
     )
+    validate(metadata, shown=lambda key: flag(key).removesuffix("s"))  # --language may name several
     return metadata.over(read_card_metadata(options.card_facts)) if options.card_facts else metadata

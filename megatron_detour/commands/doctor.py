@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from megatron_detour.commands.plan import split_faults
 from megatron_detour.config import RunConfig, load
 from megatron_detour.corpus.examine import verify
 from megatron_detour.errors import DetourError
-from megatron_detour.forecast import Forecast, Start, forecast
-from megatron_detour.forecast.start import look
-from megatron_detour.forecast.zero import faults_of
+from megatron_detour.forecast import Forecast, forecast
 from megatron_detour.plan import Plan
+from megatron_detour.preflight import Preflight, preflight
 from megatron_detour.ui.format import counted
 
 
@@ -44,30 +42,30 @@ def run(options: argparse.Namespace) -> int:
 
 
 def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
-    faults, config = [], None
+    faults, config, checked = [], None, None
     if run_file is not None:
         try:
             config = load(run_file, overrides)
+            checked = preflight(config, Plan.of(config), _ranks(config))
         except DetourError as fault:
             faults = split_faults(fault)
     yield from machine.packages()
     yield from machine.gpus()
-    yield machine.precision(faults_of(config.deepspeed)[0] if config else None)
+    yield machine.precision(checked and checked.deepspeed)
     yield machine.collectives()
     yield from machine.host()
     yield from (CheckResult(FAULT, "run file", fault) for fault in faults)
     if config:
         yield CheckResult(OK, "run file", f"{run_file}: {config.name}")
-        yield from _of_run(config)
+        yield from _of_run(config, checked)
     else:
         yield from machine.compute()
         yield machine.disk(Path.cwd())
 
 
-def _of_run(config: RunConfig) -> Iterator[CheckResult]:
-    start = look(config.model, config.needs_word_boundaries)
-    yield from _model(config, start)
-    told = _forecast(config, _ranks(config), dataclasses.replace(start, faults=()))  # they are told already
+def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
+    yield from _model(config, checked)
+    told = _forecast(config, _ranks(config), checked)
     yield from machine.compute(
         config.compute.attention,
         config.compute.kernels,
@@ -76,7 +74,7 @@ def _of_run(config: RunConfig) -> Iterator[CheckResult]:
     )
     yield machine.disk(Path(config.folder), told.disk.needed if told.disk else 0)
     yield from _memory(told)
-    yield from (CheckResult(FAULT, "plan", fault) for fault in told.faults)
+    yield from (CheckResult(FAULT, "plan", fault) for fault in checked.faults if not _about_model(fault))
     yield from (CheckResult(NOTE, "plan", warning) for warning in told.warnings)
     yield from _corpora(config)
 
@@ -86,23 +84,27 @@ def _ranks(config: RunConfig) -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else config.parallel.tensor
 
 
-def _forecast(config: RunConfig, ranks: int, known: Start) -> Forecast:
+def _forecast(config: RunConfig, ranks: int, checked: Preflight) -> Forecast:
     plan = Plan.of(config)
     if not torch.cuda.is_available():
-        return forecast(config, plan, ranks, start=known, device="cpu")
+        return forecast(config, plan, ranks, checked=checked, device="cpu")
     _, total = torch.cuda.mem_get_info(0)
     name = torch.cuda.get_device_name(0)
-    return forecast(config, plan, ranks, start=known, device=name, gpu_memory=total / 1e9)
+    return forecast(config, plan, ranks, checked=checked, device=name, gpu_memory=total / 1e9)
 
 
-def _model(config: RunConfig, start: Start) -> Iterator[CheckResult]:
-    yield from (CheckResult(FAULT, "model", fault) for fault in start.faults)
-    if not start.faults and config.model.start is None:
-        yield CheckResult(OK, "model", "initialised from the seed")
-    elif not start.faults:
-        yield CheckResult(
-            OK, "model", f"{config.model.start}: {len(weight_sizes(start.shape))} weights match config.json"
-        )
+def _about_model(fault: str) -> bool:
+    return fault.startswith("model.")
+
+
+def _model(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
+    faults = [fault for fault in checked.faults if _about_model(fault)]
+    yield from (CheckResult(FAULT, "model", fault) for fault in faults)
+    if not faults and config.model.start is None:
+        yield CheckResult(OK, "model", "initialized from the seed")
+    elif not faults:
+        weights = len(weight_sizes(checked.shape))
+        yield CheckResult(OK, "model", f"{checked.model.start}: {weights} weights match config.json")
 
 
 def _memory(told: Forecast) -> Iterator[CheckResult]:

@@ -19,14 +19,15 @@ import yaml
 
 from megatron_detour.commands.parser import above_zero, count
 from megatron_detour.config import Model, from_dict, parse_tokens, recipes
+from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.corpus.documents import read_shard
 from megatron_detour.corpus.records import TextKeys
 from megatron_detour.corpus.sources import InputShard, find_inputs, is_text, plan_shards
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError, format_faults
-from megatron_detour.forecast import Forecast, Start, forecast
-from megatron_detour.forecast.start import PUBLISHED, look
+from megatron_detour.forecast import Forecast, forecast
 from megatron_detour.plan import Plan
+from megatron_detour.preflight import PUBLISHED, Preflight, look
 from megatron_detour.tokenizer.vocabulary import load_tokenizer
 
 MOST_EPOCHS = 4  # more repetition gains little (Muennighoff et al., 2023)
@@ -197,7 +198,9 @@ def _estimate(shards: list[InputShard], keys: TextKeys, tokenizer: str | None) -
     return max(1, int(scale * len(texts))), max(1, int(scale * sum(map(len, texts)) * per_character))
 
 
-def run_file(options: argparse.Namespace, texts: Texts, model: Model, start: Start, machine: Machine) -> dict[str, Any]:
+def run_file(
+    options: argparse.Namespace, texts: Texts, model: Model, start: Preflight, machine: Machine
+) -> dict[str, Any]:
     """Return the run file with one sequence per micro-batch, before GPU memory is considered."""
     length = min(start.shape.max_positions, PAPER_LENGTH if machine.gpus else CPU_LENGTH)
     training = texts.tokens * (1 if texts.built else 1 - texts.held_out)
@@ -249,7 +252,7 @@ def _rounded(tokens: int) -> int:
     return max(tokens // unit * unit, 1)
 
 
-def fitting(content: dict[str, Any], start: Start, machine: Machine) -> dict[str, Any]:
+def fitting(content: dict[str, Any], start: Preflight, machine: Machine) -> dict[str, Any]:
     """Choose the least recomputation, then the largest micro-batch, that fit into GPU memory by the forecast."""
     per_rank = content["batch"]["sequences"] // machine.ranks
     for recompute in ("none", "selective", "full"):
@@ -263,11 +266,12 @@ def fitting(content: dict[str, Any], start: Start, machine: Machine) -> dict[str
     return candidate  # nothing fits: plan says what else to change
 
 
-def _forecast(content: dict[str, Any], start: Start, machine: Machine) -> Forecast:
+def _forecast(content: dict[str, Any], start: Preflight, machine: Machine) -> Forecast:
     config = from_dict(content)
     device = machine.name if machine.gpus else "cpu"
     memory = machine.memory or 80
-    return forecast(config, Plan.of(config), machine.ranks, start=start, device=device, gpu_memory=memory)
+    checked = dataclasses.replace(start, deepspeed=read_deepspeed_config(config.deepspeed))
+    return forecast(config, Plan.of(config), machine.ranks, checked=checked, device=device, gpu_memory=memory)
 
 
 def _fits(result: Forecast, machine: Machine) -> bool:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -21,7 +22,6 @@ from packaging.requirements import Requirement
 
 from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult, check
 from megatron_detour.errors import DetourError
-from megatron_detour.forecast.zero import Zero2
 from megatron_detour.kernels.choose import choose_kernels
 from megatron_detour.model.backends import choose_attention
 
@@ -92,14 +92,14 @@ def gpus() -> Iterator[CheckResult]:
         yield CheckResult(OK, "driver", driver.read_text(encoding="utf-8").splitlines()[0].strip())
 
 
-def precision(run: Zero2 | None = None) -> CheckResult:
-    """Whether bf16 is computed or emulated; where `run` computes in fp32 that does not matter."""
+def precision(deepspeed: dict[str, Any] | None = None) -> CheckResult:
+    """Whether bf16 is computed or emulated; under a DeepSpeed file of fp32 that does not matter."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return check(native, "bf16", "native" if native else "not native", "use fp32, or an Ampere or later GPU")
     native = any(flag in _cpu_flags() for flag in CPU_BF16)
     remedy = "use deepspeed=ds_configs/zero2_fp32_cpu.json"
-    if not native and run and not run.bf16:
+    if not native and deepspeed and not deepspeed.get("bf16", {}).get("enabled"):
         return CheckResult(OK, "bf16", "emulated on this CPU; the run computes in fp32")
     return check(native, "bf16", "native on this CPU" if native else "emulated on this CPU, which is slow", remedy)
 

@@ -28,6 +28,7 @@ GROUPS = {
         ),
     },
     "train": {
+        "schema": ("print the JSON Schema of run files, for editors", "> run.schema.json"),
         "plan": (
             "forecast the memory, hours, epochs and disk of a run, and report every error that would stop it",
             "run.yaml --gpus 4 --gpu h100",

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_detour.corpus import build_corpus, examine, merge, options
+from megatron_detour import settings
+from megatron_detour.corpus import BuildOptions, build_corpus, examine, merge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subcommands = parser.add_subcommands(implied="build")
-    options.add_flags(subcommands.add_parser("build", help="build a corpus (the default)"))
+    settings.add_arguments(subcommands.add_parser("build", help="build a corpus (the default)"), BuildOptions)
     for name, what in (
         ("verify", "check every byte and every id against the manifest"),
         ("stats", "print counts and lengths, and plot a histogram (P.lengths.png)"),
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.subcommand == "build":
-        chosen = options.options_of(arguments)
+        chosen = settings.from_namespace(BuildOptions, arguments)
         print(examine.summary(chosen, build_corpus(chosen)))
     elif arguments.subcommand == "merge":
         print(merge.merge_corpora(arguments.prefixes, arguments.output_prefix, arguments.overwrite))

@@ -10,18 +10,16 @@ from pathlib import Path
 
 from megatron_detour.checkpoint.store import checkpoint_folder
 from megatron_detour.commands.parser import add_control, read_run_file
-from megatron_detour.config import RunConfig
-from megatron_detour.config.deepspeed import look_at_deepspeed_config
-from megatron_detour.errors import DetourError, format_faults
-from megatron_detour.forecast import faults, plan_table
-from megatron_detour.forecast.start import look
+from megatron_detour.errors import DetourError
+from megatron_detour.forecast import plan_table
 from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.plan import Plan
+from megatron_detour.preflight import preflight
+from megatron_detour.run_directory import CHECKPOINTS, is_finished, refuse_another_run
 from megatron_detour.runtime.launch import launch
 from megatron_detour.runtime.preemption import Preemption
 from megatron_detour.runtime.slurm import join_slurm
 from megatron_detour.runtime.terminal import ctrl_c_for_this_rank
-from megatron_detour.training.run_directory import CHECKPOINTS, is_finished, refuse_another_run, stand_in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             print(_finished(folder, plan), flush=True)
         return 0
     if options.launch:
-        _refuse_early(config, plan, folder)
+        preflight(config, plan).refuse()  # in a second or two, before a launcher and torch are started for it
         return launch(sys.argv[0], [word for word in sys.argv[1:] if word != "--launch"])
     launched = os.environ.get("LOCAL_RANK") == "0" and first
     own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
@@ -71,17 +69,6 @@ def run(options: argparse.Namespace) -> int:
         from megatron_detour.training.trainer import run_training
 
         return run_training(config, plan, folder, stop)
-
-
-def _refuse_early(config: RunConfig, plan: Plan, folder: Path) -> None:
-    """What every rank would refuse is told in a second or two, before a launcher and torch are started for it."""
-    masks_words = config.needs_word_boundaries
-    start = look(stand_in(folder, config.model) or config.model, masks_words)
-    found = [*start.faults, *look_at_deepspeed_config(config.deepspeed)[1], *faults.of_packages(config)]
-    found += faults.of_shape(config, plan, start.shape) if start.shape else []
-    found += faults.of_corpora(config, plan, start.vocabulary)
-    if found:
-        raise DetourError(format_faults(found))
 
 
 def _finished(folder: Path, plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""The documents of a stretch of input, and the records that are none with the reason for each."""
+"""Reading the documents of an input shard, and its invalid records with the reason for each."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ import msgspec
 from megatron_detour.corpus.lines import (
     BYTE_ORDER_MARK,
     check_encoding,
+    decompressed,
     lines_before,
     read_errors,
-    unpacked,
     whole_lines,
 )
-from megatron_detour.corpus.records import LONGEST_LINE, BadRecord, TextKeys, TooLong, decoded
+from megatron_detour.corpus.records import MAX_LINE_BYTES, BadRecord, TextKeys, TooLong, decoded
 from megatron_detour.corpus.sources import InputShard, is_json_lines, open_hub, open_saved, plan_shards
 from megatron_detour.errors import DetourError, brief
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
-NOT_PLAIN = (msgspec.MsgspecError, ValueError, RecursionError, BadRecord)  # what the fast parser raises
+FAST_PARSER_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError, BadRecord)
 LINE_ENDS = re.compile(rb"\n{2,}")
-ROWS, ROW_BYTES = 256, 1 << 22  # of Parquet or a dataset: no more are read at once
+ROWS, ROW_BYTES = 256, 1 << 22  # of Parquet or a dataset: the most read at a time
 
 
 @dataclass
 class Block:
-    """Documents that were read together. A record is a line, a row or, for whole files, a file."""
+    """Documents that were read together. A record is a line, a row, or a whole file."""
 
     records: int = 0
     empty: int = 0
     texts: list[str] = field(default_factory=list)
-    rejects: list[tuple[int, str]] = field(default_factory=list)  # number of the record in the stretch, reason
+    rejects: list[tuple[int, str]] = field(default_factory=list)  # index of the record in the shard, reason
 
-    def take(self, number: int, text_of: Callable[[], str]) -> None:
-        """Counts a record as a document, as an empty one or as a reject."""
+    def add(self, number: int, read: Callable[[], str]) -> None:
+        """Count a record as a document, as empty or as a reject."""
         try:
-            self.take_texts([text_of()])
+            self.add_texts([read()])
         except BadRecord as reason:
             self.records += 1
             self.rejects.append((number, str(reason)))
 
     def skip(self, count: int) -> None:
-        """Counts empty records."""
+        """Count empty records."""
         self.records += count
         self.empty += count
 
-    def take_texts(self, texts: list[str]) -> None:
-        """Counts records, all of them with a text that may be blank."""
+    def add_texts(self, texts: list[str]) -> None:
+        """Count records by their texts, which may be blank."""
         filled = [text for text in texts if text and not text.isspace()]
         self.records += len(texts)
         self.empty += len(texts) - len(filled)
@@ -61,102 +61,100 @@ class Block:
 
 
 def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
-    """Yields the documents of an input, without blank ones. Raises DetourError with the line of the first bad one."""
-    for stretch in plan_shards([str(path)]):
-        for block in read_shard(stretch, TextKeys((text_key,))):
+    """Yield the non-blank documents of an input. Raises DetourError with the line of the first invalid record."""
+    for shard in plan_shards([str(path)]):
+        for block in read_shard(shard, TextKeys((text_key,))):
             if block.rejects:
                 number, reason = block.rejects[0]
-                raise DetourError(f"{path}, line {records_before(stretch) + number + 1:,}: {reason}")
+                raise DetourError(f"{path}, line {records_before(shard) + number + 1:,}: {reason}")
             yield from block.texts
 
 
-def read_shard(
-    stretch: InputShard, keys: TextKeys, report: Callable[[int], None] = lambda read: None
-) -> Iterator[Block]:
-    """Yields the documents of a stretch in blocks of about BLOCK_BYTES; `report` gets the bytes read since last time.
+def read_shard(shard: InputShard, keys: TextKeys, report: Callable[[int], None] = lambda read: None) -> Iterator[Block]:
+    """Yield the documents of a shard in blocks of about BLOCK_BYTES; `report` gets the bytes read since its last call.
 
     Raises DetourError for a file that cannot be read to its end.
     """
     readers = {"parquet": _parquet_rows, "dataset": _dataset_rows, "streamed": _streamed_rows}
-    if stretch.kind in readers:
-        yield from _row_blocks(readers[stretch.kind](stretch, keys), keys)
-        report(stretch.size)
-    elif stretch.kind == "file":
-        yield _file_block(stretch)
-        report(stretch.size)
+    if shard.kind in readers:
+        yield from _row_blocks(readers[shard.kind](shard, keys), keys)
+        report(shard.size)
+    elif shard.kind == "file":
+        yield _file_block(shard)
+        report(shard.size)
     else:
-        yield from _line_blocks(stretch, keys, report)
+        yield from _line_blocks(shard, keys, report)
 
 
-def records_before(stretch: InputShard) -> int:
-    """How many records of the same file or dataset lie before a stretch."""
-    if stretch.kind == "parquet":
+def records_before(shard: InputShard) -> int:
+    """Return the number of records of the same file or dataset before a shard."""
+    if shard.kind == "parquet":
         from pyarrow.parquet import read_metadata
 
-        groups = read_metadata(stretch.path)
-        return sum(groups.row_group(group).num_rows for group in range(stretch.start))
-    if stretch.kind == "lines" and stretch.start:
-        return lines_before(stretch.path, stretch.start)
-    return stretch.start if stretch.kind == "dataset" else 0
+        groups = read_metadata(shard.path)
+        return sum(groups.row_group(group).num_rows for group in range(shard.start))
+    if shard.kind == "lines" and shard.start:
+        return lines_before(shard.path, shard.start)
+    return shard.start if shard.kind == "dataset" else 0
 
 
-def _file_block(stretch: InputShard) -> Block:
+def _file_block(shard: InputShard) -> Block:
     block = Block()
-    with Path(stretch.path).open("rb") as raw, read_errors(stretch.path):
-        content = unpacked(raw, stretch.path).read(LONGEST_LINE + 1)
-    check_encoding(content, stretch.path)
-    whole = content.removeprefix(BYTE_ORDER_MARK) if len(content) <= LONGEST_LINE else TooLong()
-    block.take(0, lambda: decoded(whole))
+    with Path(shard.path).open("rb") as raw, read_errors(shard.path):
+        content = decompressed(raw, shard.path).read(MAX_LINE_BYTES + 1)
+    check_encoding(content, shard.path)
+    text = content.removeprefix(BYTE_ORDER_MARK) if len(content) <= MAX_LINE_BYTES else TooLong()
+    block.add(0, lambda: decoded(text))
     return block
 
 
-def _line_blocks(stretch: InputShard, keys: TextKeys, report: Callable[[int], None]) -> Iterator[Block]:
-    texts_of = keys.fast_texts if is_json_lines(stretch.path) else _plain_texts
-    text_of = (lambda line: _either(line, keys)) if is_json_lines(stretch.path) else _plain_text
+def _line_blocks(shard: InputShard, keys: TextKeys, report: Callable[[int], None]) -> Iterator[Block]:
+    parse_all = keys.parse_lines if is_json_lines(shard.path) else _plain_texts
+    parse_one = (lambda line: _parse_line(line, keys)) if is_json_lines(shard.path) else _plain_text
     reported = number = 0
-    with Path(stretch.path).open("rb") as raw:
-        several = whole_lines(raw, stretch)
+    with Path(shard.path).open("rb") as raw:
+        several = whole_lines(raw, shard)
         while True:
-            with read_errors(stretch.path):
+            with read_errors(shard.path):
                 lines = next(several, None)
             if lines is None:
                 break
-            block = _lines_block(lines, number, texts_of, text_of)
+            block = _lines_block(lines, number, parse_all, parse_one)
             number += block.records
             yield block
-            here = min(max(raw.tell() - stretch.start, 0), stretch.size)
-            report(here - reported)
-            reported = here
-    report(stretch.size - reported)
+            done = min(max(raw.tell() - shard.start, 0), shard.size)
+            report(done - reported)
+            reported = done
+    report(shard.size - reported)
 
 
 def _lines_block(
-    lines: bytes, first: int, texts_of: Callable[[bytes], list[str]], text_of: Callable[[bytes], str]
+    lines: bytes, first: int, parse_all: Callable[[bytes], list[str]], parse_one: Callable[[bytes], str]
 ) -> Block:
-    """The documents of lines: of all at once where `texts_of` finds nothing odd, else of one line after the other."""
+    """Return the documents of lines: parsed all at once if `parse_all` succeeds, else line by line."""
     block = Block()
     if isinstance(lines, TooLong):
-        block.take(first, lambda: decoded(lines))
+        block.add(first, lambda: decoded(lines))
         return block
-    filled = LINE_ENDS.sub(b"\n", lines).strip(b"\n")  # a file may hold little but line ends
+    filled = LINE_ENDS.sub(b"\n", lines).strip(b"\n")  # a file may consist mostly of line ends
     try:
-        block.take_texts(texts_of(filled) if filled else [])
+        block.add_texts(parse_all(filled) if filled else [])
         block.skip(lines.count(b"\n") + (not lines.endswith(b"\n")) - block.records)
-    except NOT_PLAIN:
+    except FAST_PARSER_ERRORS:
         for number, line in enumerate(lines.removesuffix(b"\n").split(b"\n"), start=first):
             if line:
-                block.take(number, lambda line=line: text_of(line))
+                block.add(number, lambda line=line: parse_one(line))
             else:
                 block.skip(1)
     return block
 
 
-def _either(line: bytes, keys: TextKeys) -> str:
-    """What decides on a line must not depend on its neighbours: the fast parser first, for each line as for all."""
+def _parse_line(line: bytes, keys: TextKeys) -> str:
+    """Try the fast parser first here, too: how a line is parsed must not depend on its neighbors."""
     try:
-        return keys.fast_texts(line)[0]
-    except NOT_PLAIN:
-        return keys.of_line(line)
+        return keys.parse_lines(line)[0]
+    except FAST_PARSER_ERRORS:
+        return keys.parse_line(line)
 
 
 def _plain_texts(lines: bytes) -> list[str]:
@@ -168,12 +166,12 @@ def _plain_text(line: bytes) -> str:
 
 
 def _row_blocks(rows: Iterator[dict[str, Any] | BadRecord], keys: TextKeys) -> Iterator[Block]:
-    """Blocks of at most ROWS records, or of one whose texts came to ROW_BYTES."""
+    """Yield blocks of at most ROWS records, or of about ROW_BYTES of text."""
     block, characters = Block(), 0
     for number, record in enumerate(rows):
-        known = len(block.texts)
-        block.take(number, lambda record=record: _row_text(record, keys))
-        characters += sum(map(len, block.texts[known:]))
+        before = len(block.texts)
+        block.add(number, lambda record=record: _row_text(record, keys))
+        characters += sum(map(len, block.texts[before:]))
         if block.records == ROWS or characters >= ROW_BYTES:
             yield block
             block, characters = Block(), 0
@@ -184,47 +182,48 @@ def _row_blocks(rows: Iterator[dict[str, Any] | BadRecord], keys: TextKeys) -> I
 def _row_text(record: dict[str, Any] | BadRecord, keys: TextKeys) -> str:
     if isinstance(record, BadRecord):
         raise record
-    return keys.of_record(record)
+    return keys.extract(record)
 
 
-def _rows_at_once(size: int, rows: int) -> int:
-    """How many rows of a table of `size` bytes are about ROW_BYTES, but at most ROWS."""
+def _batch_rows(size: int, rows: int) -> int:
+    """Return how many rows of a table of `size` bytes are about ROW_BYTES, at most ROWS."""
     return max(1, min(ROWS, ROW_BYTES * rows // max(size, 1)))
 
 
-def _parquet_rows(stretch: InputShard, keys: TextKeys) -> Iterator[dict[str, Any] | BadRecord]:
+def _parquet_rows(shard: InputShard, keys: TextKeys) -> Iterator[dict[str, Any] | BadRecord]:
     from pyarrow.parquet import ParquetFile
 
-    with read_errors(stretch.path), ParquetFile(stretch.path, pre_buffer=False, buffer_size=ROW_BYTES) as file:
+    with read_errors(shard.path), ParquetFile(shard.path, pre_buffer=False, buffer_size=ROW_BYTES) as file:
         columns = [name for name in keys.columns if name in file.schema_arrow.names]
-        for group in range(stretch.start, stretch.end):
-            facts = file.metadata.row_group(group)
-            at_once = _rows_at_once(facts.total_byte_size, facts.num_rows)
-            for batch in file.iter_batches(at_once, row_groups=[group], columns=columns or None, use_threads=False):
+        for group in range(shard.start, shard.end):
+            metadata = file.metadata.row_group(group)
+            rows = _batch_rows(metadata.total_byte_size, metadata.num_rows)
+            for batch in file.iter_batches(rows, row_groups=[group], columns=columns or None, use_threads=False):
                 for number in range(len(batch)):
-                    yield _row_of(batch, number)
+                    yield _row(batch, number)
 
 
-def _row_of(batch: RecordBatch, number: int) -> dict[str, Any] | BadRecord:
+def _row(batch: RecordBatch, number: int) -> dict[str, Any] | BadRecord:
     try:
         return batch.slice(number, 1).to_pylist()[0]
     except UnicodeDecodeError:
         return BadRecord("not UTF-8")
 
 
-def _dataset_rows(stretch: InputShard, keys: TextKeys) -> Iterator[dict[str, Any]]:
-    dataset = open_hub(stretch.dataset) if stretch.dataset else open_saved(stretch.path)
-    known = [name for name in keys.columns if name in dataset.column_names]
-    dataset = dataset.select_columns(known) if known else dataset
-    at_once = _rows_at_once(stretch.size, stretch.end - stretch.start)
-    for start in range(stretch.start, stretch.end, at_once):
-        columns = dataset[start : min(start + at_once, stretch.end)]
+def _dataset_rows(shard: InputShard, keys: TextKeys) -> Iterator[dict[str, Any]]:
+    dataset = open_hub(shard.dataset) if shard.dataset else open_saved(shard.path)
+    names = [name for name in keys.columns if name in dataset.column_names]
+    dataset = dataset.select_columns(names) if names else dataset
+    rows = _batch_rows(shard.size, shard.end - shard.start)
+    for start in range(shard.start, shard.end, rows):
+        columns = dataset[start : min(start + rows, shard.end)]
         yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 
 
-def _streamed_rows(stretch: InputShard, keys: TextKeys) -> Iterator[dict[str, Any]]:
-    shard = open_hub(stretch.dataset).shard(num_shards=stretch.end, index=stretch.start)
+def _streamed_rows(shard: InputShard, keys: TextKeys) -> Iterator[dict[str, Any]]:
     try:
-        yield from shard
-    except Exception as error:  # of the network and of every format that datasets reads
-        raise DetourError(f"{stretch.path}: cannot be read to its end: {brief(error)}") from None
+        yield from open_hub(shard.dataset).shard(num_shards=shard.end, index=shard.start)
+    except DetourError:
+        raise
+    except Exception as error:  # of the network or of any format that datasets reads
+        raise DetourError(f"{shard.path}: cannot be read to its end: {brief(error)}") from None

@@ -1,7 +1,7 @@
-"""Which documents of a whole corpus are the first of their kind: those that share a key with no earlier one.
+"""Deduplication of a whole corpus: keep the documents that share no key with an earlier one.
 
-Equal documents share a hash, similar ones a MinHash band. Keys are dealt to files by value, so that each file fits into
-memory and all equal keys are in one; beyond that memory grows by eight bytes a document.
+Equal documents share a hash, similar ones a MinHash band. Keys are partitioned into files by value, so that each file
+fits into memory and equal keys are in the same file. Otherwise memory grows by eight bytes per document.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-IN_MEMORY = 1 << 23  # keys compared at once
-MOST_FILES = 512
+IN_MEMORY = 1 << 23  # keys compared at a time
+MAX_FILES = 512
 ENTRY = np.dtype([("key", "<u8", (2,)), ("document", "<i8")])
 
 
-def first_of_their_kind(keys: Iterable[np.ndarray], documents: int, folder: Path) -> np.ndarray:
-    """bool [documents]: true for those that share no key with an earlier one, directly or by way of others.
+def first_occurrences(keys: Iterable[np.ndarray], documents: int, folder: Path) -> np.ndarray:
+    """Return bool [documents]: true for those that share no key with an earlier one, directly or transitively.
 
-    keys: uint64 [n, keys, 2] of one part after the other. Files are made in `folder` and removed.
+    keys: uint64 [n, keys, 2] for each part in order. Temporary files are created in `folder`.
     """
     parent = np.arange(documents, dtype=np.int64)
-    for entries in _dealt(keys, documents, folder):
+    for entries in _partition(keys, documents, folder):
         order = np.lexsort((entries["document"], entries["key"][:, 1], entries["key"][:, 0]))
         ordered, numbers = entries["key"][order], entries["document"][order]
         same = np.flatnonzero((ordered[1:] == ordered[:-1]).all(axis=1))
@@ -33,14 +33,14 @@ def first_of_their_kind(keys: Iterable[np.ndarray], documents: int, folder: Path
     return parent == np.arange(documents)
 
 
-def _dealt(keys: Iterable[np.ndarray], documents: int, folder: Path) -> Iterator[np.ndarray]:
-    """Yields entries, all of equal keys together."""
+def _partition(keys: Iterable[np.ndarray], documents: int, folder: Path) -> Iterator[np.ndarray]:
+    """Yield groups of entries, such that equal keys are in the same group."""
     files = None
     start = 0
     with ExitStack() as stack:
         for part in keys:
             if files is None:
-                slices = min(-(-documents * part.shape[1] // IN_MEMORY), MOST_FILES)
+                slices = min(-(-documents * part.shape[1] // IN_MEMORY), MAX_FILES)
                 paths = [folder / f"keys-{number}" for number in range(slices)]
                 files = [stack.enter_context(path.open("wb")) for path in paths]
             entries = np.empty(part.shape[:2], dtype=ENTRY)

@@ -1,7 +1,7 @@
-"""Engines turn texts into ids: the fastest that agrees with Hugging Face's tokenizers, which is the judge.
+"""Tokenization engines: the fastest that agrees with the reference, Hugging Face's tokenizers.
 
-An engine is tried at the start on a sample of the user's own text and on texts that are made to differ; while a build
-goes on, the judge looks at some of its documents again.
+Before a build, an engine is compared with the reference on a sample of the input and on difficult texts; during the
+build, on some of the documents.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from megatron_detour.tokenizer.vocabulary import library_faults, load_tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PROBES = 1_000  # tokens that are tried for one that a text gives
-# White space that engines see differently, characters of many planes and of late versions of Unicode, and combinations.
+PROBES = 1_000  # tokens to try in search of a text that yields a token
+# Whitespace that engines treat differently, characters of many planes and recent Unicode versions, and combinations.
 TRIALS = (
     "",
     " ",
@@ -42,40 +42,40 @@ TRIALS = (
 
 
 class Unsuitable(Exception):
-    """An engine that cannot run this tokenizer, or not exactly; the message says why."""
+    """An engine cannot run this tokenizer exactly; the message says why."""
 
 
 class CannotEncode(DetourError):
-    """A text that a tokenizer has no ids for, or that is too much for it."""
+    """A tokenizer cannot encode a text."""
 
 
 class Engine(Protocol):
     name: str
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of texts, special tokens around each: uint32 [tokens], and int64 [texts + 1], where each begins.
+        """Return the ids of texts with special tokens, uint32 [tokens], and the offset of each text, int64 [texts + 1].
 
         Raises CannotEncode.
         """
         ...
 
-    def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
-        """Whether ids are as good as the judge's own."""
+    def agrees(self, ids: np.ndarray, expected: np.ndarray) -> bool:
+        """Return whether ids are equivalent to the reference's."""
         ...
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The engine of a build, for its manifest."""
+class EngineChoice:
+    """The engine of a build, as its manifest records it."""
 
     name: str
     version: str
     judged: int  # texts that were compared before the build
-    passed_over: dict[str, str] = field(default_factory=dict)  # engines that did not serve, and why
+    passed_over: dict[str, str] = field(default_factory=dict)  # unsuitable engines, and why
 
 
 class HuggingFace:
-    """tokenizers itself."""
+    """Hugging Face's tokenizers, the reference."""
 
     name = "tokenizers"
 
@@ -102,7 +102,7 @@ class Fastokens:
             raise Unsuitable("the package is not installed") from None
         try:
             self._tokenizer = fastokens.Tokenizer.from_json_str(load_tokenizer(tokenizer_file).to_str())
-        except Exception as error:  # of the library's own making, for each step that it does not know
+        except Exception as error:  # of the library, for any unsupported step
             raise Unsuitable(brief(error)) from None
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -115,45 +115,45 @@ class Fastokens:
 
 
 class SentencePiece:
-    """The sentencepiece library on a Unigram model. It is the reference of such models: where two segmentations are
-    equally likely it may choose the other one than tokenizers does, and both are right."""
+    """The sentencepiece library, for Unigram models. Of two equally likely segmentations it may choose another one than
+    tokenizers; either is correct."""
 
     name = "sentencepiece"
 
     def __init__(self, tokenizer_file: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self._judge = load_tokenizer(tokenizer_file)
-        raw = json.loads(self._judge.to_str())
+        self._reference = load_tokenizer(tokenizer_file)
+        raw = json.loads(self._reference.to_str())
         try:
-            self._processor = SentencePieceProcessor(model_proto=spm.model_of(raw))
-        except spm.NoSuchModel as reason:
+            self._processor = SentencePieceProcessor(model_proto=spm.to_model(raw))
+        except spm.NotConvertible as reason:
             raise Unsuitable(str(reason)) from None
-        except Exception as error:  # of the library, for a model that it refuses
+        except Exception as error:  # of the library, for a model that it rejects
             raise Unsuitable(brief(error)) from None
         added = {token["id"]: (token["content"], 0.0) for token in raw["added_tokens"]}
         pieces = dict(enumerate(raw["model"]["vocab"])) | added
         self._pieces = [pieces[number] for number in sorted(pieces)]
         self._added = [content for content, _ in added.values()]
         self._first_characters = {content[0] for content in self._added}
-        self._prefix, self._suffix = special_ids_around(self._judge)
+        self._prefix, self._suffix = special_ids_around(self._reference)
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         with _faults():
             inner = self._processor.encode(texts, out_type=int, num_threads=1)
             rows = [self._prefix + ids + self._suffix for ids in inner]
             for number, text in enumerate(texts):
-                if self._holds_added_token(text):  # which the library would cut into pieces
-                    rows[number] = self._judge.encode(text).ids
+                if self._has_added_token(text):  # which the library would split
+                    rows[number] = self._reference.encode(text).ids
         return _flat(rows)
 
-    def _holds_added_token(self, text: str) -> bool:
+    def _has_added_token(self, text: str) -> bool:
         return any(c in text for c in self._first_characters) and any(token in text for token in self._added)
 
-    def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
-        if np.array_equal(ids, judged):
+    def agrees(self, ids: np.ndarray, expected: np.ndarray) -> bool:
+        if np.array_equal(ids, expected):
             return True
-        return spm.as_likely(ids.tolist(), judged.tolist(), self._pieces)
+        return spm.equally_likely(ids.tolist(), expected.tolist(), self._pieces)
 
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {e.name: e for e in (Fastokens, SentencePiece, HuggingFace)}
@@ -173,18 +173,18 @@ def _faults() -> AbstractContextManager[None]:
 
 
 def special_ids_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special ids before and after a text. Raises DetourError for a tokenizer that makes nothing of any text."""
+    """Return the special ids before and after a text. Raises DetourError for a tokenizer that encodes no text."""
     for text in _probes(tokenizer):
         with suppress(CannotEncode), _faults():
             encoding = tokenizer.encode(text)
             inside = [number for number, special in enumerate(encoding.special_tokens_mask) if not special]
             if inside:
                 return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
-    raise DetourError("the tokenizer makes no token of any text; does its vocabulary hold more than special tokens?")
+    raise DetourError("the tokenizer turns no text into tokens; check that its vocabulary has ordinary tokens")
 
 
 def _probes(tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts of which one should be a token."""
+    """Yield texts, at least one of which should yield a token."""
     yield "a"
     special = tokenizer.get_added_tokens_decoder()
     ids = sorted(number for number in tokenizer.get_vocab().values() if number not in special)
@@ -193,44 +193,47 @@ def _probes(tokenizer: Tokenizer) -> Iterator[str]:
             yield tokenizer.decode([number])
 
 
-def choose_engine(wanted: str, tokenizer_file: Path, sample: list[str]) -> Chosen:
-    """The engine `wanted`, or for "auto" the first that gives the judge's ids on `sample`. Raises DetourError."""
-    judge = HuggingFace(tokenizer_file)
-    texts = _encodable(judge, [*trials(load_tokenizer(tokenizer_file)), *sample])
-    passed_over: dict[str, str] = {}
+def choose_engine(wanted: str, tokenizer_file: Path, sample: list[str]) -> EngineChoice:
+    """Return the engine `wanted`, or for "auto" the first that agrees with the reference on trials and `sample`.
+
+    Raises DetourError if it does not agree or is not installed.
+    """
+    reference = HuggingFace(tokenizer_file)
+    texts = _encodable(reference, [*trials(load_tokenizer(tokenizer_file)), *sample])
+    skipped: dict[str, str] = {}
     for name in ENGINES if wanted == "auto" else [wanted]:
         try:
-            if name != judge.name and first_difference(ENGINES[name](tokenizer_file), judge, texts) is not None:
-                raise Unsuitable(f"its ids are not those of tokenizers {version('tokenizers')} on a trial text")
-            return Chosen(name, version(name), len(texts), passed_over)
+            if name != reference.name and first_difference(ENGINES[name](tokenizer_file), reference, texts) is not None:
+                raise Unsuitable(f"its ids differ from those of tokenizers {version('tokenizers')} on a trial text")
+            return EngineChoice(name, version(name), len(texts), skipped)
         except (Unsuitable, CannotEncode) as reason:
-            passed_over[name] = str(reason)
-    raise DetourError(f"--engine {wanted}: {passed_over[wanted]}; --engine auto takes one that serves {tokenizer_file}")
+            skipped[name] = str(reason)
+    raise DetourError(f"--engine {wanted}: {skipped[wanted]}; --engine auto chooses one that supports {tokenizer_file}")
 
 
-def _encodable(judge: Engine, texts: list[str]) -> list[str]:
-    """The texts that the judge has ids for: a vocabulary without an unknown token does not have to know all trials."""
+def _encodable(reference: Engine, texts: list[str]) -> list[str]:
+    """Return the texts that the reference can encode: without an unknown token it may not cover all trials."""
     try:
-        judge.encode(texts)
+        reference.encode(texts)
     except CannotEncode:
         if len(texts) == 1:
             return []
         middle = len(texts) // 2
-        return _encodable(judge, texts[:middle]) + _encodable(judge, texts[middle:])
+        return _encodable(reference, texts[:middle]) + _encodable(reference, texts[middle:])
     return texts
 
 
 def trials(tokenizer: Tokenizer) -> list[str]:
-    """Texts on which engines are known to differ, those with the tokenizer's own added tokens among them."""
+    """Return texts on which engines are known to differ, including the tokenizer's added tokens."""
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     spaces = ("", " ", "  ", "\n", "\t ", "\u00a0", "\u2028")
     return [*TRIALS, *(f"a{space}{token}{space}b{token}{token}" for token in added for space in spaces)]
 
 
-def first_difference(engine: Engine, judge: Engine, texts: list[str]) -> int | None:
-    """The number of the first text on which the engine's ids are not as good as the judge's."""
+def first_difference(engine: Engine, reference: Engine, texts: list[str]) -> int | None:
+    """Return the index of the first text on which the engine disagrees with the reference, or None."""
     ids, begins = engine.encode(texts)
-    expected, expected_begins = judge.encode(texts)
+    expected, expected_begins = reference.encode(texts)
     for number in range(len(texts)):
         ours = ids[begins[number] : begins[number + 1]]
         theirs = expected[expected_begins[number] : expected_begins[number + 1]]
@@ -240,6 +243,6 @@ def first_difference(engine: Engine, judge: Engine, texts: list[str]) -> int | N
 
 
 def one_thread() -> None:
-    """Workers are processes: an engine's own threads would only be in each other's way. Before its first import."""
+    """Disable the engines' threads, as workers are processes. Call it before their first import."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"

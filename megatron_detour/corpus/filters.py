@@ -1,7 +1,7 @@
-"""What is done to documents before they become ids, and what is known of each for what is done to all of them.
+"""Normalizing and filtering documents, and hashing them for deduplication.
 
-A worker normalises and filters its own documents; equal and similar documents, which may lie in different parts, are
-found when the parts are joined, from the hashes that are taken here.
+A worker normalizes and filters its own documents. Equal and similar documents may be in different parts: they are found
+when the parts are joined, from the hashes computed here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from megatron_detour.corpus.options import BuildOptions
 from megatron_detour.errors import DetourError
 
-LANGUAGE_CHARACTERS = 2_000  # of a document that its language is told from
+LANGUAGE_CHARACTERS = 2_000  # of a document, from which its language is identified
 WORD = re.compile(r"\w+")
 SHINGLE = 5  # words
 PERMUTATIONS = 128
@@ -25,7 +25,7 @@ MINHASH_SEED = 1
 
 
 class Cleaner:
-    """Cleans documents by the options of a build. Raises DetourError where a package for it is missing."""
+    """Cleans documents as the options of a build require. Raises DetourError if a package for it is missing."""
 
     def __init__(self, options: BuildOptions) -> None:
         self._options = options
@@ -34,18 +34,18 @@ class Cleaner:
             minhash_class()
 
     def clean(self, texts: list[str], removed: Counter[str]) -> list[str]:
-        """The documents that stay, normalised; the others are counted in `removed` by the reason."""
+        """Return the remaining documents, normalized; count the others in `removed` by reason."""
         if not self._filters():
             return texts
         form = self._options.normalize
-        stay = []
+        kept = []
         for text in (unicodedata.normalize(form, text) for text in texts) if form else texts:
             reason = self._reason_to_remove(text)
             if reason:
                 removed[reason] += 1
             else:
-                stay.append(text)
-        return stay
+                kept.append(text)
+        return kept
 
     def _filters(self) -> bool:
         o = self._options
@@ -61,14 +61,14 @@ class Cleaner:
         return None
 
     def columns(self, texts: list[str], lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """What the join must know of each document; lengths: int64 [texts], in tokens.
+        """Return what the join needs for each document; lengths: int64 [texts], in tokens.
 
-        length int32 [texts]; where the options need them: held_out bool [texts], keys uint64 [texts, keys, 2], of which
-        equal (or similar) documents share one.
+        length: int32 [texts]; if the options need them, held_out: bool [texts], and keys: uint64 [texts, keys, 2], of
+        which equal (or similar) documents share one.
         """
         columns = {"length": lengths.astype("<i4")}
         if self._options.deduplicate == "near":
-            rows = rows_a_band(self._options.similarity)
+            rows = rows_per_band(self._options.similarity)
             bands = np.array([_bands(text, rows) for text in texts], dtype="<u8").reshape(-1, PERMUTATIONS // rows)
             columns["keys"] = np.stack(
                 [bands, np.broadcast_to(np.arange(bands.shape[1], dtype="<u8"), bands.shape)], axis=2
@@ -83,11 +83,11 @@ class Cleaner:
         return columns
 
 
-def rows_a_band(similarity: float) -> int:
-    """The rows with which locality-sensitive hashing finds documents from about this similarity on.
+def rows_per_band(similarity: float) -> int:
+    """Return the rows with which locality-sensitive hashing finds pairs above about this similarity.
 
-    With b bands of r rows a pair of similarity (1 / b) ** (1 / r) meets in some band more often than not (Leskovec,
-    Rajaraman and Ullman, Mining of Massive Datasets, section 3.4).
+    With b bands of r rows, a pair of similarity (1 / b) ** (1 / r) probably shares a band (Leskovec, Rajaraman and
+    Ullman, Mining of Massive Datasets, section 3.4).
     """
     return min(range(1, PERMUTATIONS + 1), key=lambda r: abs((1 / (PERMUTATIONS // r)) ** (1 / r) - similarity))
 
@@ -106,7 +106,7 @@ def minhash_class() -> type:
     try:
         from rensa import RMinHash
     except ImportError:
-        raise DetourError("--deduplicate near: needs the package rensa: pip install 'megatron-detour[clean]'") from None
+        raise DetourError("--deduplicate near: requires rensa: pip install 'megatron-detour[clean]'") from None
     return RMinHash
 
 
@@ -114,9 +114,9 @@ def _language_model(wanted: tuple[str, ...]) -> Any:
     try:
         from py3langid import langid
     except ImportError:
-        raise DetourError("--language: needs the package py3langid: pip install 'megatron-detour[clean]'") from None
+        raise DetourError("--language: requires py3langid: pip install 'megatron-detour[clean]'") from None
     known = sorted(code for code, _ in langid.rank("a"))
     unknown = [code for code in wanted if code not in known]
     if unknown:
-        raise DetourError(f"--language: {unknown[0]!r} is no code of py3langid; it knows {' '.join(known)}")
+        raise DetourError(f"--language: py3langid does not support {unknown[0]!r}; it supports {' '.join(known)}")
     return langid

@@ -1,11 +1,11 @@
 """The folder of an unfinished build, beside the corpus.
 
-A part's files bear its key, which names all that its ids depend on: a build that was broken off goes on with what is
-there, and changed input or options make other keys. Each file gets its name when it is whole and on the disk.
+A part's files are named by its key, a hash of everything that its ids depend on: an interrupted build reuses its
+finished parts, and other input or options give other keys. Files get their names when they are complete and on disk.
 
     .NAME.building/KEY.bin      ids of a part
-    .NAME.building/KEY.length   and other columns: a value a document
-    .NAME.building/KEY.json     its Counts, written last: a part without it was never finished
+    .NAME.building/KEY.length   and other columns: one value per document
+    .NAME.building/KEY.json     its Counts, written last: a part without it is unfinished
 """
 
 from __future__ import annotations
@@ -30,45 +30,47 @@ from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.structured import read_json
 
-# The files of a part: one value a token, or one a document.
+# The files of a part: one value per token, or one per document.
 COLUMNS = {
-    "bin": None,  # ids, of the corpus's type
+    "bin": None,  # ids, in the corpus's dtype
     "length": ("<i4", ()),  # tokens
     "held_out": ("?", ()),
-    "keys": ("<u8", (-1, 2)),  # what equal or similar documents have in common
+    "keys": ("<u8", (-1, 2)),  # hashes that equal or similar documents share
 }
 
 
 @dataclass
 class Counts:
-    """What became of a part's records: records = documents + empty + rejects + removed."""
+    """The fate of a part's records: records = documents + empty + rejects + removed."""
 
-    records: list[int] = field(default_factory=list)  # of each stretch
+    records: list[int] = field(default_factory=list)  # per shard
     documents: int = 0
     tokens: int = 0
     unknown: int = 0  # of the tokens
     empty: int = 0
-    rejects: list[tuple[int, int, str]] = field(default_factory=list)  # stretch in the part, record in it, reason
+    rejects: list[tuple[int, int, str]] = field(
+        default_factory=list
+    )  # index of the shard in the part, of the record in the shard, reason
     removed: dict[str, int] = field(default_factory=Counter)  # by reason
     bytes: dict[Literal["bin", "length", "held_out", "keys"], int] = field(default_factory=dict)  # of each file
 
 
 class PartFiles:
-    """The files of a part while they are written, under names that no other process has."""
+    """The files of a part while they are written, under names unique to this process."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder, key
-        self._aside = f"{key}.{uuid.uuid4().hex[:12]}.part"
+        self._temporary = f"{key}.{uuid.uuid4().hex[:12]}.part"
         self._files: dict[str, BinaryIO] = {}
 
     def append(self, columns: dict[str, np.ndarray]) -> None:
         for name, values in columns.items():
             if name not in self._files:
-                self._files[name] = (self._folder / f"{self._aside}.{name}").open("wb")
+                self._files[name] = (self._folder / f"{self._temporary}.{name}").open("wb")
             self._files[name].write(np.ascontiguousarray(values).data)
 
     def finish(self) -> dict[str, int]:
-        """Brings the files to the disk, names them and returns their sizes."""
+        """Sync the files to disk, rename them and return their sizes."""
         sizes = {}
         for name, file in self._files.items():
             file.flush()
@@ -79,7 +81,7 @@ class PartFiles:
         return sizes
 
     def discard(self) -> None:
-        """Removes what was not finished."""
+        """Remove unfinished files."""
         for file in self._files.values():
             file.close()
             Path(file.name).unlink(missing_ok=True)
@@ -92,9 +94,9 @@ class Journal:
 
     @contextlib.contextmanager
     def lock(self, shard: int | None = None) -> Iterator[None]:
-        """Keeps two builds of a corpus, or of a shard, from doing the same at once. Raises DetourError.
+        """Keep two builds of a corpus, or of one shard, from running at the same time. Raises DetourError.
 
-        It spares work and puzzles; where a file system has no locks, parts are still whole, as each is named whole.
+        This only avoids duplicate work: without file locks parts are still correct, as renaming is atomic.
         """
         with contextlib.ExitStack() as stack:
             self._take(stack, "lock", fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH)
@@ -109,13 +111,13 @@ class Journal:
                 file = stack.enter_context((self.folder / name).open("w"))
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and self.folder.parent.is_dir():
-                    continue  # another build has just removed the folder
-                raise DetourError(f"{self.prefix}: no files can be made there: {error.strerror}") from None
+                    continue  # another build has just deleted the folder
+                raise DetourError(f"{self.prefix}: cannot create files there: {error.strerror}") from None
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DetourError(
-                    f"{self.prefix}: another build of it is running ({self.folder / name} is held)"
+                    f"{self.prefix}: another build of this corpus is running ({self.folder / name} is locked)"
                 ) from None
             except OSError:
                 pass  # a file system without locks
@@ -133,14 +135,14 @@ class Journal:
         write_whole(self.file(part, "json"), json.dumps(vars(counts)))
 
     def is_finished(self, part: Part) -> bool:
-        """Whether a part's entry is there, is one, and its files are as long as it says."""
+        """Return whether a part has a valid entry and files of the recorded sizes."""
         try:
             counts = self.counts(part)
             sizes = [self.file(part, name).stat().st_size == size for name, size in counts.bytes.items()]
         except (DetourError, OSError, msgspec.ValidationError):
             return False
-        records = len(counts.records) == len(part.stretches)
-        rejects = all(0 <= stretch < len(part.stretches) for stretch, _, _ in counts.rejects)
+        records = len(counts.records) == len(part.shards)
+        rejects = all(0 <= shard < len(part.shards) for shard, _, _ in counts.rejects)
         return all(sizes) and records and rejects and counts.bytes.get("length", 0) == 4 * counts.documents
 
     def counts(self, part: Part) -> Counts:
@@ -149,7 +151,7 @@ class Journal:
         return counts
 
     def column(self, part: Part, name: str, documents: int) -> np.ndarray:
-        """A column of a part, mapped: [documents], keys [documents, keys, 2]."""
+        """Return a memory-mapped column of a part: [documents], for keys [documents, keys, 2]."""
         dtype, shape = COLUMNS[name]
         return np.memmap(self.file(part, name), dtype, "r").reshape(documents, *shape)
 

@@ -1,4 +1,4 @@
-"""Several corpora of one tokenizer into one, in constant memory."""
+"""Merging corpora of one tokenizer, in constant memory."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Any
 from megatron_detour import __version__
 from megatron_detour.corpus.journal import Journal
 from megatron_detour.corpus.options import check_prefix
-from megatron_detour.corpus.publish import CorpusWriter, finish_publishing, held_out_prefix, publish, published
-from megatron_detour.corpus.sources import shown
+from megatron_detour.corpus.publish import CorpusWriter, existing_corpus, finish_publishing, held_out_prefix, publish
+from megatron_detour.corpus.sources import printable
 from megatron_detour.data.indexed import IndexedCorpus, bin_path
 from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.errors import DetourError
 
 
 def merge_corpora(prefixes: list[str], output: str, overwrite: bool = False) -> str:
-    """Joins corpora in order into `output` and returns a line about it. Raises DetourError."""
+    """Merge corpora in order into `output` and return a summary line. Raises DetourError."""
     check_prefix(output)
-    places = [Path(prefix).absolute() for prefix in prefixes]
-    if Path(output).absolute() in places:
-        raise DetourError(f"--output-prefix {output}: it is one of the corpora to join")
-    if len(set(places)) < len(places):
-        raise DetourError(f"merge: {max(prefixes, key=prefixes.count)} is named twice")
+    paths = [Path(prefix).absolute() for prefix in prefixes]
+    if Path(output).absolute() in paths:
+        raise DetourError(f"--output-prefix {output}: is one of the corpora to merge; choose another prefix")
+    if len(set(paths)) < len(paths):
+        raise DetourError(f"merge: {max(prefixes, key=prefixes.count)} is given twice")
     for prefix in prefixes:
-        if Path(held_out_prefix(prefix)).absolute() in places:
-            raise DetourError(f"{held_out_prefix(prefix)}: it was held out of {prefix}; joining them undoes that")
+        if Path(held_out_prefix(prefix)).absolute() in paths:
+            raise DetourError(f"{held_out_prefix(prefix)}: was held out of {prefix}, do not merge the two")
     manifests = [read_manifest(prefix) for prefix in prefixes]
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         if manifest.tokenizer["sha256"] != manifests[0].tokenizer["sha256"]:
-            raise DetourError(f"{prefix}: built with another tokenizer than {prefixes[0]}; build it again to join them")
+            raise DetourError(f"{prefix}: built with another tokenizer than {prefixes[0]}; rebuild it to merge them")
     plan = hashlib.sha256("".join(m.files["bin"]["sha256"] for m in manifests).encode()).hexdigest()
     journal = Journal(output)
     with journal.lock():
         try:
-            manifest = finish_publishing(journal.folder, output, plan) or published(output, plan, overwrite)
+            manifest = finish_publishing(journal.folder, output, plan) or existing_corpus(output, plan, overwrite)
             manifest = manifest or _merge(prefixes, manifests, output, plan, journal.folder)
         finally:
             if not journal.any_finished():
@@ -48,21 +48,23 @@ def _merge(prefixes: list[str], manifests: list[Manifest], output: str, plan: st
     corpora = [IndexedCorpus(prefix) for prefix in prefixes]
     merged = CorpusWriter(folder, "corpus", corpora[0].dtype)
     for prefix, corpus, source in zip(prefixes, corpora, manifests, strict=True):
-        copied = hashlib.sha256()
+        digest = hashlib.sha256()
         with bin_path(prefix).open("rb") as ids:
-            merged.add(ids, corpus.lengths, hashed=copied)
-        if copied.hexdigest() != source.files["bin"]["sha256"]:
-            raise DetourError(f"{bin_path(prefix)}: its SHA-256 is not its manifest's; build or copy it again")
-    manifest = merged.close(_about(prefixes, manifests, plan))
-    publish(folder, output, plan, merged.names(output))
+            merged.add(ids, corpus.lengths, digest=digest)
+        if digest.hexdigest() != source.files["bin"]["sha256"]:
+            raise DetourError(f"{bin_path(prefix)}: its SHA-256 differs from its manifest's; copy or rebuild it")
+    manifest = merged.close(_manifest_fields(prefixes, manifests, plan))
+    publish(folder, output, plan, merged.renames(output))
     return manifest
 
 
-def _about(prefixes: list[str], manifests: list[Manifest], plan: str) -> dict[str, Any]:
+def _manifest_fields(prefixes: list[str], manifests: list[Manifest], plan: str) -> dict[str, Any]:
     engines = {m.engine.get("name"): m.engine for m in manifests}
     return {
         "records": sum(m.documents for m in manifests),
-        "sources": [{"path": shown(prefix), **m.files["bin"]} for prefix, m in zip(prefixes, manifests, strict=True)],
+        "sources": [
+            {"path": printable(prefix), **m.files["bin"]} for prefix, m in zip(prefixes, manifests, strict=True)
+        ],
         "tokenizer": manifests[0].tokenizer,
         "engine": manifests[0].engine
         if len(engines) == 1

@@ -1,6 +1,6 @@
-"""The files of a corpus: written aside, brought to the disk, then named, the manifest last.
+"""Publishing a corpus: its files are written under temporary names, synced to disk, then renamed, the manifest last.
 
-A note beside them says what is to be named. If the naming is broken off, the same build finishes it.
+A note beside them lists the renames. If they are interrupted, the same build finishes them.
 """
 
 from __future__ import annotations
@@ -38,39 +38,39 @@ def histogram_path(prefix: str) -> Path:
 
 
 def corpus_files(prefix: str) -> list[Path]:
-    """The three files of a corpus, the manifest first."""
+    """Return the three files of a corpus, the manifest first."""
     return [manifest_path(prefix), bin_path(prefix), idx_path(prefix)]
 
 
 class Note(msgspec.Struct):
-    """Which build is to be named, and its files: the names they have and the names they get."""
+    """The build to publish, and its renames: current and final names."""
 
     plan: str
     steps: list[tuple[str, str]]
 
 
 class CorpusWriter:
-    """A corpus that is being written aside, as FOLDER/KIND.bin and so on."""
+    """Writes a corpus as FOLDER/KIND.bin and so on, to be published later."""
 
     def __init__(self, folder: Path, kind: str, dtype: np.dtype) -> None:
-        self._at = {suffix: folder / f"{kind}.{suffix}" for suffix in ("bin", "idx", "manifest.json", "lengths")}
+        self._paths = {suffix: folder / f"{kind}.{suffix}" for suffix in ("bin", "idx", "manifest.json", "lengths")}
         self._dtype = dtype
         self._hash = hashlib.sha256()
-        self._bin = self._at["bin"].open("wb")
-        self._lengths = self._at["lengths"].open("wb")
+        self._bin = self._paths["bin"].open("wb")
+        self._lengths = self._paths["lengths"].open("wb")
         self.documents = self.tokens = 0
 
-    def add(self, source: BinaryIO, lengths: np.ndarray, chosen: np.ndarray | None = None, hashed: Any = None) -> None:
-        """Appends documents, all or the `chosen`, bool [documents]; `source` holds their ids, lengths are int32.
+    def add(self, source: BinaryIO, lengths: np.ndarray, chosen: np.ndarray | None = None, digest: Any = None) -> None:
+        """Append all documents, or the `chosen` ones, bool [documents].
 
-        `hashed` is a hash that is given all that is copied.
+        `source` contains their ids; lengths: int32 [documents]. `digest` is a hash to update with what is copied.
         """
         if chosen is not None and not chosen.all():
             self._add_chosen(source, lengths, chosen)
             return
         for start in range(0, len(lengths), CHUNK):
             some = lengths[start : start + CHUNK]
-            self._copy(source, int(some.sum(dtype=np.int64)), hashed)
+            self._copy(source, int(some.sum(dtype=np.int64)), digest)
             self._count(some)
 
     def _add_chosen(self, source: BinaryIO, lengths: np.ndarray, chosen: np.ndarray) -> None:
@@ -82,16 +82,16 @@ class CorpusWriter:
             self._copy(source, int(ends[after - 1] - begins[first]))
         self._count(lengths[chosen])
 
-    def _copy(self, source: BinaryIO, tokens: int, hashed: Any = None) -> None:
+    def _copy(self, source: BinaryIO, tokens: int, digest: Any = None) -> None:
         left = tokens * self._dtype.itemsize
         while left:
             block = source.read(min(left, COPY_BYTES))
             if not block:
-                raise DetourError(f"{source.name}: ended too early; remove it and start again")
+                raise DetourError(f"{source.name}: truncated; delete it and run the command again")
             self._bin.write(block)
             self._hash.update(block)
-            if hashed is not None:
-                hashed.update(block)
+            if digest is not None:
+                digest.update(block)
             left -= len(block)
 
     def _count(self, lengths: np.ndarray) -> None:
@@ -99,70 +99,70 @@ class CorpusWriter:
         self.documents += len(lengths)
         self.tokens += int(lengths.sum(dtype=np.int64))
 
-    def close(self, about: dict[str, Any]) -> Manifest:
-        """Writes the index and the manifest, which gets the figures and what `about` says, and flushes all."""
+    def close(self, fields: dict[str, Any]) -> Manifest:
+        """Write the index and the manifest, which includes `fields`, and sync all files to disk."""
         self._bin.close()
         self._lengths.close()
-        lengths = np.memmap(self._at["lengths"], "<i4", "r") if self.documents else np.zeros(0, "<i4")
-        write_index(self._at["idx"], lengths, self._dtype)
-        binary = {"bytes": self._at["bin"].stat().st_size, "sha256": self._hash.hexdigest()}
-        files = {"bin": binary | {"sample": sample_sha256(self._at["bin"])}, "idx": file_facts(self._at["idx"])}
-        manifest = Manifest(documents=self.documents, tokens=self.tokens, files=files, **about)
-        manifest.write(self._at["manifest.json"])
+        lengths = np.memmap(self._paths["lengths"], "<i4", "r") if self.documents else np.zeros(0, "<i4")
+        write_index(self._paths["idx"], lengths, self._dtype)
+        binary = {"bytes": self._paths["bin"].stat().st_size, "sha256": self._hash.hexdigest()}
+        files = {"bin": binary | {"sample": sample_sha256(self._paths["bin"])}, "idx": file_facts(self._paths["idx"])}
+        manifest = Manifest(documents=self.documents, tokens=self.tokens, files=files, **fields)
+        manifest.write(self._paths["manifest.json"])
         for suffix in ("bin", "idx", "manifest.json"):
-            flush(self._at[suffix])
+            flush(self._paths[suffix])
         return manifest
 
-    def names(self, prefix: str) -> list[tuple[Path, Path]]:
-        """Where the files are and what they are to be called, the manifest last."""
-        return [(self._at[suffix], Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx", "manifest.json")]
+    def renames(self, prefix: str) -> list[tuple[Path, Path]]:
+        """Return the current and final paths of the files, the manifest last."""
+        return [(self._paths[suffix], Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx", "manifest.json")]
 
 
-def publish(folder: Path, prefix: str, plan: str, names: Iterable[tuple[Path, Path]]) -> None:
-    """Names finished files of `folder`, in order; what an earlier corpus of the prefix left is removed first."""
-    steps = [(source.name, target.name) for source, target in names]
+def publish(folder: Path, prefix: str, plan: str, renames: Iterable[tuple[Path, Path]]) -> None:
+    """Rename finished files of `folder` in order, after removing the files of an earlier corpus with this prefix."""
+    steps = [(source.name, target.name) for source, target in renames]
     write_whole(folder / NOTE, json.dumps({"plan": plan, "steps": steps}))
     flush(folder)
-    _name(folder, prefix, steps)
+    _rename(folder, prefix, steps)
 
 
 def finish_publishing(folder: Path, prefix: str, plan: str) -> Manifest | None:
-    """Goes on with a publication of the same plan that was broken off, and returns its manifest; else None."""
+    """Finish an interrupted publication of the same plan and return its manifest; None if there is none."""
     try:
         note = msgspec.convert(read_json(folder / NOTE), Note)
-    except (FileNotFoundError, DetourError, msgspec.ValidationError):  # a damaged one is written again by the build
+    except (FileNotFoundError, DetourError, msgspec.ValidationError):  # the build rewrites a damaged note
         return None
     plain = all(Path(name).name == name for step in note.steps for name in step)
     if note.plan != plan or not plain or not all(to.startswith(f"{Path(prefix).name}.") for _, to in note.steps):
         return None
-    _name(folder, prefix, note.steps)
+    _rename(folder, prefix, note.steps)
     return read_manifest(prefix)
 
 
-def _name(folder: Path, prefix: str, steps: list[tuple[str, str]]) -> None:
-    # An old manifest must not vouch for new files, nor an old held-out share for the new corpus. What is not in the
-    # folder any more was named before and is new.
-    named = {target for source, target in steps if not (folder / source).exists()}
+def _rename(folder: Path, prefix: str, steps: list[tuple[str, str]]) -> None:
+    # Remove old files first: an old manifest must not describe new files, nor old held-out documents belong to the new
+    # corpus. Files that are no longer in the folder were renamed before the interruption: they are new.
+    renamed = {target for source, target in steps if not (folder / source).exists()}
     held_out = held_out_prefix(prefix)
     pictures = (histogram_path(prefix), histogram_path(held_out))
     for old in (*corpus_files(prefix), *corpus_files(held_out), rejects_path(prefix), *pictures):
-        if old.name not in named:
+        if old.name not in renamed:
             old.unlink(missing_ok=True)
     for source, target in steps:
-        if (folder / source).exists():  # else it was named before
+        if (folder / source).exists():  # else it was renamed before
             (folder / source).replace(Path(prefix).parent / target)
     flush(Path(prefix).parent)
     (folder / NOTE).unlink()
 
 
-def published(prefix: str, plan: str, overwrite: bool, held_out: bool = False) -> Manifest | None:
-    """The manifest of the same corpus made before. Raises DetourError for another one in the way; else None."""
+def existing_corpus(prefix: str, plan: str, overwrite: bool, held_out: bool = False) -> Manifest | None:
+    """Return the manifest of an existing corpus of this plan, if any. Raises DetourError for another corpus."""
     prefixes = (prefix, held_out_prefix(prefix)) if held_out else (prefix,)
-    there = [path for name in prefixes for path in corpus_files(name) if path.exists()]
-    if overwrite or not there:
+    existing = [path for name in prefixes for path in corpus_files(name) if path.exists()]
+    if overwrite or not existing:
         return None
-    if all(manifest_path(name) in there for name in prefixes):
+    if all(manifest_path(name) in existing for name in prefixes):
         manifests = [read_manifest(name) for name in prefixes]
         if all(manifest.plan == plan for manifest in manifests):
             return manifests[0]
-    raise DetourError(f"{there[0]}: a corpus is already there; choose another prefix or --overwrite")
+    raise DetourError(f"{existing[0]}: already exists; choose another prefix or add --overwrite")

@@ -1,4 +1,4 @@
-"""The parts of a build as Ray tasks, on machines that share the file system of the input and the corpus."""
+"""Running the parts of a build as Ray tasks, on machines that share the file system of input and corpus."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from megatron_detour.corpus.sources import Part
 from megatron_detour.corpus.worker import Job, build_part
 from megatron_detour.errors import DetourError
 
-AT_ONCE = 2  # tasks for each processor, so that none waits for work
+TASKS_PER_CPU = 2  # so that none waits for work
 
 
 def run_on_ray(parts: list[Part], job: Job) -> Iterator[tuple[Part, Counts]]:
-    """Yields parts as they are done, on the cluster that RAY_ADDRESS names or, without one, on this machine.
+    """Yield parts as they finish, on the cluster of RAY_ADDRESS or, if it is not set, on this machine.
 
-    Raises DetourError, and what a task raised.
+    Raises DetourError, or the error of a task.
     """
     try:
         import ray
     except ImportError:
-        raise DetourError("--engine-cluster ray: needs the package: pip install 'megatron-detour[ray]'") from None
+        raise DetourError("--engine-cluster ray: requires ray: pip install 'megatron-detour[ray]'") from None
     started_here = not ray.is_initialized()
     if started_here:
         here = "RAY_ADDRESS" not in os.environ
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes out unless asked for
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry unless enabled
         workers = job.options.workers if here else None
         ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False if here else None)
     task = ray.remote(num_cpus=1, max_retries=3)(_task)
-    at_once = int(ray.cluster_resources().get("CPU", 1)) * AT_ONCE
+    max_tasks = int(ray.cluster_resources().get("CPU", 1)) * TASKS_PER_CPU
     waiting: dict = {}
     left = list(reversed(parts))
     done_bytes = done_tokens = 0
     try:
         with BuildProgress(sum(part.size for part in parts)) as progress:
             while left or waiting:
-                while left and len(waiting) < at_once:
+                while left and len(waiting) < max_tasks:
                     part = left.pop()
                     waiting[task.remote(_absolute_part(part), _absolute_job(job))] = part
                 for reference in ray.wait(list(waiting))[0]:
@@ -69,9 +69,9 @@ def _result(ray: Any, reference: Any) -> Counts:
 
 
 def _absolute_part(part: Part) -> Part:
-    """Tasks have a working folder of their own. The key stays, as it names what is read and not where from."""
-    places = [replace(s, path=str(Path(s.path).absolute())) if Path(s.path).exists() else s for s in part.stretches]
-    return replace(part, stretches=tuple(places))
+    """Tasks run in another working directory. The key is unchanged: paths are part of it as the user wrote them."""
+    shards = [replace(s, path=str(Path(s.path).absolute())) if Path(s.path).exists() else s for s in part.shards]
+    return replace(part, shards=tuple(shards))
 
 
 def _absolute_job(job: Job) -> Job:
@@ -81,8 +81,8 @@ def _absolute_job(job: Job) -> Job:
 
 def _task(part: Part, job: Job) -> Counts:
     one_thread()
-    return build_part(part, job, _unheard)
+    return build_part(part, job, _no_progress)
 
 
-def _unheard(read: int, tokens: int) -> None:
-    """A task's progress is told when it is done."""
+def _no_progress(read: int, tokens: int) -> None:
+    """No-op progress callback."""

@@ -1,4 +1,4 @@
-"""Records into texts: where a JSON line or a row keeps its text, and why some are no documents."""
+"""Extracting texts from records: the keys of the text in a JSON line or a row, and why a record is invalid."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 import msgspec
 import numpy as np
 
-LONGEST_LINE = 256 << 20  # bytes
-# That others keep their texts under. Of what a record holds nothing else may be told: its keys may be names of people.
-USUAL_KEYS = ("text", "content", "body", "note", "report", "abstract", "article", "document", "texte", "contenu")
+MAX_LINE_BYTES = 256 << 20
+# Keys to suggest in messages. Nothing else of a record may be quoted: its keys may be names of people.
+COMMON_KEYS = ("text", "content", "body", "note", "report", "abstract", "article", "document", "texte", "contenu")
 
 
 class BadRecord(Exception):
-    """A record that is no document; the message says why."""
+    """A record is not a document; the message says why."""
 
 
 class TooLong(bytes):
-    """Stands for a line that was passed over."""
+    """Placeholder for a line that was skipped."""
 
 
 def checked(line: bytes) -> bytes:
-    """The line. Raises BadRecord for one that stands for a longer one."""
+    """Return the line. Raises BadRecord for a placeholder."""
     if isinstance(line, TooLong):
-        raise BadRecord(f"longer than {LONGEST_LINE >> 20} MiB")
+        raise BadRecord(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     return line
 
 
 def decoded(line: bytes) -> str:
-    """The text of UTF-8 bytes. Raises BadRecord."""
+    """Decode UTF-8. Raises BadRecord."""
     try:
         return checked(line).decode("utf-8")
     except UnicodeDecodeError:
@@ -38,56 +38,56 @@ def decoded(line: bytes) -> str:
 
 
 class TextKeys:
-    """Where a record keeps its text: the key of this name, or, for "a.b", b inside a; texts of several are joined.
+    """The keys of a record's text, where "a.b" is a key of this name or b inside a; texts of several keys are joined.
 
-    A key that appears twice in an object is refused where it is spelled alike, as nobody knows which text is meant.
+    An object with a duplicate of such a key is rejected, as it is ambiguous.
     """
 
     def __init__(self, keys: tuple[str, ...] = ("text",), separator: str = "\n") -> None:
         self.keys = keys
         self.separator = separator
-        self.columns = tuple(dict.fromkeys(head for key in keys for head in _heads(key)))  # that may hold them
+        self.columns = tuple(dict.fromkeys(head for key in keys for head in _heads(key)))  # that may contain them
         self._names = {head for key in keys for tail in _tails(key) for head in _heads(tail)}
         self._spelled = [(f'"{name}":'.encode(), f'"{name}" :'.encode()) for name in self._names]
         self._decoder = msgspec.json.Decoder(_struct(keys[0].split(".")) if len(keys) == 1 else Any)
 
-    def fast_texts(self, lines: bytes) -> list[str]:
-        """The texts of whole JSON lines, all or none: raises ValueError and others where one is not plainly good.
+    def parse_lines(self, lines: bytes) -> list[str]:
+        """Return the texts of complete JSON lines, all or none: raises ValueError and others if any line is in doubt.
 
-        It parses no more than it must; whoever gets an error asks `of_line` line by line.
+        This fast parser parses only what it has to; after an error, use `parse_line` for each line.
         """
         content = np.frombuffer(lines, dtype=np.uint8)  # several times as fast to search as bytes
         ends = np.flatnonzero(content[:-1] == ord("\n"))
-        # The parser takes one record after the other, whatever the lines are. Where every line but the last ends with
-        # "}" and every one but the first begins with "{", no record can go on into the next line, so that as many
-        # records as lines are a record a line.
+        # The parser reads consecutive records, regardless of lines. If every line but the last ends with "}" and every
+        # line but the first begins with "{", no record can span lines; then as many records as lines means that each
+        # line is one record.
         if not ((content[ends - 1] == ord("}")) & (content[ends + 1] == ord("{"))).all():
-            raise ValueError("not an object a line")
+            raise ValueError("not one object per line")
         count = len(ends) + 1
         if any(sum(map(lines.count, spellings)) > count for spellings in self._spelled):
-            raise ValueError("perhaps a key that appears twice")
+            raise ValueError("perhaps a duplicate key")
         records = self._decoder.decode_lines(lines)
         if len(records) != count:
-            raise ValueError("not an object a line")
+            raise ValueError("not one object per line")
         if len(self.keys) > 1:
-            return [self.of_record(record) for record in records]
+            return [self.extract(record) for record in records]
         if "." in self.keys[0]:
             return [_inner(record) for record in records]
         return [record.value for record in records]
 
-    def of_line(self, line: bytes) -> str:
-        """The text of a JSON line as Python's own parser reads it; "" for a blank line. Raises BadRecord."""
+    def parse_line(self, line: bytes) -> str:
+        """Return the text of a JSON line, parsed by Python's json; "" for a blank line. Raises BadRecord."""
         text = decoded(line)
         if not text or text.isspace():
             return ""
         try:
             record = json.loads(text, object_pairs_hook=self._mapping)
-        except (ValueError, RecursionError) as error:  # ValueError: JSON's own, and numbers of thousands of digits
-            raise BadRecord(f"not JSON ({error})") from None
-        return self.of_record(record)
+        except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
+            raise BadRecord(f"invalid JSON ({error})") from None
+        return self.extract(record)
 
-    def of_record(self, record: Any) -> str:
-        """The text of a record of dictionaries. Raises BadRecord."""
+    def extract(self, record: Any) -> str:
+        """Return the text of a parsed record. Raises BadRecord."""
         if not isinstance(record, dict):
             raise BadRecord('not a JSON object such as {"text": "..."}')
         return self.separator.join(_checked_text(record, key) for key in self.keys)
@@ -97,43 +97,43 @@ class TextKeys:
         if len(mapping) < len(pairs):
             names = [name for name, _ in pairs if name in self._names]
             if len(names) > len(set(names)):
-                raise BadRecord(f"the key {Counter(names).most_common(1)[0][0]!r} appears twice")
+                raise BadRecord(f"duplicate key {Counter(names).most_common(1)[0][0]!r}")
         return mapping
 
 
 def _heads(key: str) -> list[str]:
-    """a, a.b and a.b.c of a.b.c."""
+    """Return a, a.b and a.b.c for a.b.c."""
     parts = key.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _tails(key: str) -> list[str]:
-    """a.b.c, b.c and c of a.b.c."""
+    """Return a.b.c, b.c and c for a.b.c."""
     parts = key.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _checked_text(record: dict[str, Any], key: str) -> str:
-    """Raises BadRecord, with nothing of the record in it: other keys may be names, too."""
+    """Return the text under a key. Raises BadRecord without quoting the record, as keys may be names of people."""
     text = _under(record, key)
     if text is msgspec.UNSET:
-        usual = next((f" (there is {name!r})" for name in USUAL_KEYS if name in record), "")
-        raise BadRecord(f"no key {key!r}{usual}; --text-key names the key of the text")
+        hint = next((f" (there is {name!r})" for name in COMMON_KEYS if name in record), "")
+        raise BadRecord(f"no key {key!r}{hint}; set --text-key to the key of the text")
     if text is None:
         raise BadRecord(f"the value of {key!r} is null")
     if isinstance(text, dict):
-        raise BadRecord(f"the value of {key!r} is an object; --text-key {key}.NAME takes the text under NAME in it")
+        raise BadRecord(f"the value of {key!r} is an object; use --text-key {key}.NAME for the text under NAME in it")
     if not isinstance(text, str):
-        raise BadRecord(f"the value of {key!r} is not a text")
+        raise BadRecord(f"the value of {key!r} is not a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRecord(f"the text of {key!r} holds half a surrogate pair") from None
+        raise BadRecord(f"the text of {key!r} contains a lone surrogate") from None
     return text
 
 
 def _under(record: Any, key: str) -> Any:
-    """The value under a key, as it is spelled or else, for "a.b", under b inside a; UNSET for none."""
+    """Return the value under a key of this name or else, for "a.b", under b inside a; UNSET if there is none."""
     if not isinstance(record, dict):
         return msgspec.UNSET
     if key in record:
@@ -143,7 +143,7 @@ def _under(record: Any, key: str) -> Any:
 
 
 def _struct(parts: list[str]) -> type:
-    """A msgspec type that reads nothing of a record but the text under a key, as `_inner` finds it."""
+    """Return a msgspec type that reads only the text under a key, for `_inner`."""
     if len(parts) == 1:
         return msgspec.defstruct("Record", [("value", str, msgspec.field(name=parts[0]))], gc=False)
     names = {"spelled": (str, ".".join(parts)), "value": (_struct(parts[1:]), parts[0])}

@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer with ModernBERT's special tokens on the user's own texts."""
+"""Training of a byte-level BPE tokenizer with ModernBERT's special tokens."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
 def train_tokenizer(inputs: Sequence[Path], output: Path, vocab_size: int, text_key: str = "text") -> None:
-    """Trains on all documents of `inputs` and publishes the folder `output`, which AutoTokenizer opens.
+    """Train on all documents of `inputs` and write the folder `output` for transformers' AutoTokenizer.
 
-    The vocabulary has exactly `vocab_size` entries, special tokens first. The same input gives the same bytes. Raises
-    DetourError for bad input, a used `output`, and a corpus too small to fill the vocabulary.
+    The vocabulary has exactly `vocab_size` entries, special tokens first. The result is deterministic. Raises
+    DetourError for invalid input, a non-empty `output`, and texts too short to fill the vocabulary.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise DetourError(f"--vocab-size {vocab_size}: the bytes and special tokens alone take {SMALLEST_VOCABULARY}")
+        raise DetourError(
+            f"--vocab-size {vocab_size}: must be at least {SMALLEST_VOCABULARY}, for bytes and special tokens"
+        )
     _refuse_used(output)
     tokenizer = _train(inputs, vocab_size, text_key)
     reached = tokenizer.get_vocab_size()
     if reached != vocab_size:
         raise DetourError(
-            f"the corpus fills only {reached} of {vocab_size} entries, give more text or --vocab-size {reached} or less"
+            f"the text fills only {reached} of {vocab_size} entries; add text or set --vocab-size to {reached} or less"
         )
     _publish(tokenizer, output)
 
@@ -47,11 +49,11 @@ def _refuse_used(output: Path) -> None:
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists():
-        raise DetourError(f"{output}: already there and not an empty folder, give another --output or remove it")
+        raise DetourError(f"{output}: exists and is not an empty folder; choose another --output or delete it")
 
 
 def _documents(inputs: Sequence[Path], text_key: str, faults: list[DetourError]) -> Iterator[str]:
-    """All documents; a fault ends the stream and is kept, since the trainer may wrap what its iterator raises."""
+    """Yield all documents; an error ends the stream and is stored, as the trainer may wrap what its iterator raises."""
     try:
         for name in find_inputs([str(path) for path in inputs])[0]:
             yield from read_documents(Path(name), text_key)
@@ -71,7 +73,7 @@ def _train(inputs: Sequence[Path], vocab_size: int, text_key: str) -> Tokenizer:
     tokenizer.train_from_iterator(_documents(inputs, text_key, faults), trainer)
     if faults:
         raise faults[0]
-    # ids are known only now
+    # requires the ids
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:0 [SEP]:0",
@@ -89,7 +91,7 @@ def _untrained() -> Tokenizer:
 
 
 def _added_tokens() -> list[AddedToken]:
-    """[MASK] takes the space before it, as the token it stands for carries that space."""
+    """Return the special tokens. [MASK] absorbs the space before it, as the token it replaces includes that space."""
     return [
         AddedToken(token, lstrip=token == "[MASK]", rstrip=False, normalized=False, special=True)
         for token in SPECIAL_TOKENS.values()
@@ -97,7 +99,7 @@ def _added_tokens() -> list[AddedToken]:
 
 
 def _publish(tokenizer: Tokenizer, output: Path) -> None:
-    """Writes a sibling folder, then renames it, so that `output` is never half there."""
+    """Write a temporary folder and rename it, so that `output` is never incomplete."""
     remove_abandoned(output)
     part = aside_of(output, "writing")
     try:

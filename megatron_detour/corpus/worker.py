@@ -1,4 +1,4 @@
-"""A part of the input into arrays on the disk: what runs in each worker process, or as a task of a cluster."""
+"""Building one part of the input, in a worker process or a task of a cluster."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from megatron_detour.corpus.records import TextKeys
 from megatron_detour.corpus.sources import Part
 from megatron_detour.errors import DetourError
 
-JUDGED_EVERY = 4_096  # documents of a part
-JUDGED_CHARACTERS = 4_096
+CHECK_EVERY = 4_096  # documents of a part
+CHECKED_CHARACTERS = 4_096
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,23 @@ class Job:
     engine: str
     tokenizer_file: str
     dtype: str
-    special_tokens: int  # that the tokenizer puts around a text
+    special_tokens: int  # that the tokenizer adds to a text
     unknown: int | None = None  # the id of [UNK]
 
 
 class Stopped(Exception):
-    """The build ends for another part's reason."""
+    """Raised to stop a worker because another part failed or the build was interrupted."""
 
 
 @lru_cache(maxsize=1)
 def _tools(job: Job) -> tuple[Engine, Engine, Cleaner]:
-    """Engine, judge and cleaner are made once a process."""
+    """Return engine, reference and cleaner, created once per process."""
     file = Path(job.tokenizer_file)
     return ENGINES[job.engine](file), HuggingFace(file), Cleaner(job.options)
 
 
 def begin_worker(job: Job) -> None:
-    """Prepares a worker process: the parent alone answers to Ctrl-C, and no worker outlives it."""
+    """Prepare a worker process: only the parent handles Ctrl-C, and workers exit with it."""
     one_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
@@ -61,17 +61,17 @@ def begin_worker(job: Job) -> None:
 
 
 def build_part(part: Part, job: Job, report: Callable[[int, int], None]) -> Counts:
-    """Writes the files of a part and then its entry in the journal; `report` gets bytes read and tokens made.
+    """Write the files of a part and then its entry in the journal; `report` gets the new bytes read and tokens written.
 
-    Raises DetourError; then the part is not in the journal.
+    On a DetourError the part is not in the journal.
     """
     journal = Journal(job.options.output_prefix)
     keys = TextKeys(job.options.text_key, job.options.text_separator)
     counts, files = Counts(), journal.begin(part)
     try:
-        for number, stretch in enumerate(part.stretches):
+        for number, shard in enumerate(part.shards):
             counts.records.append(0)
-            for block in read_shard(stretch, keys, lambda read: report(read, 0)):
+            for block in read_shard(shard, keys, lambda read: report(read, 0)):
                 before = counts.tokens
                 counts.records[number] += block.records
                 counts.empty += block.empty
@@ -81,9 +81,9 @@ def build_part(part: Part, job: Job, report: Callable[[int, int], None]) -> Coun
                 try:
                     files.append(_columns(block.texts, job, counts))
                 except CannotEncode as error:
-                    last = records_before(stretch) + counts.records[number]
+                    last = records_before(shard) + counts.records[number]
                     raise DetourError(
-                        f"{stretch.path}, lines {last - block.records + 1:,} to {last:,}: {error}"
+                        f"{shard.path}, lines {last - block.records + 1:,} to {last:,}: {error}"
                     ) from None
                 report(0, counts.tokens - before)
         counts.bytes = files.finish()
@@ -94,32 +94,32 @@ def build_part(part: Part, job: Job, report: Callable[[int, int], None]) -> Coun
 
 
 def too_many_rejects(part: Part, counts: Counts, options: BuildOptions) -> DetourError:
-    """Names the first reject of a part, or the first that is one too many."""
+    """Return the error for the first reject of a part, or for the first beyond --max-rejects."""
     where, record, reason = counts.rejects[min(options.max_rejects, len(counts.rejects) - 1)]
-    stretch = part.stretches[where]
+    shard = part.shards[where]
     listed = rejects_path(options.output_prefix)
     if options.max_rejects:
         return DetourError(
-            f"{stretch.path}, line {records_before(stretch) + record + 1:,}: {reason}; with it there are more than "
-            f"--max-rejects {options.max_rejects} records that are no documents"
+            f"{shard.path}, line {records_before(shard) + record + 1:,}: {reason}; more than --max-rejects "
+            f"{options.max_rejects} records are invalid"
         )
     return DetourError(
-        f"{stretch.path}, line {records_before(stretch) + record + 1:,}: {reason}; mend it, or go on with "
-        f"--max-rejects N, which leaves up to N such records out and lists them in {listed}"
+        f"{shard.path}, line {records_before(shard) + record + 1:,}: {reason}; fix it, or add --max-rejects N to "
+        f"skip up to N invalid records and list them in {listed}"
     )
 
 
 def _columns(texts: list[str], job: Job, counts: Counts) -> dict[str, np.ndarray]:
-    """Ids of texts and what else is kept of each; counts what is left out."""
-    engine, judge, cleaner = _tools(job)
+    """Return the ids of texts and the other columns; count what is removed."""
+    engine, reference, cleaner = _tools(job)
     texts = cleaner.clean(texts, counts.removed)
     ids, begins = engine.encode(texts)
-    _judge(texts, engine, judge, counts.documents)
+    _spot_check(texts, engine, reference, counts.documents)
     lengths = np.diff(begins)
     filled = lengths > job.special_tokens
-    if not filled.all():  # a tokenizer may take white space and control characters for nothing
+    if not filled.all():  # a tokenizer may drop whitespace and control characters
         counts.empty += int((~filled).sum())
-        texts = [text for text, whole in zip(texts, filled.tolist(), strict=True) if whole]
+        texts = [text for text, keep in zip(texts, filled.tolist(), strict=True) if keep]
         ids, lengths = ids[np.repeat(filled, lengths)], lengths[filled]
     counts.documents += len(texts)
     counts.tokens += len(ids)
@@ -128,11 +128,11 @@ def _columns(texts: list[str], job: Job, counts: Counts) -> dict[str, np.ndarray
     return {"bin": ids.astype(job.dtype)} | cleaner.columns(texts, lengths)
 
 
-def _judge(texts: list[str], engine: Engine, judge: Engine, before: int) -> None:
-    """Has the judge look at every JUDGED_EVERY-th document of a part; `before` is how many it had until now."""
-    beginnings = [text[:JUDGED_CHARACTERS] for text in texts[-before % JUDGED_EVERY :: JUDGED_EVERY]]
-    if beginnings and engine.name != judge.name and first_difference(engine, judge, beginnings) is not None:
+def _spot_check(texts: list[str], engine: Engine, reference: Engine, before: int) -> None:
+    """Compare every CHECK_EVERY-th document of a part with the reference; `before` counts the part's earlier ones."""
+    beginnings = [text[:CHECKED_CHARACTERS] for text in texts[-before % CHECK_EVERY :: CHECK_EVERY]]
+    if beginnings and engine.name != reference.name and first_difference(engine, reference, beginnings) is not None:
         raise DetourError(
-            f"--engine {engine.name}: its ids are not those of tokenizers on a document of this corpus; use --engine "
-            "tokenizers"
+            f"--engine {engine.name}: its ids differ from those of tokenizers on a document of this corpus; use "
+            "--engine tokenizers"
         )

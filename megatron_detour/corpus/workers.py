@@ -1,4 +1,4 @@
-"""Has the parts of a build done: by worker processes here, or by the tasks of a cluster."""
+"""Running the parts of a build in worker processes, or as tasks of a cluster."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_detour.corpus.sources import Part
 from megatron_detour.corpus.worker import Job, Stopped, begin_worker, build_part, too_many_rejects
 from megatron_detour.errors import DetourError
 
-AT_ONCE = 4  # parts handed to a worker ahead of its work
+QUEUED_PER_WORKER = 4  # parts
 
 
 def run_parts(parts: list[Part], job: Job, journal: Journal) -> None:
-    """Does what is not done yet. Raises DetourError, also for more rejects than allowed."""
+    """Build the unfinished parts. Raises DetourError, including for too many rejects."""
     rejects = _Rejects(job.options)
     for part in parts:
         if journal.is_finished(part):
@@ -45,7 +45,7 @@ def _run_here(parts: list[Part], job: Job, rejects: _Rejects) -> None:
     try:
         with BuildProgress(sum(part.size for part in parts)) as progress:
             while True:
-                for part in islice(left, workers * AT_ONCE - len(waiting)):
+                for part in islice(left, workers * QUEUED_PER_WORKER - len(waiting)):
                     waiting[pool.submit(_build_part, part)] = part
                 if not waiting:
                     break
@@ -54,7 +54,7 @@ def _run_here(parts: list[Part], job: Job, rejects: _Rejects) -> None:
                 for future in done:
                     rejects.add(waiting.pop(future), future.result())
     except BrokenProcessPool:
-        raise DetourError("a worker process died, most likely for want of memory; try fewer --workers") from None
+        raise DetourError("a worker process died, most likely out of memory; use fewer --workers") from None
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
@@ -65,12 +65,12 @@ class _Rejects:
 
     def __init__(self, options: BuildOptions) -> None:
         self._options = options
-        self._found = 0
+        self._count = 0
 
     def add(self, part: Part, counts: Counts) -> None:
-        """Raises DetourError with a record's place once there are too many."""
-        self._found += len(counts.rejects)
-        if self._found > self._options.max_rejects:
+        """Raise DetourError, with the place of a record, once there are too many."""
+        self._count += len(counts.rejects)
+        if self._count > self._options.max_rejects:
             raise too_many_rejects(part, counts, self._options)
 
 
@@ -87,10 +87,10 @@ def _begin(job: Job, bytes_read: Any, tokens: Any, stop: Any) -> None:
 def _build_part(part: Part) -> Counts:
     job, bytes_read, tokens, stop = _shared
 
-    def report(read: int, made: int) -> None:
+    def report(read: int, written: int) -> None:
         if stop.is_set():
             raise Stopped
-        for value, more in ((bytes_read, read), (tokens, made)):
+        for value, more in ((bytes_read, read), (tokens, written)):
             if more:
                 with value.get_lock():
                     value.value += more

@@ -1,1 +1,1 @@
-"""Corpora: building, reading, order and batches."""
+"""Online data: indexed corpora, their order, mixing and batches."""

@@ -1,7 +1,7 @@
-"""Stretches of a run's text into flat micro-batches: the place where numpy becomes torch.
+"""From a range of a run's tokens to packed micro-batches: where numpy becomes torch.
 
-A step reads the documents that begin in its stretch of tokens, and shares them out over ranks and micro-batches. Which
-documents these are, and how each is corrupted, is the same for any number of ranks and any micro-batch.
+A step reads the documents that begin in its range of tokens, and distributes them over ranks and micro-batches. Which
+documents these are, and how each is corrupted, does not depend on the number of ranks or the micro-batch size.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import torch
 
 from megatron_detour.config import Corpus
 from megatron_detour.data.indexed import IndexedCorpus, bin_path
-from megatron_detour.data.integrity import refuse_changed
-from megatron_detour.data.manifest import Manifest, read_manifest
-from megatron_detour.data.order import deal
+from megatron_detour.data.integrity import open_corpus
+from megatron_detour.data.manifest import Manifest
+from megatron_detour.data.order import balance
 from megatron_detour.data.stream import DocumentStream
 from megatron_detour.data.window_cache import WindowCache
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.objectives import Corruption
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 
-NUMBER_BITS = 48  # of a document's number, for its place in its corpus's stream; the corpus is above
+NUMBER_BITS = 48  # low bits of a document's random key: its offset in its corpus's stream; above them the corpus
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents, or pieces of long ones, each corpus's together. All arrays are int64 [documents]."""
+    """Documents, or pieces of long ones, grouped by corpus. All arrays are int64 [documents]."""
 
     corpora: np.ndarray  # ascending
-    places: np.ndarray  # the first token in the corpus's .bin, in bytes
+    places: np.ndarray  # byte offset of the first token in the corpus's .bin
     lengths: np.ndarray  # in tokens
-    numbers: np.ndarray  # by which they draw their corruption
+    numbers: np.ndarray  # random keys of their corruption
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -48,7 +48,7 @@ class Documents:
 class MicroBatch:
     """Flat int64 tensors, in the order of ModernBert.forward's arguments.
 
-    Which positions have labels is known here, before anything is on a GPU that would have to be waited for.
+    The labeled positions are computed on the CPU, as finding them on a GPU would require a synchronization.
     """
 
     input_ids: torch.Tensor  # [T]
@@ -61,7 +61,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":
             return self
-        # Out of pinned memory, as any other copy would be waited for.
+        # From pinned memory, as any other copy blocks.
         values = (v.pin_memory() if isinstance(v, torch.Tensor) else v for v in self.arguments)
         return MicroBatch(*(v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in values))
 
@@ -72,20 +72,20 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's share of a step, with the figures that ranks add up."""
+    """One rank's part of a step, with figures to be summed over ranks."""
 
     micro_batches: list[MicroBatch]
     tokens: int  # of documents
     labelled: int
     padding: int
-    crc: int  # checksums of the uncorrupted documents, summed: over a step they tell whether two runs saw the same text
+    crc: int  # sum of checksums of the uncorrupted documents, to compare the text that runs have seen
 
 
 @dataclass(frozen=True)
 class StreamOffset:
-    """Where a mixture begins: at which token of the run, and how many of each corpus's were read before, by prefix.
+    """Where a mixture begins: the first token of the run, and how many tokens of each corpus, by prefix, precede it.
 
-    `seeds` are added to the order's seed, by prefix: a corpus keeps its order in whatever company it is read.
+    `seeds` are added to the order's seed, by prefix: a corpus keeps its order when others are added or removed.
     """
 
     start: int = 0
@@ -94,10 +94,10 @@ class StreamOffset:
 
 
 class DocumentMixture:
-    """The documents of several corpora by weight: a pure function of the run's tokens and the order's seed.
+    """The documents of several corpora, mixed by weight: a pure function of the run's token count and the order's seed.
 
-    Over any stretch that begins at the start each corpus has its share of the tokens, to within a sequence. It can be
-    pickled, for other processes: they open the files again.
+    From the start to any token, each corpus contributes its share of the tokens to within a sequence. Pickling is
+    supported: another process reopens the files.
     """
 
     def __init__(
@@ -112,12 +112,9 @@ class DocumentMixture:
         self.sequence_length = sequence_length
         self.vocabulary = vocabulary
         self.prefixes = [corpus.prefix for corpus in corpora]
-        self.manifests = _manifests(corpora)
-        for corpus, manifest in zip(corpora, self.manifests, strict=True):
-            _check_tokenizer(corpus.prefix, Vocabulary.from_dict(manifest.tokenizer), vocabulary)
-        self.corpora = [
-            _opened(corpus.prefix, manifest) for corpus, manifest in zip(corpora, self.manifests, strict=True)
-        ]
+        opened = _open(self.prefixes, vocabulary)
+        self.manifests = [manifest for manifest, _ in opened]
+        self.corpora = [corpus for _, corpus in opened]
         weights = [Fraction(str(corpus.weight)) for corpus in corpora]
         self._shares = [weight / sum(weights) for weight in weights]
         self._seeds = [self._offset.seeds.get(prefix, i) for i, prefix in enumerate(self.prefixes)]
@@ -132,14 +129,14 @@ class DocumentMixture:
         ]
 
     def read_before(self, token: int) -> dict[str, int]:
-        """How many tokens of each corpus, by prefix, come before this token of the run."""
+        """Return how many tokens of each corpus, by prefix, precede this token of the run."""
         return {
             prefix: self._offset.read.get(prefix, 0) + int((token - self._offset.start) * share)
             for prefix, share in zip(self.prefixes, self._shares, strict=True)
         }
 
     def documents(self, start: int, stop: int) -> Documents:
-        """The documents that begin in the run's tokens from `start` to before `stop`."""
+        """Return the documents that begin in the run's tokens [start, stop)."""
         parts = []
         limits = zip(self.read_before(start).values(), self.read_before(stop).values(), strict=True)
         for number, (stream, (first, last)) in enumerate(zip(self._streams, limits, strict=True)):
@@ -149,7 +146,7 @@ class DocumentMixture:
         return Documents(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     def tokens(self, documents: Documents) -> np.ndarray:
-        """Their tokens, one document after the other: int32 [sum of lengths]."""
+        """Return the concatenated tokens of documents: int32 [sum of lengths]. Raises DetourError for invalid ids."""
         parts = []
         for number, corpus in enumerate(self.corpora):
             mine = documents[slice(*documents.corpora.searchsorted([number, number + 1]))]
@@ -158,9 +155,9 @@ class DocumentMixture:
                 wrong = (tokens < 0) | (tokens >= self.vocabulary.size)
                 if wrong.any():  # the embedding has no row for it
                     raise DetourError(
-                        f"{bin_path(corpus.prefix)}: holds the id {int(tokens[wrong.argmax()])}, the vocabulary has "
-                        f"{self.vocabulary.size:,} ids: the file has changed since it was built; bring the file back "
-                        "or build the corpus again"
+                        f"{bin_path(corpus.prefix)}: contains the id {int(tokens[wrong.argmax()])}, but the vocabulary "
+                        f"has {self.vocabulary.size:,} ids: the file has changed since it was built; restore it or "
+                        "rebuild the corpus"
                     )
                 parts.append(tokens.astype(np.int32))
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
@@ -175,34 +172,34 @@ def rank_batch(
     seed: int,
     multiple: int = 1,
 ) -> RankBatch:
-    """A rank's micro-batches, by number, of the `of` into which all ranks share out `documents`.
+    """Return a rank's micro-batches, by number, of the `of` micro-batches that `documents` form over all ranks.
 
-    Each is padded to a multiple of `multiple` positions, as sequence parallelism asks.
+    Each is padded to a multiple of `multiple` positions, as sequence parallelism requires.
     """
-    shares = deal(documents.lengths, of)
-    made, tokens, padding, crc = [], 0, 0, 0
+    assigned = balance(documents.lengths, of)
+    batches, tokens, padding, crc = [], 0, 0, 0
     for number in micro_batches:
-        mine = documents[shares[number]]
-        text = mixture.tokens(mine)
-        made.append(micro_batch(text, mine, objective, seed, mixture.vocabulary.pad, multiple))
+        chosen = documents[assigned[number]]
+        text = mixture.tokens(chosen)
+        batches.append(micro_batch(text, chosen, objective, seed, mixture.vocabulary.pad, multiple))
         tokens += len(text)
-        padding += len(made[-1].input_ids) - len(text)
-        crc += sum(zlib.crc32(document) for document in split(text, mine.lengths))
-    return RankBatch(made, tokens, sum(len(one.labels) for one in made), padding, crc)
+        padding += len(batches[-1].input_ids) - len(text)
+        crc += sum(zlib.crc32(document) for document in split(text, chosen.lengths))
+    return RankBatch(batches, tokens, sum(len(batch.labels) for batch in batches), padding, crc)
 
 
 def micro_batch(
     tokens: np.ndarray, documents: Documents, objective: Corruption, seed: int, pad: int, multiple: int = 1
 ) -> MicroBatch:
-    """Documents corrupted under `seed`; padding, if any, is a document of its own."""
+    """Return documents corrupted under `seed`; padding, if any, forms a separate document."""
     corrupted = objective.apply(tokens, documents.lengths, seed, documents.numbers)
     inputs, lengths = corrupted.inputs, documents.lengths
-    padding = -len(inputs) % multiple if len(inputs) else multiple  # a model is not asked for nothing
+    padding = -len(inputs) % multiple if len(inputs) else multiple  # a micro-batch is never empty
     if padding:
         inputs, lengths = np.pad(inputs, (0, padding), constant_values=pad), np.append(lengths, padding)
     return MicroBatch(
         torch.from_numpy(inputs),
-        torch.from_numpy(positions_of(lengths)),
+        torch.from_numpy(document_positions(lengths)),
         tuple(lengths.tolist()),
         objective.causal,
         torch.from_numpy(corrupted.labelled),
@@ -211,41 +208,26 @@ def micro_batch(
 
 
 def split(tokens: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Each document's tokens."""
+    """Yield each document's tokens."""
     ends = np.cumsum(lengths).tolist()
     for length, end in zip(lengths.tolist(), ends, strict=True):
         yield tokens[end - length : end]
 
 
-def positions_of(lengths: np.ndarray) -> np.ndarray:
-    """Positions within documents, int64 [sum of lengths], of documents with these lengths."""
+def document_positions(lengths: np.ndarray) -> np.ndarray:
+    """Return positions within documents of these lengths: int64 [sum of lengths]."""
     starts = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) - np.repeat(starts, lengths)
 
 
-def _manifests(corpora: tuple[Corpus, ...]) -> list[Manifest]:
-    """Raises one DetourError that names every corpus that is not there or not whole."""
-    manifests, faults = [], []
-    for corpus in corpora:
+def _open(prefixes: list[str], vocabulary: Vocabulary) -> list[tuple[Manifest, IndexedCorpus]]:
+    """Raises one DetourError that names every corpus that cannot be used."""
+    opened, faults = [], []
+    for prefix in prefixes:
         try:
-            manifests.append(read_manifest(corpus.prefix))
+            opened.append(open_corpus(prefix, vocabulary))
         except DetourError as fault:
             faults.append(str(fault))
     if faults:
         raise DetourError(format_faults(faults))
-    return manifests
-
-
-def _opened(prefix: str, manifest: Manifest) -> IndexedCorpus:
-    corpus = IndexedCorpus(prefix)  # a file of another size is told as such
-    refuse_changed(prefix, manifest)
-    return corpus
-
-
-def _check_tokenizer(prefix: str, built_with: Vocabulary, used: Vocabulary) -> None:
-    if built_with.sha256 != used.sha256:
-        raise DetourError(
-            f"{prefix}: this corpus was built with another tokenizer (sha256 {built_with.sha256[:12]}, "
-            f"{built_with.size:,} ids) than the run's (sha256 {used.sha256[:12]}, {used.size:,} ids); build it again "
-            "with the run's tokenizer, or set model.tokenizer to the corpus's"
-        )
+    return opened

@@ -1,4 +1,4 @@
-"""Whether a corpus is still the one that was built: told by hash, of the text a sample where the start cannot wait."""
+"""Opening a corpus: whether it is there, whole, still the one that was built, and of the run's tokenizer."""
 
 from __future__ import annotations
 
@@ -6,35 +6,51 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_detour.data.indexed import bin_path, idx_path
-from megatron_detour.data.manifest import Manifest
+from megatron_detour.data.indexed import IndexedCorpus, bin_path, idx_path
+from megatron_detour.data.manifest import Manifest, read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
+from megatron_detour.tokenizer.vocabulary import Vocabulary
 
-BLOCKS, BLOCK_BYTES = 64, 1 << 16  # of a sample
+SAMPLE_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
 def sample_sha256(path: Path) -> str:
-    """SHA-256 of evenly spaced blocks of a file, the first and the last among them."""
+    """Return the SHA-256 of evenly spaced blocks of a file, including the first and the last."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
-        for number in range(BLOCKS):
-            file.seek(max(size - BLOCK_BYTES, 0) * number // (BLOCKS - 1))
+        for number in range(SAMPLE_BLOCKS):
+            file.seek(max(size - BLOCK_BYTES, 0) * number // (SAMPLE_BLOCKS - 1))
             digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
 
 
-def refuse_changed(prefix: str, manifest: Manifest) -> None:
-    """Raises DetourError where the index, or a sample of the text, is not what the manifest says.
+def open_corpus(prefix: str, vocabulary: Vocabulary | None) -> tuple[Manifest, IndexedCorpus]:
+    """Opens a corpus of text in the ids of `vocabulary` (None: of any). Raises DetourError with the reason why not."""
+    manifest = read_manifest(prefix)
+    built_with = manifest.tokenizer
+    if vocabulary and built_with["sha256"] != vocabulary.sha256:
+        raise DetourError(
+            f"{prefix}: built with another tokenizer (sha256 {built_with['sha256'][:12]}, {built_with['size']:,} ids) "
+            f"than the run's (sha256 {vocabulary.sha256[:12]}, {vocabulary.size:,} ids); build it again with the run's "
+            "tokenizer, or set model.tokenizer to the corpus's"
+        )
+    corpus = IndexedCorpus(prefix)  # which compares the sizes of the files before their content is read
+    refuse_changed(prefix, manifest)
+    return manifest, corpus
 
-    Manifests of earlier versions have no sample; `verify` reads the whole text.
+
+def refuse_changed(prefix: str, manifest: Manifest) -> None:
+    """Raise DetourError if the hash of the index, or of a sample of the text, differs from the manifest.
+
+    Manifests of earlier versions have no sample. `verify` checks the entire text.
     """
     state = tuple((path, *_state(path)) for path in (idx_path(prefix), bin_path(prefix)))
     changed = _changed(state, manifest.files["idx"]["sha256"], manifest.files["bin"].get("sample"))
     if changed:
         raise DetourError(
-            f"{' and '.join(map(str, changed))}: not as the manifest says, so something has changed since the corpus "
-            "was built; bring the files back or build the corpus again"
+            f"{' and '.join(map(str, changed))}: does not match the manifest, so it has changed since the corpus was "
+            "built; restore the files or rebuild the corpus"
         )
 
 
@@ -46,5 +62,5 @@ def _changed(state: tuple, index_sha256: str, text_sample: str | None) -> list[P
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    facts = path.stat()
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns

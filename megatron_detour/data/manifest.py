@@ -1,7 +1,7 @@
-"""What a corpus is: PREFIX.manifest.json says which text, which tokenizer, how much, and what the two files must be.
+"""PREFIX.manifest.json describes a corpus: its sources, tokenizer, sizes, and the hashes of its two files.
 
-It is written last, so that a corpus without one is a corpus that was never finished. Its types are its rules: reading
-checks each value against them, as a manifest comes from outside like any other file.
+It is written last: a corpus without a manifest is unfinished. Reading validates every value against its type, as
+manifests are untrusted input.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import msgspec
 
 from megatron_detour.errors import DetourError
 from megatron_detour.structured import read_json_object
-from megatron_detour.tokenizer import LARGEST_VOCABULARY
+from megatron_detour.tokenizer import MAX_VOCABULARY
 
-FORMAT = 2
+MANIFEST_FORMAT = 2
 SHOWN_SOURCES = 5
-SHOWN_CHARACTERS = 120  # of a fault, which may hold what stands in the file
+SHOWN_CHARACTERS = 120  # of a fault, which may quote the file
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Some = Annotated[int, msgspec.Meta(ge=1, lt=1 << 62)]
-Id = Annotated[int, msgspec.Meta(ge=0, lt=LARGEST_VOCABULARY)]
+Id = Annotated[int, msgspec.Meta(ge=0, lt=MAX_VOCABULARY)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -36,9 +36,9 @@ class FileFacts(TypedDict):
 
 
 class TokenizerFacts(TypedDict):
-    """As Vocabulary.to_dict() gives them."""
+    """As returned by Vocabulary.to_dict()."""
 
-    size: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_VOCABULARY)]
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_VOCABULARY)]
     special_ids: list[Id]
     mask: Id | None
     pad: Id | None
@@ -51,12 +51,12 @@ class TokenizerFacts(TypedDict):
 class Source(TypedDict):
     path: str
     bytes: Count
-    state: NotRequired[str]  # size and time of change
+    state: NotRequired[str]  # size and modification time
     sha256: NotRequired[Sha256]  # of a corpus that was merged into this one
 
 
 class EngineFacts(TypedDict):
-    """What made the ids, and why others did not."""
+    """Which engine produced the ids, and why others were skipped."""
 
     name: str
     version: str
@@ -65,7 +65,7 @@ class EngineFacts(TypedDict):
 
 
 class Options(TypedDict, total=False):
-    """Of the build, those that decide on the bytes; all that is listed here is read by others than the builder."""
+    """Options of the build that affect the corpus's bytes; only those that other modules read are listed."""
 
     language: list[str]
     normalize: str | None
@@ -82,23 +82,23 @@ class Manifest:
     tokenizer: TokenizerFacts
     files: Annotated[dict[Literal["bin", "idx"], FileFacts], msgspec.Meta(min_length=2)]
     records: Count = 0  # of the input: documents + held_out + empty + rejects + removed
-    empty: Count = 0  # without text
-    rejects: Count = 0  # that are no documents, listed in PREFIX.rejects.jsonl
-    removed: dict[str, Count] = field(default_factory=dict)  # by the options: short, long, language, duplicate
-    unknown: Count = 0  # tokens that are [UNK], before duplicates and the held-out share were taken out
+    empty: Count = 0  # records without text
+    rejects: Count = 0  # invalid records, listed in PREFIX.rejects.jsonl
+    removed: dict[str, Count] = field(default_factory=dict)  # by reason: short, long, language, duplicate
+    unknown: Count = 0  # [UNK] tokens, before duplicates and held-out documents were removed
     held_out: Count = 0  # documents of PREFIX.heldout
     sources: list[Source] = field(default_factory=list)
-    passed_over: list[str] = field(default_factory=list)  # files of the input folders that are of no known kind
+    passed_over: list[str] = field(default_factory=list)  # files of the input folders with an unsupported extension
     engine: EngineFacts = field(default_factory=lambda: EngineFacts(name="unknown", version=""))
     options: Options = field(default_factory=lambda: Options())
-    versions: dict[str, str] = field(default_factory=dict)  # of packages that decide on ids and cleaning
+    versions: dict[str, str] = field(default_factory=dict)  # of packages that affect ids and cleaning
     plan: str = ""  # SHA-256 over input, options, tokenizer and engine
     created: str = ""
     version: str = ""
-    format: Literal[2] = FORMAT
+    format: Literal[2] = MANIFEST_FORMAT
 
     def input_summary(self) -> dict[str, Any]:
-        """How many files were read and how large they are, with the first of them: there may be 100,000."""
+        """Return number and total size of the source files, and the first of them: there may be 100,000."""
         some = [{"path": source["path"], "bytes": source["bytes"]} for source in self.sources[:SHOWN_SOURCES]]
         return {
             "sources": some,
@@ -115,19 +115,19 @@ def manifest_path(prefix: str | Path) -> Path:
 
 
 def read_manifest(prefix: str | Path) -> Manifest:
-    """Reads a corpus's manifest, and checks it and the sizes of its files. Raises DetourError."""
+    """Read a corpus's manifest and check it and the sizes of its files. Raises DetourError."""
     path = manifest_path(prefix)
     try:
         raw = read_json_object(path)
     except FileNotFoundError:
         raise DetourError(
-            f"{path}: there is no such corpus; build it with megatron-detour preprocess --output-prefix {prefix}"
+            f"{path}: no such corpus; build it with megatron-detour preprocess --output-prefix {prefix}"
         ) from None
-    if raw.get("format") != FORMAT:
-        raise DetourError(f"{path}: not a corpus manifest of format {FORMAT}; build the corpus again")
+    if raw.get("format") != MANIFEST_FORMAT:
+        raise DetourError(f"{path}: not a corpus manifest of format {MANIFEST_FORMAT}; rebuild the corpus")
     faults = list(_faults(raw))
     if faults:
-        raise DetourError(f"{path}: {'; '.join(faults)}; build or copy the corpus again")
+        raise DetourError(f"{path}: {'; '.join(faults)}; copy or rebuild the corpus")
     manifest = Manifest(**raw)
     for kind, facts in manifest.files.items():
         _check_size(Path(f"{prefix}.{kind}"), facts["bytes"])
@@ -135,7 +135,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
 
 
 def _faults(raw: dict[str, Any]) -> Iterator[str]:
-    """What keeps a JSON object from being a manifest."""
+    """Yield what is wrong with a manifest."""
     kinds = get_type_hints(Manifest, include_extras=True)
     if unknown := sorted(raw.keys() - kinds.keys()):
         yield f"unknown keys: {', '.join(unknown)[:SHOWN_CHARACTERS]}"
@@ -147,7 +147,7 @@ def _faults(raw: dict[str, Any]) -> Iterator[str]:
     if not wrong and tokenizer:
         roles = (tokenizer[role] for role in ("mask", "pad", "cls", "sep", "unk"))
         if any(number is not None and number >= tokenizer["size"] for number in (*tokenizer["special_ids"], *roles)):
-            yield "tokenizer: a special id is not below its size"
+            yield "tokenizer: a special id is not below size"
 
 
 def _fault(value: Any, kind: Any, name: str) -> str | None:
@@ -161,7 +161,5 @@ def _fault(value: Any, kind: Any, name: str) -> str | None:
 def _check_size(file: Path, expected: int) -> None:
     actual = file.stat().st_size if file.exists() else None
     if actual != expected:
-        found = "is missing" if actual is None else f"has {actual:,} bytes"
-        raise DetourError(
-            f"{file}: {found} where the manifest says {expected:,}; build the corpus again, with --overwrite"
-        )
+        state = "missing" if actual is None else f"{actual:,} bytes instead of {expected:,}"
+        raise DetourError(f"{file}: {state}; rebuild the corpus with --overwrite")

@@ -1,4 +1,4 @@
-"""Which document comes when, and with which others: pure functions, without an index in memory."""
+"""The order of documents and their distribution over micro-batches: pure functions, without an index in memory."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ import numpy as np
 from megatron_detour.counter_rng import WORD, mix
 
 ROUNDS = 6
-TABLES = 1 << 16  # the largest half whose round functions are kept as tables
+MAX_TABLE = 1 << 16  # entries: larger round functions are computed, not tabulated
 
 
 def permute(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Maps `numbers`, int64 [n] below `size`, through the permutation of range(size) that `key` names.
+    """Map `numbers`, int64 [n] below `size`, through the permutation of range(size) that `key` selects.
 
-    A Feistel network over the next even power of two, walked until it lands below `size` (cycle walking; Black and
-    Rogaway, Ciphers with Arbitrary Finite Domains, 2002): no table, any number at once, the same on every machine.
+    A Feistel network over the next even power of two, iterated until the result is below `size` (cycle walking; Black
+    and Rogaway, Ciphers with Arbitrary Finite Domains, 2002): no table is needed, and all machines agree.
     """
     return _walk(numbers, size, key, backward=False)
 
 
-def place_of(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
-    """The inverse of `permute`: at which places, int64 [n], it puts these numbers."""
+def inverse_permute(numbers: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Return the arguments, int64 [n], that `permute` maps to `numbers`."""
     return _walk(numbers, size, key, backward=True)
 
 
-def deal(lengths: np.ndarray, shares: int) -> list[np.ndarray]:
-    """Shares documents out by length, int64 [documents]: the numbers of those in each share, ascending.
+def balance(lengths: np.ndarray, bins: int) -> list[np.ndarray]:
+    """Distribute documents of these lengths, int64 [documents], over bins; return each bin's indices, ascending.
 
-    The longest come first, each to the share that has least (Graham, Bounds on Multiprocessing Timing Anomalies, 1969):
-    none has more than the mean and one document.
+    Longest first, each to the least loaded bin (Graham, Bounds on Multiprocessing Timing Anomalies, 1969): no bin
+    exceeds the mean by more than one document.
     """
-    loads = [(0, share) for share in range(shares)]
-    share_of = np.empty(len(lengths), dtype=np.int64)
+    loads = [(0, number) for number in range(bins)]
+    bin_of = np.empty(len(lengths), dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        load, share = loads[0]
-        heapq.heapreplace(loads, (load + length, share))
-        share_of[document] = share
-    in_order = np.argsort(share_of, kind="stable")
-    return np.split(in_order, np.searchsorted(share_of[in_order], np.arange(1, shares)))
+        load, number = loads[0]
+        heapq.heapreplace(loads, (load + length, number))
+        bin_of[document] = number
+    in_order = np.argsort(bin_of, kind="stable")
+    return np.split(in_order, np.searchsorted(bin_of[in_order], np.arange(1, bins)))
 
 
-def micro_batches_of(tokens: int, micro_tokens: int, rank: int, ranks: int) -> tuple[range, int]:
-    """The numbers of a data-parallel rank's micro-batches of about `micro_tokens` each, and how many all ranks have."""
-    each = -(-tokens // (ranks * micro_tokens))
-    return range(rank * each, (rank + 1) * each), ranks * each
+def rank_micro_batches(tokens: int, micro_tokens: int, rank: int, ranks: int) -> tuple[range, int]:
+    """Return the numbers of a data-parallel rank's micro-batches of about `micro_tokens`, and the total number."""
+    per_rank = -(-tokens // (ranks * micro_tokens))
+    return range(rank * per_rank, (rank + 1) * per_rank), ranks * per_rank
 
 
 def _walk(numbers: np.ndarray, size: int, key: int, backward: bool) -> np.ndarray:
@@ -75,9 +75,9 @@ def _feistel(numbers: np.ndarray, half: int, key: int, turns: range) -> np.ndarr
 
 
 def _round(values: np.ndarray, half: int, key: int, turn: int) -> np.ndarray:
-    """The round function: `half` bits of value, key and round mixed."""
-    if 1 << half <= TABLES:
-        return _table(half, key, turn).take(values)  # many times as fast, and all in the first caches
+    """The round function: `half` bits that mix value, key and round number."""
+    if 1 << half <= MAX_TABLE:
+        return _table(half, key, turn).take(values)  # many times as fast: it fits into the L1 and L2 caches
     return _compute_round(values, half, key, turn)
 
 
@@ -87,6 +87,6 @@ def _table(half: int, key: int, turn: int) -> np.ndarray:
 
 
 def _compute_round(values: np.ndarray, half: int, key: int, turn: int) -> np.ndarray:
-    # Keys are longer than 64 bits: what is above them must count as well.
+    # Keys exceed 64 bits: the bits above must count as well.
     salt = key * 0x9E3779B97F4A7C15 + (key >> 64) * 0xA24BAED4963EE407 + (turn + 1) * 0xD1B54A32D192ED03
     return (mix(values.astype(np.uint64) + np.uint64(salt & WORD)) & np.uint64((1 << half) - 1)).astype(np.int64)

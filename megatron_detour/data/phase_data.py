@@ -1,8 +1,8 @@
-"""Which documents each phase of a run reads: phases that read the same data go on in one order, and a phase with other
-corpora, weights or sequence length goes on in each corpus behind as many tokens as the phases before it have read.
+"""The documents that each phase of a run reads. Consecutive phases with the same data continue one stream; a phase with
+other corpora, weights or sequence length continues each corpus after the tokens that the phases before it have read.
 
-Where the sequence length changes, long documents are cut into other pieces, which are shuffled anew inside a window of
-the order (data/stream.py): in the window where the change falls some come again while others wait for the next epoch.
+Another sequence length cuts long documents into other pieces, which are reshuffled within a window of the order
+(data/stream.py): in the window where the change falls, some pieces repeat and others wait for the next epoch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_detour.tokenizer.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class DataSpan:
-    """Phases with the same data, one after the other, and their documents."""
+    """Consecutive phases with the same data, and their documents."""
 
     corpora: tuple[Corpus, ...]
     mixture: DocumentMixture
@@ -46,7 +46,7 @@ class PhaseData:
         return self._of_phase[phase.name].mixture
 
     def manifests(self) -> dict[str, Manifest]:
-        """Of every corpus that the run reads, by prefix."""
+        """Return the manifest of every corpus that the run reads, by prefix."""
         return {
             prefix: manifest
             for span in self.spans

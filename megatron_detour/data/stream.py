@@ -1,11 +1,11 @@
-"""A corpus as an endless stream of documents in random order, of which any stretch can be read at any time.
+"""A corpus as an endless, randomly accessible stream of documents in random order.
 
-Documents stay whole unless they are longer than a sequence; those are cut into pieces of a sequence, and the rest. A
-step of training takes the pieces that begin in its stretch of the stream: nothing is padded, every token comes once per
-epoch, and where a run stands in its text is a number of tokens. What comes where follows from (seed, epoch) alone.
+Documents longer than a sequence are cut into pieces of one sequence and a remainder. A training step takes the pieces
+that begin in its range of the stream: nothing is padded, every token occurs once per epoch, and a run's position in its
+data is a number of tokens. The stream depends only on (seed, epoch).
 
-The order is a permutation of the corpus, taken in windows of documents. The pieces of a window are shuffled once more,
-so that those of a long document do not follow each other.
+The order is a permutation of the corpus, divided into windows of documents. The pieces of a window are shuffled once
+more, so that the pieces of a long document do not follow each other.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from megatron_detour.data.indexed import IndexedCorpus
-from megatron_detour.data.order import permute, place_of
+from megatron_detour.data.order import inverse_permute, permute
 from megatron_detour.data.window_cache import WindowCache
 from megatron_detour.errors import DetourError
 
-WINDOW_DOCUMENTS, WINDOW_TOKENS = 1 << 17, 1 << 26  # shuffled together, at most
-KEPT = 2  # windows in memory, and epochs' tables of windows
-CHUNK = 1 << 18  # documents counted at once
+WINDOW_DOCUMENTS, WINDOW_TOKENS = 1 << 17, 1 << 26  # maximum size of a window
+KEPT = 2  # windows, and tables of an epoch's windows, in memory
+CHUNK = 1 << 18  # documents counted at a time
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Pieces:
     documents: np.ndarray
     starts: np.ndarray  # the first token within the document
     lengths: np.ndarray  # in tokens
-    places: np.ndarray  # the first token in the corpus's .bin, in bytes
-    offsets: np.ndarray  # the first token in the stream, in tokens
+    places: np.ndarray  # byte offset of the first token in the corpus's .bin
+    offsets: np.ndarray  # of the first token in the stream, in tokens
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -48,11 +48,11 @@ class DocumentStream:
         self, corpus: IndexedCorpus, sequence_length: int, seed: int, cache: WindowCache | None = None
     ) -> None:
         if not corpus.token_count:
-            raise DetourError(f"{corpus.prefix}: the corpus has no tokens; build it from text that has some")
+            raise DetourError(f"{corpus.prefix}: the corpus has no tokens; rebuild it from non-empty text")
         self.corpus, self.sequence_length, self.seed, self.cache = corpus, sequence_length, seed, cache
         size = len(corpus)
         windows = max(-(-size // WINDOW_DOCUMENTS), -(-corpus.token_count // WINDOW_TOKENS))
-        self.window_size = -(-size // windows)  # documents, all windows alike but for the last
+        self.window_size = -(-size // windows)  # documents; the last window may be smaller
         self.windows = -(-size // self.window_size)  # per epoch
         self._ends: dict[int, np.ndarray] = {}
         self._kept: dict[tuple[int, int], Pieces] = {}
@@ -61,13 +61,13 @@ class DocumentStream:
         return self.__dict__ | {"_kept": {}}
 
     def between(self, start: int, stop: int) -> Pieces:
-        """The pieces whose first token is one of the stream's from `start` to before `stop`."""
+        """Return the pieces whose first token is in [start, stop) of the stream."""
         tokens, parts = self.corpus.token_count, []
         while True:
             epoch, inside = divmod(start, tokens)
-            ends = _keep(self._ends, epoch, self._window_ends)
+            ends = _cached(self._ends, epoch, self._window_ends)
             number = int(ends.searchsorted(inside, side="right"))
-            window = _keep(self._kept, (epoch, number), self._window)
+            window = _cached(self._kept, (epoch, number), self._window)
             parts.append(window[slice(*window.offsets.searchsorted([start, stop]))])
             start = epoch * tokens + int(ends[number])
             if start >= stop:
@@ -80,12 +80,12 @@ class DocumentStream:
         size, key = len(self.corpus), _key(self.seed, epoch)
         order = np.arange(number * self.window_size, min((number + 1) * self.window_size, size))
         documents = permute(order, size, key)
-        lengths, places = self.corpus.find(documents)
+        lengths, places = self.corpus.locate(documents)
         pieces = self._cut(documents, lengths, places)
         pieces = pieces[permute(np.arange(len(pieces)), len(pieces), key + number + 1)]
         before, end = (int(self._ends[epoch][i]) if i >= 0 else 0 for i in (number - 1, number))
         if int(pieces.lengths.sum()) != end - before:
-            raise self.corpus.damage()
+            raise self.corpus.mismatch()
         pieces.offsets[:] = epoch * self.corpus.token_count + before
         pieces.offsets[1:] += np.cumsum(pieces.lengths[:-1])
         return pieces
@@ -101,20 +101,20 @@ class DocumentStream:
         )
 
     def _window_ends(self, epoch: int) -> np.ndarray:
-        """Tokens of the epoch up to the end of each window, int64 [windows]."""
-        facts = (self.seed, epoch, self.window_size)
-        counts = self.cache.read(facts, self.windows) if self.cache else None
+        """Return the cumulative tokens of the epoch at the end of each window, int64 [windows]."""
+        key = (self.seed, epoch, self.window_size)
+        counts = self.cache.read(key, self.windows) if self.cache else None
         if counts is None:
             counts = self.count(epoch)
             if self.cache:
-                self.cache.write(facts, counts)
+                self.cache.write(key, counts)
         return np.cumsum(counts)
 
     def count(self, epoch: int) -> np.ndarray:
-        """Tokens of each window, int64 [windows].
+        """Return the tokens of each window, int64 [windows].
 
-        The index is read from end to end, and each length goes to its document's window: a window's documents lie
-        everywhere in the index, which would have to be in memory.
+        The index is read sequentially and each length added to its document's window, as reading window by window
+        would access the index at random and need it in memory.
         """
         size, counts = len(self.corpus), np.zeros(self.windows, dtype=np.int64)
         if self.windows == 1:
@@ -122,15 +122,15 @@ class DocumentStream:
             return counts
         for begin in range(0, size, CHUNK):
             lengths = self.corpus.read_lengths(begin, min(begin + CHUNK, size))
-            places = place_of(np.arange(begin, begin + len(lengths)), size, _key(self.seed, epoch))
-            # Sums of whole numbers far below 2**53: exact in float64.
+            places = inverse_permute(np.arange(begin, begin + len(lengths)), size, _key(self.seed, epoch))
+            # Sums of integers far below 2**53 are exact in float64.
             counts += np.bincount(places // self.window_size, lengths, self.windows).astype(np.int64)
         return counts
 
 
-def _keep(kept: dict, key, make):
-    """What `make(key)` gives, made anew only where it is not one of the last KEPT."""
-    kept[key] = value = kept.pop(key) if key in kept else make(key)
+def _cached(kept: dict, key, compute):
+    """Return `compute(key)`, keeping the KEPT most recently used values."""
+    kept[key] = value = kept.pop(key) if key in kept else compute(key)
     if len(kept) > KEPT:
         del kept[next(iter(kept))]
     return value

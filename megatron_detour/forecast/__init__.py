@@ -1,7 +1,6 @@
 """What a run will take, before it starts: memory, operations, hours, epochs, disk, and what would stop it."""
 
 from megatron_detour.forecast.forecast import Forecast, forecast
-from megatron_detour.forecast.start import Start
 from megatron_detour.forecast.text import headline, plan_table, render
 
-__all__ = ["Forecast", "Start", "forecast", "headline", "plan_table", "render"]
+__all__ = ["Forecast", "forecast", "headline", "plan_table", "render"]

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.config import RunConfig
-from megatron_detour.data.order import deal, micro_batches_of
+from megatron_detour.data.order import balance, rank_micro_batches
 from megatron_detour.errors import nearest
-from megatron_detour.forecast import costs, faults, memory, storage
+from megatron_detour.forecast import costs, memory, storage
 from megatron_detour.forecast.costs import PhaseCost, Speed
-from megatron_detour.forecast.memory import Load, Memory, Setting
-from megatron_detour.forecast.start import Start, look
+from megatron_detour.forecast.memory import Load, Memory, Setting, Zero2
 from megatron_detour.forecast.storage import Disk, Reading
-from megatron_detour.forecast.zero import Zero2, faults_of
+from megatron_detour.forecast.warnings import warnings
 from megatron_detour.model.flops import Frozen
 from megatron_detour.model.peaks import NAMES as PEAK_NAMES
 from megatron_detour.model.peaks import peak_flops
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan, PlannedPhase
+from megatron_detour.preflight import Preflight, preflight
 
 MFU = 0.25  # where nothing was measured: the paper's runs come to 0.23 to 0.30 by this count
 
@@ -91,7 +91,7 @@ def forecast(
     plan: Plan,
     ranks: int = 1,
     *,
-    start: Start | None = None,
+    checked: Preflight | None = None,
     device: str | None = None,
     gpu_memory: float = 80,
     rate: float | None = None,
@@ -100,13 +100,13 @@ def forecast(
     """Forecasts a run on `ranks` GPUs. It raises nothing that a missing file or an odd value causes: faults, notes and
     None tell of these.
 
-    start: model and tokenizer where they are known already; otherwise they are looked up
+    checked: what preflight(config, plan, ranks) has found already, if anything
     device: a GPU's name, by default "h100" for bf16 and "cpu" for fp32; gpu_memory: GB
     rate: measured tokens a second and GPU; without it the time is that of `mfu` of the device's peak (0.25)
     """
     notes: list[str] = []
-    start = start or look(config.model, config.needs_word_boundaries)
-    zero, zero_faults = faults_of(config.deepspeed)
+    checked = checked or preflight(config, plan, ranks)
+    zero = checked.deepspeed and Zero2.of(checked.deepspeed)
     device = device or ("h100" if zero is None or zero.bf16 else "cpu")
     attempt = _Attempt(notes)
     setting = zero and attempt("memory", lambda: setting_of(config, zero, ranks, device))
@@ -116,10 +116,7 @@ def forecast(
     if not speed.known:
         hint = nearest(device, PEAK_NAMES)
         notes.append(f"time: the peak of {device!r} is not known here{hint}; give a measured rate with --rate")
-    shape = start.shape
-    found = [*start.faults, *zero_faults, *faults.of_packages(config), *faults.of_ranks(config, ranks)]
-    found += faults.of_shape(config, plan, shape) if shape else []
-    found += attempt("corpora", lambda: faults.of_corpora(config, plan, start.vocabulary)) or []
+    shape = checked.shape
     parameters = sum(memory.parameters(shape)) if shape else None
     phase_costs = shape and attempt("time", lambda: _costs(config, plan, shape, speed, ranks))
     by_phase = advice = None
@@ -135,7 +132,7 @@ def forecast(
         ranks=ranks,
         device=device,
         gpu_memory=gpu_memory,
-        origin=" ".join(filter(None, [config.model.start or "model.config", start.note and f"({start.note})"])),
+        origin=" ".join(filter(None, [config.model.start or "model.config", checked.note and f"({checked.note})"])),
         shape=shape,
         parameters=parameters,
         setting=setting,
@@ -146,8 +143,8 @@ def forecast(
         readings=readings,
         disk=disk,
         time_limit=config.time_limit,
-        faults=tuple(found),
-        warnings=tuple(attempt("warnings", lambda: faults.warnings(config, plan, list(readings), disk)) or ()),
+        faults=checked.faults,
+        warnings=tuple(attempt("warnings", lambda: warnings(config, plan, list(readings), disk)) or ()),
         notes=tuple(notes),
     )
 
@@ -230,9 +227,9 @@ class Search:
         cost, mean = self.costs.get(phase.name), phase.sequence_length
         if cost is not None:
             mean = cost.mean_document
-            _, count = micro_batches_of(phase.sequences * phase.sequence_length, positions, 0, self.setting.data)
+            _, count = rank_micro_batches(phase.sequences * phase.sequence_length, positions, 0, self.setting.data)
             lengths = np.array(cost.lengths, dtype=np.int64)
-            positions = max(positions, *(int(lengths[mine].sum()) for mine in deal(lengths, count)))
+            positions = max(positions, *(int(lengths[mine].sum()) for mine in balance(lengths, count)))
         labelled = round(positions * phase.objective.labeled_share(mean))
         return Load(positions, labelled, phase.objective.causal, Frozen.of(phase.settings.freeze).below)
 

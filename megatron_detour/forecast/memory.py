@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
-from megatron_detour.forecast.zero import Zero2, partition
 from megatron_detour.model.shape import FULL, Shape
 
 GB, GIB = 10**9, 1 << 30
@@ -18,6 +18,26 @@ SPARE = 0.10  # of what was counted: fragments, and what the count does not know
 CARDS = (24, 40, 48, 80, 96, 141)  # GB
 CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # of logits: parallel/loss.py's
 FP32, ADAM = 4, 12  # bytes: one value; the fp32 weight and two moments of an element
+REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
+ALIGNMENT = 2  # elements; a partition starts at a multiple of it
+
+
+@dataclass(frozen=True)
+class Zero2:
+    """What of a DeepSpeed file decides on memory."""
+
+    bf16: bool
+    reduce_bucket: int = REDUCE_BUCKET  # elements
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a weight and of an activation."""
+        return 2 if self.bf16 else 4
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> Zero2:
+        bucket = raw["zero_optimization"].get("reduce_bucket_size", REDUCE_BUCKET)
+        return cls(bool(raw.get("bf16", {}).get("enabled")), int(bucket))
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,12 @@ def parameters(shape: Shape, tensor: int = 1) -> tuple[int, int]:
     matrices = vocabulary * E + E * E + shape.layers * (4 * E * E + 3 * G * E) // tensor
     norms = 2 * shape.layers + 2  # embedding, two a layer but the first's, final, head
     return matrices, norms * E + vocabulary
+
+
+def partition(groups: tuple[int, ...], data_size: int) -> int:
+    """Elements that a rank holds of parameter groups of these sizes: each is filled up and cut into equal parts."""
+    unit = ALIGNMENT * data_size
+    return sum(math.ceil(group / unit) * unit // data_size for group in groups)
 
 
 def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:

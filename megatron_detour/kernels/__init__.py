@@ -1,1 +1,1 @@
-"""What is fused by hand for bf16 on a GPU, beside the plain form that says what it computes."""
+"""Hand-fused Triton kernels for GPUs, and their plain PyTorch reference."""

@@ -1,4 +1,4 @@
-"""Which kernels a run uses. Those that are not plain are compared with the plain ones on this device before use."""
+"""Choice of kernels. Triton kernels are compared with the plain ones on the device before they are used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("auto", "triton", "plain")
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of each; kernels/plain.py has their signatures and what they compute."""
+    """One implementation of each kernel; kernels/plain.py defines their signatures and results."""
 
     layer_norm: Callable = plain.layer_norm
     add_layer_norm: Callable = plain.add_layer_norm
@@ -33,9 +33,9 @@ PLAIN = Kernels()
 
 
 def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Kernels, str | None]:
-    """The name and the kernels for `auto`, `triton` or `plain`, and why `auto` did not take the faster ones.
+    """Return name and kernels for `auto`, `triton` or `plain`, and why `auto` did not choose the faster ones.
 
-    Raises DetourError when the kernels that were asked for are not there or do not compute what they should.
+    Raises DetourError if the requested kernels are unavailable or wrong.
     """
     if name == "plain" or (name == "auto" and device.type != "cuda"):
         return "plain", PLAIN, None
@@ -50,15 +50,15 @@ def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> tuple
 
 
 def triton_kernels(device: torch.device) -> Kernels:
-    """Raises DetourError where Triton cannot run."""
+    """Return the Triton kernels. Raises DetourError if Triton cannot run."""
     if device.type != "cuda":
-        raise DetourError("compute.kernels: triton needs a GPU; use auto or plain")
+        raise DetourError("compute.kernels: triton requires a GPU; use auto or plain")
     if importlib.util.find_spec("triton") is None:
         raise DetourError("compute.kernels: triton is not installed; it comes with torch's CUDA builds")
     try:
         return load_triton()
-    except Exception as error:  # a library that is there and broken
-        raise DetourError(f"compute.kernels: triton cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # installed, but broken
+        raise DetourError(f"compute.kernels: cannot load triton: {first_line(error)}") from error
 
 
 def load_triton() -> Kernels:

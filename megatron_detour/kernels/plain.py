@@ -1,4 +1,4 @@
-"""The plain form of every kernel, for any device and type: the reference, and what runs on a CPU.
+"""Plain PyTorch form of every kernel, for any device and dtype: the reference, and what a CPU runs.
 
 T positions, E hidden size, H heads, D head size, I width of the gated unit, V rows of the vocabulary.
 """
@@ -8,30 +8,30 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-SOFTMAX_ROWS = 32  # at a time: their fp32 copy stays in a core's cache
+SOFTMAX_ROWS = 32  # per block: their fp32 copy stays in a core's cache
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Layer normalisation of x [T, E] with a weight and no bias."""
+    """Return the layer normalization of x [T, E], with weight [E] and without bias."""
     return functional.layer_norm(x, weight.shape, weight, None, eps)
 
 
 def add_layer_norm(
     x: torch.Tensor, change: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual stream x + change, in x's type, and its layer normalisation."""
+    """Return the residual stream x + change, in x's dtype, and its layer normalization."""
     x = x + change
     return x, layer_norm(x, weight, eps)
 
 
 def geglu(ab: torch.Tensor) -> torch.Tensor:
-    """gelu(a) * b of ab [T, 2 I], with the exact gelu (Shazeer, 2020)."""
+    """Return gelu(a) * b of ab [T, 2 I], with the exact GELU (Shazeer, 2020)."""
     a, b = ab.chunk(2, dim=-1)
     return functional.gelu(a) * b
 
 
 def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns q and k of qkv [T, 3 H D] by their positions, in place; cos and sin: fp32 [T, D / 2]."""
+    """Rotate q and k of qkv [T, 3 H D] by their positions, in place; cos and sin: fp32 [T, D / 2]."""
     return _Rotate.apply(qkv, cos, sin)
 
 
@@ -58,8 +58,8 @@ def _turn_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def softmax_(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes softmax(logits + bias) over the logits [n, V]; returns log-sum-exp and maximum [n] of the sums, in fp32
-    (fp64 for fp64)."""
+    """Overwrite logits [n, V] with softmax(logits + bias). Return log-sum-exp and maximum [n] of logits + bias, in fp32
+    (fp64 for fp64 logits)."""
     exact = torch.promote_types(logits.dtype, torch.float32)
     bias = bias.to(exact)
     log_sum, greatest = logits.new_empty(2, len(logits), dtype=exact)

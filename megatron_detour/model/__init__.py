@@ -1,1 +1,1 @@
-"""ModernBERT: its shape, rotary positions, attention and layers."""
+"""ModernBERT: its shape, attention, layers and FLOPs."""

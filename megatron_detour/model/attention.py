@@ -1,7 +1,7 @@
-"""Who sees whom, and the computation of it on documents side by side.
+"""Attention over packed documents.
 
-T positions of documents one after the other, H heads, D head size. A query sees keys of its own document alone: all of
-them, those within `window` on both sides, and under a causal objective only those up to itself.
+T positions of concatenated documents, H heads, D head size. A query attends only to keys of its own document: all of
+them or those within `window` on either side; under a causal objective only those up to itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    """`lengths` of the documents (they sum to T), direction, and keys on each side for a local layer.
+    """`lengths` of the documents (their sum is T), direction, and the number of keys on either side for a local layer.
 
-    A causal local query sees window + 1 keys with its own, as FlashAttention's window (window, 0) does.
-    One pattern serves all layers of a kind in a forward pass, and with it what is derived from it.
+    A causal local query attends to window + 1 keys, its own included, like FlashAttention's window (window, 0).
+    All layers of a kind share one pattern in a forward pass, and the tensors derived from it.
     """
 
     lengths: tuple[int, ...]
@@ -29,7 +29,7 @@ class AttentionPattern:
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
-        """Where each document starts and the last one ends: int32 [documents + 1]."""
+        """Start of each document and end of the last one: int32 [documents + 1]."""
         return (
             functional.pad(torch.tensor(self.lengths).cumsum(0), (1, 0))
             .to(torch.int32)
@@ -42,15 +42,15 @@ class AttentionPattern:
 
     @cached_property
     def documents(self) -> torch.Tensor:
-        """The document's number of each position, int64 [T]."""
+        """Index of the document of each position, int64 [T]."""
         numbers = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         return numbers.to(self.device, non_blocking=True)
 
     @cached_property
     def bands(self) -> torch.Tensor:
-        """For blocks of `window` queries and the keys of the blocks around them, which keys each sees.
+        """Mask for blocks of `window` queries over the keys of their own and the adjacent blocks.
 
-        bool [blocks, 1, window, 3 window], or 2 window keys where no query sees those after its own block.
+        bool [blocks, 1, window, 3 window]; 2 window keys if causal, without the following block.
         """
         window = self.window
         query = torch.arange(window, device=self.device)[:, None]
@@ -58,13 +58,13 @@ class AttentionPattern:
         near = (key - query).abs() <= window
         if self.causal:
             near &= key <= query
-        # Padding after the last document is one of its own, and what lies outside the blocks belongs to none.
+        # Padding after the last document counts as a document; keys outside the blocks belong to none.
         blocks = _blocks(self.documents, window, fill=-1)
         around = _around(blocks, self.causal, fill=-2)
         return (near & (blocks[:, :, None] == around[:, None, :]))[:, None]
 
     def visible(self) -> torch.Tensor:
-        """Which of all positions each sees, bool [T, T]: for checks only."""
+        """Return the full mask, bool [T, T]: for checks only."""
         position = torch.arange(sum(self.lengths), device=self.device)
         distance = position[:, None] - position
         seen = self.documents[:, None] == self.documents
@@ -73,14 +73,14 @@ class AttentionPattern:
         return seen & (distance >= 0) if self.causal else seen
 
 
-# qkv [T, 3, H, D] -> softmax(q k / sqrt(D)) v under the pattern, [T, H, D]
+# qkv [T, 3, H, D] -> softmax(q k^T / sqrt(D)) v under the pattern's mask, [T, H, D]
 Attention = Callable[[torch.Tensor, AttentionPattern], torch.Tensor]
 
 
 def sdpa_attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    """On any device: a call of SDPA a document, or for local layers one call for all blocks of `window` queries.
+    """For any device: one SDPA call per document, or for local layers one call for all blocks of `window` queries.
 
-    A local layer's cost grows with the window and not with the square of the document.
+    The cost of a local layer is linear in a document's length.
     """
     if pattern.window is None or pattern.longest <= pattern.window + 1:
         return _by_document(qkv_T3HD, pattern)
@@ -88,14 +88,14 @@ def sdpa_attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.T
 
 
 def dense_attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    """The definition, with all T x T scores: the reference of every other form."""
+    """The reference implementation, with all [T, T] scores."""
     q, k, v = qkv_T3HD.transpose(0, 2).unbind(1)
     scores_HTT = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
     return (scores_HTT.masked_fill(~pattern.visible(), float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 
 def _by_document(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    # Split and not sliced: the gradient of a slice is as large as the whole.
+    # Split, not sliced: the gradient of a slice is as large as the full tensor.
     outputs = [_sdpa(*document.unbind(1), causal=pattern.causal) for document in qkv.split(pattern.lengths)]
     return torch.cat(outputs)
 
@@ -114,14 +114,14 @@ def _by_block(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor, size: int, fill: int = 0) -> torch.Tensor:
-    """[T, ...] -> [blocks, size, ...], filled up at the end."""
+    """[T, ...] -> [blocks, size, ...], padded at the end."""
     missing = -len(x) % size
     padded = functional.pad(x, (0, 0) * (x.dim() - 1) + (0, missing), value=fill) if missing else x
     return padded.unflatten(0, (-1, size))
 
 
 def _around(blocks: torch.Tensor, causal: bool, fill: int = 0) -> torch.Tensor:
-    """[blocks, size, ...] -> [blocks, 2 or 3 size, ...]: a block, the one before and, unless causal, after."""
+    """[blocks, size, ...] -> [blocks, 2 or 3 size, ...]: previous block, block and, unless causal, next block."""
     edge = torch.full_like(blocks[:1], fill)
     before = torch.cat([edge, blocks[:-1]])
     if causal:

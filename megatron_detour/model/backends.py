@@ -1,7 +1,7 @@
-"""Which attention a run uses: FlashAttention in one of its forms on a GPU, SDPA elsewhere.
+"""Choice of the attention backend: a version of FlashAttention on a GPU, SDPA elsewhere.
 
-Whatever is not SDPA is compared with the dense reference on this device before it is used: releases of these libraries
-differ in what a window means and in which hardware they serve.
+Backends other than SDPA are compared with the dense reference on the device before they are used: releases of these
+libraries differ in the meaning of a window and in the hardware that they support.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from importlib import import_module
 import torch
 
 from megatron_detour.errors import DetourError
-from megatron_detour.kernels.check import device_is_dead, first_line, synchronize
+from megatron_detour.kernels.check import device_is_dead, first_line, relative_difference, synchronize
 from megatron_detour.model.attention import Attention, AttentionPattern, dense_attention, sdpa_attention
 
 
 def flash_attention(varlen: Callable, unlimited: int | None = -1) -> Attention:
-    """From `flash_attn_varlen_func` of FlashAttention 2, 3 or 4; `unlimited` is its word for a window without end."""
+    """Wrap `flash_attn_varlen_func` of FlashAttention 2, 3 or 4; `unlimited` is its value for no window."""
 
     def attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
         q, k, v = qkv_T3HD.unbind(1)
@@ -33,13 +33,13 @@ def flash_attention(varlen: Callable, unlimited: int | None = -1) -> Attention:
             causal=pattern.causal,
             window_size=_window(pattern, unlimited),
         )
-        return out[0] if isinstance(out, tuple) else out  # 4, and some releases of 3, return log-sum-exps as well
+        return out[0] if isinstance(out, tuple) else out  # 4, and some releases of 3, also return log-sum-exps
 
     return attention
 
 
 def varlen_attention(varlen: Callable) -> Attention:
-    """From torch's own `varlen_attn`."""
+    """Wrap torch's `varlen_attn`."""
 
     def attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
         q, k, v = qkv_T3HD.unbind(1)
@@ -51,32 +51,31 @@ def varlen_attention(varlen: Callable) -> Attention:
 
 
 def _window(pattern: AttentionPattern, unlimited: int | None) -> tuple[int | None, int | None]:
-    """Keys to the left and right."""
+    """Return the number of keys to the left and right."""
     if pattern.window is None:
         return unlimited, unlimited
     return pattern.window, 0 if pattern.causal else pattern.window
 
 
-# In order of preference: name -> module, function, form. FlashAttention 4 is newest where it runs.
+# In order of preference: name -> module, function, wrapper.
 FLASH = {
     "flash4": ("flash_attn.cute", "flash_attn_varlen_func", partial(flash_attention, unlimited=None)),
     "flash3": ("flash_attn_interface", "flash_attn_varlen_func", flash_attention),
     "flash2": ("flash_attn", "flash_attn_varlen_func", flash_attention),
     "varlen": ("torch.nn.attention.varlen", "varlen_attn", varlen_attention),
 }
-TYPES = (torch.bfloat16, torch.float16)
-NAMES = ("auto", *FLASH, "sdpa")
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def choose_attention(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> tuple[str, Attention, list[str]]:
-    """The name and the function for a name of NAMES, and for `auto` why the ones before it were not taken.
+    """Return name and function for `auto`, a key of FLASH or `sdpa`, and why `auto` skipped preferred backends.
 
-    Raises DetourError when the one that was asked for is not there or computes something else.
+    Raises DetourError if the requested backend is unavailable or wrong.
     """
-    passed_over = []
-    available = list(FLASH) if device.type == "cuda" and dtype in TYPES else []
+    skipped = []
+    available = list(FLASH) if device.type == "cuda" and dtype in HALF_DTYPES else []
     candidates = {"auto": available, "sdpa": []}.get(name, [name])
     for candidate in candidates:
         try:
@@ -85,48 +84,48 @@ def choose_attention(
         except DetourError as fault:
             if name != "auto" or device_is_dead(device):
                 raise
-            passed_over.append(str(fault))
+            skipped.append(str(fault))
             continue
-        return candidate, function, passed_over
-    return "sdpa", sdpa_attention, passed_over
+        return candidate, function, skipped
+    return "sdpa", sdpa_attention, skipped
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    if device.type != "cuda" or dtype not in TYPES:
-        raise DetourError(f"compute.attention: {name} needs a GPU and bf16; use auto or sdpa")
-    module, function, form = FLASH[name]
+    if device.type != "cuda" or dtype not in HALF_DTYPES:
+        raise DetourError(f"compute.attention: {name} requires a GPU and bf16; use auto or sdpa")
+    module, function, wrapper = FLASH[name]
     try:
-        return form(getattr(import_module(module), function))
+        return wrapper(getattr(import_module(module), function))
     except (ImportError, AttributeError) as error:
         raise DetourError(f"compute.attention: {name} is not installed: {first_line(error)}") from None
-    except Exception as error:  # a library that is there and broken
-        raise DetourError(f"compute.attention: {name} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # installed, but broken
+        raise DetourError(f"compute.attention: cannot load {name}: {first_line(error)}") from error
 
 
 def check(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int, name: str) -> None:
-    """Compares output and gradient with the dense reference in fp32, both directions, with and without a window."""
+    """Compare output and gradient with the dense reference in fp32, in both directions, with and without a window."""
     generator = torch.Generator().manual_seed(0)
     lengths = (5, 200, 1, 77)
-    given = torch.randn(sum(lengths), 3, 2, head_dim, generator=generator).to(device, dtype)
-    down = torch.randn(sum(lengths), 2, head_dim, generator=generator).to(device, dtype)
-    allowed = 2e-2 if dtype in TYPES else 1e-4
+    qkv = torch.randn(sum(lengths), 3, 2, head_dim, generator=generator).to(device, dtype)
+    incoming = torch.randn(sum(lengths), 2, head_dim, generator=generator).to(device, dtype)
+    tolerance = 2e-2 if dtype in HALF_DTYPES else 1e-4
     for causal in (False, True):
         for window in (None, 64):
             pattern = AttentionPattern(lengths, causal, window, device)
             kind = f"{name}: {'causal' if causal else 'bidirectional'} attention with window {window}"
             try:
-                found = _output_and_gradient(attention, given, down, pattern)
+                results = _output_and_gradient(attention, qkv, incoming, pattern)
                 synchronize(device)
-            except Exception as error:  # a driver's or a compiler's: whatever it is, it cannot be used
+            except Exception as error:  # of a driver or compiler: whatever it is, the backend cannot be used
                 raise DetourError(f"compute.attention: {kind} fails on this device: {first_line(error)}") from error
-            expected = _output_and_gradient(dense_attention, given.float(), down.float(), pattern)
-            for mine, reference in zip(found, expected, strict=True):
-                difference = float((mine.float() - reference).abs().max() / reference.abs().max())
-                if not difference <= allowed:
-                    raise DetourError(f"compute.attention: {kind} differs from its definition by {difference:.1e}")
+            references = _output_and_gradient(dense_attention, qkv.float(), incoming.float(), pattern)
+            for result, reference in zip(results, references, strict=True):
+                difference = relative_difference(result, reference)
+                if not difference <= tolerance:
+                    raise DetourError(f"compute.attention: {kind} differs from its reference by {difference:.1e}")
 
 
-def _output_and_gradient(attention: Attention, given, down, pattern) -> tuple[torch.Tensor, torch.Tensor]:
-    qkv = given.clone().requires_grad_()
+def _output_and_gradient(attention: Attention, qkv, incoming, pattern) -> tuple[torch.Tensor, torch.Tensor]:
+    qkv = qkv.clone().requires_grad_()
     out = attention(qkv, pattern)
-    return out.detach(), torch.autograd.grad(out, qkv, down)[0]
+    return out.detach(), torch.autograd.grad(out, qkv, incoming)[0]

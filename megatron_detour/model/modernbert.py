@@ -1,8 +1,8 @@
-"""ModernBERT (Warner et al., 2024) on flat batches of documents, cut over tensor ranks, under Hugging Face's names.
+"""ModernBERT (Warner et al., 2024) on packed documents, sharded over tensor ranks, with Hugging Face's parameter names.
 
-T positions, E hidden size, H local heads, D head size, I local width of the gated unit, L labelled positions.
-S positions are T, or this tensor rank's share of them under sequence parallelism.
-One body serves both objectives: the direction of attention comes with the microbatch.
+T positions, E hidden size, H local heads, D head size, I local width of the gated unit, L labeled positions.
+S positions are T, or this tensor rank's part of them under sequence parallelism.
+One model serves all objectives: the direction of attention comes with the micro-batch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_detour.kernels.choose import PLAIN, Kernels
 from megatron_detour.model.attention import Attention, AttentionPattern, sdpa_attention
-from megatron_detour.model.rotary import rotary_tables
 from megatron_detour.model.shape import FULL, Shape
-from megatron_detour.parallel.collectives import gather_from_sequence_parallel, gather_weight
+from megatron_detour.parallel.collectives import gather_from_sequence_parallel, replicated_weight
 from megatron_detour.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron_detour.parallel.loss import LossSum, linear_cross_entropy
 from megatron_detour.parallel.shard import ShardSpec, mark_sharded, spec_of
@@ -29,40 +28,52 @@ from megatron_detour.parallel.state import ParallelState
 
 @dataclass(frozen=True)
 class Compute:
-    """How it is computed, and not what.
+    """How the model is computed; no choice changes what it computes.
 
-    `recompute` is what the backward pass computes again instead of keeping: "none"; "selective", normalised inputs and
-    the gated unit's product, which are cheap; "full", all of a layer but its inputs.
+    `recompute` says which activations the backward pass recomputes: "none"; "selective", normalized inputs and the
+    gated unit's product, which are cheap; "full", everything in a layer except for its inputs.
     """
 
     attention: Attention = sdpa_attention
     kernels: Kernels = PLAIN
     recompute: str = "none"
 
-    def again(self, when: str, function, *arguments):
-        """Calls the function; where `recompute` is `when`, nothing but its arguments is kept."""
+    def checkpoint(self, when: str, function, *arguments):
+        """Call the function; if `recompute` is `when`, only its arguments are saved for the backward pass."""
         if self.recompute != when:
             return function(*arguments)
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation with a weight and no bias; `sharing` tells whether tensor ranks share out the positions."""
+def rotary_tables(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin, fp32 [T, head_dim / 2], for int64 positions [T] (Su et al., RoFormer, 2021).
 
-    def __init__(self, shape: Shape, compute: Compute, sharing: ParallelState | None = None) -> None:
+    The two halves of a head are rotated, as in transformers.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    # In this order: other rounding of the frequencies rotates position 8,191 by 5e-4 compared with transformers.
+    frequencies = 1.0 / theta**exponents
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+class LayerNorm(nn.Module):
+    """Layer normalization with a weight and no bias; with `state` it may run in the sequence-parallel region."""
+
+    def __init__(self, shape: Shape, compute: Compute, state: ParallelState | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.hidden))
-        self.eps, self.kernels, self.sharing = shape.norm_eps, compute.kernels, sharing
+        self.eps, self.kernels, self.state = shape.norm_eps, compute.kernels, state
 
     def forward(self, x_SE: torch.Tensor) -> torch.Tensor:
         return self.kernels.layer_norm(x_SE, self._weight(), self.eps)
 
-    def of_sum(self, x_SE: torch.Tensor, change_SE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum, and the sum normalised."""
+    def add(self, x_SE: torch.Tensor, change_SE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum and its normalization."""
         return self.kernels.add_layer_norm(x_SE, change_SE, self._weight(), self.eps)
 
     def _weight(self) -> torch.Tensor:
-        return self.weight if self.sharing is None else gather_weight(self.weight, self.sharing)
+        return self.weight if self.state is None else replicated_weight(self.weight, self.state)
 
 
 class Embeddings(nn.Module):
@@ -83,7 +94,7 @@ class SelfAttention(nn.Module):
         self.Wo = RowParallelLinear(shape.hidden, shape.hidden, state)
 
     def forward(self, qkv: torch.Tensor, rotary, pattern: AttentionPattern) -> torch.Tensor:
-        """From the output of Wqkv, [T, 3 H D], to the change of the residual stream."""
+        """Output of Wqkv [T, 3 H D] -> change of the residual stream [S, E]."""
         qkv_T3HD = self.compute.kernels.rotate_(qkv, *rotary).view(len(qkv), 3, -1, self.head_dim)
         return self.Wo(self.compute.attention(qkv_T3HD, pattern).flatten(1))
 
@@ -98,17 +109,17 @@ class GatedUnit(nn.Module):
         self.Wo = RowParallelLinear(shape.intermediate, shape.hidden, state)
 
     def forward(self, ab: torch.Tensor) -> torch.Tensor:
-        """From the output of Wi, [T, 2 I], to the change of the residual stream."""
-        return self.compute.again("selective", lambda ab: self.Wo(self.compute.kernels.geglu(ab)), ab)
+        """Output of Wi [T, 2 I] -> change of the residual stream [S, E]."""
+        return self.compute.checkpoint("selective", lambda ab: self.Wo(self.compute.kernels.geglu(ab)), ab)
 
 
 class Layer(nn.Module):
-    """Takes and gives the residual stream and what is still to be added to it: sum and norm are one kernel."""
+    """Takes and returns the residual stream and the change not yet added to it: sum and norm are one kernel."""
 
     def __init__(self, shape: Shape, state: ParallelState, compute: Compute, index: int) -> None:
         super().__init__()
         self.compute = compute
-        self.attn_norm = LayerNorm(shape, compute, state) if index else nn.Identity()  # the embedding's serves
+        self.attn_norm = LayerNorm(shape, compute, state) if index else nn.Identity()  # the embedding has normalized it
         self.attn = SelfAttention(shape, state, compute)
         self.mlp_norm = LayerNorm(shape, compute, state)
         self.mlp = GatedUnit(shape, state, compute)
@@ -122,13 +133,13 @@ class Layer(nn.Module):
         return x_SE, self.mlp(ab)
 
     def _enter(self, norm, linear, x_SE, change_SE) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream with its change, and the linear layer of its norm."""
+        """Return the residual stream with its change added, and the linear layer of its normalization."""
         if change_SE is None:
             return x_SE, linear(x_SE)
         if self.compute.recompute == "selective":
             x_SE = x_SE + change_SE
-            return x_SE, self.compute.again("selective", lambda x: linear(norm(x)), x_SE)
-        x_SE, normed_SE = norm.of_sum(x_SE, change_SE)
+            return x_SE, self.compute.checkpoint("selective", lambda x: linear(norm(x)), x_SE)
+        x_SE, normed_SE = norm.add(x_SE, change_SE)
         return x_SE, linear(normed_SE)
 
 
@@ -152,8 +163,8 @@ class Encoder(nn.Module):
         x_SE, change_SE = self.embeddings(ids_T), None
         for layer, kind in zip(self.layers, self.shape.layer_types, strict=True):
             rotary, pattern = (rotary_wide, wide) if kind == FULL else (rotary_local, local)
-            x_SE, change_SE = self.compute.again("full", layer, x_SE, change_SE, rotary, pattern)
-        _, normed_SE = self.final_norm.of_sum(x_SE, change_SE)
+            x_SE, change_SE = self.compute.checkpoint("full", layer, x_SE, change_SE, rotary, pattern)
+        _, normed_SE = self.final_norm.add(x_SE, change_SE)
         return gather_from_sequence_parallel(normed_SE, self.state)
 
 
@@ -168,7 +179,7 @@ class PredictionHead(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The bias of the output layer; its weight is the embedding's."""
+    """The bias of the output layer; its weight is tied to the embedding."""
 
     def __init__(self, shape: Shape, state: ParallelState) -> None:
         super().__init__()
@@ -177,7 +188,7 @@ class Decoder(nn.Module):
 
 
 class ModernBert(nn.Module):
-    """The encoder with its head: the same parameters for masked and causal language modelling."""
+    """Encoder and prediction head: the same parameters for masked and causal language modeling."""
 
     def __init__(self, shape: Shape, state: ParallelState, compute: Compute | None = None, z_loss: float = 0.0) -> None:
         super().__init__()
@@ -195,10 +206,10 @@ class ModernBert(nn.Module):
         labelled: torch.Tensor,
         labels: torch.Tensor,
     ) -> LossSum:
-        """The loss of a microbatch: int64 input_ids and positions [T]; `labels` [L] of the positions `labelled` [L]."""
+        """Return the loss sums of a micro-batch. int64 input_ids and positions [T]; labels [L] at `labelled` [L]."""
         hidden_TE = self.model(input_ids, positions, lengths, causal)
         return linear_cross_entropy(
-            self.head(hidden_TE.index_select(0, labelled)),  # its gradient is an addition of rows, not a sort
+            self.head(hidden_TE.index_select(0, labelled)),  # its backward adds rows, without a sort
             self.model.embeddings.tok_embeddings.weight,
             self.decoder.bias,
             labels,
@@ -211,14 +222,15 @@ class ModernBert(nn.Module):
     def logits(
         self, input_ids: torch.Tensor, positions: torch.Tensor, lengths: tuple[int, ...], causal: bool = False
     ) -> torch.Tensor:
-        """Logits [T, V]: this tensor rank's slice of the vocabulary. For checks; training never makes them whole."""
+        """Return logits [T, V] of this tensor rank's vocabulary shard. For checks; training does not need them."""
         features_TE = self.head(self.model(input_ids, positions, lengths, causal))
         return functional.linear(features_TE, self.model.embeddings.tok_embeddings.weight, self.decoder.bias)
 
     def initial_weight(self, name: str, seed: int) -> torch.Tensor:
-        """A full fp32 parameter of a fresh model: it depends on the seed and the name, not on the tensor-parallel size.
+        """Return a full fp32 parameter of a new model: it depends on seed and name, not on the tensor-parallel size.
 
-        Truncated normal at 2 sigma, 0.02, and 0.02 / sqrt(2 layers) for output projections; norms 1, bias 0.
+        Normal with standard deviation initializer_range, for output projections divided by sqrt(2 layers), truncated at
+        2 sigma; norms 1, bias 0.
         """
         full = torch.empty(self.full_sizes()[name])
         if full.dim() == 1:
@@ -228,7 +240,7 @@ class ModernBert(nn.Module):
         return nn.init.trunc_normal_(full, std=std, a=-2 * std, b=2 * std, generator=generator)
 
     def full_sizes(self) -> dict[str, tuple[int, ...]]:
-        """The size of every parameter before it was cut, by name."""
+        """Return the unsharded size of every parameter by name."""
         sizes = {}
         for name, parameter in self.named_parameters():
             size, spec = list(parameter.shape), spec_of(parameter)

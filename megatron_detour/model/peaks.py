@@ -1,6 +1,6 @@
-"""What GPUs can compute at most: matrix products in bf16 (fp16 is the same), dense, from the makers' data sheets.
+"""Peak FLOP/s of GPUs for dense matrix products in bf16 (and fp16), from the vendors' data sheets.
 
-NVIDIA's sheets tell most figures with sparsity; what stands here is half of those. Sources: the data sheets of A100,
+NVIDIA's sheets state most figures with sparsity; these are half of those. Sources: the data sheets of A100,
 A30, A40, A10, L4, L40, L40S, H100, H200, H20, GH200, B100/B200/GB200, RTX A6000 and RTX 6000 Ada; the white papers of
 GA102 and AD102 for GeForce (sums in fp32); AWS for the A10G; AMD's data sheets of MI300X and MI325X.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-# The first pattern that is found in the name, in small letters, counts: TFLOP/s.
+# TFLOP/s for the first pattern that matches the lowercase name.
 TERAFLOPS = (
     (r"\bgb200\b", 2500.0),
     (r"\bb200\b", 2250.0),
@@ -41,9 +41,9 @@ HALF = ("bf16", "bfloat16", "fp16", "float16")
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """FLOP/s of a device by the name that torch.cuda.get_device_name gives it, or a part of it such as "h100".
+    """Return a device's FLOP/s by the name that torch.cuda.get_device_name returns, or a part of it such as "h100".
 
-    None for an unknown device and for a type of more than 16 bits.
+    None for an unknown device and for a dtype of more than 16 bits.
     """
     if dtype.removeprefix("torch.") not in HALF:
         return None

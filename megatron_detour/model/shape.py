@@ -36,6 +36,8 @@ READ_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_types"),
     *("local_attention", "norm_eps", "max_position_embeddings", "initializer_range", "rope_parameters"),
 )
+# Of READ_KEYS, those that Shape.of checks as strictly as transformers does.
+CHECKED_KEYS = {*READ_KEYS} - {"norm_eps", "initializer_range", "rope_parameters"}
 GREATEST, MOST_LAYERS = 10**7, 1000  # what lies above is a slip, and would be laid out in memory before anything else
 
 
@@ -93,13 +95,18 @@ class Shape:
             initializer_range=read.number("initializer_range", 0.02),
         )
 
-    def check_tensor_parallel(self, size: int) -> None:
-        """Raises DetourError when heads or the gated unit do not divide by the tensor-parallel size."""
-        for what, count in (("attention heads", self.heads), ("intermediate size", self.intermediate)):
-            if count % size:
-                raise DetourError(f"parallel.tensor: {size} does not divide the model's {what}, {count}")
+    def tensor_parallel_faults(self, size: int) -> list[str]:
+        """Why the model cannot be split over `size` tensor-parallel ranks, a sentence per reason."""
+        fitting = [n for n in range(1, self.heads + 1) if self.heads % n == 0 == self.intermediate % n]
+        faults = [
+            f"parallel.tensor: {size} does not divide the model's {what}, {count}; {', '.join(map(str, fitting))} fit "
+            "this model"
+            for what, count in (("attention heads", self.heads), ("intermediate size", self.intermediate))
+            if count % size
+        ]
         if self.vocabulary < size**2:  # or the last rank's rows might all be padding
-            raise DetourError(f"parallel.tensor: {size} is too much for a vocabulary of {self.vocabulary}")
+            faults.append(f"parallel.tensor: {size} is too much for a vocabulary of {self.vocabulary}; set 1")
+        return faults
 
 
 def refuse_unknown_keys(given: dict[str, Any]) -> None:

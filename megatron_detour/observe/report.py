@@ -179,7 +179,7 @@ def _session(session: dict[str, Any], otherwise: str, number: int) -> list[Entry
     missing = session.get("missing_steps")  # of the figures, when it began
     parallel, cores, recompute = (session.get(key) for key in ("tensor_parallel", "host_cores", "recompute"))
     how = [f"recompute {recompute}"] if recompute else []
-    how += [f"passed over: {fault}" for fault in session.get("passed_over") or []]
+    how += [f"skipped: {fault}" for fault in session.get("passed_over") or []]
     precision = f", {session['dtype']}" if session.get("dtype") else ""
     return [
         Entry(session.get("started") or ABSENT, note="(resumed)" if number else ""),

@@ -1,14 +1,14 @@
-"""Conjugate pairs of collectives: what one does forward its partner does backward (Shoeybi et al., Megatron-LM, 2019).
+"""Conjugate pairs of collectives: each is the backward pass of its partner (Shoeybi et al., Megatron-LM, 2019).
 
 | forward | backward | where |
 |---|---|---|
-| copy | all-reduce | into a column-parallel layer; a whole weight applied to a share of the positions |
+| copy | all-reduce | into a column-parallel layer; a replicated weight applied to part of the positions |
 | all-reduce | copy | out of a row-parallel layer |
-| reduce-scatter | all-gather | out of a row-parallel layer, onto a share of the positions |
-| all-gather | slice | from shares of the positions to what every rank computes whole |
+| reduce-scatter | all-gather | out of a row-parallel layer, with sequence parallelism |
+| all-gather | slice | out of the sequence-parallel region, into what every rank computes in full |
 
-The last two serve sequence parallelism (Korthikanti et al., 2022): between the tensor-parallel layers each of the n
-tensor ranks keeps T / n of the T positions, so that norms and residuals are neither computed nor kept n times.
+The last two implement sequence parallelism (Korthikanti et al., 2022): between the tensor-parallel layers each of the n
+tensor ranks keeps T / n of the T positions, so that norms and residuals are not computed and stored n times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_detour.parallel.state import ParallelState
 
-# torch 2.13 renamed both and warns of the old names.
+# torch 2.13 renamed both and deprecated the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -67,34 +67,34 @@ class _Gather(torch.autograd.Function):
 
 
 def copy_to_tensor_parallel(x: torch.Tensor, state: ParallelState) -> torch.Tensor:
-    """Enters the parallel region: `x` is the same on every tensor rank, its gradients are summed."""
+    """Enter the parallel region: `x` is the same on every tensor rank, its gradients are summed."""
     return x if state.tensor_size == 1 else _Copy.apply(x, state)
 
 
 def reduce_from_tensor_parallel(x: torch.Tensor, state: ParallelState) -> torch.Tensor:
-    """Leaves the parallel region: partial sums [T, ...] become their sum, or a share of it [T / n, ...]."""
+    """Leave the parallel region: sum partial sums [T, ...]; with sequence parallelism keep this rank's [T / n, ...]."""
     if state.tensor_size == 1:
         return x
     return (_ReduceScatter if state.sequence_parallel else _Reduce).apply(x, state)
 
 
 def gather_from_sequence_parallel(x: torch.Tensor, state: ParallelState) -> torch.Tensor:
-    """Shares [T / n, ...] become [T, ...] for what every rank goes on to compute alike: gradients are whole already."""
+    """Gather [T / n, ...] into [T, ...] for what every rank then computes identically, with complete gradients."""
     return _Gather.apply(x, state) if state.sequence_parallel else x
 
 
-def gather_weight(weight: torch.Tensor, state: ParallelState) -> torch.Tensor:
-    """A weight that every tensor rank holds whole: where each applies it to a share of the positions, gradients sum."""
+def replicated_weight(weight: torch.Tensor, state: ParallelState) -> torch.Tensor:
+    """Use a replicated weight on this rank's positions; with sequence parallelism its gradients have to be summed."""
     return copy_to_tensor_parallel(weight, state) if state.sequence_parallel else weight
 
 
 def all_reduce(x: torch.Tensor, state: ParallelState) -> torch.Tensor:
-    """A new tensor with the sum of `x` over the tensor ranks."""
+    """Return the sum of `x` over the tensor ranks as a new tensor."""
     return start_all_reduce(x.contiguous().clone(), state).wait()
 
 
 class Pending:
-    """A collective under way; `wait()` returns its result."""
+    """A running collective; `wait()` returns its result."""
 
     def __init__(self, result: torch.Tensor, work: dist.Work) -> None:
         self._result, self._work = result, work
@@ -105,19 +105,40 @@ class Pending:
 
 
 def start_all_reduce(x: torch.Tensor, state: ParallelState) -> Pending:
-    """Sums `x` over the tensor ranks, in place."""
+    """Sum `x` over the tensor ranks, in place."""
     return Pending(x, dist.all_reduce(x, group=state.tensor_group, async_op=True))
 
 
 def start_reduce_scatter(x: torch.Tensor, state: ParallelState) -> Pending:
-    """Sums [T, ...] over the tensor ranks; rank r of n gets the r-th n-th of the positions."""
+    """Sum [T, ...] over the tensor ranks; rank r of n gets the r-th block of T / n positions."""
     if len(x) % state.tensor_size:
-        raise ValueError(f"{len(x)} positions do not divide into shares for {state.tensor_size} tensor ranks")
-    share = x.new_empty(len(x) // state.tensor_size, *x.shape[1:])
-    return Pending(share, _reduce_scatter(share, x.contiguous(), group=state.tensor_group, async_op=True))
+        raise ValueError(f"{len(x)} positions are not divisible by {state.tensor_size} tensor ranks")
+    local = x.new_empty(len(x) // state.tensor_size, *x.shape[1:])
+    return Pending(local, _reduce_scatter(local, x.contiguous(), group=state.tensor_group, async_op=True))
 
 
 def start_all_gather(x: torch.Tensor, state: ParallelState) -> Pending:
-    """Joins the ranks' shares [T / n, ...] in rank order."""
-    whole = x.new_empty(len(x) * state.tensor_size, *x.shape[1:])
-    return Pending(whole, _all_gather(whole, x.contiguous(), group=state.tensor_group, async_op=True))
+    """Concatenate the ranks' [T / n, ...] in rank order."""
+    full = x.new_empty(len(x) * state.tensor_size, *x.shape[1:])
+    return Pending(full, _all_gather(full, x.contiguous(), group=state.tensor_group, async_op=True))
+
+
+def unequal_replicas(values: dict[str, torch.Tensor], state: ParallelState) -> list[str]:
+    """Return the names of the values whose bits differ between tensor ranks. Collective over the tensor ranks.
+
+    Replicated parameters must stay equal on all ranks, and nothing else enforces it.
+    """
+    if state.tensor_size == 1 or not values:
+        return []
+    sums = torch.stack([_checksum(value) for value in values.values()])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN, group=state.tensor_group)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=state.tensor_group)
+    return [name for name, differs in zip(values, (lowest != highest).tolist(), strict=True) if differs]
+
+
+def _checksum(value: torch.Tensor) -> torch.Tensor:
+    """Return a position-weighted sum of the bytes, int64 []."""
+    data = value.detach().contiguous().view(torch.uint8).reshape(-1).to(torch.int64)
+    weights = torch.arange(len(data), device=data.device) * 2654435761 % 1000003 + 1
+    return (data * weights).sum()

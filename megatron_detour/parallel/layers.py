@@ -1,7 +1,7 @@
-"""Megatron's three layers: an embedding cut by vocabulary, linear layers cut by output (column) and by input (row).
+"""Megatron's three layers: an embedding sharded by vocabulary, linear layers sharded by output (column) or input (row).
 
 T positions, E input features, F output features, n tensor ranks. No layer has a bias, as in ModernBERT.
-S positions are T, or T / n with sequence parallelism: what lies between the layers.
+Between the layers there are S positions: T, or T / n with sequence parallelism.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_detour.parallel.state import ParallelState
 
 
 class VocabParallelEmbedding(nn.Module):
-    """ids [T] -> embeddings [S, E]; a rank holds ceil(vocabulary / n) rows."""
+    """ids [T] -> embeddings [S, E]. W = [W_1; ...; W_n]: rank i holds ceil(vocabulary / n) rows."""
 
     def __init__(self, vocabulary: int, features: int, state: ParallelState) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class VocabParallelEmbedding(nn.Module):
         rows = self.weight.shape[0]
         local = ids - self.state.tensor_rank * rows
         elsewhere = (local < 0) | (local >= rows)
-        found = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return reduce_from_tensor_parallel(found.masked_fill(elsewhere[:, None], 0), self.state)
+        embedded = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return reduce_from_tensor_parallel(embedded.masked_fill(elsewhere[:, None], 0), self.state)
 
 
 class ColumnParallelLinear(nn.Module):
-    """x [S, E] -> [T, F / n]. `parts` fused outputs are cut one by one."""
+    """x [S, E] -> [T, F / n]. W = [W_1; ...; W_n]: rank i computes x W_i^T. Each of `parts` fused outputs is split."""
 
     def __init__(self, inputs: int, outputs: int, state: ParallelState, parts: int = 1) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """x [T, E / n] -> [S, F]."""
+    """x [T, E / n] -> [S, F]. W = [W_1, ..., W_n]: rank i computes x_i W_i^T, and the products are summed."""
 
     def __init__(self, inputs: int, outputs: int, state: ParallelState) -> None:
         super().__init__()
@@ -68,27 +68,27 @@ class RowParallelLinear(nn.Module):
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """A product of whole inputs with a rank's rows. Backward, the sum of the input's gradients over the ranks travels
-    while the weight's is computed; with sequence parallelism only this rank's share of the inputs is kept till then.
+    """All inputs times a rank's rows. Backward, the all-reduce of the input gradient overlaps with the computation of
+    the weight gradient; with sequence parallelism only this rank's positions of the input are saved for it.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, state: ParallelState) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.state = state
-        whole = start_all_gather(x, state).wait() if state.sequence_parallel else x
-        return functional.linear(whole, weight)
+        full = start_all_gather(x, state).wait() if state.sequence_parallel else x
+        return functional.linear(full, weight)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        (whole, weight), state = ctx.saved_tensors, ctx.state
-        needs_input, needs_weight, _ = ctx.needs_input_grad  # a frozen weight needs none, nor does what lies below it
-        gathering = start_all_gather(whole, state) if needs_weight and state.sequence_parallel else None
+        (full, weight), state = ctx.saved_tensors, ctx.state
+        needs_input, needs_weight, _ = ctx.needs_input_grad  # false for frozen weights and for inputs of frozen layers
+        gathering = start_all_gather(full, state) if needs_weight and state.sequence_parallel else None
         summing = None
         if needs_input:
             start = start_reduce_scatter if state.sequence_parallel else start_all_reduce
             summing = start(grad @ weight, state)
         if gathering:
-            whole = gathering.wait()
-        grad_weight = grad.T @ whole if needs_weight else None
+            full = gathering.wait()
+        grad_weight = grad.T @ full if needs_weight else None
         return summing and summing.wait(), grad_weight, None

@@ -1,7 +1,8 @@
-"""Linear layer and cross-entropy in one, cut by vocabulary: a (positions x vocabulary) matrix never exists whole.
+"""Fused linear layer and cross-entropy, sharded by vocabulary, which never materializes all [positions, vocabulary]
+logits.
 
-The gradient is computed chunk by chunk together with the loss, as the logits of a chunk are at hand only then.
-L labelled positions, E features, V rows of the vocabulary on this tensor rank.
+The gradient is computed together with the loss, chunk by chunk, as a chunk's logits exist only then.
+L labeled positions, E features, V rows of the vocabulary on this tensor rank.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ import torch.distributed as dist
 from megatron_detour.parallel.collectives import copy_to_tensor_parallel
 from megatron_detour.parallel.state import ParallelState
 
-# Logits at a time. Much of a small chunk's time goes into adding to the weight's gradient, [V, E] of fp32.
+# Logits per chunk. Small chunks spend much of their time on accumulating the weight's gradient, [V, E] in fp32.
 CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
-# products [n, V], written over by softmax(products + bias [V]) -> log of the sum of exponentials [n], greatest sum [n]
+# logits [n, V], overwritten by softmax(logits + bias [V]) -> log-sum-exp [n] and maximum [n] of logits + bias
 Softmax = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Sums over the labelled positions, scalars in fp32 (fp64 for fp64 input) but for the counts.
+    """Sums over the labeled positions; scalars in fp32 (fp64 for fp64 inputs), except for the counts.
 
-    `loss` is what is minimised: the cross-entropy in nats, and the z-loss where there is one.
+    `loss` is the objective: the cross-entropy in nats, plus the z-loss if any.
     """
 
     loss: torch.Tensor
     cross_entropy: torch.Tensor
-    right: torch.Tensor  # int64: labels that are the arg-max
+    right: torch.Tensor  # int64: labels with the highest logit
     labelled: int
 
 
@@ -45,10 +46,10 @@ def linear_cross_entropy(
     softmax_: Softmax,
     z_loss: float = 0.0,
 ) -> LossSum:
-    """Cross-entropies of softmax(hidden @ weight.T + bias), plus z_loss * log(sum of exponentials)^2 (PaLM, 2022).
+    """Return the cross-entropy of softmax(hidden @ weight.T + bias), plus z_loss * log-sum-exp^2 (PaLM, 2022).
 
-    hidden: [L, E], the same on every tensor rank; weight: [V, E] and bias: [V], this rank's shard, rows beyond
-    `vocabulary` being padding; labels: int64 [L], in [0, vocabulary): positions without a label are left out before.
+    hidden: [L, E], the same on every tensor rank; weight: [V, E] and bias: [V], this rank's shard, where rows beyond
+    `vocabulary` are padding; labels: int64 [L], in [0, vocabulary). Positions without a label are not passed in.
     """
     hidden = copy_to_tensor_parallel(hidden, state)
     figures = _LinearCrossEntropy.apply(
@@ -65,34 +66,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = min(weight.shape[0], vocabulary - first_id)  # without padding
         weight_real, bias_real = weight[:rows], bias[:rows]
         chunk = max(min(CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0], len(labels)), 1)
-        # The products of chunks are added up in `exact`; a single one needs no sum.
+        # Gradients of several chunks are accumulated in `exact`; those of a single chunk need no accumulation.
         summed_in = exact if len(labels) > chunk else None
         grads = _Gradients(hidden, weight, bias, rows, summed_in, ctx.needs_input_grad[1:3]) if needs_grad else None
-        room = hidden.new_empty(chunk, rows)  # used again: on a CPU new pages cost as much as what is written to them
+        buffer = hidden.new_empty(chunk, rows)  # reused: on a CPU new memory pages cost as much as filling them
         cross_entropy = torch.zeros((), dtype=exact, device=hidden.device)
         penalty = torch.zeros_like(cross_entropy)
         right = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             target = labels[part] - first_id
-            logits = torch.mm(hidden[part], weight_real.T, out=room[: len(target)])
+            logits = torch.mm(hidden[part], weight_real.T, out=buffer[: len(target)])
             here = (target >= 0) & (target < rows)
-            at_target = torch.arange(len(target), device=target.device), target.clamp(0, rows - 1)
-            of_target = logits[at_target].to(exact) + bias_real[at_target[1]].to(exact)
-            of_target.masked_fill_(~here, float("-inf"))
+            index = torch.arange(len(target), device=target.device), target.clamp(0, rows - 1)
+            at_label = logits[index].to(exact) + bias_real[index[1]].to(exact)
+            at_label.masked_fill_(~here, float("-inf"))
             log_sum, greatest = softmax_(logits, bias_real)
-            whole_log_sum, of_target, greatest = _over_ranks(log_sum, of_target, greatest, state)
-            cross_entropy += (whole_log_sum - of_target).sum()
-            penalty += z_loss * whole_log_sum.square().sum()
-            right += (of_target == greatest).sum()
+            full_log_sum, at_label, greatest = _reduce_over_ranks(log_sum, at_label, greatest, state)
+            cross_entropy += (full_log_sum - at_label).sum()
+            penalty += z_loss * full_log_sum.square().sum()
+            right += (at_label == greatest).sum()
             if grads:
-                # d loss / d logit = p (1 + 2 z log_sum) - [label]; the softmax was over this rank's rows alone.
-                factor = 1 + 2 * z_loss * whole_log_sum
-                p_of_target = torch.exp(of_target - whole_log_sum)
+                # d loss / d logit = p (1 + 2 z log_sum) - [label]; the softmax covers only this rank's rows.
+                factor = 1 + 2 * z_loss * full_log_sum
+                p_label = torch.exp(at_label - full_log_sum)
                 if state.tensor_size > 1 or z_loss:
-                    logits *= (factor * torch.exp(log_sum - whole_log_sum))[:, None]
-                # From the fp32 figures: a probability near 1 in bf16 would lose what is missing to 1.
-                logits[at_target] = torch.where(here, (p_of_target * factor - 1).to(logits.dtype), logits[at_target])
+                    logits *= (factor * torch.exp(log_sum - full_log_sum))[:, None]
+                # From the fp32 values: bf16 rounds a probability near 1 so that p - 1 would be lost.
+                logits[index] = torch.where(here, (p_label * factor - 1).to(logits.dtype), logits[index])
                 grads.add(part, logits)
         ctx.grads = grads
         ctx.mark_non_differentiable(cross_entropy, right)
@@ -101,15 +102,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         if ctx.grads is None:
-            raise RuntimeError("the gradients of this loss were used up by its first backward pass")
+            raise RuntimeError(
+                "backward can be called only once: the gradients of this loss were freed by the first call"
+            )
         grads, ctx.grads = ctx.grads, None
         return (*grads.scaled(grad_loss), None, None, None, None, None, None)
 
 
 class _Gradients:
-    """Of hidden, in its own type; of weight and bias, summed over chunks in `exact`, or of one chunk in their own.
+    """Gradients of hidden in its dtype, and of weight and bias accumulated in `exact`, or in their dtype if it is None.
 
-    None where weight or bias is frozen: `trained` are the two's flags.
+    `trained` says whether weight and bias are trained; the gradient of a frozen one is None.
     """
 
     def __init__(self, hidden, weight, bias, rows: int, exact: torch.dtype | None, trained: tuple[bool, bool]) -> None:
@@ -130,12 +133,12 @@ class _Gradients:
             else:
                 real += slope.T @ self.hidden[part]
         if self.grad_bias is not None:
-            # As a product: a sum in another type would first make a copy in that type.
+            # As a matrix product: a sum in another dtype would first copy `slope` to that dtype.
             self.grad_bias[: self.rows] += (slope.new_ones(1, len(slope)) @ slope)[0]
 
     def scaled(self, scale: torch.Tensor) -> list[torch.Tensor | None]:
-        """In place where the type allows it; the scale stays in fp32, as a rounded one would change with the split of
-        a batch."""
+        """Scale in place if dtypes allow it. The scale stays in fp32, as rounding it would make the result depend on
+        how a batch is split."""
         grads = (self.grad_hidden, self.grad_weight, self.grad_bias)
         return [_scaled(grad, scale, dtype) for grad, dtype in zip(grads, self.types, strict=True)]
 
@@ -146,13 +149,13 @@ def _scaled(grad: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) 
     return grad.mul_(scale) if grad.dtype == dtype == scale.dtype else (grad.to(scale.dtype) * scale).to(dtype)
 
 
-def _over_ranks(log_sum, of_target, greatest, state):
-    """The same figures for the whole vocabulary."""
+def _reduce_over_ranks(log_sum, at_label, greatest, state):
+    """Combine log-sum-exp, label logit and maximum [n] of the ranks' shards of the vocabulary."""
     if state.tensor_size == 1:
-        return log_sum, of_target, greatest
-    both = torch.stack([greatest, of_target])
+        return log_sum, at_label, greatest
+    both = torch.stack([greatest, at_label])
     dist.all_reduce(both, dist.ReduceOp.MAX, group=state.tensor_group)
-    greatest, of_target = both
+    greatest, at_label = both
     total = torch.exp(log_sum - greatest)
     dist.all_reduce(total, group=state.tensor_group)
-    return total.log() + greatest, of_target, greatest
+    return total.log() + greatest, at_label, greatest

@@ -1,7 +1,8 @@
-"""How a parameter is cut over tensor ranks: declared where it is made, read by loading, saving and the norm.
+"""How a parameter is sharded over tensor ranks: declared at its creation, read by loading, saving and gradient norm.
 
-A fused weight is cut part by part: rank r of n holds the r-th n-th of q, of k and of v, not of their stack. Rows that
-do not divide are padded with zeros inside; the padding never leaves this file.
+Each part of a fused weight is sharded: rank r of n holds the r-th of n blocks of q, of k and of v, not of their stack.
+Rows that do not divide evenly are padded with zeros: of two parts [a; b] of 5 rows each, rank 0 of 2 holds
+[a0 a1 a2 b0 b1 b2] and rank 1 [a3 a4 0 b3 b4 0]. `unshard` removes the padding.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Cut dimension 0 or 1 of a parameter of `parts` fused blocks, `size` long in all."""
+    """Shard dimension `dim`, 0 or 1, of total length `size`, of a parameter with `parts` fused blocks."""
 
     dim: int
     size: int
     parts: int = 1
 
     def local(self, ranks: int) -> int:
-        """The length of one rank's shard."""
+        """Return the length of one rank's shard, with padding."""
         return self.parts * self._per_part(ranks)
 
     def _per_part(self, ranks: int) -> int:
@@ -29,7 +30,7 @@ class ShardSpec:
 
 
 def mark_sharded(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
-    """Marks a parameter as one rank's shard; DeepSpeed's gradient norm leaves out shards without its attribute."""
+    """Mark a parameter as one rank's shard. DeepSpeed's gradient norm needs the attribute tensor_model_parallel."""
     parameter.shard = spec
     parameter.tensor_model_parallel = True
     return parameter
@@ -41,7 +42,7 @@ def spec_of(parameter: nn.Parameter) -> ShardSpec | None:
 
 
 def shard(full: torch.Tensor, spec: ShardSpec | None, rank: int, ranks: int) -> torch.Tensor:
-    """One rank's shard of a full tensor."""
+    """Return one rank's shard of a full tensor."""
     if spec is None or ranks == 1:
         return full
     per_part = spec.local(ranks) // spec.parts
@@ -55,11 +56,11 @@ def shard(full: torch.Tensor, spec: ShardSpec | None, rank: int, ranks: int) -> 
 
 
 def unshard(shards: list[torch.Tensor], spec: ShardSpec | None) -> torch.Tensor:
-    """The full tensor of the shards of all ranks, in rank order."""
+    """Return the full tensor from the shards of all ranks in rank order."""
     if spec is None or len(shards) == 1:
         return shards[0]
-    pieces = [shard.chunk(spec.parts, spec.dim) for shard in shards]
-    parts = [torch.cat([piece[i] for piece in pieces], spec.dim) for i in range(spec.parts)]
+    by_rank = [shard.chunk(spec.parts, spec.dim) for shard in shards]
+    parts = [torch.cat([blocks[i] for blocks in by_rank], spec.dim) for i in range(spec.parts)]
     length = spec.size // spec.parts
     return torch.cat([part.narrow(spec.dim, 0, length) for part in parts], spec.dim)
 

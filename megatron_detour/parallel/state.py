@@ -1,4 +1,4 @@
-"""Who computes what: one ParallelState is made at start and passed on; DeepSpeed takes it as its `mpu`."""
+"""Tensor- and data-parallel groups: one ParallelState is created at startup; DeepSpeed takes it as its `mpu`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-PATIENCE = timedelta(hours=1)  # ranks wait while the first one writes a checkpoint to a slow disk
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # ranks wait while rank 0 writes a checkpoint to a slow disk
 
 
 @dataclass(frozen=True)
 class ParallelState:
-    """Ranks of one tensor-parallel group are neighbours; data-parallel ranks are `tensor_size` apart.
+    """Ranks of one tensor-parallel group are adjacent; data-parallel ranks are `tensor_size` apart.
 
-    Groups are None in a single process without torch.distributed. `sequence_parallel` says whether positions are
-    shared out between tensor-parallel layers; with one tensor rank there is nothing to share.
+    Groups are None in a single process without torch.distributed. `sequence_parallel` says whether activations between
+    the tensor-parallel layers are split by position; it is always false with one tensor rank.
     """
 
     tensor_rank: int = 0
@@ -28,10 +28,10 @@ class ParallelState:
 
     @classmethod
     def create(cls, tensor_size: int, sequence_parallel: bool = False) -> ParallelState:
-        """Makes the groups; every rank of an initialised torch.distributed must call it. Raises ValueError."""
+        """Create the groups. Collective over all ranks. Raises ValueError if `tensor_size` does not divide them."""
         world, rank = dist.get_world_size(), dist.get_rank()
         if world % tensor_size:
-            raise ValueError(f"{world} ranks do not divide into tensor-parallel groups of {tensor_size}")
+            raise ValueError(f"{world} ranks are not divisible by the tensor-parallel size {tensor_size}")
         data_size = world // tensor_size
         tensor_groups = [_group(range(i * tensor_size, (i + 1) * tensor_size)) for i in range(data_size)]
         data_groups = [_group(range(i, world, tensor_size)) for i in range(tensor_size)]
@@ -52,15 +52,15 @@ class ParallelState:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Whether this is the rank that prints and writes files."""
         return self.rank == 0
 
     @property
     def sequence_multiple(self) -> int:
-        """What the positions of a micro-batch must be a multiple of."""
+        """The number of positions in a micro-batch must be a multiple of this."""
         return self.tensor_size if self.sequence_parallel else 1
 
-    # The names that DeepSpeed asks its `mpu` for.
+    # The names that DeepSpeed expects of its `mpu`.
     def get_model_parallel_rank(self) -> int:
         return self.tensor_rank
 
@@ -85,4 +85,4 @@ class ParallelState:
 
 
 def _group(ranks: range) -> dist.ProcessGroup:
-    return dist.new_group(list(ranks), timeout=PATIENCE)
+    return dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT)

@@ -18,7 +18,7 @@ from megatron_detour.model.shape import FULL, Shape
 from megatron_detour.objectives import REFERENCE
 from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import validation_rows
-from megatron_detour.release.card_metadata import CardMetadata
+from megatron_detour.release.card_metadata import CardMetadata, CorpusFacts
 from megatron_detour.release.checkpoint_info import CheckpointInfo, Corpus
 from megatron_detour.text import markdown, visible
 from megatron_detour.ui.format import batch_words, compact, duration, format_lr, frozen_words
@@ -229,14 +229,12 @@ class Card:
     def _corpora(self) -> Table:
         """The columns that something is known of."""
         corpora = self.facts.corpora
-        said = [self.given.corpora.get(corpus.name, {}) for corpus in corpora]
+        said = [self.given.corpora.get(corpus.name, CorpusFacts()) for corpus in corpora]
         columns: dict[str, list[str]] = {
-            "Corpus": [
-                _linked(more.get("title", c.name), more.get("url")) for c, more in zip(corpora, said, strict=True)
-            ]
+            "Corpus": [_linked(more.title or c.name, more.url) for c, more in zip(corpora, said, strict=True)]
         }
-        if any("description" in more for more in said):
-            columns["What it is"] = [more.get("description", "not described") for more in said]
+        if any(more.description for more in said):
+            columns["What it is"] = [more.description or "not described" for more in said]
         if any(corpus.documents is not None for corpus in corpora):
             columns["Documents"] = [_known(corpus.documents) for corpus in corpora]
             columns["Tokens"] = [_known(corpus.tokens) for corpus in corpora]
@@ -245,7 +243,7 @@ class Card:
         if any(corpus.cleaning for corpus in corpora):
             columns["Filters"] = [corpus.cleaning or "not known" for corpus in corpora]
             columns["Held out"] = [corpus.held_out or "not known" for corpus in corpora]
-        columns["Licence"] = [more.get("licence", NOT_STATED) for more in said]
+        columns["Licence"] = [more.licence or NOT_STATED for more in said]
         return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)], align="l")
 
     def _times_read(self, corpus: Corpus) -> str:

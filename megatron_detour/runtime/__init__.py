@@ -1,1 +1,1 @@
-"""Processes: launch, Slurm, preemption, failures of other ranks, locks."""
+"""Processes: launching, Slurm, preemption, failure detection, locks."""

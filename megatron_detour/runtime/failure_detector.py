@@ -1,12 +1,12 @@
-"""A rank that dies or hangs ends the others, instead of leaving them in a collective until torch's own timeout.
+"""When a rank dies or hangs, the other ranks exit instead of blocking in a collective until torch's own timeout.
 
-Every rank runs a thread with a connection to rank 0, beside torch's. They tell each other every few seconds that they
-live, rank 0 tells all of them whom it misses, and a process that ends closes its connection at once. A beat is of the
-process, not of its steps: however long a step, a compilation or a checkpoint takes, nobody is taken for dead, and time
-in which the whole job was stopped does not count.
+Every rank runs a thread that holds a connection to rank 0, separate from torch's. Both ends send heartbeats every few
+seconds, rank 0 broadcasts which rank is lost, and the connection of a process that exits closes at once. Heartbeats
+come from the process, not from its steps: a step, compilation or checkpoint may take any time, and time in which the
+whole job was suspended does not count.
 
-Not caught: a deadlock in which all processes live (torch's timeout ends it), and main code that never lets go of the
-interpreter's lock looks dead after the same time as a dead rank.
+Not detected: a deadlock in which all processes are alive (torch's timeout ends it). A main thread that never releases
+the GIL is taken for dead.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_detour.errors import EXIT_INTERRUPTED, DetourError, leave, of_another_rank, say_error
+from megatron_detour.errors import EXIT_INTERRUPTED, DetourError, caused_by_another_rank, leave, print_error
 from megatron_detour.files import is_transient
 
 BEAT_SECONDS = 3.0
 LOST_SECONDS = 45.0
-GRACE_SECONDS = 2.0  # from a verdict to the end, so that the guilty rank's message comes first
+GRACE_SECONDS = 2.0  # from a verdict to exiting, so that the failed rank's message comes first
 CONNECT_SECONDS = 60.0
-GREETING_SECONDS = 5.0  # a connection that has not said by then of which rank it is, is closed
-MOST_STRANGERS = 64  # connections at a time that have not said it
-LONGEST_LINE = 8192  # bytes
-TELL_SECONDS = 10.0  # that the end of a run may take to write down
-LONGEST_REASON = 500  # characters of a failure's text
+GREETING_SECONDS = 5.0  # a connection that has not introduced itself by then is closed
+MAX_STRANGERS = 64  # simultaneous connections that have not introduced themselves
+MAX_LINE_BYTES = 8192
+RECORD_SECONDS = 10.0  # time limit for recording the failure in the run directory
+MAX_REASON_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which rank ends the run, and how it went."""
+    """Which rank ended the run, and why."""
 
     rank: int
     host: str
-    how: str
-    passing: bool = False  # as a disk that is away for a moment
-    again: bool = False  # passing, and the session has saved: the run is to be started again
+    reason: str
+    transient: bool = False  # such as a file server that is briefly unavailable
+    restart: bool = False  # transient, and a checkpoint was saved: the run should be restarted
 
     @property
     def status(self) -> int:
-        return EXIT_INTERRUPTED if self.again else 1
+        return EXIT_INTERRUPTED if self.restart else 1
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} {self.how}"
+        return f"rank {self.rank} on {self.host} {self.reason}"
 
 
 class _Line:
-    """A connection that carries one JSON object a line, each with its code by the run's secret in front: nothing else
-    that comes is so much as parsed."""
+    """A connection that carries one JSON object per line, each after its HMAC under the run's secret. Nothing that
+    fails authentication is parsed."""
 
     def __init__(self, connection: socket.socket, secret: bytes) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -73,7 +73,7 @@ class _Line:
         self._sending = threading.Lock()
 
     def send(self, message: dict[str, Any]) -> None:
-        """From any thread. That the other end has gone is found by reading."""
+        """Thread-safe. Errors are ignored: reading detects a closed connection."""
         body = json.dumps(message).encode()
         try:
             with self._sending:
@@ -82,13 +82,13 @@ class _Line:
             return
 
     def read(self) -> list[dict[str, Any]] | None:
-        """What has come on a connection that is readable, or None when it has ended or is none of ours."""
+        """Return the messages of a readable connection, or None if it was closed or fails authentication."""
         try:
-            came = self.socket.recv(LONGEST_LINE)
+            received = self.socket.recv(MAX_LINE_BYTES)
         except OSError:
             return None
-        *lines, self._rest = (self._rest + came).split(b"\n")
-        if not came or len(self._rest) > LONGEST_LINE:
+        *lines, self._rest = (self._rest + received).split(b"\n")
+        if not received or len(self._rest) > MAX_LINE_BYTES:
             return None
         parts = [line.partition(b" ") for line in lines]
         if not all(hmac.compare_digest(code, self._code(body)) for code, _, body in parts):
@@ -101,39 +101,41 @@ class _Line:
 
 @dataclass
 class _Peer:
-    """Another rank: each of them to rank 0, rank 0 to the others."""
+    """The other end of a connection: any other rank for rank 0, rank 0 for any other rank."""
 
     rank: int
     host: str = "an unknown host"
     line: _Line | None = None
     silence: float = 0.0  # seconds
-    done: bool = False  # it has closed its watch
-    heard: threading.Event = field(default_factory=threading.Event)  # it has answered our last word
+    done: bool = False  # it has closed its detector
+    heard: threading.Event = field(default_factory=threading.Event)  # it has acknowledged our last message
 
 
 class FailureDetector:
-    """A context manager around the work of a process group; every rank makes it and enters it.
+    """A context manager around the work of a process group; every rank has to create and enter it.
 
-    Leaving it without an error closes it: the run is over for this rank. An error that is this rank's own is published.
-    Of one that comes of another rank's end the guilty one is told. Then the other ranks end, after one line: status 1,
-    or EXIT_INTERRUPTED where the run is to be started again, which rank 0 knows by `has_saved`. It calls `ended` first.
+    Leaving it without an error closes it: this rank has finished. An error that originates in this rank is sent to the
+    other ranks, which print one line and exit with status 1, or with EXIT_INTERRUPTED if the run should be restarted.
+    An error that is only the consequence of another rank's failure is reported as that rank's failure.
+
+    On rank 0, `has_saved` says whether the run can be restarted, and `on_failure` is called before exiting.
     """
 
     has_saved: Callable[[], bool] = staticmethod(lambda: False)
-    ended: Callable[[Verdict], None] = staticmethod(lambda verdict: None)
+    on_failure: Callable[[Verdict], None] = staticmethod(lambda verdict: None)
 
     def __init__(
         self,
         beat: float = BEAT_SECONDS,
         lost: float = LOST_SECONDS,
         grace: float = GRACE_SECONDS,
-        asked: Callable[[], bool] = lambda: False,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Connects the ranks of the default process group. `asked` tells whether this rank is to end already.
+        """Connect the ranks of the default process group. `is_stopping` says whether this rank is about to stop anyway.
 
-        Raises DetourError where rank 0 cannot be reached.
+        Raises DetourError if rank 0 cannot be reached.
         """
-        self._asked = asked
+        self._is_stopping = is_stopping
         self.rank, ranks = dist.get_rank(), dist.get_world_size()
         self._beat, self._lost, self._grace = beat, lost, grace
         self._host = socket.gethostname()
@@ -143,14 +145,14 @@ class FailureDetector:
         self._decided = threading.Event()
         self._deciding = threading.Lock()
         self._ends_at = 0.0
-        self._leaving = False  # the main thread is ending this process
+        self._leaving = False  # the main thread is about to exit
         self._closed = threading.Event()
         self._peers: dict[int, _Peer] = {}
         self._strangers: list[_Line] = []
-        self.listens: dict[str, int] = {}  # rank 0's ports by address
+        self.ports: dict[str, int] = {}  # on which rank 0 listens, by address
         if ranks > 1:
             self._connect(ranks)
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="failure detector", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> FailureDetector:
@@ -159,20 +161,20 @@ class FailureDetector:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, Exception):  # Ctrl-C and exits meet all ranks
+        if not isinstance(error, Exception):  # Ctrl-C and exits concern all ranks
             self.close()
             return
-        if of_another_rank(error) and self._decided.wait(2 * self._beat):
-            return  # the watch ends this process with the reason
-        how = f"{type(error).__name__}: {error}".partition("\n")[0]
-        error.first_to_fail = self.failed(how, is_transient(error))
-        if error.first_to_fail and self._verdict and self._verdict.again:
-            error.start_again = True
+        if caused_by_another_rank(error) and self._decided.wait(2 * self._beat):
+            return  # the thread exits with the reason
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        error.first_to_fail = self.publish_failure(reason, is_transient(error))
+        if error.first_to_fail and self._verdict and self._verdict.restart:
+            error.restart = True
 
-    def failed(self, text: str, passing: bool = False) -> bool:
-        """Publishes that this rank has failed; returns whether it is the first, whose message the others wait for."""
+    def publish_failure(self, text: str, transient: bool = False) -> bool:
+        """Tell the other ranks that this one failed. Return whether it was the first, whose message is printed."""
         self._leaving = True
-        verdict = Verdict(self.rank, self._host, f"has failed, see its message: {text[:LONGEST_REASON]}", passing)
+        verdict = Verdict(self.rank, self._host, f"failed, see its message: {text[:MAX_REASON_CHARACTERS]}", transient)
         if self.rank:
             self._announce({"verdict": asdict(verdict)})
             self._decided.wait(2 * self._beat)
@@ -182,7 +184,7 @@ class FailureDetector:
         return self._verdict is None or self._verdict.rank == self.rank
 
     def close(self) -> None:
-        """This rank has done its work: it and the others no longer end each other. No collective: at most two beats."""
+        """Leave the group: this rank has finished. Not a collective; takes at most two beats."""
         self._leaving = True
         self._announce({"done": True})
         self._closed.set()
@@ -194,14 +196,14 @@ class FailureDetector:
     def _connect(self, ranks: int) -> None:
         address = _resolved(os.environ["MASTER_ADDR"])
         addresses: list[Any] = [None] * ranks
-        dist.all_gather_object(addresses, address)  # a name may mean another address on rank 0's own machine
-        told: list[Any] = [None]
+        dist.all_gather_object(addresses, address)  # a name may resolve differently on rank 0's own machine
+        endpoint: list[Any] = [None]
         if self.rank == 0:
             servers = {address: _serve(address) for address in set(addresses)}
-            self.listens = {address: server.getsockname()[1] for address, server in servers.items()}
-            told = [(self.listens, secrets.token_bytes(32), self._host)]
-        dist.broadcast_object_list(told, src=0)
-        ports, self._secret, first_host = told[0]
+            self.ports = {address: server.getsockname()[1] for address, server in servers.items()}
+            endpoint = [(self.ports, secrets.token_bytes(32), self._host)]
+        dist.broadcast_object_list(endpoint, src=0)
+        ports, self._secret, first_host = endpoint[0]
         if self.rank == 0:
             self._peers = {rank: _Peer(rank) for rank in range(1, ranks)}
             for server in servers.values():
@@ -214,7 +216,7 @@ class FailureDetector:
             self._receive(self._peers[0], message)
 
     def _greet(self, address: str, port: int) -> tuple[_Line, list[dict[str, Any]]]:
-        """A connection that rank 0 has taken, and what it has said at once. Strangers may be in the way for a while."""
+        """Return an accepted connection to rank 0 and its first messages. Strangers may occupy rank 0 for a while."""
         until = time.monotonic() + CONNECT_SECONDS
         fault = "no answer"
         while time.monotonic() < until:
@@ -231,25 +233,25 @@ class FailureDetector:
                 fault = str(error)
             time.sleep(0.2)
         raise DetourError(
-            f"rank {self.rank} cannot reach rank 0 at {address}, port {port} ({fault}); ranks talk on ports that "
-            "the system chooses: let the nodes reach each other on them"
+            f"rank {self.rank} cannot reach rank 0 at {address}, port {port} ({fault}); ranks connect on ports that "
+            "the system chooses: allow such connections between the nodes"
         )
 
     def _accept(self, server: socket.socket) -> None:
         try:
             connection = server.accept()[0]
-        except OSError:  # it has gone again
+        except OSError:  # already closed
             return
         connection.setblocking(True)
         line = _Line(connection, self._secret)
         self._strangers.append(line)
         self._selector.register(line.socket, selectors.EVENT_READ, partial(self._introduce, line))
-        if len(self._strangers) > MOST_STRANGERS:
+        if len(self._strangers) > MAX_STRANGERS:
             self._turn_away(self._strangers[0])
 
     def _introduce(self, line: _Line) -> None:
-        """What a new connection says first has to be of which rank it is."""
-        messages = line.read() if line in self._strangers else []  # or it was turned away a moment ago
+        """The first message of a new connection has to name its rank."""
+        messages = line.read() if line in self._strangers else []  # it may have been turned away just before
         if messages == []:
             return
         hello, *more = messages or [{}]
@@ -283,7 +285,7 @@ class FailureDetector:
             self._selector.unregister(line.socket)
             peer.heard.set()
             if not peer.done:
-                self._miss(peer, "has ended without a word: killed, out of memory, crashed, or cut off")
+                self._lose(peer, "exited without an error message: killed, out of memory, crashed, or disconnected")
 
     def _receive(self, peer: _Peer, message: dict[str, Any]) -> None:
         if "verdict" in message:
@@ -302,22 +304,22 @@ class FailureDetector:
         self._wait_for_answers()
 
     def _wait_for_answers(self) -> None:
-        """Lets our last word arrive before the process ends, as the end may overtake it; not for a peer that hangs."""
+        """Wait until our last message was received, as exiting may overtake it; no longer than two beats."""
         until = time.monotonic() + 2 * self._beat
         for peer in self._peers.values():
             if peer.line and not peer.done:
                 peer.heard.wait(max(until - time.monotonic(), 0.0))
 
-    def _miss(self, peer: _Peer, how: str) -> None:
+    def _lose(self, peer: _Peer, reason: str) -> None:
         peer.done = True
-        self._decide(Verdict(peer.rank, peer.host, how))
+        self._decide(Verdict(peer.rank, peer.host, reason))
 
     def _decide(self, verdict: Verdict) -> None:
-        """The first verdict holds. Rank 0's is passed on to all."""
+        """The first verdict counts. Rank 0 sends its verdict to all ranks."""
         with self._deciding:
             if self._verdict is None:
                 if self.rank == 0:
-                    verdict = replace(verdict, again=verdict.passing and self.has_saved())
+                    verdict = replace(verdict, restart=verdict.transient and self.has_saved())
                 self._verdict, self._ends_at = verdict, time.monotonic() + self._grace
         if self.rank == 0:
             for peer in self._peers.values():
@@ -334,7 +336,7 @@ class FailureDetector:
             now = time.monotonic()
             for line in [line for line in self._strangers if now - line.since > GREETING_SECONDS]:
                 self._turn_away(line)
-            # Where this process was stopped itself it cannot say how long the others were silent.
+            # A process that was itself suspended does not know how long its peers were silent.
             self._count_silence(min(now - last, self._beat))
             last = now
             if now - beaten >= self._beat:
@@ -342,37 +344,37 @@ class FailureDetector:
                 for peer in self._peers.values():
                     if peer.line and not peer.done:
                         peer.line.send({"beat": True})
-            self._look_after_launchers()
+            self._check_launchers()
             if self._verdict and now >= self._ends_at and not self._leaving:
-                say_error(str(self._verdict), self.rank)
+                print_error(str(self._verdict), self.rank)
                 if self.rank == 0:
-                    self._tell_end()
+                    self._record_failure()
                 leave(self._verdict.status)
 
-    def _tell_end(self) -> None:
-        """In a thread of its own, as what it writes to may be a disk that never answers."""
-        telling = threading.Thread(target=self.ended, args=[self._verdict], daemon=True)
-        telling.start()
-        telling.join(TELL_SECONDS)
+    def _record_failure(self) -> None:
+        """In a separate thread, as the disk may never respond."""
+        recording = threading.Thread(target=self.on_failure, args=[self._verdict], daemon=True)
+        recording.start()
+        recording.join(RECORD_SECONDS)
 
     def _count_silence(self, seconds: float) -> None:
         for peer in self._peers.values():
             peer.silence += seconds
             if peer.silence > self._lost and not peer.done:
-                lost = f"has not been heard of for {self._lost:.0f} s: killed, out of memory, or its machine is gone"
-                self._miss(peer, lost)
+                reason = f"has not responded for {self._lost:.0f} s: killed, out of memory, or its machine is down"
+                self._lose(peer, reason)
 
-    def _look_after_launchers(self) -> None:
-        """A rank whose launcher is gone would hold its GPU with nobody to end it: it asks itself to save and end."""
+    def _check_launchers(self) -> None:
+        """A rank whose launcher is gone would hold its GPU forever: it sends itself a SIGTERM, to save and exit."""
         if self._launchers and self._launchers != _launchers():
             self._launchers = ()
-            if not self._asked():  # a Ctrl-C ends launchers as well
-                say_error("the launcher has ended; this rank ends as if by SIGTERM", self.rank)
+            if not self._is_stopping():  # Ctrl-C ends launchers as well
+                print_error("the launcher has exited; stopping this rank as after SIGTERM", self.rank)
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _resolved(name: str) -> str:
-    """The address that this machine finds under a name."""
+    """Return the address that this machine resolves a name to."""
     try:
         return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError:
@@ -380,7 +382,7 @@ def _resolved(name: str) -> str:
 
 
 def _serve(address: str) -> socket.socket:
-    """Listens at the address that ranks use; at all where it is none of this machine's, as one that is forwarded."""
+    """Listen at the address that ranks connect to, or at every address if this machine has no such address (NAT)."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         server = socket.create_server((address, 0), family=family)
@@ -391,10 +393,10 @@ def _serve(address: str) -> socket.socket:
 
 
 def _launchers() -> tuple[int, ...]:
-    """The processes that started this rank and wait for it: torchrun; DeepSpeed's launcher and the command in front.
+    """Return the processes that started this rank and wait for it: torchrun, or DeepSpeed's launcher and its parent.
 
-    That command passes no signal on, so that whoever ends it leaves the rest running. Empty without such a launcher, as
-    srun looks after its tasks, and a shell may well end before what it started.
+    The `deepspeed` command does not forward signals: killing it leaves its children running. Empty for other launchers:
+    srun cleans up its tasks, and a shell may exit before the processes that it started.
     """
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -404,6 +406,6 @@ def _launchers() -> tuple[int, ...]:
         if b"deepspeed.launcher.launch" in arguments:
             status = Path(f"/proc/{parent}/stat").read_text()
             return parent, int(status.rpartition(")")[2].split()[1])
-    except OSError:  # no /proc, or it has just ended
+    except OSError:  # no /proc, or the parent has just exited
         pass
     return ()

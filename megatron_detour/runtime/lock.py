@@ -1,4 +1,4 @@
-"""One run at a time writes a folder, on one machine or on several that share the disk."""
+"""Only one run at a time writes to a run directory, on one machine or on several that share the disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_detour.errors import DetourError, leave, say_error
+from megatron_detour.errors import DetourError, leave, print_error
 
 logger = logging.getLogger(__name__)
 
@@ -28,24 +28,25 @@ _NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What the lock file showed at one look. Opened anew each time: NFS tells what is new only then."""
+class _Snapshot:
+    """State of the lock file when it was read. The file is reopened for each, as NFS shows changes only then."""
 
     content: dict[str, Any]
-    changed: tuple[int, int]  # the file and its time: only compared with each other, never with a clock
+    version: tuple[int, int]  # inode and modification time: compared with each other, never with a clock
 
 
 class RunLock:
-    """A context manager that holds `folder/run.lock`. The folder exists; one process of a run takes the lock.
+    """A context manager that holds `folder/run.lock`. The folder exists; one process per run takes the lock.
 
-    On one machine flock decides, and ends with its holder. Beyond it, and where the file system has no flock, a lock is
-    honoured while its holder renews it: a lock that stands still for `stale` seconds is taken over, and a run that
-    finds its lock taken over, because it was stopped for so long, ends. Clocks of different machines are not compared.
+    On one machine flock decides; the kernel releases it when its holder exits. Between machines, and on file systems
+    without flock, a lock is valid while its holder renews it: one that was not renewed for `stale` seconds is taken
+    over, and a run that was suspended so long that its lock was taken over exits. Clocks of different machines are
+    never compared.
     """
 
     def __init__(self, folder: Path, beat: float = BEAT_SECONDS, stale: float = STALE_SECONDS) -> None:
         self._path, self._beat, self._stale = folder / LOCK, beat, stale
-        self._own = {
+        self._holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -57,20 +58,20 @@ class RunLock:
         self._heart = threading.Thread(target=self._keep, name="run lock", daemon=True)
 
     def __enter__(self) -> RunLock:
-        """Waits for a lock that may be a dead run's. Raises DetourError where another run holds it."""
+        """Wait for a lock that may belong to a dead run. Raises DetourError if another run holds it."""
         began = seen_at = time.monotonic()
-        last: _Look | None = None
+        last: _Snapshot | None = None
         while not self._take(last if time.monotonic() - seen_at >= self._stale else None):
-            look, now = self._look(), time.monotonic()
-            if look and self._is_here(look.content) and self._flocked():
-                raise self._refusal(look.content)
-            if look and last is None:
-                whose = _spoken(look.content)
-                logger.info("%s is of %s; waiting up to %.0f s for it", self._path, whose, 2 * self._stale)
-            if look and (last is None or look.changed != last.changed):
-                last, seen_at = look, now
-            if look and now - began > 2 * self._stale and now - seen_at < self._stale:
-                raise self._refusal(look.content)
+            lock, now = self._read_lock(), time.monotonic()
+            if lock and self._is_here(lock.content) and self._flocked():
+                raise self._refusal(lock.content)
+            if lock and last is None:
+                holder, seconds = _format_holder(lock.content), 2 * self._stale
+                logger.info("%s is held by %s; waiting up to %.0f s for it", self._path, holder, seconds)
+            if lock and (last is None or lock.version != last.version):
+                last, seen_at = lock, now
+            if lock and now - began > 2 * self._stale and now - seen_at < self._stale:
+                raise self._refusal(lock.content)
             time.sleep(min(self._beat, self._stale) / 5)
         self._heart.start()
         return self
@@ -84,14 +85,14 @@ class RunLock:
             self._path.unlink(missing_ok=True)
         os.close(self._file)
 
-    def _take(self, stale: _Look | None) -> bool:
-        """Writes the lock where nobody holds it, or still as `stale`, which has not changed for long enough."""
+    def _take(self, stale: _Snapshot | None) -> bool:
+        """Write the lock if it is free, or unchanged since `stale`, which is old enough."""
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         flocked, content = _flock(file), _read(file)
-        is_stale = stale is not None and _changed(file) == stale.changed
-        # What flock says is true of this machine alone.
+        is_stale = stale is not None and _version(file) == stale.version
+        # flock is only reliable for processes of this machine.
         free = not content if flocked is None else flocked and (not content or self._is_here(content))
-        if is_stale and flocked is False:  # the server still waits for a machine that is gone
+        if is_stale and flocked is False:  # the file server still keeps the flock of a machine that is down
             self._path.unlink(missing_ok=True)
         elif (free or is_stale) and _is_at(file, self._path) and self._write(file, settle=flocked is None):
             self._file = file
@@ -100,27 +101,27 @@ class RunLock:
         return False
 
     def _write(self, file: int, settle: bool) -> bool:
-        """Writes who holds the lock. Without flock two may have found it free: the one that wrote last has it."""
+        """Write the holder. Without flock two runs may have seen it free: the one that wrote last holds it."""
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(self._own).encode(), 0)
+        os.pwrite(file, json.dumps(self._holder).encode(), 0)
         os.fsync(file)
         if settle:
             time.sleep(self._beat / 5)
         return not settle or self._is_own()
 
-    def _look(self) -> _Look | None:
+    def _read_lock(self) -> _Snapshot | None:
         try:
             file = os.open(self._path, os.O_RDONLY)
         except FileNotFoundError:
             return None
         try:
             content = _read(file)
-            return _Look(content, _changed(file)) if content else None
+            return _Snapshot(content, _version(file)) if content else None
         finally:
             os.close(file)
 
     def _flocked(self) -> bool:
-        """Whether a living process of this machine holds the flock."""
+        """Return whether a live process of this machine holds the flock."""
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             return _flock(file) is False
@@ -128,32 +129,33 @@ class RunLock:
             os.close(file)
 
     def _is_own(self) -> bool:
-        look = self._look()
-        return look is not None and look.content.get("token") == self._own["token"]
+        lock = self._read_lock()
+        return lock is not None and lock.content.get("token") == self._holder["token"]
 
     def _is_here(self, content: dict[str, Any]) -> bool:
-        return content["machine"] == self._own["machine"]
+        return content["machine"] == self._holder["machine"]
 
     def _refusal(self, content: dict[str, Any]) -> DetourError:
         return DetourError(
-            f"{self._path.parent}: another run ({_spoken(content)}) writes here; end it or choose another folder=..."
+            f"{self._path.parent}: in use by another run ({_format_holder(content)}); stop it or set another folder=..."
         )
 
     def _keep(self) -> None:
         while not self._released.wait(self._beat):
             try:
-                look = self._look()
-                if look and look.content["token"] != self._own["token"]:
-                    say_error(f"{self._path}: {_spoken(look.content)} has taken over while this run stood still", 0)
+                lock = self._read_lock()
+                if lock and lock.content["token"] != self._holder["token"]:
+                    holder = _format_holder(lock.content)
+                    print_error(f"{self._path}: taken over by {holder} while this run was suspended", 0)
                     leave(1)
                 if not self._path.exists():
-                    self._make_again()
+                    self._recreate()
                 os.utime(self._file)
-            except OSError:  # a disk that is away for a moment
+            except OSError:  # the disk is briefly unavailable
                 continue
 
-    def _make_again(self) -> None:
-        """Somebody has removed the file: without it a second run would be let in."""
+    def _recreate(self) -> None:
+        """The file was deleted: without it a second run could start."""
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         _flock(file)
         self._file, removed = file, self._file
@@ -162,7 +164,7 @@ class RunLock:
 
 
 def _flock(file: int) -> bool | None:
-    """Whether the lock was taken; None where the file system has none."""
+    """Return whether the lock was taken; None if the file system does not support flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -175,7 +177,7 @@ def _flock(file: int) -> bool | None:
 
 
 def _read(file: int) -> dict[str, Any]:
-    """The content of a lock file, empty where there is none or it is being written."""
+    """Return the content of a lock file, empty if it is empty or incomplete."""
     try:
         content = json.loads(os.pread(file, 4096, 0))
     except (ValueError, RecursionError, IsADirectoryError):
@@ -183,13 +185,13 @@ def _read(file: int) -> dict[str, Any]:
     return content if isinstance(content, dict) and content.keys() >= set(KEYS) else {}
 
 
-def _changed(file: int) -> tuple[int, int]:
-    facts = os.fstat(file)
-    return facts.st_ino, facts.st_mtime_ns
+def _version(file: int) -> tuple[int, int]:
+    status = os.fstat(file)
+    return status.st_ino, status.st_mtime_ns
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether an open file still has this name: a lock on one that was removed meanwhile is worth nothing."""
+    """Return whether an open file is still at `path`: a lock on a deleted file excludes nobody."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -197,12 +199,12 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _machine() -> str:
-    """Tells apart machines of one name, and knows one under the names of its containers: flock holds within it."""
+    """Identify the kernel, within which flock works: host names may repeat, and a container has another one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
 
 
-def _spoken(content: dict[str, Any]) -> str:
+def _format_holder(content: dict[str, Any]) -> str:
     return f"process {content['pid']} on host {content['host']}, since {content['started']}"

@@ -1,4 +1,4 @@
-"""When a run has to save and end: a signal, a time limit, the end of its Slurm job."""
+"""When a run has to save and stop: a signal, a time limit, the end of its Slurm job."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from megatron_detour.ui.format import duration
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SPOKEN = {"SIGINT": "Ctrl-C"}
-SLURM_MARGIN = 60.0  # seconds before the end of the job, as Slurm's clock and kill are not ours
+SIGNAL_LABELS = {"SIGINT": "Ctrl-C"}
+SLURM_MARGIN = 60.0  # seconds before the end of the job, as its clock and its kill are not exact
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class _Limit:
 
 
 class Preemption:
-    """Gathers the requests to end; as a context manager it also takes SIGTERM, SIGUSR1 and Ctrl-C, which then only ask.
+    """Collects requests to stop. Within its context SIGTERM, SIGUSR1 and Ctrl-C are such requests.
 
-    A second Ctrl-C is Python's: it ends the process at once.
+    A second Ctrl-C raises KeyboardInterrupt as usual.
 
-    Ranks may be asked at different times: the caller agrees with the others on what `reason` says.
+    Ranks may get a request at different times: the caller has to synchronize `reason` between them.
     """
 
     def __init__(self, limit_seconds: float | None = None) -> None:
-        """`limit_seconds` count from here. The end of a Slurm job (SLURM_JOB_END_TIME) is a limit as well."""
+        """`limit_seconds` count from now. The end of a Slurm job (SLURM_JOB_END_TIME) is a limit as well."""
         now = time.monotonic()
         self._signal: str | None = None
         self._margin = 0.0
@@ -44,12 +44,12 @@ class Preemption:
             self._limits.append(_Limit(now + limit_seconds, limit_seconds, 0.0, name))
         ends = os.environ.get("SLURM_JOB_END_TIME", "")
         left = int(ends) - time.time() if ends.isdigit() else 0.0
-        if left > 0:  # a job that Slurm lets run past its end has no limit that we could know
+        if left > 0:  # the limit of a job that Slurm lets run past its end is unknown
             name = f"the end of the Slurm job at {time.strftime('%H:%M', time.localtime(int(ends)))}"
             self._limits.append(_Limit(now + left, left, SLURM_MARGIN, name))
 
     def __enter__(self) -> Preemption:
-        self._before = {number: signal.signal(number, self._asked) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -58,14 +58,14 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if isinstance(error, Exception) and self._signal == signal.SIGTERM.name:
-            error.asked_to_end = True  # by a launcher most likely, as another rank has failed
+            error.was_terminated = True  # most likely by the launcher, as another rank has failed
 
     def reserve_seconds(self, seconds: float) -> None:
-        """Says how long a step and a save take: so much before a limit the run has to stop."""
+        """Set the time that one step and one checkpoint take: the run stops this long before a limit."""
         self._margin = seconds
 
     def reason(self) -> str | None:
-        """Why the run has to save and end now, or None. Half of a limit is always left for work."""
+        """Return why the run has to save and stop now, or None. At least half of a limit is left for training."""
         if self._signal is not None:
             return self._signal
         now = time.monotonic()
@@ -75,8 +75,8 @@ class Preemption:
                 return limit.name
         return None
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        asked, self._signal = self._signal, self._signal or SPOKEN.get(name, name)
-        if number == signal.SIGINT and asked == SPOKEN["SIGINT"]:
+        earlier, self._signal = self._signal, self._signal or SIGNAL_LABELS.get(name, name)
+        if number == signal.SIGINT and earlier == SIGNAL_LABELS["SIGINT"]:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Ranks that srun started, without a launcher of their own."""
+"""Ranks that srun started directly, without torchrun or DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ PORTS = range(20000, 40000)
 
 
 def join_slurm(environ: MutableMapping[str, str]) -> bool:
-    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in a task of srun; returns whether it did.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in a task of srun; return whether it is one.
 
-    SLURM_PROCID and SLURM_NTASKS are there in a batch script too, and in a shell of salloc, where nobody starts the
-    other tasks. SLURM_STEP_ID and SLURM_STEP_NUM_TASKS belong to a step: Slurm sets the first for regular steps only
-    (src/common/env.c: not where the id is negative, as the batch script's is), and srun the second to the number of
-    tasks that it starts. A launcher has set RANK and rules. So does a MASTER_ADDR or MASTER_PORT that is set.
+    SLURM_PROCID and SLURM_NTASKS are also set in batch scripts and in shells of salloc, where there are no other tasks.
+    SLURM_STEP_ID and SLURM_STEP_NUM_TASKS mark a step: Slurm sets the first only for regular steps (src/common/env.c:
+    not for a negative id such as the batch script's), and srun sets the second to the number of tasks that it starts.
+    A RANK that a launcher has set takes precedence, and so does a MASTER_ADDR or MASTER_PORT.
     """
     needed = ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
@@ -29,12 +29,12 @@ def join_slurm(environ: MutableMapping[str, str]) -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list, where task 0 runs: node003 of node[003-005,9],gpu-a1."""
+    """Return the first host of a Slurm node list, where task 0 runs: node003 of node[003-005,9],gpu-a1."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def _has_own_gpu(environ: MutableMapping[str, str]) -> bool:
-    """Whether Slurm shows each task one GPU (--gpus-per-task=1), which is the first that the task sees."""
+    """Return whether Slurm shows each task only its own GPU (--gpus-per-task=1), as device 0."""
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     return environ.get("SLURM_GPUS_PER_TASK") == "1" and visible != "" and "," not in visible

@@ -1,6 +1,6 @@
-"""Ctrl-C in a terminal reaches every process of the foreground group, launchers too, which then print tracebacks and
-end before the ranks have saved. So rank 0 takes a group of its own to the foreground while it trains: a Ctrl-C is its
-alone, it tells the other ranks, and the launchers wait for them as at any other end."""
+"""Ctrl-C in a terminal reaches every process of the foreground group, including launchers, which then print tracebacks
+and exit before the ranks have saved. So rank 0 makes its own process group the foreground group while it trains: only
+rank 0 gets Ctrl-C, informs the other ranks, and the launchers wait for them as usual."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import FrameType
 
 @contextmanager
 def ctrl_c_for_this_rank() -> Iterator[None]:
-    """Does nothing without a terminal, or in the background."""
+    """No-op without a terminal, or in the background."""
     try:
         terminal = os.open("/dev/tty", os.O_RDWR)
     except OSError:
@@ -27,16 +27,16 @@ def ctrl_c_for_this_rank() -> Iterator[None]:
         return
 
     def suspend(number: int, frame: FrameType | None) -> None:
-        """Ctrl-Z stops the launchers' group, which the shell waits for; this rank waits until it goes on."""
+        """Ctrl-Z stops the launchers' group, which the shell waits for; this rank waits until it resumes."""
         _pass_on(terminal, os.getpgrp(), launchers)
-        with suppress(OSError):  # they have ended
+        with suppress(OSError):  # they have exited
             os.killpg(launchers, signal.SIGTSTP)
         time.sleep(0.5)
         while _is_stopped(os.getppid()):
             time.sleep(0.2)
         _pass_on(terminal, launchers, os.getpgrp())
 
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # which stops whoever takes the terminal from the background
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # sent to a background process that takes the terminal
     signal.signal(signal.SIGTSTP, suspend)
     os.setpgid(0, 0)
     _pass_on(terminal, launchers, os.getpgrp())
@@ -47,7 +47,7 @@ def ctrl_c_for_this_rank() -> Iterator[None]:
 
 
 def _pass_on(terminal: int, before: int, after: int) -> None:
-    """Makes `after` the foreground group where `before` is it. A terminal that is gone is no reason to end."""
+    """Make `after` the foreground group if `before` is. A terminal that was closed is no error."""
     with suppress(OSError):
         if os.tcgetpgrp(terminal) == before:
             os.tcsetpgrp(terminal, after)

@@ -1,7 +1,7 @@
-"""Unigram models between SentencePiece's file and Hugging Face's tokenizer.json.
+"""Conversion of Unigram models between SentencePiece's file and Hugging Face's tokenizer.json.
 
-A SentencePiece model becomes the tokenizer that training and release use, and a Unigram tokenizer.json becomes the
-model that the sentencepiece library runs, several times as fast as tokenizers does.
+A SentencePiece model becomes the tokenizer that training and release use, and a Unigram tokenizer.json becomes a model
+for the sentencepiece library, which is several times as fast as tokenizers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUFFIXES = (".model", ".spm")
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
 UNIGRAM = 1  # TrainerSpec.ModelType
-SCORE_TOLERANCE = 1e-3  # of a text's sum of float32 log probabilities
+SCORE_TOLERANCE = 1e-3  # of a text's sum of float32 log-probabilities
 ENDS = r"\A +| +\z"
 TRIALS = 1_600  # pieces in trial texts
 SPACES = ("", " ", "  ", "\n", "\t ", "\u00a0", "\u3000")
@@ -30,28 +30,28 @@ CLS, SEP = ("[CLS]", "<s>"), ("[SEP]", "</s>")
 MARKS = (*CLS, *SEP, "[MASK]", "<mask>", "[PAD]", "<pad>", "[UNK]", "<unk>")
 
 
-class NoSuchModel(Exception):
-    """A tokenizer.json that SentencePiece has no model for; the message says why."""
+class NotConvertible(Exception):
+    """A tokenizer.json has no equivalent SentencePiece model; the message says why."""
 
 
-def tokenizer_of(path: Path) -> Tokenizer:
-    """The tokenizers.Tokenizer of a SentencePiece Unigram model, with its [CLS] and [SEP] or <s> and </s> around texts.
+def to_tokenizer(path: Path) -> Tokenizer:
+    """Convert a SentencePiece Unigram model to a tokenizers.Tokenizer, which adds its [CLS] and [SEP] or <s> and </s>.
 
-    Raises DetourError for other models, and for options with which its ids would not be SentencePiece's own.
+    Raises DetourError for other models, and for options with which the ids would differ from SentencePiece's.
     """
     model = _read(path)
     if model.trainer_spec.model_type != UNIGRAM:
         raise DetourError(
-            f"{path}: only Unigram models of SentencePiece are read directly; load this one with transformers' "
-            "AutoTokenizer, save it with save_pretrained and give that folder"
+            f"{path}: only Unigram models of SentencePiece are supported; load this one with transformers' "
+            "AutoTokenizer, save it with save_pretrained and use that folder"
         )
     if not any(piece.type == UNKNOWN for piece in model.pieces):
         raise DetourError(f"{path}: the SentencePiece model has no unknown token")
     _compare(path, path.stat().st_mtime_ns)
-    return _made_of(model)
+    return _convert(model)
 
 
-def _made_of(model: Any) -> Tokenizer:
+def _convert(model: Any) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pieces, spec = _scored(model), model.normalizer_spec
@@ -64,13 +64,13 @@ def _made_of(model: Any) -> Tokenizer:
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Strip() if all_white_is_space else normalizers.Replace(Regex(ENDS), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    # Metaspace adds no prefix to a text that begins with a space or with its sign.
+    # Metaspace adds no prefix to a text that begins with a space or its symbol.
     begins_with_neither = spec.remove_extra_whitespaces and all_white_is_space
     if spec.add_dummy_prefix and not begins_with_neither:
         steps.append(normalizers.Prepend(SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)
     scheme = "always" if spec.add_dummy_prefix else "never"
-    # Pieces may go on over spaces (split_by_whitespace=false) or be several of them.
+    # Pieces may span spaces (split_by_whitespace=false) or consist of several.
     split = not any(SPACE in name[1:] for (name, _), kind in zip(pieces, kinds, strict=True) if kind == NORMAL)
     prepend = scheme if begins_with_neither else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=prepend, split=split)
@@ -81,51 +81,51 @@ def _made_of(model: Any) -> Tokenizer:
 
 
 def _scored(model: Any) -> list[tuple[str, float]]:
-    """The pieces with their scores; a user-defined symbol wins over all ways to spell it, as in SentencePiece."""
+    """Return pieces and scores; a user-defined symbol beats any segmentation of it, as in SentencePiece."""
     best = max((piece.score for piece in model.pieces if piece.type == NORMAL), default=0.0)
     scored = []
     for piece in model.pieces:
         symbol = piece.type == USER_DEFINED and piece.piece not in MARKS
         score = len(piece.piece.encode()) * best - 0.1 if symbol else piece.score
-        # Nine digits tell a float32 exactly, and unlike more of them they come out of tokenizer.json as they went in.
+        # Nine digits represent a float32 exactly and, unlike more digits, survive a round trip through tokenizer.json.
         scored.append((piece.piece, float(f"{score:.9g}")))
     return scored
 
 
 def _special(model: Any) -> list[str]:
-    """Pieces that stand for no text, a user-defined [MASK] among them; other user-defined symbols are text."""
+    """Return pieces that represent no text, including a user-defined [MASK]; other user-defined symbols are text."""
     special = (UNKNOWN, CONTROL)
     return [p.piece for p in model.pieces if p.type in special or (p.type == USER_DEFINED and p.piece in MARKS)]
 
 
 @lru_cache(maxsize=8)
-def _compare(path: Path, changed: int) -> None:
-    """Raises DetourError where the tokenizer that is made of a model gives other ids than SentencePiece itself."""
+def _compare(path: Path, modified: int) -> None:
+    """Raise DetourError if the converted tokenizer gives other ids than SentencePiece. `modified` is a cache key."""
     from sentencepiece import SentencePieceProcessor
 
     model = _read(path)
     try:
         original = SentencePieceProcessor(model_proto=model.SerializeToString())
-    except Exception as error:  # of the library, for a model that it refuses
-        raise DetourError(f"{path}: not a model that SentencePiece opens: {brief(error)}") from None
-    made, pieces = _made_of(model), _scored(model)
+    except Exception as error:  # of the library, for a model that it rejects
+        raise DetourError(f"{path}: SentencePiece cannot open this model: {brief(error)}") from None
+    converted, pieces = _convert(model), _scored(model)
     for text in _trial_texts(model):
-        ours, theirs = made.encode(text, add_special_tokens=False).ids, original.encode(text)
-        if ours != theirs and not as_likely(ours, theirs, pieces):
+        ids, expected = converted.encode(text, add_special_tokens=False).ids, original.encode(text)
+        if ids != expected and not equally_likely(ids, expected, pieces):
             raise DetourError(
-                f"{path}: a tokenizer.json made of it would give other ids than SentencePiece; it was trained with "
-                f"{_unusual(model)}, which is not supported here: train it without, or use another model"
+                f"{path}: an equivalent tokenizer.json would give other ids than SentencePiece; the model was trained "
+                f"with {_unusual(model)}, which is not supported: train it without, or use another model"
             )
 
 
-def as_likely(ids: list[int], others: list[int], pieces: Sequence[tuple[str, float]]) -> bool:
-    """Whether two segmentations are of the same text and of equal probability, so that either is right."""
-    same_text = "".join(pieces[i][0] for i in ids) == "".join(pieces[i][0] for i in others)
-    return same_text and abs(sum(pieces[i][1] for i in ids) - sum(pieces[i][1] for i in others)) < SCORE_TOLERANCE
+def equally_likely(ids: list[int], expected: list[int], pieces: Sequence[tuple[str, float]]) -> bool:
+    """Return whether two segmentations have the same text and the same probability, so that either is correct."""
+    same_text = "".join(pieces[i][0] for i in ids) == "".join(pieces[i][0] for i in expected)
+    return same_text and abs(sum(pieces[i][1] for i in ids) - sum(pieces[i][1] for i in expected)) < SCORE_TOLERANCE
 
 
 def _trial_texts(model: Any) -> list[str]:
-    """Texts of the model's own pieces, white space, unknown characters, and user-defined symbols beside all of them."""
+    """Return texts of the model's pieces, whitespace, unknown characters and user-defined symbols in all contexts."""
     special = _special(model)
     normal = [piece.piece for piece in model.pieces if piece.type == NORMAL]
     some = normal[:: len(normal) // TRIALS + 1]
@@ -142,10 +142,10 @@ def _trial_texts(model: Any) -> list[str]:
 
 
 def _unusual(model: Any) -> str:
-    """The options of a model that are not as usual, by their names."""
+    """Return the names and values of a model's unusual options."""
     trainer, spec = model.trainer_spec, model.normalizer_spec
     symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED and piece.piece not in MARKS]
-    found = {
+    options = {
         "treat_whitespace_as_suffix=true": trainer.treat_whitespace_as_suffix,
         "split_by_whitespace=false": not trainer.split_by_whitespace,
         "escape_whitespaces=false": not spec.escape_whitespaces,
@@ -153,8 +153,8 @@ def _unusual(model: Any) -> str:
         "add_dummy_prefix=false": not spec.add_dummy_prefix,
         f"user_defined_symbols={','.join(symbols[:3])}": bool(symbols),
     }
-    names = [name for name, unusual in found.items() if unusual]
-    return ", ".join(names) or f"normalization_rule_name={spec.name or 'of its own'}"
+    names = [name for name, unusual in options.items() if unusual]
+    return ", ".join(names) or f"normalization_rule_name={spec.name or 'custom'}"
 
 
 def _read(path: Path) -> Any:
@@ -180,15 +180,15 @@ def _template(tokenizer: Tokenizer) -> Any:
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=around)
 
 
-def model_of(tokenizer: dict[str, Any]) -> bytes:
-    """The serialised ModelProto that a Unigram tokenizer.json stands for, ids unchanged. Raises NoSuchModel."""
+def to_model(tokenizer: dict[str, Any]) -> bytes:
+    """Convert a Unigram tokenizer.json to a serialized ModelProto with the same ids. Raises NotConvertible."""
     from sentencepiece import sentencepiece_model_pb2
 
     raw = tokenizer["model"]
     if raw.get("type") != "Unigram":
-        raise NoSuchModel(f"the model is {raw.get('type')}, not Unigram")
+        raise NotConvertible(f"the model is {raw.get('type')}, not Unigram")
     if raw.get("unk_id") is None:
-        raise NoSuchModel("the model has no unknown token, which SentencePiece needs")
+        raise NotConvertible("the model has no unknown token, which SentencePiece requires")
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type = UNIGRAM
     model.trainer_spec.unk_id = raw["unk_id"]
@@ -198,7 +198,7 @@ def model_of(tokenizer: dict[str, Any]) -> bytes:
     for number, (piece, score) in enumerate(raw["vocab"]):
         model.pieces.add(piece=piece, score=score, type=_kind(number, piece, raw, added))
     steps = _flat(tokenizer.get("normalizer"), "normalizers") + _flat(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    _set_normalisation(model.normalizer_spec, steps)
+    _set_normalization(model.normalizer_spec, steps)
     return model.SerializeToString()
 
 
@@ -216,7 +216,7 @@ def _flat(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     return [s for part in step[inner] for s in _flat(part, inner)] if step["type"] == "Sequence" else [step]
 
 
-def _set_normalisation(spec: Any, steps: list[dict[str, Any]]) -> None:
+def _set_normalization(spec: Any, steps: list[dict[str, Any]]) -> None:
     spec.add_dummy_prefix = spec.remove_extra_whitespaces = False
     spec.escape_whitespaces = True
     for step in steps:
@@ -232,4 +232,4 @@ def _set_normalisation(spec: Any, steps: list[dict[str, Any]]) -> None:
             case {"type": "Metaspace", "replacement": "▁"}:
                 spec.add_dummy_prefix |= step.get("prepend_scheme", "always") != "never"
             case _:
-                raise NoSuchModel(f"SentencePiece has no step like {step['type']}")
+                raise NotConvertible(f"SentencePiece has no equivalent of {step['type']}")

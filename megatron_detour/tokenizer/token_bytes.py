@@ -1,4 +1,4 @@
-"""The pieces of a tokenizer's vocabulary and the text that each stands for."""
+"""The text, in bytes, that each token of a vocabulary represents."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import numpy as np
 
 from megatron_detour.tokenizer.vocabulary import Vocabulary, load_tokenizer
 
-SPACE = "▁"  # SentencePiece's mark of a space
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's way out for characters it does not know
+SPACE = "▁"  # SentencePiece's symbol for a space
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's byte fallback
 
 
 def byte_lengths(tokenizer_file: Path, vocabulary: Vocabulary) -> np.ndarray:
-    """How many bytes of UTF-8 each id stands for, int64 [size]; 0 for special ids.
+    """Return the number of UTF-8 bytes that each id represents, int64 [size]; 0 for special ids.
 
-    Exact for byte-level BPE and SentencePiece. A WordPiece that begins a word counts the space before it.
+    Exact for byte-level BPE and SentencePiece. A WordPiece token that begins a word counts the space before it.
     """
     raw = json.loads(load_tokenizer(tokenizer_file).to_str())
-    kind, prefix = kind_of(raw), raw["model"].get("continuing_subword_prefix") or "##"
+    kind, prefix = tokenizer_kind(raw), raw["model"].get("continuing_subword_prefix") or "##"
     lengths = np.zeros(vocabulary.size, dtype=np.int64)
-    for piece, number in ids_of(raw["model"]):
+    for token, number in vocabulary_items(raw["model"]):
         if kind == "WordPiece":
-            lengths[number] = len(piece.removeprefix(prefix).encode()) + (not piece.startswith(prefix))
+            lengths[number] = len(token.removeprefix(prefix).encode()) + (not token.startswith(prefix))
         else:
-            lengths[number] = len(text_of(piece, kind))
+            lengths[number] = len(token_bytes(token, kind))
     for token in raw["added_tokens"]:
         lengths[token["id"]] = len(token["content"].encode())
     lengths[vocabulary.special()] = 0
     return lengths
 
 
-def kind_of(raw: dict[str, Any]) -> str | None:
-    """WordPiece, ByteLevel or SentencePiece, of a tokenizer.json; None for another kind."""
+def tokenizer_kind(raw: dict[str, Any]) -> str | None:
+    """Return the kind of a tokenizer.json: WordPiece, ByteLevel or SentencePiece; None for any other."""
     parts = {part.get("type"): part for part in _parts(raw)}
     model = raw["model"].get("type")
     if model == "WordPiece":
@@ -47,7 +47,7 @@ def kind_of(raw: dict[str, Any]) -> str | None:
 
 
 def _parts(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pre-tokenizers and decoders, those of a sequence one by one."""
+    """Return the pre-tokenizers and decoders, with sequences flattened."""
     parts = []
     for name, plural in (("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
         part = raw.get(name) or {}
@@ -55,16 +55,16 @@ def _parts(raw: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def ids_of(model: dict[str, Any]) -> list[tuple[str, int]]:
-    """Pieces with their ids, of a tokenizer.json's model."""
+def vocabulary_items(model: dict[str, Any]) -> list[tuple[str, int]]:
+    """Return tokens and ids of a tokenizer.json's model."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         return list(vocabulary.items())
-    return [(piece, number) for number, (piece, _) in enumerate(vocabulary)]
+    return [(token, number) for number, (token, _) in enumerate(vocabulary)]
 
 
-def text_of(token: str, kind: str | None) -> bytes:
-    """The text that a token of the vocabulary stands for."""
+def token_bytes(token: str, kind: str | None) -> bytes:
+    """Return the UTF-8 text that a token represents."""
     if kind == "ByteLevel":
         return b"".join(BYTE_OF.get(character, character.encode()) for character in token)
     byte = BYTE.fullmatch(token)
@@ -72,7 +72,7 @@ def text_of(token: str, kind: str | None) -> bytes:
 
 
 def _byte_characters() -> dict[str, bytes]:
-    """The characters of a byte-level vocabulary: printable Latin-1 as it is, the other bytes from 256 on."""
+    """Return the bytes of a byte-level vocabulary's characters: printable Latin-1 unchanged, other bytes from 256."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     characters = {chr(byte): bytes([byte]) for byte in printable}

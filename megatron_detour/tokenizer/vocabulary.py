@@ -1,4 +1,4 @@
-"""Tokenizers: loading one from a file, a folder or a hub id, and the facts about it that training needs."""
+"""Loading a tokenizer from a file, a folder or a hub id, and its properties that training needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_detour.errors import DetourError, brief
 from megatron_detour.structured import read_json_object
-from megatron_detour.tokenizer import LARGEST_VOCABULARY
+from megatron_detour.tokenizer import MAX_VOCABULARY
 from megatron_detour.tokenizer import sentencepiece_model as spm
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ SPELLINGS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer as training sees it: its size, its special ids and a fingerprint of what decides on ids."""
+    """A tokenizer as training sees it: its size, its special ids and a fingerprint of everything that affects ids."""
 
-    size: int  # one more than the greatest id
-    special_ids: tuple[int, ...]  # with the ids below `size` that no token has
+    size: int  # the largest id plus one
+    special_ids: tuple[int, ...]  # including unused ids below `size`
     mask: int | None
     pad: int | None
     cls: int | None
@@ -45,15 +45,15 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, names: dict[str, str] | None = None) -> Vocabulary:
-        """`names` are the special tokens by role ("mask", ...) where the usual spellings do not serve.
+        """Create from a tokenizer. `names` are special tokens by role ("mask", ...), before the usual spellings.
 
-        Raises DetourError for a tokenizer without tokens or with ids out of all proportion.
+        Raises DetourError for a tokenizer without tokens or with excessive ids.
         """
         ids = tokenizer.get_vocab(with_added_tokens=True)
         size = max(ids.values(), default=-1) + 1
-        if not 0 < size <= LARGEST_VOCABULARY:
-            found = f"an id of {size - 1:,} with {len(ids):,} tokens" if size else "no tokens"
-            raise DetourError(f"the tokenizer has {found}; make one with ids from 0 on, without large gaps")
+        if not 0 < size <= MAX_VOCABULARY:
+            fault = f"the id {size - 1:,} but only {len(ids):,} tokens" if size else "no tokens"
+            raise DetourError(f"the tokenizer has {fault}; use one with ids from 0, without large gaps")
         added = tokenizer.get_added_tokens_decoder()
         names = names or {}
         roles = {
@@ -61,9 +61,9 @@ class Vocabulary:
             for role, usual in SPELLINGS.items()
         }
         special = {i for i, token in added.items() if token.special} | {i for i in roles.values() if i is not None}
-        free = np.ones(size, dtype=bool)
-        free[list(ids.values())] = False
-        special |= set(np.flatnonzero(free).tolist())
+        unused = np.ones(size, dtype=bool)
+        unused[list(ids.values())] = False
+        special |= set(np.flatnonzero(unused).tolist())
         return cls(size, tuple(sorted(special)), **roles, sha256=fingerprint(tokenizer))
 
     @classmethod
@@ -74,18 +74,18 @@ class Vocabulary:
         return dataclasses.asdict(self)
 
     def special(self) -> np.ndarray:
-        """bool [size]: true for ids that stand for no text."""
+        """Return bool [size]: true for ids that represent no text."""
         flags = np.zeros(self.size, dtype=bool)
         flags[list(self.special_ids)] = True
         return flags
 
     def ordinary(self) -> np.ndarray:
-        """int32 [size - specials]: the ids that stand for text, from which random replacements are drawn."""
+        """Return int32 [size - specials]: the ids that represent text, from which random replacements are drawn."""
         return np.flatnonzero(~self.special()).astype(np.int32)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of what decides on ids; truncation, padding and the spelling of merges in the file do not."""
+    """Return the SHA-256 of everything that affects ids; truncation, padding and the notation of merges do not."""
     whole = json.loads(tokenizer.to_str())
     for key in ("version", "truncation", "padding"):
         whole.pop(key, None)
@@ -96,20 +96,20 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def find_tokenizer(name: str | Path, download: bool = False) -> Path:
-    """The tokenizer.json or SentencePiece model of a file, a folder or a hub id. Raises DetourError for none."""
+    """Return the tokenizer.json or SentencePiece model of a file, a folder or a hub id. Raises DetourError."""
     path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
             return path / "tokenizer.json"
-        raise DetourError(f"{path}: the folder has no tokenizer.json; save a fast tokenizer into it with transformers")
+        raise DetourError(f"{path}: no tokenizer.json in this folder; save a fast tokenizer into it with transformers")
     return hub_file(str(name), "tokenizer.json", download, "tokenizer")
 
 
 @contextmanager
 def library_faults(what: str, kind: type[DetourError] = DetourError) -> Iterator[None]:
-    """Makes a DetourError of what the tokenizers library raises: bare Exceptions, and panics, which are none."""
+    """Turn what the tokenizers library raises into a DetourError: Exceptions, and panics, which are none."""
     try:
         yield
     except BaseException as error:
@@ -119,12 +119,12 @@ def library_faults(what: str, kind: type[DetourError] = DetourError) -> Iterator
 
 
 def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
-    """Loads a tokenizer with truncation and padding off. Raises DetourError."""
+    """Load a tokenizer without truncation and padding. Raises DetourError."""
     from tokenizers import Tokenizer
 
     path = find_tokenizer(name, download)
     if path.suffix in spm.SUFFIXES:
-        return spm.tokenizer_of(path)
+        return spm.to_tokenizer(path)
     with library_faults(f"{path}: not a tokenizer.json"):
         tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
@@ -133,10 +133,10 @@ def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
 
 
 def load_vocabulary(name: str | Path, download: bool = False) -> Vocabulary:
-    """The vocabulary of a tokenizer; tokenizer_config.json beside it names the special tokens. Raises DetourError."""
+    """Load the vocabulary of a tokenizer; its tokenizer_config.json names the special tokens. Raises DetourError."""
     path = find_tokenizer(name, download)
     if path.suffix not in spm.SUFFIXES:
-        read_json_object(path)  # the library takes the last of equal keys in silence
+        read_json_object(path)  # refuses duplicate keys, of which the library silently uses the last
     names = _special_tokens(_config_file(path, name, download))
     try:
         return Vocabulary.of(load_tokenizer(path), names)
@@ -151,11 +151,11 @@ def _config_file(tokenizer: Path, name: str | Path, download: bool) -> Path:
     try:
         return hub_file(str(name), beside.name, download, "tokenizer")
     except DetourError:
-        return beside  # not every tokenizer has one
+        return beside  # it is optional
 
 
 def _special_tokens(file: Path) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json names, by role. Raises DetourError."""
+    """Return the special tokens that a tokenizer_config.json names, by role. Raises DetourError."""
     if not file.is_file():
         return {}
     config = read_json_object(file)
@@ -164,24 +164,24 @@ def _special_tokens(file: Path) -> dict[str, str]:
         token = config.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None and not isinstance(token, str):
-            raise DetourError(f"{file}: {role}_token: neither a text nor an object with a text as its content")
+            raise DetourError(f"{file}: {role}_token must be a string or an object with a string as content")
         names |= {} if token is None else {role: token}
     return names
 
 
 def hub_file(name: str, file: str, download: bool, what: str) -> Path:
-    """A file of a hub repository, from the local cache unless `download`. Raises DetourError."""
+    """Return a file of a hub repository, from the local cache unless `download`. Raises DetourError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(hf_hub_download(name, file, local_files_only=not download))
     except HFValidationError:
-        raise DetourError(f"{name}: there is no such {what} file or folder") from None
+        raise DetourError(f"{name}: no such {what} file or folder") from None
     except Exception as error:
         if download:
-            raise DetourError(f"{name}: {file} could not be fetched from the hub: {error}") from None
+            raise DetourError(f"{name}: cannot download {file} from the hub: {error}") from None
         raise DetourError(
-            f"{name}: there is no such {what} folder, and the hub's local cache does not hold {file}; give a folder, "
-            "or allow the download (model.download=true in a run file, --download for a tool)"
+            f"{name}: no such {what} folder, and {file} is not in the hub's local cache; set a folder, or allow the "
+            "download (model.download=true in a run file, --download for a command)"
         ) from None

@@ -1,9 +1,9 @@
-"""Where words begin in a stream of token ids, for masking whole words.
+"""Word boundaries in a sequence of token ids, for whole-word masking.
 
-Two facts of an id decide, so that finding the words of a batch is two look-ups: whether it can go on with the token
-before, and whether the token after it can go on with it. A word is a stretch of letters and digits; any other
-character is a border, so that l'hôpital is three words (l, ', hôpital). A character that is spread over tokens stays
-in one piece.
+Two properties of an id decide, so that finding the words of a batch takes two lookups: whether it may continue the word
+of the previous token, and whether the next token may continue its word. A word is a run of letters and digits; any
+other character is a boundary, so that l'hôpital is three words (l, ', hôpital). The bytes of one character are never
+separated.
 """
 
 from __future__ import annotations
@@ -17,51 +17,50 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.errors import DetourError
-from megatron_detour.tokenizer.token_bytes import ids_of, kind_of, text_of
+from megatron_detour.tokenizer.token_bytes import token_bytes, tokenizer_kind, vocabulary_items
 from megatron_detour.tokenizer.vocabulary import Vocabulary, load_tokenizer
 
-CONTINUATION = bytes(range(0x80, 0xC0))  # UTF-8's bytes after the first of a character
+CONTINUATION = bytes(range(0x80, 0xC0))  # UTF-8 bytes after the first of a character
 
 
 @dataclass(frozen=True)
 class Words:
-    """bool [ids] each: `goes_on` for tokens that may continue a word, `is_open` for those after which it may go on."""
+    """bool [ids] each: `continues` is true if a token may continue a word, `is_open` if the next token may do so."""
 
-    goes_on: np.ndarray
+    continues: np.ndarray
     is_open: np.ndarray
 
     @classmethod
     def of(cls, tokenizer_file: Path, vocabulary: Vocabulary) -> Words:
-        """Reads a tokenizer's file. Raises DetourError for a kind that does not tell where words begin."""
+        """Read a tokenizer's file. Raises DetourError for a kind without known word boundaries."""
         raw = json.loads(load_tokenizer(tokenizer_file).to_str())
-        kind = kind_of(raw)
+        kind = tokenizer_kind(raw)
         if kind is None:
             raise DetourError(
-                f"whole_word_masking: {tokenizer_file} is neither a byte-level BPE nor a WordPiece nor a SentencePiece "
-                f"tokenizer (model type {raw['model'].get('type')}), so it does not tell where words begin; remove the "
-                "key"
+                f"whole_word_masking: {tokenizer_file} is not a byte-level BPE, WordPiece or SentencePiece tokenizer "
+                f"(model type {raw['model'].get('type')}), so its word boundaries are unknown; remove this key"
             )
-        goes_on, is_open = (np.zeros(vocabulary.size, dtype=bool) for _ in range(2))
+        continues, is_open = (np.zeros(vocabulary.size, dtype=bool) for _ in range(2))
         added = {token["id"]: token["content"] for token in raw["added_tokens"]}
-        for token, number in ids_of(raw["model"]):
+        for token, number in vocabulary_items(raw["model"]):
             if number in added:
                 continue
             if kind == "WordPiece":
-                goes_on[number], is_open[number] = _word_piece(token, raw["model"])
+                continues[number], is_open[number] = _word_piece(token, raw["model"])
             else:
-                goes_on[number], is_open[number] = _ends(text_of(token, kind))
+                continues[number], is_open[number] = _ends(token_bytes(token, kind))
         for number, content in added.items():
-            goes_on[number], is_open[number] = _ends(content.encode())
+            continues[number], is_open[number] = _ends(content.encode())
         special = vocabulary.special()
-        return cls(goes_on & ~special, is_open & ~special)
+        return cls(continues & ~special, is_open & ~special)
 
     def first_tokens(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Where words begin in documents one after the other, int64 [words].
+        """Return the positions where words begin in concatenated documents, int64 [words].
 
-        tokens: int [positions]; lengths: int64 [documents], summing to `positions`. A special token is a word.
+        tokens: int [positions]; lengths: int64 [documents], with sum `positions`. A special token is a word.
         """
         begins = np.zeros(len(tokens), dtype=bool)
-        np.logical_and(self.goes_on.take(tokens[1:]), self.is_open.take(tokens[:-1]), out=begins[1:])
+        np.logical_and(self.continues.take(tokens[1:]), self.is_open.take(tokens[:-1]), out=begins[1:])
         np.logical_not(begins, out=begins)
         begins[np.cumsum(lengths) - lengths] = True
         return np.flatnonzero(begins)
@@ -72,21 +71,22 @@ def _word_piece(token: str, model: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def _ends(text: bytes) -> tuple[bool, bool]:
-    """Whether a token with this text may continue a word, and whether a word may go on after it.
+    """Return whether a token with this text may continue a word, and whether the next token may continue its word.
 
-    A token that begins inside a character goes on with it. Nothing but such bytes do not tell their character: the
-    word stays open. What a token that ends inside its first character begins is what most such characters are.
+    A token that begins inside a character continues it. If it consists only of such bytes, its character is unknown,
+    and the word remains open. A token that ends inside its first character counts as what most characters with these
+    first bytes are.
     """
     rest = text.lstrip(CONTINUATION)
     whole = rest.decode("utf-8", "ignore")
     begins_inside, ends_inside = len(rest) < len(text), whole.encode() != rest
-    goes_on = begins_inside or (_in_word(whole[0]) if whole else ends_inside and _mostly_in_word(rest))
+    continues = begins_inside or (_in_word(whole[0]) if whole else ends_inside and _mostly_in_word(rest))
     is_open = ends_inside or (_in_word(whole[-1]) if whole else begins_inside)
-    return goes_on, is_open
+    return continues, is_open
 
 
 def _mostly_in_word(lead: bytes) -> bool:
-    """Of the first bytes of a character."""
+    """Return whether most characters with these first bytes are part of words."""
     missing = (lead[0] >= 0xC0) + (lead[0] >= 0xE0) + (lead[0] >= 0xF0) + 1 - len(lead)
     texts = [lead + bytes([byte]) + CONTINUATION[:1] * (missing - 1) for byte in CONTINUATION]
     characters = [text.decode("utf-8", "ignore") for text in texts]
@@ -94,5 +94,5 @@ def _mostly_in_word(lead: bytes) -> bool:
 
 
 def _in_word(character: str) -> bool:
-    """Letters, digits and the marks that go with letters."""
+    """Return whether a character is a letter, a digit or a combining mark."""
     return unicodedata.category(character)[0] in "LNM"

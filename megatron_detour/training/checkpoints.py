@@ -25,9 +25,9 @@ from megatron_detour.forecast.storage import CHECKPOINT_BYTES
 from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
 from megatron_detour.plan import Step
+from megatron_detour.run_directory import CHECKPOINTS, METRICS, newest_checkpoint, note, start_hash
 from megatron_detour.training.guards import Guard, is_memory
 from megatron_detour.training.run import Run
-from megatron_detour.training.run_directory import CHECKPOINTS, METRICS, newest_checkpoint, note, start_hash
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class Checkpoints:
         return {prefix: manifest.files["bin"]["sha256"] for prefix, manifest in self.run.data.manifests().items()}
 
     def _check_corpora(self, run_state: dict[str, Any], checkpoint: Path) -> None:
-        """By their content, in the order in which they are read: paths may differ, see training/run_directory.py."""
+        """By their content, in the order in which they are read: paths may differ, see run_directory.py."""
         known = list(run_state["corpora"].values())
         for number, (prefix, sha256) in enumerate(self._identities().items()):
             if known[number : number + 1] != [sha256]:

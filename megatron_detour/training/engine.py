@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_detour.config import RunConfig
-from megatron_detour.errors import DetourError, brief, format_faults
-from megatron_detour.forecast.faults import of_ranks
-from megatron_detour.parallel.state import PATIENCE, ParallelState
+from megatron_detour.errors import DetourError, brief
+from megatron_detour.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_detour.parallel.zero import Zero, deepspeed_settings
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
 
@@ -28,11 +27,8 @@ def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
 
 
 def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
-    """Joins the ranks and makes the groups. Raises DetourError when the ranks do not fit the run file."""
+    """Joins the ranks and makes the groups. Raises DetourError where ranks are missing or more than the GPUs."""
     ranks = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    faults = of_ranks(config, ranks)
-    if faults:
-        raise DetourError(format_faults(faults))
     port = "29500" if ranks > 1 else "0"  # 0: any that is free
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, default)
@@ -59,7 +55,7 @@ def _join(backend: str) -> None:
     """Joins the ranks. Raises DetourError where some do not come; a launcher ends the others before."""
     try:
         store, rank, ranks = next(dist.rendezvous("env://", timeout=RENDEZVOUS))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
         store.set(f"here/{rank}", "")
         store.wait([f"here/{other}" for other in range(ranks)], RENDEZVOUS)
     except (dist.DistNetworkError, dist.DistStoreError) as error:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from megatron_detour.config import RunConfig
-from megatron_detour.errors import DetourError
 from megatron_detour.model_parts import layers_of
 from megatron_detour.parallel.zero import Zero
 from megatron_detour.plan import PlannedPhase
@@ -35,11 +34,8 @@ class PhasedAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Matrices decay, norms and biases do not; parameters that are not frozen in the same phases are apart.
-
-    Raises DetourError for a part that the model does not have.
-    """
-    frozen = {phase.name: frozen_parameters(model, phase.freeze, phase.name) for phase in config.phases}
+    """Matrices decay, norms and biases do not; parameters that are not frozen in the same phases are apart."""
+    frozen = {phase.name: frozen_parameters(model, phase.freeze) for phase in config.phases}
     groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         phases = tuple(phase for phase, names in frozen.items() if name in names)
@@ -55,21 +51,10 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     ]
 
 
-def frozen_parameters(model: nn.Module, freeze: tuple[str, ...], phase: str) -> set[str]:
-    """Names of the parameters of these parts. Raises DetourError for one that the model does not have."""
-    chosen = set()
-    names = [name for name, _ in model.named_parameters()]
-    for part in freeze:
-        prefixes = _prefixes(part)
-        missing = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in names)]
-        if missing:
-            raise DetourError(
-                f"phases.{phase}.freeze: the model has no {missing[0].removeprefix('model.').rstrip('.')}"
-            )
-        chosen |= {name for name in names if name.startswith(prefixes)}
-    if len(chosen) == len(names):
-        raise DetourError(f"phases.{phase}.freeze: the whole model is frozen; leave something to train")
-    return chosen
+def frozen_parameters(model: nn.Module, freeze: tuple[str, ...]) -> set[str]:
+    """Names of the parameters of these parts, all of which the model has (see preflight.py)."""
+    prefixes = tuple(prefix for part in freeze for prefix in _prefixes(part))
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
 def freeze(zero: Zero, phase: PlannedPhase) -> None:

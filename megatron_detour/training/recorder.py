@@ -20,18 +20,14 @@ import torch.distributed as dist
 from megatron_detour.data.batches import DocumentMixture
 from megatron_detour.errors import EXIT_INTERRUPTED
 from megatron_detour.files import is_transient
-from megatron_detour.forecast import Start, forecast, headline
+from megatron_detour.forecast import forecast, headline
 from megatron_detour.log import shown_by
 from megatron_detour.observe import meter
 from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.observe.progress import RunProgress
 from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, Sink, TensorBoardSink, WandbSink
-from megatron_detour.runtime.failure_detector import Verdict
-from megatron_detour.runtime.lock import RunLock
-from megatron_detour.training.checkpoints import Checkpoints
-from megatron_detour.training.run import Run
-from megatron_detour.training.run_directory import (
+from megatron_detour.run_directory import (
     METRICS,
     add_session,
     changed_settings,
@@ -39,6 +35,10 @@ from megatron_detour.training.run_directory import (
     note,
     refuse_another_run,
 )
+from megatron_detour.runtime.failure_detector import Verdict
+from megatron_detour.runtime.lock import RunLock
+from megatron_detour.training.checkpoints import Checkpoints
+from megatron_detour.training.run import Run
 from megatron_detour.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Recorder:
                     self.checkpoints.wait()
                 how = f"error: {error}" if isinstance(error, Exception) else "a second Ctrl-C"
                 if is_transient(error) and self.checkpoints.has_saved:
-                    error.start_again = True  # else the next session would end in the same place
+                    error.restart = True  # else the next session would end in the same place
                     how = f"{AWAY}: {error}"
                 with suppress(Exception):
                     self._note(ended=how)
@@ -86,7 +86,7 @@ class Recorder:
         """Another rank has failed, after which no work was saved, unless this one was at its end already."""
         if not self._ended:
             with suppress(Exception):
-                self._note(ended=f"{AWAY if verdict.again else 'error'}: {verdict}")
+                self._note(ended=f"{AWAY if verdict.restart else 'error'}: {verdict}")
 
     @contextmanager
     def open(self, tokens: int, validation: Validation | None) -> Iterator[None]:
@@ -156,7 +156,7 @@ class Recorder:
             run.config,
             run.plan,
             dist.get_world_size(),
-            start=Start(run.initial.shape, run.initial.vocabulary),
+            checked=run.initial.checked,
             device=meter.device_name(run.device) if gpu else "cpu",
             gpu_memory=torch.cuda.get_device_properties(run.device).total_memory / 1e9 if gpu else 0.0,
         )
@@ -192,7 +192,7 @@ def session_facts(run: Run, step: int) -> dict[str, Any]:
         "kernels": run.choice.kernels,
         "recompute": run.choice.compute.recompute,
         "dtype": str(next(run.zero.module.parameters()).dtype).removeprefix("torch."),
-        "passed_over": run.choice.passed_over,
+        "passed_over": run.choice.skipped,
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,8 @@ import torch.distributed as dist
 from megatron_detour import log
 from megatron_detour.checkpoint.state import refuse_unequal_replicas, reset_optimizer_state
 from megatron_detour.config import RunConfig
-from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.batches import RankBatch, rank_batch
-from megatron_detour.data.order import micro_batches_of
+from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.files import retry
@@ -33,15 +33,17 @@ from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe.meter import memory_bytes, utilisation
 from megatron_detour.parallel.shard import spec_of
 from megatron_detour.plan import Plan, Step
+from megatron_detour.preflight import preflight
 from megatron_detour.runtime.failure_detector import FailureDetector
 from megatron_detour.runtime.preemption import Preemption
 from megatron_detour.training.checkpoints import Checkpoints
 from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
 from megatron_detour.training.freezing import freeze
 from megatron_detour.training.guards import Guard, not_finite
+from megatron_detour.training.initial_model import InitialModel
 from megatron_detour.training.profiler import Profiler
 from megatron_detour.training.recorder import REPORT_SECONDS, Recorder
-from megatron_detour.training.run import Run, initial_model
+from megatron_detour.training.run import Run
 from megatron_detour.training.validation import Validation
 
 REPLICA_STEPS = 100  # between checks of the parameters that every tensor rank holds whole
@@ -53,25 +55,25 @@ def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemp
 
     Returns the exit status: 0 at the end, EXIT_INTERRUPTED where it was asked to stop before. Raises DetourError.
     """
-    deepspeed_config = read_deepspeed_config(config.deepspeed)
-    initial = initial_model(config, folder)
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    initial = InitialModel.of(preflight(config, plan, ranks, owns_folder=rank == 0))
     data = PhaseData(plan, config.data.order_seed, initial.vocabulary)
     parallel, device = start_distributed(config)
     if parallel.is_first:
         log.to_terminal()
-    with FailureDetector(asked=lambda: preemption.reason() is not None) as detector:
+    with FailureDetector(is_stopping=lambda: preemption.reason() is not None) as detector:
         choice = choose_compute(
             config.compute.attention,
             config.compute.kernels,
             config.compute.recompute,
             initial.shape.head_dim,
             device,
-            training_dtype(deepspeed_config),
+            training_dtype(initial.checked.deepspeed),
         )
         model = ModernBert(initial.shape, parallel, choice.compute, config.z_loss)
-        zero = create_engine(model, config, deepspeed_config, parallel)
+        zero = create_engine(model, config, initial.checked.deepspeed, parallel)
         trainer = Trainer(Run(config, plan, folder, initial, data, parallel, device, choice, zero, preemption))
-        detector.has_saved, detector.ended = lambda: trainer.checkpoints.has_saved, trainer.recorder.note_end
+        detector.has_saved, detector.on_failure = lambda: trainer.checkpoints.has_saved, trainer.recorder.note_end
         with trainer.recorder.own_folder():
             finished = trainer.train()
         dist.barrier()
@@ -279,7 +281,7 @@ class Trainer:
         objective = step.objective.bind(run.initial.vocabulary, run.initial.words)
         mixture = run.data.of(phase)
         micro_tokens = phase.micro_sequences * phase.sequence_length
-        mine, of = micro_batches_of(step.tokens - step.start, micro_tokens, parallel.data_rank, parallel.data_size)
+        mine, of = rank_micro_batches(step.tokens - step.start, micro_tokens, parallel.data_rank, parallel.data_size)
 
         def read() -> RankBatch:
             documents = mixture.documents(step.start, step.tokens)

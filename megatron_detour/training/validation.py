@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
-from megatron_detour.data.order import micro_batches_of
+from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.files import retry
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.objectives import KINDS, REFERENCE, Corruption
@@ -58,7 +58,7 @@ class Validation:
         """Of these documents: loss, right answers, labelled tokens and their bytes, float64 [4]."""
         totals, state = torch.zeros(4, dtype=torch.float64, device=self.device), self.state
         tokens = int(documents.lengths.sum())
-        mine, of = micro_batches_of(tokens, self.micro_tokens, state.data_rank, state.data_size)
+        mine, of = rank_micro_batches(tokens, self.micro_tokens, state.data_rank, state.data_size)
         more = (documents, mine, of, objective, self.seed, state.sequence_multiple)
         for batch in retry(lambda: rank_batch(self.mixture, *more)).micro_batches:
             covered = int(self.bytes_of.take(batch.labels.numpy()).sum())

@@ -73,9 +73,9 @@ def test_the_start_up_is_taken_off_and_too_little_text_is_told(monkeypatch):
 def test_nobody_is_fast_by_being_wrong():
     good = [[1, 2], [3]]
     compare_ids({"a": good, "b": good}, "a", np.array_equal)
-    with pytest.raises(DetourError, match="b: its ids of document 2 are not those of a"):
+    with pytest.raises(DetourError, match="b: its ids of document 2 differ from those of a"):
         compare_ids({"a": good, "b": [[1, 2], [4]]}, "a", np.array_equal)
-    with pytest.raises(DetourError, match="b: 1 documents came out where a has 2"):
+    with pytest.raises(DetourError, match="b: wrote 1 documents, but a wrote 2"):
         compare_ids({"a": good, "b": good[:1]}, "a", np.array_equal)
 
 
@@ -109,9 +109,9 @@ def test_invented_texts_are_the_same_for_a_seed_and_never_run_out_of_words():
     [
         ({"megabytes": 0}, "--megabytes: must be above 0"),
         ({"rounds": 0}, "--rounds: must be above 0"),
-        ({"workers": (1, 0)}, "--workers: must be above 0, it is 0"),
-        ({"scratch": "nowhere"}, "--scratch: there is no folder nowhere"),
-        ({"input": ("nowhere.jsonl",)}, "nowhere.jsonl: there is no such input file"),
+        ({"workers": (1, 0)}, "--workers: must be above 0, not 0"),
+        ({"scratch": "nowhere"}, "--scratch: no such folder: nowhere"),
+        ({"input": ("nowhere.jsonl",)}, "nowhere.jsonl: no such input file"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_sentence(changes, told):

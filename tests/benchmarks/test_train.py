@@ -181,14 +181,14 @@ def test_tensor_parallel_ranks_make_several_measurements_together(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"tensor": 2}, "--tensor: 2 and the ranks that were started, 1, have to be the same: torchrun"),
-        ({"rounds": 0}, "--rounds: must be above 0, it is 0"),
+        ({"tensor": 2}, "--tensor: 2 differs from the 1 ranks started: torchrun"),
+        ({"rounds": 0}, "--rounds: must be above 0, not 0"),
         ({"mask_rate": 1.0}, "--mask-rate"),
         ({"tensor": 2, "against": "transformers"}, "--against"),
-        ({"seed": -1}, "--seed: must not be negative, it is -1"),
-        ({"peer_attention": "eager"}, "there is no peer; add --against transformers"),
-        ({"sequence_parallel": True}, "--sequence-parallel: there is nothing to share out"),
-        ({"layers": 0}, "--layers: must be above 0, it is 0"),
+        ({"seed": -1}, "--seed: must be at least 0, not -1"),
+        ({"peer_attention": "eager"}, "require --against transformers"),
+        ({"sequence_parallel": True}, "--sequence-parallel requires --tensor above 1"),
+        ({"layers": 0}, "--layers: must be above 0, not 0"),
         ({"corpus": "data/notes", "full": True}, "--full"),
         (
             {"tensor": 3, "sequence_parallel": True},
@@ -196,8 +196,8 @@ def test_tensor_parallel_ranks_make_several_measurements_together(tmp_path):
         ),
         ({"against": "transformers", "peer_attention": "flash_attention_2"}, "--peer-attention: "),
         ({"corpus": "nowhere/corpus"}, "nowhere/corpus"),
-        ({"attention": "flash2"}, "flash2 needs a GPU"),
-        ({"kernels": "triton"}, "triton needs a GPU"),
+        ({"attention": "flash2"}, "flash2 requires a GPU"),
+        ({"kernels": "triton"}, "triton requires a GPU"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_sentence(changes, told):

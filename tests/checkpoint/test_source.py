@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,9 +15,11 @@ from megatron_detour.checkpoint.huggingface import load_model
 from megatron_detour.checkpoint.source import Source, StoredWeights, weight_sizes
 from megatron_detour.config import Model
 from megatron_detour.errors import DetourError
-from megatron_detour.forecast.start import look
 from megatron_detour.model.shape import Shape
+from megatron_detour.plan import Plan
+from megatron_detour.preflight import check_model
 from tests.models import CONFIG, tiny
+from tests.training.test_zero2 import run_config
 
 
 @pytest.fixture
@@ -26,6 +29,11 @@ def start(tmp_path, tokenizer_folder) -> Path:
     shutil.copytree(tokenizer_folder, folder)
     (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 400}))
     return folder
+
+
+def faults_of(start: Path) -> tuple[str, ...]:
+    config = dataclasses.replace(run_config(1), model=Model(start=str(start)))
+    return check_model(config, Plan.of(config)).faults
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -55,7 +63,7 @@ def test_plan_and_run_say_the_same_of_a_start_folder(start, form):
     renamed = {rename(name): weight for name, weight in weights().items() if rename(name)}
     save_file(renamed, start / "model.safetensors")
     source = Source(str(start))
-    told = look(Model(start=str(start))).faults
+    told = faults_of(start)
     if why is None:
         assert told == ()
         loaded = load_model(source, Shape.of(source.config(), "tests"))
@@ -68,7 +76,7 @@ def test_plan_and_run_say_the_same_of_a_start_folder(start, form):
 
 def test_pickled_weights_are_refused_with_the_way_out(start):
     torch.save(weights(), start / "pytorch_model.bin")
-    (fault,) = look(Model(start=str(start))).faults
+    (fault,) = faults_of(start)
     assert "AutoModelForMaskedLM.from_pretrained" in fault and "save_pretrained" in fault
 
 
@@ -83,7 +91,7 @@ def test_pickled_weights_are_refused_with_the_way_out(start):
 )
 def test_a_wrong_index_of_weights_is_a_sentence(start, index):
     (start / "model.safetensors.index.json").write_text(index)
-    (fault,) = look(Model(start=str(start))).faults
+    (fault,) = faults_of(start)
     assert fault.startswith(f"model.start: {start}")
 
 
@@ -93,7 +101,7 @@ def test_an_index_of_weights_is_followed(start):
     for half in (0, 1):
         save_file({n: w for i, (n, w) in parts.items() if i % 2 == half}, start / f"part-{half}.safetensors")
     (start / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert look(Model(start=str(start))).faults == ()
+    assert faults_of(start) == ()
 
 
 def with_header(text: bytes) -> bytes:

@@ -79,7 +79,7 @@ def test_a_run_that_can_start(run_file):
     found = by_what(doctor.items(str(run_file), []))
     assert found["run file"][0].text.endswith("run.yaml: small")
     assert "weights match config.json" in found["model"][0].text
-    assert found["corpus"][0].text.split(": ", 1)[1].startswith("whole, 300 documents")
+    assert found["corpus"][0].text.split(": ", 1)[1].startswith("intact, 300 documents")
     assert len(found["corpus"]) == 1  # used twice, read once
     assert "plan" not in found
     for what in ("run file", "model", "attention", "kernels", "fit", "corpus"):
@@ -90,11 +90,9 @@ def test_what_a_run_lacks_is_told(run_file, capsys):
     assert main(["doctor", str(run_file), "data.sequence_length=512", "compute.attention=flash2"]) == 1
     out = capsys.readouterr().out
     assert "fault  plan          data.sequence_length: 512 is more than the model's 256 positions" in out
-    assert "fault  attention     compute.attention: flash2 needs a GPU and bf16; use auto or sdpa" in out
+    assert "fault  attention     compute.attention: flash2 requires a GPU and bf16; use auto or sdpa" in out
     assert main(["doctor", str(run_file), "data.corpora=[{prefix: nowhere}]"]) == 1
-    assert (
-        "fault  plan          data.corpora: nowhere.manifest.json: there is no such corpus" in capsys.readouterr().out
-    )
+    assert "fault  plan          data.corpora: nowhere.manifest.json: no such corpus" in capsys.readouterr().out
 
 
 def test_weights_of_other_sizes(run_file, tmp_path):

@@ -119,7 +119,7 @@ def mixed(tmp_path_factory) -> list[str]:
 def test_the_bytes_depend_on_neither_workers_nor_parts(tmp_path, mixed, tokenizer_folder, monkeypatch):
     manifests = []
     for name, workers, stride in (("whole", 1, 1 << 25), ("one", 1, 3_001), ("three", 3, 3_001)):
-        monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+        monkeypatch.setattr(sources, "SHARD_BYTES", stride)
         assert (len(sources.plan_shards(mixed)) > 10) == (stride == 3_001)
         manifests.append(build(mixed, tmp_path / name, tokenizer_folder, workers=workers))
     assert bytes_at(tmp_path / "whole") == bytes_at(tmp_path / "one") == bytes_at(tmp_path / "three")
@@ -131,9 +131,9 @@ def test_rejects_stop_a_build_or_are_listed(tmp_path, prefix, tokenizer_folder, 
     bad = [b"{'text': 'x'}", b'{"text": null}', b'{"text": "caf\xe9"}']
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(good[:20] + bad + good[20:]) + b"\n")
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 500)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 500)
     message = failure([path], prefix, tokenizer_folder)
-    assert f"{path}, line 21: not JSON" in message
+    assert f"{path}, line 21: invalid JSON" in message
     assert "--max-rejects" in message
     assert failure([path], prefix, tokenizer_folder, max_rejects=2)
     manifest = build([path], prefix, tokenizer_folder, max_rejects=3)
@@ -141,7 +141,7 @@ def test_rejects_stop_a_build_or_are_listed(tmp_path, prefix, tokenizer_folder, 
     assert ids_at(prefix) == encoded(tokenizer_folder, ODD * 4)
     listed = [json.loads(line) for line in Path(f"{prefix}.rejects.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(entry["file"], entry["line"]) for entry in listed] == [(str(path), number) for number in (21, 22, 23)]
-    assert [entry["reason"][:8] for entry in listed] == ["not JSON", "the valu", "not UTF-"]
+    assert [entry["reason"][:8] for entry in listed] == ["invalid ", "the valu", "not UTF-"]
     build([mend(path, bad)], prefix, tokenizer_folder, overwrite=True)
     assert not Path(f"{prefix}.rejects.jsonl").exists()
 
@@ -154,10 +154,10 @@ def mend(path: Path, bad: list[bytes]) -> Path:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("none.jsonl", None, "there is no such input file"),
-        ("a.csv", b"x\n", "an input file must end in .jsonl, .jsonl.gz, .jsonl.zst, .txt"),
-        ("a.jsonl", b"", "the input has no documents"),
-        ("a.txt", b" \n\n", "the input has no documents"),
+        ("none.jsonl", None, "no such input file"),
+        ("a.csv", b"x\n", "input files must end in .jsonl, .jsonl.gz, .jsonl.zst, .txt"),
+        ("a.jsonl", b"", "the input has no usable documents"),
+        ("a.txt", b" \n\n", "the input has no usable documents"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "some text"}\n' * 50)[:-20], "cannot be read to its end"),
         ("plain.jsonl.gz", b'{"text": "x"}\n', "cannot be read to its end"),
         ("damaged.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 40, "cannot be read to its end"),
@@ -168,7 +168,7 @@ def test_inputs_that_cannot_be_built(tmp_path, prefix, tokenizer_folder, name, c
     if content is not None:
         (tmp_path / name).write_bytes(content)
     message = failure([tmp_path / name], prefix, tokenizer_folder)
-    assert str(tmp_path / name if "no documents" not in says else prefix) in message
+    assert str(tmp_path / name if "no usable documents" not in says else prefix) in message
     assert says in message
 
 
@@ -185,7 +185,7 @@ def test_a_corpus_is_replaced_only_when_asked(tmp_path, prefix, tokenizer_folder
     build([first], prefix, tokenizer_folder)
     assert names_in(prefix.parent) == {"c.bin", "c.idx", "c.manifest.json"}
     message = failure([second], prefix, tokenizer_folder)
-    assert "c.manifest.json: a corpus is already there" in message
+    assert "c.manifest.json: already exists" in message
     assert "--overwrite" in message
     failure([bad], prefix, tokenizer_folder, overwrite=True)  # the old one stays, whole
     assert ids_at(prefix) == encoded(tokenizer_folder, ["one text"])
@@ -213,7 +213,7 @@ def test_the_tool(tmp_path, prefix, tokenizer_folder):
     assert prefix.with_suffix(".bin").stat().st_mtime_ns == made
     other = run("--normalize", "NFC")
     assert other.returncode == 1
-    assert f"\nerror: {prefix}.manifest.json: a corpus is already there" in other.stderr
+    assert f"\nerror: {prefix}.manifest.json: already exists" in other.stderr
     assert "Traceback" not in other.stderr
 
 
@@ -233,21 +233,18 @@ def test_a_damaged_corpus_is_refused(corpus, tmp_path, suffix, change):
         file.unlink()
     else:
         os.truncate(file, size + change)
-    found = "is missing" if change is None else f"has {size + change:,} bytes"
+    state = "missing" if change is None else f"{size + change:,} bytes instead of {size:,}"
     with pytest.raises(DetourError) as caught:
         read_manifest(prefix)
-    assert (
-        str(caught.value)
-        == f"{file}: {found} where the manifest says {size:,}; build the corpus again, with --overwrite"
-    )
+    assert str(caught.value) == f"{file}: {state}; rebuild the corpus with --overwrite"
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "there is no such corpus; build it with megatron-detour preprocess"),
-        (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
+        (None, "no such corpus; build it with megatron-detour preprocess"),
+        (b"{", "invalid JSON"),
+        (b"\xff", "invalid JSON"),
         (b"[]", "not a JSON object"),
         (b'{"format": 1}', "not a corpus manifest of format 2"),
         (b'{"format": 2, "documents": 3}', "missing keys: files, tokenizer, tokens"),
@@ -282,7 +279,7 @@ def reports(folder: Path, count: int) -> Path:
 def test_a_folder_of_texts_is_asked_about_with_both_counts(tmp_path, prefix, tokenizer_folder):
     folder = reports(tmp_path / "in", 40)
     message = failure([folder], prefix, tokenizer_folder)
-    assert "give --whole-files if each file is a document (40 documents)" in message
+    assert "add --whole-files if each file is a document (40 documents)" in message
     assert "or --lines if each line is one (about 120)" in message
     assert message == failure(sorted(folder.iterdir()), prefix, tokenizer_folder)  # as a shell's * gives them
     assert build([folder], tmp_path / "lines", tokenizer_folder, lines=True).documents == 120
@@ -299,7 +296,7 @@ def test_whole_files_go_with_parts_shards_and_resuming(tmp_path, tokenizer_folde
     one = build([folder], tmp_path / "one", tokenizer_folder, whole_files=True, **flags)
     assert one.removed["duplicate"] >= 1
     assert one.documents + one.held_out + one.removed["duplicate"] == one.records == 41
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 300)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 300)
     for index in (1, 0):
         shard = {"num_shards": 2, "shard_index": index}
         assert build([folder], tmp_path / "two", tokenizer_folder, whole_files=True, **flags, **shard) is None
@@ -322,7 +319,7 @@ def test_a_single_text_file_is_read_line_by_line_and_says_so(tmp_path, prefix, t
     path = reports(tmp_path / "in", 1) / "000.txt"
     assert build([path], prefix, tokenizer_folder).documents == 3
     assert (
-        f"{path}: each of its about 3 lines is a document; with --whole-files the file is one"
+        f"{path}: each of about 3 lines is a document; with --whole-files the file is one document"
         in capsys.readouterr().err
     )
 
@@ -342,7 +339,7 @@ def test_names_that_are_not_utf_8_are_read_and_told(tmp_path, tokenizer_folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
-    assert b"jsonl, line 2: not JSON" in done.stderr
+    assert b"jsonl, line 2: invalid JSON" in done.stderr
     done = subprocess.run([*command, "--max-rejects", "1"], capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert b"1 documents" in done.stdout

@@ -1,4 +1,4 @@
-"""Reading documents: every record is a document, empty or a reject with its reason, in whatever stretch it lies."""
+"""Reading documents: every record is a document, empty or a reject with its reason, in whatever shard it lies."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TEXTS = [f"text {i} œ " + "y" * (i % 7) for i in range(1_000)]
 
 
 def read(path: Path | str, keys: TextKeys | None = None, **options) -> list[Block]:
-    stretches = plan_shards(find_inputs([str(path)])[0], **options)
-    return [block for stretch in stretches for block in read_shard(stretch, keys or TextKeys())]
+    shards = plan_shards(find_inputs([str(path)])[0], **options)
+    return [block for shard in shards for block in read_shard(shard, keys or TextKeys())]
 
 
 def texts_of(blocks: list[Block]) -> list[str]:
@@ -38,10 +38,10 @@ def zstandard(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("block", [7, 64, 1 << 20])
 @pytest.mark.parametrize("stride", [1, 4, 5, 7, 100, 1 << 20])  # lines begin at bytes 4 and 5
-def test_every_line_belongs_to_one_stretch(tmp_path, monkeypatch, stride, block):
+def test_every_line_belongs_to_one_shard(tmp_path, monkeypatch, stride, block):
     path = tmp_path / "a.txt"
     path.write_bytes(LINES)
-    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+    monkeypatch.setattr(sources, "SHARD_BYTES", stride)
     monkeypatch.setattr(lines, "BLOCK_BYTES", block)
     blocks = read(path)
     expected = LINES.decode().replace("\r\n", "\n").split("\n")
@@ -51,40 +51,40 @@ def test_every_line_belongs_to_one_stretch(tmp_path, monkeypatch, stride, block)
 
 
 @pytest.mark.parametrize("stride", [1, 64, 65, 300, 1_000, 1 << 20])
-def test_a_bad_line_is_named_in_whatever_stretch(tmp_path, monkeypatch, stride):
-    """Each line in turn is bad; the number told is its own, wherever the stretches begin."""
-    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+def test_a_bad_line_is_named_in_whatever_shard(tmp_path, monkeypatch, stride):
+    """Each line in turn is bad; the number told is its own, wherever the shards begin."""
+    monkeypatch.setattr(sources, "SHARD_BYTES", stride)
     path = tmp_path / "a.jsonl"
     for bad in range(1, 13):
         lines = [json.dumps({"text": "x" * (17 * i)}).encode() for i in range(1, 13)]
         lines[bad - 1] = b"oops"
         path.write_bytes(b"\n".join(lines))
         found = [
-            records_before(stretch) + record + 1
-            for stretch in plan_shards([str(path)])
-            for block in read_shard(stretch, TextKeys())
+            records_before(shard) + record + 1
+            for shard in plan_shards([str(path)])
+            for block in read_shard(shard, TextKeys())
             for record, _ in block.rejects
         ]
         assert found == [bad]
 
 
 BAD_LINES = {
-    "not JSON": (b"{'text': 'x'}", "not JSON"),
-    "deep": (b"[" * 200_000, "not JSON"),
-    "two objects": (b'{"text": "a"} {"text": "b"}', "not JSON"),
+    "invalid JSON": (b"{'text': 'x'}", "invalid JSON"),
+    "deep": (b"[" * 200_000, "invalid JSON"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "invalid JSON"),
     "no object": (b'["text"]', "not a JSON object such as"),
     "no key": (b'{"txet": "x"}', "no key 'text'"),
     "an object": (
         b'{"text": {"a": "x", "b": "y"}}',
-        "the value of 'text' is an object; --text-key text.NAME takes the text under NAME in it",
+        "the value of 'text' is an object; use --text-key text.NAME for the text under NAME in it",
     ),
-    "a usual key": (b'{"Jane Doe": 1, "note": {"text": "x"}}', "no key 'text' (there is 'note'); --text-key names"),
-    "twice": (b'{"text": "a", "text": "b"}', "the key 'text' appears twice"),
-    "twice, with spaces": (b'{"text" : "a", "n": 1, "text" :"b"}', "the key 'text' appears twice"),
+    "a usual key": (b'{"Jane Doe": 1, "note": {"text": "x"}}', "no key 'text' (there is 'note'); set --text-key to"),
+    "twice": (b'{"text": "a", "text": "b"}', "duplicate key 'text'"),
+    "twice, with spaces": (b'{"text" : "a", "n": 1, "text" :"b"}', "duplicate key 'text'"),
     "null": (b'{"text": null}', "the value of 'text' is null"),
-    "no text": (b'{"text": ["x"]}', "the value of 'text' is not a text"),
-    "half a surrogate pair": (b'{"text": "x \\ud83e"}', "holds half a surrogate pair"),
-    "surrogates the wrong way round": (b'{"text": "\\udd20\\ud83e"}', "holds half a surrogate pair"),
+    "no text": (b'{"text": ["x"]}', "the value of 'text' is not a string"),
+    "half a surrogate pair": (b'{"text": "x \\ud83e"}', "contains a lone surrogate"),
+    "surrogates the wrong way round": (b'{"text": "\\udd20\\ud83e"}', "contains a lone surrogate"),
     "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8"),
 }
 
@@ -154,7 +154,7 @@ def test_a_key_with_a_dot_is_taken_as_it_is_spelled_or_as_a_way_inside(tmp_path,
     assert block.texts == [f"{text}|{text}"]
     (tmp_path / "b.jsonl").write_bytes(beside + json.dumps(record).encode()[:-1] + b', "a": 1, "a": 2}\n')
     (block,) = read(tmp_path / "b.jsonl", TextKeys((key,)))
-    assert (block.texts, block.rejects[-1][1]) == ([], "the key 'a' appears twice")
+    assert (block.texts, block.rejects[-1][1]) == ([], "duplicate key 'a'")
     if "no object" not in record.values():
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
         (block,) = read(tmp_path / "a.parquet", TextKeys((key,)))
@@ -178,8 +178,8 @@ def test_nothing_of_a_record_is_told_but_its_place(tmp_path, bad):
 def test_a_file_of_line_ends_is_read_as_fast_as_they_are(tmp_path, monkeypatch):
     """No call for each empty line, whatever stands beside them."""
     taken = []
-    real = Block.take
-    monkeypatch.setattr(Block, "take", lambda *given: (taken.append(given), real(*given)))
+    real = Block.add
+    monkeypatch.setattr(Block, "add", lambda *given: (taken.append(given), real(*given)))
     for name, line in (("a.txt.gz", b"text"), ("a.jsonl.gz", b'{"text": "text"}'), ("b.jsonl.gz", b"oops")):
         (tmp_path / name).write_bytes(gzip.compress(b"\n" * 3_000_000 + line + b"\n" * 3_000_000))
         blocks = read(tmp_path / name)
@@ -203,9 +203,9 @@ def test_two_records_on_a_line_do_not_make_up_for_one_on_two(tmp_path, lines):
 
 
 def test_a_line_without_end_is_passed_over_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "LONGEST_LINE", 1_000)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1_000)
     monkeypatch.setattr(lines, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 700)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 700)
     content = b"a\n" + b"x" * 5_000 + b"\nb\n" + b"y" * 1_000 + b"\n" + b"z" * 3_000
     for name, whole in (("a.txt", content), ("a.txt.gz", gzip.compress(content))):
         (tmp_path / name).write_bytes(whole)
@@ -244,7 +244,7 @@ def table(texts: list[str | None]) -> pyarrow.Table:
 @pytest.mark.parametrize("stride", [900, 1 << 25])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_the_same_documents(tmp_path, monkeypatch, kind, stride):
-    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+    monkeypatch.setattr(sources, "SHARD_BYTES", stride)
     KINDS[kind](tmp_path / kind)
     blocks = read(tmp_path / kind)
     assert texts_of(blocks) == TEXTS
@@ -260,11 +260,11 @@ def test_a_dataset_that_load_dataset_opens(tmp_path, monkeypatch, streaming):
         share = TEXTS[number::3]
         pyarrow.parquet.write_table(table(share), tmp_path / f"train-{number}.parquet")
     dataset = HubDataset(str(tmp_path), streaming=streaming)
-    stretches = plan_shards([], dataset=dataset)
-    found = [t for stretch in stretches for block in read_shard(stretch, TextKeys()) for t in block.texts]
+    shards = plan_shards([], dataset=dataset)
+    found = [t for shard in shards for block in read_shard(shard, TextKeys()) for t in block.texts]
     assert found == TEXTS[0::3] + TEXTS[1::3] + TEXTS[2::3]
-    assert len(stretches) == len(plan_parts(stretches, "")) == (3 if streaming else 1)
-    with pytest.raises(DetourError, match="cannot be opened"):
+    assert len(shards) == len(plan_parts(shards, "")) == (3 if streaming else 1)
+    with pytest.raises(DetourError, match="cannot open this dataset"):
         plan_shards([], dataset=HubDataset(str(tmp_path / "none"), streaming=streaming))
 
 
@@ -304,10 +304,10 @@ def test_folders_globs_and_whole_files(tmp_path):
     (tmp_path / "deep/c.txt.gz").write_bytes(gzip.compress(b"five\nsix"))
     assert texts_of(read(tmp_path, whole_files=True))[1:2] == ["five\nsix"]
     for names, says in (
-        ([f"{tmp_path}/*.jsonl"], "there is no such input file"),
-        ([f"{tmp_path}/deep/readme.md"], "an input file must end in"),
-        ([f"{tmp_path}/deep/*.md"], "no file there ends in"),
-        ([str(tmp_path / "deep"), str(tmp_path / "deep/a.txt")], "a.txt: this input is named twice"),
+        ([f"{tmp_path}/*.jsonl"], "no input file matches"),
+        ([f"{tmp_path}/deep/readme.md"], "input files must end in"),
+        ([f"{tmp_path}/deep/*.md"], "no file ends in"),
+        ([str(tmp_path / "deep"), str(tmp_path / "deep/a.txt")], "a.txt: this input is given twice"),
     ):
         with pytest.raises(DetourError, match=says):
             find_inputs(names)
@@ -327,7 +327,7 @@ def test_links_are_followed_and_others_are_told(tmp_path):
     assert find_inputs([f"{tmp_path}/in/**"], (tmp_path / "in/out.rejects.jsonl",))[0] == found
     (tmp_path / "in/again.txt").symlink_to(tmp_path / "in/a.txt")
     assert find_inputs([str(tmp_path / "in")], (tmp_path / "in/out.rejects.jsonl",))[0] == found
-    with pytest.raises(DetourError, match=r"a\.txt: this input is named twice"):
+    with pytest.raises(DetourError, match=r"a\.txt: this input is given twice"):
         find_inputs([str(tmp_path / "in"), str(tmp_path / "in/again.txt")])
 
 
@@ -357,8 +357,8 @@ def test_large_texts_are_not_read_many_at_once(tmp_path, monkeypatch, kind):
         pyarrow.parquet.write_table(table(texts), tmp_path / "a.parquet", row_group_size=60)
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
         chosen = HubDataset(str(tmp_path), streaming=True) if kind == "streamed" else None
-        stretches = plan_shards([] if chosen else [str(tmp_path / "a.parquet")], dataset=chosen)
-        blocks = [block for stretch in stretches for block in read_shard(stretch, TextKeys())]
+        shards = plan_shards([] if chosen else [str(tmp_path / "a.parquet")], dataset=chosen)
+        blocks = [block for shard in shards for block in read_shard(shard, TextKeys())]
     assert texts_of(blocks) == texts
     assert max(sum(map(len, block.texts)) for block in blocks) < 10_000 + 4_100
     assert max(block.records for block in blocks) == documents.ROWS
@@ -377,7 +377,7 @@ def test_a_saved_dataset_names_only_what_lies_in_it(tmp_path, splits):
     datasets.Dataset.from_dict({"text": ["secret"]}).save_to_disk(tmp_path / "out")
     (tmp_path / "d").mkdir()
     (tmp_path / "d/dataset_dict.json").write_text(json.dumps({"splits": splits}))
-    with pytest.raises(DetourError, match=r"dataset_dict\.json: its splits are not a list of names"):
+    with pytest.raises(DetourError, match=r"dataset_dict\.json: splits must be a list of names"):
         read(tmp_path / "d", split="../out")
 
 
@@ -402,7 +402,7 @@ def test_a_saved_dataset_whose_files_lie_elsewhere_is_refused(tmp_path):
     state = json.loads((tmp_path / "d/state.json").read_text())
     state["_data_files"] = [{"filename": "../other/data.arrow"}]
     (tmp_path / "d/state.json").write_text(json.dumps(state))
-    with pytest.raises(DetourError, match=r"state\.json: its _data_files are not a list of files beside it"):
+    with pytest.raises(DetourError, match=r"state\.json: _data_files must be a list of adjacent files"):
         read(tmp_path / "d")
 
 
@@ -435,27 +435,27 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_file_that_ends_too_early_or_is_none(tmp_path, name):
     (tmp_path / name).write_bytes(BROKEN[name])
-    with pytest.raises(DetourError, match=f"{name}: (cannot be read to its end|not a Parquet file)"):
+    with pytest.raises(DetourError, match=f"{name}: (cannot be read to its end|not a readable Parquet file)"):
         read(tmp_path / name)
 
 
 def test_small_files_share_parts_and_a_changed_one_makes_another(tmp_path):
     for number in range(50):
         (tmp_path / f"{number:02d}.txt").write_text(f"text {number}")
-    stretches = plan_shards(find_inputs([str(tmp_path)])[0])
-    (part,) = plan_parts(stretches, "")
-    assert part.stretches == tuple(stretches)
-    assert plan_parts(stretches, "")[0].key == part.key
-    assert plan_parts(stretches, "other options")[0].key != part.key
+    shards = plan_shards(find_inputs([str(tmp_path)])[0])
+    (part,) = plan_parts(shards, "")
+    assert part.shards == tuple(shards)
+    assert plan_parts(shards, "")[0].key == part.key
+    assert plan_parts(shards, "other options")[0].key != part.key
     (tmp_path / "07.txt").write_text("text X")
     assert plan_parts(plan_shards(find_inputs([str(tmp_path)])[0]), "")[0].key != part.key
 
 
 def test_read_documents_of_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 30)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 30)
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["one", "two", " ", "three"]) + b"oops\n" + jsonl(["four"]))
     found = read_documents(path)
     assert [next(found) for _ in range(3)] == ["one", "two", "three"]
-    with pytest.raises(DetourError, match=r"a\.jsonl, line 5: not JSON"):
+    with pytest.raises(DetourError, match=r"a\.jsonl, line 5: invalid JSON"):
         next(found)

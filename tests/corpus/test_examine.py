@@ -45,7 +45,7 @@ def read_manifest_unchecked(prefix: Path):
 
 
 def test_a_whole_corpus_is_verified(corpus):
-    assert "whole, 300 documents" in verify(corpus.prefix)
+    assert "intact, 300 documents" in verify(corpus.prefix)
 
 
 def test_a_changed_byte_is_found(corpus, tmp_path):
@@ -54,27 +54,27 @@ def test_a_changed_byte_is_found(corpus, tmp_path):
         content = bytearray(prefix.with_suffix(suffix).read_bytes())
         content[len(content) // 2] ^= 1
         prefix.with_suffix(suffix).write_bytes(content)
-        with pytest.raises(DetourError, match=f"c{suffix}: its SHA-256 is not the manifest's"):
+        with pytest.raises(DetourError, match=f"c{suffix}: its SHA-256 differs from the manifest's"):
             verify(str(prefix))
 
 
 def test_files_that_agree_with_a_wrong_manifest(corpus, tmp_path):
     prefix = copy_of(corpus, tmp_path)
     whole = IndexedCorpus(prefix)
-    lengths, ids = np.array(whole.lengths), np.array(whole.stretch(0, whole.token_count))
+    lengths, ids = np.array(whole.lengths), np.array(whole.token_range(0, whole.token_count))
     ids[7] = 400
     prefix.with_suffix(".bin").write_bytes(ids.tobytes())
     vouch(prefix)
-    with pytest.raises(DetourError, match="holds id 400 of a vocabulary of 400"):
+    with pytest.raises(DetourError, match="contains id 400, but the vocabulary has 400 ids"):
         verify(str(prefix))
     prefix = copy_of(corpus, tmp_path)
     vouch(prefix, documents=299)
-    with pytest.raises(DetourError, match="does not hold the manifest's documents and tokens"):
+    with pytest.raises(DetourError, match="its documents or tokens differ from the manifest's"):
         verify(str(prefix))
     lengths[3], lengths[4] = lengths[3] + lengths[4], 0
     write_index(prefix.with_suffix(".idx"), lengths, whole.dtype)
     vouch(prefix, documents=300)
-    with pytest.raises(DetourError, match="do not lie one after the other"):
+    with pytest.raises(DetourError, match="are not contiguous"):
         verify(str(prefix))
 
 
@@ -85,7 +85,7 @@ def test_stats(corpus, tmp_path):
     manifest = read_manifest(prefix)
     assert told["documents"] == "300"
     assert told["tokens"] == f"{manifest.tokens:,}"
-    assert told["tokens a document"].startswith(f"{manifest.tokens / 300:,.1f} (longest ")
+    assert told["tokens per document"].startswith(f"{manifest.tokens / 300:,.1f} (longest ")
     assert (tmp_path / "c.lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -98,7 +98,7 @@ def test_peek(corpus, tmp_path):
     (entry,) = peek(corpus.prefix, str(corpus.tokenizer), 1, 137)
     assert entry.endswith(" characters)") and len(entry) < 700
     for options, says in (
-        ((None, 3, None), "--tokenizer: peek needs"),
+        ((None, 3, None), "--tokenizer: peek requires"),
         ((str(corpus.tokenizer), 3, 300), "has documents 0 to 299"),
     ):
         with pytest.raises(DetourError, match=says):
@@ -121,7 +121,7 @@ def test_merge_joins_in_order(corpus, tmp_path, tokenizer_folder):
 def test_merge_does_not_undo_a_held_out_share(tmp_path, tokenizer_folder):
     path = write_jsonl(tmp_path / "t.jsonl", [f"text {i}" for i in range(60)])
     build([path], tmp_path / "a", tokenizer_folder, held_out=0.3)
-    with pytest.raises(DetourError, match=r"a\.heldout: it was held out of"):
+    with pytest.raises(DetourError, match=r"a\.heldout: was held out of"):
         merge_corpora([str(tmp_path / "a"), str(tmp_path / "a.heldout")], str(tmp_path / "m"))
 
 
@@ -132,11 +132,11 @@ def test_merge_refuses_what_does_not_fit(corpus, tmp_path, tokenizer_folder):
     build([write_jsonl(tmp_path / "t.jsonl", ["one text"])], tmp_path / "b", tmp_path / "tokenizer.json")
     for prefixes, output, says in (
         ([corpus.prefix, str(tmp_path / "b")], "m", "built with another tokenizer"),
-        ([corpus.prefix], "b", "a corpus is already there"),
-        ([str(tmp_path / "b")], "b", "one of the corpora to join"),
-        ([str(tmp_path / "none")], "m", "there is no such corpus"),
-        ([corpus.prefix, corpus.prefix], "m", "is named twice"),
-        ([corpus.prefix], "", "that is a folder"),
+        ([corpus.prefix], "b", "already exists"),
+        ([str(tmp_path / "b")], "b", "one of the corpora to merge"),
+        ([str(tmp_path / "none")], "m", "no such corpus"),
+        ([corpus.prefix, corpus.prefix], "m", "is given twice"),
+        ([corpus.prefix], "", "is a folder"),
     ):
         with pytest.raises(DetourError, match=says):
             merge_corpora(prefixes, str(tmp_path / output))
@@ -148,7 +148,7 @@ def test_merge_does_not_pass_on_damage(corpus, tmp_path):
     content = bytearray(prefix.with_suffix(".bin").read_bytes())
     content[99] ^= 1
     prefix.with_suffix(".bin").write_bytes(content)
-    with pytest.raises(DetourError, match=r"c\.bin: its SHA-256 is not its manifest's"):
+    with pytest.raises(DetourError, match=r"c\.bin: its SHA-256 differs from its manifest's"):
         merge_corpora([str(prefix), corpus.prefix], str(tmp_path / "m"))
     assert not list(tmp_path.glob("m.*"))
 
@@ -159,7 +159,7 @@ def test_tokenizers_that_do_not_fit_are_told(corpus):
     told = summary(options, dataclasses.replace(manifest, unknown=manifest.tokens // 10))
     assert "warning: 10.0% of the tokens are [UNK]" in told
     told = summary(options, dataclasses.replace(manifest, tokenizer=manifest.tokenizer | {"mask": None}))
-    assert "warning: the tokenizer has no [MASK], which training needs" in told
+    assert "warning: the tokenizer has no [MASK], which training requires" in told
 
 
 def test_whoever_reads_may_have_enough(corpus):
@@ -181,12 +181,12 @@ def test_the_commands_of_the_tool(corpus, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
 
     prefix = str(copy_of(corpus, tmp_path))
-    assert "whole, 300 documents" in run("verify", prefix)
-    assert "tokens a document" in run("stats", prefix)
+    assert "intact, 300 documents" in run("verify", prefix)
+    assert "tokens per document" in run("stats", prefix)
     assert run("peek", prefix, "--tokenizer", str(corpus.tokenizer), "-n", "2").count("--- document") == 2
     assert "600 documents" in run("merge", prefix, corpus.prefix, "--output-prefix", str(tmp_path / "m"))
 
 
 def test_the_summary_of_a_shard_says_what_to_do_next():
     told = summary(BuildOptions("c", "t", ("a",), num_shards=4, shard_index=1), None)
-    assert told.startswith("c: share 1 of 4 is done")
+    assert told.startswith("c: finished shard 1 of 4")

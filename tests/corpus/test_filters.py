@@ -13,7 +13,7 @@ from tokenizers import Regex, normalizers
 
 from megatron_detour.corpus import duplicates
 from megatron_detour.corpus.examine import verify
-from megatron_detour.corpus.filters import PERMUTATIONS, Cleaner, rows_a_band
+from megatron_detour.corpus.filters import PERMUTATIONS, Cleaner, rows_per_band
 from megatron_detour.corpus.options import BuildOptions
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.data.manifest import read_manifest
@@ -31,11 +31,11 @@ def test_lengths_normal_form_and_language():
     removed: Counter[str] = Counter()
     french = "Le patient a de la fièvre depuis hier et prend du paracétamol."
     english = "The patient has had a fever since yesterday and takes paracetamol."
-    cleaner = Cleaner(BuildOptions(normalize="NFC", min_chars=5, max_chars=80, language=("fr",)))
+    cleaner = Cleaner(BuildOptions("c", "t", normalize="NFC", min_chars=5, max_chars=80, language=("fr",)))
     texts = [french, english, "Bon", french * 2, french.replace("è", "e\u0300")]
     assert cleaner.clean(texts, removed) == [french, french]
     assert removed == {"language": 1, "short": 1, "long": 1}
-    assert Cleaner(BuildOptions()).clean(texts, removed) == texts
+    assert Cleaner(BuildOptions("c", "t")).clean(texts, removed) == texts
 
 
 def test_removed_documents_are_counted_in_the_manifest(tmp_path, tokenizer_folder):
@@ -54,7 +54,7 @@ def test_the_first_of_equal_documents_stays(tmp_path, values, part, in_memory):
     parts = [hashes[i : i + part] for i in range(0, len(hashes), part)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "IN_MEMORY", in_memory)
-        first = duplicates.first_of_their_kind(parts, len(hashes), tmp_path)
+        first = duplicates.first_occurrences(parts, len(hashes), tmp_path)
     assert first.tolist() == [value not in values[:i] for i, value in enumerate(values)]
     assert not list(tmp_path.iterdir())
 
@@ -62,13 +62,13 @@ def test_the_first_of_equal_documents_stays(tmp_path, values, part, in_memory):
 def test_similar_documents_meet_by_way_of_others(tmp_path):
     bands = np.array([[1, 5, 7], [2, 6, 4], [3, 5, 4], [9, 8, 1]], dtype="<u8")  # the last 1 is of another band
     keys = np.stack([bands, np.broadcast_to(np.arange(3, dtype="<u8"), bands.shape)], axis=2)
-    assert duplicates.first_of_their_kind([keys], 4, tmp_path).tolist() == [True, False, False, True]
+    assert duplicates.first_occurrences([keys], 4, tmp_path).tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.9])
 def test_bands_meet_from_about_the_similarity_on(similarity):
     """Pairs of documents that share a known part of their 5-grams, well above and well below the threshold."""
-    cleaner = Cleaner(BuildOptions(deduplicate="near", similarity=similarity))
+    cleaner = Cleaner(BuildOptions("c", "t", deduplicate="near", similarity=similarity))
     rng = random.Random(3)
 
     def meet(jaccard: float) -> bool:
@@ -82,7 +82,7 @@ def test_bands_meet_from_about_the_similarity_on(similarity):
     above, below = min(similarity + 0.12, 1.0), similarity - 0.25
     assert sum(meet(above) for _ in range(40)) >= 30
     assert sum(meet(below) for _ in range(40)) <= 10
-    rows = rows_a_band(similarity)
+    rows = rows_per_band(similarity)
     assert PERMUTATIONS // rows * rows <= PERMUTATIONS
 
 
@@ -146,5 +146,5 @@ def test_documents_of_which_the_tokenizer_leaves_nothing_are_empty(tmp_path, tok
 
 
 def test_an_unknown_language_is_refused():
-    with pytest.raises(DetourError, match="--language: 'english' is no code of py3langid; it knows ace af"):
-        Cleaner(BuildOptions(language=("fr", "english")))
+    with pytest.raises(DetourError, match="--language: py3langid does not support 'english'; it supports ace af"):
+        Cleaner(BuildOptions("c", "t", language=("fr", "english")))

@@ -25,19 +25,20 @@ from tests.conftest import build, sentences, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 STRETCH = 4_000
+pytestmark = pytest.mark.integration
 # A build of small parts in a process of its own, as a tool runs it; argv: prefix, tokenizer, input, flags.
 SCRIPT = f"""
 import sys
-from megatron_detour.corpus import build_corpus, options, sources
+from megatron_detour.corpus import BuildOptions, build_corpus, sources
 from megatron_detour.errors import command_line
+from megatron_detour.settings import add_arguments, from_namespace
 import argparse
 
-pytestmark = pytest.mark.integration
-sources.STRETCH_BYTES = {STRETCH}
+sources.SHARD_BYTES = {STRETCH}
 parser = argparse.ArgumentParser()
-options.add_flags(parser)
+add_arguments(parser, BuildOptions)
 if __name__ == "__main__":
-    command_line(lambda: build_corpus(options.options_of(parser.parse_args())) and None)
+    command_line(lambda: build_corpus(from_namespace(BuildOptions, parser.parse_args())) and None)
 """
 
 
@@ -50,7 +51,7 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(sources, "STRETCH_BYTES", STRETCH)
+    monkeypatch.setattr(sources, "SHARD_BYTES", STRETCH)
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +168,10 @@ def test_shards_and_ray_give_the_bytes_of_one_process(tmp_path, texts, tokenizer
 
 def test_two_builds_of_one_corpus_do_not_mix(tmp_path, texts, tokenizer_folder):
     journal = Journal(str(tmp_path / "c"))
-    with journal.lock(None), pytest.raises(DetourError, match="another build of it is running"):
+    with journal.lock(None), pytest.raises(DetourError, match="another build of this corpus is running"):
         build([texts], tmp_path / "c", tokenizer_folder)
     with journal.lock(1):
-        with pytest.raises(DetourError, match="lock-1 is held"):
+        with pytest.raises(DetourError, match="lock-1 is locked"):
             build([texts], tmp_path / "c", tokenizer_folder, num_shards=2, shard_index=1)
         build([texts], tmp_path / "c", tokenizer_folder, num_shards=2, shard_index=0)
         with pytest.raises(DetourError, match="another build"):
@@ -225,11 +226,11 @@ def test_a_stopped_build_says_so(tmp_path, texts, tokenizer_folder, sign):
             break
     assert process.returncode == 130
     told = [line for line in process.stderr.read().splitlines() if "stopped" in line]
-    assert told == [f"stopped; finished parts are kept in {folder}/.c.building, the same command goes on"]
+    assert told == [f"stopped; finished parts are kept in {folder}/.c.building, run the same command to resume"]
 
 
 def test_a_place_without_files_is_told(tmp_path, texts, tokenizer_folder):
-    with pytest.raises(DetourError, match="no files can be made there: Not a directory"):
+    with pytest.raises(DetourError, match="cannot create files there: Not a directory"):
         build([texts], texts / "c", tokenizer_folder)
 
 
@@ -244,7 +245,7 @@ def test_a_file_that_grows_before_the_first_part_is_refused(tmp_path, texts, tok
         return real(*arguments)
 
     monkeypatch.setattr(corpus_build, "choose_engine", append_meanwhile)
-    with pytest.raises(DetourError, match=r"t\.jsonl: changed while it was read"):
+    with pytest.raises(DetourError, match=r"t\.jsonl: changed during the build"):
         build([path], tmp_path / "c", tokenizer_folder)
 
 
@@ -255,7 +256,7 @@ def test_a_file_that_comes_to_a_folder_is_refused(tmp_path, texts, tokenizer_fol
     monkeypatch.setattr(
         corpus_build, "run_parts", lambda *given: (real(*given), (tmp_path / "in/b.jsonl").write_text('{"text": "x"}'))
     )
-    with pytest.raises(DetourError, match="changed while it was read"):
+    with pytest.raises(DetourError, match="changed during the build"):
         build([tmp_path / "in"], tmp_path / "c", tokenizer_folder)
 
 
@@ -292,7 +293,7 @@ def test_a_damaged_entry_is_done_again_and_a_damaged_note_is_written_again(
     tmp_path, texts, tokenizer_folder, small_parts, monkeypatch, content
 ):
     with monkeypatch.context() as broken:
-        broken.setattr(publish, "_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(publish, "_rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build([texts], tmp_path / "c", tokenizer_folder)
     entry = min((tmp_path / ".c.building").glob("?" * 24 + ".json"))
@@ -349,7 +350,7 @@ def test_a_build_broken_off_before_the_first_name_leaves_nothing_of_the_old_one(
 ):
     build([texts], tmp_path / "c", tokenizer_folder, held_out=0.1)
     with monkeypatch.context() as broken:
-        broken.setattr(publish, "_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(publish, "_rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
     build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
@@ -363,17 +364,17 @@ def test_nothing_of_an_earlier_corpus_is_left(tmp_path, texts, tokenizer_folder)
     build([texts], tmp_path / "c", tokenizer_folder, overwrite=True)
     assert {path.name for path in tmp_path.glob("*c.*")} == {"c.bin", "c.idx", "c.manifest.json"}
     build([texts], tmp_path / "d.heldout", tokenizer_folder)
-    with pytest.raises(DetourError, match=r"d\.heldout\.manifest\.json: a corpus is already there"):
+    with pytest.raises(DetourError, match=r"d\.heldout\.manifest\.json: already exists"):
         build([texts], tmp_path / "d", tokenizer_folder, held_out=0.1)
     build([texts], tmp_path / "e", tokenizer_folder, held_out=0.1)
     (tmp_path / "e.heldout.bin").unlink()
-    with pytest.raises(DetourError, match=r"e\.heldout\.bin: is missing"):
+    with pytest.raises(DetourError, match=r"e\.heldout\.bin: missing"):
         build([texts], tmp_path / "e", tokenizer_folder, held_out=0.1)
 
 
 def test_a_missing_package_is_named(tmp_path, texts, tokenizer_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
-    with pytest.raises(DetourError, match=r"needs the package rensa: pip install"):
+    with pytest.raises(DetourError, match=r"requires rensa: pip install"):
         build([texts], tmp_path / "c", tokenizer_folder, deduplicate="near")
 
 
@@ -383,7 +384,7 @@ def test_too_many_rejects_stop_a_part_at_once(tmp_path, tokenizer_folder):
     part = sources.plan_parts(sources.plan_shards([str(tmp_path / "a.jsonl.gz")]), "")[0]
     options = BuildOptions(str(tmp_path / "c"), str(tokenizer_folder), (), max_rejects=10)
     job = worker.Job(options, "tokenizers", str(tokenizer_folder / "tokenizer.json"), "<u2", 2)
-    with pytest.raises(DetourError, match=r"line 11: no key 'text'.*more than --max-rejects 10"):
+    with pytest.raises(DetourError, match=r"line 11: no key 'text'.*more than --max-rejects 10 records are invalid"):
         worker.build_part(part, job, lambda read, made: reports.append(read))
     assert len(reports) < 3
     assert not list((tmp_path / ".c.building").glob("*")) if (tmp_path / ".c.building").exists() else True
@@ -400,7 +401,7 @@ def test_a_file_that_grows_is_refused(tmp_path, texts, tokenizer_folder, monkeyp
             file.write(json.dumps({"text": "more"}) + "\n")
 
     monkeypatch.setattr(corpus_build, "run_parts", append_meanwhile)
-    with pytest.raises(DetourError, match=r"t\.jsonl: changed while it was read"):
+    with pytest.raises(DetourError, match=r"t\.jsonl: changed during the build"):
         build([path], tmp_path / "c", tokenizer_folder)
     assert not list(tmp_path.glob("c.*"))
     monkeypatch.setattr(corpus_build, "run_parts", real)
@@ -410,18 +411,18 @@ def test_a_file_that_grows_is_refused(tmp_path, texts, tokenizer_folder, monkeyp
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"workers": 0}, "--workers: at least 1"),
-        ({"max_rejects": -1}, "--max-rejects: at least 0"),
+        ({"workers": 0}, "--workers: must be at least 1, not 0"),
+        ({"max_rejects": -1}, "--max-rejects: must be at least 0, not -1"),
         ({"num_shards": 3}, "each process needs its --shard-index"),
         ({"num_shards": 3, "shard_index": 3}, "3 is not below --num-shards 3"),
         ({"num_shards": 3, "shard_index": 1, "engine_cluster": "ray"}, "--engine-cluster"),
         ({"max_chars": 5, "min_chars": 6}, "--max-chars: 5 leaves out every document"),
-        ({"held_out": 1.0}, "--held-out: a share from 0 to below 1"),
-        ({"similarity": 0.5}, "--similarity: it is for --deduplicate near"),
-        ({"dataset": "d"}, "--dataset: it does not go with --input"),
-        ({"streaming": True}, "they are for --dataset only"),
-        ({"output_prefix": "folder/"}, "that is a folder"),
-        ({"input": ()}, "--input or --dataset"),
+        ({"held_out": 1.0}, "--held-out: must be at least 0 and below 1, not 1.0"),
+        ({"similarity": 0.5}, "--similarity: requires --deduplicate near"),
+        ({"dataset": "d"}, "--dataset: does not go with --input"),
+        ({"streaming": True}, "--streaming: requires --dataset"),
+        ({"output_prefix": "folder/"}, "--output-prefix: folder/ is a folder"),
+        ({"input": ()}, "--input: give --input or --dataset"),
     ],
 )
 def test_options_that_cannot_be(options, says):

@@ -1,4 +1,4 @@
-"""Text in another encoding than UTF-8 is told from text, in whatever file and wherever a stretch begins."""
+"""Text in another encoding than UTF-8 is told from text, in whatever file and wherever a shard begins."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def test_wide_text_is_refused_with_the_remedy(tmp_path, encoding, language, pack
                 read(path, whole_files)
             assert str(caught.value).startswith(f"{path}: its text is in {encoding}; ")
             assert str(caught.value).endswith(f"iconv -f {encoding} -t UTF-8")
-            assert ("unpack it" in str(caught.value)) == bool(packed)
+            assert ("decompress it" in str(caught.value)) == bool(packed)
 
 
 @pytest.mark.parametrize("stride", [500, 501, 502, 503])
 @pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
-def test_any_stretch_of_wide_text_tells_its_encoding(tmp_path, monkeypatch, encoding, stride):
-    monkeypatch.setattr(sources, "STRETCH_BYTES", stride)
+def test_any_shard_of_wide_text_tells_its_encoding(tmp_path, monkeypatch, encoding, stride):
+    monkeypatch.setattr(sources, "SHARD_BYTES", stride)
     monkeypatch.setattr(lines, "BLOCK_BYTES", 333)
     path = tmp_path / "a.txt"
     path.write_bytes((TEXTS["English"] * 30).encode(encoding))
     refused = 0
-    for stretch in plan_shards([str(path)]):
+    for shard in plan_shards([str(path)]):
         try:
-            texts = [text for block in read_shard(stretch, TextKeys()) for text in block.texts]
+            texts = [text for block in read_shard(shard, TextKeys()) for text in block.texts]
             assert not "".join(texts).strip("\x00")  # no line begins in it
         except DetourError as error:
             assert f"its text is in {encoding}; " in str(error)
@@ -88,5 +88,5 @@ def test_latin_1_is_a_reject_with_the_remedy(tmp_path, encoding, language):
     content = TEXTS[language].replace("No", "Né").replace("Œ", "é")
     path = tmp_path / ("a.jsonl" if language == "JSON" else "a.txt")
     path.write_bytes(content.encode(encoding))
-    (block,) = (block for stretch in plan_shards([str(path)]) for block in read_shard(stretch, TextKeys()))
+    (block,) = (block for shard in plan_shards([str(path)]) for block in read_shard(shard, TextKeys()))
     assert block.rejects[-1] == (1, "not UTF-8; if it is Latin-1: iconv -f WINDOWS-1252 -t UTF-8")

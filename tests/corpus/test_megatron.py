@@ -27,7 +27,7 @@ def indexed_dataset():
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_the_bytes_are_megatrons(corpus: BuiltCorpus, tmp_path, indexed_dataset, monkeypatch, dtype):
     """The same documents and tokenizer, built by us in many parts and by Megatron's builder."""
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 5_000)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 5_000)
     if dtype == np.int32:  # as for a vocabulary of 65,500 ids and more
         monkeypatch.setattr("megatron_detour.corpus.build.token_type", lambda size: np.dtype(np.int32))
     build([corpus.jsonl], tmp_path / "ours", corpus.tokenizer, workers=2)

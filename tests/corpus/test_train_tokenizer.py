@@ -124,7 +124,7 @@ def test_every_input_is_used(tmp_path):
 
 def test_corpus_too_small_says_how_far_it_reached(tmp_path):
     path = _jsonl(tmp_path / "a.jsonl", ["ab"])
-    with pytest.raises(DetourError, match=r"only 262 of 300 .*--vocab-size 262"):
+    with pytest.raises(DetourError, match=r"only 262 of 300 .*--vocab-size to 262"):
         train_tokenizer([path], tmp_path / "out", 300)
     train_tokenizer([path], tmp_path / "out", 262)
 
@@ -136,9 +136,9 @@ def test_vocabulary_smaller_than_the_bytes_is_refused(corpus, tmp_path):
 
 def test_used_output_is_refused_and_kept(corpus, tmp_path):
     (tmp_path / "keep.txt").write_text("mine")
-    with pytest.raises(DetourError, match="not an empty folder"):
+    with pytest.raises(DetourError, match="is not an empty folder"):
         train_tokenizer([corpus], tmp_path, 512)
-    with pytest.raises(DetourError, match="not an empty folder"):
+    with pytest.raises(DetourError, match="is not an empty folder"):
         train_tokenizer([corpus], tmp_path / "keep.txt", 512)
     assert (tmp_path / "keep.txt").read_text() == "mine"
 
@@ -146,10 +146,10 @@ def test_used_output_is_refused_and_kept(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "a"}\nnot json\n', r"a\.jsonl, line 2: not JSON"),
+        (b'{"text": "a"}\nnot json\n', r"a\.jsonl, line 2: invalid JSON"),
         (b'{"text": "a"}\n\n[1]\n', r"a\.jsonl, line 3: not a JSON object"),
-        (b'{"texte": "a"}\n', r"a\.jsonl, line 1: no key 'text' \(there is 'texte'\); --text-key"),
-        (b'{"text": 3}\n', r"a\.jsonl, line 1: the value of 'text' is not a text"),
+        (b'{"texte": "a"}\n', r"a\.jsonl, line 1: no key 'text' \(there is 'texte'\); set --text-key"),
+        (b'{"text": 3}\n', r"a\.jsonl, line 1: the value of 'text' is not a string"),
         (b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl, line 2: not UTF-8"),
     ],
 )

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from megatron_detour.config import Corpus
 from megatron_detour.corpus.train_tokenizer import train_tokenizer
-from megatron_detour.data.batches import DocumentMixture, MicroBatch, RankBatch, positions_of, rank_batch
+from megatron_detour.data.batches import DocumentMixture, MicroBatch, RankBatch, document_positions, rank_batch
 from megatron_detour.data.indexed import IndexedCorpus, bin_path
-from megatron_detour.data.order import micro_batches_of
+from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.errors import DetourError
 from megatron_detour.objectives import IGNORE, CausalLM, Corruption, MaskedLM, Masking
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer
@@ -53,7 +53,7 @@ def opened(corpus, second, vocabulary):
 def share_of(
     mixture: DocumentMixture, objective: Corruption, rank=0, ranks=1, micro=2, seed=17, step=STEP, multiple=1
 ) -> RankBatch:
-    mine, of = micro_batches_of(step[1] - step[0], micro * LENGTH, rank, ranks)
+    mine, of = rank_micro_batches(step[1] - step[0], micro * LENGTH, rank, ranks)
     return rank_batch(mixture, mixture.documents(*step), mine, of, objective, seed, multiple)
 
 
@@ -140,7 +140,7 @@ def test_positions_restart_at_each_document(opened, vocabulary):
 
 
 def test_positions_of():
-    assert positions_of(np.array([3, 1, 2])).tolist() == [0, 1, 2, 0, 0, 1]
+    assert document_positions(np.array([3, 1, 2])).tolist() == [0, 1, 2, 0, 0, 1]
 
 
 def test_every_document_comes_whole_and_corpora_keep_their_shares(opened, corpus, second):
@@ -212,9 +212,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(corpus, vocabulary, tmp_path, va
     content = bytearray(bin_path(prefix).read_bytes())
     content[20:22] = value.to_bytes(2, "little")
     bin_path(prefix).write_bytes(content)
-    with pytest.raises(
-        DetourError, match=rf"\.bin: holds the id {value}, the vocabulary has 400.* bring the file back"
-    ):
+    with pytest.raises(DetourError, match=rf"\.bin: contains the id {value}, but the vocabulary has 400.* restore it"):
         mixture.tokens(mixture.documents(0, len(content) // 2))
 
 
@@ -240,7 +238,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(corpus, tmp_path):
     with pytest.raises(DetourError) as caught:
         DocumentMixture((Corpus(corpus.prefix),), LENGTH, 42, other)
     message = str(caught.value)
-    assert message.startswith(f"{corpus.prefix}: this corpus was built with another tokenizer")
+    assert message.startswith(f"{corpus.prefix}: built with another tokenizer")
     assert "400 ids" in message
     assert "390 ids" in message
     assert message.endswith("set model.tokenizer to the corpus's")

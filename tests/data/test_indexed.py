@@ -79,11 +79,11 @@ def test_tokens_are_read_only_views(prefix):
     assert not corpus.tokens(0).flags.writeable
 
 
-def test_sample_takes_stretches_from_all_over(tmp_path):
+def test_sample_takes_ranges_from_all_over(tmp_path):
     ids = np.arange(50_000, dtype="<u2")
     write_index(tmp_path / "c.idx", np.array([len(ids)], dtype=np.int32), ids.dtype)
     (tmp_path / "c.bin").write_bytes(ids.tobytes())
-    sample = IndexedCorpus(tmp_path / "c").sample(1_000, stretches=10)
+    sample = IndexedCorpus(tmp_path / "c").sample(1_000, ranges=10)
     assert len(sample) == 1_000
     assert (sample[0], sample[-1]) == (0, 49_999)
     assert (np.diff(sample.astype(int)) == 1).sum() == 1_000 - 10
@@ -102,8 +102,8 @@ def test_type_of_ids(size, dtype):
     [
         (b"", "too short for an index"),
         (index_bytes(8, 2)[:33], "too short for an index"),
-        (index_bytes(8, 2)[:-1], "has 101 bytes where its header says 102"),
-        (index_bytes(8, 2) + b"\0", "has 103 bytes where its header says 102"),
+        (index_bytes(8, 2)[:-1], "101 bytes instead of 102"),
+        (index_bytes(8, 2) + b"\0", "103 bytes instead of 102"),
         (index_bytes(8, 2, magic=b"MMIDIDX\x00\x01"), "not an index of Megatron's format"),
         (index_bytes(8, 2, version=2), "not an index of Megatron's format"),
         (index_bytes(99, 2), "not an index of Megatron's format"),
@@ -120,14 +120,14 @@ def test_a_damaged_index_is_refused(prefix, content, says):
 @pytest.mark.parametrize("size", [0, 14, 15, 17, 18])
 def test_a_bin_of_another_size_is_refused(prefix, size):
     (prefix.with_suffix(".bin")).write_bytes((bin_bytes("H") + bytes(2))[:size])
-    with pytest.raises(DetourError, match=rf"c\.bin: has {size} bytes where its index says 16"):
+    with pytest.raises(DetourError, match=rf"c\.bin: {size} bytes instead of 16"):
         IndexedCorpus(prefix)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_a_missing_file_is_named(prefix, suffix):
     prefix.with_suffix(suffix).unlink()
-    with pytest.raises(DetourError, match=rf"c\{suffix}: there is no such file; build the corpus") as caught:
+    with pytest.raises(DetourError, match=rf"c\{suffix}: no such file; build the corpus") as caught:
         IndexedCorpus(prefix)
     assert f"--output-prefix {prefix}" in str(caught.value)
 
@@ -146,7 +146,7 @@ def test_documents_are_found_in_any_order(tmp_path, monkeypatch, mapped):
     lengths = np.random.default_rng(0).integers(0, 9, 100).tolist()
     opened = corpus_of(tmp_path, lengths)
     asked = np.random.default_rng(1).integers(0, 100, 250)
-    found, offsets = opened.find(asked)
+    found, offsets = opened.locate(asked)
     assert found.dtype == offsets.dtype == np.int64
     assert found.tolist() == [lengths[i] for i in asked]
     assert offsets.tolist() == [2 * sum(lengths[:i]) for i in asked]
@@ -163,7 +163,7 @@ def test_documents_are_read_one_after_the_other(tmp_path, dtype):
 def test_a_corpus_that_became_shorter_is_told(tmp_path):
     opened = corpus_of(tmp_path, [5, 7])
     os.truncate(tmp_path / "c.bin", 10)
-    with pytest.raises(DetourError, match=r"c\.bin: became shorter while it was in use"):
+    with pytest.raises(DetourError, match=r"c\.bin: truncated while in use"):
         opened.read(np.array([10]), np.array([7]))
 
 
@@ -176,8 +176,8 @@ def test_a_length_that_does_not_fit_the_text_is_refused(tmp_path, document, bit)
     content[34 + 4 * document + bit // 8] ^= 1 << bit % 8
     (tmp_path / "c.idx").write_bytes(content)
     opened = IndexedCorpus(tmp_path / "c")
-    for look in (lambda: opened.find(np.arange(3)), lambda: opened.read_lengths(0, 3)):
-        with pytest.raises(DetourError, match=r"c\.idx: lengths and offsets do not fit c\.bin"):
+    for look in (lambda: opened.locate(np.arange(3)), lambda: opened.read_lengths(0, 3)):
+        with pytest.raises(DetourError, match=r"c\.idx: does not match c\.bin"):
             look()
 
 

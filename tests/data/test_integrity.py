@@ -41,7 +41,7 @@ def test_an_unchanged_one_opens(copy, corpus):
 @pytest.mark.parametrize(("place", "bit"), [(34, 0), (34, 6), (38, 3), (-1, 7), (-100, 2)])
 def test_a_bit_of_the_index(copy, corpus, place, bit):
     flip(idx_path(copy), place, bit)
-    with pytest.raises(DetourError, match=r"corpus\.idx: not as the manifest says"):
+    with pytest.raises(DetourError, match=r"corpus\.idx: does not match the manifest"):
         opened(copy, corpus.tokenizer)
 
 
@@ -49,13 +49,13 @@ def test_a_bit_of_the_index(copy, corpus, place, bit):
 def test_a_bit_of_a_small_text(copy, corpus, place):
     """The id may be one of the vocabulary: nothing but the hash tells."""
     flip(bin_path(copy), place)
-    with pytest.raises(DetourError, match=r"corpus\.bin: not as the manifest says"):
+    with pytest.raises(DetourError, match=r"corpus\.bin: does not match the manifest"):
         opened(copy, corpus.tokenizer)
 
 
 def test_another_text_of_the_same_size(copy, corpus):
     bin_path(copy).write_bytes(bin_path(copy).read_bytes()[::-1])
-    with pytest.raises(DetourError, match=r"corpus\.bin: not as the manifest says"):
+    with pytest.raises(DetourError, match=r"corpus\.bin: does not match the manifest"):
         opened(copy, corpus.tokenizer)
 
 

@@ -74,7 +74,7 @@ def test_a_manifest_with_any_value_replaced_is_read_or_refused_in_a_sentence(cop
         (("files", "bin", "sha256"), "", "files: Expected `str` matching regex"),
         (("files", "bin", "bytes"), True, "files: Expected `int`, got `bool`"),
         (("tokenizer", "size"), -1, "tokenizer: Expected `int` >= 1 - at `tokenizer.size`"),
-        (("tokenizer", "special_ids"), [5000], "tokenizer: a special id is not below its size"),
+        (("tokenizer", "special_ids"), [5000], "tokenizer: a special id is not below size"),
         (("tokenizer",), ..., "missing keys: tokenizer"),
         (("sources",), [None], "sources: Expected `object`, got `null`"),
         (("removed",), {"short": "many"}, "removed: Expected `int`, got `str`"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_detour.data import order
-from megatron_detour.data.order import deal, micro_batches_of, permute, place_of
+from megatron_detour.data.order import balance, inverse_permute, permute, rank_micro_batches
 
 KEYS = st.integers(0, 2**72)
 
@@ -35,14 +35,14 @@ def test_any_number_of_a_permutation_alone(size, key, numbers):
 @settings(deadline=None, max_examples=100)
 def test_places_are_the_inverse(size, key, numbers):
     asked = np.array(numbers) % size
-    assert place_of(permute(asked, size, key), size, key).tolist() == asked.tolist()
-    assert permute(place_of(asked, size, key), size, key).tolist() == asked.tolist()
+    assert inverse_permute(permute(asked, size, key), size, key).tolist() == asked.tolist()
+    assert permute(inverse_permute(asked, size, key), size, key).tolist() == asked.tolist()
 
 
 def test_rounds_from_tables_are_rounds_computed(monkeypatch):
     numbers = np.arange(0, 10**6, 997)
     from_tables = permute(numbers, 10**6, 42 << 40)
-    monkeypatch.setattr(order, "TABLES", 0)
+    monkeypatch.setattr(order, "MAX_TABLE", 0)
     assert permute(numbers, 10**6, 42 << 40).tolist() == from_tables.tolist()
 
 
@@ -72,7 +72,7 @@ def test_a_permutation_mixes():
 @given(lengths=st.lists(st.integers(1, 100), max_size=200), shares=st.integers(1, 12))
 @settings(deadline=None, max_examples=100)
 def test_shares_are_of_like_size(lengths, shares):
-    dealt = deal(np.array(lengths, dtype=np.int64), shares)
+    dealt = balance(np.array(lengths, dtype=np.int64), shares)
     assert len(dealt) == shares
     assert sorted(np.concatenate(dealt).tolist()) == list(range(len(lengths)))
     assert all((np.diff(share) > 0).all() for share in dealt)
@@ -86,6 +86,6 @@ def test_shares_are_of_like_size(lengths, shares):
     [(64, 8, 2, 4), (64, 64, 1, 1), (64, 8, 3, 3), (65, 8, 2, 5), (8, 64, 4, 1)],
 )
 def test_micro_batches_of_ranks(tokens, micro_tokens, ranks, expected):
-    found = [micro_batches_of(tokens, micro_tokens, rank, ranks) for rank in range(ranks)]
+    found = [rank_micro_batches(tokens, micro_tokens, rank, ranks) for rank in range(ranks)]
     assert {of for _, of in found} == {expected * ranks}
     assert [number for numbers, _ in found for number in numbers] == list(range(expected * ranks))

@@ -158,7 +158,7 @@ def test_a_copy_in_another_process_knows_the_same():
 
 
 def test_the_stream_is_the_same_on_every_machine():
-    """Runs resume by it: whoever changes it raises FORMAT in training/checkpoints.py and data/window_cache.py."""
+    """Runs resume by it: a change has to increase FORMAT in training/checkpoints.py and data/window_cache.py."""
     assert as_list(DocumentStream(Lengths([3, 9, 4, 1, 5]), 5, 42).between(0, 22)) == [
         (0, 0, 3),
         (1, 0, 5),

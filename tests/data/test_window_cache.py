@@ -18,7 +18,7 @@ FAR = (9_000, 9_500)
 def file(tmp_path, monkeypatch) -> WindowCache:
     """Of a corpus in so small windows that counting them is worth a file."""
     monkeypatch.setattr(stream, "WINDOW_DOCUMENTS", 4)
-    monkeypatch.setattr(window_cache, "WORTH", 10)
+    monkeypatch.setattr(window_cache, "MIN_WINDOWS", 10)
     return WindowCache(str(tmp_path / "corpus"), "0" * 64)
 
 

@@ -139,8 +139,8 @@ def changed(kind: str, **values) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "line", "says"),
     [
-        ("similarity", b"{", r"not JSON: Expecting"),
-        ("similarity", b'{"text": "a", "text": "b"}', "the key 'text' appears twice"),
+        ("similarity", b"{", r"invalid JSON: Expecting"),
+        ("similarity", b'{"text": "a", "text": "b"}', "duplicate key 'text'"),
         ("similarity", b"[" * 100_000, "not a JSON object; write one object a line"),
         ("similarity", b'{"a": ' + b"[" * 100_000, "nested too deep"),
         ("similarity", b"[{}, {}]", "not a JSON object; write one object a line"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 import transformers
@@ -127,7 +127,7 @@ def test_shuffling_moves_the_labels_and_nothing_else(small):
 def test_the_span_head_is_one_of_the_heads(small, model, tmp_path):
     dataset = small["token-classification"]
     settings = settings_of("token-classification", "ner_head=span", "steps=40", "validate_every=20")
-    settings = msgspec.structs.replace(settings, head_learning_rate=5e-3)
+    settings = dataclasses.replace(settings, head_learning_rate=5e-3)
     outcome = finetune(model, dataset, settings, 42, scratch=tmp_path)
     assert outcome.steps == 40 and outcome.best_step in (20, 40)
     assert outcome.scores["entity_f1"] > 0.8

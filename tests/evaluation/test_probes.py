@@ -175,7 +175,7 @@ def test_probes_are_read(tmp_path):
     ("content", "message"),
     [
         ("", "no probes"),
-        ("{", "line 1: not JSON"),
+        ("{", "line 1: invalid JSON"),
         ("[]", "line 1: not a JSON object"),
         ('{"text": "a [MASK]"}', "line 1: no text under the key 'answer'"),
         ('\n{"text": "a", "answer": "b"}', "line 2: .*exactly one"),

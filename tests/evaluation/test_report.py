@@ -331,9 +331,9 @@ def test_a_result_without_a_key_is_named(two_models):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON that can be read: nested too deep"),
-        ('{"labels": [], "labels": []}', "the key 'labels' appears twice"),
+        ("{", "invalid JSON"),
+        ("[" * 100_000, "invalid JSON: nested too deeply"),
+        ('{"labels": [], "labels": []}', "duplicate key 'labels'"),
         ("[]", "not a JSON object"),
         ('{"labels": [], "gold": [1]}', "not predictions of the form"),
         ('{"labels": [], "gold": [], "predicted": []}', "not predictions of the form"),

@@ -107,8 +107,8 @@ def test_a_short_file_is_filled_up(own):
     ("content", "says"),
     [
         ("[1]", "a task is a YAML mapping with the keys name, language, type"),
-        ("a: b: c", "not YAML"),
-        (f"{MINE}type: similarity\n", "line 4: the key 'type' appears twice"),
+        ("a: b: c", "invalid YAML"),
+        (f"{MINE}type: similarity\n", "line 4: duplicate key 'type'"),
         (f"{MINE}title: 'a\u202eb'\n", "title: the text .* characters that do not print"),
         ("language: en\ntype: similarity\n", "the key name is missing"),
         ("name: a\ntype: similarity\n", "the key language is missing"),

@@ -59,7 +59,7 @@ def test_a_corpus_of_the_user_becomes_a_model(tmp_path):
         ("absent.jsonl", None, "no such file"),
         ("a.csv", "x", "must end in .jsonl"),
         ("small.txt", "one\ntwo\n", "VOCABULARY=N"),
-        ("broken.jsonl", '{"text": "a"}\n' * 60 + "{\n", "broken.jsonl, line 61: not JSON"),
+        ("broken.jsonl", '{"text": "a"}\n' * 60 + "{\n", "broken.jsonl, line 61: invalid JSON"),
         ("key.jsonl", '{"note": "a"}\n' * 60, "TEXT_KEY"),
     ],
 )

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 from megatron_detour.config import Corpus, from_dict, load
+from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.forecast import costs, forecast, headline, render
 from megatron_detour.forecast.costs import Speed, lengths_of
-from megatron_detour.forecast.faults import warnings
-from megatron_detour.forecast.start import DEFAULTS, Start
 from megatron_detour.forecast.storage import disk, readings
+from megatron_detour.forecast.warnings import warnings
 from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.model.peaks import peak_flops
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan
+from megatron_detour.preflight import DEFAULTS, Preflight, preflight
 from tests.harness import ROOT, environment
 from tests.models import CONFIG
 
@@ -194,9 +195,19 @@ def test_peaks_by_the_names_that_torch_gives(name, teraflops):
     assert peak_flops(name, "float32") is None
 
 
+def known(config, shape: Shape) -> Preflight:
+    return Preflight(shape=shape, deepspeed=read_deepspeed_config(config.deepspeed))
+
+
 def test_sessions_of_a_time_limit():
     config, plan = planned(time_limit="2h")
-    told = forecast(config, plan, 1, start=Start(TINY, None), rate=51_200 / 7200 / 3.5)
+    told = forecast(
+        config,
+        plan,
+        1,
+        checked=known(config, TINY),
+        rate=51_200 / 7200 / 3.5,
+    )
     assert told.sessions == 4
     assert "7h00m on 1 x h100 at 2 tokens/s each, as given, 4 sessions of 2h00m" in render(told)
     assert [costs.sessions(seconds, None) for seconds in (1, 86_400, 86_401)] == [1, 1, 2]
@@ -206,7 +217,7 @@ def test_sessions_of_a_time_limit():
 def test_the_head_of_a_run_is_short_and_survives_what_is_not_known(tmp_path):
     shape = Shape.of(DEFAULTS, "base")
     config, plan = planned(folder=str(tmp_path))
-    lines = headline(forecast(config, plan, 2, start=Start(shape, None))).splitlines()
+    lines = headline(forecast(config, plan, 2, checked=known(config, shape))).splitlines()
     assert len(lines) <= 8
     assert [line.split()[0] for line in lines] == ["model", "memory", "work", "time", "disk", "warnings"]
     config, plan = planned(deepspeed="nowhere.json", folder="/proc/nowhere/run")
@@ -225,15 +236,9 @@ def test_a_damaged_corpus_does_not_end_a_run(corpus, tmp_path):
     manifest["files"] = {}
     (tmp_path / "damaged.manifest.json").write_text(json.dumps(manifest))
     config, plan = planned(data={"corpora": [{"prefix": str(prefix)}], "sequence_length": 128})
-    told = forecast(config, plan, 1, start=Start(TINY, dataclasses.replace(_vocabulary(), size=300)))
+    told = forecast(config, plan, 1, checked=dataclasses.replace(preflight(config, plan), shape=TINY))
     assert len(headline(told).splitlines()) <= 8
     assert any("files: Expected `object` of length >= 2" in fault for fault in told.faults)
-
-
-def _vocabulary():
-    from megatron_detour.tokenizer.vocabulary import Vocabulary
-
-    return Vocabulary(301, (0, 1, 2, 3), 3, 0, 1, 2, None, "0" * 64)
 
 
 def test_a_forecast_needs_no_torch():

@@ -103,7 +103,7 @@ def check_what_is_left(run: Path, reference: Path, after: str) -> None:
     assert store.step_of(newest) >= least - INTERVAL, f"{after}: step {done}, but only {newest.name} is whole"
 
 
-def deal(count: int, rng: random.Random) -> dict[Setup, list[str]]:
+def balance(count: int, rng: random.Random) -> dict[Setup, list[str]]:
     """`count` strikes over the setups: twelve SIGKILLs each, where there are enough, the rest by SHARES."""
     dealt: dict[Setup, list[str]] = {setup: [] for setup in SETUPS}
     kills = min(12, count // (2 * len(SETUPS)))
@@ -144,7 +144,7 @@ def _main() -> int:
 
     failed, struck, finished = 0, Counter(), 0
     with ThreadPoolExecutor(options.workers) as pool:
-        dealt = deal(options.count, random.Random(options.seed))
+        dealt = balance(options.count, random.Random(options.seed))
         jobs = {setup: pool.submit(work, setup, kinds) for setup, kinds in dealt.items() if kinds}
         for setup, job in jobs.items():
             try:

@@ -142,7 +142,7 @@ def assert_logits_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_rotary_tables_at_far_positions():
     from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 
-    from megatron_detour.model.rotary import rotary_tables
+    from megatron_detour.model.modernbert import rotary_tables
 
     config = ModernBertConfig(**given_to_transformers({}))
     positions = torch.arange(8192)

@@ -180,7 +180,7 @@ def test_what_cannot_be_compared_is_a_fault(twins: list[Path], tmp_path: Path) -
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(DetourError, match=fault):
             write_comparison(folders, out)
-    for content, fault in (("a: [", "not YAML"), ("[]", "holds no settings")):
+    for content, fault in (("a: [", "invalid YAML"), ("[]", "holds no settings")):
         (twins[1] / "run.yaml").write_text(content)
         with pytest.raises(DetourError, match=fault):
             write_comparison(twins, out)

@@ -116,7 +116,7 @@ def test_a_folder_that_is_no_run_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(DetourError, match="folder of a run"):
         write_report(tmp_path)
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(DetourError, match="not JSON"):
+    with pytest.raises(DetourError, match="invalid JSON"):
         write_report(tmp_path)
 
 

@@ -72,7 +72,7 @@ def test_outputs_loss_and_gradients_agree(tmp_path, ranks):
 def find_unequal_replicas() -> list[list[str]]:
     import torch.distributed as dist
 
-    from megatron_detour.parallel.replicas import unequal_replicas
+    from megatron_detour.parallel.collectives import unequal_replicas
 
     start_gloo()
     state = ParallelState.create(dist.get_world_size())

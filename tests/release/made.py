@@ -17,8 +17,8 @@ from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan
+from megatron_detour.run_directory import add_session, claim
 from megatron_detour.tokenizer.vocabulary import load_vocabulary
-from megatron_detour.training.run_directory import add_session, claim
 from tests.conftest import BuiltCorpus
 
 SIZES = {

@@ -14,9 +14,10 @@ import yaml
 
 from megatron_detour.data.manifest import manifest_path
 from megatron_detour.errors import DetourError
-from megatron_detour.release.card_metadata import CardMetadata, read_card_metadata
+from megatron_detour.release.card_metadata import CardMetadata, CorpusFacts, read_card_metadata
 from megatron_detour.release.checkpoint_info import CheckpointInfo
 from megatron_detour.release.export import Exported, export
+from megatron_detour.settings import validate
 from tests.observe.test_report import WRONG, places, with_other
 from tests.release.made import PHASES, STEP_TOKENS, make_run
 
@@ -28,7 +29,7 @@ GIVEN = CardMetadata(
     description="An encoder of clinical notes.",
     contact="nlp@hospital.example",
     tags=("clinical",),
-    corpora={"corpus": {"title": "Notes", "licence": "not public", "description": "invented notes"}},
+    corpora={"corpus": CorpusFacts("Notes", "not public", "invented notes")},
 )
 ROWS = [
     {"task": "bc5cdr", "title": "BC5CDR", "metric": "entity_f1", "mean": 0.8125, "sd": 0.0042, "seeds": 3},
@@ -247,17 +248,17 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("languages: [english]", "'english' is not a language code; give those of ISO 639"),
-        ("languages: [xx]", "'xx' is not a language code"),
-        ("languages: [no]", r"languages: a list of texts is needed, it is \[False\]"),
-        ("licens: mit", r"there is no key 'licens' \(did you mean 'licence'\?\)"),
-        ("licence: ''", "licence: a text is needed"),
-        ("base_model: ModernBERT", "'ModernBERT' is not a hub id; give OWNER/NAME"),
-        ("corpora: [a]", "corpora: a mapping from the corpora's names"),
-        ("corpora: {corpus: mit}", r"corpora\.corpus: a mapping with some of title, licence"),
-        ("corpora: {corpus: {license: mit}}", r"corpora\.corpus: there is no key 'license' \(did you mean 'licence'"),
-        ("- a", "a mapping with some of name, languages"),
-        ("a: [", "not YAML: "),
+        ("languages: [english]", r"languages\.0: must be a language code of ISO 639 .*, not 'english'"),
+        ("languages: [xx]", r"languages\.0: must be a language code .*, not 'xx'"),
+        ("languages: [no]", r"languages\.0: must be non-empty text, not False"),
+        ("licens: mit", r"licens: unknown key \(did you mean 'licence'\?\)"),
+        ("licence: ''", "licence: must be non-empty text, not ''"),
+        ("base_model: ModernBERT", "base_model: must be a hub id OWNER/NAME such as .*, not 'ModernBERT'"),
+        ("corpora: [a]", r"corpora: must be a mapping, not \['a'\]"),
+        ("corpora: {corpus: mit}", r"corpora\.corpus: must be a mapping with title, licence"),
+        ("corpora: {corpus: {license: mit}}", r"corpora\.corpus\.license: unknown key \(did you mean 'licence'"),
+        ("- a", "must be a mapping with name, languages"),
+        ("a: [", "invalid YAML: "),
     ],
 )
 def test_facts_that_cannot_be_read_are_told(tmp_path, content, told):
@@ -270,15 +271,15 @@ def test_facts_that_cannot_be_read_are_told(tmp_path, content, told):
 
 def test_facts_of_a_corpus_that_is_not_there_are_refused(run, tmp_path):
     with pytest.raises(DetourError, match=r"corpora\.corpse: the run reads no corpus of this name .*'corpus'"):
-        card_of(run, 6, tmp_path / "model", given=CardMetadata(corpora={"corpse": {"licence": "mit"}}))
+        card_of(run, 6, tmp_path / "model", given=CardMetadata(corpora={"corpse": CorpusFacts(licence="mit")}))
     assert not (tmp_path / "model").exists()
 
 
 def test_what_is_said_on_the_command_line_goes_over_the_file():
     said = CardMetadata(name="a", languages=("fr",)).over(GIVEN)
     assert (said.name, said.languages, said.licence) == ("a", ("fr",), "cc-by-4.0")
-    with pytest.raises(DetourError, match="'french' is not a language code"):
-        CardMetadata(languages=("french",))
+    with pytest.raises(DetourError, match=r"^languages\.0: must be a language code .*, not 'french'$"):
+        validate(CardMetadata(languages=("french",)), shown=str)
 
 
 def test_a_licence_of_ones_own_is_other(run, tmp_path):
@@ -290,7 +291,7 @@ HOSTILE = "mit\n---\nlicense: apache-2.0\n---\n# <script>alert(1)</script>\n\n# 
 
 
 def test_text_that_is_given_stays_text(run, tmp_path):
-    corpora = {"corpus": {"title": HOSTILE, "description": HOSTILE, "licence": HOSTILE, "url": "https://a.example/b"}}
+    corpora = {"corpus": CorpusFacts(HOSTILE, HOSTILE, HOSTILE, "https://a.example/b")}
     texts = dict.fromkeys(("name", "licence", "description", "contact", "domain"), HOSTILE)
     given = CardMetadata(**texts, tags=(HOSTILE,), corpora=corpora)
     card, _ = card_of(run, 6, tmp_path / "model", given=given, evaluation=[

@@ -15,6 +15,8 @@ from megatron_detour.config import Model
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.plan import Plan
+from megatron_detour.preflight import check_model
 from megatron_detour.release.export import export
 from megatron_detour.training.initial_model import InitialModel
 from tests.release.made import make_run, scaled_weights
@@ -25,7 +27,8 @@ pytestmark = pytest.mark.integration
 
 def started(folder: Path) -> ModernBert:
     """The model that a run with `model.start` of this folder begins with, compared with transformers as there."""
-    start = InitialModel.of(dataclasses.replace(run_config(1), model=Model(start=str(folder))))
+    config = dataclasses.replace(run_config(1), model=Model(start=str(folder)))
+    start = InitialModel.of(check_model(config, Plan.of(config)))
     model = ModernBert(start.shape, ParallelState())
     with Weights(start.weights) as weights:
         weights.check(model.full_sizes())

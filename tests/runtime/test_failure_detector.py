@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_detour.errors import EXIT_INTERRUPTED, DetourError, command_line, of_another_rank
-from megatron_detour.runtime.failure_detector import LONGEST_LINE, MOST_STRANGERS, _Line
+from megatron_detour.errors import EXIT_INTERRUPTED, DetourError, caused_by_another_rank, command_line
+from megatron_detour.runtime.failure_detector import MAX_LINE_BYTES, MAX_STRANGERS, _Line
 from megatron_detour.runtime.preemption import Preemption
 from tests.harness import ROOT, environment, free_port, slow
+
+pytestmark = pytest.mark.integration
 
 BEAT, LOST, GRACE = 0.3, 12.0, 0.5  # LOST: longer than a busy machine lets a process wait
 PATIENCE = 90.0  # seconds, for processes on a machine that is busy
@@ -27,7 +29,6 @@ SCRIPT = """
 import sys
 from tests.runtime.test_failure_detector import on_rank
 
-pytestmark = pytest.mark.integration
 on_rank(*[word for word in sys.argv[1:] if not word.startswith("--")])
 """
 
@@ -45,11 +46,11 @@ def _work(how: str, guilty: int, folder: Path) -> int:
 
     dist.init_process_group("gloo")
     rank, ones = dist.get_rank(), torch.ones(4)
-    with Preemption() as stop, FailureDetector(BEAT, LOST, GRACE) as watch:
-        watch.has_saved = lambda: "saved" in how
-        watch.ended = lambda verdict: (folder / f"ended-{rank}").write_text(f"{verdict.again} {verdict}")
+    with Preemption() as stop, FailureDetector(BEAT, LOST, GRACE) as detector:
+        detector.has_saved = lambda: "saved" in how
+        detector.on_failure = lambda verdict: (folder / f"ended-{rank}").write_text(f"{verdict.restart} {verdict}")
         dist.all_reduce(ones)
-        (folder / f"listens-{rank}").write_text(json.dumps(watch.listens))
+        (folder / f"listens-{rank}").write_text(json.dumps(detector.ports))
         (folder / f"started-{rank}").write_text(str(os.getpid()))
         if how == "until asked":
             while stop.reason() is None:
@@ -62,7 +63,7 @@ def _work(how: str, guilty: int, folder: Path) -> int:
             time.sleep(1.5 * LOST if rank == guilty else 0)
         elif rank == guilty:
             _do(how)
-        dist.all_reduce(ones)  # where the others hang or are told
+        dist.all_reduce(ones)  # where the others hang or are reported
         if how == "leaves early":
             time.sleep(0 if rank == guilty else 10 * BEAT)
     return 0
@@ -125,7 +126,7 @@ def test_a_killed_rank_ends_the_others(tmp_path, guilty):
     with ranks(tmp_path, "is killed", guilty) as run:
         assert run.end(guilty) == [1, 1]
         for rank in {0, 1, 2} - {guilty}:
-            how = "has ended without a word: killed, out of memory, crashed, or cut off"
+            how = "exited without an error message: killed, out of memory, crashed, or disconnected"
             assert run.log(rank) == line_of(rank, guilty, how)
 
 
@@ -134,18 +135,18 @@ def test_a_rank_that_stands_still_ends_the_others(tmp_path, guilty):
     with ranks(tmp_path, "stands still", guilty) as run:
         assert run.end(guilty) == [1, 1]
         for rank in {0, 1, 2} - {guilty}:
-            how = f"has not been heard of for {LOST:.0f} s: killed, out of memory, or its machine is gone"
+            how = f"has not responded for {LOST:.0f} s: killed, out of memory, or its machine is down"
             assert run.log(rank) == line_of(rank, guilty, how)
 
 
 @pytest.mark.parametrize("guilty", [0, slow(1)])
-def test_a_failure_is_told_by_its_rank_and_named_by_the_others(tmp_path, guilty):
+def test_a_failure_is_reported_by_its_rank_and_named_by_the_others(tmp_path, guilty):
     with ranks(tmp_path, "fails", guilty) as run:
         assert run.end() == [1, 1, 1]
         assert run.log(guilty).startswith("Traceback")
         assert run.log(guilty).endswith("\nValueError: an unexpected end")
         for rank in {0, 1, 2} - {guilty}:
-            how = "has failed, see its message: ValueError: an unexpected end"
+            how = "failed, see its message: ValueError: an unexpected end"
             assert run.log(rank) == line_of(rank, guilty, how)
 
 
@@ -154,18 +155,18 @@ def test_a_disk_that_is_away_from_one_rank_ends_all_with_the_status_that_starts_
     """Where the run has saved; rank 0 writes down another rank's failure before it ends."""
     with ranks(tmp_path, "loses its disk" + ", having saved" * saved, guilty, ranks=2) as run:
         assert run.end() == [EXIT_INTERRUPTED if saved else 1] * 2
-        assert run.log(guilty).endswith("goes on from what was saved" if saved else "x.bin: Input/output error")
-        how = "has failed, see its message: OSError: [Errno 5] Input/output error: '/corpora/x.bin'"
+        assert run.log(guilty).endswith("resume from the last checkpoint" if saved else "x.bin: Input/output error")
+        how = "failed, see its message: OSError: [Errno 5] Input/output error: '/corpora/x.bin'"
         assert run.log(1 - guilty) == line_of(1 - guilty, guilty, how)
-    told = {path.name: path.read_text() for path in tmp_path.glob("ended-*")}
-    assert told == ({"ended-0": f"{saved} rank 1 on {socket.gethostname()} {how}"} if guilty else {})
+    reported = {path.name: path.read_text() for path in tmp_path.glob("ended-*")}
+    assert reported == ({"ended-0": f"{saved} rank 1 on {socket.gethostname()} {how}"} if guilty else {})
 
 
 def test_a_sentence_of_a_later_rank_is_not_held_back(tmp_path):
     with ranks(tmp_path, "is refused", 2) as run:
         assert run.end() == [1, 1, 1]
         assert run.log(2) == "error (rank 2): no such corpus"
-        assert run.log(0) == line_of(0, 2, "has failed, see its message: DetourError: no such corpus")
+        assert run.log(0) == line_of(0, 2, "failed, see its message: DetourError: no such corpus")
 
 
 def test_a_fault_of_all_ranks_is_told_as_such(tmp_path):
@@ -179,9 +180,9 @@ def test_a_broken_connection_that_no_rank_is_missing_for_is_told_by_who_met_it(t
     with ranks(tmp_path, "is unheard", 1) as run:
         assert run.end() == [1, 1, 1]
         cause = "RuntimeError: Connection reset by peer"
-        assert run.log(1) == f"error (rank 1): another rank has ended or cannot be reached ({cause})"
+        assert run.log(1) == f"error (rank 1): another rank exited or cannot be reached ({cause})"
         for rank in (0, 2):
-            assert run.log(rank) == line_of(rank, 1, f"has failed, see its message: {cause}")
+            assert run.log(rank) == line_of(rank, 1, f"failed, see its message: {cause}")
 
 
 def test_a_slow_rank_is_waited_for(tmp_path):
@@ -242,7 +243,7 @@ def test_nothing_that_a_stranger_sends_ends_a_run(tmp_path):
                     connection.sendall(content)
                     if half:
                         connection.shutdown(socket.SHUT_WR)
-        open_ones += [socket.create_connection((address, port)) for _ in range(3 * MOST_STRANGERS)]
+        open_ones += [socket.create_connection((address, port)) for _ in range(3 * MAX_STRANGERS)]
         for connection in open_ones[: 2 * len(HOSTILE)]:  # rank 0 has dealt with it: it hangs up
             connection.settimeout(PATIENCE)
             with suppress(ConnectionResetError):
@@ -270,7 +271,7 @@ def pair() -> Iterator[tuple[_Line, socket.socket]]:
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_line_takes_nothing_without_the_secret(pair, kind):
     line, other = pair
-    other.sendall(HOSTILE[kind][: LONGEST_LINE // 2] + b"\n")
+    other.sendall(HOSTILE[kind][: MAX_LINE_BYTES // 2] + b"\n")
     assert line.read() is None
     _Line(other, b"another secret").send({"done": True})
     assert line.read() is None
@@ -285,7 +286,7 @@ def test_a_line_reads_what_its_own_kind_sends(pair):
     while len(found) < 2:
         found += line.read()
     assert found == [{"rank": 1}, {"done": True}]
-    other.sendall(b"x" * (2 * LONGEST_LINE))
+    other.sendall(b"x" * (2 * MAX_LINE_BYTES))
     while (read := line.read()) == []:
         pass
     assert read is None
@@ -348,7 +349,7 @@ def test_ranks_without_their_launcher_save_and_end(tmp_path, launcher, number):
     with launched(tmp_path, *launcher()) as process:
         process.send_signal(number)
         assert everyone_leaves(tmp_path)
-        assert "the launcher has ended" in (tmp_path / "log").read_text()
+        assert "the launcher has exited" in (tmp_path / "log").read_text()
 
 
 def test_a_signal_to_the_group_of_deepspeed_lets_ranks_save(tmp_path):
@@ -375,7 +376,7 @@ def test_a_rank_that_wants_to_be_started_again_says_so_through_deepspeed(tmp_pat
     ],
 )
 def test_which_errors_come_of_another_rank(error, consequence):
-    assert of_another_rank(error) is consequence
+    assert caused_by_another_rank(error) is consequence
 
 
 def test_an_unexpected_error_without_ranks_is_python_s():

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_detour.runtime.launch import _below, _ranks_that_listen
+from megatron_detour.runtime.launch import _process_tree, _ranks_handling_signals
 from tests.harness import environment
 from tests.runtime.test_failure_detector import PATIENCE
 
@@ -21,13 +21,13 @@ COMMAND = """
 import sys
 from pathlib import Path
 from megatron_detour.runtime import launch
-look = launch._ranks_that_listen
+look = launch._ranks_handling_signals
 def looked(launcher):
     found = look(launcher)
     if found:
         Path("seen").touch()
     return found
-launch._ranks_that_listen = looked
+launch._ranks_handling_signals = looked
 sys.exit(launch.launch("no script", []))
 """
 LAUNCHER = f"""#!{sys.executable}
@@ -71,7 +71,7 @@ def command(tmp_path) -> Iterator[subprocess.Popen]:
     finally:
         for name in ("begin", "done", "end"):  # whatever is left ends
             (tmp_path / name).touch()
-        for left in _below(process.pid) if process.poll() is None else []:
+        for left in _process_tree(process.pid) if process.poll() is None else []:
             left.kill()
         process.communicate()
 
@@ -125,7 +125,7 @@ def test_ctrl_z_stops_the_ranks_as_well_and_fg_wakes_them(command, tmp_path):
 def test_a_launcher_that_has_ended_has_no_ranks():
     process = subprocess.Popen(["true"])
     process.wait()
-    assert _ranks_that_listen(process.pid) == []
+    assert _ranks_handling_signals(process.pid) == []
 
 
 def catches(pid: int, number: int) -> bool:

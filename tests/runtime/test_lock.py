@@ -103,8 +103,8 @@ def test_a_second_run_on_the_machine_is_refused_at_once(tmp_path, holder, caplog
         pass
     content = json.loads((tmp_path / LOCK).read_text())
     assert str(refused.value) == (
-        f"{tmp_path}: another run (process {holder.pid} on host {content['host']}, since {content['started']}) "
-        "writes here; end it or choose another folder=..."
+        f"{tmp_path}: in use by another run (process {holder.pid} on host {content['host']}, "
+        f"since {content['started']}); stop it or set another folder=..."
     )
     assert caplog.messages == []
     holder.communicate("\n")
@@ -160,11 +160,11 @@ def test_a_lock_that_was_renewed_meanwhile_is_not_taken_over(tmp_path, elsewhere
     """Of several that wait, one has just taken it."""
     elsewhere.kill()
     waiting = lock(tmp_path)
-    look = waiting._look()
+    lock_file = waiting._read_lock()
     os.utime(elsewhere.path)
-    assert not waiting._take(look)
+    assert not waiting._take(lock_file)
     assert json.loads(elsewhere.path.read_text())["token"] == "theirs"
-    assert waiting._take(waiting._look())
+    assert waiting._take(waiting._read_lock())
 
 
 def test_without_flock_one_of_two_that_start_together_gets_the_folder(tmp_path, without_flock, monkeypatch):
@@ -206,7 +206,7 @@ def test_a_run_whose_lock_was_taken_over_ends(tmp_path, holder):
     assert holder.wait(60) == 1
     errors = holder.stderr.read()
     assert "on host node7" in errors
-    assert "has taken over" in errors
+    assert "taken over by" in errors
     assert json.loads(path.read_text())["token"] == "theirs"
 
 

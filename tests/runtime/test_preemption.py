@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from megatron_detour.runtime.preemption import SIGNALS, SPOKEN, Preemption
+from megatron_detour.runtime.preemption import SIGNAL_LABELS, SIGNALS, Preemption
 from tests.harness import ROOT, environment
 
 
@@ -48,7 +48,7 @@ def test_a_signal_only_asks_however_often_it_comes(clock, number):
         os.kill(os.getpid(), number)
         if number != signal.SIGINT:
             os.kill(os.getpid(), number)
-        assert stop.reason() == SPOKEN.get(number.name, number.name)
+        assert stop.reason() == SIGNAL_LABELS.get(number.name, number.name)
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 

@@ -64,7 +64,7 @@ def test_an_option_that_makes_other_ids_is_refused_by_its_name(tmp_path, option)
     path = trained(tmp_path, **REFUSED[option])
     with pytest.raises(DetourError) as caught:
         load_tokenizer(path)
-    assert str(caught.value).startswith(f"{path}: a tokenizer.json made of it would give other ids")
+    assert str(caught.value).startswith(f"{path}: an equivalent tokenizer.json would give other ids")
     assert option in str(caught.value)
 
 

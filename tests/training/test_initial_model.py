@@ -11,10 +11,12 @@ import pytest
 from safetensors.torch import save_file
 
 from megatron_detour.checkpoint import source
-from megatron_detour.config import Model
+from megatron_detour.config import Model, RunConfig
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import FIXED, INERT_KEYS, OLD_KEYS, READ_KEYS, TOKEN_IDS, refuse_unknown_keys
 from megatron_detour.objectives import MaskedLM
+from megatron_detour.plan import Plan
+from megatron_detour.preflight import check_model
 from megatron_detour.tokenizer import vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 from megatron_detour.training.initial_model import InitialModel
@@ -24,6 +26,10 @@ from tests.training.test_zero2 import run_config
 
 def config_with(**model):
     return dataclasses.replace(run_config(1), model=Model(**model))
+
+
+def started(config: RunConfig) -> InitialModel:
+    return InitialModel.of(check_model(config, Plan.of(config)))
 
 
 @pytest.fixture
@@ -49,13 +55,13 @@ def hub(tokenizer_folder, tmp_path, monkeypatch) -> list[tuple[str, bool]]:
 
 
 def test_a_hub_id_is_fetched_only_when_allowed(hub):
-    start = InitialModel.of(config_with(start="org/model", download=True))
+    start = started(config_with(start="org/model", download=True))
     assert start.weights.download and start.weights.has("model.safetensors")
     assert not start.tokenizer.download and start.vocabulary.mask is not None
     small = [allowed for file, allowed in hub if not file.startswith("model.safetensors")]
     assert small and all(small)
     hub.clear()
-    InitialModel.of(config_with(start="org/model"))
+    started(config_with(start="org/model"))
     assert hub and {allowed for _, allowed in hub} == {False}
 
 
@@ -64,7 +70,7 @@ def test_another_tokenizer_than_the_models_is_refused(hub, tokenizer_folder, tmp
     other["normalizer"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(DetourError, match="is not the tokenizer that org/model was trained with"):
-        InitialModel.of(config_with(start="org/model", tokenizer=str(tmp_path / "tokenizer.json")))
+        started(config_with(start="org/model", tokenizer=str(tmp_path / "tokenizer.json")))
 
 
 @pytest.mark.parametrize(
@@ -79,16 +85,16 @@ def test_another_tokenizer_than_the_models_is_refused(hub, tokenizer_folder, tmp
 )
 def test_a_shape_that_does_not_fit_is_refused(tokenizer_folder, config, told):
     with pytest.raises(DetourError, match=told):
-        InitialModel.of(config_with(config=config, tokenizer=str(tokenizer_folder)))
+        started(config_with(config=config, tokenizer=str(tokenizer_folder)))
 
 
 def test_words_are_there_for_phases_that_mask_them(hub, tokenizer_folder):
     config = config_with(start="org/model")
-    assert InitialModel.of(config).words is None
+    assert started(config).words is None
     last = dataclasses.replace(config.phases[-1], objective=MaskedLM(0.3, whole_word_masking=True))
-    words = InitialModel.of(dataclasses.replace(config, phases=(*config.phases[:-1], last))).words
+    words = started(dataclasses.replace(config, phases=(*config.phases[:-1], last))).words
     expected = Words.of(tokenizer_folder / "tokenizer.json", vocabulary.load_vocabulary(tokenizer_folder))
-    assert (words.goes_on == expected.goes_on).all()
+    assert (words.continues == expected.continues).all()
     assert (words.is_open == expected.is_open).all()
 
 

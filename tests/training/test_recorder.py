@@ -17,11 +17,11 @@ from megatron_detour.config import from_dict
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan
+from megatron_detour.run_directory import add_session, note
 from megatron_detour.runtime.failure_detector import Verdict
 from megatron_detour.training import recorder as module
 from megatron_detour.training.checkpoints import Background
 from megatron_detour.training.recorder import Recorder
-from megatron_detour.training.run_directory import add_session, note
 from tests.harness import ROOT
 from tests.release.made import PHASES, SIZES
 
@@ -75,7 +75,7 @@ def test_a_session_asks_to_be_started_again_where_the_next_one_gets_further(reco
         add_session(recorder.run.folder, {"step": 0}, {})
         recorder.checkpoints.has_saved = has_saved
         raise error
-    assert getattr(raised.value, "start_again", False) == again
+    assert getattr(raised.value, "restart", False) == again
     assert ended(recorder.run.folder).startswith("error: ") != again
 
 
@@ -91,7 +91,7 @@ def test_a_session_that_another_rank_ends_notes_how(recorder, again, at_its_end,
     recorder.run.folder.mkdir()
     add_session(recorder.run.folder, {"step": 0, "ended": "75"}, {})
     recorder._ended = at_its_end
-    recorder.note_end(Verdict(3, "n", "has", passing=again, again=again))
+    recorder.note_end(Verdict(3, "n", "has", transient=again, restart=again))
     assert ended(recorder.run.folder) == how
 
 

@@ -89,6 +89,7 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     from megatron_detour.data.phase_data import PhaseData
     from megatron_detour.model.modernbert import ModernBert
     from megatron_detour.plan import Plan
+    from megatron_detour.preflight import preflight
     from megatron_detour.training.checkpoints import Checkpoints
     from megatron_detour.training.engine import create_engine, start_distributed
     from megatron_detour.training.guards import Guard
@@ -96,7 +97,8 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     from megatron_detour.training.run import Run
 
     config = load(run_file, [*GENTLE, *overrides, f"folder={folder}"])
-    plan, start = Plan.of(config), InitialModel.of(config)
+    plan = Plan.of(config)
+    start = InitialModel.of(preflight(config, plan))
     data = PhaseData(plan, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
     zero = create_engine(ModernBert(start.shape, state), config, read_deepspeed_config(config.deepspeed), state)

@@ -167,7 +167,7 @@ def test_a_disk_that_stays_away_ends_a_run_that_goes_on_where_it_has_saved(whole
         told = session.output()
         (tmp_path / "run.log").unlink()
         assert told.count("error: ") == 1 and "metrics.jsonl: Input/output error" in told
-        assert ("start the same command again, which goes on from what was saved" in told) == remedy
+        assert ("run the same command again to resume from the last checkpoint" in told) == remedy
         assert "Traceback" not in told
     assert started(folder, run_file, Setup()).wait() == [0]
     ended = [s["ended"].partition(": ")[0] for s in json.loads((folder / "environment.json").read_text())["sessions"]]
@@ -180,7 +180,7 @@ def test_a_disk_that_stays_away_from_another_rank_ends_the_run_in_the_same_way(r
     # The second save waits for the first one, so that one is there when the rank fails.
     session = started(folder, run_file, Setup(2), TEXT_AWAY_FROM=str(2 * INTERVAL + 1))
     assert session.wait() == [EXIT_INTERRUPTED] * 2, session.output()[-3000:]
-    assert "start the same command again, which goes on from what was saved" in session.output()
+    assert "run the same command again to resume from the last checkpoint" in session.output()
     noted = json.loads((folder / "environment.json").read_text())["sessions"][-1]
     assert noted["ended"].startswith("a disk that was away: rank 1 on ")
     assert noted["saved"] >= INTERVAL

@@ -2,75 +2,68 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import msgspec
+from typing import Annotated, Any
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.task import Task, known_tasks
 from megatron_detour.evaluation.task_types import TASK_TYPES
-from megatron_detour.structured import parse_yaml, read_yaml
+from megatron_detour.settings import Choice, Entries, Faults, Range, apply_override, read, settings_of, to_plain
+from megatron_detour.structured import read_yaml
 
 FOLDER = Path(__file__).parent / "protocols"
 LAST_SEED = 2**32 - 1 - 1000  # numpy's last one, less those that `first_seeds` may add
 SHORTEST = 8  # tokens: special ones and a few of a text
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+ABOVE_ZERO = Range(above=0)
+
+
+@dataclass(frozen=True)
+class Settings:
     """The fine-tuning of one task; everything here decides on its figures."""
 
-    learning_rate: float
-    batch: int
-    max_length: int  # tokens; a longer text is cut, to the model's own limit at most
-    epochs: float = 3
-    steps: int | None = None  # instead of epochs
-    validate_every: int | None = None  # steps; None: every epoch
-    head_learning_rate: float | None = None  # None: the learning rate of the rest
-    warmup: float = 0.0  # share of the steps
-    schedule: Literal["linear", "constant", "cosine"] = "linear"
-    weight_decay: float = 0.0
-    clip: float = 1.0  # norm of the gradient
-    pooling: Literal["cls", "mean"] | None = None  # of a text; None: as the model's own configuration says
-    head: Literal["transformers", "linear"] = "transformers"  # linear: without the dense layer in front of it
-    ner_head: Literal["tokens", "span"] = "tokens"
-    select_by: str | None = None  # the metric on the validation split; None: the task's own
-    by_length: bool = False  # texts of like length in a batch: faster
-    train_examples: int | None = None  # at most, drawn at random, the same ones for every model and seed
-    dev_examples: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("learning_rate", "batch", "epochs", "clip"):
-            _above_zero(key, getattr(self, key))
-        for key in ("steps", "validate_every", "head_learning_rate", "train_examples", "dev_examples"):
-            if getattr(self, key) is not None:
-                _above_zero(f"{key}, unless left out,", getattr(self, key))
-        if self.max_length < SHORTEST:
-            raise ValueError(f"max_length must be {SHORTEST} tokens or more, it is {self.max_length}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the steps, from 0 to below 1, it is {self.warmup}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be 0 or more, it is {self.weight_decay}")
-
-
-def _above_zero(key: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key} must be above 0, it is {value}")
+    learning_rate: Annotated[float, ABOVE_ZERO, "largest learning rate"]
+    batch: Annotated[int, ABOVE_ZERO, "examples per step"]
+    max_length: Annotated[int, Range(least=SHORTEST), "tokens; longer texts are cut, to the model's limit at most"]
+    epochs: Annotated[float, ABOVE_ZERO, "passes over the training examples"] = 3
+    steps: Annotated[int | None, ABOVE_ZERO, "steps, instead of epochs"] = None
+    validate_every: Annotated[int | None, ABOVE_ZERO, "steps between validations; every epoch unless set"] = None
+    head_learning_rate: Annotated[float | None, ABOVE_ZERO, "of the head; that of the rest unless set"] = None
+    warmup: Annotated[float, Range(least=0, below=1), "share of the steps with a linear warm-up"] = 0.0
+    schedule: Annotated[str, Choice(("linear", "constant", "cosine")), "learning rate after it"] = "linear"
+    weight_decay: Annotated[float, Range(least=0), "decoupled weight decay"] = 0.0
+    clip: Annotated[float, ABOVE_ZERO, "largest gradient norm"] = 1.0
+    pooling: Annotated[
+        str | None, Choice(("cls", "mean")), "of a text; as the model's own configuration says unless set"
+    ] = None
+    head: Annotated[
+        str, Choice(("transformers", "linear")), "linear: without the dense layer in front of the classifier"
+    ] = "transformers"
+    ner_head: Annotated[str, Choice(("tokens", "span")), "head for named entities"] = "tokens"
+    select_by: Annotated[str | None, "metric on the validation split; the task's own unless set"] = None
+    by_length: Annotated[bool, "batches of texts of similar length: faster"] = False
+    train_examples: Annotated[
+        int | None, ABOVE_ZERO, "at most, drawn at random, the same ones for every model and seed"
+    ] = None
+    dev_examples: Annotated[int | None, ABOVE_ZERO, "at most"] = None
 
 
 Changes = dict[str, Any]  # of settings, by their names
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+@dataclass(frozen=True)
+class _File:
     about: str
-    seeds: list[int]
+    seeds: Annotated[tuple[Annotated[int, Range(least=0, most=LAST_SEED)], ...], Entries(least=1, unique=True)]
     defaults: Changes
-    types: dict[str, Changes] = {}
-    tasks: dict[str, Changes] = {}
+    types: dict[str, Changes] = field(default_factory=dict)
+    tasks: dict[str, Changes] = field(default_factory=dict)
 
 
-class Protocol(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Protocol:
     """Settings for every task. `name` says the overrides as well: they make it another protocol."""
 
     name: str
@@ -81,10 +74,8 @@ class Protocol(msgspec.Struct, frozen=True):
 
     def settings(self, task: Task) -> Settings:
         """Those of the task's type with those of the task itself. Raises DetourError for what does not fit the task."""
-        try:
-            settings = _converted(msgspec.to_builtins(self.by_type[task.type]) | self.by_task.get(task.name, {}))
-        except msgspec.ValidationError as error:
-            raise DetourError(f"protocol {self.name}, tasks.{task.name}: {_reason(error)}") from None
+        values = to_plain(self.by_type[task.type]) | self.by_task.get(task.name, {})
+        settings = read(Settings, values, f"protocol {self.name}, tasks.{task.name}")
         metrics = task.kind.metric_names
         if settings.select_by is not None and settings.select_by not in metrics:
             raise DetourError(
@@ -115,57 +106,39 @@ def load_protocol(name: str, overrides: list[str] = []) -> Protocol:  # noqa: B0
         known = known_protocols()
         raise DetourError(f"--protocol {name}: neither a file nor one of {', '.join(known)}{nearest(name, known)}")
     given = _parsed(overrides)
-    content = read_yaml(path)
-    try:
-        file = msgspec.convert(content, _File)
-        _check_names(file)
-        by_type = {kind: _converted(file.defaults | file.types.get(kind, {}) | given) for kind in TASK_TYPES}
-    except (ValueError, msgspec.ValidationError) as error:
-        where = f"{path}{' with ' + ' '.join(overrides) if overrides else ''}"
-        raise DetourError(f"{where}: {_reason(error)}") from None
-    shown = path.stem + "".join(f" {key}={value}" for key, value in sorted(given.items()))
-    by_task = {name: changes | given for name, changes in file.tasks.items()}
-    return Protocol(shown, file.about, tuple(file.seeds), by_type, by_task)
+    where = f"{path}{' with ' + ' '.join(overrides) if overrides else ''}"
+    file = read(_File, read_yaml(path), where, _check_names)
+    by_type = {kind: read(Settings, file.defaults | file.types.get(kind, {}) | given, where) for kind in TASK_TYPES}
+    any_type = next(iter(by_type.values()))
+    shown = {key: getattr(any_type, key) if isinstance(value, str) else value for key, value in given.items()}
+    name = path.stem + "".join(f" {key}={value}" for key, value in sorted(shown.items()))
+    by_task = {task: changes | given for task, changes in file.tasks.items()}
+    return Protocol(name, file.about, file.seeds, by_type, by_task)
 
 
-def _check_names(file: _File) -> None:
-    """Raises ValueError for an unknown task type or setting, and for seeds that cannot be."""
+def _check_names(file: _File, faults: Faults) -> None:
+    """Unknown task types and settings."""
     for key in file.types:
         if key not in TASK_TYPES:
-            raise ValueError(f"types: unknown task type {key!r}{nearest(key, list(TASK_TYPES))}")
-    known = Settings.__struct_fields__
+            faults.add(f"types.{key}", f"unknown task type{nearest(key, list(TASK_TYPES))}")
     sections = {f"types.{key}": changes for key, changes in file.types.items()}
     sections |= {f"tasks.{key}": changes for key, changes in file.tasks.items()}
     for section, changes in (("defaults", file.defaults), *sections.items()):
-        for key in changes:
-            if key not in known:
-                raise ValueError(f"{section}: unknown setting {key!r}{nearest(key, list(known))}")
-    seeds = file.seeds
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) > LAST_SEED:
-        raise ValueError(f"seeds: give at least one, each once, from 0 to {LAST_SEED:,}")
-
-
-def _converted(values: Changes) -> Settings:
-    return msgspec.convert(values, Settings)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).replace("$.", "").replace(" - at `$`", "")
+        for key in changes.keys() - set(KNOWN):
+            faults.add(f"{section}.{key}", f"unknown setting{nearest(key, KNOWN)}")
 
 
 def _parsed(overrides: list[str]) -> Changes:
     parsed: Changes = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or key not in Settings.__struct_fields__:
-            known = list(Settings.__struct_fields__)
-            raise DetourError(
-                f"{override}: give key=value with a key of the protocol: {', '.join(known)}{nearest(key, known)}"
-            )
+        key = override.partition("=")[0]
+        if "=" not in override or key not in KNOWN:
+            known = ", ".join(KNOWN)
+            raise DetourError(f"{override}: give key=value with a key of the protocol: {known}{nearest(key, KNOWN)}")
         if key in parsed:
             raise DetourError(f"{override}: {key} is given twice; give it once")
-        try:
-            parsed[key] = float(value) if key.endswith("learning_rate") else parse_yaml(value, override)
-        except ValueError:
-            raise DetourError(f"{override}: {value!r} cannot be read as a number") from None
+        apply_override(parsed, override)
     return parsed
+
+
+KNOWN = [setting.name for setting in settings_of(Settings)]

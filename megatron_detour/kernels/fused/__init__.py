@@ -1,1 +1,1 @@
-"""Triton kernels. Each reads and writes its operands once, computes in fp32 and rounds once."""
+"""Triton kernels. Each reads its operands once, computes in fp32, and rounds and writes its results once."""

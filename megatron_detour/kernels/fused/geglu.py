@@ -1,4 +1,4 @@
-"""GeGLU in one pass each way; only its input is kept for the backward pass."""
+"""GeGLU in one pass forward and one backward; only its input is saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-BLOCK = 256  # leaves few lanes idle at widths of 1,152 and 2,624
+BLOCK = 256  # few lanes are idle at widths of 1,152 and 2,624
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _backward(grad, ab, grad_ab, width, BLOCK: tl.constexpr):
     a = tl.load(ab + first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(ab + second, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    below = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))  # the normal distribution's share below a
+    below = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))  # the normal distribution function at a
     density = 0.3989422804014327 * tl.exp(-0.5 * a * a)
     tl.store(grad_ab + first, (g * b * (below + a * density)).to(grad_ab.dtype.element_ty), mask=inside)
     tl.store(grad_ab + second, (g * a * below).to(grad_ab.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Residual sum and layer normalisation in one pass over a row; see kernels/plain.py for what they compute."""
+"""Residual sum and layer normalization in one pass over a row; kernels/plain.py has the reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-PROGRAMS = 512  # of the backward pass: each sums the weight's gradient over many rows into a row of its own
+PROGRAMS = 512  # of the backward pass: each sums the weight's gradient over many rows into its own row
 
 
 @triton.jit
@@ -25,10 +25,10 @@ def _forward(
         tl.store(total + here, rounded, mask=inside)
         value = rounded.to(tl.float32)
     mean = tl.sum(value, 0) / features
-    centred = tl.where(inside, value - mean, 0.0)
-    inverse_deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / features + eps)
+    centered = tl.where(inside, value - mean, 0.0)
+    inverse_deviation = 1.0 / tl.sqrt(tl.sum(centered * centered, 0) / features + eps)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + here, (centred * inverse_deviation * scale).to(normed.dtype.element_ty), mask=inside)
+    tl.store(normed + here, (centered * inverse_deviation * scale).to(normed.dtype.element_ty), mask=inside)
     tl.store(means + row, mean)
     tl.store(inverse_deviations + row, inverse_deviation)
 
@@ -54,7 +54,7 @@ def _backward(
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros([BLOCK], tl.float32)
     for row in range(program, rows, tl.num_programs(0)):
-        here = row * features + column  # int32: more than a million positions of any width in use
+        here = row * features + column  # int32 suffices for a million positions of any width in use
         grad = tl.load(grad_normed + here, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(total + here, mask=inside, other=0.0).to(tl.float32)
         inverse_deviation = tl.load(inverse_deviations + row)

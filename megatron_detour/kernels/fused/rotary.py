@@ -1,4 +1,4 @@
-"""Rotary positions on packed tokens: q and k turned where they lie in the output of Wqkv."""
+"""Rotary position embeddings: q and k rotated in place in the output of Wqkv."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Rotate(torch.autograd.Function):
 
 def _launch(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     if not (qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()):
-        raise ValueError("the rotation reads and writes its operands as contiguous ones")
+        raise ValueError("qkv, cos and sin must be contiguous")
     half = cos.shape[1]
     heads = qkv.shape[1] // (6 * half)
     _turn[(len(qkv), 2)](

@@ -16,9 +16,7 @@ from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan
-from megatron_detour.training.checkpoints import FORMAT, _read_state, refuse_another_shape
-from megatron_detour.training.guards import Guard
-from megatron_detour.training.run_directory import (
+from megatron_detour.run_directory import (
     add_session,
     changed_settings,
     claim,
@@ -29,6 +27,8 @@ from megatron_detour.training.run_directory import (
     stand_in,
     start_hash,
 )
+from megatron_detour.training.checkpoints import FORMAT, _read_state, refuse_another_shape
+from megatron_detour.training.guards import Guard
 from tests.harness import ROOT
 from tests.release.made import PHASES, SIZES, tiny_config
 

@@ -1,0 +1,251 @@
+"""Every rule that stops a run and can be known before it starts, each written once.
+
+`plan`, `doctor` and the check before the launcher print the list; training raises from it. No torch here. What only a
+rank can know stays with the ranks: devices and kernels, each other, the checkpoint that is resumed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights, weight_sizes
+from megatron_detour.config import Model, RunConfig
+from megatron_detour.config.deepspeed import look_at_deepspeed_config
+from megatron_detour.data.integrity import open_corpus
+from megatron_detour.errors import DetourError, format_faults
+from megatron_detour.model.flops import Frozen
+from megatron_detour.model.shape import CHECKED_KEYS, Shape, refuse_unknown_keys
+from megatron_detour.model_parts import layers_of
+from megatron_detour.objectives import KINDS
+from megatron_detour.plan import Plan, PlannedPhase
+from megatron_detour.run_directory import refuse_another_run, stand_in
+from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
+from megatron_detour.tokenizer.word_boundaries import Words
+
+# The defaults of transformers' ModernBertConfig, which are ModernBERT-base's: model.config gives what differs.
+DEFAULTS = {
+    "model_type": "modernbert",
+    "vocab_size": 50_368,
+    "hidden_size": 768,
+    "intermediate_size": 1_152,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 12,
+}
+LARGE = {"hidden_size": 1_024, "intermediate_size": 2_624, "num_hidden_layers": 28, "num_attention_heads": 16}
+PUBLISHED = {  # so that a plan can be made before a model of the recipes is fetched
+    "answerdotai/ModernBERT-base": DEFAULTS,
+    "answerdotai/ModernBERT-large": DEFAULTS | LARGE,
+    "almanach/moderncamembert-base": DEFAULTS | {"vocab_size": 32_768},
+    "almanach/moderncamembert-large": DEFAULTS | LARGE | {"vocab_size": 32_768},
+}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a run starts from, and one sentence per fault. None stands for what could not be read."""
+
+    model: Model | None = None  # the run file's, or where that is gone the checkpoint that stands in for it
+    shape: Shape | None = None
+    vocabulary: Vocabulary | None = None
+    words: Words | None = None  # None also where no phase masks whole words
+    deepspeed: dict[str, Any] | None = None  # the content of the DeepSpeed file
+    faults: tuple[str, ...] = ()
+    note: str = ""  # where the shape comes from, if not from the model itself
+
+    def refuse(self) -> Preflight:
+        """Returns itself, or raises DetourError with all faults."""
+        if self.faults:
+            raise DetourError(format_faults(list(self.faults)))
+        return self
+
+
+def preflight(config: RunConfig, plan: Plan, ranks: int | None = None, owns_folder: bool = True) -> Preflight:
+    """Checks a run file against all that it names.
+
+    ranks: None where they are not known yet; owns_folder: whether this process answers for the run's folder, as the
+    first rank does. Nothing is fetched unless model.download allows it.
+    """
+    found = check_model(config, plan)
+    deepspeed, faults = look_at_deepspeed_config(config.deepspeed)
+    faults += _packages(config)
+    faults += _ranks(config, ranks) if ranks else []
+    faults += _corpora(config, plan, found.vocabulary)
+    if owns_folder and deepspeed:
+        faults += _raised(lambda: refuse_another_run(Path(config.folder), config))
+    return replace(found, deepspeed=deepspeed, faults=(*found.faults, *faults))
+
+
+def check_model(config: RunConfig, plan: Plan) -> Preflight:
+    """The part about model and tokenizer, and whether the run file fits them."""
+    found = look(config.model, config.needs_word_boundaries)
+    there = stand_in(Path(config.folder), config.model) if found.faults else None
+    found = look(there, config.needs_word_boundaries) if there else found
+    if found.shape is None:
+        return found
+    fit = [*found.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, found.shape)]
+    return replace(found, faults=(*found.faults, *fit, *_freezing(config, found.shape)))
+
+
+def look(model: Model, whole_words: bool = False) -> Preflight:
+    """Model and tokenizer alone, whatever run they are for. `whole_words`: a phase masks them."""
+    faults: list[str] = []
+    vocabulary, words = _vocabulary(model, faults), None
+    if vocabulary and whole_words:
+        try:
+            words = Words.of(find_tokenizer(model.tokenizer or model.start, model.download), vocabulary)
+        except DetourError as fault:
+            faults.append(str(fault))
+    shape, note = _stored(model, faults) if model.start else (_fresh(model, vocabulary, faults), "")
+    if shape and vocabulary and vocabulary.size > shape.vocabulary:
+        faults.append(
+            f"model.tokenizer: {model.tokenizer or model.start}: the tokenizer has {vocabulary.size:,} ids, the "
+            f"model's embedding only {shape.vocabulary:,}; give the tokenizer that belongs to the model"
+        )
+    return Preflight(model, shape, vocabulary, words, None, tuple(faults), note)
+
+
+def _stored(model: Model, faults: list[str]) -> tuple[Shape | None, str]:
+    source = Source(model.start, model.download)
+    try:
+        shape = Shape.of(source.config(), model.start)
+    except DetourError as fault:
+        faults.append(f"model.start: {fault}")
+        known = PUBLISHED.get(model.start)
+        return (Shape.of(known, model.start), "as published; the model is not here") if known else (None, "")
+    here = Source(model.start)  # weights are large: a plan leaves them to the run
+    if not model.download or any(here.has(name) for name in (WEIGHTS, WEIGHTS_INDEX)):
+        try:
+            StoredWeights.of(here).check(weight_sizes(shape), model.start)
+        except DetourError as fault:
+            faults.append(f"model.start: {fault}")
+    return shape, ""
+
+
+def _fresh(model: Model, vocabulary: Vocabulary | None, faults: list[str]) -> Shape | None:
+    size = {"vocab_size": vocabulary.size} if vocabulary else {}
+    try:
+        refuse_unknown_keys(model.config)
+        described = DEFAULTS | size | model.config
+        if vocabulary and not model.config.keys() <= CHECKED_KEYS:
+            # transformers alone knows what these keys may be; importing it takes seconds, and only such a file pays.
+            from megatron_detour.checkpoint.huggingface import fresh_config
+
+            described = fresh_config(model.config, vocabulary)
+        return Shape.of(described, "model.config")
+    except DetourError as fault:
+        faults.append(str(fault))
+        return None
+
+
+def _vocabulary(model: Model, faults: list[str]) -> Vocabulary | None:
+    name = model.tokenizer or model.start
+    try:
+        vocabulary = load_vocabulary(name, model.download)
+        if model.tokenizer and model.start and _differs(model, vocabulary):
+            faults.append(
+                f"model.tokenizer: {model.tokenizer} is not the tokenizer that {model.start} was trained with; remove "
+                "the key to use the model's own"
+            )
+    except DetourError as fault:
+        if model.tokenizer:  # else it is the model that is missing, which is one fault
+            faults.append(f"model.tokenizer: {fault}")
+        elif Path(name).is_dir():
+            faults.append(f"model.start: {fault}")
+        return None
+    needed = dict.fromkeys([*(role for kind in KINDS.values() for role in kind.special_tokens), "pad"])
+    missing = [f"[{role.upper()}]" for role in needed if getattr(vocabulary, role) is None]
+    if missing:
+        key = "tokenizer" if model.tokenizer else "start"
+        faults.append(
+            f"model.{key}: {name}: the tokenizer has no {' and no '.join(missing)}; training and validation need them"
+        )
+    return vocabulary
+
+
+def _differs(model: Model, vocabulary: Vocabulary) -> bool:
+    try:
+        return load_vocabulary(model.start, model.download).sha256 != vocabulary.sha256
+    except DetourError:
+        return False
+
+
+def _packages(config: RunConfig) -> list[str]:
+    """Libraries that nothing but a setting needs."""
+    wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb is not None}
+    return [
+        f"{package}: the package {package} is not installed: pip install {package}, or set {package}: {off}"
+        for package, off in (("tensorboard", "false"), ("wandb", "null"))
+        if wanted[package] and importlib.util.find_spec(package) is None
+    ]
+
+
+def _ranks(config: RunConfig, ranks: int) -> list[str]:
+    tensor = config.parallel.tensor
+    if ranks % tensor == 0:
+        return []
+    return [f"parallel.tensor: {tensor} does not divide the {ranks} GPUs; start a multiple of {tensor}"]
+
+
+def _lengths(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    lengths |= {
+        f"phases.{phase.name}.sequence_length": phase.sequence_length
+        for phase in plan.phases
+        if phase.settings.sequence_length
+    }
+    return [
+        f"{key}: {length:,} is more than the model's {shape.max_positions:,} positions; set it to "
+        f"{shape.max_positions} or less"
+        for key, length in lengths.items()
+        if length > shape.max_positions
+    ]
+
+
+def _freezing(config: RunConfig, shape: Shape) -> Iterator[str]:
+    """Layers that the model does not have, and phases that would train nothing."""
+    for phase in config.phases:
+        for name in phase.freeze:
+            if layers_of(name).stop > shape.layers:
+                yield (
+                    f"phases.{phase.name}.freeze: {name!r}: the model has {shape.layers} layers, 0 to "
+                    f"{shape.layers - 1}"
+                )
+        frozen = Frozen.of(phase.freeze)
+        ends = frozen.embeddings and frozen.head and "final_norm" in phase.freeze
+        if ends and frozen.layers >= set(range(shape.layers)):
+            yield f"phases.{phase.name}.freeze: the whole model is frozen; leave something to train"
+
+
+def _corpora(config: RunConfig, plan: Plan, vocabulary: Vocabulary | None) -> list[str]:
+    """Corpora that are missing, not whole or of another tokenizer; each is named once."""
+    uses = [(_corpora_key(phase), phase.corpora) for phase in plan.phases]
+    uses.append(("validation.corpora", config.validation.corpora))
+    keys: dict[str, str] = {}
+    for key, corpora in uses:
+        for corpus in corpora:
+            keys.setdefault(corpus.prefix, key)
+    return [
+        f"{key}: {fault}"
+        for prefix, key in keys.items()
+        for fault in _raised(lambda prefix=prefix: open_corpus(prefix, vocabulary))
+    ]
+
+
+def _corpora_key(phase: PlannedPhase) -> str:
+    """The key of the run file that names a phase's corpora."""
+    return f"phases.{phase.name}.corpora" if phase.settings.corpora else "data.corpora"
+
+
+def _raised(check: Callable[[], object]) -> list[str]:
+    """The fault that a check raises, if any."""
+    try:
+        check()
+    except DetourError as fault:
+        return [str(fault)]
+    except OSError as error:
+        return [f"{error.filename}: cannot be read: {error.strerror}"]
+    return []

@@ -1,0 +1,43 @@
+"""What is kept in the repository and follows from the code; `python -m tests.generated` writes it again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from megatron_detour.config import RunConfig
+from megatron_detour.corpus import BuildOptions
+from megatron_detour.settings import flag, json_schema, markdown_table
+
+ROOT = Path(__file__).parents[1]
+SCHEMA = ROOT / "examples/recipes/run.schema.json"
+
+
+def schema() -> str:
+    return json.dumps(json_schema(RunConfig, "run file of megatron-detour"), indent=1) + "\n"
+
+
+TABLES = {  # marker -> page, table
+    "run-file": ("docs/guide.md", lambda: markdown_table(RunConfig)),
+    "build-options": ("docs/data.md", lambda: markdown_table(BuildOptions, flag)),
+}
+
+
+def written(page: Path) -> str:
+    """The page with its tables as they follow from the code."""
+    text = page.read_text(encoding="utf-8")
+    for marker, (name, table) in TABLES.items():
+        if ROOT / name == page:
+            between = re.compile(rf"(?<=<!-- {marker} -->\n).*?(?=<!-- /{marker} -->)", re.DOTALL)
+            text, count = between.subn(lambda _, table=table: f"{table()}\n", text)
+            assert count == 1, f"{page}: has the marker {marker} {count} times"
+    return text
+
+
+PAGES = sorted({ROOT / name for name, _ in TABLES.values()})
+
+if __name__ == "__main__":
+    SCHEMA.write_text(schema(), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(written(page), encoding="utf-8")
