@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Each makes .venv first if it is not there.
+# `make demo` and `make test` create .venv first if it does not exist.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed

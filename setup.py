@@ -1,4 +1,4 @@
-"""Installation of megatron-detour; versions that ran together stand in constraints.txt."""
+"""Installation of megatron-detour; constraints.txt pins tested versions."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ WANDB = ["wandb>=0.19"]
 setup(
     name="megatron-detour",
     version=version,
-    description="Continued pretraining of encoders with a causal language modelling detour",
+    description="Continued pretraining of encoders with a causal language modeling detour",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -31,8 +31,8 @@ setup(
     entry_points={"console_scripts": ["megatron-detour = megatron_detour.commands.main:entry"]},
     install_requires=[
         "torch>=2.11",
-        # Versions up to 0.19.3 gave wrong ZeRO-2 gradients for a tied embedding, and checkpoint/state.py reads how
-        # ZeRO-2 lays out its partitions: tests/training/test_zero2.py checks both for this range.
+        # Versions up to 0.19.3 compute wrong ZeRO-2 gradients for tied embeddings, and checkpoint/state.py reads
+        # ZeRO-2's partition layout; tests/training/test_zero2.py checks both.
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.2,<6",  # evaluation/finetuning uses train_sampling_strategy; exports open in 4.48 and later
         "tokenizers>=0.22",
@@ -56,7 +56,7 @@ setup(
         "scikit-learn>=1.5",
         "scipy>=1.11",
         "seqeval>=1.2.2",
-        # The fast engine of byte-level BPE, where there are wheels of it; elsewhere tokenizers does the work.
+        # A faster byte-level BPE engine, where wheels exist; tokenizers is the fallback.
         "fastokens>=0.3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     ],
     extras_require={
@@ -71,8 +71,8 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.14",
-            # torch's CUDA builds bring the triton that fits them, which is why constraints.txt pins none; beside a CPU
-            # build it runs the fused kernels in its interpreter.
+            # CUDA builds of torch pin their own triton, so constraints.txt pins none; with CPU builds its interpreter
+            # runs the fused kernels.
             "triton>=3.6; platform_system == 'Linux'",
         ],
     },

@@ -6,9 +6,9 @@
 #   deepspeed [--num_gpus N] examples/pretrain_large.sh ...
 #   torchrun --nproc_per_node N examples/pretrain_large.sh ...
 #
-# This file is bash and Python at once: bash starts the Python part, which looks at the run file and starts DeepSpeed's
-# launcher, which runs the Python part on every rank. Started by bash, RANKS=N sets the number of ranks (default: one a
-# GPU), and a Ctrl-C lets the ranks save before the prompt comes back.
+# This file is both bash and Python: bash starts the Python part, which checks the run file and starts the DeepSpeed
+# launcher, which runs the Python part on every rank. Under bash, RANKS=N sets the number of ranks (default: one per
+# GPU), and Ctrl-C lets the ranks save before the prompt returns.
 set -euo pipefail
 beside="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin"
 [ -x "$beside/deepspeed" ] && PATH="$beside:$PATH"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Text in, encoder out: tokenizer, corpus, MLM -> causal detour -> MLM decay, Hugging Face folder, report.
 #
-#   examples/quickstart.sh                   on the project's own sample, in minutes on two CPU cores
-#   examples/quickstart.sh my_corpus.jsonl   on a corpus of yours: .jsonl (key "text"), .jsonl.gz or .txt
-#   examples/quickstart.sh my_corpus.jsonl phases.detour.tokens=2M   with keys of recipes/quickstart.yaml changed
+#   examples/quickstart.sh                   on a generated sample, in minutes on two CPU cores
+#   examples/quickstart.sh my_corpus.jsonl   on your corpus: .jsonl (key "text"), .jsonl.gz or .txt
+#   examples/quickstart.sh my_corpus.jsonl phases.detour.tokens=2M   with keys of recipes/quickstart.yaml overridden
 #
-# Everything lands in runs/quickstart, or runs/quickstart-NAME for a corpus of yours. Started again, it goes on from the
-# last checkpoint. RANKS=N sets the number of processes, VOCABULARY=N the size of the tokenizer, TEXT_KEY=key the key of
-# the text in JSON lines.
+# Everything is written to runs/quickstart, or runs/quickstart-NAME for your corpus. Run it again to resume from the last
+# checkpoint. RANKS=N sets the number of processes, VOCABULARY=N the size of the tokenizer, TEXT_KEY=key the JSON key of
+# the text.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 [ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
@@ -38,7 +38,7 @@ command -v deepspeed >/dev/null || fail "deepspeed is not installed; run make in
 recipe=(--run-file "$root/examples/recipes/quickstart.yaml"
   folder="$work/run" model.tokenizer="$work/data/tokenizer"
   data.corpora.0.prefix="$work/data/train" validation.corpora.0.prefix="$work/data/heldout" "$@")
-python "$root/examples/pretrain_base.sh" --plan "${recipe[@]}" >/dev/null  # a misspelled key is told first
+python "$root/examples/pretrain_base.sh" --plan "${recipe[@]}" >/dev/null  # reports a misspelled key first
 
 if [ -z "$corpus" ]; then
   step "generating the sample: $work/data"
@@ -46,8 +46,8 @@ if [ -z "$corpus" ]; then
   corpus=$work/data/sample.jsonl train=$work/data/sample.jsonl heldout=$work/data/heldout.jsonl
   probes=(--probes "$work/data/probes.jsonl")
 else
-  [ ! -d "$corpus" ] || fail "$corpus is a folder, and this script takes one file; tools/preprocess_data.py builds folders, --whole-files one document a file"
-  [ -f "$corpus" ] || fail "$corpus: there is no such input file"
+  [ ! -d "$corpus" ] || fail "$corpus is a folder, but this script takes one file; for folders use megatron-detour preprocess (--whole-files: one document per file)"
+  [ -f "$corpus" ] || fail "$corpus: no such file"
   case $corpus in
     *.jsonl|*.jsonl.gz) kind=jsonl ;;
     *.txt) kind=txt ;;
@@ -57,24 +57,24 @@ else
   probes=(--from-corpus "$heldout" --count 10 --text-key "$text_key")
   source="$(cd "$(dirname "$corpus")" && pwd)/$(basename "$corpus") $(cksum < "$corpus")"
   [ "$source" = "$(cat "$work/data/source" 2>/dev/null || printf %s "$source")" ] ||
-    fail "$corpus has changed, or $work was made from another file of this name; remove $work to start again"
+    fail "$corpus has changed, or $work belongs to another file of this name; remove $work to start over"
 fi
 
-step "training a tokenizer of $vocabulary pieces: $work/data/tokenizer"
+step "training a tokenizer with $vocabulary entries: $work/data/tokenizer"
 [ "$vocabulary" = "$(cat "$work/data/vocabulary" 2>/dev/null || echo "$vocabulary")" ] ||
-  fail "$work has a tokenizer of $(cat "$work/data/vocabulary") pieces; remove $work to start again with $vocabulary"
+  fail "the tokenizer in $work has $(cat "$work/data/vocabulary") entries; remove $work to start over with $vocabulary"
 [ -e "$work/data/tokenizer" ] || python "$root/tools/train_tokenizer.py" --input "$corpus" \
   --output "$work/data/tokenizer" --vocab-size "$vocabulary" --text-key "$text_key" ||
-  fail "no tokenizer was made (VOCABULARY=N in front of this command sets its size, TEXT_KEY=key the key of the text)"
+  fail "tokenizer training failed; set VOCABULARY=N (entries) or TEXT_KEY=key (JSON key of the text) before this command"
 echo "$vocabulary" > "$work/data/vocabulary"
 
 if [ "$train" != "$corpus" ]; then
-  step "setting every 50th document aside: $heldout"
+  step "holding out every 50th document: $heldout"
   read_corpus() { case $corpus in *.gz) gzip -dc "$corpus" ;; *) cat "$corpus" ;; esac; }
   if [ ! -e "$train" ]; then
     rm -f "$heldout.part"
     read_corpus | awk -v held="$heldout.part" 'NR % 50 == 0 { print > held; next } { print }' > "$train.part"
-    [ -e "$heldout.part" ] || { rm -r "$work/data"; fail "$corpus: fewer than 50 documents; a corpus needs more"; }
+    [ -e "$heldout.part" ] || { rm -r "$work/data"; fail "$corpus: a corpus needs at least 50 documents"; }
     mv "$heldout.part" "$heldout" && mv "$train.part" "$train"
   fi
   printf '%s\n' "$source" > "$work/data/source"
@@ -91,13 +91,13 @@ if [ -z "${RANKS:-}" ]; then
   cores=$(getconf _NPROCESSORS_ONLN) && RANKS=$((cores < 2 ? 1 : 2))
   command -v nvidia-smi >/dev/null && RANKS=1
 fi
-[ -n "$(command -v nvidia-smi)" ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=cpu  # spares a warning
+[ -n "$(command -v nvidia-smi)" ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=cpu  # avoids a warning
 status=0
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} RANKS=$RANKS bash "$root/examples/pretrain_base.sh" "${recipe[@]}" || status=$?
 case $status in
   0) ;;
-  75|130) exit "$status" ;;  # Ctrl-C: the run has said what is saved
-  *) fail "training has stopped, see above; where it was interrupted, this command goes on from the last checkpoint (to start anew, remove $work)" ;;
+  75|130) exit "$status" ;;  # Ctrl-C: the run has reported what it saved
+  *) fail "training stopped, see above; run this command again to resume from the last checkpoint, or remove $work to start over" ;;
 esac
 
 step "converting to a Hugging Face folder: $work/model"

@@ -52,7 +52,7 @@ def test_the_wheel_holds_recipes_and_templates_but_no_tests_and_no_benchmarks(tm
     with zipfile.ZipFile(built(tree, "wheel")) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in held} == {"megatron_detour"}
-    wanted = {".py", ".j2", ".yaml", ".json"}
+    wanted = {".py", ".j2", ".yaml", ".json", ".sh"}
     package = {path for path in (tree / "megatron_detour").rglob("*") if path.suffix in wanted}
     assert {path.relative_to(tree).as_posix() for path in package} == held
     assert {"megatron_detour/recipes/quickstart.yaml", "megatron_detour/ds_configs/zero2_bf16.json"} <= held

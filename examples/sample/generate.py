@@ -1,8 +1,8 @@
-"""Writes the sample corpus: short invented clinical texts, half English, half French, whose facts repeat.
+"""Writes the sample corpus: short invented clinical texts, half English and half French, with recurring facts.
 
-Every fact (a drug and its indication, a finding and its diagnosis) returns in many documents and many phrasings, so a
-tiny encoder can learn it from two million tokens and probes can show it. All texts are invented and hold no personal
-data; nothing in them is medical advice.
+Every fact (a drug and its indication, a finding and its diagnosis) recurs in many documents and phrasings, so that a
+tiny encoder can learn it from two million tokens and probes can show it. All texts are invented: they contain no
+personal data and no medical advice.
 
     python examples/sample/generate.py --output FOLDER [--megabytes 3] [--seed 0]
 """

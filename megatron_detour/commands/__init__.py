@@ -1,1 +1,1 @@
-"""The console command `megatron-detour`: a module for each of its commands."""
+"""The console command `megatron-detour`, one module per subcommand."""

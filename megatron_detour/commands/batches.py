@@ -1,7 +1,7 @@
-"""`megatron-detour batches`: what the model reads in some steps of a run, as text and as arrays.
+"""`megatron-detour batches`: show what the model reads in given steps, as text and as arrays.
 
-It reads neither weights nor a GPU. Which documents a step reads, and how each is corrupted, does not depend on ranks
-and micro-batches, so a step's arrays hold its documents in the order of the stream.
+No weights and no GPU are needed. The documents of a step and their corruption do not depend on the number of ranks or
+micro-batches, so the arrays hold the documents in stream order.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_tokenizer
 from megatron_detour.tokenizer.word_boundaries import Words
 
 LAYOUT = (
-    "FILE.npz holds four int64 arrays per step, N being its number in eight digits: step-N/input_ids [tokens], the "
-    "corrupted documents one after the other; step-N/labels [tokens], the token to predict at each position, which in "
-    "causal phases is the next one, or -100; step-N/document_lengths [documents]; step-N/sequence_numbers [documents], "
-    "by which documents draw their masks"
+    "FILE.npz holds four int64 arrays per step, where N is the step in eight digits: step-N/input_ids [tokens], the "
+    "corrupted documents, concatenated; step-N/labels [tokens], the token to predict at each position (in causal "
+    "phases the next one) or -100; step-N/document_lengths [documents]; step-N/sequence_numbers [documents], the seeds "
+    "of the masks"
 )
 
 
@@ -39,14 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_file(parser)
     add_control(parser)
     add = parser.add_argument
-    add("--steps", type=_steps, default="1", metavar="A-B", help="as metrics.jsonl numbers them: from 1 (%(default)s)")
-    add("--documents", type=count, default=3, metavar="N", help="to show of each step (%(default)s)")
-    add("--output", type=Path, metavar="FILE.npz", help="write all documents of the steps as arrays")
+    add(
+        "--steps",
+        type=_steps,
+        default="1",
+        metavar="A-B",
+        help="counted from 1 as in metrics.jsonl (%(default)s)",
+    )
+    add("--documents", type=count, default=3, metavar="N", help="documents to show per step (%(default)s)")
+    add("--output", type=Path, metavar="FILE.npz", help="write all documents of these steps as arrays")
     parser.description += f". {LAYOUT}."
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints, and writes where asked to. Raises DetourError."""
+    """Print the steps, and write them to --output. Raises DetourError."""
     config = read_run_file(options.run_file, options.overrides, options.control)
     plan = Plan.of(config)
     if options.steps.stop > plan.total_steps + 1:
@@ -69,12 +75,12 @@ def run(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Documents of a step over all ranks."""
+    """The documents of a step, over all ranks."""
 
     step: Step
     causal: bool
     input_ids: np.ndarray  # int64 [tokens]
-    labels: np.ndarray  # int64 [tokens], IGNORE where there is none
+    labels: np.ndarray  # int64 [tokens], IGNORE where unlabeled
     lengths: np.ndarray  # int64 [documents]
     numbers: np.ndarray  # int64 [documents]
 
@@ -87,7 +93,7 @@ class StepBatch:
         }
 
     def shown(self, tokenizer: Tokenizer, documents: int) -> Iterator[str]:
-        """A line about the step, then its first documents, each below its own line."""
+        """Yield a heading, then the first documents of the step, each under its own heading."""
         step = self.step
         yield (
             f"step {step.number:,}  phase {step.phase.name} ({step.objective.label}), "
@@ -101,22 +107,22 @@ class StepBatch:
 
 
 def marked(tokenizer: Tokenizer, ids: np.ndarray, labels: np.ndarray) -> str:
-    """The text, with each position that has a label as <what the model reads|what it has to restore>."""
+    """Return the text, with each labeled position as <input token|label>."""
     text, kept = [], []
     for token, label in zip(ids.tolist(), labels.tolist(), strict=True):
         if label == IGNORE:
             kept.append(token)
             continue
         text.append(tokenizer.decode(kept, skip_special_tokens=False))
-        read, restored = (tokenizer.decode([one], skip_special_tokens=False) for one in (token, label))
-        text.append(f"<{read}|{restored}>")
+        shown, target = (tokenizer.decode([id_], skip_special_tokens=False) for id_ in (token, label))
+        text.append(f"<{shown}|{target}>")
         kept = []
     return "".join([*text, tokenizer.decode(kept, skip_special_tokens=False)])
 
 
 @dataclass(frozen=True)
 class Source:
-    """What turns a step into its documents, as training does (training/trainer.py)."""
+    """Reads the documents of a step as training does (training/trainer.py)."""
 
     data: PhaseData
     words: Words | None
@@ -125,7 +131,7 @@ class Source:
 
     @classmethod
     def of(cls, config: RunConfig, plan: Plan) -> Source:
-        """Raises DetourError for a tokenizer or a corpus that is not there."""
+        """Raises DetourError if the tokenizer or a corpus does not exist."""
         start = look(config.model, config.needs_word_boundaries)
         if start.vocabulary is None or (config.needs_word_boundaries and start.words is None):
             raise DetourError(format_faults(list(start.faults)))
@@ -143,7 +149,7 @@ class Source:
 
 
 def step_numbered(plan: Plan, number: int) -> Step:
-    """The step of this number, from 1."""
+    """Return the step with this number, counted from 1."""
     stages = (stage for phase in plan.phases for stage in phase.stages)
     stage = next(stage for stage in stages if number < stage.first_step + stage.steps)
     return plan.at(stage.start + (number - stage.first_step) * (stage.tokens // stage.steps))
@@ -152,5 +158,5 @@ def step_numbered(plan: Plan, number: int) -> Step:
 def _steps(text: str) -> range:
     first, dash, last = text.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-        raise argparse.ArgumentTypeError(f"a step or a range such as 1-12 is needed, it is {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a step or a range such as 1-12, not {text!r}")
     return range(int(first), int(last or first) + 1)

@@ -1,4 +1,4 @@
-"""A line of the doctor's answer."""
+"""One line of the output of `megatron-detour doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OK, NOTE, FAULT = "ok", "note", "fault"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """`remedy` says what to do about a note or a fault, where something can be done."""
+    """`remedy` says what to do about a note or a fault, if anything can be done."""
 
     state: str
     what: str
@@ -23,5 +23,5 @@ class CheckResult:
 
 
 def check(good: bool, what: str, text: str, remedy: str, otherwise: str = NOTE) -> CheckResult:
-    """Ok where `good`, else `otherwise` with the remedy."""
+    """Return OK if `good`, else `otherwise` with the remedy."""
     return CheckResult(OK, what, text) if good else CheckResult(otherwise, what, text, remedy)

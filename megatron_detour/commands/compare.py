@@ -1,4 +1,4 @@
-"""`megatron-detour compare`: runs side by side."""
+"""`megatron-detour compare`: compare runs on one page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from megatron_detour.observe.compare import write_comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="RUN", help="run directories; the first is the baseline"
+    )
     parser.add_argument("--output", type=Path, default="comparison", metavar="DIR", help="for the page (%(default)s)")
 
 

@@ -1,5 +1,5 @@
-"""`megatron-detour convert`: a checkpoint as a Hugging Face folder with a model card, after comparing its logits with
-transformers'."""
+"""`megatron-detour convert`: export a checkpoint as a Hugging Face folder with a model card, after comparing its logits
+with those of transformers."""
 
 from __future__ import annotations
 
@@ -17,33 +17,41 @@ from megatron_detour.text import visible
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run's folder: its newest")
-    add("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
-    add("--dtype", choices=sorted(DTYPES), default="bf16", help="of the weights (bf16)")
-    add("--decoder", action="store_true", help="as ModernBertDecoderForCausalLM, for a checkpoint of a causal phase")
-    add("--text", metavar="FILE", help="compare logits on its lines (default: a few texts of this project)")
-    card = parser.add_argument_group("the model card")
+    add("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run directory (its newest checkpoint)")
+    add("--output", required=True, metavar="DIR", help="folder to create")
+    add("--dtype", choices=sorted(DTYPES), default="bf16", help="dtype of the weights (bf16)")
+    add("--decoder", action="store_true", help="export as ModernBertDecoderForCausalLM (checkpoints of a causal phase)")
+    add("--text", metavar="FILE", help="compare logits on the lines of this file (default: a few built-in texts)")
+    card = parser.add_argument_group("model card")
     add = card.add_argument
-    add("--name", help="of the model (the output folder's)")
-    add("--language", nargs="+", default=[], metavar="CODE", help="of the model, such as: en fr (ISO 639)")
-    add("--licence", "--license", help="of the weights, such as apache-2.0 or cc-by-4.0")
-    add("--base-model", metavar="OWNER/NAME", help="the start model on the hub, where the run used a local folder")
-    add("--domain", metavar="NAME", help="of the texts, such as medical: the card then says what follows from it")
-    add("--card-facts", metavar="FILE", help="YAML: these and more, such as the corpora's licences (docs/release.md)")
-    add("--evaluation", metavar="DIR", help="put the scores of megatron-detour evaluate --output DIR on the card")
-    add("--evaluation-model", metavar="NAME", help="the model's name in that evaluation (--name, or the folder's)")
-    upload = parser.add_argument_group("upload; without it nothing uses the network")
-    upload.add_argument("--push-to-hub", metavar="REPO", help="upload the folder once it is complete")
-    upload.add_argument("--private", action="store_true", help="a new repository is to be private")
+    add("--name", help="name of the model (that of the output folder)")
+    add("--language", nargs="+", default=[], metavar="CODE", help="languages of the model, ISO 639, such as: en fr")
+    add("--license", "--licence", help="license of the weights, such as apache-2.0 or cc-by-4.0")
+    add("--base-model", metavar="OWNER/NAME", help="hub id of the initial model, if the run used a local folder")
+    add("--domain", metavar="NAME", help="domain of the texts, such as medical; adds its caveats to the card")
+    add(
+        "--card-facts",
+        metavar="FILE",
+        help="YAML with these and more, such as licenses of corpora (docs/release.md)",
+    )
+    add("--evaluation", metavar="DIR", help="add the scores of megatron-detour evaluate --output DIR")
+    add(
+        "--evaluation-model",
+        metavar="NAME",
+        help="the model's name in that evaluation (--name, or the output folder's)",
+    )
+    upload = parser.add_argument_group("upload (nothing else uses the network)")
+    upload.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this repository")
+    upload.add_argument("--private", action="store_true", help="make a new repository private")
 
 
 def evaluated_name(options: argparse.Namespace) -> str:
-    """What the model is called in the evaluation."""
+    """Return the name of the model in the evaluation."""
     return options.evaluation_model or options.name or Path(options.output).name
 
 
 def run(options: argparse.Namespace) -> None:
-    """Exports, says what came of it, and uploads where that was asked for. Raises DetourError."""
+    """Export, print the result, and upload with --push-to-hub. Raises DetourError."""
     log.to_terminal()
     repository = options.push_to_hub
     if options.private and not repository:
@@ -64,22 +72,22 @@ def run(options: argparse.Namespace) -> None:
         options.dtype,
         as_decoder=options.decoder,
         text=options.text,
-        given=_given(options),
+        given=_card_metadata(options),
         evaluation=rows,
         scored=scored,
         repository=repository,
     )
     step, steps = exported.run_state["step"], exported.run_state["total_steps"]
-    print(f"{options.output}: step {step:,} of {steps:,}, logits equal transformers' within {exported.difference:.1e}")
+    print(f"{options.output}: step {step:,} of {steps:,}, logits match transformers within {exported.difference:.1e}")
     for warning in exported.warnings:
         print(visible(f"warning: {warning}"))
     if repository:
         print(f"uploaded to {hub.push(Path(options.output), repository, options.private)}", flush=True)
 
 
-def _given(options: argparse.Namespace) -> CardMetadata:
-    spoken = CardMetadata(
-        options.name, tuple(options.language), options.licence, options.base_model, domain=options.domain
+def _card_metadata(options: argparse.Namespace) -> CardMetadata:
+    metadata = CardMetadata(
+        options.name, tuple(options.language), options.license, options.base_model, domain=options.domain
     )
-    validate(spoken, shown=lambda key: flag(key).removesuffix("s"))  # --language may name several
-    return spoken.over(read_card_metadata(options.card_facts)) if options.card_facts else spoken
+    validate(metadata, shown=lambda key: flag(key).removesuffix("s"))  # --language may name several
+    return metadata.over(read_card_metadata(options.card_facts)) if options.card_facts else metadata

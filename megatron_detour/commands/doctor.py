@@ -1,4 +1,4 @@
-"""`megatron-detour doctor`: a line about each thing that a run needs. It trains nothing and sends nothing."""
+"""`megatron-detour doctor`: check everything that a run needs, one line each. It trains nothing and sends nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_detour.checkpoint.source import weight_sizes
 from megatron_detour.commands import machine
 from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult
 from megatron_detour.commands.parser import add_run_file
-from megatron_detour.commands.plan import listed
+from megatron_detour.commands.plan import split_faults
 from megatron_detour.config import RunConfig, load
 from megatron_detour.corpus.examine import verify
 from megatron_detour.errors import DetourError
@@ -28,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints an item per line, as they are found; returns 1 where one is a fault. Raises DetourError."""
+    """Print one line per check, as they finish. Return 1 if any of them is a fault. Raises DetourError."""
     run_file, overrides = options.run_file, options.overrides
     if run_file and "=" in run_file and not Path(run_file).exists():
-        raise DetourError(f"doctor {run_file}: a run file has to come before what changes its keys")
+        raise DetourError(f"doctor {run_file}: give the run file before its overrides")
     states = []
-    for found in items(run_file, overrides):
-        print(found, flush=True)
-        states.append(found.state)
+    for result in items(run_file, overrides):
+        print(result, flush=True)
+        states.append(result.state)
     faults, notes = states.count(FAULT), states.count(NOTE)
-    print(f"\n{len(states)} looked at: {counted(faults, 'fault')}, {counted(notes, 'note')}")
+    print(f"\n{counted(len(states), 'check')}: {counted(faults, 'fault')}, {counted(notes, 'note')}")
     return 1 if faults else 0
 
 
@@ -48,7 +48,7 @@ def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
             config = load(run_file, overrides)
             checked = preflight(config, Plan.of(config), _ranks(config))
         except DetourError as fault:
-            faults = listed(fault)
+            faults = split_faults(fault)
     yield from machine.packages()
     yield from machine.gpus()
     yield machine.precision(checked and checked.deepspeed)
@@ -80,7 +80,7 @@ def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
 
 
 def _ranks(config: RunConfig) -> int:
-    """One a GPU of this machine, or as few as the run file allows."""
+    """One per GPU of this machine, or the fewest that the run file allows."""
     return torch.cuda.device_count() if torch.cuda.is_available() else config.parallel.tensor
 
 
@@ -112,19 +112,17 @@ def _memory(told: Forecast) -> Iterator[CheckResult]:
     if most is None:
         return
     ranks = counted(told.ranks, "rank")
-    text = f"about {most.needed / machine.GIB:.1f} GiB a rank with a margin, {ranks}"
+    text = f"about {most.needed / machine.GIB:.1f} GiB per rank including a margin, {ranks}"
     room = told.gpu_memory * 1e9 if most.on_gpu else psutil.virtual_memory().total / told.ranks
     if most.needed > room:
-        advice = told.advice or "a smaller batch.micro_sequences or compute.recompute=full takes less"
-        yield CheckResult(
-            FAULT, "fit", f"{text}: more than the {room / machine.GIB:.1f} GiB that each has here", advice
-        )
+        advice = told.advice or "reduce batch.micro_sequences, or set compute.recompute=full"
+        yield CheckResult(FAULT, "fit", f"{text}: more than the {room / machine.GIB:.1f} GiB available to each", advice)
     else:
         yield CheckResult(OK, "fit", text)
 
 
 def _corpora(config: RunConfig) -> Iterator[CheckResult]:
-    """Every byte of them is read: what is missing was told by the plan."""
+    """Read every byte of the corpora that exist. Missing ones are faults of the plan."""
     lists = [config.data.corpora, config.validation.corpora, *(phase.corpora or () for phase in config.phases)]
     for prefix in dict.fromkeys(corpus.prefix for corpora in lists for corpus in corpora):
         if not Path(f"{prefix}.manifest.json").exists():

@@ -1,6 +1,6 @@
-"""`megatron-detour evaluate`: fine-tunes models on downstream tasks and says which is better, and how sure that is.
+"""`megatron-detour evaluate`: fine-tune models on downstream tasks and compare them, with confidence intervals.
 
-Started again with the same arguments it does only what is missing.
+Run again with the same arguments, it does only what is missing.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ COLUMNS = 80
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subcommands = parser.add_subcommands(implied="run")
     for name, what, add in (
-        ("run", "fine-tune and score; the word may be left out", add_run_arguments),
-        ("report", "tables and plots again, from the results", add_report_arguments),
-        ("tasks", "the tasks that are known, and groups of them", lambda parser: None),
-        ("intrinsic", "how well models restore masked words of texts, without labels", add_intrinsic_arguments),
+        ("run", "fine-tune and score models (the default)", add_run_arguments),
+        ("report", "rewrite tables and plots from the results", add_report_arguments),
+        ("tasks", "list the defined tasks and groups", lambda parser: None),
+        ("intrinsic", "measure how well models restore masked words of texts, without labels", add_intrinsic_arguments),
     ):
         add(subcommands.add_parser(name, help=what, description=what))
 
@@ -45,7 +45,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="DIR",
-        help="Hugging Face folders, or NAME=DIR; the first one is what the others are compared with",
+        help="Hugging Face folders, or NAME=DIR; the first is the baseline",
     )
     parser.add_argument(
         "--tasks",
@@ -53,30 +53,30 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="NAME",
-        help="tasks, YAML files of your own, or: all (that --data has), paper-en, paper-fr",
+        help="task names, your own YAML files, or: all (in --data), paper-en, paper-fr",
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="has a folder for each task")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for results and report")
-    parser.add_argument("--seeds", type=_count, metavar="N", help="of each model and task (the protocol's)")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="directory with one folder per task")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for results and report")
+    parser.add_argument("--seeds", type=_count, metavar="N", help="seeds per model and task (set by the protocol)")
     parser.add_argument(
         "--protocol", default="quick", metavar="NAME", help=f"{', '.join(packaged_protocols())}, or a YAML file (quick)"
     )
-    parser.add_argument("--ner-head", choices=("tokens", "span"), help="for named entities (the protocol's)")
-    parser.add_argument("--jobs", type=_count, metavar="N", help="fine-tunings at once (one a GPU; 1 without)")
-    parser.add_argument("--shuffle-labels", action="store_true", help="train on shuffled labels: what is chance?")
+    parser.add_argument("--ner-head", choices=("tokens", "span"), help="head for named entities (set by the protocol)")
+    parser.add_argument("--jobs", type=_count, metavar="N", help="parallel fine-tuning jobs (one per GPU; 1 on CPU)")
+    parser.add_argument("--shuffle-labels", action="store_true", help="train on shuffled labels, as a sanity check")
     parser.add_argument(
         "--set",
         nargs="+",
         action="extend",
         default=[],
         metavar="key=value",
-        help="change the protocol",
+        help="override keys of the protocol",
     )
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", metavar="OUTPUT", help="folder of an evaluation")
-    parser.add_argument("--baseline", metavar="MODEL", help="the model to compare with (that of the first result)")
+    parser.add_argument("output", metavar="OUTPUT", help="the --output of an evaluation")
+    parser.add_argument("--baseline", metavar="MODEL", help="model to compare with (that of the first result)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -91,14 +91,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Fine-tunes what is missing, then writes the report. Raises DetourError."""
+    """Fine-tune what is missing, then write the report. Raises DetourError."""
     from megatron_detour.evaluation.finetuning.suite import Suite, run_suite
 
     overrides = options.set + ([f"ner_head={options.ner_head}"] if options.ner_head else [])
     protocol = load_protocol(options.protocol, overrides)
     models, tasks = named_models(options.model), chosen_tasks(options.tasks, options.data)
     for name in protocol.unused_sections(tasks):
-        print(visible(f"protocol {protocol.name}: tasks.{name} is of no task of this evaluation"), file=sys.stderr)
+        print(visible(f"protocol {protocol.name}: tasks.{name} matches no task of this evaluation"), file=sys.stderr)
     devices = visible_gpus()
     suite = Suite(
         models=models,
@@ -119,10 +119,10 @@ def report(output: Path, baseline: str | None) -> None:
     from megatron_detour.evaluation.report.page import as_text, read_summary, write_report
 
     if not output.is_dir():
-        raise DetourError(f"{output}: there is no such folder; give the --output of an evaluation")
+        raise DetourError(f"{output}: no such folder; give the --output of an evaluation")
     if not (output / RESULTS).exists():
-        raise DetourError(f"{output / RESULTS}: holds no result yet; evaluate a model first (megatron-detour evaluate)")
-    with (output / ".lock").open("w") as lock:  # several commands may share an output
+        raise DetourError(f"{output / RESULTS}: no results yet; evaluate a model first (megatron-detour evaluate)")
+    with (output / ".lock").open("w") as lock:  # several processes may share an output
         fcntl.flock(lock, fcntl.LOCK_EX)
         page = write_report(output, baseline)
     as_text(read_summary(output), Console())
@@ -130,7 +130,7 @@ def report(output: Path, baseline: str | None) -> None:
 
 
 def list_tasks() -> None:
-    """Prints a line of facts for each task, and its title below, in 80 columns."""
+    """Print a row for each task with its title below, in 80 columns."""
     rows = [("name", "", "type", "metric", "paper", "title")]
     for task in map(load_task, packaged_tasks()):
         rows.append((task.name, task.language, task.type, task.metric, task.paper, task.title))
@@ -138,7 +138,7 @@ def list_tasks() -> None:
     for *cells, title in rows:
         print("  ".join(map(str.ljust, cells, widths)).rstrip())
         print(textwrap.fill(title, COLUMNS, initial_indent="    ", subsequent_indent="    "))
-    words = f"groups: {', '.join(GROUPS)}; docs/tasks.md says where each comes from and what its files look like"
+    words = f"groups: {', '.join(GROUPS)}; docs/tasks.md describes their sources and files"
     print(textwrap.fill(words, COLUMNS))
 
 
@@ -146,23 +146,27 @@ def add_intrinsic_arguments(parser: argparse.ArgumentParser) -> None:
     defaults, add = IntrinsicOptions(), parser.add_argument
     add("--model", nargs="+", action="extend", required=True, metavar="DIR", help="Hugging Face folders, or NAME=DIR")
     add("--corpus", type=Path, nargs="+", action="extend", required=True, metavar="FILE", help=".jsonl[.gz] or .txt")
-    add("--output", type=Path, required=True, metavar="DIR", help="for intrinsic.jsonl, intrinsic.md and cells/")
-    of_domain = parser.add_argument_group("words of the domain")
-    of_domain.add_argument("--words", type=Path, metavar="FILE", help="the words, one per line")
-    _add_files(of_domain, "--reference", "general texts, which have the domain's words far less often")
-    _add_files(of_domain, "--domain", "texts of the domain to count beside each corpus, with --reference")
-    of_domain.add_argument("--ratio", type=float, default=defaults.ratio, help="times as often, at least (%(default)g)")
-    add("--documents", type=int, default=defaults.documents, help="of a corpus, at most (%(default)s)")
-    add("--windows", type=int, default=defaults.windows, help="of a document, at most (%(default)s)")
     add(
-        "--window-words", type=int, default=defaults.window_words, help="words that a model reads at once (%(default)s)"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for intrinsic.jsonl, intrinsic.md and cells/",
     )
-    add("--mask-rate", type=float, default=defaults.mask_rate, help="share of a window's words (%(default)s)")
-    add("--seed", type=int, default=defaults.seed, help="of documents, windows, masks and bootstrap (%(default)s)")
-    add("--text-key", default=defaults.text_key, help="the key of a JSON line that holds the text (%(default)s)")
-    add("--resamples", type=int, default=defaults.resamples, help="of the bootstrap (%(default)s)")
+    domain = parser.add_argument_group("domain words")
+    domain.add_argument("--words", type=Path, metavar="FILE", help="domain words, one per line")
+    _add_files(domain, "--reference", "general texts, in which domain words are rarer")
+    _add_files(domain, "--domain", "further domain texts in which to count words, with --reference")
+    domain.add_argument("--ratio", type=float, default=defaults.ratio, help="minimum frequency ratio (%(default)g)")
+    add("--documents", type=int, default=defaults.documents, help="maximum documents per corpus (%(default)s)")
+    add("--windows", type=int, default=defaults.windows, help="maximum windows per document (%(default)s)")
+    add("--window-words", type=int, default=defaults.window_words, help="words per window (%(default)s)")
+    add("--mask-rate", type=float, default=defaults.mask_rate, help="fraction of words to mask (%(default)s)")
+    add("--seed", type=int, default=defaults.seed, help="seed of documents, windows, masks and bootstrap (%(default)s)")
+    add("--text-key", default=defaults.text_key, help="JSON key of the text (%(default)s)")
+    add("--resamples", type=int, default=defaults.resamples, help="bootstrap resamples (%(default)s)")
     add("--device", default=defaults.device, help="auto, cpu, cuda or cuda:N; bf16 on a GPU (%(default)s)")
-    add("--batch-tokens", type=int, default=defaults.batch_tokens, help="positions in a forward pass (%(default)s)")
+    add("--batch-tokens", type=int, default=defaults.batch_tokens, help="positions per forward pass (%(default)s)")
 
 
 def _add_files(group: argparse._ArgumentGroup, name: str, help_text: str) -> None:
@@ -171,15 +175,15 @@ def _add_files(group: argparse._ArgumentGroup, name: str, help_text: str) -> Non
 
 def measure_masked_words(options: argparse.Namespace) -> None:
     """Raises DetourError as measure() does."""
-    given = {name: getattr(options, name) for name in IntrinsicOptions.__dataclass_fields__}
-    settings = IntrinsicOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+    values = {name: getattr(options, name) for name in IntrinsicOptions.__dataclass_fields__}
+    settings = IntrinsicOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     from megatron_detour.evaluation.masked_words.measure import measure
 
     measure(named_models(options.model), options.corpus, settings, options.output)
 
 
 def chosen_tasks(names: list[str], data: Path) -> tuple[Task, ...]:
-    """The tasks of names, files and groups, each once. Raises DetourError."""
+    """Resolve names, files and groups to tasks, without duplicates. Raises DetourError."""
     tasks: dict[str, Task] = {}
     for name in names:
         for task in _group(name, data) if name in GROUPS else [load_task(name)]:
@@ -188,17 +192,17 @@ def chosen_tasks(names: list[str], data: Path) -> tuple[Task, ...]:
 
 
 def _group(name: str, data: Path) -> list[Task]:
-    known = [load_task(task) for task in packaged_tasks()]
+    defined = [load_task(task) for task in packaged_tasks()]
     if name != "all":
-        return [task for task in known if task.paper == name.removeprefix("paper-")]
-    there = [task for task in known if (data / task.name).is_dir()]
-    if not there:
-        raise DetourError(f"--tasks all: {data} has no folder named as a task; see docs/tasks.md")
-    return there
+        return [task for task in defined if task.paper == name.removeprefix("paper-")]
+    present = [task for task in defined if (data / task.name).is_dir()]
+    if not present:
+        raise DetourError(f"--tasks all: {data} has no folder with the name of a task; see docs/tasks.md")
+    return present
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs visible to this process, as named in CUDA_VISIBLE_DEVICES."""
     import torch
 
     named = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
@@ -207,5 +211,5 @@ def visible_gpus() -> tuple[str, ...]:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= MOST_SEEDS:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 to {MOST_SEEDS:,} is needed, it is {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {MOST_SEEDS:,}, not {text!r}")
     return int(text)

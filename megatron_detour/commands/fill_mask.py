@@ -1,4 +1,4 @@
-"""`megatron-detour fill-mask`: what models put in place of a mask, side by side."""
+"""`megatron-detour fill-mask`: compare what models predict for masked words."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from megatron_detour.evaluation.probes import print_report, probes_from_corpus, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, action="append", required=True, help="Hugging Face folder; may be repeated")
-    add("--label", action="append", help="heading of a model's column; once for each --model")
+    add("--model", type=Path, action="append", required=True, help="Hugging Face folder (repeatable)")
+    add("--label", action="append", help="column heading, one per --model")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--probes", type=Path, help='lines {"text": "... [MASK] ...", "answer": "word"}')
-    source.add_argument("--from-corpus", type=Path, help="make probes of a .jsonl, .jsonl.gz or .txt file")
-    add("--count", type=int, default=10, help="probes to make, with --from-corpus")
-    add("--seed", type=int, default=0, help="another seed makes other probes, with --from-corpus")
-    add("--text-key", default="text", help="the key of a JSON line that holds the text")
-    add("--top", type=int, default=3, help="words to show for each mask")
+    source.add_argument("--from-corpus", type=Path, help="create probes from a .jsonl, .jsonl.gz or .txt file")
+    add("--count", type=int, default=10, help="number of probes for --from-corpus (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the probes for --from-corpus (%(default)s)")
+    add("--text-key", default="text", help="JSON key of the text (%(default)s)")
+    add("--top", type=int, default=3, help="predictions per mask (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:

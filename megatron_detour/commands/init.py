@@ -1,6 +1,6 @@
-"""`megatron-detour init`: a run file and a Slurm script for the user's texts, model and GPUs, and what to do with them.
+"""`megatron-detour init`: write a run file and a Slurm script for the user's texts, model and GPUs.
 
-Amounts are the paper's (arXiv 2605.12438) where the texts are large enough, and shrink with them.
+With enough text, numbers of tokens are those of the paper (arXiv 2605.12438); with less they shrink.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from megatron_detour.plan import Plan
 from megatron_detour.preflight import PUBLISHED, Preflight, look
 from megatron_detour.tokenizer.vocabulary import load_tokenizer
 
-MOST_EPOCHS = 4  # from which repeated text teaches clearly less (Muennighoff et al., 2023)
+MOST_EPOCHS = 4  # more repetition gains little (Muennighoff et al., 2023)
 PAPER_TOKENS, PAPER_STEP, PAPER_LENGTH = 55 * 10**9, 3 * 2**20, 8192
 DECAY_SHARE = 1 / 11  # of all tokens: 1B after 10B, 5B after 50B
-STEPS = 1000  # wanted at least: the batch shrinks before the number of steps does
-COUNTED_BYTES, COUNTED_TEXTS = 64 << 20, 1000  # of the texts, to guess how many tokens they have
-CHARACTERS_PER_TOKEN = 4  # where the tokenizer is not here yet
-HELD_OUT = 100  # documents wanted for validation
+STEPS = 1000  # the batch shrinks before the run has fewer steps than this
+COUNTED_BYTES, COUNTED_TEXTS = 64 << 20, 1000  # sample from which the number of tokens is estimated
+CHARACTERS_PER_TOKEN = 4  # if the tokenizer is not downloaded yet
+HELD_OUT = 100  # documents for validation
 CPU_LENGTH = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--texts", metavar="PATH", help="folder or file of texts (.jsonl, .txt, .parquet), or the prefix of a corpus")
-    add("--model", metavar="DIR_OR_ID", help="the encoder to go on from (answerdotai/ModernBERT-base)")
-    add("--gpus", metavar="N", help="of the machine, or of all nodes; 0: train on the CPU (those of this machine)")
-    add("--gpu", metavar="NAME", help="for instance h100 (that of this machine)")
-    add("--gpu-memory", type=above_zero, metavar="GB", help="of a GPU (that of this machine, or 80)")
-    add("--name", metavar="NAME", help="of the run and its files (that of the texts)")
-    add("--account", metavar="NAME", help="the Slurm account")
-    add("--partition", metavar="NAME", help="the Slurm partition")
-    add("--nodes", type=count, default=1, metavar="N", help="that the GPUs are in (%(default)s)")
-    add("--time", default="24:00:00", metavar="TIME", help="of a Slurm job (%(default)s)")
-    add("--tokens", metavar="N", help="to train on, as 2B (four times what the texts hold, at most 55B)")
-    add("--yes", action="store_true", help="ask nothing: take the defaults")
-    add("--list", action="store_true", help="list the packaged recipes and stop")
+    add("--texts", metavar="PATH", help="texts (folder or file: .jsonl, .txt, .parquet), or the prefix of a corpus")
+    add("--model", metavar="DIR_OR_ID", help="initial model (answerdotai/ModernBERT-base)")
+    add("--gpus", metavar="N", help="total number of GPUs, over all nodes; 0 for the CPU (those of this machine)")
+    add("--gpu", metavar="NAME", help="GPU type, such as h100 (that of this machine)")
+    add("--gpu-memory", type=above_zero, metavar="GB", help="memory per GPU (that of this machine, or 80)")
+    add("--name", metavar="NAME", help="name of the run and its files (that of the texts)")
+    add("--account", metavar="NAME", help="Slurm account")
+    add("--partition", metavar="NAME", help="Slurm partition")
+    add("--nodes", type=count, default=1, metavar="N", help="number of nodes (%(default)s)")
+    add("--time", default="24:00:00", metavar="TIME", help="time limit of a Slurm job (%(default)s)")
+    add("--tokens", metavar="N", help="tokens to train on, such as 2B (four epochs, at most 55B)")
+    add("--yes", action="store_true", help="accept all defaults without asking")
+    add("--list", action="store_true", help="list the packaged recipes and exit")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes NAME.yaml and NAME.sbatch into the current folder. Raises DetourError."""
+    """Write NAME.yaml and NAME.sbatch into the current folder. Raises DetourError."""
     if options.list:
         print("\n".join(recipes()))
         return
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     files = {Path(f"{options.name}.yaml"): as_yaml(chosen), Path(f"{options.name}.sbatch"): slurm(options, machine)}
     for path in files:
         if path.exists():
-            raise DetourError(f"{path}: is there already and is never overwritten; give another --name")
+            raise DetourError(f"{path}: already exists; choose another --name")
     for path, content in files.items():
         path.write_text(content, encoding="utf-8")
     print(f"texts    about {texts.tokens:,} tokens")
@@ -83,22 +83,22 @@ def run(options: argparse.Namespace) -> None:
 
 
 def answer(options: argparse.Namespace) -> None:
-    """Fills in what no flag gave: five questions at most, and none with --yes or without a terminal."""
-    given = options.gpus == "0" or (options.gpus and options.gpu)
-    detected = Machine(0, None, None) if given else Machine.here()
+    """Fill in missing options: at most five questions, and none with --yes or without a terminal."""
+    known = options.gpus == "0" or (options.gpus and options.gpu)
+    detected = Machine(0, None, None) if known else Machine.here()
     ask = _ask if sys.stdin.isatty() and not options.yes else _default
-    options.texts = options.texts or ask("texts: a folder, a file or the prefix of a built corpus", "")
+    options.texts = options.texts or ask("texts (folder, file or prefix of a corpus)", "")
     if not options.texts:
-        raise DetourError("--texts: init needs the texts to train on")
-    options.model = options.model or ask("model: a folder or a hub id", "answerdotai/ModernBERT-base")
-    options.gpus = options.gpus or ask("GPUs, 0 for none", str(detected.gpus))
+        raise DetourError("--texts: give the texts to train on")
+    options.model = options.model or ask("initial model (folder or hub id)", "answerdotai/ModernBERT-base")
+    options.gpus = options.gpus or ask("number of GPUs (0 for CPU)", str(detected.gpus))
     if not options.gpus.isdecimal():
-        raise DetourError(f"--gpus: a whole number is needed, it is {options.gpus!r}")
+        raise DetourError(f"--gpus: expected an integer, not {options.gpus!r}")
     options.gpu = options.gpu or detected.name or "h100"
     options.gpu_memory = options.gpu_memory or detected.memory or 80
     options.name = options.name or ask("name of the run", Path(options.texts).name.split(".")[0] or "run")
     if options.account is None and options.partition is None:
-        options.account, _, options.partition = ask("Slurm account/partition, empty for none", "").partition("/")
+        options.account, _, options.partition = ask("Slurm account/partition (empty for none)", "").partition("/")
 
 
 def _ask(question: str, default: str) -> str:
@@ -113,7 +113,7 @@ def _default(question: str, default: str) -> str:
 class Machine:
     gpus: int  # 0: the CPU
     name: str | None
-    memory: float | None  # GB of a GPU
+    memory: float | None  # GB per GPU
 
     @classmethod
     def here(cls) -> Machine:
@@ -131,25 +131,25 @@ class Machine:
 
 @dataclass(frozen=True)
 class Texts:
-    """What there is to train on."""
+    """The texts to train on."""
 
-    prefix: str  # of the corpus, built or to be built
+    prefix: str  # of the corpus, whether or not it is built
     built: bool
-    documents: int  # about
-    tokens: int  # about
-    flags: tuple[str, ...] = ()  # of preprocess, beyond the input
+    documents: int  # estimated
+    tokens: int  # estimated
+    flags: tuple[str, ...] = ()  # further flags of preprocess
 
     @classmethod
     def of(cls, path: str, name: str, tokenizer: str | None) -> Texts:
-        """Counts the tokens of a corpus, or guesses those of texts from some of them. Raises DetourError."""
+        """Count the tokens of a corpus, or estimate those of texts from a sample. Raises DetourError."""
         prefix = path.removesuffix(".manifest.json").removesuffix(".bin").removesuffix(".idx")
         if Path(f"{prefix}.manifest.json").exists():
             manifest = read_manifest(prefix)
             return cls(prefix, True, manifest.documents, manifest.tokens)
         inputs, _ = find_inputs([path])
         key = text_key(inputs[0])
-        whole = len(inputs) > 1 and all(map(is_text, inputs))  # a file is then a document
-        documents, tokens = _guess(plan_shards(inputs, whole), TextKeys((key,)), tokenizer)
+        whole = len(inputs) > 1 and all(map(is_text, inputs))  # then each file is one document
+        documents, tokens = _estimate(plan_shards(inputs, whole), TextKeys((key,)), tokenizer)
         flags = (*(["--whole-files"] if whole else []), *(["--text-key", key] if key != "text" else []))
         return cls(f"data/{name}", False, documents, tokens, flags)
 
@@ -159,13 +159,13 @@ class Texts:
 
     @property
     def validation(self) -> str | None:
-        """The prefix of the held-out corpus, if there is or will be one."""
+        """The prefix of the held-out corpus, or None."""
         prefix = f"{self.prefix}.heldout"
         return prefix if not self.built or Path(f"{prefix}.manifest.json").exists() else None
 
 
 def text_key(path: str) -> str:
-    """The key of the text in a file's records: "text", or else the string that is longest in the first record."""
+    """Return the key of the text in a file: "text", or that of the longest string in the first record."""
     record: dict[str, Any] = {}
     if path.endswith(".parquet"):
         from pyarrow.parquet import ParquetFile
@@ -181,35 +181,35 @@ def text_key(path: str) -> str:
     return "text" if "text" in texts or not texts else max(texts, key=lambda key: len(texts[key]))
 
 
-def _guess(shards: list[InputShard], keys: TextKeys, tokenizer: str | None) -> tuple[int, int]:
-    """Documents and tokens of all shards, from some that lie evenly among them."""
+def _estimate(shards: list[InputShard], keys: TextKeys, tokenizer: str | None) -> tuple[int, int]:
+    """Estimate the number of documents and tokens from evenly spaced shards."""
     size = sum(shard.size for shard in shards)
     every = max(1, size // COUNTED_BYTES)
     chosen = shards[::every]
     texts = [text for shard in chosen for block in read_shard(shard, keys) for text in block.texts]
     if not texts:
-        raise DetourError(f"{shards[0].path}: no text was found under the key {keys.keys[0]!r}; build the corpus first")
+        raise DetourError(f"{shards[0].path}: no text under the key {keys.keys[0]!r}; build the corpus first")
     scale = size / max(sum(shard.size for shard in chosen), 1)
-    some = texts[:: max(1, len(texts) // COUNTED_TEXTS)]
+    sample = texts[:: max(1, len(texts) // COUNTED_TEXTS)]
     per_character = 1 / CHARACTERS_PER_TOKEN
     if tokenizer:
-        encoded = load_tokenizer(tokenizer).encode_batch(some)
-        per_character = sum(len(one.ids) for one in encoded) / sum(map(len, some))
+        encoded = load_tokenizer(tokenizer).encode_batch(sample)
+        per_character = sum(len(one.ids) for one in encoded) / sum(map(len, sample))
     return max(1, int(scale * len(texts))), max(1, int(scale * sum(map(len, texts)) * per_character))
 
 
 def run_file(
     options: argparse.Namespace, texts: Texts, model: Model, start: Preflight, machine: Machine
 ) -> dict[str, Any]:
-    """The run file before the memory of a GPU is looked at: one sequence per forward pass."""
+    """Return the run file with one sequence per micro-batch, before GPU memory is considered."""
     length = min(start.shape.max_positions, PAPER_LENGTH if machine.gpus else CPU_LENGTH)
     training = texts.tokens * (1 if texts.built else 1 - texts.held_out)
     total = parse_tokens(options.tokens) if options.tokens else min(int(MOST_EPOCHS * training), PAPER_TOKENS)
     step = min(PAPER_STEP, total // STEPS)
-    a_rank = max(1, step // (length * machine.ranks))
-    power = 1 << (a_rank.bit_length() - 1)
-    # 2^n or 3 * 2^n, as the paper's 384: numbers with many divisors for micro-batches.
-    sequences = machine.ranks * (power * 3 // 2 if a_rank >= power * 3 // 2 else power)
+    per_rank = max(1, step // (length * machine.ranks))
+    power = 1 << (per_rank.bit_length() - 1)
+    # 2^n or 3 * 2^n, like the paper's 384: such numbers have many divisors for micro-batches.
+    sequences = machine.ranks * (power * 3 // 2 if per_rank >= power * 3 // 2 else power)
     decay = max(int(total * DECAY_SHARE), sequences * length)
     detour = max(total - decay, sequences * length)
     every = _rounded(total // 22)
@@ -247,23 +247,23 @@ def run_file(
 
 
 def _rounded(tokens: int) -> int:
-    """Down to two digits, so that it can be read."""
+    """Round down to two digits, for readability."""
     unit = 10 ** max(len(str(tokens)) - 2, 0)
     return max(tokens // unit * unit, 1)
 
 
 def fitting(content: dict[str, Any], start: Preflight, machine: Machine) -> dict[str, Any]:
-    """With the least recomputation, and then the largest micro-batch, that the forecast fits into a GPU's memory."""
-    a_rank = content["batch"]["sequences"] // machine.ranks
+    """Choose the least recomputation, then the largest micro-batch, that fit into GPU memory by the forecast."""
+    per_rank = content["batch"]["sequences"] // machine.ranks
     for recompute in ("none", "selective", "full"):
-        for micro in (size for size in range(a_rank, 0, -1) if a_rank % size == 0):
-            tried = content | {
+        for micro in (size for size in range(per_rank, 0, -1) if per_rank % size == 0):
+            candidate = content | {
                 "batch": content["batch"] | {"micro_sequences": micro},
                 "compute": {"recompute": recompute},
             }
-            if _fits(_forecast(tried, start, machine), machine):
-                return tried
-    return tried  # the plan says what is left to try
+            if _fits(_forecast(candidate, start, machine), machine):
+                return candidate
+    return candidate  # nothing fits: plan says what else to change
 
 
 def _forecast(content: dict[str, Any], start: Preflight, machine: Machine) -> Forecast:
@@ -274,8 +274,8 @@ def _forecast(content: dict[str, Any], start: Preflight, machine: Machine) -> Fo
     return forecast(config, Plan.of(config), machine.ranks, checked=checked, device=device, gpu_memory=memory)
 
 
-def _fits(told: Forecast, machine: Machine) -> bool:
-    most = told.most_memory
+def _fits(result: Forecast, machine: Machine) -> bool:
+    most = result.most_memory
     gigabytes = machine.memory if machine.gpus else psutil.virtual_memory().total / 1e9
     return most is None or most.fits(gigabytes)
 
@@ -284,13 +284,13 @@ def as_yaml(content: dict[str, Any]) -> str:
     body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return (
         "# yaml-language-server: $schema=run.schema.json\n"
-        "# Written by megatron-detour init; megatron-detour schema > run.schema.json makes editors complete its keys.\n"
+        "# Written by megatron-detour init. For completion in editors: megatron-detour schema > run.schema.json\n"
         f"{body}"
     )
 
 
 def slurm(options: argparse.Namespace, machine: Machine) -> str:
-    """A batch script that goes back into the queue until the run is done."""
+    """Return a batch script that requeues itself until the run is done."""
     requeue = (Path(__file__).parents[1] / "recipes" / "requeue.sh").read_text(encoding="utf-8")
     per_node = -(-machine.ranks // options.nodes)
     lines = [f"--job-name={options.name}", f"--nodes={options.nodes}", f"--ntasks-per-node={per_node}"]

@@ -1,4 +1,4 @@
-"""What this machine has for a run. Nothing here asks another machine."""
+"""Checks of this machine. None of them contacts another machine."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ from megatron_detour.model.backends import choose_attention
 
 GIB = 1 << 30
 OPTIONAL = ("flash_attn", "flash_attn_interface", "apex", "triton", "wandb")
-HEAD_DIM = 64  # of every ModernBERT that was published
-WRITTEN = 64 << 20  # bytes, to measure a disk
-SLOW_DISK = 50e6  # bytes a second
+HEAD_DIM = 64  # of every published ModernBERT
+WRITTEN = 64 << 20  # bytes written to measure disk speed
+SLOW_DISK = 50e6  # bytes per second
 OPEN_FILES, SHARED_MEMORY = 4096, GIB
-CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last one is Arm's
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last is Arm's
 
 
 def packages() -> Iterator[CheckResult]:
-    """Python and the libraries, against the versions that the project asks for."""
+    """Check Python and libraries against the versions that setup.py requires."""
     yield CheckResult(OK, "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     try:
         wanted = importlib.metadata.requires("megatron-detour") or []
     except importlib.metadata.PackageNotFoundError:
         yield CheckResult(
-            NOTE, "packages", "megatron-detour is not installed, so no versions are checked", "run make install"
+            NOTE,
+            "packages",
+            "megatron-detour is not installed, so versions were not checked",
+            "run make install",
         )
         return
     fitting, unfit = [], []
@@ -55,8 +58,8 @@ def packages() -> Iterator[CheckResult]:
     for requirement, version in unfit:
         text = f"{requirement.name} {version or 'is missing'}"
         yield CheckResult(FAULT, "packages", text, f"pip install '{requirement.name}{requirement.specifier}'")
-    there = [f"{name} {'yes' if importlib.util.find_spec(name) else 'no'}" for name in OPTIONAL]
-    yield CheckResult(OK, "optional", ", ".join(there))
+    available = [f"{name} {'yes' if importlib.util.find_spec(name) else 'no'}" for name in OPTIONAL]
+    yield CheckResult(OK, "optional", ", ".join(available))
 
 
 def _version(package: str) -> str | None:
@@ -71,22 +74,20 @@ def gpus() -> Iterator[CheckResult]:
     if not torch.cuda.is_available():
         if torch.version.cuda or torch.version.hip:
             what = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-            remedy = "on a GPU machine look at nvidia-smi and CUDA_VISIBLE_DEVICES; here a run uses the CPU"
-            yield CheckResult(
-                NOTE, "GPU", f"none is seen by torch {torch.__version__}, which is built for {what}", remedy
-            )
+            remedy = "if this machine has a GPU, check nvidia-smi and CUDA_VISIBLE_DEVICES; runs use the CPU"
+            yield CheckResult(NOTE, "GPU", f"torch {torch.__version__}, built for {what}, sees none", remedy)
         elif driver.exists():
-            remedy = "pip install a CUDA build of torch"
+            remedy = "install a CUDA build of torch"
             yield CheckResult(
-                FAULT, "GPU", f"there is a driver, but torch {torch.__version__} is built for CPUs", remedy
+                FAULT, "GPU", f"a driver is installed, but torch {torch.__version__} is a CPU build", remedy
             )
         else:
-            yield CheckResult(OK, "GPU", "none; a run uses the CPU")
+            yield CheckResult(OK, "GPU", "none; runs use the CPU")
         return
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
-        text = f"{number}: {torch.cuda.get_device_name(number)}, {free / GIB:.1f} of {total / GIB:.1f} GiB are free"
-        yield check(free > 0.9 * total, "GPU", text, "another process holds the rest: see nvidia-smi")
+        text = f"{number}: {torch.cuda.get_device_name(number)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        yield check(free > 0.9 * total, "GPU", text, "another process uses the rest: see nvidia-smi")
     if driver.exists():
         yield CheckResult(OK, "driver", driver.read_text(encoding="utf-8").splitlines()[0].strip())
 
@@ -95,7 +96,7 @@ def precision(deepspeed: dict[str, Any] | None = None) -> CheckResult:
     """Whether bf16 is computed or emulated; under a DeepSpeed file of fp32 that does not matter."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return check(native, "bf16", "native" if native else "not native", "use fp32, or an Ampere GPU or later")
+        return check(native, "bf16", "native" if native else "not native", "use fp32, or an Ampere or later GPU")
     native = any(flag in _cpu_flags() for flag in CPU_BF16)
     remedy = "use deepspeed=ds_configs/zero2_fp32_cpu.json"
     if not native and deepspeed and not deepspeed.get("bf16", {}).get("enabled"):
@@ -115,7 +116,7 @@ def _cpu_flags() -> set[str]:
 def compute(
     attention: str = "auto", kernels: str = "auto", dtype: torch.dtype | None = None, head_dim: int = HEAD_DIM
 ) -> Iterator[CheckResult]:
-    """The attention and the kernels that a run would take here, each compared with its definition."""
+    """Select attention and kernels as a run would, comparing each with its reference implementation."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
@@ -135,30 +136,31 @@ def compute(
 
 def collectives() -> CheckResult:
     if torch.cuda.is_available():
-        there = dist.is_available() and dist.is_nccl_available()
-        text = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if there else "torch has no NCCL"
-        return check(there, "collectives", text, "pip install a build of torch for Linux with CUDA", FAULT)
-    there = dist.is_available() and dist.is_gloo_available()
-    return check(there, "collectives", "gloo" if there else "torch has no gloo", "pip install another torch", FAULT)
+        available = dist.is_available() and dist.is_nccl_available()
+        text = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if available else "torch has no NCCL"
+        return check(available, "collectives", text, "install a CUDA build of torch for Linux", FAULT)
+    available = dist.is_available() and dist.is_gloo_available()
+    text = "gloo" if available else "torch has no gloo"
+    return check(available, "collectives", text, "install a build of torch with gloo", FAULT)
 
 
 def host() -> Iterator[CheckResult]:
-    """Cores, memory, limits, launcher, batch system."""
+    """Check cores, memory, limits, launchers and the batch system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = 2 * max(torch.cuda.device_count(), 1)
-    remedy = f"{wanted} would keep the GPUs fed: ask for more --cpus-per-task"
+    remedy = f"request at least {wanted} (--cpus-per-task) to keep the GPUs busy"
     few = torch.cuda.is_available() and cores < wanted
     yield check(not few, "cores", f"{cores}", remedy)
     memory = psutil.virtual_memory()
-    yield CheckResult(OK, "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB are free")
+    yield CheckResult(OK, "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = files == resource.RLIM_INFINITY
-    told = "no limit" if unlimited else f"{files:,} at a time"
-    yield check(unlimited or files >= OPEN_FILES, "open files", told, "ulimit -n 65536 before the start")
+    limit = "unlimited" if unlimited else f"{files:,}"
+    yield check(unlimited or files >= OPEN_FILES, "open files", limit, "run ulimit -n 65536 first")
     yield from _shared_memory()
     launchers = [name for name in ("deepspeed", "torchrun") if shutil.which(name)]
-    remedy = "activate the environment that megatron-detour is installed in"
-    yield check(bool(launchers), "launcher", ", ".join(launchers) or "none is in the PATH", remedy, FAULT)
+    remedy = "activate the environment in which megatron-detour is installed"
+    yield check(bool(launchers), "launcher", ", ".join(launchers) or "none on the PATH", remedy, FAULT)
     names = ("JOB_ID", "NTASKS", "GPUS_ON_NODE", "CPUS_PER_TASK", "MEM_PER_NODE")
     slurm = [f"{name} {os.environ[f'SLURM_{name}']}" for name in names if f"SLURM_{name}" in os.environ]
     yield CheckResult(OK, "Slurm", ", ".join(slurm) or "not in a job")
@@ -168,33 +170,31 @@ def _shared_memory() -> Iterator[CheckResult]:
     shared = Path("/dev/shm")
     if not shared.is_dir():
         if sys.platform == "linux":
-            yield CheckResult(FAULT, "shared memory", "there is no /dev/shm, which NCCL and gloo use", "mount one")
+            yield CheckResult(FAULT, "shared memory", "/dev/shm does not exist, but NCCL and gloo use it", "mount it")
         return
     size = shutil.disk_usage(shared)
-    remedy = "NCCL between GPUs needs more: in a container --shm-size=8g"
+    remedy = "NCCL needs more: start the container with --shm-size=8g"
     severity = FAULT if torch.cuda.device_count() > 1 and size.free < SHARED_MEMORY / 4 else NOTE
-    text = f"{size.free / GIB:.1f} GiB of /dev/shm are free"
+    text = f"{size.free / GIB:.1f} GiB free in /dev/shm"
     yield check(size.free >= SHARED_MEMORY, "shared memory", text, remedy, severity)
 
 
 def disk(folder: Path, needed: int = 0) -> CheckResult:
-    """Free bytes and the speed of writing to the disk; `needed` bytes are what a run will write there."""
-    there = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), Path.cwd())
-    free = shutil.disk_usage(there).free
+    """Check free space and measure write speed. `needed`: bytes that the run will write."""
+    existing = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), Path.cwd())
+    free = shutil.disk_usage(existing).free
     if free < max(needed, 2 * WRITTEN):
-        remedy = f"{needed / 1e9:.1f} GB are needed: free some, or set folder=..."
-        return CheckResult(FAULT, "disk", f"{there}: {free / 1e9:.1f} GB are free", remedy)
+        remedy = f"{needed / 1e9:.1f} GB needed: free some space, or set another folder=..."
+        return CheckResult(FAULT, "disk", f"{existing}: {free / 1e9:.1f} GB free", remedy)
     content = os.urandom(WRITTEN)
     try:
-        with tempfile.NamedTemporaryFile(dir=there) as file:
+        with tempfile.NamedTemporaryFile(dir=existing) as file:
             started = time.perf_counter()
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             speed = WRITTEN / (time.perf_counter() - started)
     except OSError as error:
-        return CheckResult(
-            FAULT, "disk", f"{there}: cannot be written: {error.strerror}", "set folder=... to one that can"
-        )
-    text = f"{there}: {free / 1e9:.1f} GB are free, {speed / 1e6:,.0f} MB/s to the disk"
-    return check(speed >= SLOW_DISK, "disk", text, "checkpoints will take long: increase checkpoint.every")
+        return CheckResult(FAULT, "disk", f"{existing}: not writable: {error.strerror}", "set another folder=...")
+    text = f"{existing}: {free / 1e9:.1f} GB free, {speed / 1e6:,.0f} MB/s written"
+    return check(speed >= SLOW_DISK, "disk", text, "checkpoints will be slow: increase checkpoint.every")

@@ -1,5 +1,5 @@
-"""The console command. A command is a module beside this one with `add_arguments` and `run`, which is imported only
-when it is called: help and plans come without torch."""
+"""The console command. A subcommand is a module of this package with `add_arguments` and `run`. It is imported only
+when it is called, so that help and plans need no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_detour import __version__
 from megatron_detour.commands.parser import Parser
 from megatron_detour.errors import DetourError, command_line
 
-# Group -> command -> what it does, and an example of its arguments.
+# Group -> subcommand -> its description and example arguments.
 GROUPS = {
     "prepare": {
         "init": (
@@ -30,29 +30,29 @@ GROUPS = {
     "train": {
         "schema": ("print the JSON Schema of run files, for editors", "> run.schema.json"),
         "plan": (
-            "what a run would take and what would stop it: memory, hours, epochs, disk, faults",
+            "forecast the memory, hours, epochs and disk of a run, and report every error that would stop it",
             "run.yaml --gpus 4 --gpu h100",
         ),
-        "doctor": ("look at this machine, and with a run file at what the run would use of it", "run.yaml"),
-        "train": ("start a run, or resume it", "run.yaml phases.detour.tokens=2B --launch"),
+        "doctor": ("check this machine and, given a run file, everything that the run needs", "run.yaml"),
+        "train": ("start or resume a run", "run.yaml phases.detour.tokens=2B --launch"),
         "batches": (
-            "show what the model reads in some steps: text, masks, document borders; or write it as arrays",
+            "show what the model reads in given steps: text, masks, document boundaries; or export it as arrays",
             "run.yaml --steps 1-12 --output batches.npz",
         ),
-        "report": ("write a run's report.html again", "runs/notes"),
-        "compare": ("one page that sets runs side by side", "runs/notes runs/notes-control"),
+        "report": ("rewrite the report.html of a run", "runs/notes"),
+        "compare": ("compare runs on one page", "runs/notes-control runs/notes"),
     },
     "use": {
         "convert": (
-            "turn a checkpoint into a Hugging Face folder with a model card",
+            "export a checkpoint as a Hugging Face folder with a model card",
             "--checkpoint runs/notes --output models/notes-bert --language en",
         ),
         "fill-mask": (
-            "ask models to fill in words, side by side",
+            "compare what models predict for masked words",
             "--model models/ModernBERT-base --model models/notes-bert --from-corpus notes.jsonl",
         ),
         "evaluate": (
-            "fine-tune models on downstream tasks, or measure masked words: which is better, and how sure is that?",
+            "compare models on downstream tasks (fine-tuning, several seeds) or on masked words of your texts",
             "--model models/ModernBERT-base models/notes-bert --tasks hoc --data tasks --output evaluation/notes",
         ),
     },
@@ -61,13 +61,13 @@ COMMANDS = {name: facts for group in GROUPS.values() for name, facts in group.it
 
 
 def entry(command: str | None = None) -> None:
-    """The process's arguments to their command, or all of them to this one (tools/)."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are not UTF-8
+    """Run the command line of this process. With `command` (tools/), all arguments are those of that subcommand."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are not UTF-8
     command_line(lambda: main([command, *sys.argv[1:]] if command else sys.argv[1:]))
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a command and returns its exit status. Raises DetourError."""
+    """Run a subcommand and return its exit status. Raises DetourError."""
     parser = Parser(
         prog="megatron-detour",
         description="Continued pretraining of encoders with a causal detour.",
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="COMMAND --help says more")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see COMMAND --help")
     name = parser.parse_args(arguments[:1]).command
     try:
         command = import_module(f"megatron_detour.commands.{name.replace('-', '_')}")

@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common: one parser, the run file with its overrides, the control, numbers."""
+"""What the subcommands share: the parser, run file and overrides, --control, number types."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CONTROL_RATE = 0.30
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one sentence, and takes flags and words in any order."""
+    """Reports errors in one sentence, and accepts options and positional arguments in any order."""
 
-    implied: str | None = None  # the subcommand that may be left out
+    implied: str | None = None  # the default subcommand
 
     def error(self, message: str) -> NoReturn:
         raise DetourError(f"{message}; see {self.prog} --help")
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         if self.implied is None:
             return self.parse_intermixed_args(_control_apart(words))
         if words in (["-h"], ["--help"]):
-            print(self.format_help())  # the subcommands; the flags of the one that may be left out follow
+            print(self.format_help())  # then the help of the default subcommand
         named = bool(words) and not words[0].startswith("-")
         return self.parse_args(words if named else [self.implied, *words])
 
@@ -37,27 +37,32 @@ class Parser(argparse.ArgumentParser):
 def add_run_file(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     add = parser.add_argument
     add("run_file", nargs=nargs, metavar="RUN.yaml", help="a run file, or the name of a packaged recipe")
-    add("overrides", nargs="*", metavar="key=value", help="change a key of the run file, as phases.detour.tokens=1B")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override a key, such as phases.detour.tokens=1B",
+    )
 
 
 def add_control(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control",
         metavar="mlm=RATE",
-        help=f"the equal-compute twin instead: causal phases become MLM at this rate (mlm={CONTROL_RATE:.2f})",
+        help=f"the equal-compute control: causal phases become MLM at this mask rate (mlm={CONTROL_RATE:.2f})",
     )
 
 
 def read_run_file(run_file: str, overrides: list[str], control: str | None) -> RunConfig:
-    """The run file, or its equal-compute twin. Raises DetourError."""
-    from megatron_detour.config import as_control, load, parse_control  # what --help can do without
+    """Return the configuration, or that of its equal-compute control. Raises DetourError."""
+    from megatron_detour.config import as_control, load, parse_control  # not needed for --help
 
     config = load(run_file, overrides)
     return config if control is None else as_control(config, parse_control(control))
 
 
 def _control_apart(words: list[str]) -> list[str]:
-    """`--control` may stand alone: its rate is put in before anything else could be taken for it."""
+    """Give a bare `--control` its default value, so that argparse does not take the next word for it."""
     pairs = zip(words, [*words[1:], ""], strict=False)
     return [
         f"--control=mlm={CONTROL_RATE}" if word == "--control" and not following.startswith("mlm=") else word
@@ -67,7 +72,7 @@ def _control_apart(words: list[str]) -> list[str]:
 
 def count(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, it is {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer above 0, not {text!r}")
     return int(text)
 
 
@@ -77,12 +82,12 @@ def above_zero(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number above 0 is needed, it is {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
     return number
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     number = above_zero(text)
     if number > 1:
-        raise argparse.ArgumentTypeError(f"a share between 0 and 1 is needed, it is {text}")
+        raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, not {text}")
     return number

@@ -1,11 +1,11 @@
-"""`megatron-detour plan`: what a run would take, without torch and without a GPU."""
+"""`megatron-detour plan`: forecast a run without torch or a GPU."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-from megatron_detour.commands.parser import above_zero, add_control, add_run_file, count, read_run_file, share
+from megatron_detour.commands.parser import above_zero, add_control, add_run_file, count, fraction, read_run_file
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast import Forecast, forecast, plan_table, render
 from megatron_detour.plan import Plan
@@ -17,26 +17,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_file(parser)
     add_control(parser)
     add = parser.add_argument
-    add("--gpus", type=count, metavar="N", help="ranks, one per GPU (parallel.tensor)")
-    add("--gpu", metavar="NAME", help="for instance h100, a100, l40s, cpu (h100, cpu where fp32)")
-    add("--gpu-memory", type=above_zero, default=80, metavar="GB", help="of a GPU (%(default)s)")
+    add("--gpus", type=count, metavar="N", help="number of GPUs, one rank each (parallel.tensor)")
+    add("--gpu", metavar="NAME", help="h100, a100, l40s, cpu, ... (h100; cpu for fp32)")
+    add("--gpu-memory", type=above_zero, default=80, metavar="GB", help="memory per GPU (%(default)s)")
     speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--rate", type=above_zero, metavar="TOKENS", help="measured tokens per second and GPU")
-    speed.add_argument("--mfu", type=share, metavar="SHARE", help="of the GPU's peak that is reached (0.25)")
-    add("--json", action="store_true", help="print everything as JSON")
+    speed.add_argument("--rate", type=above_zero, metavar="TOKENS", help="measured tokens/s per GPU")
+    speed.add_argument("--mfu", type=fraction, metavar="FRACTION", help="model FLOPs utilization (0.25)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the plan and the forecast; returns 1 where the run would be refused. Raises DetourError."""
+    """Print the plan and the forecast. Return 1 if the run would be refused. Raises DetourError."""
     try:
         config = read_run_file(options.run_file, options.overrides, options.control)
     except DetourError as error:
         if not options.json:
             raise
-        print(json.dumps({"faults": listed(error)}, indent=1, ensure_ascii=False))
+        print(json.dumps({"faults": split_faults(error)}, indent=1, ensure_ascii=False))
         return 1
     plan = Plan.of(config)
-    told = forecast(
+    result = forecast(
         config,
         plan,
         options.gpus or config.parallel.tensor,
@@ -46,19 +46,19 @@ def run(options: argparse.Namespace) -> int:
         mfu=options.mfu,
     )
     if options.json:
-        print(json.dumps({"plan": plan.to_dict(), **told.to_dict()}, indent=1, ensure_ascii=False))
+        print(json.dumps({"plan": plan.to_dict(), **result.to_dict()}, indent=1, ensure_ascii=False))
     else:
-        print(visible("\n\n".join([plan_table(plan), render(told), verdict(told)])))
-    return 1 if told.faults else 0
+        print(visible("\n\n".join([plan_table(plan), render(result), verdict(result)])))
+    return 1 if result.faults else 0
 
 
-def listed(error: DetourError) -> list[str]:
-    """The faults of an error that may tell several."""
-    first, *others = str(error).split("\n  - ")
-    return others or [first]
+def split_faults(error: DetourError) -> list[str]:
+    """Split an error into its faults."""
+    head, *faults = str(error).split("\n  - ")
+    return faults or [head]
 
 
-def verdict(told: Forecast) -> str:
-    if not told.faults:
+def verdict(result: Forecast) -> str:
+    if not result.faults:
         return "nothing here would stop the run"
-    return f"{counted(len(told.faults), 'fault')} would stop the run"
+    return f"{counted(len(result.faults), 'fault')} would stop the run"

@@ -1,4 +1,4 @@
-"""`megatron-detour report`: a run's page, written again from its folder."""
+"""`megatron-detour report`: rewrite the report of a run from its run directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_detour.observe.report import as_text, write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run directory")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`megatron-detour train`: starts or resumes a run. Started again in the same folder, a run goes on."""
+"""`megatron-detour train`: start a run, or resume the one in its run directory."""
 
 from __future__ import annotations
 
@@ -24,20 +24,24 @@ from megatron_detour.runtime.terminal import ctrl_c_for_this_rank
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("words", nargs="*", metavar="RUN.yaml|key=value", help="the run file, then changes of its keys")
-    add("--run-file", metavar="RUN.yaml", help="the run to train: a file, or the name of a packaged recipe")
+    add("words", nargs="*", metavar="RUN.yaml|key=value", help="the run file, then overrides of its keys")
+    add("--run-file", metavar="RUN.yaml", help="a run file, or the name of a packaged recipe")
     add_control(parser)
-    add("--plan", action="store_true", help="print the plan and stop")
-    add("--launch", action="store_true", help="start RANKS ranks, by default one per GPU, with DeepSpeed's launcher")
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher's
+    add("--plan", action="store_true", help="print the plan and exit")
+    add(
+        "--launch",
+        action="store_true",
+        help="start the DeepSpeed launcher with RANKS ranks (default: one per GPU)",
+    )
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # passed by launchers
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trains, or resumes, on this process's rank; returns the exit status. Raises DetourError."""
+    """Train on the rank of this process, or launch all ranks. Return the exit status. Raises DetourError."""
     if options.run_file is None:
         options.run_file, *options.words = options.words or [None]
     if options.run_file is None:
-        raise DetourError("a run file is needed: megatron-detour train RUN.yaml, or the name of a packaged recipe")
+        raise DetourError("no run file: give megatron-detour train a RUN.yaml or the name of a packaged recipe")
     if not options.launch:
         join_slurm(os.environ)
     config = read_run_file(options.run_file, options.words, options.control)
@@ -47,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     if first and (options.plan or not options.launch):
         print(plan_table(plan), flush=True)
     if options.plan:
-        print("only the run file was read: megatron-detour plan looks at the model and the corpora as well" * first)
+        print("only the run file was checked; megatron-detour plan also checks the model and the corpora" * first)
         return 0
     if first:
         refuse_another_run(folder, config)
@@ -60,8 +64,8 @@ def run(options: argparse.Namespace) -> int:
         return launch(sys.argv[0], [word for word in sys.argv[1:] if word != "--launch"])
     launched = os.environ.get("LOCAL_RANK") == "0" and first
     own_terminal = ctrl_c_for_this_rank() if launched else nullcontext()
-    with Preemption(config.time_limit) as stop, own_terminal:  # a request that comes while libraries load is kept
-        # torch and DeepSpeed take seconds to import: the plan and the faults of the run file come before.
+    with Preemption(config.time_limit) as stop, own_terminal:  # keeps a stop request that arrives during imports
+        # torch and DeepSpeed take seconds to import: the plan and errors in the run file come first.
         from megatron_detour.training.trainer import run_training
 
         return run_training(config, plan, folder, stop)
@@ -70,6 +74,6 @@ def run(options: argparse.Namespace) -> int:
 def _finished(folder: Path, plan: Plan) -> str:
     checkpoint = checkpoint_folder(folder / CHECKPOINTS, plan.total_steps)
     return (
-        f"this run is finished: {plan.total_steps:,} steps, {plan.total_tokens:,} tokens; to train another one choose "
+        f"this run is finished: {plan.total_steps:,} steps, {plan.total_tokens:,} tokens; to train another one, set "
         f"another folder=...\nmodel    {checkpoint}\n{next_commands(folder, checkpoint, plan.has_detour)}"
     )

@@ -1,4 +1,4 @@
-"""`megatron-detour train-tokenizer`."""
+"""`megatron-detour train-tokenizer`: train a byte-level BPE tokenizer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_detour.corpus.train_tokenizer import train_tokenizer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .txt files")
-    add("--output", type=Path, required=True, metavar="DIR", help="new folder, which AutoTokenizer opens")
-    add("--vocab-size", type=int, required=True, metavar="N", help="entries in all; a multiple of 64 runs fastest")
-    add("--text-key", default="text", metavar="KEY", help="the key of a JSON line that holds the text (%(default)s)")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to create, for AutoTokenizer")
+    add("--vocab-size", type=int, required=True, metavar="N", help="number of entries; a multiple of 64 is fastest")
+    add("--text-key", default="text", metavar="KEY", help="JSON key of the text (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
-# For the batch scripts beside it: a job whose run was interrupted goes back into the queue.
+# Sourced by batch scripts: requeues a job whose run was interrupted.
 
-# folder_of FOLDER ARGUMENT...: where a run with these arguments writes.
+# folder_of FOLDER ARGUMENT...: prints the run directory of a run with these arguments.
 folder_of() {
   local folder=$1 control= argument
   shift
@@ -13,9 +13,8 @@ folder_of() {
   echo "${folder%/}$control"
 }
 
-# last_session FOLDER: "NUMBER WORD STEP": how many sessions environment.json tells of, how the last one ended, in a word
-# (finished, error or interrupted; killed where it tells of no end), and which step it has saved: 0 for none after the
-# one that it began with.
+# last_session FOLDER: prints "NUMBER STATE STEP": the number of sessions in environment.json, how the last one ended
+# (finished, error or interrupted; killed if no end was recorded), and the last step that it saved (0 if none).
 last_session() {
   awk -F'"' 'BEGIN { how = "none" }
     /^ ]/ { exit }
@@ -26,10 +25,10 @@ last_session() {
     END { print number + 0, how, (saved > began ? saved : 0) }' "$1/environment.json" 2>/dev/null || echo 0 none 0
 }
 
-# run_and_requeue FOLDER COMMAND...: runs COMMAND, which trains in FOLDER, and ends the job with its status. Where the run
-# says that it was interrupted and saved, by status 75 or by what it wrote down (tasks that end apart get another status
-# from srun), the job is requeued, unless this start has saved no step: the next one would do no better. Names of
-# checkpoints do not tell: a run that had to pass over a damaged one saves earlier steps again.
+# run_and_requeue FOLDER COMMAND...: runs COMMAND, which trains in FOLDER, and exits with its status. If the run was
+# interrupted (status 75, or recorded in environment.json, as srun replaces the status when tasks exit separately), the
+# job is requeued, unless this session saved no step: the next would do no better. Checkpoint names cannot tell: a run
+# that skipped a damaged checkpoint saves earlier steps again.
 run_and_requeue() {
   local folder=$1 status=0 before number how saved
   shift
@@ -43,7 +42,7 @@ run_and_requeue() {
     echo "error: interrupted without a new checkpoint in $folder: not requeued; give the job more time" >&2
     exit 1
   fi
-  echo "interrupted at step $saved: job $SLURM_JOB_ID goes back into the queue"
-  scontrol requeue "$SLURM_JOB_ID" || { echo "error: not requeued; sbatch the same again" >&2; exit 75; }
+  echo "interrupted at step $saved: requeueing job $SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || { echo "error: requeueing failed; submit the same job again" >&2; exit 75; }
   exit 0
 }

@@ -72,7 +72,7 @@ def test_this_machine(capsys):
     assert set(expected.split()) <= whats
     assert {line.split()[0] for line in lines[:-2]} <= {OK, NOTE, FAULT}
     assert status == any(line.startswith(FAULT) for line in lines)
-    assert lines[-1].startswith(f"{len(lines) - 2} looked at: ")
+    assert lines[-1].startswith(f"{len(lines) - 2} checks: ")
 
 
 def test_a_run_that_can_start(run_file):
@@ -120,7 +120,7 @@ def test_all_faults_of_a_run_file(run_file):
 
 
 def test_overrides_need_a_run_file():
-    with pytest.raises(DetourError, match="a run file has to come before"):
+    with pytest.raises(DetourError, match="give the run file before its overrides"):
         main(["doctor", "seed=3"])
 
 
@@ -149,7 +149,7 @@ def two_gpus(monkeypatch):
 def test_gpus(two_gpus):
     first, second, *_ = machine.gpus()
     assert (first.state, second.state) == (OK, NOTE)
-    assert first.text == "0: NVIDIA H100 80GB HBM3, 78.0 of 79.0 GiB are free"
+    assert first.text == "0: NVIDIA H100 80GB HBM3, 78.0 of 79.0 GiB free"
     assert "nvidia-smi" in second.remedy
     assert machine.precision().state == OK
     assert machine.collectives().text == "NCCL 2.27.3"
@@ -230,7 +230,7 @@ def test_disks(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, 10**9))
     full = machine.disk(tmp_path, needed=10**10)
-    assert (full.state, full.remedy) == (FAULT, "10.0 GB are needed: free some, or set folder=...")
+    assert (full.state, full.remedy) == (FAULT, "10.0 GB needed: free some space, or set another folder=...")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -239,4 +239,4 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(machine.tempfile, "NamedTemporaryFile", refuse)
     told = machine.disk(tmp_path)
-    assert (told.state, told.text) == (FAULT, f"{tmp_path}: cannot be written: Permission denied")
+    assert (told.state, told.text) == (FAULT, f"{tmp_path}: not writable: Permission denied")

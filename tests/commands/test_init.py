@@ -97,7 +97,7 @@ def test_a_built_corpus_is_taken_as_it_is(model, corpus, tmp_path, monkeypatch, 
     assert config.data.corpora[0].prefix == corpus.prefix and not config.validation.corpora
     script = Path("run.sbatch").read_text()
     assert "#SBATCH --account=abc@v100\n" in script and "#SBATCH --partition=gpu\n" in script
-    with pytest.raises(DetourError, match=r"run\.yaml: is there already"):
+    with pytest.raises(DetourError, match=r"run\.yaml: already exists"):
         main(words)
 
 
@@ -119,7 +119,7 @@ def test_gpus_get_the_largest_micro_batch_that_fits(corpus, tmp_path, monkeypatc
 
 def test_without_texts_it_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DetourError, match="--texts: init needs the texts"):
+    with pytest.raises(DetourError, match="--texts: give the texts"):
         main(["init", "--yes"])
     with pytest.raises(DetourError, match="nowhere"):
         main(["init", "--texts", "nowhere", "--model", "answerdotai/ModernBERT-base", "--gpus", "0", "--yes"])

@@ -56,7 +56,7 @@ def test_a_corpus_of_the_user_becomes_a_model(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("absent.jsonl", None, "no such input file"),
+        ("absent.jsonl", None, "no such file"),
         ("a.csv", "x", "must end in .jsonl"),
         ("small.txt", "one\ntwo\n", "VOCABULARY=N"),
         ("broken.jsonl", '{"text": "a"}\n' * 60 + "{\n", "broken.jsonl, line 61: invalid JSON"),

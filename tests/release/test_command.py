@@ -72,7 +72,7 @@ def test_nothing_is_uploaded_unless_asked(convert, run, tmp_path, api, capsys):
     convert(["--checkpoint", str(run), "--output", str(tmp_path / "model"), "--language", "en", "--licence", "mit"])
     assert api.calls == []
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and "model: step 6 of 6, logits equal transformers' within " in said[0]
+    assert len(said) == 1 and "model: step 6 of 6, logits match transformers within " in said[0]
 
 
 def test_an_upload_is_of_the_complete_folder(convert, run, tmp_path, api, capsys):

@@ -288,7 +288,7 @@ def test_lines_of_the_site_come_first(project, script):
 def test_a_requeue_that_slurm_refuses_is_told(project):
     told = submit(project, "one_node", ended(("SIGUSR1", 0, 2)) + "exit 75", SCONTROL_STATUS="1")
     assert told.returncode == 75
-    assert "sbatch the same again" in told.stderr
+    assert "submit the same job again" in told.stderr
 
 
 def test_another_run_can_be_trained(project):
