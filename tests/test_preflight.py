@@ -91,7 +91,10 @@ def of_phase(number: int, **keys: Any) -> Callable[[Run], None]:
 ALL = ["embeddings", "final_norm", "head", "layers.0-4"]
 OTHER = r"data\.corpora: \S+: built with another tokenizer \(sha256 .*, 400 ids\) than the run's .*; build it again"
 REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is wrong -> sentences
-    "no model": (lambda r: r["model"].update(start="/nowhere"), r"model\.start: /nowhere: no such model file or folder"),
+    "no model": (
+        lambda r: r["model"].update(start="/nowhere"),
+        r"model\.start: /nowhere: no such model file or folder",
+    ),
     "no weights": (
         lambda r: (model(r) / "model.safetensors").unlink(),
         r"model\.start: \S+: the folder has no model\.s",
