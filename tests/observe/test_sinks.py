@@ -352,7 +352,7 @@ def test_faults_of_wandb_are_sentences(wandb: Wandb, tmp_path: Path, monkeypatch
     with pytest.raises(DetourError, match="projet"):
         WandbSink({"projet": "x"}, tmp_path, "detour", 0)
     wandb.fault = ValueError("1 validation error\nmode\n  Input should be 'online'")
-    with pytest.raises(DetourError, match="1 validation error mode Input should be 'online'; mend"):
+    with pytest.raises(DetourError, match="1 validation error mode Input should be 'online'; correct"):
         WandbSink({"mode": "x"}, tmp_path, "detour", 0)
     for content in (
         "",
