@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"faults": listed(error)}, indent=1, ensure_ascii=False))
         return 1
     plan = Plan.of(config)
-    told = forecast(
+    expected = forecast(
         config,
         plan,
         options.gpus or config.parallel.tensor,
@@ -46,19 +46,19 @@ def run(options: argparse.Namespace) -> int:
         mfu=options.mfu,
     )
     if options.json:
-        print(json.dumps({"plan": plan.to_dict(), **told.to_dict()}, indent=1, ensure_ascii=False))
+        print(json.dumps({"plan": plan.to_dict(), **expected.to_dict()}, indent=1, ensure_ascii=False))
     else:
-        print(visible("\n\n".join([plan_table(plan), render(told), verdict(told)])))
-    return 1 if told.faults else 0
+        print(visible("\n\n".join([plan_table(plan), render(expected), verdict(expected)])))
+    return 1 if expected.faults else 0
 
 
 def listed(error: DetourError) -> list[str]:
-    """The faults of an error that may tell several."""
+    """The faults of an error that may list several."""
     first, *others = str(error).split("\n  - ")
     return others or [first]
 
 
-def verdict(told: Forecast) -> str:
-    if not told.faults:
+def verdict(forecast: Forecast) -> str:
+    if not forecast.faults:
         return "nothing here would stop the run"
-    return f"{counted(len(told.faults), 'fault')} would stop the run"
+    return f"{counted(len(forecast.faults), 'fault')} would stop the run"
