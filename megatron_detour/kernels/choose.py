@@ -12,8 +12,6 @@ from megatron_detour.errors import DetourError
 from megatron_detour.kernels import plain
 from megatron_detour.kernels.check import check, device_is_dead, first_line
 
-NAMES = ("auto", "triton", "plain")
-
 
 @dataclass(frozen=True)
 class Kernels:

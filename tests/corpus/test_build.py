@@ -285,7 +285,7 @@ def test_a_folder_of_texts_is_asked_about_with_both_counts(tmp_path, prefix, tok
     assert build([folder], tmp_path / "lines", tokenizer_folder, lines=True).documents == 120
     whole = build([folder], tmp_path / "files", tokenizer_folder, whole_files=True)
     assert (whole.documents, whole.records) == (40, 40)
-    assert "give one" in failure([folder], prefix, tokenizer_folder, lines=True, whole_files=True)
+    assert "not both" in failure([folder], prefix, tokenizer_folder, lines=True, whole_files=True)
 
 
 @pytest.mark.parametrize("flags", [{"held_out": 0.3, "deduplicate": "exact"}, {"deduplicate": "near"}])

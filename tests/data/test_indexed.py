@@ -104,9 +104,9 @@ def test_type_of_ids(size, dtype):
         (index_bytes(8, 2)[:33], "too short for an index"),
         (index_bytes(8, 2)[:-1], "101 bytes instead of 102"),
         (index_bytes(8, 2) + b"\0", "103 bytes instead of 102"),
-        (index_bytes(8, 2, magic=b"MMIDIDX\x00\x01"), "not an index of Megatron's format"),
-        (index_bytes(8, 2, version=2), "not an index of Megatron's format"),
-        (index_bytes(99, 2), "not an index of Megatron's format"),
+        (index_bytes(8, 2, magic=b"MMIDIDX\x00\x01"), "not an index in Megatron's format"),
+        (index_bytes(8, 2, version=2), "not an index in Megatron's format"),
+        (index_bytes(99, 2), "not an index in Megatron's format"),
     ],
 )
 def test_a_damaged_index_is_refused(prefix, content, says):

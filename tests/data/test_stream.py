@@ -31,7 +31,7 @@ class Lengths:
     def read_lengths(self, first: int, last: int) -> np.ndarray:
         return self.lengths[first:last]
 
-    def find(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         places = 2 * (np.cumsum(self.lengths, dtype=np.int64) - self.lengths)
         return self.lengths[documents].astype(np.int64), places[documents]
 
@@ -105,7 +105,7 @@ def test_windows_hold_what_was_counted(corpus, seed, window):
 
 def test_pieces_stand_where_their_documents_do():
     pieces = DocumentStream(RANDOM, 32, 42).between(0, RANDOM.token_count)
-    _, places = RANDOM.find(pieces.documents)
+    _, places = RANDOM.locate(pieces.documents)
     assert pieces.places.tolist() == (places + 2 * pieces.starts).tolist()
     assert pieces.starts.max() == 64
 

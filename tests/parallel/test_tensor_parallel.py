@@ -124,7 +124,7 @@ def uneven_share() -> str:
 
 def test_positions_that_cannot_be_shared_out_are_refused(tmp_path):
     told = run_ranks(2, "tests.parallel.test_tensor_parallel:uneven_share", tmp_path)
-    assert told == ["5 positions do not divide into shares for 2 tensor ranks"] * 2
+    assert told == ["5 positions are not divisible by 2 tensor ranks"] * 2
 
 
 @pytest.mark.parametrize("spec", [ShardSpec(0, 12, 3), ShardSpec(1, 8, 2), ShardSpec(0, 7), ShardSpec(0, 301), None])

@@ -115,7 +115,7 @@ def test_truncation_and_padding_are_off(tokenizer, tmp_path):
 
 def test_what_is_no_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(DetourError, match=r"the folder has no tokenizer\.json"):
+    with pytest.raises(DetourError, match=r"no tokenizer\.json in this folder"):
         find_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(DetourError, match=r"tokenizer\.json: not a tokenizer\.json"):
