@@ -332,7 +332,7 @@ def test_a_state_that_is_none_is_told_in_a_sentence(run, config, content):
     if content in map(json.dumps, WRONG_STATES):
         content = json.dumps(good | json.loads(content))
     put(final / "run_state.json", content)
-    with pytest.raises(DetourError, match=r"run_state\.json|of another version"):
+    with pytest.raises(DetourError, match=r"run_state\.json|saved by another version"):
         _read_state(final)
     listing = json.loads((final / store.LISTING).read_text())
     listing["run_state.json"] = store.file_facts(final / "run_state.json")

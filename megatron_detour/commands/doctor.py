@@ -65,17 +65,17 @@ def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
 
 def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
     yield from _model(config, checked)
-    told = _forecast(config, _ranks(config), checked)
+    expected = _forecast(config, _ranks(config), checked)
     yield from machine.compute(
         config.compute.attention,
         config.compute.kernels,
-        torch.bfloat16 if told.setting and told.setting.zero.bf16 else torch.float32,
-        told.shape.head_dim if told.shape else machine.HEAD_DIM,
+        torch.bfloat16 if expected.setting and expected.setting.zero.bf16 else torch.float32,
+        expected.shape.head_dim if expected.shape else machine.HEAD_DIM,
     )
-    yield machine.disk(Path(config.folder), told.disk.needed if told.disk else 0)
-    yield from _memory(told)
+    yield machine.disk(Path(config.folder), expected.disk.needed if expected.disk else 0)
+    yield from _memory(expected)
     yield from (CheckResult(FAULT, "plan", fault) for fault in checked.faults if not _about_model(fault))
-    yield from (CheckResult(NOTE, "plan", warning) for warning in told.warnings)
+    yield from (CheckResult(NOTE, "plan", warning) for warning in expected.warnings)
     yield from _corpora(config)
 
 
@@ -107,15 +107,15 @@ def _model(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
         yield CheckResult(OK, "model", f"{checked.model.start}: {weights} weights match config.json")
 
 
-def _memory(told: Forecast) -> Iterator[CheckResult]:
-    most = told.most_memory
+def _memory(expected: Forecast) -> Iterator[CheckResult]:
+    most = expected.most_memory
     if most is None:
         return
-    ranks = counted(told.ranks, "rank")
+    ranks = counted(expected.ranks, "rank")
     text = f"about {most.needed / machine.GIB:.1f} GiB per rank including a margin, {ranks}"
-    room = told.gpu_memory * 1e9 if most.on_gpu else psutil.virtual_memory().total / told.ranks
+    room = expected.gpu_memory * 1e9 if most.on_gpu else psutil.virtual_memory().total / expected.ranks
     if most.needed > room:
-        advice = told.advice or "reduce batch.micro_sequences, or set compute.recompute=full"
+        advice = expected.advice or "reduce batch.micro_sequences, or set compute.recompute=full"
         yield CheckResult(FAULT, "fit", f"{text}: more than the {room / machine.GIB:.1f} GiB available to each", advice)
     else:
         yield CheckResult(OK, "fit", text)

@@ -1,4 +1,4 @@
-"""Operations of each phase, and the time that they take at a rate: a measured one, or a share of a GPU's peak."""
+"""FLOPs of each phase, and its time at a rate: a measured one, or a share of a GPU's peak."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.model.shape import Shape
 from megatron_detour.plan import PlannedPhase
 
-STRETCHES, DOCUMENTS = 40, 250  # read of each corpus: stretches of documents, from its start to its end
-MOST_DOCUMENTS = 100_000  # looked at of a step
+SPANS, DOCUMENTS = 40, 250  # sampled per corpus: spans of consecutive documents, evenly spaced
+MOST_DOCUMENTS = 100_000  # sampled per step
 SESSION_SECONDS = 24 * 3600  # where the run file has no time_limit
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a GPU is taken to be: tokens a second, or FLOP/s that are its peak times the share it reaches."""
+    """The assumed speed of a GPU: tokens per second, or its peak FLOP/s times MFU."""
 
-    tokens_per_second: float | None = None  # a GPU, measured
+    tokens_per_second: float | None = None  # per GPU, measured
     mfu: float | None = None
     peak: float | None = None  # FLOP/s
 
@@ -41,20 +41,20 @@ class PhaseCost:
     seconds: float | None  # None: the speed is not known
     sampled: bool  # whether the documents are the corpora's, or else as long as the sequences
     mean_document: float  # tokens, as the model sees them: cut at the sequence length
-    lengths: tuple[int, ...]  # of such documents, in the corpora's shares: about a step's
+    lengths: tuple[int, ...]  # of documents, mixed as the corpora are: about one step's
 
 
-def of_phase(shape: Shape, phase: PlannedPhase, recompute: str, speed: Speed, gpus: int) -> PhaseCost:
-    """What a phase costs, over all GPUs."""
-    found = [lengths_of(corpus, phase.sequence_length) for corpus in phase.corpora]
-    sampled = all(lengths is not None for lengths in found)
+def phase_cost(shape: Shape, phase: PlannedPhase, recompute: str, speed: Speed, gpus: int) -> PhaseCost:
+    """The cost of a phase, over all GPUs."""
+    samples = [lengths_of(corpus, phase.sequence_length) for corpus in phase.corpora]
+    sampled = all(lengths is not None for lengths in samples)
     if not sampled:
-        found = [(phase.sequence_length,)] * len(phase.corpora)
+        samples = [(phase.sequence_length,)] * len(phase.corpora)
     weights = [corpus.weight / sum(c.weight for c in phase.corpora) for corpus in phase.corpora]
-    pairs = list(zip(weights, found, strict=True))
-    a_token = sum(weight * _flops_of(shape, phase, lengths) / sum(lengths) for weight, lengths in pairs)
+    pairs = list(zip(weights, samples, strict=True))
+    flops_per_token = sum(weight * _flops_of(shape, phase, lengths) / sum(lengths) for weight, lengths in pairs)
     documents = sum(weight * len(lengths) / sum(lengths) for weight, lengths in pairs)
-    flops = round(a_token * phase.tokens)
+    flops = round(flops_per_token * phase.tokens)
     again = 4 / 3 if recompute == "full" else 1.0  # the forward pass once more
     seconds = None
     if speed.tokens_per_second:
@@ -62,8 +62,8 @@ def of_phase(shape: Shape, phase: PlannedPhase, recompute: str, speed: Speed, gp
     elif speed.known:
         seconds = flops * again / (speed.peak * speed.mfu * gpus)
     step = phase.sequences * phase.sequence_length
-    of_step = tuple(length for weight, lengths in pairs for length in _filling(round(weight * step), lengths))
-    return PhaseCost(phase.name, phase.tokens, flops, seconds, sampled, 1 / documents, of_step)
+    step_lengths = tuple(length for weight, lengths in pairs for length in _filling(round(weight * step), lengths))
+    return PhaseCost(phase.name, phase.tokens, flops, seconds, sampled, 1 / documents, step_lengths)
 
 
 def _filling(tokens: int, lengths: tuple[int, ...]) -> Iterator[int]:
@@ -81,8 +81,8 @@ def lengths_of(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:
     if not len(index):
         return None
     starts, size = [0], len(index)
-    if size > STRETCHES * DOCUMENTS:
-        starts, size = np.linspace(0, size - DOCUMENTS, STRETCHES).astype(np.int64).tolist(), DOCUMENTS
+    if size > SPANS * DOCUMENTS:
+        starts, size = np.linspace(0, size - DOCUMENTS, SPANS).astype(np.int64).tolist(), DOCUMENTS
     lengths = np.concatenate([index.read_lengths(start, start + size) for start in starts])
     whole, rest = np.divmod(lengths.astype(np.int64), sequence_length)
     return (*[sequence_length] * int(whole.sum()), *rest[rest > 0].tolist())

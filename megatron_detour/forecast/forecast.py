@@ -29,7 +29,7 @@ MFU = 0.25  # where nothing was measured: the paper's runs come to 0.23 to 0.30 
 
 @dataclass(frozen=True)
 class Forecast:
-    """None stands for what could not be known; `faults` and `notes` tell why."""
+    """None: not known; `faults` and `notes` say why."""
 
     name: str
     ranks: int
@@ -39,7 +39,7 @@ class Forecast:
     shape: Shape | None
     parameters: int | None  # of the whole model
     setting: Setting | None
-    memory: dict[str, Memory] | None  # of a rank, by phase
+    memory: dict[str, Memory] | None  # of one rank, by phase
     advice: str | None  # what to change so that it fits, or how much more would
     speed: Speed
     costs: tuple[PhaseCost, ...] | None
@@ -74,10 +74,10 @@ class Forecast:
         for cost in raw["costs"] or ():
             del cost["lengths"]
         if self.memory:
-            for name, told in self.memory.items():
+            for name, peak in self.memory.items():
                 raw["memory"][name] |= {
-                    "needed": told.needed,
-                    "fits": {str(card): told.fits(card) for card in memory.CARDS},
+                    "needed": peak.needed,
+                    "fits": {str(card): peak.fits(card) for card in memory.CARDS},
                 }
         for entry, reading in zip(raw["readings"], self.readings, strict=True):
             entry["epochs"] = reading.epochs
@@ -97,12 +97,11 @@ def forecast(
     rate: float | None = None,
     mfu: float | None = None,
 ) -> Forecast:
-    """Forecasts a run on `ranks` GPUs. It raises nothing that a missing file or an odd value causes: faults, notes and
-    None tell of these.
+    """Forecasts a run on `ranks` GPUs. Missing files and odd values become faults, notes and None, not errors.
 
     checked: what preflight(config, plan, ranks) has found already, if anything
     device: a GPU's name, by default "h100" for bf16 and "cpu" for fp32; gpu_memory: GB
-    rate: measured tokens a second and GPU; without it the time is that of `mfu` of the device's peak (0.25)
+    rate: measured tokens per second per GPU; without it, time follows from `mfu` of the device's peak (0.25)
     """
     notes: list[str] = []
     checked = checked or preflight(config, plan, ranks)
@@ -115,16 +114,16 @@ def forecast(
     )
     if not speed.known:
         hint = nearest(device, PEAK_NAMES)
-        notes.append(f"time: the peak of {device!r} is not known here{hint}; give a measured rate with --rate")
+        notes.append(f"time: the peak of {device!r} is not known{hint}; give a measured rate with --rate")
     shape = checked.shape
     parameters = sum(memory.parameters(shape)) if shape else None
     phase_costs = shape and attempt("time", lambda: _costs(config, plan, shape, speed, ranks))
     by_phase = advice = None
     if shape and setting:
         search = Search(plan, shape, setting, {cost.name: cost for cost in phase_costs or ()}, gpu_memory)
-        a_rank = config.batch.sequences // setting.data
+        rank_sequences = config.batch.sequences // setting.data
         by_phase = attempt("memory", search.memory)
-        advice = attempt("memory", lambda: search.advice(config.batch.micro_sequences, a_rank))
+        advice = attempt("memory", lambda: search.advice(config.batch.micro_sequences, rank_sequences))
     readings = tuple(attempt("epochs", lambda: storage.readings(plan)) or ())
     disk = attempt("disk", lambda: storage.disk(config, plan, parameters)) if parameters else None
     return Forecast(
@@ -159,7 +158,7 @@ class _Attempt:
         try:
             return function()
         except Exception as error:  # whatever a damaged file or an odd machine brings
-            self.notes.append(f"{what}: not known: {type(error).__name__}: {error}")
+            self.notes.append(f"{what}: unknown: {type(error).__name__}: {error}")
             return None
 
 
@@ -196,15 +195,15 @@ class Search:
         }
 
     def fits(self, recompute: str | None = None, share: float = 1) -> bool:
-        return all(told.fits(self.gigabytes) for told in self.memory(recompute, share).values())
+        return all(peak.fits(self.gigabytes) for peak in self.memory(recompute, share).values())
 
-    def advice(self, micro: int, a_rank: int) -> str | None:
+    def advice(self, micro: int, rank_sequences: int) -> str | None:
         """The first change that makes it fit, in the order of docs/parallelism.md; where it fits, whether a larger
-        microbatch would. `a_rank` are a data-parallel rank's sequences a step."""
+        microbatch would. `rank_sequences`: sequences per step of a data-parallel rank."""
         if not self.setting.on_gpu:
             return None
         if self.fits():
-            larger = [size for size in range(micro + 1, a_rank + 1) if a_rank % size == 0]
+            larger = [size for size in range(micro + 1, rank_sequences + 1) if rank_sequences % size == 0]
             fitting = [size for size in larger if self.fits(share=size / micro)]
             return f"batch.micro_sequences={max(fitting)} would fit as well, and may be faster" if fitting else None
         choices = {"none": ["none", "selective", "full"], "selective": ["selective", "full"]}
@@ -235,4 +234,4 @@ class Search:
 
 
 def _costs(config: RunConfig, plan: Plan, shape: Shape, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:
-    return tuple(costs.of_phase(shape, phase, config.compute.recompute, speed, ranks) for phase in plan.phases)
+    return tuple(costs.phase_cost(shape, phase, config.compute.recompute, speed, ranks) for phase in plan.phases)

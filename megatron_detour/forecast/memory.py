@@ -107,7 +107,7 @@ def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:
     share = partition(elements, setting.data)
     kept = activations(shape, setting, load)
     head = _head(shape, setting, load)
-    stays = {"weights": sum(elements) * item, "optimiser": share * ADAM}
+    stays = {"weights": sum(elements) * item, "optimizer": share * ADAM}
     gradients = share * FP32  # summed over the microbatches
     # On a CPU only what is written to of the bucket becomes memory.
     bucket = (zero.reduce_bucket if setting.on_gpu else min(zero.reduce_bucket, sum(elements))) * item

@@ -48,7 +48,7 @@ def plan_table(plan: Plan) -> str:
 
 
 def headline(forecast: Forecast) -> str:
-    """What a run says of itself before it starts, in at most eight lines."""
+    """At most eight lines, which a run prints at its start."""
     lines = [f"model       {_model(forecast)}"]
     most = forecast.most_memory
     if most:
@@ -61,9 +61,11 @@ def headline(forecast: Forecast) -> str:
             lines.append(f"time        {_time(forecast)}")
     if forecast.disk:
         lines.append(f"disk        {_disk(forecast)}")
-    told = [*forecast.faults, *forecast.warnings]
-    if told:
-        lines.append(f"warnings    {told[0].splitlines()[0]}" + (f" (and {len(told) - 1} more)" if told[1:] else ""))
+    concerns = [*forecast.faults, *forecast.warnings]
+    if concerns:
+        lines.append(
+            f"warnings    {concerns[0].splitlines()[0]}" + (f" (and {len(concerns) - 1} more)" if concerns[1:] else "")
+        )
     return "\n".join(lines)
 
 
@@ -78,9 +80,9 @@ def render(forecast: Forecast) -> str:
         parts += ["", *_epochs_table(forecast)]
     if forecast.disk:
         parts += ["", f"disk        {_disk(forecast)}"]
-    for title, told in (("note", forecast.notes), ("warning", forecast.warnings), ("fault", forecast.faults)):
-        if told:
-            parts += ["", *(f"{title}: {sentence}" for sentence in told)]
+    for title, sentences in (("note", forecast.notes), ("warning", forecast.warnings), ("fault", forecast.faults)):
+        if sentences:
+            parts += ["", *(f"{title}: {sentence}" for sentence in sentences)]
     return "\n".join(parts)
 
 
@@ -91,7 +93,7 @@ def _table(headers: list[str], rows: list[list[str]]) -> list[str]:
 def _model(forecast: Forecast) -> str:
     shape = forecast.shape
     if shape is None:
-        return f"{forecast.origin}: not known"
+        return f"{forecast.origin}: unknown"
     return (
         f"{forecast.origin}: {forecast.parameters / 1e6:,.2f}M parameters, {shape.layers} layers of {shape.hidden}, "
         f"{shape.vocabulary:,} ids"
@@ -101,11 +103,11 @@ def _model(forecast: Forecast) -> str:
 def _time(forecast: Forecast) -> str:
     speed, gpus = forecast.speed, _gpus(forecast)
     if speed.tokens_per_second:
-        how = f"{speed.tokens_per_second:,.0f} tokens/s each, as given"
+        how = f"{speed.tokens_per_second:,.0f} tokens/s each (given)"
     elif speed.known:
-        how = f"{speed.mfu:.0%} of {speed.peak / 1e12:,.0f} TFLOP/s each, which is assumed"
+        how = f"{speed.mfu:.0%} of {speed.peak / 1e12:,.0f} TFLOP/s each (assumed)"
     else:
-        return f"not known on {gpus}: give a measured rate"
+        return f"unknown on {gpus}: give a measured rate"
     sessions = "" if forecast.sessions == 1 else f", {forecast.sessions} sessions of {_limit(forecast)}"
     return f"{duration(forecast.seconds)} on {gpus} at {how}{sessions}"
 
@@ -134,7 +136,7 @@ def _disk(forecast: Forecast) -> str:
     free = "" if disk.free is None else f"; {disk.free / GB:,.0f} GB are free"
     return (
         f"{disk.needed / GB:.2f} GB at most: {counted(disk.checkpoints, 'checkpoint')} of "
-        f"{disk.checkpoint / GB:.2f} GB at a time, and {disk.steps:,} steps' figures{free}"
+        f"{disk.checkpoint / GB:.2f} GB at a time, and metrics of {disk.steps:,} steps{free}"
     )
 
 
@@ -149,27 +151,29 @@ def _time_table(forecast: Forecast) -> list[str]:
         when = duration(seconds) if seconds else "?"
         rows.append([name, f"{tokens:,}", f"{flops:.3g}", f"{flops / tokens:.3g}", rate, when])
     if all(cost.sampled for cost in forecast.costs):
-        documents = f"documents of {min(c.mean_document for c in forecast.costs):,.0f} tokens in the mean, as sampled"
+        documents = f"documents of {min(c.mean_document for c in forecast.costs):,.0f} tokens on average (sampled)"
     else:
-        documents = "documents as long as the sequences (a corpus is not here); shorter ones cost less"
+        documents = "documents as long as the sequences (a corpus is missing); shorter ones cost less"
     return [f"time        {_time(forecast)}", *_table(headers, rows), f"  {documents}"]
 
 
 def _memory_table(forecast: Forecast) -> list[str]:
-    told = forecast.memory
-    parts = list(dict.fromkeys(part for memory in told.values() for part in memory.parts))
+    by_phase = forecast.memory
+    parts = list(dict.fromkeys(part for memory in by_phase.values() for part in memory.parts))
     most = forecast.most_memory
     unit, size, digits = ("GiB", GIB, 2) if most.counted >= GIB else ("MiB", GIB >> 10, 1)
     rows = []
     for part in parts:
-        rows.append([part, *(f"{m.parts[part] / size:.{digits}f}" if part in m.parts else "-" for m in told.values())])
-    rows.append(["counted", *(f"{m.counted / size:.{digits}f}" for m in told.values())])
-    rows.append(["with a margin", *(f"{m.needed / size:.{digits}f}" for m in told.values())])
-    lines = [f"memory      {_asked(forecast)}, on each of {_gpus(forecast)}", *_table([unit, *told], rows)]
-    lines.append(f"  peak memory during: {', '.join(f'{m.moment} ({name})' for name, m in told.items())}")
+        rows.append(
+            [part, *(f"{m.parts[part] / size:.{digits}f}" if part in m.parts else "-" for m in by_phase.values())]
+        )
+    rows.append(["counted", *(f"{m.counted / size:.{digits}f}" for m in by_phase.values())])
+    rows.append(["with a margin", *(f"{m.needed / size:.{digits}f}" for m in by_phase.values())])
+    lines = [f"memory      {_asked(forecast)}, on each of {_gpus(forecast)}", *_table([unit, *by_phase], rows)]
+    lines.append(f"  peak memory during: {', '.join(f'{m.moment} ({name})' for name, m in by_phase.items())}")
     if most.on_gpu:
         fitting = ", ".join(f"{card} GB {'yes' if most.fits(card) else 'no'}" for card in CARDS)
-        lines += [f"  fits: {fitting}", f"  margin: {SPARE:.0%} and {CONTEXT / GB:g} GB that torch does not count"]
+        lines += [f"  fits: {fitting}", f"  margin: {SPARE:.0%} and {CONTEXT / GB:g} GB outside torch's allocator"]
     if forecast.advice:
         lines.append(f"  {forecast.advice}")
     return lines
@@ -180,7 +184,7 @@ def _epochs_table(forecast: Forecast) -> list[str]:
     headers = ["corpus", "tokens", *(f"read in {name}" for name in phases), "epochs"]
     rows = []
     for reading in forecast.readings:
-        size = "not here" if reading.tokens is None else f"{reading.tokens:,}"
+        size = "missing" if reading.tokens is None else f"{reading.tokens:,}"
         epochs = "?" if reading.epochs is None else f"{reading.epochs:.2f}"
         rows.append([reading.prefix, size, *(compact(reading.read.get(name, 0)) for name in phases), epochs])
     return ["corpora", *_table(headers, rows)]

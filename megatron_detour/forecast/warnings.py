@@ -12,22 +12,22 @@ SHORT_OF_WARMUP = 2  # a phase is short when it is less than this many warm-ups 
 
 def warnings(config: RunConfig, plan: Plan, readings: list[Reading], disk: Disk | None) -> list[str]:
     """Each names its key and what to do instead; none stops a run."""
-    found = [_of_end(plan), *_of_phases(plan), _of_validation(config)]
+    sentences = [_last_phase(plan), *_phases(plan), _validation(config)]
     for reading in readings:
         if reading.epochs and reading.epochs > MANY_EPOCHS:
-            found.append(
+            sentences.append(
                 f"{reading.prefix}: is read {reading.epochs:.1f} times; above {MANY_EPOCHS} epochs repeated text "
-                "teaches less and less: lower its weight or the phases' tokens, or add text"
+                "teaches less: lower its weight or the phases' tokens, or add text"
             )
     if disk and disk.free is not None and disk.needed > disk.free:
-        found.append(
+        sentences.append(
             f"folder: {config.folder}: {disk.checkpoints} checkpoints of {disk.checkpoint / 1e9:.2f} GB do not fit "
             f"into the {disk.free / 1e9:.1f} GB that are free; lower checkpoint.keep or set another folder"
         )
-    return [warning for warning in found if warning]
+    return [sentence for sentence in sentences if sentence]
 
 
-def _of_end(plan: Plan) -> str | None:
+def _last_phase(plan: Plan) -> str | None:
     last = plan.phases[-1]
     if last.objective.detour:
         return (
@@ -36,33 +36,35 @@ def _of_end(plan: Plan) -> str | None:
         )
     if plan.has_detour and last.learning_rate.shape == "constant":
         return (
-            f"phases.{last.name}.learning_rate: stays at {last.learning_rate.peak:g}; a return to mlm wants a decay: "
-            "shape: 1-sqrt with an end"
+            f"phases.{last.name}.learning_rate: stays at {last.learning_rate.peak:g}; let it decay after the detour: "
+            "set shape: 1-sqrt and an end"
         )
     return None
 
 
-def _of_phases(plan: Plan) -> list[str]:
-    found = []
+def _phases(plan: Plan) -> list[str]:
+    sentences = []
     for phase in plan.phases:
         key, warmup = f"phases.{phase.name}", phase.learning_rate.warmup
         if warmup and phase.tokens < SHORT_OF_WARMUP * warmup:
-            found.append(
+            sentences.append(
                 f"{key}.learning_rate.warmup: {warmup:,} tokens are {warmup / phase.tokens:.0%} of the phase's "
                 f"{phase.tokens:,}; shorten the warm-up"
             )
-        found += [f"{key}.{name}: {text}" for name, text in phase.objective.warnings()]
+        sentences += [f"{key}.{name}: {text}" for name, text in phase.objective.warnings()]
         if phase.settings.optimizer_state == "reset" and not warmup:
-            found.append(f"{key}.optimizer_state: a reset optimiser starts at the full rate; give learning_rate.warmup")
-    return found
+            sentences.append(
+                f"{key}.optimizer_state: a reset optimizer starts at the full learning rate; set learning_rate.warmup"
+            )
+    return sentences
 
 
-def _of_validation(config: RunConfig) -> str | None:
+def _validation(config: RunConfig) -> str | None:
     settings = config.validation
     if not settings.corpora:
         return (
-            "validation.corpora: none, so nothing tells how the model does on text it has not seen; hold out a share "
-            "with megatron-detour preprocess --held-out 0.01"
+            "validation.corpora: none, so there is no validation loss; hold out a share with "
+            " megatron-detour preprocess --held-out 0.01"
         )
     tokens, wanted = validation_tokens(settings.corpora), settings.sequences * config.data.sequence_length
     if tokens is not None and tokens < wanted:

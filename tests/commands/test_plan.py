@@ -39,7 +39,7 @@ def test_every_recipe_is_planned(recipe, capsys, monkeypatch, tmp_path):
     assert re.search(r"model +\S+ ?.*M parameters", out)
     for section in ("time", "memory", "corpora", "disk"):
         assert re.search(rf"^{section} ", out + " ", re.M) or section in out.split()
-    assert "note: memory" not in out and "not known:" not in out
+    assert "note: memory" not in out and "unknown:" not in out
 
 
 def test_json_says_everything(good_run, write_run, capsys):
@@ -67,7 +67,7 @@ def test_a_gpu_by_almost_its_name(good_run, write_run, capsys, gpu, hint):
     main(["plan", write_run(good_run), "--gpu", gpu])
     out = " ".join(capsys.readouterr().out.split())
     meant = f" (did you mean {hint!r}?)" if hint else ""
-    assert f"time: the peak of {gpu!r} is not known here{meant}; give a measured rate" in out
+    assert f"time: the peak of {gpu!r} is not known{meant}; give a measured rate" in out
 
 
 def test_the_control_is_planned(good_run, write_run, capsys):
@@ -156,7 +156,7 @@ def check_faults(faults: list[str], expected: list[tuple[str, str, str]]) -> Non
         (["phases.detour.learning_rate.warmup=6 steps"], "6,144 tokens are 75% of the phase's 8,192"),
         (["phases.decay.learning_rate={peak: 1.0e-3}"], "phases.decay.learning_rate: stays at 0.001"),
         (["phases.decay.objective=clm", "phases.decay.mask_rate=null"], "phases: the last one, decay, trains CLM"),
-        (["phases.decay.optimizer_state=reset"], "give learning_rate.warmup"),
+        (["phases.decay.optimizer_state=reset"], "set learning_rate.warmup"),
         (["validation.sequences=2000"], "validation.sequences: 2000 x 128 tokens are more than"),
         (["validation.corpora=[]"], "hold out a share"),
         (["phases.detour.tokens=200k"], "epochs repeated text teaches less"),

@@ -80,7 +80,7 @@ def test_pairs_of_texts(tmp_path):
     assert [example["text_b"] for example in dataset.dev] == ["a fever", "today"]
     with pytest.raises(DetourError, match=r"dev.jsonl, line 1: no key 'text_b' \(did you mean 'text'\?\)"):
         read(tmp_path, "classification", train=content)
-    with pytest.raises(DetourError, match=r"dev.jsonl, line 2: has a second text under 'text_b', which the first"):
+    with pytest.raises(DetourError, match=r"dev.jsonl, line 2: has a second text 'text_b', but the first line"):
         read(tmp_path, "classification", dev=lines(OTHER, pair))
     with pytest.raises(DetourError, match=r"train.jsonl, line 1: no key 'second'"):
         read(tmp_path, "classification", {"fields": {"text_b": "second"}})
@@ -98,7 +98,7 @@ def test_compressed_and_other_endings_are_the_same_data(tmp_path):
     plain = read(tmp_path, "classification")
     folder = tmp_path / "small"
     (folder / "train.jsonl.gz").write_bytes(gzip.compress((folder / "train.jsonl").read_bytes()))
-    with pytest.raises(DetourError, match=r"small: has both train.jsonl and train.jsonl.gz; keep the one"):
+    with pytest.raises(DetourError, match=r"small: both train.jsonl and train.jsonl.gz exist; keep one"):
         read_dataset(task_of("classification"), tmp_path)
     (folder / "train.jsonl").unlink()
     (folder / "dev.jsonl").rename(folder / "dev.json")
@@ -121,7 +121,9 @@ def test_the_hash_is_that_of_all_three_splits(tmp_path):
 
 
 def test_missing_folders_and_files_are_named(tmp_path):
-    with pytest.raises(DetourError, match=r"small: there is no such folder; the task small needs its data there"):
+    with pytest.raises(
+        DetourError, match=r"small: no such folder; put train.jsonl, dev.jsonl and test.jsonl of task small there"
+    ):
         read_dataset(task_of("similarity"), tmp_path)
     (tmp_path / "small").mkdir()
     with pytest.raises(DetourError, match=r"small: has none of train.jsonl, train.jsonl.gz, .*; it is empty"):
@@ -147,58 +149,58 @@ def changed(kind: str, **values) -> bytes:
         ("similarity", b"[{}, ", "not a JSON object; write one object per line, not a list"),
         ("similarity", b"5", "not a JSON object"),
         ("similarity", b"\xff", "not UTF-8"),
-        ("similarity", rb'{"text": "\ud800"}', "holds half a surrogate pair"),
-        ("similarity", b'{"txt": "a"}', r"no key 'text' \(did you mean 'txt'\?\); where .* fields: {text: KEY}"),
-        ("similarity", changed("similarity", text=None), "the value of 'text' is null, not a text"),
-        ("similarity", changed("similarity", text=["a"]), "the value of 'text' is a list, not a text"),
-        ("similarity", changed("similarity", text=" "), "the text under 'text' is blank"),
-        ("similarity", changed("similarity", score="high"), "a text under 'score', where a number is needed"),
-        ("similarity", changed("similarity", score=True), "true under 'score'"),
-        ("similarity", changed("similarity", score=None), "null under 'score'"),
-        ("similarity", changed("similarity", score=float("nan")), "NaN under 'score'"),
-        ("similarity", changed("similarity", score=10**400), "1000.* under 'score'"),
-        ("classification", changed("classification", label=None), "null under 'label', where a name or a whole"),
-        ("classification", changed("classification", label=1.5), "1.5 under 'label'"),
-        ("classification", changed("classification", label=True), "true under 'label'"),
-        ("classification", changed("classification", label=""), "a text without anything in it under 'label'"),
-        ("classification", b'{"text": "a"}', "no key 'label'; where"),
-        ("multi-label", changed("multi-label", labels="finding"), "the value of 'labels' is a text, not a list"),
-        ("multi-label", changed("multi-label", labels=["a", "b", "a"]), "'a' stands twice under 'labels'"),
-        ("multi-label", changed("multi-label", labels=[["a"]]), "a list under 'labels'"),
+        ("similarity", rb'{"text": "\ud800"}', "contains a lone surrogate"),
+        ("similarity", b'{"txt": "a"}', r"no key 'text' \(did you mean 'txt'\?\); if .* fields: {text: KEY}"),
+        ("similarity", changed("similarity", text=None), "'text' is null, not a string"),
+        ("similarity", changed("similarity", text=["a"]), "'text' is a list, not a string"),
+        ("similarity", changed("similarity", text=" "), "'text' is blank"),
+        ("similarity", changed("similarity", score="high"), "'score' is a string, not a number"),
+        ("similarity", changed("similarity", score=True), "'score' is true, not a number"),
+        ("similarity", changed("similarity", score=None), "'score' is null, not a number"),
+        ("similarity", changed("similarity", score=float("nan")), "'score' is NaN, not a number"),
+        ("similarity", changed("similarity", score=10**400), "'score' is 1000"),
+        ("classification", changed("classification", label=None), "'label' is null, not a name or an integer"),
+        ("classification", changed("classification", label=1.5), "'label' is 1.5, not a name"),
+        ("classification", changed("classification", label=True), "'label' is true, not a name"),
+        ("classification", changed("classification", label=""), "'label' is an empty string, not a name"),
+        ("classification", b'{"text": "a"}', "no key 'label'; if"),
+        ("multi-label", changed("multi-label", labels="finding"), "'labels' is a string, not a list"),
+        ("multi-label", changed("multi-label", labels=["a", "b", "a"]), "duplicate 'a' in 'labels'"),
+        ("multi-label", changed("multi-label", labels=[["a"]]), "'labels' is a list, not a name"),
         (
             "token-classification",
             changed("token-classification", tags=["O"]),
-            "2 values under 'tokens', but 1 under 'tags'",
+            "2 values in 'tokens', but 1 in 'tags'",
         ),
         (
             "token-classification",
             changed("token-classification", tags=["O", "Finding"]),
-            "the tag 'Finding' is none of BIO",
+            "invalid BIO tag 'Finding'",
         ),
-        ("token-classification", changed("token-classification", tags=["O", "B-"]), "the tag 'B-' is none"),
+        ("token-classification", changed("token-classification", tags=["O", "B-"]), "invalid BIO tag 'B-'"),
         (
             "token-classification",
             changed("token-classification", tags=["O", "E-Finding"]),
-            "the tag 'E-Finding' is none",
+            "invalid BIO tag 'E-Finding'",
         ),
         (
             "token-classification",
             changed("token-classification", tags=["O", 3]),
-            "the values of 'tags' are not all texts",
+            "'tags' must contain only strings",
         ),
         (
             "token-classification",
             changed("token-classification", tokens="a b"),
-            "the value of 'tokens' is a text, not a list",
+            "'tokens' is a string, not a list",
         ),
-        ("token-classification", b'{"tokens": [], "tags": []}', "nothing under 'tokens'; leave out"),
+        ("token-classification", b'{"tokens": [], "tags": []}', "'tokens' is empty; omit"),
         ("multiple-choice", changed("multiple-choice", options={"a": "pain"}), "1 options; give at least two"),
         ("multiple-choice", changed("multiple-choice", options="ab"), "'options' is neither an object nor a list"),
-        ("multiple-choice", changed("multiple-choice", options=["a", ""]), "the text under 'options' is blank"),
+        ("multiple-choice", changed("multiple-choice", options=["a", ""]), "'options' is blank"),
         (
             "multiple-choice",
             changed("multiple-choice", answers=["c"]),
-            "the answer 'c' names no option; there are a, b",
+            "the answer 'c' is not an option; choose from a, b",
         ),
         (
             "multiple-choice",
@@ -215,13 +217,13 @@ def changed(kind: str, **values) -> bytes:
             changed("multiple-choice", answers=["a", "b"]),
             "2 right answers; multiple-choice needs exactly",
         ),
-        ("multiple-answer", changed("multiple-answer", answers=["a", "a"]), "'a' stands twice under 'answers'"),
+        ("multiple-answer", changed("multiple-answer", answers=["a", "a"]), "duplicate 'a' in 'answers'"),
         (
             "multiple-answer",
             changed("multiple-answer", answers=[]),
             "no right answer; multiple-answer needs at least one",
         ),
-        ("multiple-answer", changed("multiple-answer", answers=[None]), "null under 'answers'"),
+        ("multiple-answer", changed("multiple-answer", answers=[None]), "'answers' is null, not a name"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, kind, line, says):
@@ -250,7 +252,7 @@ def test_an_empty_split_is_refused(tmp_path, split):
     [
         ("classification", {}, {"label": "findings"}, "label 'findings'"),
         ("multi-label", {}, {"labels": ["finding", "drug"]}, "label 'drug'"),
-        ("token-classification", {}, {"tags": ["O", "I-Drug"]}, "type of entity 'Drug'"),
+        ("token-classification", {}, {"tags": ["O", "I-Drug"]}, "entity type 'Drug'"),
     ],
 )
 def test_a_label_that_train_lacks(tmp_path, kind, known, new, label):
@@ -272,7 +274,7 @@ def test_listed_labels_are_the_data_sets(tmp_path):
 
 
 def test_nothing_to_learn_is_told(tmp_path):
-    with pytest.raises(DetourError, match=r"train.jsonl: has only the label 'finding', so there is nothing to learn"):
+    with pytest.raises(DetourError, match=r"train.jsonl: only the label 'finding', so there is nothing to learn"):
         read(tmp_path, "classification", train=lines(GOOD["classification"]))
     with pytest.raises(DetourError, match=r"train.jsonl: has no label, so"):
         read(tmp_path, "multi-label", train=lines(GOOD["multi-label"] | {"labels": []}))

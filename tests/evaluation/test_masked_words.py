@@ -411,7 +411,7 @@ def test_what_is_measured_before_a_fault_is_kept(model_folder, texts, tmp_path, 
     shutil.copytree(model_folder, broken)
     (broken / "model.safetensors").write_bytes(b"nothing")
     options, out = IntrinsicOptions(**OPTIONS), tmp_path / "out"
-    with pytest.raises(DetourError, match="broken: cannot be opened"):
+    with pytest.raises(DetourError, match="broken: cannot load the model"):
         measure({"a": model_folder, "b": broken}, [texts], options, out)
     assert len((out / "intrinsic.jsonl").read_text().splitlines()) == 1
     monkeypatch.setattr(probes, "load_model", lambda *_: pytest.fail("measured again"))

@@ -177,8 +177,8 @@ def test_scores_are_plain_numbers(name):
         ("accuracy", [1, 2], [1], "accuracy: 2 gold answers, but 1 predictions"),
         ("accuracy", [], [], "accuracy: no predictions"),
         ("entity_f1", [["O"], ["O", "O"]], [["O"], ["O"]], "entity_f1: example 1 has 2 words, but 1 predicted tags"),
-        ("macro_f1", ["a", "b"], ["a", "f"], "the prediction of example 1 is 'f', not a label of the data set"),
-        ("micro_f1", [["a", "f"]], [["a"]], "the right answer of example 0 is 'f', not a label of the data set"),
+        ("macro_f1", ["a", "b"], ["a", "f"], "prediction 'f' of example 1 is not a label of the dataset"),
+        ("micro_f1", [["a", "f"]], [["a"]], "gold answer 'f' of example 0 is not a label of the dataset"),
         ("pearson", [1.0, 2.0], [1.0, float("nan")], "pearson: scores are NaN or infinite; the model has"),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_path_may_hold_an_equals_sign(tmp_path, monkeypatch):
     assert named_models([f"a={folder}"]) == {"a": folder}
     monkeypatch.chdir(tmp_path)
     assert named_models(["lr=5e-5"]) == {"lr=5e-5": Path("lr=5e-5")}
-    with pytest.raises(DetourError, match=r"/x/lr=5e-5/m: there is no such folder.*holds '='.*NAME=/x/lr=5e-5/m"):
+    with pytest.raises(DetourError, match=r"/x/lr=5e-5/m: no such folder.*contains '='.*NAME=/x/lr=5e-5/m"):
         named_models(["/x/lr=5e-5/m"])
 
 

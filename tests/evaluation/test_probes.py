@@ -153,7 +153,7 @@ def test_folder_without_weights_or_tokenizer_is_refused(model_folder, tmp_path):
     folder = tmp_path / "broken"
     shutil.copytree(model_folder, folder)
     (folder / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(DetourError, match=r"broken: cannot be opened"):
+    with pytest.raises(DetourError, match=r"broken: cannot load the model"):
         load_model(folder)
 
 
@@ -177,7 +177,7 @@ def test_probes_are_read(tmp_path):
         ("", "no probes"),
         ("{", "line 1: invalid JSON"),
         ("[]", "line 1: not a JSON object"),
-        ('{"text": "a [MASK]"}', "line 1: no text under the key 'answer'"),
+        ('{"text": "a [MASK]"}', "line 1: 'answer' is not a string"),
         ('\n{"text": "a", "answer": "b"}', "line 2: .*exactly one"),
         ('{"text": "[MASK] [MASK]", "answer": "b"}', "line 1: .*exactly one"),
     ],

@@ -145,7 +145,9 @@ def test_the_baseline_can_be_chosen(two_models):
         there, here = (task(s, name)["differences"] for s in (forth, back))
         assert here["base"]["p"] == there["detour"]["p"] and here["base"]["mean"] == -there["detour"]["mean"]
         assert here["base"]["interval"] == pytest.approx([-end for end in reversed(there["detour"]["interval"])])
-    with pytest.raises(DetourError, match=r"has no such model \(did you mean 'detour'\?\); it has base, detour"):
+    with pytest.raises(
+        DetourError, match=r"--baseline detours: not in \S+ \(did you mean 'detour'\?\); choose from base, detour"
+    ):
         summarize(two_models, "detours", FEW)
 
 
@@ -193,7 +195,7 @@ def test_the_first_line_says_what_could_have_been_shown(tmp_path):
     assert fixed(tmp_path / "one", 1, 3, [0.01])["verdict"].endswith(
         "1 task x 3 seeds cannot detect less than 2.5 points."
     )
-    assert fixed(tmp_path / "least", 1, 1, [0.01])["verdict"].endswith("1 task x 1 seed cannot show any.")
+    assert fixed(tmp_path / "least", 1, 1, [0.01])["verdict"].endswith("1 task x 1 seed cannot detect any.")
 
 
 def test_the_first_line_says_which_model_is_better(tmp_path):
@@ -269,9 +271,7 @@ def test_missing_predictions_leave_out_the_test(two_models):
     assert found["mean"] > 0 and found["interval"]
     assert task(summary, "rct_sections")["differences"]["detour"]["p"] < 0.05
     assert summary["comparisons"] == 1
-    assert any(
-        note.startswith("no permutation test on bc5cdr, as predictions are missing") for note in summary["notes"]
-    )
+    assert any(note.startswith("no permutation test on bc5cdr: predictions are missing") for note in summary["notes"])
     text = words(write_report(two_models, None, FEW))
     assert "no permutation test on bc5cdr" in text
 
@@ -293,7 +293,7 @@ def test_the_latest_result_of_a_cell_counts(two_models):
 
 
 def test_no_results_at_all(tmp_path):
-    with pytest.raises(DetourError, match="holds no result yet; evaluate a model first"):
+    with pytest.raises(DetourError, match="no results yet; evaluate a model first"):
         write_report(tmp_path, None)
     with pytest.raises(DetourError, match="write the report first"):
         read_summary(tmp_path)
@@ -303,14 +303,14 @@ def test_no_results_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"protocol": "paper-en"}, "protocols 'quick' and 'paper-en', which do not compare"),
-        ({"metric": "accuracy"}, "task 'bc5cdr' do not compare, as they differ in their metric"),
-        ({"ner_head": "span"}, "in their ner_head (tokens and span)"),
-        ({"examples": {"train": 1, "dev": 1, "test": 1}}, "in their examples ("),
-        ({"identity": {"task": "other", "data": "d"}}, "in their definition of the task (bc5cdr and other)"),
-        ({"identity": {"task": "bc5cdr", "data": "e", "format": "1"}}, "in their data (d and e)"),
-        ({"score": float("nan")}, "the score of detour, bc5cdr, seed 44 is nan, not a finite number"),
-        ({"score": None}, "the score of detour, bc5cdr, seed 44 is None, not a finite number"),
+        ({"protocol": "paper-en"}, "protocols 'quick' and 'paper-en' are not comparable"),
+        ({"metric": "accuracy"}, "task 'bc5cdr' are not comparable, they differ in metric"),
+        ({"ner_head": "span"}, "differ in ner_head (tokens and span)"),
+        ({"examples": {"train": 1, "dev": 1, "test": 1}}, "differ in examples ("),
+        ({"identity": {"task": "other", "data": "d"}}, "differ in task definition (bc5cdr and other)"),
+        ({"identity": {"task": "bc5cdr", "data": "e", "format": "1"}}, "differ in data (d and e)"),
+        ({"score": float("nan")}, "the score nan of detour, bc5cdr, seed 44 is not a finite number"),
+        ({"score": None}, "the score None of detour, bc5cdr, seed 44 is not a finite number"),
     ],
 )
 def test_results_that_do_not_compare_are_one_sentence(two_models, change, fault):
@@ -326,7 +326,7 @@ def test_a_result_without_a_key_is_named(two_models):
     first, *others = lines_of(two_models)
     del first["seconds"]
     rewrite(two_models, [first, *others])
-    with pytest.raises(DetourError, match=r"the result of base, bc5cdr, seed 42 lacks the key 'seconds'"):
+    with pytest.raises(DetourError, match=r"the result of base, bc5cdr, seed 42 lacks 'seconds'"):
         write_report(two_models, None)
 
 
@@ -394,7 +394,7 @@ def test_predictions_on_other_data_are_refused(two_models):
     with pytest.raises(DetourError, match="gold answers differ from the task's other predictions"):
         write_report(two_models, None)
     path.write_text(json.dumps(content | {"predicted": ["nothing"] * len(content["gold"])}))
-    with pytest.raises(DetourError, match=f"{path}: the prediction of example 0 is 'nothing'.*remove the file"):
+    with pytest.raises(DetourError, match=f"{path}: prediction 'nothing' of example 0 is not a label.*remove the file"):
         write_report(two_models, None)
 
 

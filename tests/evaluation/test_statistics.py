@@ -192,7 +192,7 @@ def test_missing_cells_leave_out_their_pair():
     assert over_tasks(a, b).units == 2
     with pytest.raises(ValueError, match="no common cell"):
         paired_bootstrap(a, np.full((3, 2), np.nan))
-    with pytest.raises(ValueError, match="1 dimension"):
+    with pytest.raises(ValueError, match="not 1-dimensional"):
         paired_bootstrap(np.zeros(3), np.zeros(3))
 
 

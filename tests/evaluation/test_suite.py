@@ -176,7 +176,7 @@ def _options(words: list[str]):
         (["batch=8", "batch=9"], "batch=9: batch is given twice"),
         (["batch=many"], "batch=many.*Expected `int"),
         (["warmup=2"], "warmup must be a fraction"),
-        (["--model", "/nowhere"], r"--model /nowhere: there is no such folder"),
+        (["--model", "/nowhere"], r"--model /nowhere: no such folder"),
         (["--model", "a=one/x", "a=two/x"], "a second model named 'a'"),
     ],
 )
@@ -212,7 +212,7 @@ def test_models_without_weights_or_tokenizer_are_told_together(workshop, unbroke
     assert "no tokenizer.json" in str(caught.value) and "safetensors weights" in str(caught.value)
     assert not (tmp_path / "out").exists()
     words[words.index("--data") + 1] = str(tmp_path)
-    with pytest.raises(DetourError, match=r"4 faults[\s\S]*small_classification: there is no such folder"):
+    with pytest.raises(DetourError, match=r"4 faults[\s\S]*small_classification: no such folder"):
         command.run(_options(words))
 
 
@@ -252,7 +252,7 @@ def test_a_name_stands_for_one_model_and_options_add_up(workshop, unbroken, tmp_
             check_model(folder)
     options = _options([*words, "--model", "a=x", "--tasks", "hoc", "--set", "epochs=3"])
     assert len(options.model) == 3 and options.tasks[-1] == "hoc" and options.set == [*FAST, "epochs=3"]
-    with pytest.raises(DetourError, match="there is no such folder"):
+    with pytest.raises(DetourError, match="no such folder"):
         command.report(workshop / "nowhere", None)
 
 
@@ -280,7 +280,7 @@ def test_the_help_names_every_command_and_run_may_be_left_out():
     status, text = told()
     assert status == 1 and "--model, --tasks, --data, --output" in text
     status, text = told("--model", "/nowhere", "--tasks", "hoc", "--data", "/nowhere", "--output", "/tmp/nothing")
-    assert status == 1 and "--model /nowhere: there is no such folder" in text and "Traceback" not in text
+    assert status == 1 and "--model /nowhere: no such folder" in text and "Traceback" not in text
 
 
 def result_of(seed: int, **changes) -> dict:

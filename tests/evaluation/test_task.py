@@ -106,33 +106,33 @@ def test_a_short_file_is_filled_up(own):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("[1]", "a task is a YAML mapping with the keys name, language, type"),
+        ("[1]", "not a task; write a YAML mapping with at least the keys name, language, type"),
         ("a: b: c", "invalid YAML"),
         (f"{MINE}type: similarity\n", "line 4: duplicate key 'type'"),
         (f"{MINE}title: 'a\u202eb'\n", "title: .* non-printable characters"),
-        ("language: en\ntype: similarity\n", "the key name is missing"),
-        ("name: a\ntype: similarity\n", "the key language is missing"),
-        ("name: a\nlanguage: en\n", "the key type is missing"),
+        ("language: en\ntype: similarity\n", "missing key name"),
+        ("name: a\ntype: similarity\n", "missing key language"),
+        ("name: a\nlanguage: en\n", "missing key type"),
         (f"{MINE}metrik: accuracy\n", r"unknown key 'metrik' \(did you mean 'metric'\?\)"),
         (f"{MINE}1: 2\n", "unknown key 1"),
-        ("name: 5\nlanguage: en\ntype: similarity\n", "name: a text is needed, it is 5; quotes"),
-        ("name: a/b\nlanguage: en\ntype: similarity\n", "name: 'a/b' cannot name a folder"),
+        ("name: 5\nlanguage: en\ntype: similarity\n", "name: must be a string, not 5; put it in quotes"),
+        ("name: a/b\nlanguage: en\ntype: similarity\n", "name: 'a/b' is not a valid folder name"),
         ("name: ..\nlanguage: en\ntype: similarity\n", "name: '..' is not a valid folder name"),
-        ("name: a\nlanguage: no\ntype: similarity\n", "language: a text is needed, it is False; quotes"),
+        ("name: a\nlanguage: no\ntype: similarity\n", "language: must be a string, not False; put it in quotes"),
         ("name: a\nlanguage: English\ntype: similarity\n", "language: 'English' is not a language code"),
-        ("name: a\nlanguage: en\ntype: ner\n", "type: unknown type 'ner'; there are token-classification, "),
+        ("name: a\nlanguage: en\ntype: ner\n", "type: unknown type 'ner'; choose from token-classification, "),
         ("name: a\nlanguage: en\ntype: multilabel\n", "type: unknown type 'multilabel' .*mean 'multi-label'"),
         (f"{MINE}title: ' '\n", "title: must not be empty"),
         (f"{MINE}paper: de\n", "paper: 'de' is neither en nor fr"),
         (f"{MINE}metric: entity_f1\n", "metric: unknown metric 'entity_f1' for classification.*; there are macro_f1"),
         (f"{MINE}metrics: [accurracy]\n", "metrics: unknown metric 'accurracy' .*did you mean 'accuracy'"),
-        (f"{MINE}metrics: accuracy\n", "metrics: a list is needed, it is 'accuracy'"),
-        (f"{MINE}labels: [yes, no]\n", "labels: a text is needed, it is True; quotes make it one"),
-        (f"{MINE}labels: [a, b, a]\n", "labels: 'a' stands there twice"),
-        ("name: a\nlanguage: en\ntype: similarity\nlabels: [a]\n", "labels: a task of type similarity has none"),
+        (f"{MINE}metrics: accuracy\n", "metrics: must be a list, not 'accuracy'"),
+        (f"{MINE}labels: [yes, no]\n", "labels: must be a string, not True; put it in quotes"),
+        (f"{MINE}labels: [a, b, a]\n", "labels: duplicate 'a'; list it once"),
+        ("name: a\nlanguage: en\ntype: similarity\nlabels: [a]\n", "labels: tasks of type similarity have no labels"),
         (f"{MINE}fields: [a]\n", "fields: must be a mapping such as {text: KEY_IN_FILE}"),
         (f"{MINE}fields: {{labels: a}}\n", "fields.labels: classification has no such field .*did you mean 'label'"),
-        (f"{MINE}fields: {{label: 1}}\n", "fields.label: a text is needed, it is 1"),
+        (f"{MINE}fields: {{label: 1}}\n", "fields.label: must be a string, not 1"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(own, tmp_path, content, says):
@@ -143,7 +143,9 @@ def test_what_is_wrong_with_a_file_is_named(own, tmp_path, content, says):
 
 
 def test_an_unknown_task_is_named_with_the_nearest(tmp_path):
-    with pytest.raises(DetourError, match=r"task bc5cd: neither packaged (docs/tasks.md) nor .*did you mean 'bc5cdr'"):
+    with pytest.raises(
+        DetourError, match=r"task bc5cd: neither packaged \(docs/tasks.md\) nor .*did you mean 'bc5cdr'"
+    ):
         load_task("bc5cd")
     with pytest.raises(DetourError, match="neither packaged"):
         load_task(str(tmp_path))  # a folder

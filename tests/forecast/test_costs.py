@@ -71,7 +71,7 @@ def test_the_twins_differ_by_attention_and_head():
     """In the decay the head sees 15% of the positions, and attention both sides."""
     _, plan = planned(data={"corpora": [{"prefix": "a"}], "sequence_length": 128})
     speed = Speed(tokens_per_second=100.0)
-    detour, decay = (costs.of_phase(TINY, phase, "none", speed, 2) for phase in plan.phases)
+    detour, decay = (costs.phase_cost(TINY, phase, "none", speed, 2) for phase in plan.phases)
     assert detour.flops == 40 * 8 * training_flops(TINY, (128,), True, 127)
     assert decay.flops == 10 * 8 * training_flops(TINY, (128,), False, round(0.2 * 128))
     assert (detour.sampled, detour.mean_document) == (False, 128)
@@ -81,11 +81,11 @@ def test_the_twins_differ_by_attention_and_head():
 def test_time_follows_peak_share_and_what_is_computed_again():
     _, plan = planned()
     speed = Speed(mfu=0.5, peak=1e9)
-    once, again = (costs.of_phase(TINY, plan.phases[0], r, speed, 1) for r in ("none", "full"))
+    once, again = (costs.phase_cost(TINY, plan.phases[0], r, speed, 1) for r in ("none", "full"))
     assert once.seconds == pytest.approx(once.flops / 5e8)
     assert again.seconds == pytest.approx(once.seconds * 4 / 3)
     assert again.flops == once.flops
-    unknown = costs.of_phase(TINY, plan.phases[0], "none", Speed(mfu=0.5), 1)
+    unknown = costs.phase_cost(TINY, plan.phases[0], "none", Speed(mfu=0.5), 1)
     assert unknown.seconds is None
 
 
@@ -96,7 +96,7 @@ def test_frozen_layers_cost_less():
     def flops(*freeze: str) -> float:
         settings = dataclasses.replace(phase.settings, freeze=freeze)
         frozen = dataclasses.replace(phase, settings=settings)
-        return costs.of_phase(TINY, frozen, "none", speed, 1).flops
+        return costs.phase_cost(TINY, frozen, "none", speed, 1).flops
 
     weights = phase.tokens * 2 * (4 * 32 * 32 + 3 * 32 * 48)  # the gradients of a layer's weights
     assert flops() - flops("layers.0-1") == 2 * weights
@@ -116,7 +116,7 @@ def test_lengths_come_from_all_over_a_corpus(corpus, monkeypatch):
     lengths = lengths_of(Corpus(corpus.prefix), 128)
     assert sum(lengths) == everything.sum() and max(lengths) == 128  # the long one is cut
     assert lengths_of(Corpus("nowhere"), 128) is None
-    monkeypatch.setattr(costs, "STRETCHES", 3)
+    monkeypatch.setattr(costs, "SPANS", 3)
     monkeypatch.setattr(costs, "DOCUMENTS", 2)
     few = lengths_of(Corpus(corpus.prefix), 10**6)
     middle = (len(everything) - 2) // 2
@@ -125,7 +125,7 @@ def test_lengths_come_from_all_over_a_corpus(corpus, monkeypatch):
 
 def test_documents_of_a_corpus_are_what_is_counted(corpus):
     _, plan = planned(data={"corpora": [{"prefix": corpus.prefix}], "sequence_length": 128})
-    cost = costs.of_phase(TINY, plan.phases[0], "none", Speed(), 1)
+    cost = costs.phase_cost(TINY, plan.phases[0], "none", Speed(), 1)
     lengths = lengths_of(Corpus(corpus.prefix), 128)
     expected = training_flops(TINY, lengths, True, sum(lengths) - len(lengths)) / sum(lengths)
     assert cost.sampled
@@ -209,7 +209,7 @@ def test_sessions_of_a_time_limit():
         rate=51_200 / 7200 / 3.5,
     )
     assert told.sessions == 4
-    assert "7h00m on 1 x h100 at 2 tokens/s each, as given, 4 sessions of 2h00m" in render(told)
+    assert "7h00m on 1 x h100 at 2 tokens/s each (given), 4 sessions of 2h00m" in render(told)
     assert [costs.sessions(seconds, None) for seconds in (1, 86_400, 86_401)] == [1, 1, 2]
     assert costs.sessions(86_400, 6 * 3600) == 4
 
@@ -223,7 +223,7 @@ def test_the_head_of_a_run_is_short_and_survives_what_is_not_known(tmp_path):
     config, plan = planned(deepspeed="nowhere.json", folder="/proc/nowhere/run")
     told = forecast(config, plan, 3)
     assert (told.memory, told.costs, told.parameters) == (None, None, None)
-    assert headline(told).startswith("model       somewhere/encoder: not known")
+    assert headline(told).startswith("model       somewhere/encoder: unknown")
     assert "fault: deepspeed: nowhere.json" in render(told)
 
 

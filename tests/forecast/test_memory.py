@@ -57,7 +57,7 @@ def test_defaults_are_transformers():
 
 
 @pytest.mark.parametrize(
-    ("shape", "tensor", "data", "weights", "optimiser"),
+    ("shape", "tensor", "data", "weights", "optimizer"),
     [
         # 149,655,232 parameters: 2 bytes each, and 12 bytes of a rank's share.
         (BASE, 1, 1, 299_310_464, 1_795_862_784),
@@ -70,11 +70,11 @@ def test_defaults_are_transformers():
         (BASE, 2, 4, 150_280_384, 225_420_576),
     ],
 )
-def test_weights_and_optimiser_by_hand(shape, tensor, data, weights, optimiser):
+def test_weights_and_optimizer_by_hand(shape, tensor, data, weights, optimizer):
     told = peak_memory(shape, Setting(BF16, tensor=tensor, data=data), Load(8192, 1000, False))
     assert told.parts["weights"] == weights
-    assert told.parts["optimiser"] == optimiser
-    assert told.parts["gradients"] == optimiser // 3
+    assert told.parts["optimizer"] == optimizer
+    assert told.parts["gradients"] == optimizer // 3
     assert told.counted == sum(told.parts.values()) < told.needed
 
 

@@ -72,7 +72,7 @@ def test_torch_counts_as_many(lengths, labelled):
 )
 def test_torch_counts_as_many_where_parts_are_frozen(parts):
     model = ModernBert(SHAPE, ParallelState(), Compute(attention=dense_by_document))
-    frozen = frozen_parameters(model, parts, "a") if parts else ()
+    frozen = frozen_parameters(model, parts) if parts else ()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     batch = microbatch((5, 9, 1), causal=False, labelled=0.4)
