@@ -50,7 +50,10 @@ FORMS = {  # how names are changed, and what is told
     "DistributedDataParallel": (lambda name: f"module.{name}", None),
     "both": (lambda name: f"module._orig_mod.{name}", None),
     "encoder": (lambda name: name.removeprefix("model."), "this encoder has no masked-LM head"),
-    "classifier": (lambda name: None if name.startswith("decoder") else name, "no decoder.bias; a model with the head"),
+    "classifier": (
+        lambda name: None if name.startswith("decoder") else name,
+        "no decoder.bias; use a model with a masked-LM head",
+    ),
     "another wrapper": (lambda name: f"net.{name}", r"their names differ \(net\.decoder\.bias, net"),
     "half wrapped": (lambda name: name if "layers" in name else f"module.{name}", "the weights have no "),
     "nothing": (lambda name: None, r"their names differ \(nothing"),

@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_told_what_to_change_first(capsys, monkeypatch, tmp
         (["plan"], "required: RUN.yaml"),
         (["plan", "x.yaml", "--gpus", "0"], "--gpus: expected an integer above 0, not '0'"),
         (["plan", "x.yaml", "--mfu", "35"], "--mfu: expected a fraction between 0 and 1, not 35"),
-        (["plan", "x.yaml", "--rate", "fast"], "--rate: a number above 0 is needed"),
+        (["plan", "x.yaml", "--rate", "fast"], "--rate: expected a number above 0"),
         (["plan", "x.yaml", "--rate", "5", "--mfu", "0.3"], "not allowed with"),
         (["plan", "nowhere.yaml"], "nowhere.yaml: no such run file"),
         (["paln"], "invalid choice"),

@@ -104,10 +104,10 @@ def test_compressed_and_other_endings_are_the_same_data(tmp_path):
     (folder / "dev.jsonl").rename(folder / "dev.json")
     assert read_dataset(task_of("classification"), tmp_path) == plain
     (folder / "train.jsonl.gz").write_bytes(gzip.compress(lines(*[OTHER] * 99, GOOD["classification"]))[:-20])
-    with pytest.raises(DetourError, match=r"train.jsonl.gz: cannot be read to its end"):
+    with pytest.raises(DetourError, match=r"train.jsonl.gz: cannot read the whole file"):
         read_dataset(task_of("classification"), tmp_path)
     (folder / "train.jsonl.gz").write_bytes(b"nothing")
-    with pytest.raises(DetourError, match=r"train.jsonl.gz: cannot be read to its end: Not a gzipped file"):
+    with pytest.raises(DetourError, match=r"train.jsonl.gz: cannot read the whole file: Not a gzipped file"):
         read_dataset(task_of("classification"), tmp_path)
 
 
@@ -121,16 +121,14 @@ def test_the_hash_is_that_of_all_three_splits(tmp_path):
 
 
 def test_missing_folders_and_files_are_named(tmp_path):
-    with pytest.raises(
-        DetourError, match=r"small: no such folder; put train.jsonl, dev.jsonl and test.jsonl of task small there"
-    ):
+    with pytest.raises(DetourError, match=r"small: no such folder; put train.jsonl, dev.jsonl"):
         read_dataset(task_of("similarity"), tmp_path)
     (tmp_path / "small").mkdir()
-    with pytest.raises(DetourError, match=r"small: has none of train.jsonl, train.jsonl.gz, .*; it is empty"):
+    with pytest.raises(DetourError, match=r"small: none of train.jsonl, .* exists; the folder is empty"):
         read_dataset(task_of("similarity"), tmp_path)
     write(tmp_path, "similarity")
     (tmp_path / "small/dev.jsonl").rename(tmp_path / "small/validation.jsonl")
-    with pytest.raises(DetourError, match=r"none of dev.jsonl, .*; it holds test.jsonl, train.jsonl, validation.jsonl"):
+    with pytest.raises(DetourError, match=r"none of dev.jsonl, .*contains test.jsonl, train.jsonl, validation.jsonl"):
         read_dataset(task_of("similarity"), tmp_path)
 
 
@@ -276,9 +274,9 @@ def test_listed_labels_are_the_data_sets(tmp_path):
 def test_nothing_to_learn_is_told(tmp_path):
     with pytest.raises(DetourError, match=r"train.jsonl: only the label 'finding', so there is nothing to learn"):
         read(tmp_path, "classification", train=lines(GOOD["classification"]))
-    with pytest.raises(DetourError, match=r"train.jsonl: has no label, so"):
+    with pytest.raises(DetourError, match=r"train.jsonl: no labels, so"):
         read(tmp_path, "multi-label", train=lines(GOOD["multi-label"] | {"labels": []}))
-    with pytest.raises(DetourError, match=r"train.jsonl: has no label, so"):
+    with pytest.raises(DetourError, match=r"train.jsonl: no labels, so"):
         read(tmp_path, "token-classification", train=lines(GOOD["token-classification"] | {"tags": ["O", "O"]}))
 
 

@@ -170,12 +170,12 @@ def _options(words: list[str]):
     ("change", "told"),
     [
         (["epochs=2"], "contains results of protocol"),
-        (["--seeds", "0"], None),
+        (["--seeds", "0"], "--seeds: expected an integer from 1 to 1,000, not '0'"),
         (["--tasks", "hocc"], r"hocc.*did you mean 'hoc'"),
-        (["epoch=2"], r"epoch=2: not key=value.*did you mean 'epochs'"),
+        (["epoch=2"], r"epoch=2: give key=value with a key of the protocol.*did you mean 'epochs'"),
         (["batch=8", "batch=9"], "batch=9: batch is given twice"),
-        (["batch=many"], "batch=many.*Expected `int"),
-        (["warmup=2"], "warmup must be a fraction"),
+        (["batch=many"], "batch=many: batch: must be an integer, not 'many'"),
+        (["warmup=2"], "warmup: must be at least 0 and below 1, not 2"),
         (["--model", "/nowhere"], r"--model /nowhere: no such folder"),
         (["--model", "a=one/x", "a=two/x"], "a second model named 'a'"),
     ],
@@ -189,11 +189,6 @@ def test_what_cannot_be_evaluated_is_told_in_one_sentence(workshop, unbroken, ch
     else:
         key = change[0].partition("=")[0]
         words = [*(word for word in words if not word.startswith(f"{key}=")), *change]
-    if told is None:
-        with pytest.raises(SystemExit):
-            _options(words)
-        assert "a whole number from 1" in capsys.readouterr().err
-        return
     with pytest.raises(DetourError, match=told) as caught:
         command.run(_options(words))
     assert "\n" not in str(caught.value)
@@ -219,7 +214,7 @@ def test_models_without_weights_or_tokenizer_are_told_together(workshop, unbroke
 def test_a_result_of_other_weights_or_data_is_refused(workshop, unbroken, tmp_path):
     words = arguments(workshop, unbroken)
     words[1] = f"first={workshop / 'second'}"
-    with pytest.raises(DetourError, match="first, small_classification, seed 42, but of another model"):
+    with pytest.raises(DetourError, match="first, small_classification, seed 42 differs in its model"):
         command.run(_options(words))
     data = tmp_path / "tasks"
     for path in (workshop / "tasks").glob("*/*"):
@@ -229,7 +224,7 @@ def test_a_result_of_other_weights_or_data_is_refused(workshop, unbroken, tmp_pa
     train.write_text("".join(train.read_text().splitlines(keepends=True)[:-1]))
     words = arguments(workshop, unbroken)
     words[words.index("--data") + 1] = str(data)
-    with pytest.raises(DetourError, match="but of another data"):
+    with pytest.raises(DetourError, match="differs in its data"):
         command.run(_options(words))
 
 
@@ -237,7 +232,7 @@ def test_a_name_stands_for_one_model_and_options_add_up(workshop, unbroken, tmp_
     """Also on tasks and seeds that have no result yet."""
     words = arguments(workshop, unbroken, tasks=("multi_label",))
     words[1] = f"first={workshop / 'second'}"
-    with pytest.raises(DetourError, match="small_classification, seed 42, but of another model"):
+    with pytest.raises(DetourError, match="small_classification, seed 42 differs in its model"):
         command.run(_options(words))
     kinds = (("modernbert-decoder", None, "a decoder"), ("x", "checkpoints", "a run directory"))
     for model_type, extra, told in kinds:
@@ -372,7 +367,7 @@ def test_a_protocol_can_differ_by_task(tmp_path):
     assert [(protocol.settings(t).batch, protocol.settings(t).epochs) for t in (hoc, gad)] == [(2, 9), (4, 9)]
     assert load_protocol(str(path), ["batch=5"]).settings(hoc).batch == 5
     assert protocol.unused_sections((gad,)) == ["hocc"]
-    with pytest.raises(DetourError, match=r"select_by: unknown metric 'micro_f1' for bc5cdr.*there are entity_f1"):
+    with pytest.raises(DetourError, match=r"select_by: unknown metric 'micro_f1' for bc5cdr.*choose from entity_f1"):
         load_protocol(str(path), ["select_by=micro_f1"]).settings(load_task("bc5cdr"))
     path.write_text(f"{plain}tasks:\n  hoc: {{bach: 2}}\n")
     with pytest.raises(DetourError, match=r"tasks\.hoc\.bach: unknown setting \(did you mean 'batch'\?\)"):
@@ -459,7 +454,7 @@ def test_a_protocol_of_one_s_own(tmp_path):
 def test_groups_and_lists_of_tasks(workshop, capsys):
     assert len(command.chosen_tasks(["paper-en"], workshop)) == 11
     assert len(command.chosen_tasks(["paper-fr", "quaero_emea"], workshop)) == 8
-    with pytest.raises(DetourError, match=r"--tasks all: .* has no folder named as a task"):
+    with pytest.raises(DetourError, match=r"--tasks all: .* has no folder with the name of a task"):
         command.chosen_tasks(["all"], workshop)
     command.list_tasks()
     assert "quaero_medline" in capsys.readouterr().out

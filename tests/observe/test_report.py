@@ -113,7 +113,7 @@ def test_a_single_validation_is_no_change(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_a_fault(tmp_path: Path) -> None:
-    with pytest.raises(DetourError, match="folder of a run"):
+    with pytest.raises(DetourError, match="is this a run directory"):
         write_report(tmp_path)
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(DetourError, match="invalid JSON"):

@@ -150,7 +150,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(run, tmp_path)
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"additional_special_tokens": ["tablets"]}))
     relist(copy)
-    with pytest.raises(DetourError, match=r"transformers' tokenizer gives other ids than tokenizer\.json"):
+    with pytest.raises(DetourError, match=r"transformers' tokenizer produces other ids than tokenizer\.json"):
         export(str(copy), str(tmp_path / "out"), "fp32")
     assert [path.name for path in tmp_path.iterdir()] == [copy.name]
 

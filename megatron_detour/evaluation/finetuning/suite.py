@@ -136,7 +136,7 @@ def _refuse_mismatched(suite: Suite, jobs: list[Job], done: dict[Cell, Result]) 
             if changed:
                 rename = "rename the model (--model NAME=DIR), " if changed == "model" else ""
                 raise DetourError(
-                    f"{suite.output}: the result for {cell} has a different {changed}; choose another --output, "
+                    f"{suite.output}: the result for {cell} differs in its {changed}; choose another --output, "
                     f"{rename}or remove its lines from results.jsonl"
                 )
 
