@@ -197,7 +197,7 @@ def test_the_table_holds_the_numbers():
     tokens = [15_895 * TOKENS_PER_STEP, 1_590 * TOKENS_PER_STEP]
     assert f"detour CLM 15,895 {tokens[0]:,} 1 15,895 {tokens[0]:,}" in rows
     assert f"decay MLM, 15% masked 1,590 {tokens[1]:,} 15,896 17,485 {sum(tokens):,}" in rows
-    assert "detour rises to 0.0002 over 100M tokens, then stays constant" in rows
+    assert "detour rises to 0.0002 over 100M tokens, then constant" in rows
     assert "starts at 0.0002, then follows one minus square root to 2e-05" in " ".join(rows)
 
 

@@ -52,7 +52,7 @@ def format_lr(rate: dict[str, Any]) -> str:
     warmup = rate.get("warmup_tokens") or 0
     words = f"rises to {peak:.3g} over {compact(warmup)} tokens" if warmup else f"starts at {peak:.3g}"
     if shape == "constant" or end is None or end == peak:
-        return f"{words}, then stays constant"
+        return f"{words}, then constant"
     return f"{words}, then follows {SHAPES.get(shape, shape)} to {end:.3g}"
 
 

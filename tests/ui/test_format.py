@@ -40,7 +40,7 @@ def test_byte_size(count: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("rate", "text"),
     [
-        ({"peak": 5e-4, "warmup_tokens": 0, "shape": "constant", "end": 5e-4}, "starts at 0.0005, then stays constant"),
+        ({"peak": 5e-4, "warmup_tokens": 0, "shape": "constant", "end": 5e-4}, "starts at 0.0005, then constant"),
         (
             {"peak": 2e-5, "warmup_tokens": 2_000_000, "shape": "linear", "end": 0.0},
             "rises to 2e-05 over 2M tokens, then follows a straight line to 0",
