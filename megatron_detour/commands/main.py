@@ -68,6 +68,8 @@ def entry(command: str | None = None) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run a subcommand and return its exit status. Raises DetourError."""
+    if arguments and arguments[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it before the script's words
+        arguments = [*arguments[1:], arguments[0]]
     parser = Parser(
         prog="megatron-detour",
         description="Continued pretraining of encoders with a causal detour.",

@@ -92,3 +92,8 @@ def test_report_writes_a_page(capsys, tmp_path):
 def test_report_of_no_run(tmp_path):
     with pytest.raises(DetourError, match=r"plan\.json"):
         main(["report", str(tmp_path)])
+
+
+def test_deepspeed_s_launcher_puts_its_flag_before_the_command(capsys):
+    assert main(["--local_rank=0", "train", "english_large_50b", "--plan"]) == 0
+    assert "15,895 + 1,590 = 17,485 steps" in capsys.readouterr().out
