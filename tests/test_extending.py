@@ -20,7 +20,7 @@ import json, sys
 import numpy as np
 from pathlib import Path
 from megatron_detour.config import load
-from megatron_detour.forecast import forecast
+from megatron_detour.forecast import forecast, plan_table
 from megatron_detour.observe.compare import write_comparison
 from megatron_detour.plan import Plan
 from megatron_detour.release.export import export
@@ -37,7 +37,7 @@ foreseen = forecast(config, plan, device="cpu")
 page, text = write_comparison([Path(folder), Path(twin)], Path(out) / "compared")
 export(folder, f"{out}/model", "fp32")
 print(json.dumps({
-    "table": plan.table(),
+    "table": plan_table(plan),
     "labels": [mntp.labelled.tolist(), mntp.labels.tolist()],
     "masked": [mlm.labelled.tolist(), mlm.labels.tolist()],
     "same inputs": mntp.inputs.tolist() == mlm.inputs.tolist(),
