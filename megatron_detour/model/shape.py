@@ -24,7 +24,7 @@ FIXED = {
     "mlp_dropout": 0.0,
 }
 TOKEN_IDS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
-# Keys that a shape to initialise may give besides: those that transformers 4 wrote, and those without effect here.
+# Keys that a shape to initialize may give besides: those that transformers 4 wrote, and those without effect here.
 OLD_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
 INERT_KEYS = (
     *("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "problem_type"),

@@ -191,7 +191,7 @@ class Card:
         """Where the weights came from, in words and without a path."""
         start = self.facts.config.model.start
         if not start:
-            return "freshly initialised weights"
+            return "freshly initialized weights"
         if self.base_model:
             return f"[{self.base_model}](https://huggingface.co/{self.base_model})"
         folder = Path(start)

@@ -106,7 +106,7 @@ def test_whatever_hypothesis_finds(pair, texts):
 
 @pytest.mark.skipif(not REAL.exists(), reason="../shared/data is not there; the same is tested on made-up text")
 def test_real_text_in_english_and_french(pair, tokenizer_folder):
-    """A part of every corpus, also with a tokenizer that normalises."""
+    """A part of every corpus, also with a tokenizer that normalizes."""
     small = tokenizer_folder / "tokenizer.json"
     for source in sorted((SHARED / "corpora").glob("*.heldout.jsonl.gz")):
         with gzip.open(source, "rt", encoding="utf-8") as lines:

@@ -166,7 +166,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Figures of every step, final weights and optimiser, all to the bit."""
+    """Figures of every step, final weights and optimizer, all to the bit."""
     assert figures(ours) == figures(theirs)
     final = store.checkpoint_folder(Path("checkpoints"), PHASE_ENDS[-1])
     for name in ("model.safetensors", "optimizer.safetensors"):

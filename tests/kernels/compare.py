@@ -85,7 +85,7 @@ class Comparison:
         mine, reference = leaves(x, change, weight), leaves(x.double(), change.double(), weight.double())
         found = dict(zip(("total", "normed"), self.kernel(*mine, EPS), strict=True))
         self.close("total", found["total"], x.double() + change.double(), atol=0)
-        # What is normalised is the sum as it was rounded, and the rounding has the gradient of an identity.
+        # What is normalized is the sum as it was rounded, and the rounding has the gradient of an identity.
         exact = reference[0] + reference[1]
         total = exact + (found["total"].double() - exact).detach()
         expected = {"total": total, "normed": plain.layer_norm(total, reference[2], EPS)}
