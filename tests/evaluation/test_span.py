@@ -290,7 +290,7 @@ def test_wrong_shapes_are_told():
     encoder = tagger().encoder
     with pytest.raises(DetourError, match="got none"):
         SpanTagger(encoder, ())
-    with pytest.raises(DetourError, match="each once"):
+    with pytest.raises(DetourError, match="distinct entity types, got A, A"):
         SpanTagger(encoder, ("A", "A"))
     with pytest.raises(DetourError, match="hidden 5: give an even number"):
         SpanTagger(encoder, ("A",), hidden=5)
