@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_detour.config import Corpus, RunConfig, as_control, from_dict, load, parse_tokens
-from megatron_detour.config.deepspeed import NEEDED, read_deepspeed_config
+from megatron_detour.config.deepspeed import TYPES, read_deepspeed_config
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.forecast import forecast
 from megatron_detour.objectives import CausalLM, MaskedLM
@@ -239,8 +239,8 @@ def test_values_of_the_wrong_kind(raw, says):
 
 
 CHECKS = {
-    "no model": (small(model={}), "model: give either start"),
-    "two models": (small(model__config={}), "model: give either start"),
+    "no model": (small(model={}), "model: set either start"),
+    "two models": (small(model__config={}), "model: set either start"),
     "no tokenizer": (small(model={"config": {}}), "model.tokenizer: required with model.config"),
     "no corpus": (small(data__corpora=[]), "data.corpora: must be a list with at least 1 entry, not []"),
     "weight": (small(data__corpora__1__weight=0), "data.corpora.1.weight: must be above 0, not 0"),
@@ -473,12 +473,12 @@ def test_the_control_twin_masks_words_as_the_run_does(whole_words):
 
 @pytest.mark.parametrize("mask_rate", [0, 1, -0.1, 1.5])
 def test_the_control_twin_needs_a_mask_rate(mask_rate):
-    with pytest.raises(DetourError, match="--control: the mask rate must lie between 0 and 1"):
+    with pytest.raises(DetourError, match="--control: the mask rate must be between 0 and 1"):
         as_control(from_dict(SMALL), mask_rate)
 
 
 def test_a_run_without_a_detour_has_no_control():
-    with pytest.raises(DetourError, match="every phase of the run file trains mlm"):
+    with pytest.raises(DetourError, match="every phase of the run file already trains mlm"):
         as_control(from_dict(small(phases=SMALL["phases"][1:])), 0.3)
 
 
@@ -670,7 +670,7 @@ def test_control_characters_in_names_are_refused(tmp_path, folder):
     assert "folder: must be one line of text" in fault(small(folder=folder))
 
 
-@pytest.mark.parametrize("key", [*NEEDED, "zero_optimization.stage"])
+@pytest.mark.parametrize("key", [*TYPES, "zero_optimization.stage"])
 def test_a_wrong_value_of_a_deepspeed_file_is_a_sentence(key, tmp_path):
     path = tmp_path / "ds.json"
     section, _, name = key.rpartition(".")
