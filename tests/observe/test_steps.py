@@ -55,13 +55,13 @@ def test_a_thinned_curve_keeps_its_ends_and_its_peaks() -> None:
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ({"step": 3, "loss": "low"}, "line 2: loss is not a number"),
-        ({"step": 3, "tokens": [1]}, "line 2: tokens is not a number"),
-        ({"step": 3, "mfu": True}, "line 2: mfu is not a number"),
-        ({"step": 3, "sequences": 10**400}, "line 2: sequences is not a number"),
-        ({"step": 3, "val_mlm_loss/a": {}}, "line 2: val_mlm_loss/a is not a number"),
-        ({"step": -3}, "line 2: there is no step -3"),
-        ({"step": 10**40}, "line 2: there is no step 1e"),
+        ({"step": 3, "loss": "low"}, "line 2: loss is not a valid number"),
+        ({"step": 3, "tokens": [1]}, "line 2: tokens is not a valid number"),
+        ({"step": 3, "mfu": True}, "line 2: mfu is not a valid number"),
+        ({"step": 3, "sequences": 10**400}, "line 2: sequences is not a valid number"),
+        ({"step": 3, "val_mlm_loss/a": {}}, "line 2: val_mlm_loss/a is not a valid number"),
+        ({"step": -3}, "line 2: invalid step -3"),
+        ({"step": 10**40}, "line 2: invalid step 1e"),
     ],
 )
 def test_a_figure_of_the_wrong_type_is_told_with_its_line(tmp_path: Path, line: dict[str, Any], fault: str) -> None:
