@@ -264,7 +264,7 @@ def test_a_fault_of_one_job_stops_no_other(workshop, tmp_path):
     assert list(read_results(tmp_path / "out")) == [Cell("second", "small_classification", 42)]
 
 
-def test_the_help_names_every_command_and_run_may_be_left_out():
+def test_the_help_names_every_command_and_run_may_be_left_out(tmp_path):
     def told(*words: str) -> tuple[int, str]:
         command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *words]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
@@ -274,7 +274,9 @@ def test_the_help_names_every_command_and_run_may_be_left_out():
     assert status == 0 and all(f"\n    {name}" in text for name in ("run", "report", "tasks", "intrinsic"))
     status, text = told()
     assert status == 1 and "--model, --tasks, --data, --output" in text
-    status, text = told("--model", "/nowhere", "--tasks", "hoc", "--data", "/nowhere", "--output", "/tmp/nothing")
+    status, text = told(
+        "--model", "/nowhere", "--tasks", "hoc", "--data", "/nowhere", "--output", str(tmp_path / "out")
+    )
     assert status == 1 and "--model /nowhere: no such folder" in text and "Traceback" not in text
 
 
