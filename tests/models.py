@@ -49,12 +49,12 @@ def tiny(
     return model
 
 
-def microbatch(lengths: tuple[int, ...], causal: bool, labelled: float = 0.5, seed: int = 0) -> MicroBatch:
-    """Random documents of these lengths, a share of their positions labelled."""
+def microbatch(lengths: tuple[int, ...], causal: bool, labeled: float = 0.5, seed: int = 0) -> MicroBatch:
+    """Random documents of these lengths, a share of their positions labeled."""
     generator = np.random.default_rng(seed)
     total = sum(lengths)
     ids = generator.integers(3, CONFIG["vocab_size"], total)
-    where = np.flatnonzero(generator.random(total) < labelled)
+    where = np.flatnonzero(generator.random(total) < labeled)
     labels = generator.integers(3, CONFIG["vocab_size"], len(where))
     ids, positions, where, labels = (
         torch.from_numpy(x) for x in (ids, document_positions(np.array(lengths)), where, labels)
@@ -70,7 +70,7 @@ def together(batches: list[MicroBatch]) -> MicroBatch:
         torch.cat([batch.positions for batch in batches]),
         tuple(length for batch in batches for length in batch.lengths),
         batches[0].causal,
-        torch.cat([batch.labelled + int(start) for batch, start in zip(batches, starts, strict=False)]),
+        torch.cat([batch.labeled + int(start) for batch, start in zip(batches, starts, strict=False)]),
         torch.cat([batch.labels for batch in batches]),
     )
 

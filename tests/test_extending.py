@@ -38,8 +38,8 @@ page, text = write_comparison([Path(folder), Path(twin)], Path(out) / "compared"
 export(folder, f"{out}/model", "fp32")
 print(json.dumps({
     "table": plan_table(plan),
-    "labels": [mntp.labelled.tolist(), mntp.labels.tolist()],
-    "masked": [mlm.labelled.tolist(), mlm.labels.tolist()],
+    "labels": [mntp.labeled.tolist(), mntp.labels.tolist()],
+    "masked": [mlm.labeled.tolist(), mlm.labels.tolist()],
     "same inputs": mntp.inputs.tolist() == mlm.inputs.tolist(),
     "faults": foreseen.faults,
     "flops": [cost.flops for cost in foreseen.costs],

@@ -44,14 +44,14 @@ class Rows(Corrupted):
     """Documents of one length, a row each: inputs and labels [samples, positions]."""
 
     def all_labels(self) -> np.ndarray:
-        return Corrupted(self.inputs.reshape(-1), self.labelled, self.labels).all_labels().reshape(self.inputs.shape)
+        return Corrupted(self.inputs.reshape(-1), self.labeled, self.labels).all_labels().reshape(self.inputs.shape)
 
 
 def masked(tokens: np.ndarray, rate: float = 0.3, seed: int = 17, numbers=None, words=None) -> Rows:
     numbers = np.arange(len(tokens)) if numbers is None else np.array(numbers)
     lengths = np.full(tokens.shape[0], tokens.shape[1])
     corrupted = Masking(VOCABULARY, rate, words).apply(tokens.reshape(-1), lengths, seed, numbers)
-    return Rows(corrupted.inputs.reshape(tokens.shape), corrupted.labelled, corrupted.labels)
+    return Rows(corrupted.inputs.reshape(tokens.shape), corrupted.labeled, corrupted.labels)
 
 
 def chosen(corrupted: Corrupted) -> np.ndarray:
@@ -64,15 +64,15 @@ def chosen(corrupted: Corrupted) -> np.ndarray:
 def test_rates_of_masking(tokens, rate, words):
     """Within four standard deviations of the rates, which of four million tokens is within 0.2% of the choice."""
     corrupted = masked(tokens, rate, words=words)
-    assert {corrupted.inputs.dtype, corrupted.labels.dtype, corrupted.labelled.dtype} == {np.dtype(np.int64)}
+    assert {corrupted.inputs.dtype, corrupted.labels.dtype, corrupted.labeled.dtype} == {np.dtype(np.int64)}
     ordinary, labels = ~np.isin(tokens, SPECIAL), corrupted.all_labels()
-    labelled, count = labels != IGNORE, len(corrupted.labels)
+    labeled, count = labels != IGNORE, len(corrupted.labels)
     per_word = 1 if words is None else 3  # as if fewer were drawn: a word's tokens are drawn as one
     within = max(0.002 * rate, 4 * (per_word * rate * (1 - rate) / ordinary.sum()) ** 0.5)
-    assert labelled[ordinary].mean() == pytest.approx(rate, abs=within)
-    masks = labelled & (corrupted.inputs == MASK)
-    kept = labelled & (corrupted.inputs == tokens)
-    drawn = labelled & ~masks & ~kept
+    assert labeled[ordinary].mean() == pytest.approx(rate, abs=within)
+    masks = labeled & (corrupted.inputs == MASK)
+    kept = labeled & (corrupted.inputs == tokens)
+    drawn = labeled & ~masks & ~kept
     # A draw in a thousand hits the token that was there.
     for action, share in ((masks, 0.8), (kept, 0.1 + 0.1 / 994), (drawn, 0.1 - 0.1 / 994)):
         assert action.sum() / count == pytest.approx(share, abs=4 * (share * (1 - share) / count) ** 0.5)
@@ -108,8 +108,8 @@ def test_labels_stand_where_tokens_were_chosen_only(tokens):
     labels = corrupted.all_labels()
     assert np.array_equal(labels[chosen(corrupted)], tokens[:100][chosen(corrupted)])
     assert np.array_equal(corrupted.inputs[~chosen(corrupted)], tokens[:100][~chosen(corrupted)])
-    assert np.array_equal(np.flatnonzero(chosen(corrupted)), corrupted.labelled)
-    assert np.array_equal(tokens[:100].reshape(-1)[corrupted.labelled], corrupted.labels)
+    assert np.array_equal(np.flatnonzero(chosen(corrupted)), corrupted.labeled)
+    assert np.array_equal(tokens[:100].reshape(-1)[corrupted.labeled], corrupted.labels)
 
 
 @pytest.mark.parametrize("words", [None, WORDS], ids=["tokens", "words"])
@@ -147,7 +147,7 @@ def test_a_document_is_corrupted_alike_in_any_company(tokens, numbers, lengths, 
             assert np.array_equal(alone.all_labels(), labels)
         again = objective.apply(some, lengths, 17, np.array(numbers))
         assert np.array_equal(again.inputs, together.inputs)
-        assert np.array_equal(again.labelled, together.labelled)
+        assert np.array_equal(again.labeled, together.labeled)
 
 
 def test_masking_depends_on_seed_and_sample(tokens):
@@ -162,7 +162,7 @@ def test_masking_depends_on_seed_and_sample(tokens):
 def test_masks_are_the_same_on_every_machine():
     """Runs resume by them: a change here is a change of every run's masks."""
     corrupted = masked(np.arange(20, 100)[None], seed=17, numbers=[4])
-    places = dict(zip(corrupted.labelled.tolist(), corrupted.inputs[0, corrupted.labelled].tolist(), strict=True))
+    places = dict(zip(corrupted.labeled.tolist(), corrupted.inputs[0, corrupted.labeled].tolist(), strict=True))
     masks = " ".join(str(place) for place, token in places.items() if token == MASK)
     assert masks == "0 9 16 17 21 22 25 27 30 33 37 39 42 45 46 49 50 72 78"
     others = {place: token for place, token in places.items() if token != MASK}
@@ -198,7 +198,7 @@ def test_all_tokens_of_a_word_are_chosen_or_none():
     rng = np.random.default_rng(3)
     flat = rng.choice([20, 21, 23, 25, 27, SEP], 200 * 64)
     lengths = np.tile([10, 1, 33, 20], 200)
-    labelled = chosen(Masking(VOCABULARY, 0.4, WORDS).apply(flat, lengths, 17, np.arange(800)))
+    labeled = chosen(Masking(VOCABULARY, 0.4, WORDS).apply(flat, lengths, 17, np.arange(800)))
     firsts = set((np.cumsum(lengths) - lengths).tolist())
     words: list[list[int]] = []
     for place, token in enumerate(flat.tolist()):
@@ -206,10 +206,10 @@ def test_all_tokens_of_a_word_are_chosen_or_none():
             words.append([])
         words[-1].append(place)
     assert max(len(word) for word in words) > 5
-    assert all(len(set(labelled[word].tolist())) == 1 for word in words)
+    assert all(len(set(labeled[word].tolist())) == 1 for word in words)
     # Two documents' words that meet are chosen apart, as are words that follow each other.
-    assert any(labelled[place] != labelled[place - 1] and flat[place] != 20 for place in firsts if place)
-    share = labelled[flat != SEP].mean()
+    assert any(labeled[place] != labeled[place - 1] and flat[place] != 20 for place in firsts if place)
+    share = labeled[flat != SEP].mean()
     assert share == pytest.approx(0.4, abs=0.03)
 
 

@@ -55,7 +55,7 @@ class MicroBatch:
     positions: torch.Tensor  # [T], within the document
     lengths: tuple[int, ...]  # of the documents
     causal: bool
-    labelled: torch.Tensor  # [L], the positions in the micro-batch that have labels
+    labeled: torch.Tensor  # [L], the positions in the micro-batch that have labels
     labels: torch.Tensor  # [L]
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -76,7 +76,7 @@ class RankBatch:
 
     micro_batches: list[MicroBatch]
     tokens: int  # of documents
-    labelled: int
+    labeled: int
     padding: int
     crc: int  # sum of checksums of the uncorrupted documents, to compare the text that runs have seen
 
@@ -202,7 +202,7 @@ def micro_batch(
         torch.from_numpy(document_positions(lengths)),
         tuple(lengths.tolist()),
         objective.causal,
-        torch.from_numpy(corrupted.labelled),
+        torch.from_numpy(corrupted.labeled),
         torch.from_numpy(corrupted.labels),
     )
 

@@ -90,8 +90,8 @@ def lengths_of(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:
 
 def _flops_of(shape: Shape, phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
     tokens = sum(lengths)
-    labelled = round(tokens * phase.objective.labeled_share(tokens / len(lengths)))
-    return training_flops(shape, lengths, phase.objective.causal, labelled, Frozen.of(phase.settings.freeze))
+    labeled = round(tokens * phase.objective.labeled_share(tokens / len(lengths)))
+    return training_flops(shape, lengths, phase.objective.causal, labeled, Frozen.of(phase.settings.freeze))
 
 
 def sessions(seconds: float, time_limit: int | None) -> int:

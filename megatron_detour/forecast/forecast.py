@@ -229,8 +229,8 @@ class Search:
             _, count = rank_micro_batches(phase.sequences * phase.sequence_length, positions, 0, self.setting.data)
             lengths = np.array(cost.lengths, dtype=np.int64)
             positions = max(positions, *(int(lengths[mine].sum()) for mine in balance(lengths, count)))
-        labelled = round(positions * phase.objective.labeled_share(mean))
-        return Load(positions, labelled, phase.objective.causal, Frozen.of(phase.settings.freeze).below)
+        labeled = round(positions * phase.objective.labeled_share(mean))
+        return Load(positions, labeled, phase.objective.causal, Frozen.of(phase.settings.freeze).below)
 
 
 def _costs(config: RunConfig, plan: Plan, shape: Shape, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:

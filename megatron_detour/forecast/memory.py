@@ -1,6 +1,6 @@
 """Bytes a GPU holds, counted from the shape: what stays, what a microbatch keeps, and the moment when it is most.
 
-T positions of a microbatch, E hidden size, G width of the gated unit, L labelled positions, V rows of the vocabulary
+T positions of a microbatch, E hidden size, G width of the gated unit, L labeled positions, V rows of the vocabulary
 on a rank, t tensor-parallel ranks, d data-parallel ranks.
 """
 
@@ -59,7 +59,7 @@ class Load:
     """What a phase puts into a forward pass."""
 
     positions: int
-    labelled: int
+    labeled: int
     causal: bool
     frozen_below: int = 0  # layers at the bottom that nothing trainable is under
 
@@ -193,7 +193,7 @@ class _Head:
 
 
 def _head(shape: Shape, setting: Setting, load: Load) -> _Head:
-    E, item, L = shape.hidden, setting.zero.item_bytes, load.labelled
+    E, item, L = shape.hidden, setting.zero.item_bytes, load.labeled
     rows = math.ceil(shape.vocabulary / setting.tensor)
     chunk = max(min(CHUNK_ELEMENTS["cuda" if setting.on_gpu else "cpu"] // rows, L), 1)
     several = chunk < L

@@ -42,11 +42,11 @@ NOTHING_FROZEN = Frozen()
 
 
 def training_flops(
-    shape: Shape, lengths: tuple[int, ...], causal: bool, labelled: int, frozen: Frozen = NOTHING_FROZEN
+    shape: Shape, lengths: tuple[int, ...], causal: bool, labeled: int, frozen: Frozen = NOTHING_FROZEN
 ) -> int:
     """Return the FLOPs of a forward and backward pass over documents of these lengths, of all tensor ranks together.
 
-    `labelled` is the number of labeled positions. A frozen weight needs no gradient; a layer with nothing trainable at
+    `labeled` is the number of labeled positions. A frozen weight needs no gradient; a layer with nothing trainable at
     or below it has no backward pass.
     """
     products = sum(lengths) * 2 * _layer_weights(shape)
@@ -60,7 +60,7 @@ def training_flops(
         flops += products + scores[kind]
         if number >= frozen.below:
             flops += BACKWARD * scores[kind] + (BACKWARD - (number in frozen.layers)) * products
-    dense, decoder = labelled * 2 * shape.hidden**2, labelled * 2 * shape.hidden * shape.vocabulary
+    dense, decoder = labeled * 2 * shape.hidden**2, labeled * 2 * shape.hidden * shape.vocabulary
     # The decoder's weight is tied to the embeddings.
     return flops + (1 + BACKWARD - frozen.head) * dense + (1 + BACKWARD - frozen.embeddings) * decoder
 

@@ -203,13 +203,13 @@ class ModernBert(nn.Module):
         positions: torch.Tensor,
         lengths: tuple[int, ...],
         causal: bool,
-        labelled: torch.Tensor,
+        labeled: torch.Tensor,
         labels: torch.Tensor,
     ) -> LossSum:
-        """Return the loss sums of a micro-batch. int64 input_ids and positions [T]; labels [L] at `labelled` [L]."""
+        """Return the loss sums of a micro-batch. int64 input_ids and positions [T]; labels [L] at `labeled` [L]."""
         hidden_TE = self.model(input_ids, positions, lengths, causal)
         return linear_cross_entropy(
-            self.head(hidden_TE.index_select(0, labelled)),  # its backward adds rows, without a sort
+            self.head(hidden_TE.index_select(0, labeled)),  # its backward adds rows, without a sort
             self.model.embeddings.tok_embeddings.weight,
             self.decoder.bias,
             labels,

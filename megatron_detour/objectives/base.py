@@ -24,13 +24,13 @@ class Corrupted:
     """A model's inputs and labels; all int64."""
 
     inputs: np.ndarray  # [positions]
-    labelled: np.ndarray  # [L], the labelled positions, ascending
+    labeled: np.ndarray  # [L], the labeled positions, ascending
     labels: np.ndarray  # [L]
 
     def all_labels(self) -> np.ndarray:
         """Return the labels of all positions, IGNORE where there is none, int64 [positions]."""
         labels = np.full(self.inputs.shape, IGNORE, dtype=np.int64)
-        labels[self.labelled] = self.labels
+        labels[self.labeled] = self.labels
         return labels
 
 

@@ -44,5 +44,5 @@ class NextToken:
         for special in (self.vocabulary.pad, self.vocabulary.cls):
             if special is not None:
                 has_label &= following != special
-        labelled = np.flatnonzero(has_label)
-        return Corrupted(inputs, labelled, following[labelled])
+        labeled = np.flatnonzero(has_label)
+        return Corrupted(inputs, labeled, following[labeled])

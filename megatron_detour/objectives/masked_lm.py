@@ -93,7 +93,7 @@ class Masking:
 
     def apply(self, tokens: np.ndarray, lengths: np.ndarray, seed: int, numbers: np.ndarray) -> Corrupted:
         inputs = tokens.astype(np.int64)
-        labelled, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        labeled, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for documents, positions in _blocks(lengths):
             block_lengths, block_numbers = lengths[documents], numbers[documents]
             hit = _choices(seed, block_numbers, block_lengths) < round(self.mask_rate * FULL_CHOICE)
@@ -101,9 +101,9 @@ class Masking:
                 begins = self.words.first_tokens(inputs[positions], block_lengths)
                 hit = np.repeat(hit[begins], np.diff(begins, append=len(hit)))  # a word's first token decides
             chosen, originals = self._replace(inputs[positions], hit, seed, block_numbers, block_lengths)
-            labelled.append(chosen + positions.start)
+            labeled.append(chosen + positions.start)
             labels.append(originals)
-        return Corrupted(inputs, np.concatenate(labelled), np.concatenate(labels))
+        return Corrupted(inputs, np.concatenate(labeled), np.concatenate(labels))
 
     def _replace(
         self, inputs: np.ndarray, hit: np.ndarray, seed: int, numbers: np.ndarray, lengths: np.ndarray

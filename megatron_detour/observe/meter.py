@@ -24,7 +24,7 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def utilisation(flops_per_second: float, device: torch.device, dtype: torch.dtype) -> float | None:
+def utilization(flops_per_second: float, device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the fraction of the peak FLOP/s of all ranks' devices; None if the peak is unknown."""
     peak = peak_flops(device_name(device), str(dtype).removeprefix("torch."))
     return peak and flops_per_second / (peak * dist.get_world_size())

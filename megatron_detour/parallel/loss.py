@@ -33,7 +33,7 @@ class LossSum:
     loss: torch.Tensor
     cross_entropy: torch.Tensor
     right: torch.Tensor  # int64: labels with the highest logit
-    labelled: int
+    labeled: int
 
 
 def linear_cross_entropy(

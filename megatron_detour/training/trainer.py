@@ -30,7 +30,7 @@ from megatron_detour.files import retry
 from megatron_detour.model.choose import choose_compute
 from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.observe.meter import memory_bytes, utilisation
+from megatron_detour.observe.meter import memory_bytes, utilization
 from megatron_detour.parallel.shard import spec_of
 from megatron_detour.plan import Plan, Step
 from megatron_detour.preflight import preflight
@@ -203,7 +203,7 @@ class Trainer:
             training_flops(self.run.initial.shape, micro.lengths, micro.causal, len(micro.labels), frozen)
             for micro in batch.micro_batches
         )
-        counts = torch.tensor([batch.tokens, batch.labelled, batch.padding, batch.crc, flops])
+        counts = torch.tensor([batch.tokens, batch.labeled, batch.padding, batch.crc, flops])
         if self.run.device.type == "cuda":  # only copies from pinned memory are asynchronous
             counts = counts.pin_memory().to(self.run.device, non_blocking=True)
         dist.all_reduce(counts, group=self.run.parallel.data_group)
@@ -297,7 +297,7 @@ class Trainer:
             "seconds": seconds,
             "model_tflops": flops / seconds / 1e12,
         }
-        mfu = utilisation(flops / seconds, self.run.device, next(self.zero.module.parameters()).dtype)
+        mfu = utilization(flops / seconds, self.run.device, next(self.zero.module.parameters()).dtype)
         return speed if mfu is None else speed | {"mfu": mfu}
 
 

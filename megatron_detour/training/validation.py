@@ -65,7 +65,7 @@ class Validation:
         for batch in retry(lambda: rank_batch(self.mixture, *more)).micro_batches:
             covered = int(self.bytes_of.take(batch.labels.numpy()).sum())
             out = model(*batch.to(self.device).arguments)
-            counts = totals.new_tensor([out.labelled, covered])
+            counts = totals.new_tensor([out.labeled, covered])
             totals += torch.cat([torch.stack([out.cross_entropy.double(), out.right.double()]), counts])
         dist.all_reduce(totals, group=self.state.data_group)
         return totals.cpu().numpy()
@@ -88,13 +88,13 @@ class Validation:
 
 
 def _figures(objective: str, sums: Any, suffix: str) -> dict[str, float]:
-    loss, right, labelled, covered = sums
+    loss, right, labeled, covered = sums
     figures = {
-        f"val_{objective}_loss{suffix}": loss / max(labelled, 1),
+        f"val_{objective}_loss{suffix}": loss / max(labeled, 1),
         f"val_{objective}_bits_per_byte{suffix}": loss / math.log(2) / max(covered, 1),
     }
     if KINDS[objective].accuracy:
-        figures[f"val_{objective}_accuracy{suffix}"] = right / max(labelled, 1)
+        figures[f"val_{objective}_accuracy{suffix}"] = right / max(labeled, 1)
     return {key: float(value) for key, value in figures.items()}
 
 

@@ -64,7 +64,7 @@ def workload(objective: str, corpus: str | None = None) -> Workload:
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_every_contender_computes_the_same_loss(objective):
-    """With the same weights the sum over all labelled positions is the same: padded, packed and flat."""
+    """With the same weights the sum over all labeled positions is the same: padded, packed and flat."""
     work = workload(objective)
     config = {"model_type": "modernbert", "vocab_size": work.vocabulary.size, "local_attention": 16, **TINY}
     config["pad_token_id"] = work.vocabulary.pad
@@ -127,8 +127,8 @@ def labels_of(batch) -> int:
 
 def test_the_mask_rate_and_the_lengths_are_those_asked_for(corpus):
     work = workload("mlm", corpus.prefix)
-    labelled = sum(int((d.labels != IGNORE).sum()) for d in work.documents)
-    assert labelled / work.tokens == pytest.approx(0.3, abs=0.06)
+    labeled = sum(int((d.labels != IGNORE).sum()) for d in work.documents)
+    assert labeled / work.tokens == pytest.approx(0.3, abs=0.06)
     assert 1000 <= work.tokens < 1000 + 128
     assert max(len(d.inputs) for d in work.documents) <= 128
     assert sum(len(pack) for pack in work.packs()) == len(work.documents)

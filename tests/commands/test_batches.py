@@ -51,7 +51,7 @@ def train_and_record(run_file: str, folder: str) -> list[list[tuple[bytes, bytes
         documents = []
         for micro in batch.micro_batches:
             labels = np.full(len(micro.input_ids), IGNORE)
-            labels[micro.labelled.numpy()] = micro.labels.numpy()
+            labels[micro.labeled.numpy()] = micro.labels.numpy()
             documents += _documents(micro.input_ids.numpy(), labels, np.array(micro.lengths))
         steps.append(documents)
         return batch

@@ -59,7 +59,7 @@ def share_of(
 
 def all_labels(batch: MicroBatch) -> torch.Tensor:
     """[T], IGNORE where there is none."""
-    return torch.full_like(batch.input_ids, IGNORE).scatter(0, batch.labelled, batch.labels)
+    return torch.full_like(batch.input_ids, IGNORE).scatter(0, batch.labeled, batch.labels)
 
 
 def texts(batches: list[MicroBatch]) -> list[tuple]:
@@ -78,7 +78,7 @@ def test_a_step_is_the_same_however_it_is_split(opened, vocabulary, kind, ranks,
     reference = share_of(opened(), objective)
     shares = [share_of(opened(), objective, rank, ranks, micro) for rank in range(ranks)]
     assert texts([batch for share in shares for batch in share.micro_batches]) == texts(reference.micro_batches)
-    for figure in ("crc", "labelled", "tokens"):
+    for figure in ("crc", "labeled", "tokens"):
         assert sum(getattr(share, figure) for share in shares) == getattr(reference, figure) > 0
     assert {batch.causal for share in shares for batch in share.micro_batches} == {kind.causal}
     assert {len(share.micro_batches) for share in shares} == {-(-8 // (ranks * micro))}
@@ -89,7 +89,7 @@ def test_figures_of_a_share(opened, vocabulary):
     batch = share_of(mixture, CausalLM().bind(vocabulary))
     documents = mixture.documents(*STEP)
     whole = np.split(mixture.tokens(documents), np.cumsum(documents.lengths)[:-1])
-    assert batch.labelled == sum(int((all_labels(micro) != IGNORE).sum()) for micro in batch.micro_batches)
+    assert batch.labeled == sum(int((all_labels(micro) != IGNORE).sum()) for micro in batch.micro_batches)
     assert batch.tokens == documents.lengths.sum() == sum(len(micro.input_ids) for micro in batch.micro_batches)
     assert batch.padding == 0
     assert batch.crc == sum(zlib.crc32(document.astype("<i4").tobytes()) for document in whole)
@@ -110,7 +110,7 @@ def test_padding_to_a_multiple_is_a_document_without_labels(opened, vocabulary):
         size = len(without.input_ids)
         assert torch.equal(batch.input_ids[:size], without.input_ids)
         assert (batch.input_ids[size:] == vocabulary.pad).all()
-        assert torch.equal(batch.labelled, without.labelled)
+        assert torch.equal(batch.labeled, without.labeled)
         assert sum(batch.lengths) == len(batch.positions) == len(batch.input_ids)
 
 
@@ -223,11 +223,11 @@ def test_words_are_masked_whole(opened, vocabulary, corpus):
         batch = share_of(opened(), objective, micro=200, step=step).micro_batches[0]
         tokens = torch.where(all_labels(batch) == IGNORE, batch.input_ids, all_labels(batch)).numpy()
         first = words.first_tokens(tokens, np.array(batch.lengths))
-        labelled = (all_labels(batch) != IGNORE).numpy()
-        of_word = np.add.reduceat(labelled.astype(int), first) / np.diff(first, append=len(labelled))
+        labeled = (all_labels(batch) != IGNORE).numpy()
+        of_word = np.add.reduceat(labeled.astype(int), first) / np.diff(first, append=len(labeled))
         torn.append(((of_word > 0) & (of_word < 1)).mean())
         ordinary = ~np.isin(tokens, vocabulary.special_ids)
-        assert labelled[ordinary].mean() == pytest.approx(0.3, abs=0.02)
+        assert labeled[ordinary].mean() == pytest.approx(0.3, abs=0.02)
     assert torn[0] == 0
     assert torn[1] > 0.05
 

@@ -306,7 +306,7 @@ def test_whole_numbers_are_labels_and_answers(tmp_path):
 # ------------------------------------------------------------------------------------------------ look-alikes
 
 
-def labelled(folder: Path, kind: str, values: list, labels: str = "") -> Dataset:
+def labeled(folder: Path, kind: str, values: list, labels: str = "") -> Dataset:
     """Reads a task whose examples have these labels, the same in all splits."""
     key = "label" if kind == "classification" else "labels"
     (folder / "mine").mkdir()
@@ -326,7 +326,7 @@ def one_hot(number: int, zero, one) -> list[list]:
 def test_vectors_of_zero_and_one_are_no_names(length, zero, one, tmp_path):
     values = [[zero], [one]] * 4 if length == 1 else one_hot(length, zero, one)
     with pytest.raises(DetourError, match="labels look like a vector of 0 and 1"):
-        labelled(tmp_path, "multi-label", values)
+        labeled(tmp_path, "multi-label", values)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_vectors_of_zero_and_one_are_no_names(length, zero, one, tmp_path):
     ],
 )
 def test_numbers_of_labels_are_names(values, labels, expected, tmp_path):
-    assert labelled(tmp_path, "multi-label", values, labels).labels == expected
+    assert labeled(tmp_path, "multi-label", values, labels).labels == expected
 
 
 @pytest.mark.parametrize("kind", ["classification", "multi-label"])
@@ -359,7 +359,7 @@ def test_numbers_of_labels_are_names(values, labels, expected, tmp_path):
 def test_labels_that_look_alike_are_refused(kind, one, other, told, tmp_path):
     values = [one, other] if kind == "classification" else [[one], [other], []]
     with pytest.raises(DetourError, match=told) as caught:
-        labelled(tmp_path, kind, values)
+        labeled(tmp_path, kind, values)
     assert str(caught.value).isprintable()
 
 

@@ -96,7 +96,7 @@ def kept_bytes(width: int, recompute: str, causal: bool, lengths: tuple[int, ...
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.model(batch.input_ids, batch.positions, lengths, causal)
-        hidden.index_select(0, batch.labelled).sum()
+        hidden.index_select(0, batch.labeled).sum()
     # The last norm's result waits for the head, and under "full" the rotary tables wait for their layers, though no
     # function saved them.
     waiting = hidden.numel() * hidden.element_size() + (4 * 4 * 32 * sum(lengths) if recompute == "full" else 0)

@@ -93,11 +93,11 @@ def test_loss_and_gradients(pair):
     out = loss_of(ours, batch)
     out.loss.backward()
     logits = torch.cat([theirs(input_ids=ids[None]).logits[0] for ids in batch.input_ids.split(LENGTHS)])
-    logits = logits[batch.labelled]
+    logits = logits[batch.labeled]
     reference = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
     theirs.zero_grad()
     reference.backward()
-    assert out.labelled == len(batch.labels)
+    assert out.labeled == len(batch.labels)
     assert int(out.right) == int((logits.argmax(-1) == batch.labels).sum())
     torch.testing.assert_close(out.loss, reference, rtol=1e-5, atol=0)
     expected = dict(theirs.named_parameters())

@@ -38,11 +38,11 @@ def test_a_small_model_counted_by_hand():
     everything, local = 12 * 12 + 2 * 2, (9 + 10 + 11 + 12 + 12 + 12) * 2 + 2 * 2
     attention = (2 * everything + 3 * local) * (2 * 32 + 2 * 32)  # q k and the sum of values
     head = 7 * 2 * (32 * 32 + 32 * 301)
-    assert training_flops(SHAPE, (12, 2), causal=False, labelled=7) == 3 * (linear + attention + head)
+    assert training_flops(SHAPE, (12, 2), causal=False, labeled=7) == 3 * (linear + attention + head)
     # Causal, token i of a document sees i + 1 keys, in a local layer up to 9.
     everything, local = 78 + 3, 45 + 9 * 3 + 3
     attention = (2 * everything + 3 * local) * (2 * 32 + 2 * 32)
-    assert training_flops(SHAPE, (12, 2), causal=True, labelled=7) == 3 * (linear + attention + head)
+    assert training_flops(SHAPE, (12, 2), causal=True, labeled=7) == 3 * (linear + attention + head)
 
 
 def dense_by_document(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
@@ -51,18 +51,18 @@ def dense_by_document(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Ten
 
 
 @pytest.mark.parametrize("lengths", [(9,), (5, 9, 1)])
-@pytest.mark.parametrize("labelled", [0.0, 0.4, 1.0])
-def test_torch_counts_as_many(lengths, labelled):
+@pytest.mark.parametrize("labeled", [0.0, 0.4, 1.0])
+def test_torch_counts_as_many(lengths, labeled):
     """Documents within the window, so that a query and a key of a document always see each other."""
     model = ModernBert(SHAPE, ParallelState(), Compute(attention=dense_by_document))
-    batch = microbatch(lengths, causal=False, labelled=labelled)
+    batch = microbatch(lengths, causal=False, labeled=labeled)
     with FlopCounterMode(display=False) as forward:
         hidden = model.model(batch.input_ids, batch.positions, batch.lengths, False)
-        features = model.head(hidden[batch.labelled])
+        features = model.head(hidden[batch.labeled])
         logits = functional.linear(features, model.model.embeddings.tok_embeddings.weight, model.decoder.bias)
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
-    counted = training_flops(SHAPE, lengths, causal=False, labelled=len(batch.labelled))
+    counted = training_flops(SHAPE, lengths, causal=False, labeled=len(batch.labeled))
     assert forward.get_total_flops() == counted / 3
     assert backward.get_total_flops() == counted * 2 / 3
 
@@ -75,26 +75,26 @@ def test_torch_counts_as_many_where_parts_are_frozen(parts):
     frozen = frozen_parameters(model, parts) if parts else ()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    batch = microbatch((5, 9, 1), causal=False, labelled=0.4)
+    batch = microbatch((5, 9, 1), causal=False, labeled=0.4)
     with FlopCounterMode(display=False) as counter:
         hidden = model.model(batch.input_ids, batch.positions, batch.lengths, False)
-        features = model.head(hidden[batch.labelled])
+        features = model.head(hidden[batch.labeled])
         weight = model.model.embeddings.tok_embeddings.weight
         functional.linear(features, weight, model.decoder.bias).sum().backward()
-    counted = training_flops(SHAPE, (5, 9, 1), False, len(batch.labelled), Frozen.of(parts))
+    counted = training_flops(SHAPE, (5, 9, 1), False, len(batch.labeled), Frozen.of(parts))
     assert counter.get_total_flops() == counted
 
 
 def test_causal_training_costs_less():
     for lengths in [(2,), (300,), (5, 9, 1)]:
-        causal, bidirectional = (training_flops(SHAPE, lengths, causal=c, labelled=4) for c in (True, False))
+        causal, bidirectional = (training_flops(SHAPE, lengths, causal=c, labeled=4) for c in (True, False))
         assert causal < bidirectional
     # A token alone sees itself either way.
     assert training_flops(SHAPE, (1,), True, 1) == training_flops(SHAPE, (1,), False, 1)
 
 
 def test_labels_cost_the_head():
-    counts = [training_flops(SHAPE, (50,), True, labelled) for labelled in range(4)]
+    counts = [training_flops(SHAPE, (50,), True, labeled) for labeled in range(4)]
     assert {after - before for before, after in pairwise(counts)} == {3 * 2 * 32 * (32 + 301)}
 
 

@@ -42,7 +42,7 @@ def test_packed_documents_do_not_see_each_other(causal):
 
 def test_a_microbatch_without_labels_has_zero_loss_and_gradients():
     model = tiny()
-    loss_of(model, microbatch((20,), causal=False, labelled=0.0)).loss.backward()
+    loss_of(model, microbatch((20,), causal=False, labeled=0.0)).loss.backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
 
 

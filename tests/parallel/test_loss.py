@@ -75,7 +75,7 @@ def test_no_label_means_no_loss_and_no_gradient():
     *leaves, labels = operands(torch.float32, labels=0)
     out = ours(*leaves, labels)
     out.loss.backward()
-    assert (out.loss.detach().item(), int(out.right), out.labelled) == (0.0, 0, 0)
+    assert (out.loss.detach().item(), int(out.right), out.labeled) == (0.0, 0, 0)
     assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
 
 

@@ -53,10 +53,10 @@ def phased_steps(tensor: int, dtype: str):
         freeze(zero, phase)
         for step in range(number * STEPS, number * STEPS + STEPS):
             batches = microbatches(step)
-            labelled = sum(len(b.labels) for b in batches)
+            labeled = sum(len(b.labels) for b in batches)
             share = len(batches) // state.data_size
             mine = batches[state.data_rank * share : (state.data_rank + 1) * share]
-            norms.append(step_of(zero, mine, labelled))
+            norms.append(step_of(zero, mine, labeled))
     gather(zero, states[3])
     return norms, states
 
@@ -71,9 +71,9 @@ def plain_steps():
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
         batches = microbatches(step)
-        labelled = sum(len(b.labels) for b in batches)
+        labeled = sum(len(b.labels) for b in batches)
         for batch in batches:
-            (loss_of(model, batch).loss / labelled).backward()
+            (loss_of(model, batch).loss / labeled).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
         optimizer.zero_grad()
@@ -118,7 +118,7 @@ def flops_of_backward(freeze: tuple[str, ...]) -> int:
     frozen = frozen_parameters(model, freeze)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    loss = loss_of(model, microbatch((60, 40), causal=True, labelled=0.1)).loss
+    loss = loss_of(model, microbatch((60, 40), causal=True, labeled=0.1)).loss
     counter = FlopCounterMode(display=False)
     with counter:
         loss.backward()

@@ -76,7 +76,7 @@ def test_losses_and_bytes_are_those_of_the_definition(corpus, tokenizer_folder):
         with torch.no_grad():
             logits = model.eval().logits(ids, positions, tuple(batch.lengths.tolist()), objective.causal)
         labels = torch.from_numpy(corrupted.labels)
-        losses = torch.nn.functional.cross_entropy(logits[corrupted.labelled], labels, reduction="none").double()
+        losses = torch.nn.functional.cross_entropy(logits[corrupted.labeled], labels, reduction="none").double()
         assert figures[f"val_{name}_loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
         special = set(vocabulary.special_ids)
         # A byte-level piece has a character for each byte.

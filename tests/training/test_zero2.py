@@ -21,7 +21,7 @@ EPSILON, BETA2 = 1e-6, 0.98  # of Adam
 # How far gradients summed in another order, or by other instructions, may be apart, as a share of the greatest of all:
 # those of the first step by some last bits of fp32, those of later steps by what the first ones moved the weights.
 ROUNDING, GROWN = 1e-5, 1e-3
-MICROBATCHES = [((30, 20), 0.5), ((50,), 0.0), ((11, 39), 0.3), ((50,), 0.9)]  # (lengths, share labelled) of a step
+MICROBATCHES = [((30, 20), 0.5), ((50,), 0.0), ((11, 39), 0.3), ((50,), 0.9)]  # (lengths, share labeled) of a step
 
 
 def run_config(tensor: int, sequence: bool = False, micro: int = 1):
@@ -43,8 +43,8 @@ def run_config(tensor: int, sequence: bool = False, micro: int = 1):
 def microbatches(step: int) -> list[MicroBatch]:
     """Of 50 positions each."""
     return [
-        microbatch(lengths, causal=step % 2 == 1, labelled=labelled, seed=10 * step + i)
-        for i, (lengths, labelled) in enumerate(MICROBATCHES)
+        microbatch(lengths, causal=step % 2 == 1, labeled=labeled, seed=10 * step + i)
+        for i, (lengths, labeled) in enumerate(MICROBATCHES)
     ]
 
 
@@ -66,12 +66,12 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
     norms, first, last = [], TrainingState(), TrainingState()
     for step in range(steps):
         batches = microbatches(step)
-        labelled = sum(len(b.labels) for b in batches)
+        labeled = sum(len(b.labels) for b in batches)
         batches = [together(batches[i : i + micro]) for i in range(0, len(batches), micro)]
         share = len(batches) // state.data_size
         mine = batches[state.data_rank * share : (state.data_rank + 1) * share]
         zero.set_learning_rate(LEARNING_RATE)
-        norms.append(step_of(zero, mine, labelled))
+        norms.append(step_of(zero, mine, labeled))
         refuse_unequal_replicas(whole, state)
         if step == 0:
             gather(zero, first)
@@ -79,9 +79,9 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
     return norms, first, last
 
 
-def step_of(zero, mine: list[MicroBatch], labelled: int) -> float:
-    """A step on this rank's micro-batches of `labelled` positions over all ranks; the norm of the gradient."""
-    scale = torch.tensor(zero.parallel.data_size / labelled)
+def step_of(zero, mine: list[MicroBatch], labeled: int) -> float:
+    """A step on this rank's micro-batches of `labeled` positions over all ranks; the norm of the gradient."""
+    scale = torch.tensor(zero.parallel.data_size / labeled)
     for batch in mine:
         zero.accumulate(batch.arguments, scale, is_last=batch is mine[-1])
     norm = zero.gradient_norm()
@@ -104,9 +104,9 @@ def plain_steps(steps: int):
     norms, after = [], []
     for step in range(steps):
         batches = microbatches(step)
-        labelled = sum(len(b.labels) for b in batches)
+        labeled = sum(len(b.labels) for b in batches)
         for batch in batches:
-            (loss_of(model, batch).loss / labelled).backward()
+            (loss_of(model, batch).loss / labeled).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
         optimizer.zero_grad()
