@@ -83,6 +83,11 @@ def check_deepspeed_config(path: str) -> tuple[dict[str, Any] | None, list[str]]
     return (None if faults else raw), faults
 
 
+def is_bf16(deepspeed_config: dict[str, Any]) -> bool:
+    """Return whether weights and activations are bf16 under this DeepSpeed file; fp32 otherwise."""
+    return bool(deepspeed_config.get("bf16", {}).get("enabled"))
+
+
 def _type_fault(raw: dict[str, Any], key: str, needed: str) -> str | None:
     section, _, name = key.rpartition(".")
     inside = raw.get(section, {}) if section else raw

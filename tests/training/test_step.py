@@ -64,8 +64,8 @@ def a_step(loss: float):
         config=config, plan=plan, parallel=state, device=device, initial=initial, preemption=preemption
     )
     trainer.zero, trainer.guard = zero, Guard(config.guards)
-    backward = zero.engine.backward
-    zero.engine.backward = lambda value: backward(value * loss)
+    accumulate = zero.accumulate
+    zero.accumulate = lambda arguments, scale: accumulate(arguments, scale * loss)
     batches = microbatches(0)[state.data_rank :: state.data_size]
     batch = RankBatch(batches, 50 * len(batches), sum(len(b.labels) for b in batches), 0, 0)
     before = zero.groups[0].partition.clone()
