@@ -9,7 +9,7 @@ cut into equal parts over the data-parallel ranks. Of DeepSpeedZeroOptimizer (ru
 | `round_robin_bit16_groups`, `round_robin_bit16_offsets` | a group's parameters, and where each lies in the vector |
 | `single_partition_of_fp32_groups` | this rank's part of the fp32 weights: the keys of AdamW's state |
 | `averaged_gradients`, `params_in_partition` | this rank's gradients after the last micro-batch, their parameters |
-| `check_grad_overflow`, `has_overflow` | set, to let it throw the gradients of a step away |
+| `check_grad_overflow`, `has_overflow` | set, whatever its file says, to let it throw the gradients of a step away |
 """
 
 from __future__ import annotations
