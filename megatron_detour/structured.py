@@ -22,6 +22,18 @@ def read_yaml(path: str | Path) -> Any:
     return parse_yaml(_text(path, "YAML"), str(path))
 
 
+def read_facts(path: str | Path) -> Any:
+    """Like read_yaml, for files in which the key `license` may have its former spelling, `licence`."""
+
+    def renamed(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        former = "licence" if "license" not in value and not isinstance(value.get("licence"), dict) else None
+        return {"license" if key == former else key: renamed(item) for key, item in value.items()}
+
+    return renamed(read_yaml(path))
+
+
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises DetourError for any other content, or FileNotFoundError."""
     content = read_json(path)

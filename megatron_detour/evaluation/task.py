@@ -10,11 +10,11 @@ from typing import Any
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.evaluation.task_types import TASK_TYPES, TaskType
-from megatron_detour.structured import read_yaml
+from megatron_detour.structured import read_facts
 
 FOLDER = Path(__file__).parent / "tasks"
 _REQUIRED = ("name", "language", "type")
-_TEXTS = (*_REQUIRED, "title", "metric", "paper", "licence", "source", "access", "note")
+_TEXTS = (*_REQUIRED, "title", "metric", "paper", "license", "source", "access", "note")
 _KEYS = (*_TEXTS, "metrics", "fields", "labels")
 
 
@@ -38,7 +38,7 @@ class Task:
     fields: dict[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     paper: str = ""
-    licence: str = ""
+    license: str = ""
     source: str = ""
     access: str = ""
     note: str = ""
@@ -61,7 +61,7 @@ def load_task(name_or_path: str) -> Task:
         raise DetourError(
             f"task {name_or_path}: neither packaged (docs/tasks.md) nor a YAML file{nearest(name_or_path, known)}"
         )
-    raw = read_yaml(path)
+    raw = read_facts(path)
     try:
         return _task(raw)
     except _Fault as fault:

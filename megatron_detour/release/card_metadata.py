@@ -1,4 +1,4 @@
-"""What only whoever releases a model can say of it: name, languages, licence, where the corpora come from."""
+"""What only the author of a release knows: the model's name, languages, license, the origin of the corpora."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from megatron_detour.errors import DetourError
 from megatron_detour.settings import Enclosing, Parsed, Pattern, read
-from megatron_detour.structured import read_yaml
+from megatron_detour.structured import read_facts
 
-# ISO 639-1, two letters a language.
+# ISO 639-1
 _CODES = (
     "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en "
     "eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv "
@@ -31,24 +31,24 @@ def _stripped(raw: Any, _: Enclosing) -> str:
     return raw.strip()
 
 
-Text = Annotated[str, Parsed(_stripped, {"type": "string", "minLength": 1})]  # of one or several lines
+Text = Annotated[str, Parsed(_stripped, {"type": "string", "minLength": 1})]  # one or more lines
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
     title: Text | None = None
-    licence: Text | None = None
+    license: Text | None = None
     description: Text | None = None
     url: Annotated[Text | None, Pattern(r"https?://[^\s()<>]+", "a URL that begins with http:// or https://")] = None
 
 
 @dataclass(frozen=True)
 class CardMetadata:
-    """What is said on the command line or in a file of --card-facts; nothing of it is guessed."""
+    """Values from the command line or a --card-facts file; none is guessed."""
 
     name: Text | None = None
     languages: Annotated[tuple[Annotated[Text, LANGUAGE], ...], "ISO 639 codes"] = ()
-    licence: Annotated[Text | None, "of the weights: an identifier such as apache-2.0, or a licence's name"] = None
+    license: Annotated[Text | None, "of the weights: an identifier such as apache-2.0, or a license's name"] = None
     base_model: Annotated[
         Text | None,
         Pattern(r"[\w.-]+/[\w.-]+", "a hub id OWNER/NAME such as answerdotai/ModernBERT-base"),
@@ -56,20 +56,20 @@ class CardMetadata:
     ] = None
     description: Text | None = None
     contact: Text | None = None
-    domain: Annotated[Text | None, "such as medical or legal: some limits are told of some domains only"] = None
+    domain: Annotated[Text | None, "such as medical or legal: the card states some limits only for some domains"] = None
     tags: tuple[Text, ...] = ()
     corpora: Annotated[dict[str, CorpusFacts], "by name"] = field(default_factory=dict)
 
     def over(self, other: CardMetadata) -> CardMetadata:
-        """These facts, and the other's where these say nothing."""
+        """Return these facts, completed with the other's."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dataclasses.replace(other, **{name: value for name, value in own.items() if value})
 
 
 def read_card_metadata(file: str) -> CardMetadata:
-    """Reads a YAML file with keys of CardMetadata, all of them optional. Raises DetourError."""
+    """Read a YAML file with keys of CardMetadata, all of them optional. Raises DetourError."""
     try:
-        raw = read_yaml(file)
+        raw = read_facts(file)
     except OSError as error:
         raise DetourError(f"--card-facts {file}: cannot be read: {error.strerror}") from None
     except DetourError as fault:

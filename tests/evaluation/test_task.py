@@ -48,7 +48,7 @@ def test_packaged_tasks_are_whole(name):
     assert task.name == name
     assert task.language in ("en", "fr") and task.paper in ("", task.language)
     assert task.metrics[0] == task.metric and set(task.metrics) == set(task.kind.metric_names)
-    assert task.title and task.licence and task.source
+    assert task.title and task.license and task.source
     assert bool(task.access) == (name not in PUBLIC)
 
 
@@ -67,9 +67,9 @@ def test_every_type_has_a_packaged_task():
 def test_the_page_names_every_task_with_its_facts():
     rows = {row[0].strip("`"): row[1:] for row in (re.split(r" \| ", line[2:-2]) for line in _table_lines())}
     assert list(rows) == packaged_tasks()
-    for name, (language, kind, metric, paper, licence, how) in rows.items():
+    for name, (language, kind, metric, paper, license, how) in rows.items():
         task = load_task(name)
-        assert (language, kind, metric, licence) == (task.language, task.type, task.metric, task.licence), name
+        assert (language, kind, metric, license) == (task.language, task.type, task.metric, task.license), name
         assert paper == ("yes" if task.paper else ""), name
         assert how == task.source, name
         assert task.access in " ".join(PAGE.split()), name
@@ -101,6 +101,7 @@ def test_a_short_file_is_filled_up(own):
     task = own(f"{MINE}metric: accuracy\nmetrics: [weighted_f1]\nlabels: ['yes', 'no']\nfields: {{label: class}}\n")
     assert (task.metric, task.metrics) == ("accuracy", ("accuracy", "weighted_f1"))
     assert (task.labels, task.fields) == (("yes", "no"), {"label": "class"})
+    assert own(f"{MINE}licence: MIT\n").license == own(f"{MINE}license: MIT\n").license == "MIT"
 
 
 @pytest.mark.parametrize(

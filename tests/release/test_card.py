@@ -24,7 +24,7 @@ from tests.release.made import PHASES, STEP_TOKENS, make_run
 GIVEN = CardMetadata(
     name="Notes-BERT | large",
     languages=("en", "fr"),
-    licence="cc-by-4.0",
+    license="cc-by-4.0",
     base_model="answerdotai/ModernBERT-base",
     description="An encoder of clinical notes.",
     contact="nlp@hospital.example",
@@ -251,12 +251,12 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
         ("languages: [english]", r"languages\.0: must be a language code of ISO 639 .*, not 'english'"),
         ("languages: [xx]", r"languages\.0: must be a language code .*, not 'xx'"),
         ("languages: [no]", r"languages\.0: must be non-empty text, not False"),
-        ("licens: mit", r"licens: unknown key \(did you mean 'licence'\?\)"),
-        ("licence: ''", "licence: must be non-empty text, not ''"),
+        ("licens: mit", r"licens: unknown key \(did you mean 'license'\?\)"),
+        ("license: ''", "license: must be non-empty text, not ''"),
         ("base_model: ModernBERT", "base_model: must be a hub id OWNER/NAME such as .*, not 'ModernBERT'"),
         ("corpora: [a]", r"corpora: must be a mapping, not \['a'\]"),
-        ("corpora: {corpus: mit}", r"corpora\.corpus: must be a mapping with title, licence"),
-        ("corpora: {corpus: {license: mit}}", r"corpora\.corpus\.license: unknown key \(did you mean 'licence'"),
+        ("corpora: {corpus: mit}", r"corpora\.corpus: must be a mapping with title, license"),
+        ("corpora: {corpus: {licens: mit}}", r"corpora\.corpus\.licens: unknown key \(did you mean 'license'"),
         ("- a", "must be a mapping with name, languages"),
         ("a: [", "invalid YAML: "),
     ],
@@ -269,21 +269,28 @@ def test_facts_that_cannot_be_read_are_told(tmp_path, content, told):
         read_card_metadata(str(tmp_path / "no.yaml"))
 
 
+@pytest.mark.parametrize("key", ["license", "licence"])
+def test_license_has_two_spellings(tmp_path, key):
+    (tmp_path / "facts.yaml").write_text(f"{key}: mit\ncorpora: {{licence: {{{key}: odbl}}}}")
+    facts = read_card_metadata(str(tmp_path / "facts.yaml"))
+    assert (facts.license, facts.corpora) == ("mit", {"licence": CorpusFacts(license="odbl")})
+
+
 def test_facts_of_a_corpus_that_is_not_there_are_refused(run, tmp_path):
     with pytest.raises(DetourError, match=r"corpora\.corpse: the run reads no corpus of this name .*'corpus'"):
-        card_of(run, 6, tmp_path / "model", given=CardMetadata(corpora={"corpse": CorpusFacts(licence="mit")}))
+        card_of(run, 6, tmp_path / "model", given=CardMetadata(corpora={"corpse": CorpusFacts(license="mit")}))
     assert not (tmp_path / "model").exists()
 
 
 def test_what_is_said_on_the_command_line_goes_over_the_file():
     said = CardMetadata(name="a", languages=("fr",)).over(GIVEN)
-    assert (said.name, said.languages, said.licence) == ("a", ("fr",), "cc-by-4.0")
+    assert (said.name, said.languages, said.license) == ("a", ("fr",), "cc-by-4.0")
     with pytest.raises(DetourError, match=r"^languages\.0: must be a language code .*, not 'french'$"):
         validate(CardMetadata(languages=("french",)), shown=str)
 
 
-def test_a_licence_of_ones_own_is_other(run, tmp_path):
-    card, _ = card_of(run, 6, tmp_path / "model", given=CardMetadata(licence="For the hospital only"))
+def test_a_license_of_ones_own_is_other(run, tmp_path):
+    card, _ = card_of(run, 6, tmp_path / "model", given=CardMetadata(license="For the hospital only"))
     assert (front_matter(card)["license"], front_matter(card)["license_name"]) == ("other", "For the hospital only")
 
 
@@ -292,7 +299,7 @@ HOSTILE = "mit\n---\nlicense: apache-2.0\n---\n# <script>alert(1)</script>\n\n# 
 
 def test_text_that_is_given_stays_text(run, tmp_path):
     corpora = {"corpus": CorpusFacts(HOSTILE, HOSTILE, HOSTILE, "https://a.example/b")}
-    texts = dict.fromkeys(("name", "licence", "description", "contact", "domain"), HOSTILE)
+    texts = dict.fromkeys(("name", "license", "description", "contact", "domain"), HOSTILE)
     given = CardMetadata(**texts, tags=(HOSTILE,), corpora=corpora)
     card, _ = card_of(run, 6, tmp_path / "model", given=given, evaluation=[
         {"task": "a", "title": HOSTILE, "metric": HOSTILE, "mean": 0.5, "sd": None, "seeds": 1, "protocol": HOSTILE}

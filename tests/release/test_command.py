@@ -69,7 +69,7 @@ def api(monkeypatch) -> Api:
 
 
 def test_nothing_is_uploaded_unless_asked(convert, run, tmp_path, api, capsys):
-    convert(["--checkpoint", str(run), "--output", str(tmp_path / "model"), "--language", "en", "--licence", "mit"])
+    convert(["--checkpoint", str(run), "--output", str(tmp_path / "model"), "--language", "en", "--license", "mit"])
     assert api.calls == []
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and "model: step 6 of 6, logits match transformers within " in said[0]
