@@ -18,7 +18,7 @@ from benchmarks import builders
 from megatron_detour.errors import DetourError
 
 WATCH_SECONDS = 0.05
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 # One thread per library, as they share one core; and no network access.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

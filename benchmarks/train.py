@@ -29,6 +29,7 @@ from megatron_detour.ui.tables import Table
 SIZES = {
     "base": {"hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22, "num_attention_heads": 12},
     "large": {"hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1},
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

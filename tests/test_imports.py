@@ -135,12 +135,18 @@ ALLOWED = {
         "numpy tokenizers fastokens sentencepiece datasets datatrove",
     ),
     "benchmarks.process": ("benchmarks errors", "psutil"),
+    "benchmarks.gpu_day": ("benchmarks structured errors files", ""),
+    "benchmarks.gpu_parts": (
+        "benchmarks commands.machine corpus forecast.roofline model observe parallel errors files",
+        "torch transformers yaml",
+    ),
 }
 # These load only when a function needs them, so that the rest of the module works fast and without them.
 LAZY = {
     "benchmarks.builders": "numpy tokenizers fastokens sentencepiece datasets datatrove",
     "benchmarks.checkpoints": "transformers",
     "benchmarks.contenders": "transformers",
+    "benchmarks.gpu_parts": "transformers",
     "tokenizer.vocabulary": "tokenizers huggingface_hub",
     "tokenizer.sentencepiece_model": "tokenizers sentencepiece google",
     "corpus.sources": "pyarrow datasets huggingface_hub",

@@ -34,6 +34,10 @@ GROUPS = {
             "run.yaml --gpus 4 --gpu h100",
         ),
         "doctor": ("check this machine and, given a run file, everything that the run needs", "run.yaml"),
+        "gpu-day": (
+            "measure everything that a GPU shows, in ten minutes, in one file; runs in a clone of the repository",
+            "--output gpu_day.json",
+        ),
         "train": ("start or resume a run", "run.yaml phases.detour.tokens=2B --launch"),
         "batches": (
             "show what the model reads in given steps: text, masks, document boundaries; or export it as arrays",

@@ -1,0 +1,39 @@
+"""`megatron-detour gpu-day`: speed, memory, exactness and faults on this machine's GPU, in one JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_detour.commands.parser import above_zero
+from megatron_detour.errors import DetourError
+
+CLONE = Path(__file__).parents[2]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="JSON", help="file to write, whole after each part")
+    add("--minutes", type=above_zero, default=10, help="time for all parts (%(default)g)")
+    add(
+        "--only",
+        nargs="+",
+        metavar="PART",
+        help="only these of: facts rates correct audit base train large peers repeat",
+    )
+    add("--baseline", type=Path, metavar="JSON", help="file of an earlier day; its speeds are shown beside these")
+    add("--size", choices=("base", "tiny"), default="base", help="tiny: to try the command, also without a GPU")
+
+
+def run(options: argparse.Namespace) -> int:
+    if not (CLONE / "benchmarks").is_dir():
+        raise DetourError(
+            "gpu-day needs benchmarks/, which is not installed: run `make install` in a clone and use that"
+        )
+    paths = {name: path and str(path.absolute()) for name, path in vars(options).items() if isinstance(path, Path)}
+    # A process of its own: the package does not import what is not installed with it.
+    command = [sys.executable, "-m", "benchmarks.gpu_day", json.dumps(vars(options) | paths)]
+    return subprocess.run(command, cwd=CLONE).returncode
