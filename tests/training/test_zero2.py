@@ -81,9 +81,10 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
 
 def step_of(zero, mine: list[MicroBatch], labeled: int) -> float:
     """A step on this rank's micro-batches of `labeled` positions over all ranks; the norm of the gradient."""
-    scale = torch.tensor(1 / labeled)
+    device = next(zero.module.parameters()).device
+    scale = torch.tensor(1 / labeled, device=device)
     for batch in mine:
-        zero.accumulate(batch.arguments, scale)
+        zero.accumulate(batch.to(device).arguments, scale)
     norm = zero.sum_gradients()
     zero.step(norm)
     return float(norm)
