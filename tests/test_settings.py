@@ -81,6 +81,7 @@ def test_a_key_names_a_kind_whose_keys_stand_beside_it():
         ({"name": "bo", "kind": "fish", "weight": 1}, "weight: a key of dog; with kind: fish remove it"),
         ({"name": "bo", "kind": "fish", "lengths": [1, 1]}, "lengths: must be a list without repetitions, not [1, 1]"),
         ({"name": "bo", "kind": "fish", "lengths": [0]}, "lengths.0: must be at least 1, not 0"),
+        ({"name": "bo", "kind": "fish", "lengths": [0, 0]}, "2 faults:\n  - lengths.0: must be at least 1, not 0"),
         ({"name": "bo", "kind": "fish", "wieght": 1}, "wieght: unknown key (did you mean 'weight'?)"),
         ({"name": "Bo", "kind": "fish"}, "name: must be a name in small letters, not 'Bo'"),
         ({"name": "bo", "kind": "fish", "prices": {"a": "x"}}, "prices.a: must be a number, not 'x'"),

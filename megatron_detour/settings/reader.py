@@ -128,9 +128,10 @@ class _Reader:
             return None
         if dataclasses.is_dataclass(setting.kind):
             return self.build(setting.kind, raw, key)
+        faults = len(self.faults.messages)
         try:
             value = self._converted(setting, raw, key)
-            for rule in setting.rules:
+            for rule in setting.rules if len(self.faults.messages) == faults else ():  # else some items are stand-ins
                 if must := rule.fault(value):
                     raise ValueError(must)
             return value
