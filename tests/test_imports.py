@@ -26,6 +26,7 @@ ALLOWED = {
     "counter_rng": ("", "numpy"),
     "ui": ("ui objectives errors files", "rich jinja2 matplotlib"),
     "config": ("config settings objectives model_parts errors", "yaml"),
+    "config.deepspeed": ("errors", "deepspeed"),
     "plan": ("config objectives errors", ""),
     "runtime": ("runtime ui errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
@@ -67,7 +68,7 @@ ALLOWED = {
     "evaluation": ("evaluation settings errors files", "numpy msgspec"),
     "evaluation.metrics": ("errors", "numpy sklearn scipy seqeval"),
     "evaluation.task_types": ("evaluation.task_types evaluation.metrics errors", "numpy torch transformers"),
-    "evaluation.task": ("evaluation.task_types errors", ""),
+    "evaluation.task": ("evaluation.task_types settings errors", ""),
     "evaluation.examples": ("evaluation.task evaluation.task_types errors", ""),
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
@@ -89,13 +90,13 @@ ALLOWED = {
         "yaml",
     ),
     "preflight": (
-        "run_directory objectives config plan model_parts model.shape model.flops data.integrity tokenizer "
-        "checkpoint.source checkpoint.huggingface errors",
+        "run_directory objectives config plan model_parts model.shape model.flops kernels.requirements data.integrity "
+        "tokenizer checkpoint.source checkpoint.huggingface errors",
         "",
     ),
     "forecast": (
-        "forecast preflight objectives config plan model.shape model.flops model.peaks data.manifest data.indexed "
-        "data.order ui errors",
+        "forecast preflight run_directory objectives config plan model.shape model.flops model.peaks data.manifest "
+        "data.indexed data.order ui errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
@@ -152,6 +153,7 @@ LAZY = {
     "corpus.ray_workers": "ray",
     "checkpoint.huggingface": "tokenizers transformers",
     "training.engine": "deepspeed",
+    "config.deepspeed": "deepspeed",
     "observe.sinks": "tensorboard wandb",
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
@@ -280,7 +282,7 @@ def test_libraries_are_kept_to_their_places():
     def places(library: str) -> set[str]:
         return {place for place, (_, libraries) in ALLOWED.items() if library in libraries.split()}
 
-    assert places("deepspeed") == {"training.engine"}
+    assert places("deepspeed") == {"training.engine", "config.deepspeed"}
     packages = {place.split(".")[0] for place in places("transformers")}
     assert packages == {"checkpoint", "commands", "evaluation", "benchmarks"}
     assert places("triton") == {"kernels.fused"}
