@@ -82,7 +82,8 @@ ALLOWED = {
         "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.masked_words": (
-        "evaluation.masked_words evaluation.models evaluation.probes corpus.documents counter_rng ui errors files",
+        "evaluation.masked_words evaluation.models evaluation.probes corpus.documents counter_rng settings ui "
+        "errors files",
         "numpy torch transformers rich",
     ),
     "run_directory": (
@@ -114,7 +115,7 @@ ALLOWED = {
         "numpy tokenizers",
     ),
     "commands.main": ("commands.parser errors", ""),
-    "commands.parser": ("config errors", ""),
+    "commands.parser": ("config settings errors", ""),
     "commands.plan": ("commands.parser forecast config plan ui errors", ""),
     "training": (
         "training log run_directory preflight runtime checkpoint data tokenizer model model_parts observe parallel "

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
-from megatron_detour.commands.parser import above_zero, count
+from megatron_detour.commands.parser import ABOVE_ZERO, COUNT
 from megatron_detour.config import Model, from_dict, parse_tokens, recipes
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.corpus.documents import read_shard
@@ -46,11 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="DIR_OR_ID", help="initial model (answerdotai/ModernBERT-base)")
     add("--gpus", metavar="N", help="total number of GPUs, over all nodes; 0 for the CPU (those of this machine)")
     add("--gpu", metavar="NAME", help="GPU type, such as h100 (that of this machine)")
-    add("--gpu-memory", type=above_zero, metavar="GB", help="memory per GPU (that of this machine, or 80)")
+    add("--gpu-memory", type=ABOVE_ZERO, metavar="GB", help="memory per GPU (that of this machine, or 80)")
     add("--name", metavar="NAME", help="name of the run and its files (that of the texts)")
     add("--account", metavar="NAME", help="Slurm account")
     add("--partition", metavar="NAME", help="Slurm partition")
-    add("--nodes", type=count, default=1, metavar="N", help="number of nodes (%(default)s)")
+    add("--nodes", type=COUNT, default=1, metavar="N", help="number of nodes (%(default)s)")
     add("--time", default="24:00:00", metavar="TIME", help="time limit of a Slurm job (%(default)s)")
     add("--tokens", metavar="N", help="tokens to train on, such as 2B (four epochs, at most 55B)")
     add("--yes", action="store_true", help="accept all defaults without asking")

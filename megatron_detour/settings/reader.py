@@ -76,6 +76,11 @@ def read(
     return instance
 
 
+def read_value(setting: Setting, raw: Any, faults: Faults, key: str = "") -> Any:
+    """The value of a single setting."""
+    return _Reader(faults).value(setting, raw, key)
+
+
 class _Reader:
     """Values that break a rule are reported and replaced by others of their type, so that the rest can be checked."""
 
