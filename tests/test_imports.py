@@ -43,6 +43,7 @@ ALLOWED = {
     "corpus": ("corpus data tokenizer ui settings errors files", "numpy msgspec"),
     "corpus.sources": ("errors", "pyarrow datasets huggingface_hub"),
     "corpus.records": ("errors", "msgspec numpy"),
+    "corpus.texts": ("corpus data.manifest tokenizer errors", "pyarrow"),
     "corpus.lines": ("corpus errors", "numpy pyarrow"),
     "corpus.documents": ("corpus errors", "msgspec pyarrow"),
     "corpus.examine": ("corpus data tokenizer errors files", "numpy matplotlib"),
@@ -107,8 +108,8 @@ ALLOWED = {
         "torch psutil packaging rich transformers",
     ),
     "commands.init": (
-        "commands.parser config plan corpus data.manifest tokenizer forecast preflight errors",
-        "psutil pyarrow torch yaml",
+        "commands.parser config plan corpus.texts forecast preflight errors",
+        "psutil torch yaml",
     ),
     "commands.batches": (
         "commands.parser config data plan objectives tokenizer preflight errors",
@@ -124,14 +125,14 @@ ALLOWED = {
     ),
     "training.engine": ("training parallel config plan errors files", "torch deepspeed"),
     "benchmarks": (
-        "benchmarks data corpus tokenizer model observe parallel kernels ui errors files objectives",
+        "benchmarks data corpus tokenizer model observe parallel kernels ui errors files objectives settings config",
         "numpy torch transformers",
     ),
     "benchmarks.checkpoints": (
-        "benchmarks checkpoint config model parallel plan training ui errors",
+        "benchmarks checkpoint config model parallel plan training settings ui errors",
         "torch psutil transformers",
     ),
-    "benchmarks.read": ("benchmarks data tokenizer config ui errors files objectives", "numpy"),
+    "benchmarks.read": ("benchmarks data tokenizer config settings ui errors files objectives", "numpy"),
     "benchmarks.builders": (
         "benchmarks corpus data tokenizer errors",
         "numpy tokenizers fastokens sentencepiece datasets datatrove",
@@ -159,7 +160,8 @@ LAZY = {
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
     "commands.evaluate": "torch",
-    "commands.init": "torch pyarrow",
+    "commands.init": "torch",
+    "corpus.texts": "pyarrow",
     "evaluation.metrics": "sklearn scipy seqeval",
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",

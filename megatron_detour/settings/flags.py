@@ -73,7 +73,9 @@ def flag_type(annotation: Any) -> Callable[[str], Any]:
 def _default_words(default: Any) -> str:
     if isinstance(default, tuple):
         return " ".join(map(str, default))
-    return repr(default)[1:-1].replace("%", "%%") if isinstance(default, str) else f"{default:,g}"
+    if isinstance(default, str):
+        return repr(default)[1:-1].replace("%", "%%")
+    return f"{default:,}" if isinstance(default, int) else f"{default:,g}"
 
 
 def from_namespace(cls: type[T], options: argparse.Namespace) -> T:
