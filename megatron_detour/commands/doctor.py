@@ -11,7 +11,7 @@ import torch
 
 from megatron_detour.checkpoint.source import weight_sizes
 from megatron_detour.commands import machine
-from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult
+from megatron_detour.commands.machine import FAULT, NOTE, OK, CheckResult
 from megatron_detour.commands.parser import add_run_file
 from megatron_detour.commands.plan import split_faults
 from megatron_detour.config import RunConfig, load
