@@ -23,7 +23,7 @@ from megatron_detour.model.flops import Frozen
 from megatron_detour.model.shape import CHECKED_KEYS, Shape, refuse_unknown_keys
 from megatron_detour.model_parts import layers_of
 from megatron_detour.objectives import KINDS
-from megatron_detour.plan import Plan, PlannedPhase
+from megatron_detour.plan import Plan
 from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, stand_in
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
@@ -236,7 +236,10 @@ def _freezing(config: RunConfig, shape: Shape) -> Iterator[str]:
 
 def _corpora(config: RunConfig, plan: Plan, vocabulary: Vocabulary | None) -> list[str]:
     """Corpora that are missing, not whole or of another tokenizer; each is named once."""
-    uses = [(_corpora_key(phase), phase.corpora) for phase in plan.phases]
+    uses = [
+        (f"phases.{phase.name}.corpora" if phase.settings.corpora else "data.corpora", phase.corpora)
+        for phase in plan.phases
+    ]
     uses.append(("validation.corpora", config.validation.corpora))
     keys: dict[str, str] = {}
     for key, corpora in uses:
@@ -247,11 +250,6 @@ def _corpora(config: RunConfig, plan: Plan, vocabulary: Vocabulary | None) -> li
         for prefix, key in keys.items()
         for fault in _raised(lambda prefix=prefix: open_corpus(prefix, vocabulary))
     ]
-
-
-def _corpora_key(phase: PlannedPhase) -> str:
-    """The key of the run file that names a phase's corpora."""
-    return f"phases.{phase.name}.corpora" if phase.settings.corpora else "data.corpora"
 
 
 def _raised(check: Callable[[], object]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_detour.settings.fields import Choice, Entries, Flag, Setting, setting_of, settings_of
-from megatron_detour.settings.reader import Faults, read, read_value, to_plain
+from megatron_detour.settings.reader import Faults, Reader, read, to_plain
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def _from_text(setting: Setting, text: str) -> Any:
     except ValueError:
         raw = text  # which the rules of the type refuse
     faults = Faults()
-    value = read_value(setting, raw, faults)
+    value = Reader(faults).value(setting, raw, "")
     if faults.messages:
         raise argparse.ArgumentTypeError(faults.messages[0])
     return value

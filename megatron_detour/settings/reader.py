@@ -69,19 +69,14 @@ def read(
     Raises DetourError with all faults, each with its dotted key and the value that stands there.
     """
     faults = Faults(shown)
-    instance = _Reader(faults).build(cls, raw, "")
+    instance = Reader(faults).build(cls, raw, "")
     if check:
         check(instance, faults)
     faults.raise_if_any(origin)
     return instance
 
 
-def read_value(setting: Setting, raw: Any, faults: Faults, key: str = "") -> Any:
-    """The value of a single setting."""
-    return _Reader(faults).value(setting, raw, key)
-
-
-class _Reader:
+class Reader:
     """Values that break a rule are reported and replaced by others of their type, so that the rest can be checked."""
 
     def __init__(self, faults: Faults) -> None:
