@@ -52,8 +52,8 @@ class Task:
     labels: Annotated[
         tuple[Line, ...],
         Entries(unique=True),
-        "all labels (for token-classification, entity types), if some do not occur in `train`: labels of `dev` or `test` "
-        "are then accepted if they are listed",
+        "all labels (for token-classification, entity types), if some do not occur in `train`: labels of `dev` or "
+        "`test` are then accepted if they are listed",
     ] = ()
     paper: Annotated[Line, Choice(("en", "fr")), "part of the paper's evaluation; not for your own tasks"] = ""
     license: Annotated[Line, "license of the data"] = ""
