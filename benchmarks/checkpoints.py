@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import psutil
 import torch
@@ -23,6 +22,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.zero import Zero
+from megatron_detour.settings import Choice, Flag, Range
 from megatron_detour.training.checkpoints import Background
 from megatron_detour.training.engine import create_engine, start_distributed
 from megatron_detour.ui.tables import Table
@@ -30,28 +30,20 @@ from megatron_detour.ui.tables import Table
 SAMPLE_SECONDS = 0.05
 
 
+HELP = "how long saving a checkpoint blocks training, compared with DeepSpeed"
+
+
 @dataclass(frozen=True)
 class Settings:
-    size: str
-    folder: Path
-    deepspeed: str  # a file of ds_configs/
-    rounds: int
-    layers: int | None = None
+    folder: Annotated[Path, Flag("DIR"), "for both checkpoints, which are removed again"]
+    size: Annotated[str, Choice(SIZES), "of the model"] = "large"
+    layers: Annotated[int | None, Range(above=0), "fewer or more layers than the size has"] = None
+    deepspeed: Annotated[str, "a DeepSpeed file"] = "ds_configs/zero2_fp32_cpu.json"
+    rounds: Annotated[int, Range(above=0), "saves of each"] = 3
 
 
-def add_command(commands: Any) -> None:
-    """Adds `checkpoint` to the subcommands of an argument parser."""
-    parser = commands.add_parser(
-        "checkpoint",
-        help="how long saving a checkpoint blocks training, compared with DeepSpeed",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--size", choices=SIZES, default="large", help="of the model")
-    parser.add_argument("--layers", type=int, help="fewer or more layers than the size has")
-    parser.add_argument("--folder", type=Path, required=True, help="for both checkpoints, which are removed again")
-    parser.add_argument("--deepspeed", default="ds_configs/zero2_fp32_cpu.json", help="a DeepSpeed file")
-    parser.add_argument("--rounds", type=int, default=3, help="saves of each")
-    parser.set_defaults(run=lambda options: print(table(measure(Settings(**options)))))
+def run(settings: Settings, say: Callable[[str], None]) -> None:
+    print(table(measure(settings)))
 
 
 def measure(settings: Settings) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from benchmarks.texts import Slice, Texts, link_many, write_texts
 from megatron_detour.corpus.engines import ENGINES
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
+from megatron_detour.settings import Choice, Entries, Faults, Flag, Range, validate
 from megatron_detour.tokenizer.vocabulary import load_tokenizer
 from megatron_detour.ui.tables import Table
 
@@ -34,23 +34,38 @@ MIN_FRACTION = 0.1  # of the startup time: shorter times cannot be measured
 VERSIONS = ("tokenizers", "fastokens", "sentencepiece", "datasets", "numpy")
 
 
+HELP = "the corpus builder, its engine alone and other builders: MB/s of UTF-8 text, tokens/s, memory"
+ABOVE_ZERO = Range(above=0)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """One measurement; the fields are the tool's flags."""
+    """One measurement."""
 
-    tokenizer: str
-    input: tuple[str, ...] = ()
-    text_key: str = "text"
-    megabytes: float = 200.0
-    peer_megabytes: float = 10.0
-    contenders: tuple[str, ...] = tuple(BUILDERS)
-    peer_python: str | None = None
-    workers: tuple[int, ...] = ()
-    memory: tuple[float, ...] = ()
-    rounds: int = 3
-    clock: str = "wall"
-    scratch: str | None = None
-    seed: int = 0
+    tokenizer: Annotated[str, "a folder, a tokenizer.json, a SentencePiece model or a hub id"]
+    input: Annotated[
+        tuple[str, ...], Flag("FILE"), "texts in any format of the builder; synthetic ones unless given"
+    ] = ()
+    text_key: Annotated[str, "key of the text in the input"] = "text"
+    megabytes: Annotated[float, ABOVE_ZERO, "of text for ours and the engine; shorter input is repeated"] = 200.0
+    peer_megabytes: Annotated[float, ABOVE_ZERO, "of text for the peers, from the beginning"] = 10.0
+    contenders: Annotated[
+        tuple[Annotated[str, Choice(BUILDERS)], ...], Entries(), "in this order; none for no table"
+    ] = tuple(BUILDERS)
+    peer_python: Annotated[
+        str | None, Flag("PATH"), "Python of another environment, for peers that are missing in this one"
+    ] = None
+    workers: Annotated[tuple[Annotated[int, ABOVE_ZERO], ...], "ours with these numbers of processes"] = ()
+    memory: Annotated[
+        tuple[Annotated[float, ABOVE_ZERO], ...], Flag("GB"), "peak memory of builds from this much text"
+    ] = ()
+    rounds: Annotated[int, ABOVE_ZERO, "in which contenders alternate"] = 3
+    clock: Annotated[str, Choice(CLOCKS), "cpu for a busy machine; excludes waiting, e.g. for the disk"] = "wall"
+    scratch: Annotated[
+        str | None, Flag("FOLDER"), "for texts and corpora, 4 bytes per byte of text; the system's unless set"
+    ] = None
+    seed: Annotated[int, Range(least=0), "of synthetic texts"] = 0
+    json: Annotated[str | None, Flag("FILE"), "write all figures to this file"] = None
 
 
 @dataclass
@@ -86,52 +101,17 @@ class Timed:
         return None if min(net) < MIN_FRACTION * start_up else [self.text.megabytes / seconds for seconds in net]
 
 
-def add_command(commands: Any) -> None:
-    """Add `preprocess` to the subcommands of tools/benchmark.py; its `run` takes the flags."""
-    parser = commands.add_parser(
-        "preprocess",
-        help="the corpus builder, its engine alone and other builders: MB/s of UTF-8 text, tokens/s, memory",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--tokenizer", required=True, help="a folder, a tokenizer.json, a SentencePiece model or a hub id")
-    add(
-        "--input",
-        nargs="+",
-        default=(),
-        metavar="FILE",
-        help="texts in any format of the builder; synthetic ones by default",
-    )
-    add("--text-key", default="text", help="key of the text in the input")
-    add("--megabytes", type=float, default=200, help="of text for ours and the engine; shorter input is repeated")
-    add("--peer-megabytes", type=float, default=10, help="of text for the peers, from the beginning")
-    add("--contenders", nargs="*", choices=BUILDERS, default=list(BUILDERS), help="in this order; none for no table")
-    add("--peer-python", metavar="PATH", help="Python of another environment, for peers that are missing in this one")
-    add("--workers", type=int, nargs="+", default=(), metavar="N", help="ours with these numbers of processes")
-    add("--memory", type=float, nargs="+", default=(), metavar="GB", help="peak memory of builds from this much text")
-    add("--rounds", type=int, default=3, help="in which contenders alternate")
-    add("--clock", choices=CLOCKS, default="wall", help="cpu for a busy machine; excludes waiting, e.g. for the disk")
-    add("--scratch", metavar="FOLDER", help="for texts and corpora, 4 bytes per byte of text; the system's by default")
-    add("--seed", type=int, default=0, help="of synthetic texts")
-    add("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    parser.set_defaults(run=run)
-
-
-def run(options: dict[str, Any]) -> None:
-    """Measure and print the table, with the flags of `add_command`. Raises DetourError."""
-    target = options.pop("json")
-    if target and not target.parent.is_dir():
-        raise DetourError(f"--json: no such folder: {target.parent}")
-    listed = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    result = measure(Settings(**listed), lambda line: print(line, file=sys.stderr, flush=True))
+def run(settings: Settings, say: Callable[[str], None]) -> None:
+    """Measure and print the table. Raises DetourError."""
+    result = measure(settings, say)
     print(table(result))
-    if target:
-        write_whole(target, json.dumps(result, indent=1) + "\n")
+    if settings.json:
+        write_whole(Path(settings.json), json.dumps(result, indent=1) + "\n")
 
 
 def measure(settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
     """Return all figures as plain values. Raises DetourError for invalid settings and if ids differ."""
-    _check(settings)
+    validate(settings, _check)
     with TemporaryDirectory(dir=settings.scratch, prefix="benchmark-") as scratch:
         folder = Path(scratch)
         sizes = (settings.megabytes, settings.peer_megabytes)
@@ -322,12 +302,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _check(settings: Settings) -> None:
-    for name in ("megabytes", "peer_megabytes", "rounds"):
-        if getattr(settings, name) <= 0:
-            raise DetourError(f"--{name.replace('_', '-')}: must be above 0, not {getattr(settings, name):g}")
-    for name in ("workers", "memory"):
-        if any(value <= 0 for value in getattr(settings, name)):
-            raise DetourError(f"--{name}: must be above 0, not {min(getattr(settings, name)):g}")
+def _check(settings: Settings, faults: Faults) -> None:
     if settings.scratch and not Path(settings.scratch).is_dir():
-        raise DetourError(f"--scratch: no such folder: {settings.scratch}")
+        faults.add("scratch", f"no such folder: {settings.scratch}")
+    if settings.json and not Path(settings.json).parent.is_dir():
+        faults.add("json", f"no such folder: {Path(settings.json).parent}")

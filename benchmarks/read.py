@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -22,9 +22,9 @@ from megatron_detour.data.batches import DocumentMixture, rank_batch
 from megatron_detour.data.indexed import CODES, HEADER, MAGIC, bin_path, idx_path
 from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_detour.data.order import rank_micro_batches
-from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 from megatron_detour.objectives import Masking
+from megatron_detour.settings import Flag, Range, validate
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 from megatron_detour.ui.tables import Table
 
@@ -38,22 +38,27 @@ DEEP = 0.9  # of an epoch
 MASK_RATE = 0.3
 
 
+HELP = "start-up, reading, masking, memory and padding with a large synthetic corpus"
+Positive = Annotated[int, Range(above=0)]
+
+
 @dataclass(frozen=True)
 class Settings:
-    folder: Path
-    documents: int
-    mean: int  # tokens per document
-    sequence_length: tuple[int, ...]
-    sequences: int  # per batch
-    batches: int
+    folder: Annotated[Path, Flag("DIR"), "for the corpus: 20 bytes per document, and a sparse file"]
+    documents: Annotated[Positive, "documents in the corpus"] = 50_000_000
+    mean: Annotated[Positive, "mean tokens per document"] = 400
+    sequence_length: Annotated[tuple[Positive, ...], "one or more"] = (1024, 8192)
+    sequences: Annotated[Positive, "sequences per batch"] = 512
+    batches: Annotated[Positive, "batches to read"] = 100
+
+
+def run(settings: Settings, say: Callable[[str], None]) -> None:
+    print(table(measure(settings, say)))
 
 
 def measure(settings: Settings, say: Callable[[str], None]) -> list[tuple[str, str]]:
     """Return rows of (what, figure). Raises DetourError for invalid settings."""
-    lengths = {"sequence-length": min(settings.sequence_length)}
-    for name, value in (lengths | vars(settings)).items():
-        if isinstance(value, int) and value < 1:
-            raise DetourError(f"--{name}: must be above 0, not {value}")
+    validate(settings)
     prefix = make_corpus(settings, say)
     rows = []
     for length in settings.sequence_length:

@@ -5,7 +5,6 @@ The run is synthetic, with 100 validations. Each figure is measured in a new pro
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import resource
@@ -15,40 +14,41 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_detour.errors import DetourError
 from megatron_detour.observe.compare import write_comparison
 from megatron_detour.observe.report import write_report
 from megatron_detour.observe.sinks import MetricsFile, TensorBoardSink
+from megatron_detour.settings import Flag, Range, validate
 from megatron_detour.ui.tables import Table
 
 TOKENS = 65_536  # per step
 SEQUENCES, LENGTH = 64, 1024
 
 
-def add_command(commands: Any) -> None:
-    """Add `report` to the subcommands of an argument parser."""
-    parser = commands.add_parser(
-        "report",
-        help="seconds and memory of reports, comparisons, resuming and TensorBoard's file by the length of a run",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--steps", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of a run")
-    parser.add_argument(
-        "--folder", type=Path, help="for the synthetic runs, 0.9 GB per million steps (a temporary folder)"
-    )
-    parser.set_defaults(run=lambda options: print(table(measure(options["steps"], options["folder"]))))
+HELP = "seconds and memory of reports, comparisons, resuming and TensorBoard's file by the length of a run"
 
 
-def measure(lengths: list[int], folder: Path | None) -> list[tuple[str, ...]]:
+@dataclass(frozen=True)
+class Settings:
+    steps: Annotated[tuple[Annotated[int, Range(least=100)], ...], "of a run"] = (10_000, 100_000, 1_000_000)
+    folder: Annotated[
+        Path | None, Flag("DIR"), "for the synthetic runs, 0.9 GB per million steps; a temporary folder unless set"
+    ] = None
+
+
+def run(settings: Settings, say: Callable[[str], None]) -> None:
+    print(table(measure(settings)))
+
+
+def measure(settings: Settings) -> list[tuple[str, ...]]:
     """Return rows of steps, task, seconds, CPU seconds, peak memory. Raises DetourError for too few steps."""
-    if min(lengths) < 100:
-        raise DetourError(f"--steps: must be at least 100, not {min(lengths)}")
+    validate(settings)
     rows = []
-    for steps in lengths:
-        with tempfile.TemporaryDirectory(dir=folder) as made:
+    for steps in settings.steps:
+        with tempfile.TemporaryDirectory(dir=settings.folder) as made:
             make_run(Path(made) / "one", steps)
             shutil.copytree(Path(made) / "one", Path(made) / "two")
             for what in (report, compare, resume, tensorboard):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,14 @@ import torch.distributed as dist
 from benchmarks import contenders
 from benchmarks.measure import Figures, matrix_rate, take_turns
 from benchmarks.workload import make_workload
+from megatron_detour.config import ATTENTION, KERNELS, RECOMPUTE
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.model.choose import choose_compute
+from megatron_detour.objectives import KINDS
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.settings import Choice, Faults, Flag, Range, validate
 from megatron_detour.ui.tables import Table
 
 SIZES = {
@@ -34,49 +37,63 @@ SIZES = {
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+HELP = "forward and backward passes of a model with random weights; no optimizer"
+Positive = Annotated[int, Range(above=0)]
+
+
 @dataclass(frozen=True)
-class Settings:
-    """One measurement; the fields are the tool's flags."""
+class Measurement:
+    size: Annotated[str, Choice(SIZES), "model size"] = "base"
+    layers: Annotated[Positive | None, "override the number of layers"] = None
+    objective: Annotated[str, Choice(sorted(KINDS))] = "mlm"
+    mask_rate: Annotated[float, Range(above=0, below=1), "mask rate of MLM"] = 0.3
+    dtype: Annotated[str, Choice(DTYPES)] = "bf16"
+    corpus: Annotated[str | None, Flag("PREFIX"), "read documents from this corpus instead of generating them"] = None
+    full: Annotated[bool, "generate documents as long as the sequence"] = False
+    sequence_length: Annotated[Positive, "tokens per pack; longer documents are truncated"] = 1024
+    micro_sequences: Annotated[Positive, "packs per micro-batch"] = 4
+    tokens: Annotated[Positive, "approximate tokens per step"] = 16384
+    attention: Annotated[str, Choice(ATTENTION), "backend"] = "auto"
+    kernels: Annotated[str, Choice(KERNELS), "fused or plain"] = "auto"
+    recompute: Annotated[str, Choice(RECOMPUTE), "activation checkpointing"] = "none"
+    tensor: Annotated[Positive, "tensor-parallel ranks, started with torchrun"] = 1
+    sequence_parallel: Annotated[bool, "split positions over tensor-parallel ranks"] = False
+    against: Annotated[
+        str | None, Choice(("transformers",)), "also measure a peer, alternating, on the same documents"
+    ] = None
+    peer_attention: Annotated[str, "the peer's attn_implementation"] = "sdpa"
+    peer_compile: Annotated[bool, "compile the peer's model with torch.compile"] = False
+    peer_batch: Annotated[Positive, "documents per padded batch of the peer"] = 8
+    rounds: Annotated[Positive, "steps per contender, after a warm-up step"] = 3
+    seed: Annotated[int, Range(least=0), "seed of documents and masks"] = 0
 
-    size: str
-    layers: int | None
-    objective: str
-    mask_rate: float
-    sequence_length: int
-    micro_sequences: int
-    tokens: int
-    corpus: str | None
-    full: bool
-    dtype: str
-    attention: str
-    kernels: str
-    recompute: str
-    tensor: int
-    sequence_parallel: bool
-    against: str | None
-    peer_attention: str
-    peer_compile: bool
-    peer_batch: int
-    rounds: int
-    seed: int
+
+@dataclass(frozen=True)
+class Settings(Measurement):
+    """Measurements in turn."""
+
+    objective: Annotated[tuple[Annotated[str, Choice(sorted(KINDS))], ...], "one or more, measured in turn"] = ("mlm",)
+    dtype: Annotated[tuple[Annotated[str, Choice(DTYPES)], ...], "one or more"] = ("bf16",)
+    json: Annotated[Path | None, "write all results here"] = None
 
 
-def run(json: Path | None, objective: list[str], dtype: list[str], say: Callable[[str], None], **options: Any) -> None:
+def run(settings: Settings, say: Callable[[str], None]) -> None:
     """Print the table of all objectives and dtypes, and write the figures to `json`. Raises DetourError."""
-    if json and not json.parent.is_dir():
-        raise DetourError(f"--json: no such folder: {json.parent}")
-    chosen = itertools.product(objective, dtype)
-    results = measure_all([Settings(objective=objective, dtype=dtype, **options) for objective, dtype in chosen], say)
+    if settings.json and not settings.json.parent.is_dir():
+        raise DetourError(f"--json: no such folder: {settings.json.parent}")
+    common = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Measurement)}
+    chosen = itertools.product(settings.objective, settings.dtype)
+    results = measure_all([Measurement(**common | {"objective": each, "dtype": dtype}) for each, dtype in chosen], say)
     if os.environ.get("RANK", "0") == "0":
         print(table(results))
-        if json:
-            write_json(json, results)
+        if settings.json:
+            write_json(settings.json, results)
 
 
-def measure_all(all_settings: list[Settings], say) -> list[dict[str, Any]]:
+def measure_all(all_settings: list[Measurement], say) -> list[dict[str, Any]]:
     """Run several measurements; return their figures as plain values. Raises DetourError for invalid settings."""
     for settings in all_settings:
-        _check(settings)
+        validate(settings, _check)
     state, device = _join(all_settings[0])
     results = [measure(settings, state, device, say if state.is_first else _silent) for settings in all_settings]
     if dist.is_initialized():
@@ -85,7 +102,7 @@ def measure_all(all_settings: list[Settings], say) -> list[dict[str, Any]]:
     return results
 
 
-def measure(settings: Settings, state: ParallelState, device: torch.device, say) -> dict[str, Any]:
+def measure(settings: Measurement, state: ParallelState, device: torch.device, say) -> dict[str, Any]:
     work = make_workload(
         settings.corpus,
         settings.objective,
@@ -168,38 +185,31 @@ def _plain(one: Figures, first: Figures, tokens: int, flops: int, rate: float) -
     }
 
 
-def _check(settings: Settings) -> None:
-    positive = ("sequence_length", "micro_sequences", "tokens", "rounds", "tensor", "peer_batch")
-    for name in positive:
-        if getattr(settings, name) < 1:
-            raise DetourError(f"--{name.replace('_', '-')}: must be above 0, not {getattr(settings, name)}")
-    if not 0 < settings.mask_rate < 1:
-        raise DetourError(f"--mask-rate: must be between 0 and 1, not {settings.mask_rate:g}")
-    if settings.seed < 0:
-        raise DetourError(f"--seed: must be at least 0, not {settings.seed}")
-    if not settings.against and (settings.peer_compile or settings.peer_attention != "sdpa"):
-        raise DetourError("--peer-attention and --peer-compile require --against transformers")
+def _check(settings: Measurement, faults: Faults) -> None:
+    of_peer = {"peer_attention": settings.peer_attention != "sdpa", "peer_compile": settings.peer_compile}
+    for key in (key for key, given in of_peer.items() if given and not settings.against):
+        faults.add(key, "requires --against transformers")
     if settings.sequence_parallel and settings.tensor == 1:
-        raise DetourError("--sequence-parallel requires --tensor above 1")
-    if settings.layers is not None and settings.layers < 1:
-        raise DetourError(f"--layers: must be above 0, not {settings.layers}")
+        faults.add("sequence_parallel", "requires --tensor above 1")
     if settings.corpus and settings.full:
-        raise DetourError("--full and --corpus exclude each other; set only one of them")
+        faults.add("full", "excludes --corpus; set only one of them")
     if settings.sequence_parallel and settings.sequence_length % settings.tensor:
-        raise DetourError(
-            f"--sequence-parallel: {settings.sequence_length} positions are not divisible by {settings.tensor} ranks"
+        faults.add(
+            "sequence_parallel",
+            f"{settings.sequence_length} positions are not divisible by {settings.tensor} ranks",
         )
     if settings.against and settings.tensor > 1:
-        raise DetourError("--against: transformers' model runs on one rank; compare with --tensor 1")
+        faults.add("against", "transformers' model runs on one rank; compare with --tensor 1")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks != settings.tensor:
-        raise DetourError(
-            f"--tensor: {settings.tensor} differs from the {ranks} ranks started: "
-            "torchrun --nproc_per_node N tools/benchmark.py train --tensor N"
+        faults.add(
+            "tensor",
+            f"{settings.tensor} differs from the {ranks} ranks started: "
+            "torchrun --nproc_per_node N tools/benchmark.py train --tensor N",
         )
 
 
-def _join(settings: Settings) -> tuple[ParallelState, torch.device]:
+def _join(settings: Measurement) -> tuple[ParallelState, torch.device]:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

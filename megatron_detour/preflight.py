@@ -1,12 +1,13 @@
 """Every rule that stops a run and can be known before it starts, each written once.
 
 `plan`, `doctor` and the check before the launcher print the list; training raises from it. No torch here. What only a
-rank can know stays with the ranks: devices and kernels, each other, the checkpoint that is resumed.
+rank can know stays with the ranks: what devices compute, each other, the checkpoint that is resumed.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +15,16 @@ from typing import Any
 
 from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights, weight_sizes
 from megatron_detour.config import Model, RunConfig
-from megatron_detour.config.deepspeed import check_deepspeed_config
+from megatron_detour.config.deepspeed import check_deepspeed_config, is_bf16
 from megatron_detour.data.integrity import open_corpus
 from megatron_detour.errors import DetourError, format_faults
+from megatron_detour.kernels.requirements import attention_fault, kernels_fault
 from megatron_detour.model.flops import Frozen
 from megatron_detour.model.shape import CHECKED_KEYS, Shape, refuse_unknown_keys
 from megatron_detour.model_parts import layers_of
 from megatron_detour.objectives import KINDS
-from megatron_detour.plan import Plan, PlannedPhase
-from megatron_detour.run_directory import refuse_another_run, stand_in
+from megatron_detour.plan import Plan
+from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, stand_in
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
@@ -63,19 +65,25 @@ class Preflight:
         return self
 
 
-def preflight(config: RunConfig, plan: Plan, ranks: int | None = None, owns_folder: bool = True) -> Preflight:
+def preflight(
+    config: RunConfig, plan: Plan, ranks: int | None = None, owns_folder: bool = True, gpu: bool | None = None
+) -> Preflight:
     """Checks a run file against all that it names.
 
-    ranks: None where they are not known yet; owns_folder: whether this process answers for the run's folder, as the
-    first rank does. Nothing is fetched unless model.download allows it.
+    ranks: how many, and gpu: whether they have GPUs, None where that is not known yet; owns_folder: whether this
+    process answers for the run's folder, as the first rank does. Nothing is fetched unless model.download allows it.
     """
     found = check_model(config, plan)
     deepspeed, faults = check_deepspeed_config(config.deepspeed)
+    faults += _backends(config, deepspeed, gpu)
     faults += _packages(config)
     faults += _ranks(config, ranks) if ranks else []
     faults += _corpora(config, plan, found.vocabulary)
     if owns_folder and deepspeed:
         faults += _raised(lambda: refuse_another_run(Path(config.folder), config))
+    if owns_folder and found.shape:
+        parameters = sum(map(math.prod, weight_sizes(found.shape).values()))
+        faults += _raised(lambda: refuse_full_disk(Path(config.folder), plan, parameters))
     return replace(found, deepspeed=deepspeed, faults=(*found.faults, *faults))
 
 
@@ -173,6 +181,12 @@ def _differs(model: Model, vocabulary: Vocabulary) -> bool:
         return False
 
 
+def _backends(config: RunConfig, deepspeed: dict[str, Any] | None, gpu: bool | None) -> list[str]:
+    half = None if deepspeed is None else is_bf16(deepspeed)
+    faults = attention_fault(config.compute.attention, gpu, half), kernels_fault(config.compute.kernels, gpu)
+    return [fault for fault in faults if fault]
+
+
 def _packages(config: RunConfig) -> list[str]:
     """Libraries that nothing but a setting needs."""
     wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb is not None}
@@ -222,7 +236,10 @@ def _freezing(config: RunConfig, shape: Shape) -> Iterator[str]:
 
 def _corpora(config: RunConfig, plan: Plan, vocabulary: Vocabulary | None) -> list[str]:
     """Corpora that are missing, not whole or of another tokenizer; each is named once."""
-    uses = [(_corpora_key(phase), phase.corpora) for phase in plan.phases]
+    uses = [
+        (f"phases.{phase.name}.corpora" if phase.settings.corpora else "data.corpora", phase.corpora)
+        for phase in plan.phases
+    ]
     uses.append(("validation.corpora", config.validation.corpora))
     keys: dict[str, str] = {}
     for key, corpora in uses:
@@ -233,11 +250,6 @@ def _corpora(config: RunConfig, plan: Plan, vocabulary: Vocabulary | None) -> li
         for prefix, key in keys.items()
         for fault in _raised(lambda prefix=prefix: open_corpus(prefix, vocabulary))
     ]
-
-
-def _corpora_key(phase: PlannedPhase) -> str:
-    """The key of the run file that names a phase's corpora."""
-    return f"phases.{phase.name}.corpora" if phase.settings.corpora else "data.corpora"
 
 
 def _raised(check: Callable[[], object]) -> list[str]:

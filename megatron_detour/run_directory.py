@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from megatron_detour.structured import read_json_object, read_yaml
 RUN_FILE, PLAN, DEEPSPEED, METRICS = "run.yaml", "plan.json", "deepspeed.json", "metrics.jsonl"
 ENVIRONMENT, CHECKPOINTS = "environment.json", "checkpoints"
 LEFT_BY_A_KILL = {LOCK, f".{RUN_FILE}.part"}  # before there was a run.yaml
+CHECKPOINT_BYTES = 12  # a parameter: the fp32 weight and two moments
+SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
 DEEPSPEED_KEY = "the DeepSpeed file's "
 WITHOUT_EFFECT = "bf16.check_grad_overflow"  # a step is judged by its norm (parallel/zero.py)
 _NOTING = threading.Lock()
@@ -93,6 +96,29 @@ def stand_in(folder: Path, model: Model) -> Model | None:
         return None
     checkpoint = store.latest(folder / CHECKPOINTS)
     return Model(start=str(checkpoint)) if checkpoint else None
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Free for a folder that may not be there yet; None where that cannot be told."""
+    there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), None)
+    try:
+        return shutil.disk_usage(there).free if there else None
+    except OSError:
+        return None
+
+
+def refuse_full_disk(folder: Path, plan: Plan, parameters: int) -> None:
+    """Raises DetourError where the disk has no room for one more checkpoint of a run that is not finished."""
+    checkpoints, free = folder / CHECKPOINTS, free_bytes(folder)
+    if free is None or store.checkpoint_folder(checkpoints, plan.total_steps).exists():
+        return
+    needed = CHECKPOINT_BYTES * parameters + SPARE_BYTES
+    free += sum(path.stat().st_size for left in store.leftovers(checkpoints) for path in left.glob("*"))  # will go
+    if free < needed:
+        raise DetourError(
+            f"{folder}: the disk has {free / 1e9:.2f} GB left and a checkpoint takes {needed / 1e9:.2f} GB; free some "
+            "space and run the same command again"
+        )
 
 
 def start_hash(start: str | None) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_detour.config import RunConfig
 from megatron_detour.corpus import BuildOptions
+from megatron_detour.evaluation.task import Task
 from megatron_detour.settings import flag, json_schema, markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,7 @@ def schema() -> str:
 
 TABLES = {  # marker -> page, table
     "run-file": ("docs/guide.md", lambda: markdown_table(RunConfig)),
+    "task-file": ("docs/tasks.md", lambda: markdown_table(Task)),
     "build-options": ("docs/data.md", lambda: markdown_table(BuildOptions, flag)),
 }
 

@@ -681,7 +681,7 @@ def test_a_wrong_value_of_a_deepspeed_file_is_a_sentence(key, tmp_path):
         try:
             read_deepspeed_config(str(path))
         except DetourError as error:
-            assert str(error).startswith(f"{path}: ") and key.split(".")[0] in str(error), value
+            assert str(error).startswith(f"{path}: ") and key.split(".")[0] in str(error).lower(), value
         else:
             assert value in (True, False, {"a": 1}), (key, value)
     for text in ("[]", "null", "{", "[" * 100_000, '{"bf16": {}, "bf16": {}}'):

@@ -26,6 +26,7 @@ ALLOWED = {
     "counter_rng": ("", "numpy"),
     "ui": ("ui objectives errors files", "rich jinja2 matplotlib"),
     "config": ("config settings objectives model_parts errors", "yaml"),
+    "config.deepspeed": ("errors", "deepspeed"),
     "plan": ("config objectives errors", ""),
     "runtime": ("runtime ui errors files", "psutil torch"),
     "tokenizer": ("tokenizer errors files", "numpy"),
@@ -42,6 +43,7 @@ ALLOWED = {
     "corpus": ("corpus data tokenizer ui settings errors files", "numpy msgspec"),
     "corpus.sources": ("errors", "pyarrow datasets huggingface_hub"),
     "corpus.records": ("errors", "msgspec numpy"),
+    "corpus.texts": ("corpus data.manifest tokenizer errors", "pyarrow"),
     "corpus.lines": ("corpus errors", "numpy pyarrow"),
     "corpus.documents": ("corpus errors", "msgspec pyarrow"),
     "corpus.examine": ("corpus data tokenizer errors files", "numpy matplotlib"),
@@ -67,7 +69,7 @@ ALLOWED = {
     "evaluation": ("evaluation settings errors files", "numpy msgspec"),
     "evaluation.metrics": ("errors", "numpy sklearn scipy seqeval"),
     "evaluation.task_types": ("evaluation.task_types evaluation.metrics errors", "numpy torch transformers"),
-    "evaluation.task": ("evaluation.task_types errors", ""),
+    "evaluation.task": ("evaluation.task_types settings errors", ""),
     "evaluation.examples": ("evaluation.task evaluation.task_types errors", ""),
     "evaluation.probes": ("corpus.documents evaluation.models errors", "torch transformers rich"),
     "evaluation.finetuning": (
@@ -81,7 +83,8 @@ ALLOWED = {
         "numpy msgspec scipy matplotlib rich",
     ),
     "evaluation.masked_words": (
-        "evaluation.masked_words evaluation.models evaluation.probes corpus.documents counter_rng ui errors files",
+        "evaluation.masked_words evaluation.models evaluation.probes corpus.documents counter_rng settings ui "
+        "errors files",
         "numpy torch transformers rich",
     ),
     "run_directory": (
@@ -89,13 +92,13 @@ ALLOWED = {
         "yaml",
     ),
     "preflight": (
-        "run_directory objectives config plan model_parts model.shape model.flops data.integrity tokenizer "
-        "checkpoint.source checkpoint.huggingface errors",
+        "run_directory objectives config plan model_parts model.shape model.flops kernels.requirements data.integrity "
+        "tokenizer checkpoint.source checkpoint.huggingface errors",
         "",
     ),
     "forecast": (
-        "forecast preflight objectives config plan model.shape model.flops model.peaks data.manifest data.indexed "
-        "data.order ui errors",
+        "forecast preflight run_directory objectives config plan model.shape model.flops model.peaks data.manifest "
+        "data.indexed data.order ui errors",
         "numpy",
     ),
     "__main__": ("commands", ""),
@@ -105,15 +108,15 @@ ALLOWED = {
         "torch psutil packaging rich transformers",
     ),
     "commands.init": (
-        "commands.parser config plan corpus data.manifest tokenizer forecast preflight errors",
-        "psutil pyarrow torch yaml",
+        "commands.parser config plan corpus.texts forecast preflight errors",
+        "psutil torch yaml",
     ),
     "commands.batches": (
         "commands.parser config data plan objectives tokenizer preflight errors",
         "numpy tokenizers",
     ),
     "commands.main": ("commands.parser errors", ""),
-    "commands.parser": ("config errors", ""),
+    "commands.parser": ("config settings errors", ""),
     "commands.plan": ("commands.parser forecast config plan ui errors", ""),
     "training": (
         "training log run_directory preflight runtime checkpoint data tokenizer model model_parts observe parallel "
@@ -122,14 +125,14 @@ ALLOWED = {
     ),
     "training.engine": ("training parallel config plan errors files", "torch deepspeed"),
     "benchmarks": (
-        "benchmarks data corpus tokenizer model observe parallel kernels ui errors files objectives",
+        "benchmarks data corpus tokenizer model observe parallel kernels ui errors files objectives settings config",
         "numpy torch transformers",
     ),
     "benchmarks.checkpoints": (
-        "benchmarks checkpoint config model parallel plan training ui errors",
+        "benchmarks checkpoint config model parallel plan training settings ui errors",
         "torch psutil transformers",
     ),
-    "benchmarks.read": ("benchmarks data tokenizer config ui errors files objectives", "numpy"),
+    "benchmarks.read": ("benchmarks data tokenizer config settings ui errors files objectives", "numpy"),
     "benchmarks.builders": (
         "benchmarks corpus data tokenizer errors",
         "numpy tokenizers fastokens sentencepiece datasets datatrove",
@@ -158,11 +161,13 @@ LAZY = {
     "corpus.ray_workers": "ray",
     "checkpoint.huggingface": "tokenizers transformers",
     "training.engine": "deepspeed",
+    "config.deepspeed": "deepspeed",
     "observe.sinks": "tensorboard wandb",
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
     "commands.evaluate": "torch",
-    "commands.init": "torch pyarrow",
+    "commands.init": "torch",
+    "corpus.texts": "pyarrow",
     "evaluation.metrics": "sklearn scipy seqeval",
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",
@@ -286,7 +291,7 @@ def test_libraries_are_kept_to_their_places():
     def places(library: str) -> set[str]:
         return {place for place, (_, libraries) in ALLOWED.items() if library in libraries.split()}
 
-    assert places("deepspeed") == {"training.engine"}
+    assert places("deepspeed") == {"training.engine", "config.deepspeed"}
     packages = {place.split(".")[0] for place in places("transformers")}
     assert packages == {"checkpoint", "commands", "evaluation", "benchmarks"}
     assert places("triton") == {"kernels.fused"}

@@ -88,6 +88,7 @@ def of_phase(number: int, **keys: Any) -> Callable[[Run], None]:
     return lambda run: run["phases"][number].update(keys)
 
 
+ZERO2 = {"zero_optimization": {"stage": 2}}
 ALL = ["embeddings", "final_norm", "head", "layers.0-4"]
 OTHER = r"data\.corpora: \S+: built with another tokenizer \(sha256 .*, 400 ids\) than the run's .*; build it again"
 REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is wrong -> sentences
@@ -194,6 +195,26 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
         lambda r: deepspeed(r, {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}),
         r"\S+ fp16 is not supported; use bf16 or fp32",
     ),
+    "a key that DeepSpeed does not have": (
+        lambda r: deepspeed(r, {"zero_optimization": {"stage": 2, "stagee": 2}}),
+        r"\S+ DeepSpeed rejects it: ValidationError: .*stagee",
+    ),
+    "a value that DeepSpeed refuses": (
+        lambda r: deepspeed(r, ZERO2 | {"bf16": {"enabled": True, "immediate_grad_update": "x"}}),
+        r"\S+ DeepSpeed rejects it: .*immediate_grad_update",
+    ),
+    "no section where DeepSpeed has one": (
+        lambda r: deepspeed(r, ZERO2 | {"flops_profiler": 3}),
+        r"\S+ DeepSpeed rejects it: AttributeError",
+    ),
+    "an empty section": (
+        lambda r: deepspeed(r, ZERO2 | {"tensorboard": None}),
+        r"\S+ DeepSpeed rejects it: .*tensorboard",
+    ),
+    "flash attention in fp32": (
+        lambda r: (deepspeed(r, ZERO2), r.update(compute={"attention": "flash2"})),
+        r"compute\.attention: flash2 requires a GPU and bf16; use auto or sdpa",
+    ),
     "no corpus": (
         lambda r: r["data"].update(corpora=[{"prefix": "nowhere"}]),
         r"data\.corpora: nowhere\.manifest\.json: ",
@@ -235,26 +256,55 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
 def test_plan_and_start_refuse_with_the_same_sentence(good_run, write_run, capsys, monkeypatch, wrong):
     spoil, expected = REFUSALS[wrong]
     spoil(good_run)
-    path = write_run(good_run)
-    assert main(["plan", path, "--json"]) == 1
-    faults = json.loads(capsys.readouterr().out)["faults"]
+    faults = refused_everywhere(write_run(good_run), capsys, monkeypatch)
     patterns = [expected] if isinstance(expected, str) else expected
     assert len(faults) == len(patterns), faults
     for fault, pattern in zip(faults, patterns, strict=True):
         assert re.match(pattern, fault), fault
-    assert main(["plan", path]) == 1
+
+
+def refused_everywhere(path: str, capsys, monkeypatch, *flags: str) -> list[str]:
+    """The faults of a run file, which plan, the early check and the start say in the same words."""
+    assert main(["plan", path, "--json", *flags]) == 1
+    faults = json.loads(capsys.readouterr().out)["faults"]
+    assert main(["plan", path, *flags]) == 1
     out = capsys.readouterr().out
     assert all(f"fault: {fault}" in out for fault in faults)
 
     config = load(path)
     plan = Plan.of(config)
     monkeypatch.setenv("WORLD_SIZE", str(config.parallel.tensor))
-    before_the_launcher = lambda: preflight(config, plan).refuse()  # noqa: E731
+    before_the_launcher = lambda: preflight(config, plan, gpu=False if flags else None).refuse()  # noqa: E731
     start = lambda: run_training(config, plan, Path(config.folder), preemption=None)  # noqa: E731
     for refuses in (before_the_launcher, start):
         with pytest.raises(DetourError) as refusal:
             refuses()
         assert str(refusal.value) == format_faults(faults)
+    return faults
+
+
+def test_kernels_that_need_a_gpu_where_there_is_none(good_run, write_run, capsys, monkeypatch):
+    path = write_run(good_run | {"compute": {"attention": "flash3", "kernels": "triton"}})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert refused_everywhere(path, capsys, monkeypatch, "--gpu", "cpu") == [
+        "compute.attention: flash3 requires a GPU and bf16; use auto or sdpa",
+        "compute.kernels: triton requires a GPU; use auto or plain",
+    ]
+    assert main(["plan", path]) == 0  # for a machine that may have GPUs
+
+
+def test_a_disk_without_room_for_a_checkpoint(good_run, write_run, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_detour.run_directory.free_bytes", lambda folder: 10**7)
+    path, folder = write_run(good_run), good_run["folder"]
+    (fault,) = refused_everywhere(path, capsys, monkeypatch)
+    assert re.match(rf"{folder}: the disk has 0\.01 GB left and a checkpoint takes 0\.07 GB; free some space", fault)
+    for left in (".step-00000004.writing-host-1", "step-00000010"):  # what a start removes; and the last checkpoint
+        Path(folder, "checkpoints", left).mkdir(parents=True)
+        with Path(folder, "checkpoints", left, "model").open("wb") as file:
+            file.truncate(10**8)
+        found = preflight(load(path), Plan.of(load(path)))
+        assert not any("the disk has" in fault for fault in found.faults)
+        shutil.rmtree(Path(folder, "checkpoints", left))
 
 
 def test_nothing_is_wrong_with_a_good_run(good_run, write_run):

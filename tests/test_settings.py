@@ -81,6 +81,7 @@ def test_a_key_names_a_kind_whose_keys_stand_beside_it():
         ({"name": "bo", "kind": "fish", "weight": 1}, "weight: a key of dog; with kind: fish remove it"),
         ({"name": "bo", "kind": "fish", "lengths": [1, 1]}, "lengths: must be a list without repetitions, not [1, 1]"),
         ({"name": "bo", "kind": "fish", "lengths": [0]}, "lengths.0: must be at least 1, not 0"),
+        ({"name": "bo", "kind": "fish", "lengths": [0, 0]}, "2 faults:\n  - lengths.0: must be at least 1, not 0"),
         ({"name": "bo", "kind": "fish", "wieght": 1}, "wieght: unknown key (did you mean 'weight'?)"),
         ({"name": "Bo", "kind": "fish"}, "name: must be a name in small letters, not 'Bo'"),
         ({"name": "bo", "kind": "fish", "prices": {"a": "x"}}, "prices.a: must be a number, not 'x'"),
@@ -123,15 +124,33 @@ def options(*words: str) -> Options:
 
 def test_fields_are_flags():
     assert options("--out", "a") == Options("a")
-    assert options("--out", "a", "--files", "b", "c", "--dry", "--rate", "1") == Options(
-        "a", 1.0, (Path("b"), Path("c")), True
+    assert options("--out", "a", "--files", "b", "c", "--dry", "--rate", "0.1") == Options(
+        "a", 0.1, (Path("b"), Path("c")), True
     )
     parser = argparse.ArgumentParser()
     add_arguments(parser, Options)
     shown = parser.format_help()
     assert "numbers:" in shown and "--rate R" in shown and "100% at most (0.5)" in shown
     with pytest.raises(DetourError, match=r"^--rate: must be above 0 and below 1, not 1\.0$"):
-        validate(options("--out", "a", "--rate", "1"))
+        validate(Options("a", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--rate", "1"], "--rate: must be above 0 and below 1, not 1.0"),
+        (["--rate", "x"], "--rate: must be a number, not 'x'"),
+        (["--out", ""], "--out: must be non-empty text, not ''"),
+    ],
+)
+def test_a_flag_has_the_rules_of_its_field(words, says, capsys):
+    with pytest.raises(SystemExit):
+        options("--out", "a", *words)
+    assert says in capsys.readouterr().err
+
+
+def test_a_flag_of_a_list_may_be_given_several_times():
+    assert options("--out", "a", "--files", "b", "--files", "c").files == (Path("b"), Path("c"))
 
 
 def test_the_schema_allows_what_the_reader_allows():

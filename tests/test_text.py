@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_detour import errors
-from megatron_detour.commands.check_result import NOTE, CheckResult
+from megatron_detour.commands.machine import NOTE, CheckResult
 from megatron_detour.corpus import progress as build_progress
 from megatron_detour.evaluation import probes
 from megatron_detour.evaluation.finetuning.progress import SuiteProgress

@@ -146,11 +146,15 @@ def _foreign(folder: Path) -> str | None:
     return f"it contains {extra[0]}, which the run did not write" if extra else None
 
 
+def leftovers(checkpoints: Path) -> list[Path]:
+    """Return what killed runs left half-written or half-removed."""
+    return [path for path in checkpoints.glob(".step-*-*") if LEFTOVER.fullmatch(path.name)]
+
+
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what killed runs left half-written or half-removed, if possible."""
-    for leftover in checkpoints.glob(".step-*-*"):
-        if LEFTOVER.fullmatch(leftover.name):
-            discard(leftover)
+    """Remove them, if possible."""
+    for leftover in leftovers(checkpoints):
+        discard(leftover)
 
 
 def _remove(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from megatron_detour.commands.parser import add_control, add_run_file, count, read_run_file
+from megatron_detour.commands.parser import COUNT, add_control, add_run_file, read_run_file
 from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import split
 from megatron_detour.data.phase_data import PhaseData
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A-B",
         help="counted from 1 as in metrics.jsonl (%(default)s)",
     )
-    add("--documents", type=count, default=3, metavar="N", help="documents to show per step (%(default)s)")
+    add("--documents", type=COUNT, default=3, metavar="N", help="documents to show per step (%(default)s)")
     add("--output", type=Path, metavar="FILE.npz", help="write all documents of these steps as arrays")
     parser.description += f". {LAYOUT}."
 

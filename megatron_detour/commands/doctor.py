@@ -11,7 +11,7 @@ import torch
 
 from megatron_detour.checkpoint.source import weight_sizes
 from megatron_detour.commands import machine
-from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult
+from megatron_detour.commands.machine import FAULT, NOTE, OK, CheckResult
 from megatron_detour.commands.parser import add_run_file
 from megatron_detour.commands.plan import split_faults
 from megatron_detour.config import RunConfig, load
@@ -74,7 +74,8 @@ def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
     )
     yield machine.disk(Path(config.folder), expected.disk.needed if expected.disk else 0)
     yield from _memory(expected)
-    yield from (CheckResult(FAULT, "plan", fault) for fault in checked.faults if not _about_model(fault))
+    others = (fault for fault in checked.faults if not fault.startswith(("model.", "compute.")))  # shown above
+    yield from (CheckResult(FAULT, "plan", fault) for fault in others)
     yield from (CheckResult(NOTE, "plan", warning) for warning in expected.warnings)
     yield from _corpora(config)
 
@@ -93,12 +94,8 @@ def _forecast(config: RunConfig, ranks: int, checked: Preflight) -> Forecast:
     return forecast(config, plan, ranks, checked=checked, device=name, gpu_memory=total / 1e9)
 
 
-def _about_model(fault: str) -> bool:
-    return fault.startswith("model.")
-
-
 def _model(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
-    faults = [fault for fault in checked.faults if _about_model(fault)]
+    faults = [fault for fault in checked.faults if fault.startswith("model.")]
     yield from (CheckResult(FAULT, "model", fault) for fault in faults)
     if not faults and config.model.start is None:
         yield CheckResult(OK, "model", "initialized from the seed")

@@ -11,9 +11,11 @@ import os
 import sys
 import textwrap
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 
+from megatron_detour import settings
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.finetuning.protocol import load_protocol, packaged_protocols
 from megatron_detour.evaluation.masked_words.texts import IntrinsicOptions
@@ -23,7 +25,7 @@ from megatron_detour.evaluation.task import Task, load_task, packaged_tasks
 from megatron_detour.text import visible
 
 GROUPS = ("all", "paper-en", "paper-fr")
-MOST_SEEDS = 1000
+COUNT = settings.flag_type(Annotated[int, settings.Range(least=1, most=1000)])
 COLUMNS = 80
 
 
@@ -57,12 +59,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="directory with one folder per task")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory for results and report")
-    parser.add_argument("--seeds", type=_count, metavar="N", help="seeds per model and task (set by the protocol)")
+    parser.add_argument("--seeds", type=COUNT, metavar="N", help="seeds per model and task (set by the protocol)")
     parser.add_argument(
         "--protocol", default="quick", metavar="NAME", help=f"{', '.join(packaged_protocols())}, or a YAML file (quick)"
     )
     parser.add_argument("--ner-head", choices=("tokens", "span"), help="head for named entities (set by the protocol)")
-    parser.add_argument("--jobs", type=_count, metavar="N", help="parallel fine-tuning jobs (one per GPU; 1 on CPU)")
+    parser.add_argument("--jobs", type=COUNT, metavar="N", help="parallel fine-tuning jobs (one per GPU; 1 on CPU)")
     parser.add_argument("--shuffle-labels", action="store_true", help="train on shuffled labels, as a sanity check")
     parser.add_argument(
         "--set",
@@ -143,43 +145,19 @@ def list_tasks() -> None:
 
 
 def add_intrinsic_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults, add = IntrinsicOptions(), parser.add_argument
+    add = parser.add_argument
     add("--model", nargs="+", action="extend", required=True, metavar="DIR", help="Hugging Face folders, or NAME=DIR")
     add("--corpus", type=Path, nargs="+", action="extend", required=True, metavar="FILE", help=".jsonl[.gz] or .txt")
-    add(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="for intrinsic.jsonl, intrinsic.md and cells/",
-    )
-    domain = parser.add_argument_group("domain words")
-    domain.add_argument("--words", type=Path, metavar="FILE", help="domain words, one per line")
-    _add_files(domain, "--reference", "general texts, in which domain words are rarer")
-    _add_files(domain, "--domain", "further domain texts in which to count words, with --reference")
-    domain.add_argument("--ratio", type=float, default=defaults.ratio, help="minimum frequency ratio (%(default)g)")
-    add("--documents", type=int, default=defaults.documents, help="maximum documents per corpus (%(default)s)")
-    add("--windows", type=int, default=defaults.windows, help="maximum windows per document (%(default)s)")
-    add("--window-words", type=int, default=defaults.window_words, help="words per window (%(default)s)")
-    add("--mask-rate", type=float, default=defaults.mask_rate, help="fraction of words to mask (%(default)s)")
-    add("--seed", type=int, default=defaults.seed, help="seed of documents, windows, masks and bootstrap (%(default)s)")
-    add("--text-key", default=defaults.text_key, help="JSON key of the text (%(default)s)")
-    add("--resamples", type=int, default=defaults.resamples, help="bootstrap resamples (%(default)s)")
-    add("--device", default=defaults.device, help="auto, cpu, cuda or cuda:N; bf16 on a GPU (%(default)s)")
-    add("--batch-tokens", type=int, default=defaults.batch_tokens, help="positions per forward pass (%(default)s)")
-
-
-def _add_files(group: argparse._ArgumentGroup, name: str, help_text: str) -> None:
-    group.add_argument(name, type=Path, nargs="+", action="extend", default=[], metavar="FILE", help=help_text)
+    add("--output", type=Path, required=True, metavar="DIR", help="for intrinsic.jsonl, intrinsic.md and cells/")
+    settings.add_arguments(parser, IntrinsicOptions)
 
 
 def measure_masked_words(options: argparse.Namespace) -> None:
     """Raises DetourError as measure() does."""
-    values = {name: getattr(options, name) for name in IntrinsicOptions.__dataclass_fields__}
-    settings = IntrinsicOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     from megatron_detour.evaluation.masked_words.measure import measure
 
-    measure(named_models(options.model), options.corpus, settings, options.output)
+    chosen = settings.from_namespace(IntrinsicOptions, options)
+    measure(named_models(options.model), options.corpus, chosen, options.output)
 
 
 def chosen_tasks(names: list[str], data: Path) -> tuple[Task, ...]:
@@ -207,9 +185,3 @@ def visible_gpus() -> tuple[str, ...]:
 
     named = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     return tuple(named or map(str, range(torch.cuda.device_count())))[: torch.cuda.device_count()]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) <= MOST_SEEDS:
-        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {MOST_SEEDS:,}, not {text!r}")
-    return int(text)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -17,26 +16,19 @@ from typing import Any
 import psutil
 import yaml
 
-from megatron_detour.commands.parser import above_zero, count
+from megatron_detour.commands.parser import ABOVE_ZERO, COUNT
 from megatron_detour.config import Model, from_dict, parse_tokens, recipes
 from megatron_detour.config.deepspeed import read_deepspeed_config
-from megatron_detour.corpus.documents import read_shard
-from megatron_detour.corpus.records import TextKeys
-from megatron_detour.corpus.sources import InputShard, find_inputs, is_text, plan_shards
-from megatron_detour.data.manifest import read_manifest
+from megatron_detour.corpus.texts import Texts
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.forecast import Forecast, forecast
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import PUBLISHED, Preflight, look
-from megatron_detour.tokenizer.vocabulary import load_tokenizer
 
 MOST_EPOCHS = 4  # more repetition gains little (Muennighoff et al., 2023)
 PAPER_TOKENS, PAPER_STEP, PAPER_LENGTH = 55 * 10**9, 3 * 2**20, 8192
 DECAY_SHARE = 1 / 11  # of all tokens: 1B after 10B, 5B after 50B
 STEPS = 1000  # the batch shrinks before the run has fewer steps than this
-COUNTED_BYTES, COUNTED_TEXTS = 64 << 20, 1000  # sample from which the number of tokens is estimated
-CHARACTERS_PER_TOKEN = 4  # if the tokenizer is not downloaded yet
-HELD_OUT = 100  # documents for validation
 CPU_LENGTH = 1024
 
 
@@ -46,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="DIR_OR_ID", help="initial model (answerdotai/ModernBERT-base)")
     add("--gpus", metavar="N", help="total number of GPUs, over all nodes; 0 for the CPU (those of this machine)")
     add("--gpu", metavar="NAME", help="GPU type, such as h100 (that of this machine)")
-    add("--gpu-memory", type=above_zero, metavar="GB", help="memory per GPU (that of this machine, or 80)")
+    add("--gpu-memory", type=ABOVE_ZERO, metavar="GB", help="memory per GPU (that of this machine, or 80)")
     add("--name", metavar="NAME", help="name of the run and its files (that of the texts)")
     add("--account", metavar="NAME", help="Slurm account")
     add("--partition", metavar="NAME", help="Slurm partition")
-    add("--nodes", type=count, default=1, metavar="N", help="number of nodes (%(default)s)")
+    add("--nodes", type=COUNT, default=1, metavar="N", help="number of nodes (%(default)s)")
     add("--time", default="24:00:00", metavar="TIME", help="time limit of a Slurm job (%(default)s)")
     add("--tokens", metavar="N", help="tokens to train on, such as 2B (four epochs, at most 55B)")
     add("--yes", action="store_true", help="accept all defaults without asking")
@@ -127,75 +119,6 @@ class Machine:
     @property
     def ranks(self) -> int:
         return max(self.gpus, 1)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The texts to train on."""
-
-    prefix: str  # of the corpus, whether or not it is built
-    built: bool
-    documents: int  # estimated
-    tokens: int  # estimated
-    flags: tuple[str, ...] = ()  # further flags of preprocess
-
-    @classmethod
-    def of(cls, path: str, name: str, tokenizer: str | None) -> Texts:
-        """Count the tokens of a corpus, or estimate those of texts from a sample. Raises DetourError."""
-        prefix = path.removesuffix(".manifest.json").removesuffix(".bin").removesuffix(".idx")
-        if Path(f"{prefix}.manifest.json").exists():
-            manifest = read_manifest(prefix)
-            return cls(prefix, True, manifest.documents, manifest.tokens)
-        inputs, _ = find_inputs([path])
-        key = text_key(inputs[0])
-        whole = len(inputs) > 1 and all(map(is_text, inputs))  # then each file is one document
-        documents, tokens = _estimate(plan_shards(inputs, whole), TextKeys((key,)), tokenizer)
-        flags = (*(["--whole-files"] if whole else []), *(["--text-key", key] if key != "text" else []))
-        return cls(f"data/{name}", False, documents, tokens, flags)
-
-    @property
-    def held_out(self) -> float:
-        return max(0.01, min(0.2, round(HELD_OUT / self.documents, 3)))
-
-    @property
-    def validation(self) -> str | None:
-        """The prefix of the held-out corpus, or None."""
-        prefix = f"{self.prefix}.heldout"
-        return prefix if not self.built or Path(f"{prefix}.manifest.json").exists() else None
-
-
-def text_key(path: str) -> str:
-    """Return the key of the text in a file: "text", or that of the longest string in the first record."""
-    record: dict[str, Any] = {}
-    if path.endswith(".parquet"):
-        from pyarrow.parquet import ParquetFile
-
-        record = next(ParquetFile(path).iter_batches(1)).to_pylist()[0]
-    elif path.endswith(".jsonl"):
-        with Path(path).open("rb") as file:
-            try:
-                record = json.loads(file.readline(COUNTED_BYTES))
-            except ValueError:
-                return "text"
-    texts = {key: value for key, value in record.items() if isinstance(value, str)}
-    return "text" if "text" in texts or not texts else max(texts, key=lambda key: len(texts[key]))
-
-
-def _estimate(shards: list[InputShard], keys: TextKeys, tokenizer: str | None) -> tuple[int, int]:
-    """Estimate the number of documents and tokens from evenly spaced shards."""
-    size = sum(shard.size for shard in shards)
-    every = max(1, size // COUNTED_BYTES)
-    chosen = shards[::every]
-    texts = [text for shard in chosen for block in read_shard(shard, keys) for text in block.texts]
-    if not texts:
-        raise DetourError(f"{shards[0].path}: no text under the key {keys.keys[0]!r}; build the corpus first")
-    scale = size / max(sum(shard.size for shard in chosen), 1)
-    sample = texts[:: max(1, len(texts) // COUNTED_TEXTS)]
-    per_character = 1 / CHARACTERS_PER_TOKEN
-    if tokenizer:
-        encoded = load_tokenizer(tokenizer).encode_batch(sample)
-        per_character = sum(len(one.ids) for one in encoded) / sum(map(len, sample))
-    return max(1, int(scale * len(texts))), max(1, int(scale * sum(map(len, texts)) * per_character))
 
 
 def run_file(

@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
-from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult, check
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels.choose import choose_kernels
 from megatron_detour.model.backends import choose_attention
+from megatron_detour.text import visible
 
+OK, NOTE, FAULT = "ok", "note", "fault"
 GIB = 1 << 30
 OPTIONAL = ("flash_attn", "flash_attn_interface", "apex", "triton", "wandb")
 HEAD_DIM = 64  # of every published ModernBERT
@@ -34,6 +36,24 @@ WRITTEN = 64 << 20  # bytes written to measure disk speed
 SLOW_DISK = 50e6  # bytes per second
 OPEN_FILES, SHARED_MEMORY = 4096, GIB
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last is Arm's
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """A line of the doctor. `remedy` says what to do about a note or a fault, if anything can be done."""
+
+    state: str
+    what: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return visible(f"{self.state:5}  {self.what:13} {'; '.join(filter(None, [self.text, self.remedy]))}")
+
+
+def check(good: bool, what: str, text: str, remedy: str, otherwise: str = NOTE) -> CheckResult:
+    """Return OK if `good`, else `otherwise` with the remedy."""
+    return CheckResult(OK, what, text) if good else CheckResult(otherwise, what, text, remedy)
 
 
 def packages() -> Iterator[CheckResult]:

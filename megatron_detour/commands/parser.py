@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from megatron_detour.errors import DetourError
+from megatron_detour.settings import Range, flag_type
 
 if TYPE_CHECKING:
     from megatron_detour.config import RunConfig
 
 CONTROL_RATE = 0.30
+COUNT = flag_type(Annotated[int, Range(least=1)])
+ABOVE_ZERO = flag_type(Annotated[float, Range(above=0)])
+FRACTION = flag_type(Annotated[float, Range(above=0, most=1)])
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,26 +72,3 @@ def _control_apart(words: list[str]) -> list[str]:
         f"--control=mlm={CONTROL_RATE}" if word == "--control" and not following.startswith("mlm=") else word
         for word, following in pairs
     ]
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected an integer above 0, not {text!r}")
-    return int(text)
-
-
-def above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return number
-
-
-def fraction(text: str) -> float:
-    number = above_zero(text)
-    if number > 1:
-        raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, not {text}")
-    return number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from megatron_detour.commands.parser import above_zero, add_control, add_run_file, count, fraction, read_run_file
+from megatron_detour.commands.parser import ABOVE_ZERO, COUNT, FRACTION, add_control, add_run_file, read_run_file
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast import Forecast, forecast, plan_table, render
 from megatron_detour.plan import Plan
@@ -17,12 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_file(parser)
     add_control(parser)
     add = parser.add_argument
-    add("--gpus", type=count, metavar="N", help="number of GPUs, one rank each (parallel.tensor)")
+    add("--gpus", type=COUNT, metavar="N", help="number of GPUs, one rank each (parallel.tensor)")
     add("--gpu", metavar="NAME", help="h100, a100, l40s, cpu, ... (h100; cpu for fp32)")
-    add("--gpu-memory", type=above_zero, default=80, metavar="GB", help="memory per GPU (%(default)s)")
+    add("--gpu-memory", type=ABOVE_ZERO, default=80, metavar="GB", help="memory per GPU (%(default)s)")
     speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--rate", type=above_zero, metavar="TOKENS", help="measured tokens/s per GPU")
-    speed.add_argument("--mfu", type=fraction, metavar="FRACTION", help="model FLOPs utilization (0.25)")
+    speed.add_argument("--rate", type=ABOVE_ZERO, metavar="TOKENS", help="measured tokens/s per GPU")
+    speed.add_argument("--mfu", type=FRACTION, metavar="FRACTION", help="model FLOPs utilization (0.25)")
     add("--json", action="store_true", help="print JSON")
 
 

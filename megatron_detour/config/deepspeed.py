@@ -1,12 +1,13 @@
-"""Read and check the DeepSpeed file: ZeRO-2, and no key that the run file sets. Does not import torch."""
+"""Read and check the DeepSpeed file: ZeRO-2, and no key that the run file sets."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.errors import DetourError, format_faults
+from megatron_detour.errors import DetourError, brief, format_faults
 from megatron_detour.structured import read_json_object
 
 PACKAGE = Path(__file__).parents[1]  # holds ds_configs/
@@ -78,12 +79,30 @@ def check_deepspeed_config(path: str) -> tuple[dict[str, Any] | None, list[str]]
     faults += [f"{path}: remove zero_optimization.{key}: {why}" for key, why in REFUSED.items() if zero.get(key)]
     if raw.get("fp16", {}).get("enabled"):
         faults.append(f"{path}: fp16 is not supported; use bf16 or fp32")
+    faults = faults or [f"{path}: DeepSpeed rejects it: {fault}" for fault in _rejected(raw)]
     return (None if faults else raw), faults
 
 
 def is_bf16(deepspeed_config: dict[str, Any]) -> bool:
     """Return whether weights and activations are bf16 under this DeepSpeed file; fp32 otherwise."""
     return bool(deepspeed_config.get("bf16", {}).get("enabled"))
+
+
+def _rejected(raw: dict[str, Any]) -> list[str]:
+    """What DeepSpeed says of keys beyond TYPES. Importing it and torch takes seconds, and only such a file pays."""
+    names = {key: value if isinstance(value, dict) else () for key, value in raw.items()}
+    if names.keys() <= TYPES.keys() and all(f"{key}.{name}" in TYPES for key in names for name in names[key]):
+        return []
+    logging.disable(logging.WARNING)  # which it writes to standard output
+    try:
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        DeepSpeedConfig(raw | {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
+    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:  # it raises several types
+        return [f"{type(error).__name__}: {brief(error).partition(' For further')[0]}"]
+    finally:
+        logging.disable(logging.NOTSET)
+    return []
 
 
 def _type_fault(raw: dict[str, Any], key: str, needed: str) -> str | None:

@@ -105,7 +105,7 @@ def forecast(
     rate: measured tokens per second per GPU; without it, time follows from `mfu` of the device's peak (0.25)
     """
     notes: list[str] = []
-    checked = checked or preflight(config, plan, ranks)
+    checked = checked or preflight(config, plan, ranks, gpu=device and device != "cpu")
     bf16 = checked.deepspeed is None or is_bf16(checked.deepspeed)
     device = device or ("h100" if bf16 else "cpu")
     attempt = _Attempt(notes)

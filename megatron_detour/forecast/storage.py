@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from megatron_detour.config import Corpus, RunConfig
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.plan import Plan
+from megatron_detour.run_directory import CHECKPOINT_BYTES, free_bytes
 
-CHECKPOINT_BYTES = 12  # a parameter: the fp32 weight and two moments
 BESIDE = 8 * 10**6  # bytes of a checkpoint's tokenizer and small files
 RECORD = 600  # bytes of a step in metrics.jsonl and in TensorBoard's file
 
@@ -75,12 +74,3 @@ def disk(config: RunConfig, plan: Plan, parameters: int) -> Disk:
     passing = max(total // settings.every - kept, 0) if settings.every else 0
     size = CHECKPOINT_BYTES * parameters + BESIDE
     return Disk(size, kept + min(settings.keep, passing), plan.total_steps, free_bytes(Path(config.folder)))
-
-
-def free_bytes(folder: Path) -> int | None:
-    """Free for a folder that may not be there yet."""
-    there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), None)
-    try:
-        return shutil.disk_usage(there).free if there else None
-    except OSError:
-        return None

@@ -11,6 +11,7 @@ import torch
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels import plain
 from megatron_detour.kernels.check import check, device_is_dead, first_line
+from megatron_detour.kernels.requirements import kernels_fault
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> tuple
 
 def triton_kernels(device: torch.device) -> Kernels:
     """Return the Triton kernels. Raises DetourError if Triton cannot run."""
-    if device.type != "cuda":
-        raise DetourError("compute.kernels: triton requires a GPU; use auto or plain")
+    if fault := kernels_fault("triton", device.type == "cuda"):
+        raise DetourError(fault)
     if importlib.util.find_spec("triton") is None:
         raise DetourError("compute.kernels: triton is not installed; it comes with torch's CUDA builds")
     try:

@@ -14,6 +14,7 @@ import torch
 
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels.check import device_is_dead, first_line, relative_difference, synchronize
+from megatron_detour.kernels.requirements import attention_fault
 from megatron_detour.model.attention import Attention, AttentionPattern, dense_attention, sdpa_attention
 
 
@@ -91,8 +92,8 @@ def choose_attention(
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    if device.type != "cuda" or dtype not in HALF_DTYPES:
-        raise DetourError(f"compute.attention: {name} requires a GPU and bf16; use auto or sdpa")
+    if fault := attention_fault(name, device.type == "cuda", dtype in HALF_DTYPES):
+        raise DetourError(fault)
     module, function, wrapper = FLASH[name]
     try:
         return wrapper(getattr(import_module(module), function))

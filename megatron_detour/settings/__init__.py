@@ -22,7 +22,7 @@ from megatron_detour.settings.fields import (
     join_key,
     settings_of,
 )
-from megatron_detour.settings.flags import add_arguments, flag, from_namespace, validate
+from megatron_detour.settings.flags import add_arguments, flag, flag_type, from_namespace, validate
 from megatron_detour.settings.overrides import apply_override
 from megatron_detour.settings.reader import Faults, read, to_plain
 
@@ -41,6 +41,7 @@ __all__ = [
     "add_arguments",
     "apply_override",
     "flag",
+    "flag_type",
     "from_namespace",
     "join_key",
     "json_schema",

@@ -97,6 +97,6 @@ def _keys(cls: type, key: str, done: set[type]) -> Iterator[tuple[str, Setting]]
 
 
 def _default_cell(default: Any) -> str:
-    if default in (None, (), {}) or dataclasses.is_dataclass(default):
+    if default in (None, (), {}, "") or dataclasses.is_dataclass(default):
         return ""
     return f"`{json.dumps(to_plain(default)) if not isinstance(default, str) or not default.strip() else default}`"

@@ -171,14 +171,15 @@ class Setting(NamedTuple):
 def settings_of(cls: type) -> tuple[Setting, ...]:
     """The fields of a settings dataclass, in order."""
     hints = get_type_hints(cls, include_extras=True)
-    return tuple(_setting(field.name, hints[field.name], _default(field)) for field in dataclasses.fields(cls))
+    return tuple(setting_of(hints[field.name], field.name, _default(field)) for field in dataclasses.fields(cls))
 
 
 def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _setting(name: str, hint: Any, default: Any = MISSING) -> Setting:
+def setting_of(hint: Any, name: str = "", default: Any = MISSING) -> Setting:
+    """An annotation, taken apart."""
     marks: tuple[Any, ...] = ()
     optional = False
     while get_origin(hint) in (Annotated, Union, types.UnionType):
@@ -190,7 +191,7 @@ def _setting(name: str, hint: Any, default: Any = MISSING) -> Setting:
     ellipsis = Ellipsis in arguments
     kind = get_origin(hint) or hint
     chosen = arguments[:1] if ellipsis else arguments[1:] if kind is dict else arguments
-    items = tuple(_setting("", argument) for argument in chosen)
+    items = tuple(setting_of(argument) for argument in chosen)
     return Setting(name, kind, items, ellipsis, optional, marks, default)
 
 

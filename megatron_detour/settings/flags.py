@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import MISSING
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_detour.settings.fields import Choice, Flag, Setting, settings_of
-from megatron_detour.settings.reader import Faults, read, to_plain
+from megatron_detour.settings.fields import Choice, Entries, Flag, Setting, setting_of, settings_of
+from megatron_detour.settings.reader import Faults, Reader, read, to_plain
 
 T = TypeVar("T")
 
@@ -34,14 +35,17 @@ def _argument(setting: Setting, shown: Flag) -> dict[str, Any]:
     if setting.kind is bool:
         return {"action": "store_true", "help": helped}
     value = setting.items[0] if setting.kind is tuple else setting
-    arguments: dict[str, Any] = {"type": value.kind}
+    arguments: dict[str, Any] = {"type": partial(_from_text, value)}
     if setting.default is MISSING:
         arguments["required"] = True
     else:
         arguments["default"] = setting.default
         helped += f" ({_default_words(setting.default)})" if setting.default not in (None, (), "") else ""
     if setting.kind is tuple:
-        arguments["nargs"] = "+"
+        entries = setting.mark(Entries)
+        arguments["nargs"] = "*" if entries and not entries.least else "+"
+        if setting.default == ():  # the flag may be given several times
+            arguments |= {"action": "extend", "default": []}
     if choice := value.mark(Choice):
         arguments["choices"] = tuple(choice)
     elif shown.metavar or value.kind in (int, float, Path):
@@ -49,10 +53,29 @@ def _argument(setting: Setting, shown: Flag) -> dict[str, Any]:
     return arguments | {"help": helped}
 
 
+def _from_text(setting: Setting, text: str) -> Any:
+    try:
+        raw = {int: int, float: float}.get(setting.kind, str)(text)
+    except ValueError:
+        raw = text  # which the rules of the type refuse
+    faults = Faults()
+    value = Reader(faults).value(setting, raw, "")
+    if faults.messages:
+        raise argparse.ArgumentTypeError(faults.messages[0])
+    return value
+
+
+def flag_type(annotation: Any) -> Callable[[str], Any]:
+    """The `type` of a flag that is no field: it has the rules of an annotation."""
+    return partial(_from_text, setting_of(annotation))
+
+
 def _default_words(default: Any) -> str:
     if isinstance(default, tuple):
         return " ".join(map(str, default))
-    return repr(default)[1:-1].replace("%", "%%") if isinstance(default, str) else f"{default:,g}"
+    if isinstance(default, str):
+        return repr(default)[1:-1].replace("%", "%%")
+    return f"{default:,}" if isinstance(default, int) else f"{default:,g}"
 
 
 def from_namespace(cls: type[T], options: argparse.Namespace) -> T:

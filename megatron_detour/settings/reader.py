@@ -69,14 +69,14 @@ def read(
     Raises DetourError with all faults, each with its dotted key and the value that stands there.
     """
     faults = Faults(shown)
-    instance = _Reader(faults).build(cls, raw, "")
+    instance = Reader(faults).build(cls, raw, "")
     if check:
         check(instance, faults)
     faults.raise_if_any(origin)
     return instance
 
 
-class _Reader:
+class Reader:
     """Values that break a rule are reported and replaced by others of their type, so that the rest can be checked."""
 
     def __init__(self, faults: Faults) -> None:
@@ -128,9 +128,10 @@ class _Reader:
             return None
         if dataclasses.is_dataclass(setting.kind):
             return self.build(setting.kind, raw, key)
+        faults = len(self.faults.messages)
         try:
             value = self._converted(setting, raw, key)
-            for rule in setting.rules:
+            for rule in setting.rules if len(self.faults.messages) == faults else ():  # else some items are stand-ins
                 if must := rule.fault(value):
                     raise ValueError(must)
             return value

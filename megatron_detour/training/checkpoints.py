@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_detour.checkpoint import huggingface, store
@@ -21,18 +20,16 @@ from megatron_detour.checkpoint.huggingface import Source
 from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.errors import DetourError
 from megatron_detour.files import flush, retry
-from megatron_detour.forecast.storage import CHECKPOINT_BYTES
 from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
 from megatron_detour.plan import Step
-from megatron_detour.run_directory import CHECKPOINTS, METRICS, newest_checkpoint, note, start_hash
+from megatron_detour.run_directory import CHECKPOINTS, METRICS, newest_checkpoint, note, refuse_full_disk, start_hash
 from megatron_detour.training.guards import Guard, is_guard_state
 from megatron_detour.training.run import Run
 
 logger = logging.getLogger(__name__)
 
 RUN_STATE_FORMAT = 3  # covers run_state.json, optimizer.safetensors, and the order of documents and masks
-SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
 
 
 class Checkpoints:
@@ -47,12 +44,6 @@ class Checkpoints:
         self._start_hash: str | None = None
         self.seconds = 0.0  # the last save took, gathering and writing
         self._gathered = TrainingState()
-
-    @property
-    def bytes(self) -> int:
-        """The approximate size of a checkpoint."""
-        sizes = self.run.zero.module.full_sizes().values()
-        return CHECKPOINT_BYTES * sum(torch.Size(size).numel() for size in sizes)
 
     def path(self, step: int) -> Path:
         return store.checkpoint_folder(self.checkpoints, step)
@@ -160,15 +151,10 @@ class Checkpoints:
         """Raise DetourError unless the disk has room for one more checkpoint. Only the first rank checks."""
         if not self.run.parallel.is_first:
             return
-        try:
-            free, needed = shutil.disk_usage(self.run.folder).free, self.bytes + SPARE_BYTES
-        except (FileNotFoundError, NotADirectoryError):
-            raise DetourError(f"{self.run.folder}: the run directory was removed during the run") from None
-        if free < needed:
-            raise DetourError(
-                f"{self.run.folder}: the disk has {free / 1e9:.2f} GB left and a checkpoint takes "
-                f"{needed / 1e9:.2f} GB; free some space and run the same command to resume"
-            )
+        if not self.run.folder.is_dir():
+            raise DetourError(f"{self.run.folder}: the run directory was removed during the run")
+        sizes = self.run.zero.module.full_sizes().values()
+        refuse_full_disk(self.run.folder, self.run.plan, sum(map(math.prod, sizes)))
 
     def _run_state(self, done: Step | None) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron_detour.config import RunConfig
 from megatron_detour.config.deepspeed import is_bf16
-from megatron_detour.errors import DetourError, brief
+from megatron_detour.errors import DetourError
 from megatron_detour.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_detour.parallel.zero import Zero, deepspeed_settings
 from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
@@ -86,22 +86,10 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
         eps=config.optimizer.eps,
         fused=torch.cuda.is_available() or None,
     )
-    validate_settings(settings, config.deepspeed)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=state, dist_init_required=False
     )
     return Zero(engine, state, config.optimizer.clip)
-
-
-def validate_settings(settings: dict[str, Any], file: str) -> None:
-    """Raise DetourError if DeepSpeed rejects a key or value of its file; it raises several types of errors."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    try:
-        DeepSpeedConfig(dict(settings))
-    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
-        cause = brief(error).partition(" For further")[0]
-        raise DetourError(f"{file}: DeepSpeed rejects it: {type(error).__name__}: {cause}") from None
 
 
 def _quiet_deepspeed() -> None:

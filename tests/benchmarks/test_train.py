@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from benchmarks import contenders, train
 from benchmarks.measure import take_turns
-from benchmarks.train import Settings, measure_all, table, write_json
+from benchmarks.train import Measurement, measure_all, table, write_json
 from benchmarks.workload import Workload, make_workload
 from megatron_detour.data.batches import MicroBatch
 from megatron_detour.errors import DetourError
@@ -28,34 +28,12 @@ pytestmark = pytest.mark.integration
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 CPU = torch.device("cpu")
 SDPA = contenders.Peer("sdpa", False, CPU, torch.float32)
-SETTINGS = Settings(
-    size="tiny",
-    layers=None,
-    objective="mlm",
-    mask_rate=0.3,
-    sequence_length=128,
-    micro_sequences=2,
-    tokens=1000,
-    corpus=None,
-    full=False,
-    dtype="fp32",
-    attention="auto",
-    kernels="auto",
-    recompute="none",
-    tensor=1,
-    sequence_parallel=False,
-    against=None,
-    peer_attention="sdpa",
-    peer_compile=False,
-    peer_batch=3,
-    rounds=2,
-    seed=0,
-)
+SETTINGS = Measurement(sequence_length=128, micro_sequences=2, tokens=1000, dtype="fp32", peer_batch=3, rounds=2)
 
 
 @pytest.fixture(autouse=True)
 def tiny_size(monkeypatch):
-    monkeypatch.setitem(train.SIZES, "tiny", TINY)
+    monkeypatch.setitem(train.SIZES, "base", TINY)
 
 
 def workload(objective: str, corpus: str | None = None) -> Workload:
@@ -167,7 +145,7 @@ def test_the_table_and_the_file(tmp_path):
 
 
 def two_ranks() -> int:
-    train.SIZES["tiny"] = TINY
+    train.SIZES["base"] = TINY
     settings = replace(SETTINGS, tensor=2, sequence_parallel=True, rounds=1)
     results = measure_all([settings, replace(settings, objective="clm"), replace(settings, recompute="full")], print)
     return sum(result["contenders"][0]["tokens_per_second"] > 0 for result in results)
@@ -186,8 +164,8 @@ def test_tensor_parallel_ranks_make_several_measurements_together(tmp_path):
         ({"mask_rate": 1.0}, "--mask-rate"),
         ({"tensor": 2, "against": "transformers"}, "--against"),
         ({"seed": -1}, "--seed: must be at least 0, not -1"),
-        ({"peer_attention": "eager"}, "require --against transformers"),
-        ({"sequence_parallel": True}, "--sequence-parallel requires --tensor above 1"),
+        ({"peer_attention": "eager"}, "--peer-attention: requires --against transformers"),
+        ({"sequence_parallel": True}, "--sequence-parallel: requires --tensor above 1"),
         ({"layers": 0}, "--layers: must be above 0, not 0"),
         ({"corpus": "data/notes", "full": True}, "--full"),
         (

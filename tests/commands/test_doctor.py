@@ -15,7 +15,7 @@ import yaml
 
 from megatron_detour.checkpoint.huggingface import Source, write_model
 from megatron_detour.commands import doctor, machine
-from megatron_detour.commands.check_result import FAULT, NOTE, OK, CheckResult
+from megatron_detour.commands.machine import FAULT, NOTE, OK, CheckResult
 from megatron_detour.commands.main import main
 from megatron_detour.errors import DetourError
 from megatron_detour.tokenizer.vocabulary import load_vocabulary

@@ -187,9 +187,9 @@ def test_what_does_not_fit_is_told_what_to_change_first(capsys, monkeypatch, tmp
     ("words", "told"),
     [
         (["plan"], "required: RUN.yaml"),
-        (["plan", "x.yaml", "--gpus", "0"], "--gpus: expected an integer above 0, not '0'"),
-        (["plan", "x.yaml", "--mfu", "35"], "--mfu: expected a fraction between 0 and 1, not 35"),
-        (["plan", "x.yaml", "--rate", "fast"], "--rate: expected a number above 0"),
+        (["plan", "x.yaml", "--gpus", "0"], "--gpus: must be at least 1, not 0"),
+        (["plan", "x.yaml", "--mfu", "35"], "--mfu: must be above 0 and at most 1, not 35.0"),
+        (["plan", "x.yaml", "--rate", "fast"], "--rate: must be a number, not 'fast'"),
         (["plan", "x.yaml", "--rate", "5", "--mfu", "0.3"], "not allowed with"),
         (["plan", "nowhere.yaml"], "nowhere.yaml: no such run file"),
         (["paln"], "invalid choice"),

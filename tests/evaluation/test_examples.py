@@ -26,7 +26,7 @@ OTHER = {"text": "the dose", "label": "drug"}  # a second class
 
 
 def task_of(kind: str, **settings) -> Task:
-    return Task("small", "small", "en", kind, "", (), **settings)
+    return Task("small", "en", kind, **settings)
 
 
 def lines(*records) -> bytes:

@@ -457,18 +457,18 @@ def test_the_command_takes_what_measure_takes(model_folder, taught_folder, texts
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"documents": 0}, "--documents 0"),
-        ({"window_words": -1}, "--window-words -1"),
-        ({"seed": -1}, "--seed -1"),
-        ({"ratio": float("nan")}, "--ratio nan"),
-        ({"mask_rate": 1.0}, "--mask-rate 1.0: give a fraction"),
+        ({"documents": 0}, "--documents: must be above 0, not 0"),
+        ({"window_words": -1}, "--window-words: must be above 0, not -1"),
+        ({"seed": -1}, "--seed: must be at least 0, not -1"),
+        ({"ratio": float("nan")}, "--ratio: must be a finite number, not nan"),
+        ({"mask_rate": 1.0}, "--mask-rate: must be above 0 and below 1, not 1.0"),
         ({"words": Path("w"), "reference": (Path("r"),)}, "omit --reference"),
-        ({"domain": (Path("d"),)}, "--domain requires --reference"),
+        ({"domain": (Path("d"),)}, "--domain: requires --reference"),
     ],
 )
 def test_options_without_a_meaning_are_told(values, message):
     with pytest.raises(DetourError, match=message):
-        IntrinsicOptions(**values)
+        IntrinsicOptions(**values).check()
 
 
 def corpus_faults(folder: Path) -> dict[str, tuple[Path, str]]:

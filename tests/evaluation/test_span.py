@@ -10,8 +10,8 @@ import torch
 from transformers import ModernBertConfig, ModernBertModel
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.task_types.crf import FORBIDDEN, BoundaryCrf, best_spans, legal_moves, path_tags
-from megatron_detour.evaluation.task_types.span_head import LONGEST_SPAN, SpanTagger
+from megatron_detour.evaluation.task_types.span.crf import FORBIDDEN, BoundaryCrf, best_spans, legal_moves, path_tags
+from megatron_detour.evaluation.task_types.span.head import LONGEST_SPAN, SpanTagger
 
 PAD, CLS, SEP = 0, 1, 2
 TYPES = ("Drug", "Illness")

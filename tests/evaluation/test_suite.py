@@ -170,7 +170,7 @@ def _options(words: list[str]):
     ("change", "told"),
     [
         (["epochs=2"], "contains results of protocol"),
-        (["--seeds", "0"], "--seeds: expected an integer from 1 to 1,000, not '0'"),
+        (["--seeds", "0"], "--seeds: must be at least 1 and at most 1,000, not 0"),
         (["--tasks", "hocc"], r"hocc.*did you mean 'hoc'"),
         (["epoch=2"], r"epoch=2: give key=value with a key of the protocol.*did you mean 'epochs'"),
         (["batch=8", "batch=9"], "batch=9: batch is given twice"),

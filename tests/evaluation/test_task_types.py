@@ -1,4 +1,4 @@
-"""Kinds of tasks: a new one is a file and a line, as docs/extending.md says; reading needs no torch."""
+"""Kinds of tasks: a new one is a file, as docs/extending.md says; reading needs no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.evaluation.test_finetune import write_tiny_model
 from tests.harness import ROOT, environment
 
 SECTION = (ROOT / "docs/extending.md").read_text(encoding="utf-8").split("## A task type\n")[1].split("\n## ")[0]
-MODULE, REGISTRATION = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+(MODULE,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 (TASK,) = re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)
 WORDS = ("no pain", "some pain", "a fever", "a fever of 38.5 °C", "une toux sèche")
 
@@ -28,12 +28,7 @@ def extended(tmp_path) -> Path:
         ROOT / "megatron_detour", tmp_path / "megatron_detour", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
-    kinds = tmp_path / "megatron_detour/evaluation/task_types"
-    (kinds / "grade.py").write_text(MODULE, encoding="utf-8")
-    addition, listed = REGISTRATION.strip().split("\n\n")
-    content, changes = re.subn(r"^_KINDS = .*$", listed, (kinds / "__init__.py").read_text(), flags=re.MULTILINE)
-    assert changes == 1 and listed.replace(", Grade)", ")") in (kinds / "__init__.py").read_text()
-    (kinds / "__init__.py").write_text(f"{addition}\n{content}")
+    (tmp_path / "megatron_detour/evaluation/task_types/grade.py").write_text(MODULE, encoding="utf-8")
     return tmp_path
 
 

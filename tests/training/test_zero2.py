@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -162,40 +160,3 @@ def test_copies_stay_bit_equal_over_many_steps(tmp_path):
     norms, *_ = plain_steps(steps)
     for rank_norms, *_ in run_ranks(4, "tests.training.test_zero2:zero2_steps", tmp_path, 2, True, 1, steps):
         assert rank_norms == pytest.approx(norms, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("more", "told"),
-    [
-        ({"zero_optimization": {"stage": 2, "stagee": 2}}, "stagee"),
-        ({"bf16": {"enabled": True, "immediate_grad_update": "x"}}, "immediate_grad_update"),
-        ({"flops_profiler": 3}, "AttributeError"),
-        ({"tensorboard": None}, "tensorboard"),
-    ],
-)
-def test_what_deepspeed_refuses_of_its_file_is_a_sentence(more, told):
-    from megatron_detour.errors import DetourError
-    from megatron_detour.training.engine import validate_settings
-
-    sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    validate_settings(sizes | {"zero_optimization": {"stage": 2}}, "ds.json")
-    with pytest.raises(DetourError, match=rf"ds\.json: DeepSpeed rejects it: .*{told}"):
-        validate_settings(sizes | more, "ds.json")
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ({"zero_optimization": {"stage": 3}}, "stage is 3"),
-        ({"zero_optimization": {"stage": 2}, "train_batch_size": 8}, "remove train_batch_size"),
-        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "fp16"),
-    ],
-)
-def test_deepspeed_configurations_that_do_not_fit_are_refused(tmp_path, content, told):
-    from megatron_detour.config.deepspeed import read_deepspeed_config
-    from megatron_detour.errors import DetourError
-
-    file: Path = tmp_path / "ds.json"
-    file.write_text(json.dumps(content))
-    with pytest.raises(DetourError, match=told):
-        read_deepspeed_config(str(file))

@@ -46,6 +46,7 @@ def measure(
     """
     if not models or not corpora:
         raise DetourError("give at least one model and one corpus")
+    options.check()
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise DetourError(f"{output} is a file; choose another --output")

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.masked_words.positions import (
@@ -20,46 +20,42 @@ from megatron_detour.evaluation.masked_words.positions import (
     windows_of,
 )
 from megatron_detour.files import file_facts
+from megatron_detour.settings import AnyText, Faults, Flag, Range, validate
 
 VERSION = 1  # of the choice of words
 
 
+ABOVE_ZERO, DOMAIN = Range(above=0), Flag("FILE", "domain words")
+
+
 @dataclass(frozen=True)
 class IntrinsicOptions:
-    """Options of the masked-word evaluation. Raises DetourError for an invalid value.
+    """Options of the masked-word evaluation: each field is a flag of megatron-detour evaluate intrinsic."""
 
-    documents: at most, per corpus. windows: at most, per document. words: a file of domain words, one per line; or
-    reference: files of general language, and domain: files of the domain counted with each corpus. ratio: how many
-    times as frequent a domain word is. resamples: of the bootstrap. device: "auto", "cpu", "cuda" or "cuda:N".
-    batch_tokens: positions per forward pass.
-    """
+    documents: Annotated[int, ABOVE_ZERO, "maximum documents per corpus"] = 500
+    windows: Annotated[int, ABOVE_ZERO, "maximum windows per document"] = 4
+    window_words: Annotated[int, ABOVE_ZERO, "words per window"] = 200
+    mask_rate: Annotated[float, Range(above=0, below=1), "fraction of words to mask"] = 0.15
+    seed: Annotated[int, Range(least=0), "seed of documents, windows, masks and bootstrap"] = 0
+    words: Annotated[Path | None, DOMAIN, "domain words, one per line"] = None
+    reference: Annotated[tuple[Path, ...], DOMAIN, "general texts, in which domain words are rarer"] = ()
+    domain: Annotated[tuple[Path, ...], DOMAIN, "further domain texts in which to count words, with --reference"] = ()
+    ratio: Annotated[float, ABOVE_ZERO, Flag(group="domain words"), "minimum frequency ratio"] = 8.0
+    text_key: Annotated[AnyText, "JSON key of the text"] = "text"
+    resamples: Annotated[int, ABOVE_ZERO, "bootstrap resamples"] = 2000
+    device: Annotated[str, "auto, cpu, cuda or cuda:N; bf16 on a GPU"] = "auto"
+    batch_tokens: Annotated[int, ABOVE_ZERO, "positions per forward pass"] = 8192
 
-    documents: int = 500
-    windows: int = 4
-    window_words: int = 200
-    mask_rate: float = 0.15
-    seed: int = 0
-    words: Path | None = None
-    reference: tuple[Path, ...] = ()
-    domain: tuple[Path, ...] = ()
-    ratio: float = 8
-    text_key: str = "text"
-    resamples: int = 2000
-    device: str = "auto"
-    batch_tokens: int = 8192
+    def check(self) -> None:
+        """Raises DetourError for options that are invalid or exclude each other."""
+        validate(self, _check_domain)
 
-    def __post_init__(self) -> None:
-        for name in ("documents", "windows", "window_words", "resamples", "batch_tokens", "ratio"):
-            if not getattr(self, name) > 0:
-                raise DetourError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number above 0")
-        if self.seed < 0:
-            raise DetourError(f"--seed {self.seed}: give 0 or more")
-        if not 0 < self.mask_rate < 1:
-            raise DetourError(f"--mask-rate {self.mask_rate}: give a fraction between 0 and 1, such as 0.15")
-        if self.words and (self.reference or self.domain):
-            raise DetourError("--words already lists the domain words; omit --reference and --domain")
-        if self.domain and not self.reference:
-            raise DetourError("--domain requires --reference")
+
+def _check_domain(options: IntrinsicOptions, faults: Faults) -> None:
+    if options.words and (options.reference or options.domain):
+        faults.add("words", "already lists the domain words; omit --reference and --domain")
+    elif options.domain and not options.reference:
+        faults.add("domain", "requires --reference")
 
 
 class Domain:
@@ -68,7 +64,7 @@ class Domain:
     def __init__(self, options: IntrinsicOptions) -> None:
         self.options = options
         for path in (*options.reference, *options.domain):
-            _check(path)
+            _refuse_missing(path)
         self.listed, self.lines_unused = read_words(options.words) if options.words else (None, 0)
 
     @cached_property
@@ -106,7 +102,7 @@ class Text:
     """A corpus: its name, the settings of its figures, and its windows and domain words, read on first access."""
 
     def __init__(self, name: str, path: Path, options: IntrinsicOptions, domain: Domain) -> None:
-        _check(path)
+        _refuse_missing(path)
         self.name, self.path, self._options, self._domain = name, path, options, domain
         self.settings: dict[str, Any] = {
             "version": VERSION,
@@ -146,7 +142,7 @@ def texts_of(corpora: list[Path], options: IntrinsicOptions, domain: Domain) -> 
     return [Text(label, path, options, domain) for label, path in zip(labels, corpora, strict=True)]
 
 
-def _check(path: Path) -> None:
+def _refuse_missing(path: Path) -> None:
     if not path.is_file():
         raise DetourError(f"{path}: no such file")
 

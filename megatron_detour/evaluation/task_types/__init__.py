@@ -1,14 +1,24 @@
-"""The registry of task types and their metrics. To add a type, add a module here and its class to the list below."""
+"""Task types and their metrics. A `TaskType` with a name of its own, in a module of this package, is registered."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from megatron_detour.evaluation.metrics import Metric
 from megatron_detour.evaluation.task_types.base import TaskType
-from megatron_detour.evaluation.task_types.classification import Classification
-from megatron_detour.evaluation.task_types.multi_label import MultiLabel
-from megatron_detour.evaluation.task_types.multiple_choice import MultipleAnswer, MultipleChoice
-from megatron_detour.evaluation.task_types.similarity import Similarity
-from megatron_detour.evaluation.task_types.token_classification import TokenClassification
 
-_KINDS = (TokenClassification, Classification, MultiLabel, Similarity, MultipleChoice, MultipleAnswer)
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
-TASK_TYPES: dict[str, TaskType] = {kind.name: kind() for kind in _KINDS}
-METRICS: dict[str, Metric] = {metric.name: metric for kind in _KINDS for metric in kind.metrics}
+
+def _types(cls: type[TaskType]) -> dict[str, TaskType]:
+    found: dict[str, TaskType] = {}
+    for sub in cls.__subclasses__():
+        found |= {sub.name: sub()} if "name" in vars(sub) else {}  # another head of a type inherits its name
+        found |= _types(sub)
+    return found
+
+
+TASK_TYPES = dict(sorted(_types(TaskType).items()))
+METRICS: dict[str, Metric] = {metric.name: metric for kind in TASK_TYPES.values() for metric in kind.metrics}

@@ -109,7 +109,7 @@ class SpanClassification(TokenClassification):
         return {key: feature[key] for key in ("input_ids", "attention_mask", "word_starts")} | {"labels": labels}
 
     def build_model(self, load: Callable[..., Any], labels: tuple[str, ...]) -> nn.Module:
-        from megatron_detour.evaluation.task_types.span_head import SpanTagger
+        from megatron_detour.evaluation.task_types.span.head import SpanTagger
 
         return SpanTagger(load("AutoModel"), [tag.removeprefix("B-") for tag in labels if tag.startswith("B-")])
 

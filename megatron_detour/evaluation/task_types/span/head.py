@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.task_types.crf import (
+from megatron_detour.evaluation.task_types.span.crf import (
     BEGIN,
     INSIDE,
     LAST,

@@ -1,0 +1,1 @@
+"""The span head for named entities and its CRF; these import torch."""
