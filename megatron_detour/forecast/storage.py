@@ -1,4 +1,4 @@
-"""How often each corpus is read, and what a run writes to the disk."""
+"""How often a run reads each corpus, and how much it writes to disk."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.plan import Plan
 
-CHECKPOINT_BYTES = 12  # a parameter: the fp32 weight and two moments
+CHECKPOINT_BYTES = 12  # per parameter: the fp32 weight and two moments
 BESIDE = 8 * 10**6  # bytes of a checkpoint's tokenizer and small files
-RECORD = 600  # bytes of a step in metrics.jsonl and in TensorBoard's file
+RECORD = 600  # bytes per step in metrics.jsonl and in TensorBoard's file
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Of one corpus: tokens of the run that come from it, by phase, and tokens that it has (None: not there)."""
+    """The tokens that a run reads from a corpus, by phase, and the tokens of the corpus (None if missing)."""
 
     prefix: str
     read: dict[str, float]
@@ -31,7 +31,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Disk:
-    """`checkpoints` at a time at most, one of them being written; all in bytes."""
+    """Disk usage of a run: sizes in bytes, and the maximum number of `checkpoints`, including the one being written."""
 
     checkpoint: int
     checkpoints: int
@@ -44,17 +44,16 @@ class Disk:
 
 
 def readings(plan: Plan) -> list[Reading]:
-    """Each corpus of the phases, in the order in which they first come."""
+    """Return how each corpus is read, in order of first use."""
     read: dict[str, dict[str, float]] = {}
     for phase in plan.phases:
         whole = sum(corpus.weight for corpus in phase.corpora)
         for corpus in phase.corpora:
-            mine = read.setdefault(corpus.prefix, {})
-            mine[phase.name] = phase.tokens * corpus.weight / whole
-    return [Reading(prefix, by_phase, tokens_of(prefix)) for prefix, by_phase in read.items()]
+            read.setdefault(corpus.prefix, {})[phase.name] = phase.tokens * corpus.weight / whole
+    return [Reading(prefix, by_phase, corpus_tokens(prefix)) for prefix, by_phase in read.items()]
 
 
-def tokens_of(prefix: str) -> int | None:
+def corpus_tokens(prefix: str) -> int | None:
     try:
         return read_manifest(prefix).tokens
     except (DetourError, OSError):
@@ -62,13 +61,13 @@ def tokens_of(prefix: str) -> int | None:
 
 
 def validation_tokens(corpora: tuple[Corpus, ...]) -> int | None:
-    """Tokens of the held-out corpora together, None where one is not there."""
-    found = [tokens_of(corpus.prefix) for corpus in corpora]
-    return None if None in found else sum(found)
+    """Return the tokens of all held-out corpora, or None if one is missing."""
+    tokens = [corpus_tokens(corpus.prefix) for corpus in corpora]
+    return None if None in tokens else sum(tokens)
 
 
 def disk(config: RunConfig, plan: Plan, parameters: int) -> Disk:
-    """What stays: the start of a fresh model, phase boundaries, what passes a multiple of keep_every, the newest."""
+    """Count kept checkpoints: the start of a new model, phase boundaries, multiples of keep_every, the newest."""
     settings, total = config.checkpoint, plan.total_tokens
     kept = len(plan.phases) + (config.model.start is None)
     kept += total // settings.keep_every if settings.keep_every else 0
@@ -78,9 +77,9 @@ def disk(config: RunConfig, plan: Plan, parameters: int) -> Disk:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Free for a folder that may not be there yet."""
-    there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), None)
+    """Return the free bytes on the disk of a folder, which may not exist yet; None if unknown."""
+    existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), None)
     try:
-        return shutil.disk_usage(there).free if there else None
+        return shutil.disk_usage(existing).free if existing else None
     except OSError:
         return None

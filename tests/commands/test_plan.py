@@ -67,7 +67,7 @@ def test_a_gpu_by_almost_its_name(good_run, write_run, capsys, gpu, hint):
     main(["plan", write_run(good_run), "--gpu", gpu])
     out = " ".join(capsys.readouterr().out.split())
     meant = f" (did you mean {hint!r}?)" if hint else ""
-    assert f"time: the peak of {gpu!r} is not known{meant}; give a measured rate" in out
+    assert f"time: the peak of {gpu!r} is unknown{meant}; set a measured rate" in out
 
 
 def test_the_control_is_planned(good_run, write_run, capsys):
@@ -157,9 +157,9 @@ def check_faults(faults: list[str], expected: list[tuple[str, str, str]]) -> Non
         (["phases.decay.learning_rate={peak: 1.0e-3}"], "phases.decay.learning_rate: stays at 0.001"),
         (["phases.decay.objective=clm", "phases.decay.mask_rate=null"], "phases: the last one, decay, trains CLM"),
         (["phases.decay.optimizer_state=reset"], "set learning_rate.warmup"),
-        (["validation.sequences=2000"], "validation.sequences: 2000 x 128 tokens are more than"),
-        (["validation.corpora=[]"], "hold out a share"),
-        (["phases.detour.tokens=200k"], "epochs repeated text teaches less"),
+        (["validation.sequences=2000"], "validation.sequences: 2000 x 128 tokens exceed the"),
+        (["validation.corpora=[]"], "hold out documents with megatron-detour"),
+        (["phases.detour.tokens=200k"], "epochs repeated text is less useful"),
     ],
 )
 def test_warnings_do_not_stop_a_run(good_run, write_run, capsys, overrides, told):

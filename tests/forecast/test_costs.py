@@ -15,7 +15,7 @@ from megatron_detour.config import Corpus, from_dict, load
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.forecast import costs, forecast, headline, render
-from megatron_detour.forecast.costs import Speed, lengths_of
+from megatron_detour.forecast.costs import Speed, sample_lengths
 from megatron_detour.forecast.storage import disk, readings
 from megatron_detour.forecast.warnings import warnings
 from megatron_detour.model.flops import Frozen, training_flops
@@ -113,12 +113,12 @@ def test_frozen_layers_cost_less():
 
 def test_lengths_come_from_all_over_a_corpus(corpus, monkeypatch):
     everything = IndexedCorpus(corpus.prefix).lengths
-    lengths = lengths_of(Corpus(corpus.prefix), 128)
+    lengths = sample_lengths(Corpus(corpus.prefix), 128)
     assert sum(lengths) == everything.sum() and max(lengths) == 128  # the long one is cut
-    assert lengths_of(Corpus("nowhere"), 128) is None
+    assert sample_lengths(Corpus("nowhere"), 128) is None
     monkeypatch.setattr(costs, "SPANS", 3)
     monkeypatch.setattr(costs, "DOCUMENTS", 2)
-    few = lengths_of(Corpus(corpus.prefix), 10**6)
+    few = sample_lengths(Corpus(corpus.prefix), 10**6)
     middle = (len(everything) - 2) // 2
     assert few == tuple(everything[[0, 1, middle, middle + 1, -2, -1]])
 
@@ -126,7 +126,7 @@ def test_lengths_come_from_all_over_a_corpus(corpus, monkeypatch):
 def test_documents_of_a_corpus_are_what_is_counted(corpus):
     _, plan = planned(data={"corpora": [{"prefix": corpus.prefix}], "sequence_length": 128})
     cost = costs.phase_cost(TINY, plan.phases[0], "none", Speed(), 1)
-    lengths = lengths_of(Corpus(corpus.prefix), 128)
+    lengths = sample_lengths(Corpus(corpus.prefix), 128)
     expected = training_flops(TINY, lengths, True, sum(lengths) - len(lengths)) / sum(lengths)
     assert cost.sampled
     assert cost.mean_document == pytest.approx(sum(lengths) / len(lengths))
@@ -146,7 +146,7 @@ def test_epochs_by_weight_and_phase(corpus):
     assert (other.read, other.tokens, other.epochs) == ({"detour": 0.25 * 40 * 8 * 128}, None, None)
     often = dataclasses.replace(mine, tokens=8_000)
     (told,) = [warning for warning in warnings(config, plan, [often, other], None) if "times" in warning]
-    assert "is read 5.1 times" in told and corpus.prefix in told
+    assert "read 5.1 times" in told and corpus.prefix in told
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_frozen_layers_at_the_bottom_keep_nothing():
 def test_a_step_says_when_it_holds_most():
     many = peak_memory(BASE, Setting(BF16), Load(65_536, 65_536, True))
     assert many.moment == "start of the backward pass"
-    assert peak_memory(BASE, Setting(BF16, recompute="full"), Load(2048, 300, False)).moment == "sum of the gradients"
+    assert peak_memory(BASE, Setting(BF16, recompute="full"), Load(2048, 300, False)).moment == "gradient reduction"
     # With a small bucket little is left but the weights of all ranks, gathered for a checkpoint.
     few = peak_memory(LARGE_SHAPE, Setting(Zero2(True, 10**7), recompute="full", data=8), Load(512, 100, False))
     assert (few.moment, few.parts["gathered weights"]) == ("checkpoint", 4 * 395_881_664)
@@ -195,4 +195,4 @@ def test_partitions_are_zero2s(tmp_path, ranks, tensor):
 
 def test_the_shipped_deepspeed_files():
     for name, bf16 in (("zero2_bf16", True), ("zero2_fp32_cpu", False)):
-        assert Zero2.of(read_deepspeed_config(str(ROOT / f"ds_configs/{name}.json"))) == Zero2(bf16)
+        assert Zero2.from_deepspeed(read_deepspeed_config(str(ROOT / f"ds_configs/{name}.json"))) == Zero2(bf16)
