@@ -25,6 +25,7 @@ RUN_FILE, PLAN, DEEPSPEED, METRICS = "run.yaml", "plan.json", "deepspeed.json", 
 ENVIRONMENT, CHECKPOINTS = "environment.json", "checkpoints"
 LEFT_BY_A_KILL = {LOCK, f".{RUN_FILE}.part"}  # before there was a run.yaml
 DEEPSPEED_KEY = "the DeepSpeed file's "
+WITHOUT_EFFECT = "bf16.check_grad_overflow"  # a step is judged by its norm (parallel/zero.py)
 _NOTING = threading.Lock()
 # Those that decide in which precision is computed and summed.
 PRECISION = ("bf16", "fp16", "amp", "torch_autocast", "data_types", "communication_data_type", "fp32_allreduce")
@@ -241,7 +242,7 @@ def _run_before(folder: Path) -> RunConfig:
 
 
 def _spoken_of_deepspeed(content: dict[str, Any]) -> dict[str, Any]:
-    return {f"{DEEPSPEED_KEY}{key}": value for key, value in flatten(content)}
+    return {f"{DEEPSPEED_KEY}{key}": value for key, value in flatten(content) if key != WITHOUT_EFFECT}
 
 
 def _deepspeed_before(folder: Path) -> dict[str, Any] | None:

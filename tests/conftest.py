@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,12 @@ class BuiltCorpus:
     prefix: str
     jsonl: Path
     tokenizer: Path
+
+
+def pytest_configure(config):
+    """Hide GPUs from all tests but those of `-m gpu`, in child processes too."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def sentences(rng: random.Random, count: int) -> str:

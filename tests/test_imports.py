@@ -20,7 +20,7 @@ ALLOWED = {
     "errors": ("text", ""),
     "log": ("text", ""),
     "structured": ("errors", "yaml"),
-    "settings": ("errors", ""),
+    "settings": ("settings errors", ""),
     "model_parts": ("settings", ""),
     "files": ("", ""),
     "counter_rng": ("", "numpy"),

@@ -194,10 +194,6 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
         lambda r: deepspeed(r, {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}),
         r"\S+ fp16 is not supported; use bf16 or fp32",
     ),
-    "bf16 without a check of gradients": (
-        lambda r: deepspeed(r, {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}),
-        r"\S+ set bf16\.check_grad_overflow to true",
-    ),
     "no corpus": (
         lambda r: r["data"].update(corpora=[{"prefix": "nowhere"}]),
         r"data\.corpora: nowhere\.manifest\.json: ",

@@ -267,6 +267,12 @@ def test_another_precision_in_the_same_file_is_another_run(run, config, changes)
         go_on(run, config)
 
 
+def test_a_run_from_when_deepspeed_had_to_look_for_nan_goes_on(run, config):
+    edit(run / "deepspeed.json", bf16={"enabled": True, "check_grad_overflow": True})
+    refuse_another_run(run, config)
+    assert changed_settings(run, config) == []
+
+
 def test_what_else_changes_in_the_deepspeed_file_is_told(run, config):
     edit(config.deepspeed, zero_optimization={"stage": 2, "reduce_bucket_size": 1000})
     assert store.step_of(go_on(run, config)) == END

@@ -8,7 +8,9 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -88,8 +90,30 @@ def gpus() -> Iterator[CheckResult]:
         free, total = torch.cuda.mem_get_info(number)
         text = f"{number}: {torch.cuda.get_device_name(number)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         yield check(free > 0.9 * total, "GPU", text, "another process uses the rest: see nvidia-smi")
-    if driver.exists():
-        yield CheckResult(OK, "driver", driver.read_text(encoding="utf-8").splitlines()[0].strip())
+    yield from (CheckResult(OK, "driver", line) for line in clocks_and_limits())
+    yield from _triton_compiler()
+
+
+def clocks_and_limits() -> list[str]:
+    """Return what nvidia-smi says of each GPU: driver, greatest clocks in MHz, power limit in W; [] without it."""
+    fields = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines()] if done.returncode == 0 else []
+
+
+def _triton_compiler() -> Iterator[CheckResult]:
+    """Check for what Triton compiles its launchers with, at the first use of a kernel."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang", "cc"))), None)
+    remedy = "Triton compiles kernels with it: install gcc, or set CC"
+    yield check(compiler is not None, "C compiler", compiler or "none on the PATH", remedy)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    remedy = "Triton's launchers include it: install the headers of this Python (python3-dev)"
+    yield check(header.exists(), "Python headers", str(header), remedy)
 
 
 def precision(deepspeed: dict[str, Any] | None = None) -> CheckResult:

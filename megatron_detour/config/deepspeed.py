@@ -78,9 +78,12 @@ def check_deepspeed_config(path: str) -> tuple[dict[str, Any] | None, list[str]]
     faults += [f"{path}: remove zero_optimization.{key}: {why}" for key, why in REFUSED.items() if zero.get(key)]
     if raw.get("fp16", {}).get("enabled"):
         faults.append(f"{path}: fp16 is not supported; use bf16 or fp32")
-    if raw.get("bf16", {}).get("enabled") and not raw["bf16"].get("check_grad_overflow"):
-        faults.append(f"{path}: set bf16.check_grad_overflow to true, or NaN gradients are applied")
     return (None if faults else raw), faults
+
+
+def is_bf16(deepspeed_config: dict[str, Any]) -> bool:
+    """Return whether weights and activations are bf16 under this DeepSpeed file; fp32 otherwise."""
+    return bool(deepspeed_config.get("bf16", {}).get("enabled"))
 
 
 def _type_fault(raw: dict[str, Any], key: str, needed: str) -> str | None:

@@ -7,7 +7,7 @@ documents these are, and how each is corrupted, does not depend on the number of
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 
@@ -58,12 +58,15 @@ class MicroBatch:
     labeled: torch.Tensor  # [L], the positions in the micro-batch that have labels
     labels: torch.Tensor  # [L]
 
+    def pin(self) -> MicroBatch:
+        """Return a copy in pinned memory, from which alone copies to a GPU are asynchronous."""
+        return self._map(torch.Tensor.pin_memory)
+
     def to(self, device: torch.device) -> MicroBatch:
-        if device.type == "cpu":
-            return self
-        # From pinned memory, as any other copy blocks.
-        values = (v.pin_memory() if isinstance(v, torch.Tensor) else v for v in self.arguments)
-        return MicroBatch(*(v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in values))
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        return MicroBatch(*(change(v) if isinstance(v, torch.Tensor) else v for v in self.arguments))
 
     @property
     def arguments(self) -> tuple:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.config import RunConfig
+from megatron_detour.config.deepspeed import is_bf16
 from megatron_detour.data.order import balance, rank_micro_batches
 from megatron_detour.errors import nearest
 from megatron_detour.forecast import costs, memory, storage
 from megatron_detour.forecast.costs import PhaseCost, Speed
-from megatron_detour.forecast.memory import Load, Memory, Setting, Zero2
+from megatron_detour.forecast.memory import Load, Memory, Setting
 from megatron_detour.forecast.storage import Disk, Reading
 from megatron_detour.forecast.warnings import warnings
 from megatron_detour.model.flops import Frozen
@@ -105,13 +106,11 @@ def forecast(
     """
     notes: list[str] = []
     checked = checked or preflight(config, plan, ranks)
-    zero = checked.deepspeed and Zero2.from_deepspeed(checked.deepspeed)
-    device = device or ("h100" if zero is None or zero.bf16 else "cpu")
+    bf16 = checked.deepspeed is None or is_bf16(checked.deepspeed)
+    device = device or ("h100" if bf16 else "cpu")
     attempt = _Attempt(notes)
-    setting = zero and attempt("memory", lambda: memory_setting(config, zero, ranks, device))
-    speed = Speed(
-        rate, None if rate else mfu or MFU, peak_flops(device, "bf16" if zero is None or zero.bf16 else "fp32")
-    )
+    setting = checked.deepspeed and attempt("memory", lambda: memory_setting(config, bf16, ranks, device))
+    speed = Speed(rate, None if rate else mfu or MFU, peak_flops(device, "bf16" if bf16 else "fp32"))
     if not speed.known:
         hint = nearest(device, PEAK_NAMES)
         notes.append(f"time: the peak of {device!r} is unknown{hint}; set a measured rate with --rate")
@@ -162,11 +161,11 @@ class _Attempt:
             return None
 
 
-def memory_setting(config: RunConfig, zero: Zero2, ranks: int, device: str) -> Setting:
+def memory_setting(config: RunConfig, bf16: bool, ranks: int, device: str) -> Setting:
     """Return the settings; `auto` means FlashAttention and Triton on a GPU in bf16, else SDPA and plain kernels."""
-    fast = zero.bf16 and device != "cpu"
+    fast = bf16 and device != "cpu"
     return Setting(
-        zero=zero,
+        bf16=bf16,
         tensor=config.parallel.tensor,
         data=max(ranks // config.parallel.tensor, 1),
         sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,

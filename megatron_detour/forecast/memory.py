@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from megatron_detour.model.shape import FULL, Shape
 
@@ -17,33 +16,14 @@ SPARE = 0.10  # of the counted bytes: fragmentation, and what the count misses
 CARDS = (24, 40, 48, 80, 96, 141)  # GB
 CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # of logits, as in parallel/loss.py
 FP32, ADAM = 4, 12  # bytes per element: a value; the fp32 weight and two moments
-REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default
 ALIGNMENT = 2  # elements; a partition starts at a multiple of it
-
-
-@dataclass(frozen=True)
-class Zero2:
-    """The settings of a DeepSpeed file that determine memory."""
-
-    bf16: bool
-    reduce_bucket: int = REDUCE_BUCKET  # elements
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes per weight and per activation."""
-        return 2 if self.bf16 else 4
-
-    @classmethod
-    def from_deepspeed(cls, raw: dict[str, Any]) -> Zero2:
-        bucket = raw["zero_optimization"].get("reduce_bucket_size", REDUCE_BUCKET)
-        return cls(bool(raw.get("bf16", {}).get("enabled")), int(bucket))
 
 
 @dataclass(frozen=True)
 class Setting:
     """The settings of a run that determine memory."""
 
-    zero: Zero2
+    bf16: bool  # weights and activations, else fp32
     tensor: int = 1
     data: int = 1  # data-parallel ranks
     sequence_parallel: bool = False
@@ -51,6 +31,11 @@ class Setting:
     flash: bool = True  # FlashAttention, else SDPA
     fused: bool = True  # Triton kernels, else plain ones
     on_gpu: bool = True
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes per weight and per activation."""
+        return 2 if self.bf16 else 4
 
 
 @dataclass(frozen=True)
@@ -101,34 +86,21 @@ def partition(groups: tuple[int, ...], data_size: int) -> int:
 
 def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:
     """Return the peak memory of a rank during a step."""
-    item, zero = setting.zero.item_bytes, setting.zero
+    item = setting.item_bytes
     elements = parameters(shape, setting.tensor)
     share = partition(elements, setting.data)
     kept = activations(shape, setting, load)
     head = _head(shape, setting, load)
-    stays = {"weights": sum(elements) * item, "optimizer": share * ADAM}
-    gradients = share * FP32  # summed over micro-batches
-    # On a CPU only the used part of the bucket becomes resident.
-    bucket = (zero.reduce_bucket if setting.on_gpu else min(zero.reduce_bucket, sum(elements))) * item
+    # Gradients are summed over micro-batches in full, and over ranks into each rank's part.
+    gradients = (share * setting.data + (share if setting.data > 1 else 0)) * FP32
+    stays = {"weights": sum(elements) * item, "optimizer": share * ADAM, "gradients": gradients}
     moments = {
-        "loss": {"gradients": gradients, "activations": kept, "head and loss": head.kept + head.loss},
-        "start of the backward pass": {
-            "gradients": gradients,
-            "activations": kept,
-            "head and loss": head.kept + head.backward,
-            "ZeRO's bucket": bucket,
-        },
+        "loss": {"activations": kept, "head and loss": head.kept + head.loss},
+        "start of the backward pass": {"activations": kept, "head and loss": head.kept + head.backward},
         "backward pass of a layer": {
-            "gradients": gradients,
             "activations": kept,
             "head and loss": head.gradient,
-            "ZeRO's bucket": bucket,
             "layer workspace": _layer_work(shape, setting, load),
-        },
-        "gradient reduction": {
-            "gradients": gradients,
-            "ZeRO's bucket": bucket,
-            "gradient copies": share * (item + FP32),  # of the rank's part of the bucket
         },
         "checkpoint": {"gathered weights": sum(elements) * FP32 if setting.data > 1 else 0},
     }
@@ -146,7 +118,7 @@ def activations(shape: Shape, setting: Setting, load: Load) -> int:
     ends = E // shared + E + (E // shared if setting.recompute == "selective" else 0)
     tables = 2 * 2 * FP32 * (shape.head_dim // 2)  # cos and sin, global and local
     inputs = 8 * 3  # ids and positions in int64, and the next micro-batch's ids
-    return kept + load.positions * (ends * setting.zero.item_bytes + tables + inputs)
+    return kept + load.positions * (ends * setting.item_bytes + tables + inputs)
 
 
 def _layer_kept(shape: Shape, setting: Setting, load: Load, kind: str, recompute: str) -> int:
@@ -155,7 +127,7 @@ def _layer_kept(shape: Shape, setting: Setting, load: Load, kind: str, recompute
     shared = t if setting.sequence_parallel else 1
     sums, normed = 2 * E / shared, 2 * E / shared
     if recompute == "full":
-        return round(load.positions * sums * setting.zero.item_bytes)
+        return round(load.positions * sums * setting.item_bytes)
     inside = (4 * E + 2 * G) / t  # q, k, v and the output of attention; the output of Wi
     if recompute == "none":
         inside += G / t  # the gated unit's product
@@ -168,13 +140,13 @@ def _layer_kept(shape: Shape, setting: Setting, load: Load, kind: str, recompute
         blocks = 2 if load.causal else 3  # of keys and values for each block of queries, and their mask
         inside += 2 * blocks * E / t + blocks * shape.window
     statistics = (2 if recompute == "none" else 0) * 2 * FP32 + FP32 * shape.heads / t  # norms; log-sum-exps
-    return round(load.positions * ((sums + normed + inside) * setting.zero.item_bytes + statistics))
+    return round(load.positions * ((sums + normed + inside) * setting.item_bytes + statistics))
 
 
 def _layer_work(shape: Shape, setting: Setting, load: Load) -> int:
     """Return the bytes of one layer's backward pass: gradients of the gated unit, and recomputed activations."""
     E, G = shape.hidden, shape.intermediate
-    work = load.positions * (3 * G // setting.tensor + 3 * E) * setting.zero.item_bytes
+    work = load.positions * (3 * G // setting.tensor + 3 * E) * setting.item_bytes
     if setting.recompute == "full":
         work += max(_layer_kept(shape, setting, load, kind, "none") for kind in set(shape.layer_types))
     return work
@@ -192,7 +164,7 @@ class _Head:
 
 
 def _head(shape: Shape, setting: Setting, load: Load) -> _Head:
-    E, item, L = shape.hidden, setting.zero.item_bytes, load.labeled
+    E, item, L = shape.hidden, setting.item_bytes, load.labeled
     rows = math.ceil(shape.vocabulary / setting.tensor)
     chunk = max(min(CHUNK_ELEMENTS["cuda" if setting.on_gpu else "cpu"] // rows, L), 1)
     several = chunk < L

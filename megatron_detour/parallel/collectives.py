@@ -20,7 +20,7 @@ from megatron_detour.parallel.state import ParallelState
 
 # torch 2.13 renamed both and deprecated the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _Copy(torch.autograd.Function):
@@ -114,7 +114,7 @@ def start_reduce_scatter(x: torch.Tensor, state: ParallelState) -> Pending:
     if len(x) % state.tensor_size:
         raise ValueError(f"{len(x)} positions are not divisible by {state.tensor_size} tensor ranks")
     local = x.new_empty(len(x) // state.tensor_size, *x.shape[1:])
-    return Pending(local, _reduce_scatter(local, x.contiguous(), group=state.tensor_group, async_op=True))
+    return Pending(local, reduce_scatter_tensor(local, x.contiguous(), group=state.tensor_group, async_op=True))
 
 
 def start_all_gather(x: torch.Tensor, state: ParallelState) -> Pending:

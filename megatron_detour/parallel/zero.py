@@ -1,15 +1,19 @@
 """DeepSpeed's ZeRO-2, of which this module alone reads private fields; written for DeepSpeed 0.19.8 (setup.py).
 
 ZeRO-2 keeps, for each parameter group, the fp32 weights and AdamW's moments of all its parameters in one flat vector,
-cut into equal parts over the data-parallel ranks. Of DeepSpeedZeroOptimizer (runtime/zero/stage_1_and_2.py) are read:
+cut into equal parts over the data-parallel ranks. Gradients are summed by this project (gradients.py): DeepSpeed would
+round each micro-batch's to bf16 and all-reduce it.
+
+Of DeepSpeedZeroOptimizer (runtime/zero/stage_1_and_2.py) are used:
 
 | field | here |
 |---|---|
 | `optimizer` | the AdamW that it was given, whose groups hold this rank's part of the flat vectors |
 | `round_robin_bit16_groups`, `round_robin_bit16_offsets` | a group's parameters, and where each lies in the vector |
 | `single_partition_of_fp32_groups` | this rank's part of the fp32 weights: the keys of AdamW's state |
-| `averaged_gradients`, `params_in_partition` | this rank's gradients after the last micro-batch, their parameters |
-| `check_grad_overflow`, `has_overflow` | set, to let it throw the gradients of a step away |
+| `_grad_acc_hooks` | its hooks on gradients, removed |
+| `averaged_gradients` | set to this rank's gradients before a step |
+| `check_grad_overflow` | set to False, as the caller decides which steps are skipped |
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron_detour.parallel.shard import spec_of
+from megatron_detour.parallel.gradients import GradientSum
 from megatron_detour.parallel.state import ParallelState
 
 if TYPE_CHECKING:
@@ -30,8 +34,8 @@ if TYPE_CHECKING:
 def deepspeed_settings(content: dict[str, Any]) -> dict[str, Any]:
     """The content of a DeepSpeed file as `Zero` needs it.
 
-    Norm, clipping and the verdict on a step are made there: DeepSpeed would wait for the device five times and more to
-    make them, and twice for its own figure of throughput.
+    Norm, clipping and the decision to skip a step are made there: DeepSpeed would wait for the device five times and
+    more to make them, and twice for its own figure of throughput.
     """
     return content | {
         "gradient_clipping": 0.0,
@@ -48,6 +52,7 @@ class ZeroGroup:
 
     parameters: list[tuple[str, torch.nn.Parameter, int]]  # name, parameter, offset in the group's flat vector
     partition: torch.Tensor  # fp32 [elements / data-parallel ranks]: this rank's part of the flat vector
+    gradient: GradientSum
     options: dict[str, Any]  # AdamW's: lr, weight_decay, frozen, ...
 
 
@@ -55,14 +60,21 @@ class Zero:
     """A model under ZeRO-2 and AdamW: gradients over micro-batches, their norm, and the clipped step."""
 
     def __init__(self, engine: DeepSpeedEngine, parallel: ParallelState, clip: float) -> None:
-        """`clip` is the greatest norm of a gradient."""
+        """`clip` is the maximum norm of a gradient."""
         self.engine, self.parallel, self.clip = engine, parallel, clip
         self._zero = zero = engine.optimizer
-        zero.has_overflow = lambda partition_gradients: True  # asked where check_grad_overflow is set: see `step`
+        zero.check_grad_overflow = False
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self.groups = [
-            ZeroGroup([(names[id(p)], p, offset) for p, offset in zip(parameters, offsets, strict=True)], part, options)
-            for parameters, offsets, part, options in zip(
+            ZeroGroup(
+                [(names[id(p)], p, offset) for p, offset in zip(parameters, offsets, strict=True)],
+                partition,
+                GradientSum(zip(parameters, offsets, strict=True), partition.data, parallel),
+                options,
+            )
+            for parameters, offsets, partition, options in zip(
                 zero.round_robin_bit16_groups,
                 zero.round_robin_bit16_offsets,
                 zero.single_partition_of_fp32_groups,
@@ -88,40 +100,31 @@ class Zero:
         for group in self.groups:
             group.options["lr"] = rate
 
-    def accumulate(self, arguments: tuple, scale: torch.Tensor, is_last: bool) -> Any:
-        """Adds the gradient of `scale` times a micro-batch's loss; returns what the model returned.
-
-        Ranks sum and average when `is_last`, of a step's micro-batches.
-        """
-        self.engine.set_gradient_accumulation_boundary(is_last)
-        out = self.engine(*arguments)
-        self.engine.backward(out.loss * scale.to(out.loss.dtype))
+    def accumulate(self, arguments: tuple, scale: torch.Tensor) -> Any:
+        """Add the gradient of `scale` times a micro-batch's loss to this rank's; return what the model returned."""
+        out = self.module(*arguments)
+        (out.loss * scale.to(out.loss.dtype)).backward()
         return out
 
-    def gradient_norm(self) -> torch.Tensor:
-        """The norm of the whole gradient before clipping, fp32 scalar on the device; the same on every rank."""
-        squares = torch.stack([self._sum_of_squares(number) for number in range(len(self.groups))])
+    def sum_gradients(self) -> torch.Tensor:
+        """Sum the gradients over data-parallel ranks.
+
+        Return the norm of the whole gradient before clipping: an fp32 scalar on the device, the same on every rank.
+        """
+        for group in self.groups:
+            group.gradient.reduce()
+        squares = sum(group.gradient.sum_of_squares() for group in self.groups)
         dist.all_reduce(squares, group=self.parallel.data_group)
         if self.parallel.tensor_size > 1:
             dist.all_reduce(squares, group=self.parallel.tensor_group)
-        return torch.linalg.vector_norm(squares.sqrt())
-
-    def _sum_of_squares(self, number: int) -> torch.Tensor:
-        """Of this rank's part of a group's gradient; what every tensor rank holds whole counts once."""
-        zero, first = self._zero, self.parallel.tensor_rank == 0
-        gradients = [g for g in zero.averaged_gradients[number] if not getattr(g, "_zero_padding", False)]
-        norms = [
-            torch.linalg.vector_norm(gradient, dtype=torch.float64)
-            for gradient, parameter in zip(gradients, zero.params_in_partition[number], strict=False)
-            if first or spec_of(parameter) is not None
-        ]
-        if not norms:
-            return torch.zeros((), dtype=torch.float32, device=self.groups[number].partition.device)
-        return torch.stack(norms).square().sum().float()
+        return squares.sqrt().float()
 
     def step(self, norm: torch.Tensor, skip: bool = False) -> None:
-        """Clips the gradient, whose `norm` is, and updates what is not frozen; `skip` throws the gradient away."""
-        # As DeepSpeed clips: the factor is 1 where the norm is less than `clip`.
-        self._zero.optimizer.gradient_factor = 1.0 / torch.clamp((norm + 1e-6) / self.clip, min=1.0)
-        self._zero.check_grad_overflow = skip
-        self.engine.step()
+        """Clip the gradient, of norm `norm`, and update what is not frozen; with `skip`, discard the gradient."""
+        if not skip:
+            # As DeepSpeed clips: the factor is 1 where the norm is less than `clip`.
+            self._zero.optimizer.gradient_factor = 1.0 / torch.clamp((norm + 1e-6) / self.clip, min=1.0)
+            self._zero.averaged_gradients = {i: [group.gradient.partition] for i, group in enumerate(self.groups)}
+            self._zero.step()
+        for group in self.groups:
+            group.gradient.clear()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_detour.config import RunConfig
+from megatron_detour.config.deepspeed import is_bf16
 from megatron_detour.errors import DetourError, brief
 from megatron_detour.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_detour.parallel.zero import Zero, deepspeed_settings
@@ -23,7 +24,7 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # between the first rank's start and
 
 def training_dtype(deepspeed_config: dict[str, Any]) -> torch.dtype:
     """Return the dtype of weights and activations under this DeepSpeed file."""
-    return torch.bfloat16 if deepspeed_config.get("bf16", {}).get("enabled") else torch.float32
+    return torch.bfloat16 if is_bf16(deepspeed_config) else torch.float32
 
 
 def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
@@ -32,13 +33,13 @@ def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
     port = "29500" if ranks > 1 else "0"  # 0: any free port
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, default)
+    if config.parallel.tensor > 1:
+        # With one queue, a collective starts before the matrix product that it overlaps with. CUDA reads it once.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _quiet_deepspeed()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if config.parallel.tensor > 1:
-        # With one queue, a collective starts before the matrix product that it overlaps with.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

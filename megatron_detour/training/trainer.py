@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +163,14 @@ class Trainer:
         Return the step's metrics, and whether any rank was asked to stop.
         """
         counts = self._sum_over_ranks(batch, Frozen.of(step.phase.settings.freeze))
-        # ZeRO averages gradients over ranks. Undo that, so that the update does not depend on how the labeled
-        # positions are distributed.
-        scale = self.run.parallel.data_size / counts[1].clamp(min=1).double()
+        scale = 1 / counts[1].clamp(min=1).double()
         self.zero.set_learning_rate(step.learning_rate)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.run.device)
         for micro_batch in batch.micro_batches:
             arguments = micro_batch.to(self.run.device).arguments
-            out = self.zero.accumulate(arguments, scale, is_last=micro_batch is batch.micro_batches[-1])
+            out = self.zero.accumulate(arguments, scale)
             loss_sum += out.cross_entropy.double()
-        gradient_norm = self.zero.gradient_norm()
+        gradient_norm = self.zero.sum_gradients()
         (tokens, labeled, padding, crc, flops), loss_sum, norm, stop = self._read(counts, loss_sum, gradient_norm)
         loss = loss_sum / max(labeled, 1)
         verdict = self.guard.judge(loss, norm)
@@ -285,9 +284,12 @@ class Trainer:
 
         def read() -> RankBatch:
             documents = mixture.documents(step.start, step.tokens)
-            return rank_batch(
+            batch = rank_batch(
                 mixture, documents, numbers, total, objective, run.config.seed, parallel.sequence_multiple
             )
+            if run.device.type == "cpu":
+                return batch
+            return replace(batch, micro_batches=[micro_batch.pin() for micro_batch in batch.micro_batches])
 
         return step, retry(read)
 

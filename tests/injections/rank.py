@@ -43,13 +43,13 @@ def no_number_from(step_number: int) -> None:
     honest = Trainer.train_step
 
     def train_step(trainer, step, batch):
-        engine, backward = trainer.zero.engine, trainer.zero.engine.backward
+        accumulate = trainer.zero.accumulate
         if step.number >= step_number:
-            engine.backward = lambda loss: backward(loss * float("nan"))
+            trainer.zero.accumulate = lambda arguments, scale: accumulate(arguments, scale * float("nan"))
         try:
             return honest(trainer, step, batch)
         finally:
-            engine.backward = backward
+            trainer.zero.accumulate = accumulate
 
     Trainer.train_step = train_step
 

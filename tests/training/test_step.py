@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,36 +47,45 @@ def counted_waits():
             setattr(torch.Tensor, name, method)
 
 
-def a_step(loss: float):
-    """On every rank: the waits of a step whose loss is multiplied by `loss`, its figures, and whether weights moved."""
+def a_step(loss: float, file: str = "zero2_fp32_cpu.json"):
+    """On every rank, after an ordinary step: the waits of two steps whose loss is multiplied by `loss`, their figures,
+    and whether weights or moments moved."""
     from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.data.batches import RankBatch
     from megatron_detour.training.engine import create_engine, start_distributed
     from megatron_detour.training.guards import Guard
     from megatron_detour.training.trainer import Trainer
 
-    config = run_config(1)
+    config = replace(run_config(1), deepspeed=f"ds_configs/{file}")
     plan = Plan.of(config)
     state, device = start_distributed(config)
-    zero = create_engine(tiny(state), config, read_deepspeed_config(config.deepspeed), state)
+    deepspeed = read_deepspeed_config(config.deepspeed)
+    zero = create_engine(tiny(state), config, deepspeed, state)
     trainer = object.__new__(Trainer)
     initial, preemption = SimpleNamespace(shape=zero.module.shape), SimpleNamespace(reason=lambda: None)
     trainer.run = SimpleNamespace(
         config=config, plan=plan, parallel=state, device=device, initial=initial, preemption=preemption
     )
     trainer.zero, trainer.guard = zero, Guard(config.guards)
-    backward = zero.engine.backward
-    zero.engine.backward = lambda value: backward(value * loss)
     batches = microbatches(0)[state.data_rank :: state.data_size]
     batch = RankBatch(batches, 50 * len(batches), sum(len(b.labels) for b in batches), 0, 0)
-    before = zero.groups[0].partition.clone()
     step = plan.at(0)
     trainer._enter(step)
+    trainer.train_step(step, batch)
+    before = whole_state(zero)
+    accumulate = zero.accumulate
+    zero.accumulate = lambda arguments, scale: accumulate(arguments, scale * loss)
     with counted_waits() as waits:
         figures, _ = trainer.train_step(step, batch)
         figures_again, _ = trainer.train_step(step, batch)
-    moved = not torch.equal(before, zero.groups[0].partition)
+    moved = [not torch.equal(old, new) for old, new in zip(before, whole_state(zero), strict=True)]
     return dict(waits), [figures, figures_again], moved
+
+
+def whole_state(zero) -> list[torch.Tensor]:
+    """Copies of this rank's fp32 weights, AdamW's moments and its count of steps, and the weights of the model."""
+    adam = [value for group in zero.groups for value in (group.partition, *zero.adam_state(group).values())]
+    return [value.detach().clone() for value in (*adam, *zero.module.parameters())]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -83,13 +93,14 @@ def test_a_step_waits_for_the_device_once(tmp_path, ranks):
     for waits, figures, moved in run_ranks(ranks, "tests.training.test_step:a_step", tmp_path, 1.0):
         # .cpu() of the one tensor; that it then is numpy's costs nothing.
         assert waits == {"cpu in trainer.py": 2, "numpy in trainer.py": 2}  # in two steps
-        assert moved and all(one["grad_norm"] > 0 and "skipped" not in one for one in figures)
+        assert any(moved) and all(one["grad_norm"] > 0 and "skipped" not in one for one in figures)
 
 
-def test_the_very_step_whose_gradient_is_nan_is_left_out(tmp_path):
-    for waits, figures, moved in run_ranks(2, "tests.training.test_step:a_step", tmp_path, float("nan")):
+@pytest.mark.parametrize("file", ["zero2_fp32_cpu.json", "zero2_bf16.json"])
+def test_the_very_step_whose_gradient_is_nan_is_left_out(tmp_path, file):
+    for waits, figures, moved in run_ranks(2, "tests.training.test_step:a_step", tmp_path, float("nan"), file):
         assert waits["cpu in trainer.py"] == 2
-        assert not moved
+        assert not any(moved)
         assert all(one["skipped"].startswith("the gradient norm is") and one["loss"] > 0 for one in figures)
 
 

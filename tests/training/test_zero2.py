@@ -81,10 +81,10 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
 
 def step_of(zero, mine: list[MicroBatch], labeled: int) -> float:
     """A step on this rank's micro-batches of `labeled` positions over all ranks; the norm of the gradient."""
-    scale = torch.tensor(zero.parallel.data_size / labeled)
+    scale = torch.tensor(1 / labeled)
     for batch in mine:
-        zero.accumulate(batch.arguments, scale, is_last=batch is mine[-1])
-    norm = zero.gradient_norm()
+        zero.accumulate(batch.arguments, scale)
+    norm = zero.sum_gradients()
     zero.step(norm)
     return float(norm)
 

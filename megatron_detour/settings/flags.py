@@ -1,0 +1,66 @@
+"""Fields as flags of a command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_detour.settings.fields import Choice, Flag, Setting, settings_of
+from megatron_detour.settings.reader import Faults, read, to_plain
+
+T = TypeVar("T")
+
+
+def flag(key: str) -> str:
+    """The flag of a field, or of what a dotted key begins with."""
+    return "--" + key.partition(".")[0].replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Gives a parser a flag for each field, in groups where the annotations name some."""
+    groups: dict[str | None, Any] = {None: parser}
+    for setting in settings_of(cls):
+        shown = setting.mark(Flag) or Flag()
+        if shown.group not in groups:
+            groups[shown.group] = parser.add_argument_group(shown.group)
+        groups[shown.group].add_argument(flag(setting.name), *shown.aliases, **_argument(setting, shown))
+
+
+def _argument(setting: Setting, shown: Flag) -> dict[str, Any]:
+    helped = setting.help.replace("%", "%%")
+    if setting.kind is bool:
+        return {"action": "store_true", "help": helped}
+    value = setting.items[0] if setting.kind is tuple else setting
+    arguments: dict[str, Any] = {"type": value.kind}
+    if setting.default is MISSING:
+        arguments["required"] = True
+    else:
+        arguments["default"] = setting.default
+        helped += f" ({_default_words(setting.default)})" if setting.default not in (None, (), "") else ""
+    if setting.kind is tuple:
+        arguments["nargs"] = "+"
+    if choice := value.mark(Choice):
+        arguments["choices"] = tuple(choice)
+    elif shown.metavar or value.kind in (int, float, Path):
+        arguments["metavar"] = shown.metavar or {int: "N", float: "X", Path: "FILE"}[value.kind]
+    return arguments | {"help": helped}
+
+
+def _default_words(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
+    return repr(default)[1:-1].replace("%", "%%") if isinstance(default, str) else f"{default:,g}"
+
+
+def from_namespace(cls: type[T], options: argparse.Namespace) -> T:
+    """The instance that parsed flags say; `validate` checks it."""
+    values = {setting.name: getattr(options, setting.name) for setting in settings_of(cls)}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def validate(instance: T, check: Callable[[T, Faults], None] | None = None, shown: Callable[[str], str] = flag) -> None:
+    """Raises DetourError with all faults of an instance that was made of flags, each with its flag."""
+    read(type(instance), to_plain(instance), "", check, shown)
