@@ -142,7 +142,7 @@ def only_the_start_left(folder: Path) -> None:
 )
 def test_a_run_that_has_lost_its_work_is_not_begun_anew_unless_asked_to(run, config, harm):
     harm(run)
-    with pytest.raises(DetourError, match="restart=true to begin anew"):
+    with pytest.raises(DetourError, match="restart=true to start from scratch"):
         go_on(run, config)
     found = go_on(run, again(config, restart=True))
     assert found is None or store.step_of(found) == 0
@@ -235,7 +235,7 @@ def test_other_content_under_another_path_is_another_run(run, config, tmp_path, 
     if key.startswith("data"):
         text = text.replace(read_manifest(there.data.corpora[0].prefix).files["bin"]["sha256"], "0" * 64)
     path.write_text(text if text != path.read_text() else text + " ")
-    with pytest.raises(DetourError, match=f"this folder holds another run: {key} is"):
+    with pytest.raises(DetourError, match=f"belongs to another run: {key} is"):
         go_on(run, there)
 
 
@@ -263,7 +263,7 @@ def edit(path: str, **changes: Any) -> None:
 )
 def test_another_precision_in_the_same_file_is_another_run(run, config, changes):
     edit(config.deepspeed, **changes)
-    with pytest.raises(DetourError, match="this folder holds another run: the DeepSpeed file's "):
+    with pytest.raises(DetourError, match="belongs to another run: the DeepSpeed file's "):
         go_on(run, config)
 
 

@@ -407,7 +407,7 @@ def test_what_cannot_be_run_is_told_in_one_sentence(unbroken, run_file, tmp_path
     texts = write_jsonl(tmp_path / "other.jsonl", [f"quite another text, number {i}" for i in range(500)])
     train_tokenizer([texts], tmp_path / "other", 300)
     assert "another tokenizer" in refused(run_file, new, f"model.tokenizer={tmp_path / 'other'}")
-    assert "does not divide the 1 GPUs" in refused(run_file, new, "parallel.tensor=2")
+    assert "does not divide the number of ranks, 1" in refused(run_file, new, "parallel.tensor=2")
     assert not (tmp_path / "new").exists()
 
 
