@@ -1,7 +1,7 @@
 """All checks of a run that are possible before it starts.
 
-`plan`, `doctor` and the check before the launcher print the faults; training raises them. Ranks check the rest: devices,
-kernels, each other, the checkpoint to resume. This module does not import torch.
+`plan`, `doctor` and the check before the launcher print the faults; training raises them. Ranks check the rest:
+devices, kernels, each other, the checkpoint to resume. This module does not import torch.
 """
 
 from __future__ import annotations

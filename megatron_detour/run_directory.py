@@ -88,7 +88,7 @@ def is_finished(folder: Path, plan: Plan) -> bool:
 
 
 def stand_in(folder: Path, model: Model) -> Model | None:
-    """Return the newest checkpoint as the start model if that or the tokenizer is missing: its configuration is the same."""
+    """Return the newest checkpoint as a substitute for a missing start model or tokenizer."""
     if all(Path(path).exists() for path in (model.start, model.tokenizer) if path):
         return None
     checkpoint = store.latest(folder / CHECKPOINTS)

@@ -3,7 +3,7 @@
     clip: Annotated[float, Range(above=0), "largest gradient norm"] = 1.0
 
 `read` builds an instance from plain mappings (YAML, JSON) and reports all faults at once. `add_arguments`,
-`from_namespace` and `validate` turn the fields into flags of a command. `json_schema` and `markdown_table` describe them.
+`from_namespace` and `validate` make the fields flags of a command. `json_schema` and `markdown_table` describe them.
 A field is an int, float, bool, str, Path, dict, tuple or another such dataclass, and may be optional.
 """
 
