@@ -69,25 +69,25 @@ def preflight(config: RunConfig, plan: Plan, ranks: int | None = None, owns_fold
     ranks: None if not known yet; owns_folder: whether this process checks the run directory, as the first rank does.
     Nothing is downloaded unless model.download allows it.
     """
-    found = check_model(config, plan)
+    model = check_model(config, plan)
     deepspeed, faults = check_deepspeed_config(config.deepspeed)
     faults += _packages(config)
     faults += _ranks(config, ranks) if ranks else []
-    faults += _corpora(config, plan, found.vocabulary)
+    faults += _corpora(config, plan, model.vocabulary)
     if owns_folder and deepspeed:
         faults += _raised(lambda: refuse_another_run(Path(config.folder), config))
-    return replace(found, deepspeed=deepspeed, faults=(*found.faults, *faults))
+    return replace(model, deepspeed=deepspeed, faults=(*model.faults, *faults))
 
 
 def check_model(config: RunConfig, plan: Plan) -> Preflight:
     """Check model and tokenizer, and whether the run file fits them."""
-    found = look(config.model, config.needs_word_boundaries)
-    there = stand_in(Path(config.folder), config.model) if found.faults else None
-    found = look(there, config.needs_word_boundaries) if there else found
-    if found.shape is None:
-        return found
-    fit = [*found.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, found.shape)]
-    return replace(found, faults=(*found.faults, *fit, *_freezing(config, found.shape)))
+    checked = look(config.model, config.needs_word_boundaries)
+    substitute = stand_in(Path(config.folder), config.model) if checked.faults else None
+    checked = look(substitute, config.needs_word_boundaries) if substitute else checked
+    if checked.shape is None:
+        return checked
+    fit = [*checked.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, checked.shape)]
+    return replace(checked, faults=(*checked.faults, *fit, *_freezing(config, checked.shape)))
 
 
 def look(model: Model, whole_words: bool = False) -> Preflight:
@@ -119,7 +119,7 @@ def _stored(model: Model, faults: list[str]) -> tuple[Shape | None, str]:
     here = Source(model.start)  # a plan does not download the weights, as they are large
     if not model.download or any(here.has(name) for name in (WEIGHTS, WEIGHTS_INDEX)):
         try:
-            StoredWeights.of(here).check(weight_sizes(shape), model.start)
+            StoredWeights.from_source(here).check(weight_sizes(shape), model.start)
         except DetourError as fault:
             faults.append(f"model.start: {fault}")
     return shape, ""

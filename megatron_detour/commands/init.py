@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     start = look(dataclasses.replace(model, download=False))
     if start.shape is None or (start.faults and options.model not in PUBLISHED):
         raise DetourError(format_faults(list(start.faults)))
-    texts = Texts.of(options.texts, options.name, None if start.vocabulary is None else options.model)
+    texts = Texts.read(options.texts, options.name, None if start.vocabulary is None else options.model)
     machine = Machine(int(options.gpus), options.gpu, options.gpu_memory)
     chosen = fitting(run_file(options, texts, model, start, machine), start, machine)
     files = {Path(f"{options.name}.yaml"): as_yaml(chosen), Path(f"{options.name}.sbatch"): slurm(options, machine)}
@@ -140,7 +140,7 @@ class Texts:
     flags: tuple[str, ...] = ()  # further flags of preprocess
 
     @classmethod
-    def of(cls, path: str, name: str, tokenizer: str | None) -> Texts:
+    def read(cls, path: str, name: str, tokenizer: str | None) -> Texts:
         """Count the tokens of a corpus, or estimate those of texts from a sample. Raises DetourError."""
         prefix = path.removesuffix(".manifest.json").removesuffix(".bin").removesuffix(".idx")
         if Path(f"{prefix}.manifest.json").exists():

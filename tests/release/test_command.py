@@ -180,5 +180,5 @@ def test_a_repository_is_checked_without_the_network():
     for good in ("hospital/notes-bert", "notes"):
         hub.check_repository(good)
     for bad in ("a b", "a/b/c", "-a", ""):
-        with pytest.raises(DetourError, match="give OWNER/NAME"):
+        with pytest.raises(DetourError, match="use OWNER/NAME"):
             hub.check_repository(bad)
