@@ -119,7 +119,10 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
         lambda r: fresh(r, hiden_size=64),
         r"model\.config\.hiden_size: .* has no such key \(did you mean 'hidden_size'\?\)",
     ),
-    "a wrong size of a shape": (lambda r: fresh(r, hidden_size="a"), r"model\.config: hidden_size is \"a\"; a whole"),
+    "a wrong size of a shape": (
+        lambda r: fresh(r, hidden_size="a"),
+        r"model\.config: hidden_size must be an integer from 1 to .*, not \"a\"",
+    ),
     "what transformers rejects": (lambda r: fresh(r, classifier_pooling="x"), r"model\.config: .*classifier_pooling"),
     "a value of another type": (lambda r: fresh(r, norm_eps=1), r"model\.config: .*norm_eps"),
     "heads of an odd size": (lambda r: fresh(r, hidden_size=33), r"model\.config: hidden_size 33 cannot be split into"),
@@ -141,7 +144,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "no mask token": (
         without_mask,
-        [r"model\.start: \S+: the tokenizer has no \[MASK\] and no \[PAD\]; training and validation need them", OTHER],
+        [r"model\.start: \S+: the tokenizer has no \[MASK\] and no \[PAD\]; training requires them", OTHER],
     ),
     "whole words of a word-level tokenizer": (
         word_level,

@@ -208,7 +208,7 @@ def test_a_run_goes_on_with_its_corpus_elsewhere_and_its_tokenizer_gone(whole, c
     (tmp_path / "a").rename(tmp_path / "b")
     session = started(folder, run_file, Setup(), *read_from("b"))
     assert session.wait() == [0], session.output()[-3000:]
-    assert f"was '{tmp_path / 'a/corpus'}' and is '{tmp_path / 'b/corpus'}'; the same content" in session.output()
+    assert f"was '{tmp_path / 'a/corpus'}' and is '{tmp_path / 'b/corpus'}'; same content" in session.output()
     assert "no longer exists; using" in session.output()
     assert_same_run(folder, whole)
 
