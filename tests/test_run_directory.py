@@ -211,10 +211,10 @@ def moved(config: RunConfig, folder: Path) -> RunConfig:
 def test_a_run_goes_on_with_what_it_reads_under_other_paths(run, config, tmp_path):
     there = moved(config, tmp_path / "scratch")
     assert store.step_of(go_on(run, there)) == END
-    told = changed_settings(run, there)
-    assert len(told) == 4
-    assert all("same content by hash" in line for line in told if "deepspeed" not in line)
-    assert not any("rounding" in line for line in told)
+    changes = changed_settings(run, there)
+    assert len(changes) == 4
+    assert all("same content by hash" in line for line in changes if "deepspeed" not in line)
+    assert not any("rounding" in line for line in changes)
     claim(run, there, Plan.of(there))
     assert store.step_of(go_on(run, there)) == END  # the session after it
 
@@ -276,11 +276,11 @@ def test_a_run_from_when_deepspeed_had_to_look_for_nan_goes_on(run, config):
 def test_what_else_changes_in_the_deepspeed_file_is_told(run, config):
     edit(config.deepspeed, zero_optimization={"stage": 2, "reduce_bucket_size": 1000})
     assert store.step_of(go_on(run, config)) == END
-    told = changed_settings(run, config)
+    changes = changed_settings(run, config)
     assert (
         "changed since the last session: the DeepSpeed file's zero_optimization.reduce_bucket_size was not set and is "
         "1000; rounding may differ"
-    ) in told
+    ) in changes
 
 
 def put(path: Path, content: str | bytes) -> None:

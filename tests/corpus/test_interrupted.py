@@ -225,8 +225,8 @@ def test_a_stopped_build_says_so(tmp_path, texts, tokenizer_folder, sign):
         if process.wait():
             break
     assert process.returncode == 130
-    told = [line for line in process.stderr.read().splitlines() if "stopped" in line]
-    assert told == [f"stopped; finished parts are kept in {folder}/.c.building, run the same command to resume"]
+    stopped = [line for line in process.stderr.read().splitlines() if "stopped" in line]
+    assert stopped == [f"stopped; finished parts are kept in {folder}/.c.building, run the same command to resume"]
 
 
 def test_a_place_without_files_is_told(tmp_path, texts, tokenizer_folder):

@@ -246,7 +246,7 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("languages: [english]", r"languages\.0: must be a language code of ISO 639 .*, not 'english'"),
         ("languages: [xx]", r"languages\.0: must be a language code .*, not 'xx'"),
@@ -261,9 +261,9 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
         ("a: [", "invalid YAML: "),
     ],
 )
-def test_facts_that_cannot_be_read_are_told(tmp_path, content, told):
+def test_facts_that_cannot_be_read_are_told(tmp_path, content, expected):
     (tmp_path / "facts.yaml").write_text(content)
-    with pytest.raises(DetourError, match=rf"^--card-facts .*facts\.yaml: {told}|^--card-facts .*{told}"):
+    with pytest.raises(DetourError, match=rf"^--card-facts .*facts\.yaml: {expected}|^--card-facts .*{expected}"):
         read_card_metadata(str(tmp_path / "facts.yaml"))
     with pytest.raises(DetourError, match=r"no\.yaml: cannot be read: No such file"):
         read_card_metadata(str(tmp_path / "no.yaml"))
@@ -314,10 +314,12 @@ def test_text_that_is_given_stays_text(run, tmp_path):
     assert all(len(row) > 3 for heading in ("Corpora", "Evaluation") for row in table(card, heading))
 
 
-@pytest.mark.parametrize(("domain", "told"), [(None, False), ("legal", False), ("Medical", True), ("clinical", True)])
-def test_only_a_medical_model_is_said_not_to_be_a_medical_device(run, tmp_path, domain, told):
+@pytest.mark.parametrize(
+    ("domain", "expected"), [(None, False), ("legal", False), ("Medical", True), ("clinical", True)]
+)
+def test_only_a_medical_model_is_said_not_to_be_a_medical_device(run, tmp_path, domain, expected):
     card, _ = card_of(run, 6, tmp_path / "model", given=CardMetadata(domain=domain))
-    assert ("not a medical device" in card) == told
+    assert ("not a medical device" in card) == expected
 
 
 def test_filters_duplicates_and_the_held_out_share_are_told(run, corpus, tmp_path):
