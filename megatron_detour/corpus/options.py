@@ -11,7 +11,7 @@ from megatron_detour.corpus.sources import KINDS
 from megatron_detour.errors import DetourError
 from megatron_detour.settings import AnyText, Choice, Faults, Flag, Range, validate
 
-SOURCE, CLEANING, WORK = Flag(group="what is read"), Flag(group="cleaning"), Flag(group="how it is done")
+SOURCE, CLEANING, WORK = Flag(group="input"), Flag(group="cleaning"), Flag(group="build")
 COUNT = Range(least=0)
 
 
@@ -21,38 +21,41 @@ class BuildOptions:
     tokenizer: Annotated[AnyText, "a folder, a tokenizer.json, a SentencePiece model or a hub id"]
     input: Annotated[
         tuple[AnyText, ...],
-        Flag("FILE", "what is read"),
+        Flag("FILE", "input"),
         f"files ({', '.join(KINDS)}), folders, globs, saved datasets",
     ] = ()
     dataset: Annotated[
         AnyText | None, SOURCE, "a dataset of the Hugging Face hub, or a folder that load_dataset opens"
     ] = None
-    dataset_config: Annotated[AnyText | None, SOURCE, "its configuration"] = None
+    dataset_config: Annotated[AnyText | None, SOURCE, "configuration of the dataset"] = None
     split: Annotated[AnyText, SOURCE, "the split of a dataset"] = "train"
     streaming: Annotated[bool, SOURCE, "read the dataset from the network during the build, without a copy"] = False
     text_key: Annotated[tuple[AnyText, ...], SOURCE, "key of the text, a.b for b inside a; several are joined"] = (
         "text",
     )
     text_separator: Annotated[AnyText, SOURCE, "separator between the texts of several keys"] = "\n"
-    whole_files: Annotated[bool, SOURCE, "each .txt file is one document; several such files need this or --lines"] = (
+    whole_files: Annotated[bool, SOURCE, "each .txt file is one document; several .txt files need this or --lines"] = (
         False
     )
     lines: Annotated[bool, SOURCE, "each line of a .txt file is one document"] = False
-    engine: Annotated[str, Choice(("auto", *ENGINES)), WORK, "the tokenizing engine"] = "auto"
+    engine: Annotated[str, Choice(("auto", *ENGINES)), WORK, "tokenization engine"] = "auto"
     workers: Annotated[int, Range(least=1), WORK, "processes"] = 1
     max_rejects: Annotated[int, COUNT, WORK, "skip up to N invalid records, and list them in P.rejects.jsonl"] = 0
     normalize: Annotated[
-        str | None, Choice(("NFC", "NFKC", "NFD", "NFKD")), CLEANING, "Unicode normal form to bring texts to"
+        str | None, Choice(("NFC", "NFKC", "NFD", "NFKD")), CLEANING, "Unicode normalization form, applied first"
     ] = None
-    min_chars: Annotated[int, COUNT, CLEANING, "leave out documents of fewer characters"] = 0
-    max_chars: Annotated[int | None, Range(least=1), CLEANING, "leave out documents of more characters"] = None
+    min_chars: Annotated[int, COUNT, CLEANING, "drop documents with fewer characters"] = 0
+    max_chars: Annotated[int | None, Range(least=1), CLEANING, "drop documents with more characters"] = None
     language: Annotated[
         tuple[AnyText, ...],
         Flag("CODE", "cleaning"),
-        "keep documents in these languages only, as en fr (py3langid)",
+        "keep only documents in these languages, such as en fr (py3langid)",
     ] = ()
     deduplicate: Annotated[
-        str | None, Choice(("exact", "near")), CLEANING, "keep the first of equal, or of similar, documents"
+        str | None,
+        Choice(("exact", "near")),
+        CLEANING,
+        "keep the first of equal (exact) or also of similar (near) documents",
     ] = None
     similarity: Annotated[
         float, Range(above=0, most=1), CLEANING, "minimum fraction of common word 5-grams of similar documents"
