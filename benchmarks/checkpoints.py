@@ -54,7 +54,7 @@ def measure(settings: Settings) -> list[tuple[str, str]]:
     free = shutil.disk_usage(settings.folder).free
     if free < 2.5 * size:
         raise DetourError(
-            f"--folder {settings.folder}: {free / 1e9:.1f} GB are free, but {2.5 * size / 1e9:.1f} GB are required"
+            f"--folder {settings.folder}: {free / 1e9:.1f} GB free, but {2.5 * size / 1e9:.1f} GB are required"
         )
     process, before = psutil.Process(), psutil.Process().memory_info().rss
     rows = [("checkpoint", f"{size / 1e9:.2f} GB"), ("process before", f"{before / 1e9:.2f} GB")]

@@ -1,7 +1,7 @@
-"""Every rule that stops a run and can be known before it starts, each written once.
+"""All checks of a run that are possible before it starts.
 
-`plan`, `doctor` and the check before the launcher print the list; training raises from it. No torch here. What only a
-rank can know stays with the ranks: what devices compute, each other, the checkpoint that is resumed.
+`plan`, `doctor` and the check before the launcher print the faults; training raises them. Ranks check the rest:
+devices, kernels, each other, the checkpoint to resume. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, 
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
-# The defaults of transformers' ModernBertConfig, which are ModernBERT-base's: model.config gives what differs.
+# The defaults of transformers' ModernBertConfig, those of ModernBERT-base; model.config overrides them.
 DEFAULTS = {
     "model_type": "modernbert",
     "vocab_size": 50_368,
@@ -38,7 +38,7 @@ DEFAULTS = {
     "num_attention_heads": 12,
 }
 LARGE = {"hidden_size": 1_024, "intermediate_size": 2_624, "num_hidden_layers": 28, "num_attention_heads": 16}
-PUBLISHED = {  # so that a plan can be made before a model of the recipes is fetched
+PUBLISHED = {  # for plans before a recipe's model is downloaded
     "answerdotai/ModernBERT-base": DEFAULTS,
     "answerdotai/ModernBERT-large": DEFAULTS | LARGE,
     "almanach/moderncamembert-base": DEFAULTS | {"vocab_size": 32_768},
@@ -48,18 +48,18 @@ PUBLISHED = {  # so that a plan can be made before a model of the recipes is fet
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a run starts from, and one sentence per fault. None stands for what could not be read."""
+    """The inputs of a run, None if they could not be read, and one sentence per fault."""
 
-    model: Model | None = None  # the run file's, or where that is gone the checkpoint that stands in for it
+    model: Model | None = None  # the run file's, or a checkpoint that replaces it if it is missing
     shape: Shape | None = None
     vocabulary: Vocabulary | None = None
-    words: Words | None = None  # None also where no phase masks whole words
+    words: Words | None = None  # None also if no phase masks whole words
     deepspeed: dict[str, Any] | None = None  # the content of the DeepSpeed file
     faults: tuple[str, ...] = ()
-    note: str = ""  # where the shape comes from, if not from the model itself
+    note: str = ""  # the origin of the shape, if not the model itself
 
     def refuse(self) -> Preflight:
-        """Returns itself, or raises DetourError with all faults."""
+        """Return self, or raise DetourError with all faults."""
         if self.faults:
             raise DetourError(format_faults(list(self.faults)))
         return self
@@ -68,38 +68,38 @@ class Preflight:
 def preflight(
     config: RunConfig, plan: Plan, ranks: int | None = None, owns_folder: bool = True, gpu: bool | None = None
 ) -> Preflight:
-    """Checks a run file against all that it names.
+    """Check a run file against everything that it names.
 
-    ranks: how many, and gpu: whether they have GPUs, None where that is not known yet; owns_folder: whether this
-    process answers for the run's folder, as the first rank does. Nothing is fetched unless model.download allows it.
+    ranks: None if not known yet; owns_folder: whether this process checks the run directory, as the first rank does;
+    gpu: whether ranks have GPUs, None if not known yet. Nothing is downloaded unless model.download allows it.
     """
-    found = check_model(config, plan)
+    model = check_model(config, plan)
     deepspeed, faults = check_deepspeed_config(config.deepspeed)
     faults += _backends(config, deepspeed, gpu)
     faults += _packages(config)
     faults += _ranks(config, ranks) if ranks else []
-    faults += _corpora(config, plan, found.vocabulary)
+    faults += _corpora(config, plan, model.vocabulary)
     if owns_folder and deepspeed:
         faults += _raised(lambda: refuse_another_run(Path(config.folder), config))
-    if owns_folder and found.shape:
-        parameters = sum(map(math.prod, weight_sizes(found.shape).values()))
+    if owns_folder and model.shape:
+        parameters = sum(map(math.prod, weight_sizes(model.shape).values()))
         faults += _raised(lambda: refuse_full_disk(Path(config.folder), plan, parameters))
-    return replace(found, deepspeed=deepspeed, faults=(*found.faults, *faults))
+    return replace(model, deepspeed=deepspeed, faults=(*model.faults, *faults))
 
 
 def check_model(config: RunConfig, plan: Plan) -> Preflight:
-    """The part about model and tokenizer, and whether the run file fits them."""
-    found = look(config.model, config.needs_word_boundaries)
-    there = stand_in(Path(config.folder), config.model) if found.faults else None
-    found = look(there, config.needs_word_boundaries) if there else found
-    if found.shape is None:
-        return found
-    fit = [*found.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, found.shape)]
-    return replace(found, faults=(*found.faults, *fit, *_freezing(config, found.shape)))
+    """Check model and tokenizer, and whether the run file fits them."""
+    checked = look(config.model, config.needs_word_boundaries)
+    substitute = stand_in(Path(config.folder), config.model) if checked.faults else None
+    checked = look(substitute, config.needs_word_boundaries) if substitute else checked
+    if checked.shape is None:
+        return checked
+    fit = [*checked.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, checked.shape)]
+    return replace(checked, faults=(*checked.faults, *fit, *_freezing(config, checked.shape)))
 
 
 def look(model: Model, whole_words: bool = False) -> Preflight:
-    """Model and tokenizer alone, whatever run they are for. `whole_words`: a phase masks them."""
+    """Check model and tokenizer on their own. `whole_words`: a phase masks whole words."""
     faults: list[str] = []
     vocabulary, words = _vocabulary(model, faults), None
     if vocabulary and whole_words:
@@ -111,7 +111,7 @@ def look(model: Model, whole_words: bool = False) -> Preflight:
     if shape and vocabulary and vocabulary.size > shape.vocabulary:
         faults.append(
             f"model.tokenizer: {model.tokenizer or model.start}: the tokenizer has {vocabulary.size:,} ids, the "
-            f"model's embedding only {shape.vocabulary:,}; give the tokenizer that belongs to the model"
+            f"model's embedding only {shape.vocabulary:,}; use the model's own tokenizer"
         )
     return Preflight(model, shape, vocabulary, words, None, tuple(faults), note)
 
@@ -123,11 +123,11 @@ def _stored(model: Model, faults: list[str]) -> tuple[Shape | None, str]:
     except DetourError as fault:
         faults.append(f"model.start: {fault}")
         known = PUBLISHED.get(model.start)
-        return (Shape.of(known, model.start), "as published; the model is not here") if known else (None, "")
-    here = Source(model.start)  # weights are large: a plan leaves them to the run
+        return (Shape.of(known, model.start), "as published; the model is not available here") if known else (None, "")
+    here = Source(model.start)  # a plan does not download the weights, as they are large
     if not model.download or any(here.has(name) for name in (WEIGHTS, WEIGHTS_INDEX)):
         try:
-            StoredWeights.of(here).check(weight_sizes(shape), model.start)
+            StoredWeights.from_source(here).check(weight_sizes(shape), model.start)
         except DetourError as fault:
             faults.append(f"model.start: {fault}")
     return shape, ""
@@ -139,7 +139,7 @@ def _fresh(model: Model, vocabulary: Vocabulary | None, faults: list[str]) -> Sh
         refuse_unknown_keys(model.config)
         described = DEFAULTS | size | model.config
         if vocabulary and not model.config.keys() <= CHECKED_KEYS:
-            # transformers alone knows what these keys may be; importing it takes seconds, and only such a file pays.
+            # Only transformers can check these keys; importing it takes seconds, so it is avoided otherwise.
             from megatron_detour.checkpoint.huggingface import fresh_config
 
             described = fresh_config(model.config, vocabulary)
@@ -159,7 +159,7 @@ def _vocabulary(model: Model, faults: list[str]) -> Vocabulary | None:
                 "the key to use the model's own"
             )
     except DetourError as fault:
-        if model.tokenizer:  # else it is the model that is missing, which is one fault
+        if model.tokenizer:  # otherwise the model is missing, which is already a fault
             faults.append(f"model.tokenizer: {fault}")
         elif Path(name).is_dir():
             faults.append(f"model.start: {fault}")
@@ -168,9 +168,7 @@ def _vocabulary(model: Model, faults: list[str]) -> Vocabulary | None:
     missing = [f"[{role.upper()}]" for role in needed if getattr(vocabulary, role) is None]
     if missing:
         key = "tokenizer" if model.tokenizer else "start"
-        faults.append(
-            f"model.{key}: {name}: the tokenizer has no {' and no '.join(missing)}; training and validation need them"
-        )
+        faults.append(f"model.{key}: {name}: the tokenizer has no {' and no '.join(missing)}; training requires them")
     return vocabulary
 
 
@@ -188,7 +186,7 @@ def _backends(config: RunConfig, deepspeed: dict[str, Any] | None, gpu: bool | N
 
 
 def _packages(config: RunConfig) -> list[str]:
-    """Libraries that nothing but a setting needs."""
+    """Check the optional packages that a setting requires."""
     wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb is not None}
     return [
         f"{package}: the package {package} is not installed: pip install {package}, or set {package}: {off}"
@@ -201,7 +199,9 @@ def _ranks(config: RunConfig, ranks: int) -> list[str]:
     tensor = config.parallel.tensor
     if ranks % tensor == 0:
         return []
-    return [f"parallel.tensor: {tensor} does not divide the {ranks} GPUs; start a multiple of {tensor}"]
+    return [
+        f"parallel.tensor: {tensor} does not divide the number of ranks, {ranks}; start a multiple of {tensor} ranks"
+    ]
 
 
 def _lengths(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:
@@ -212,7 +212,7 @@ def _lengths(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:
         if phase.settings.sequence_length
     }
     return [
-        f"{key}: {length:,} is more than the model's {shape.max_positions:,} positions; set it to "
+        f"{key}: {length:,} exceeds the model's {shape.max_positions:,} positions; set it to "
         f"{shape.max_positions} or less"
         for key, length in lengths.items()
         if length > shape.max_positions
@@ -220,7 +220,7 @@ def _lengths(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:
 
 
 def _freezing(config: RunConfig, shape: Shape) -> Iterator[str]:
-    """Layers that the model does not have, and phases that would train nothing."""
+    """Yield faults for layers that the model does not have, and for phases that would train nothing."""
     for phase in config.phases:
         for name in phase.freeze:
             if layers_of(name).stop > shape.layers:
@@ -231,15 +231,12 @@ def _freezing(config: RunConfig, shape: Shape) -> Iterator[str]:
         frozen = Frozen.of(phase.freeze)
         ends = frozen.embeddings and frozen.head and "final_norm" in phase.freeze
         if ends and frozen.layers >= set(range(shape.layers)):
-            yield f"phases.{phase.name}.freeze: the whole model is frozen; leave something to train"
+            yield f"phases.{phase.name}.freeze: the whole model is frozen; train some part of it"
 
 
 def _corpora(config: RunConfig, plan: Plan, vocabulary: Vocabulary | None) -> list[str]:
-    """Corpora that are missing, not whole or of another tokenizer; each is named once."""
-    uses = [
-        (f"phases.{phase.name}.corpora" if phase.settings.corpora else "data.corpora", phase.corpora)
-        for phase in plan.phases
-    ]
+    """Return faults for corpora that are missing, damaged or of another tokenizer, one per corpus."""
+    uses = [(_corpora_key(phase), phase.corpora) for phase in plan.phases]
     uses.append(("validation.corpora", config.validation.corpora))
     keys: dict[str, str] = {}
     for key, corpora in uses:
@@ -252,8 +249,13 @@ def _corpora(config: RunConfig, plan: Plan, vocabulary: Vocabulary | None) -> li
     ]
 
 
+def _corpora_key(phase: PlannedPhase) -> str:
+    """Return the key of the run file that sets a phase's corpora."""
+    return f"phases.{phase.name}.corpora" if phase.settings.corpora else "data.corpora"
+
+
 def _raised(check: Callable[[], object]) -> list[str]:
-    """The fault that a check raises, if any."""
+    """Return the fault that a check raises, if any."""
     try:
         check()
     except DetourError as fault:

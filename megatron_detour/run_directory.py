@@ -1,4 +1,4 @@
-"""A run's folder belongs to one run: the one that its run.yaml describes. What lies there is read as from outside."""
+"""A run directory belongs to one run, the one in its run.yaml. Its files are read like any untrusted input."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from megatron_detour.structured import read_json_object, read_yaml
 
 RUN_FILE, PLAN, DEEPSPEED, METRICS = "run.yaml", "plan.json", "deepspeed.json", "metrics.jsonl"
 ENVIRONMENT, CHECKPOINTS = "environment.json", "checkpoints"
-LEFT_BY_A_KILL = {LOCK, f".{RUN_FILE}.part"}  # before there was a run.yaml
-CHECKPOINT_BYTES = 12  # a parameter: the fp32 weight and two moments
+LEFT_BY_A_KILL = {LOCK, f".{RUN_FILE}.part"}  # by a run that was killed before it wrote run.yaml
+CHECKPOINT_BYTES = 12  # per parameter: the fp32 weight and two moments
 SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
 DEEPSPEED_KEY = "the DeepSpeed file's "
 WITHOUT_EFFECT = "bf16.check_grad_overflow"  # a step is judged by its norm (parallel/zero.py)
 _NOTING = threading.Lock()
-# Those that decide in which precision is computed and summed.
+# Keys of the DeepSpeed file that set the precision of computation and sums.
 PRECISION = ("bf16", "fp16", "amp", "torch_autocast", "data_types", "communication_data_type", "fp32_allreduce")
 
 
 def refuse_another_run(folder: Path, config: RunConfig) -> None:
-    """Raises DetourError when the folder holds another run, anything but a run, or one that has lost its work."""
+    """Raise DetourError if the folder contains another run, other files, or a run without its checkpoints."""
     if not (folder / RUN_FILE).exists():
         if folder.exists() and (
             not folder.is_dir() or any(path.name not in LEFT_BY_A_KILL for path in folder.iterdir())
         ):
-            raise DetourError(f"{folder}: holds files but no run; choose another folder=... or empty it")
+            raise DetourError(f"{folder}: contains files but no run; choose another folder=... or empty it")
         return
     if not any((folder / name).exists() for name in (METRICS, CHECKPOINTS, ENVIRONMENT)):
-        return  # it never began
-    _environment(folder)  # what is wrong with it is told now, not when the libraries have loaded
+        return  # the run never started
+    _environment(folder)  # fail now if it is invalid, not after the libraries have loaded
     before = _run_before(folder)
     moved = _moved(folder, before, config)
     there = {key: moved.get((key.rpartition(".")[2], value), value) for key, value in before.trajectory().items()}
@@ -55,30 +55,30 @@ def refuse_another_run(folder: Path, config: RunConfig) -> None:
     for key in [*here, *there]:
         if here.get(key) != there.get(key):
             raise DetourError(
-                f"{folder}: this folder holds another run: {_spoken(key, config)} is {_shown(there, key)} there and "
-                f"{_shown(here, key)} here; give the same settings to resume, choose another folder=... or remove it"
+                f"{folder}: belongs to another run: {_display_key(key, config)} is {_shown(there, key)} there and "
+                f"{_shown(here, key)} here; use the same settings to resume, or choose another folder=..."
             )
     if not store.find_checkpoints(folder / CHECKPOINTS):
-        _refuse_to_begin_anew(folder, config)
+        _refuse_restart(folder, config)
 
 
 def newest_checkpoint(folder: Path, config: RunConfig) -> Path | None:
-    """The newest checkpoint that is whole. Raises DetourError where work would be lost by going on without one."""
+    """Return the newest intact checkpoint. Raises DetourError if starting without one would lose work."""
     checkpoints = folder / CHECKPOINTS
-    found = store.latest(checkpoints)
-    if found is None or store.step_of(found) == 0:
+    newest = store.latest(checkpoints)
+    if newest is None or store.step_of(newest) == 0:
         broken = [path for path in store.find_checkpoints(checkpoints) if store.step_of(path)]
         if broken and not config.restart:
             raise DetourError(
-                f"{checkpoints}: of {len(broken)} checkpoints none after step 0 is whole; bring {broken[-1].name} back "
-                "from a copy, or set restart=true to begin anew in their place"
+                f"{checkpoints}: all {len(broken)} checkpoints after step 0 are damaged; restore {broken[-1].name} "
+                "from a copy, or set restart=true to start from scratch and replace them"
             )
-        _refuse_to_begin_anew(folder, config)
-    return found
+        _refuse_restart(folder, config)
+    return newest
 
 
 def is_finished(folder: Path, plan: Plan) -> bool:
-    """Whether the last session wrote down that it reached the end of `plan`, and the last checkpoint is whole."""
+    """Return whether the last session recorded that it finished `plan`, and the last checkpoint is intact."""
     final = store.checkpoint_folder(folder / CHECKPOINTS, plan.total_steps)
     sessions = _environment(folder)["sessions"]
     if not sessions or sessions[-1].get("ended") != "finished" or not (folder / METRICS).exists():
@@ -91,7 +91,7 @@ def is_finished(folder: Path, plan: Plan) -> bool:
 
 
 def stand_in(folder: Path, model: Model) -> Model | None:
-    """Where the start model or the tokenizer is gone: a checkpoint, which has the same configuration and tokenizer."""
+    """Return the newest checkpoint as a substitute for a missing start model or tokenizer."""
     if all(Path(path).exists() for path in (model.start, model.tokenizer) if path):
         return None
     checkpoint = store.latest(folder / CHECKPOINTS)
@@ -122,27 +122,27 @@ def refuse_full_disk(folder: Path, plan: Plan, parameters: int) -> None:
 
 
 def start_hash(start: str | None) -> str | None:
-    """What a start model is, by its content; None for what is no folder here."""
+    """Return the hash of a start model's configuration and weights, or None if it is not a local folder."""
     folder = Path(start or "")
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if start else []
     return "-".join(file_facts(file)["sha256"] for file in files) if files and files[0].is_file() else None
 
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:
-    """What the run file says otherwise than in the last session, without harm to the trajectory: a line each."""
+    """Return a line for each setting that has changed since the last session and does not affect the trajectory."""
     if not (folder / ENVIRONMENT).exists():
-        return []  # no session has begun
+        return []  # no session has started
     try:
         before = _run_before(folder)
     except (OSError, DetourError):
         return []
     old, now = dict(flatten(before.to_dict())), dict(flatten(config.to_dict()))
     content = read_deepspeed_config(config.deepspeed)
-    old |= _spoken_of_deepspeed(_deepspeed_before(folder) or content)
-    now |= _spoken_of_deepspeed(content)
-    same = dict.fromkeys(_moved(folder, before, config).values(), "; the same content by its hash")
+    old |= _deepspeed_keys(_deepspeed_before(folder) or content)
+    now |= _deepspeed_keys(content)
+    same = dict.fromkeys(_moved(folder, before, config).values(), "; same content by hash")
     return [
-        f"changed since the last session: {_spoken(key, config)} was {_shown(old, key)} and is {_shown(now, key)}"
+        f"changed since the last session: {_display_key(key, config)} was {_shown(old, key)} and is {_shown(now, key)}"
         f"{same.get(now.get(key)) or _remark(key)}"
         for key in dict.fromkeys([*old, *now])
         if old.get(key) != now.get(key) and key != "folder"
@@ -151,24 +151,24 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
 
 def _remark(key: str) -> str:
     if key.startswith("validation.") and key != "validation.every":
-        return "; validation figures before and after do not compare"
+        return "; validation metrics before and after are not comparable"
     return "; rounding may differ" if key.startswith(DEEPSPEED_KEY) else ""
 
 
 def claim(folder: Path, config: RunConfig, plan: Plan) -> None:
-    """Makes the folder this run's, once everything that the run needs is known to be there."""
+    """Write the run's files into the folder, after everything that the run needs has been checked."""
     write_whole(folder / RUN_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     write_whole(folder / DEEPSPEED, json.dumps(read_deepspeed_config(config.deepspeed), indent=1) + "\n")
     write_whole(folder / PLAN, json.dumps(plan.to_dict(), indent=1) + "\n")
 
 
 def add_session(folder: Path, session: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Writes environment.json: the list of sessions, one longer, and the facts of this one."""
+    """Append a session to environment.json and update its facts."""
     _write_environment(folder, {"sessions": [*_environment(folder)["sessions"], session], **facts})
 
 
 def note(folder: Path, **facts: Any) -> None:
-    """Notes of the last session how it ended, which step it saved, and the like. From any thread."""
+    """Record facts about the last session, such as how it ended or the step it saved. Thread-safe."""
     with _NOTING:
         environment = _environment(folder)
         if environment["sessions"]:
@@ -182,11 +182,11 @@ def _environment(folder: Path) -> dict[str, Any]:
         content = read_json_object(path)
         sessions = content.get("sessions")
         if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
-            raise DetourError(f"{path}: has no list of sessions")
+            raise DetourError(f"{path}: no list of sessions")
     except FileNotFoundError:
         return {"sessions": []}
     except DetourError as fault:
-        raise DetourError(f"{fault}; bring the file back, or remove it to go on without the earlier sessions") from None
+        raise DetourError(f"{fault}; restore the file, or remove it to continue without the earlier sessions") from None
     return content
 
 
@@ -194,18 +194,18 @@ def _write_environment(folder: Path, content: dict[str, Any]) -> None:
     write_whole(folder / ENVIRONMENT, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _refuse_to_begin_anew(folder: Path, config: RunConfig) -> None:
-    """Raises DetourError where a checkpoint was saved since the run began, unless the run file wants it so."""
+def _refuse_restart(folder: Path, config: RunConfig) -> None:
+    """Raise DetourError if the run has saved a checkpoint, unless the run file has restart=true."""
     if _has_saved(folder) and not config.restart:
         raise DetourError(
-            f"{folder / CHECKPOINTS}: the run has saved checkpoints, and there are none; bring them back (is their "
-            f"disk mounted?), or set restart=true to begin anew and drop what {METRICS} has"
+            f"{folder / CHECKPOINTS}: the run has saved checkpoints, but there are none; restore them (is their "
+            f"disk mounted?), or set restart=true to start from scratch and discard {METRICS}"
         )
 
 
 def _has_saved(folder: Path) -> bool:
     sessions = _environment(folder)["sessions"]
-    if not sessions:  # written before the first figure: it was removed as well
+    if not sessions:  # environment.json, written before any metric, was removed as well
         path = folder / METRICS
         return path.exists() and any(record["step"] > 0 for record in read_metrics(path))
     begun = max((i for i, session in enumerate(sessions) if session.get("step") == 0), default=0)
@@ -216,7 +216,7 @@ def _has_saved(folder: Path) -> bool:
 
 
 def _moved(folder: Path, there: RunConfig, here: RunConfig) -> dict[tuple[str, Any], str]:
-    """Paths that have changed while what they lead to, by its hash, has not: by the last word of a key and old path."""
+    """Map (last part of the key, old path) to the new path, for paths that changed while the content's hash did not."""
     states = (_state(checkpoint) for checkpoint in reversed(store.find_checkpoints(folder / CHECKPOINTS)))
     newest = next((state for state in states if state), {})
     corpora = newest.get("corpora") if isinstance(newest.get("corpora"), dict) else {}
@@ -231,14 +231,14 @@ def _moved(folder: Path, there: RunConfig, here: RunConfig) -> dict[tuple[str, A
 
 
 def _prefixes(*configs: RunConfig) -> list[tuple[str, str]]:
-    """The corpora of two run files, one by one in the order in which the phases read them."""
+    """Pair the corpora of two run files in the order in which the phases read them."""
     phases = [[phase.corpora or config.data.corpora for phase in config.phases] for config in configs]
     prefixes = [dict.fromkeys(corpus.prefix for corpora in run for corpus in corpora) for run in phases]
-    return list(zip(*prefixes, strict=True)) if len({len(found) for found in prefixes}) == 1 else []
+    return list(zip(*prefixes, strict=True)) if len({len(own) for own in prefixes}) == 1 else []
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
-    """run_state.json and the hash of the tokenizer; nothing where it cannot be read, which resuming tells."""
+    """Return run_state.json and the tokenizer's hash; {} if unreadable, which resuming reports."""
     try:
         facts = read_json_object(checkpoint / store.LISTING).get(TOKENIZER)
         return read_json_object(checkpoint / RUN_STATE) | {TOKENIZER: facts["sha256"] if facts else None}
@@ -259,20 +259,20 @@ def _tokenizer_hash(tokenizer: str) -> str | None:
 
 
 def _run_before(folder: Path) -> RunConfig:
-    """The run file of the last session."""
+    """Return the run file of the last session."""
     path = folder / RUN_FILE
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise DetourError(f"{path}: not a run file; bring it back, or choose another folder=...")
+        raise DetourError(f"{path}: not a run file; restore it, or choose another folder=...")
     return from_dict(content, str(path))
 
 
-def _spoken_of_deepspeed(content: dict[str, Any]) -> dict[str, Any]:
+def _deepspeed_keys(content: dict[str, Any]) -> dict[str, Any]:
     return {f"{DEEPSPEED_KEY}{key}": value for key, value in flatten(content) if key != WITHOUT_EFFECT}
 
 
 def _deepspeed_before(folder: Path) -> dict[str, Any] | None:
-    """The content of the DeepSpeed file in the last session."""
+    """Return the DeepSpeed file of the last session."""
     try:
         return read_json_object(folder / DEEPSPEED)
     except FileNotFoundError:
@@ -282,7 +282,7 @@ def _deepspeed_before(folder: Path) -> dict[str, Any] | None:
 def _precision(deepspeed: dict[str, Any]) -> dict[str, Any]:
     chosen = {key: deepspeed[key] for key in PRECISION if key in deepspeed}
     on = {key: value for key, value in chosen.items() if not isinstance(value, dict) or value.get("enabled", True)}
-    return _spoken_of_deepspeed(on)
+    return _deepspeed_keys(on)
 
 
 def _shown(settings: dict[str, Any], key: str) -> str:
@@ -290,8 +290,8 @@ def _shown(settings: dict[str, Any], key: str) -> str:
     return "not set" if value is None else repr(value)
 
 
-def _spoken(key: str, config: RunConfig) -> str:
-    """phases.1.tokens as users write it: phases.decay.tokens."""
+def _display_key(key: str, config: RunConfig) -> str:
+    """Return a key as users write it: phases.decay.tokens for phases.1.tokens."""
     first, _, rest = key.partition(".")
     number, _, last = rest.partition(".")
     if first == "phases" and int(number) < len(config.phases):

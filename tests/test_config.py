@@ -639,8 +639,8 @@ def test_a_wrong_value_is_a_sentence_or_a_plan(key, tmp_path):
         except DetourError as error:
             assert "\ud800" not in str(error)
             continue
-        told = forecast(config, Plan.of(config), config.parallel.tensor)
-        assert [note for note in told.notes if "unknown:" in note] == [], (key, value)
+        result = forecast(config, Plan.of(config), config.parallel.tensor)
+        assert [note for note in result.notes if "unknown:" in note] == [], (key, value)
 
 
 @pytest.mark.parametrize("depth", [100, 2_000])

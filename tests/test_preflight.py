@@ -120,10 +120,13 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
         lambda r: fresh(r, hiden_size=64),
         r"model\.config\.hiden_size: .* has no such key \(did you mean 'hidden_size'\?\)",
     ),
-    "a wrong size of a shape": (lambda r: fresh(r, hidden_size="a"), r"model\.config: hidden_size is \"a\"; a whole"),
+    "a wrong size of a shape": (
+        lambda r: fresh(r, hidden_size="a"),
+        r"model\.config: hidden_size must be an integer from 1 to .*, not \"a\"",
+    ),
     "what transformers rejects": (lambda r: fresh(r, classifier_pooling="x"), r"model\.config: .*classifier_pooling"),
     "a value of another type": (lambda r: fresh(r, norm_eps=1), r"model\.config: .*norm_eps"),
-    "heads of an odd size": (lambda r: fresh(r, hidden_size=33), r"model\.config: hidden_size 33 does not divide into"),
+    "heads of an odd size": (lambda r: fresh(r, hidden_size=33), r"model\.config: hidden_size 33 cannot be split into"),
     "too small an embedding": (
         lambda r: fresh(r, vocab_size=100),
         r"model\.tokenizer: .* has 400 ids, the model's emb",
@@ -142,7 +145,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "no mask token": (
         without_mask,
-        [r"model\.start: \S+: the tokenizer has no \[MASK\] and no \[PAD\]; training and validation need them", OTHER],
+        [r"model\.start: \S+: the tokenizer has no \[MASK\] and no \[PAD\]; training requires them", OTHER],
     ),
     "whole words of a word-level tokenizer": (
         word_level,
@@ -154,27 +157,27 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "longer than the positions": (
         lambda r: r["data"].update(sequence_length=512),
-        r"data\.sequence_length: 512 is more than the model's 256 positions; set it to 256 or less",
+        r"data\.sequence_length: 512 exceeds the model's 256 positions; set it to 256 or less",
     ),
     "a phase longer than the positions": (
         of_phase(1, sequence_length=512),
-        r"phases\.decay\.sequence_length: 512 is more than the model's 256 positions",
+        r"phases\.decay\.sequence_length: 512 exceeds the model's 256 positions",
     ),
     "frozen layers that are not there": (
         of_phase(0, freeze=["layers.3-9"]),
         r"phases\.detour\.freeze: 'layers\.3-9': the model has 5 layers, 0 to 4",
     ),
-    "nothing left to train": (of_phase(0, freeze=ALL), r"phases\.detour\.freeze: the whole model is frozen; leave"),
+    "nothing left to train": (of_phase(0, freeze=ALL), r"phases\.detour\.freeze: the whole model is frozen; train"),
     "heads that do not divide": (
         lambda r: (fresh(r, intermediate_size=50, num_attention_heads=4), r.update(parallel={"tensor": 4})),
-        r"parallel\.tensor: 4 does not divide the model's intermediate size, 50; 1, 2 fit this model",
+        r"parallel\.tensor: 4 does not divide the model's intermediate size, 50; possible: 1, 2",
     ),
     "a vocabulary that is too small": (
         lambda r: (
             fresh(r, hidden_size=64, intermediate_size=64, num_attention_heads=32),
             r.update(parallel={"tensor": 32}),
         ),
-        r"parallel\.tensor: 32 is too much for a vocabulary of 400; set 1",
+        r"parallel\.tensor: 32 is too large for a vocabulary of 400; set 1",
     ),
     "no DeepSpeed file": (lambda r: r.update(deepspeed="no.json"), r"deepspeed: no\.json: no such file"),
     "a DeepSpeed file that is no JSON": (lambda r: deepspeed(r, "no JSON"), r"deepspeed: \S+"),
@@ -248,7 +251,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
         lambda r: write_over(f"{copied(r)}.bin", 0, b"\7\0\7\0"),
         r"data\.corpora: \S+\.bin: does not match the manifest",
     ),
-    "a folder of something else": (another_run, r"\S+/run: holds files but no run; choose another folder"),
+    "a folder of something else": (another_run, r"\S+/run: contains files but no run; choose another folder"),
 }
 
 
@@ -319,7 +322,7 @@ def test_ranks_have_to_fill_tensor_parallel_groups(good_run, write_run, capsys, 
     path = write_run(good_run | {"parallel": {"tensor": 2}})
     assert main(["plan", path, "--gpus", "3", "--json"]) == 1
     (fault,) = json.loads(capsys.readouterr().out)["faults"]
-    assert fault == "parallel.tensor: 2 does not divide the 3 GPUs; start a multiple of 2"
+    assert fault == "parallel.tensor: 2 does not divide the number of ranks, 3; start a multiple of 2 ranks"
     config = load(path)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(DetourError) as refusal:

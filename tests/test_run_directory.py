@@ -142,7 +142,7 @@ def only_the_start_left(folder: Path) -> None:
 )
 def test_a_run_that_has_lost_its_work_is_not_begun_anew_unless_asked_to(run, config, harm):
     harm(run)
-    with pytest.raises(DetourError, match="restart=true to begin anew"):
+    with pytest.raises(DetourError, match="restart=true to start from scratch"):
         go_on(run, config)
     found = go_on(run, again(config, restart=True))
     assert found is None or store.step_of(found) == 0
@@ -211,10 +211,10 @@ def moved(config: RunConfig, folder: Path) -> RunConfig:
 def test_a_run_goes_on_with_what_it_reads_under_other_paths(run, config, tmp_path):
     there = moved(config, tmp_path / "scratch")
     assert store.step_of(go_on(run, there)) == END
-    told = changed_settings(run, there)
-    assert len(told) == 4
-    assert all("the same content by its hash" in line for line in told if "deepspeed" not in line)
-    assert not any("rounding" in line for line in told)
+    changes = changed_settings(run, there)
+    assert len(changes) == 4
+    assert all("same content by hash" in line for line in changes if "deepspeed" not in line)
+    assert not any("rounding" in line for line in changes)
     claim(run, there, Plan.of(there))
     assert store.step_of(go_on(run, there)) == END  # the session after it
 
@@ -235,7 +235,7 @@ def test_other_content_under_another_path_is_another_run(run, config, tmp_path, 
     if key.startswith("data"):
         text = text.replace(read_manifest(there.data.corpora[0].prefix).files["bin"]["sha256"], "0" * 64)
     path.write_text(text if text != path.read_text() else text + " ")
-    with pytest.raises(DetourError, match=f"this folder holds another run: {key} is"):
+    with pytest.raises(DetourError, match=f"belongs to another run: {key} is"):
         go_on(run, there)
 
 
@@ -263,7 +263,7 @@ def edit(path: str, **changes: Any) -> None:
 )
 def test_another_precision_in_the_same_file_is_another_run(run, config, changes):
     edit(config.deepspeed, **changes)
-    with pytest.raises(DetourError, match="this folder holds another run: the DeepSpeed file's "):
+    with pytest.raises(DetourError, match="belongs to another run: the DeepSpeed file's "):
         go_on(run, config)
 
 
@@ -276,11 +276,11 @@ def test_a_run_from_when_deepspeed_had_to_look_for_nan_goes_on(run, config):
 def test_what_else_changes_in_the_deepspeed_file_is_told(run, config):
     edit(config.deepspeed, zero_optimization={"stage": 2, "reduce_bucket_size": 1000})
     assert store.step_of(go_on(run, config)) == END
-    told = changed_settings(run, config)
+    changes = changed_settings(run, config)
     assert (
         "changed since the last session: the DeepSpeed file's zero_optimization.reduce_bucket_size was not set and is "
         "1000; rounding may differ"
-    ) in told
+    ) in changes
 
 
 def put(path: Path, content: str | bytes) -> None:
@@ -297,7 +297,7 @@ def test_an_environment_that_is_none_is_told_in_a_sentence(run, config, content)
         lambda: refuse_another_run(run, config),
     ]
     for use in uses:
-        with pytest.raises(DetourError, match=r"environment\.json: .*; bring the file back, or remove it"):
+        with pytest.raises(DetourError, match=r"environment\.json: .*; restore the file, or remove it"):
             use()
     assert (run / "environment.json").read_bytes() == (content if isinstance(content, bytes) else content.encode())
 

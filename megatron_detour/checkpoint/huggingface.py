@@ -51,7 +51,7 @@ class Weights:
         self._stack = ExitStack()
 
     def __enter__(self) -> Weights:
-        self._stored = StoredWeights.of(self.source)
+        self._stored = StoredWeights.from_source(self.source)
         self._files: dict[Path, Any] = {}
         for path, _ in self._stored.where.values():
             if path not in self._files:

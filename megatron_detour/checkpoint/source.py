@@ -77,12 +77,14 @@ class StoredWeights:
     sizes: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, source: Source) -> StoredWeights:
+    def from_source(cls, source: Source) -> StoredWeights:
         """Read the headers; strip a wrapper's prefix that all names share. Raise DetourError on unreadable files."""
-        found = [(name, path, size) for path in source.weight_files() for name, size in _header(path).items()]
-        prefixes = {match[0] if (match := WRAPPED.match(name)) else "" for name, *_ in found}
+        weights = [(name, path, size) for path in source.weight_files() for name, size in _header(path).items()]
+        prefixes = {match[0] if (match := WRAPPED.match(name)) else "" for name, *_ in weights}
         cut = len(prefixes.pop()) if len(prefixes) == 1 else 0
-        return cls({name[cut:]: (path, name) for name, path, _ in found}, {name[cut:]: size for name, _, size in found})
+        return cls(
+            {name[cut:]: (path, name) for name, path, _ in weights}, {name[cut:]: size for name, _, size in weights}
+        )
 
     def check(self, sizes: dict[str, tuple[int, ...]], origin: str) -> None:
         """Raise DetourError unless every parameter exists with its size."""

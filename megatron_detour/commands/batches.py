@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
         raise DetourError(f"--steps: {options.steps.stop - 1:,} is past the run's last step, {plan.total_steps:,}")
     if not options.steps.start:
         print("step 0 is the state before training: it reads no text")
-    source = Source.of(config, plan)
+    source = Source.from_config(config, plan)
     written = zipfile.ZipFile(options.output, "x") if options.output else None
     for number in options.steps:
         if number:
@@ -130,7 +130,7 @@ class Source:
     seed: int
 
     @classmethod
-    def of(cls, config: RunConfig, plan: Plan) -> Source:
+    def from_config(cls, config: RunConfig, plan: Plan) -> Source:
         """Raises DetourError if the tokenizer or a corpus does not exist."""
         start = look(config.model, config.needs_word_boundaries)
         if start.vocabulary is None or (config.needs_word_boundaries and start.words is None):
@@ -140,7 +140,7 @@ class Source:
         return cls(data, start.words, load_tokenizer(file), config.seed)
 
     def read(self, step: Step) -> StepBatch:
-        mixture = self.data.of(step.phase)
+        mixture = self.data.mixture(step.phase)
         objective = step.objective.bind(mixture.vocabulary, self.words)
         documents = mixture.documents(step.start, step.tokens)
         corrupted = objective.apply(mixture.tokens(documents), documents.lengths, self.seed, documents.numbers)

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("run", "fine-tune and score models (the default)", add_run_arguments),
         ("report", "rewrite tables and plots from the results", add_report_arguments),
         ("tasks", "list the defined tasks and groups", lambda parser: None),
-        ("intrinsic", "measure how well models restore masked words of texts, without labels", add_intrinsic_arguments),
+        ("intrinsic", "measure how well models predict masked words of texts, without labels", add_intrinsic_arguments),
     ):
         add(subcommands.add_parser(name, help=what, description=what))
 

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     start = look(dataclasses.replace(model, download=False))
     if start.shape is None or (start.faults and options.model not in PUBLISHED):
         raise DetourError(format_faults(list(start.faults)))
-    texts = Texts.of(options.texts, options.name, None if start.vocabulary is None else options.model)
+    texts = Texts.read(options.texts, options.name, None if start.vocabulary is None else options.model)
     machine = Machine(int(options.gpus), options.gpu, options.gpu_memory)
     chosen = fitting(run_file(options, texts, model, start, machine), start, machine)
     files = {Path(f"{options.name}.yaml"): as_yaml(chosen), Path(f"{options.name}.sbatch"): slurm(options, machine)}

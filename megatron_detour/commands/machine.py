@@ -153,8 +153,8 @@ def _cpu_flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return set()
-    found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
-    return set(next(found, []))
+    flags = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return set(next(flags, []))
 
 
 def compute(

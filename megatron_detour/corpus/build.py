@@ -138,9 +138,7 @@ def plan_build(options: BuildOptions) -> Plan:
     shards, unsupported = _find(options, first=True)
     one_thread()
     engine = choose_engine(options.engine, tokenizer_file, list(_sample(shards, options)))
-    under = json.dumps(
-        [BUILD_FORMAT, options.that_shape_the_corpus(), vocabulary.sha256, engine.name, _versions(engine, options)]
-    )
+    under = json.dumps([BUILD_FORMAT, options.shaping(), vocabulary.sha256, engine.name, _versions(engine, options)])
     special = sum(map(len, special_ids_around(load_tokenizer(tokenizer_file))))
     job = Job(options, engine.name, str(tokenizer_file), token_type(vocabulary.size).str, special, vocabulary.unk)
     return Plan(shards, plan_parts(shards, under), unsupported, under, vocabulary, engine, job)
@@ -221,7 +219,7 @@ def _manifest_fields(plan: Plan, options: BuildOptions) -> dict[str, Any]:
         "options": {
             "input": list(map(printable, options.input)),
             "dataset": options.dataset,
-            **options.that_shape_the_corpus(),
+            **options.shaping(),
         },
         "versions": _versions(plan.engine, options),
         "plan": plan.key,

@@ -32,18 +32,18 @@ class PhaseData:
         seeds = {prefix: number for number, prefix in enumerate(prefixes)}
         read: dict[str, int] = {}  # tokens of each corpus before the span
         self.spans: list[DataSpan] = []
-        self._of_phase: dict[str, DataSpan] = {}
+        self._span_by_phase: dict[str, DataSpan] = {}
         for phases in _spans_of_equal_data(plan.phases):
             first = phases[0]
             offset = StreamOffset(first.start, dict(read), seeds)
             mixture = DocumentMixture(first.corpora, first.sequence_length, order_seed, vocabulary, offset)
             span = DataSpan(first.corpora, mixture)
             self.spans.append(span)
-            self._of_phase |= {phase.name: span for phase in phases}
+            self._span_by_phase |= {phase.name: span for phase in phases}
             read |= mixture.read_before(phases[-1].end)
 
-    def of(self, phase: PlannedPhase) -> DocumentMixture:
-        return self._of_phase[phase.name].mixture
+    def mixture(self, phase: PlannedPhase) -> DocumentMixture:
+        return self._span_by_phase[phase.name].mixture
 
     def manifests(self) -> dict[str, Manifest]:
         """Return the manifest of every corpus that the run reads, by prefix."""

@@ -50,7 +50,7 @@ class Cell(NamedTuple):
     shuffled: bool = False
 
     @classmethod
-    def of(cls, result: Result) -> Cell:
+    def from_result(cls, result: Result) -> Cell:
         return cls(result["model"], result["task"], result["seed"], result["shuffled"])
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ def read_results(output: Path) -> dict[Cell, Result]:
             raise DetourError(
                 f"{path}, line {number}: invalid model or task name {names[0]!r} or {names[1]!r}; remove the line"
             )
-        results[Cell.of(result)] = result
+        results[Cell.from_result(result)] = result
     return results
 
 
@@ -95,7 +95,7 @@ def predictions_path(output: Path, cell: Cell) -> Path:
 
 def add_result(output: Path, result: Result, predictions: dict[str, Any]) -> None:
     """Write the predictions, then the line, so that every line has its predictions. Safe with concurrent writers."""
-    path = predictions_path(output, Cell.of(result))
+    path = predictions_path(output, Cell.from_result(result))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(predictions, ensure_ascii=False))
     descriptor = os.open(output / RESULTS, os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,4 +1,4 @@
-"""FLOPs of each phase, and its time at a rate: a measured one, or a share of a GPU's peak."""
+"""FLOPs of each phase, and its time at a measured rate or at an assumed MFU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_detour.plan import PlannedPhase
 
 SPANS, DOCUMENTS = 40, 250  # sampled per corpus: spans of consecutive documents, evenly spaced
 MOST_DOCUMENTS = 100_000  # sampled per step
-SESSION_SECONDS = 24 * 3600  # where the run file has no time_limit
+SESSION_SECONDS = 24 * 3600  # without a time_limit in the run file
 
 
 @dataclass(frozen=True)
@@ -37,43 +37,43 @@ class Speed:
 class PhaseCost:
     name: str
     tokens: int
-    flops: int  # that the method needs: without what is computed again
-    seconds: float | None  # None: the speed is not known
-    sampled: bool  # whether the documents are the corpora's, or else as long as the sequences
-    mean_document: float  # tokens, as the model sees them: cut at the sequence length
-    lengths: tuple[int, ...]  # of documents, mixed as the corpora are: about one step's
+    flops: int  # required by the model: without recomputation
+    seconds: float | None  # None if the speed is unknown
+    sampled: bool  # whether lengths were sampled from the corpora; otherwise documents are as long as the sequences
+    mean_document: float  # mean tokens of documents, cut at the sequence length
+    lengths: tuple[int, ...]  # of documents of about one step, mixed by the corpora's weights
 
 
 def phase_cost(shape: Shape, phase: PlannedPhase, recompute: str, speed: Speed, gpus: int) -> PhaseCost:
-    """The cost of a phase, over all GPUs."""
-    samples = [lengths_of(corpus, phase.sequence_length) for corpus in phase.corpora]
+    """Return the cost of a phase, over all GPUs."""
+    samples = [sample_lengths(corpus, phase.sequence_length) for corpus in phase.corpora]
     sampled = all(lengths is not None for lengths in samples)
     if not sampled:
         samples = [(phase.sequence_length,)] * len(phase.corpora)
     weights = [corpus.weight / sum(c.weight for c in phase.corpora) for corpus in phase.corpora]
     pairs = list(zip(weights, samples, strict=True))
-    flops_per_token = sum(weight * _flops_of(shape, phase, lengths) / sum(lengths) for weight, lengths in pairs)
+    flops_per_token = sum(weight * _flops(shape, phase, lengths) / sum(lengths) for weight, lengths in pairs)
     documents = sum(weight * len(lengths) / sum(lengths) for weight, lengths in pairs)
     flops = round(flops_per_token * phase.tokens)
-    again = 4 / 3 if recompute == "full" else 1.0  # the forward pass once more
+    recomputation = 4 / 3 if recompute == "full" else 1.0  # a second forward pass
     seconds = None
     if speed.tokens_per_second:
         seconds = phase.tokens / (speed.tokens_per_second * gpus)
     elif speed.known:
-        seconds = flops * again / (speed.peak * speed.mfu * gpus)
+        seconds = flops * recomputation / (speed.peak * speed.mfu * gpus)
     step = phase.sequences * phase.sequence_length
-    step_lengths = tuple(length for weight, lengths in pairs for length in _filling(round(weight * step), lengths))
+    step_lengths = tuple(length for weight, lengths in pairs for length in _sample(round(weight * step), lengths))
     return PhaseCost(phase.name, phase.tokens, flops, seconds, sampled, 1 / documents, step_lengths)
 
 
-def _filling(tokens: int, lengths: tuple[int, ...]) -> Iterator[int]:
-    """Lengths, from all over those given, of about `tokens` in all."""
+def _sample(tokens: int, lengths: tuple[int, ...]) -> Iterator[int]:
+    """Return lengths that sum to about `tokens`, evenly spaced in `lengths`."""
     count = min(round(tokens * len(lengths) / sum(lengths)), MOST_DOCUMENTS)
     return (lengths[number * len(lengths) // count] for number in range(count))
 
 
-def lengths_of(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:
-    """Lengths of documents from all over a corpus, cut as a stream cuts them, or None where there is no such corpus."""
+def sample_lengths(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:
+    """Sample document lengths of a corpus, cut at the sequence length; None if the corpus is missing or empty."""
     try:
         index = IndexedCorpus(corpus.prefix)
     except (DetourError, OSError):
@@ -88,12 +88,12 @@ def lengths_of(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | None:
     return (*[sequence_length] * int(whole.sum()), *rest[rest > 0].tolist())
 
 
-def _flops_of(shape: Shape, phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
+def _flops(shape: Shape, phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
     tokens = sum(lengths)
     labeled = round(tokens * phase.objective.labeled_share(tokens / len(lengths)))
     return training_flops(shape, lengths, phase.objective.causal, labeled, Frozen.of(phase.settings.freeze))
 
 
 def sessions(seconds: float, time_limit: int | None) -> int:
-    """How many sessions of the time limit, or of a day, a run takes."""
+    """Return the number of sessions of a run, each as long as the time limit, or a day."""
     return math.ceil(seconds / (time_limit or SESSION_SECONDS))

@@ -1,4 +1,4 @@
-"""The forecast of a run, put together from its parts."""
+"""The forecast of a run, assembled from its parts."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.preflight import Preflight, preflight
 
-MFU = 0.25  # where nothing was measured: the paper's runs come to 0.23 to 0.30 by this count
+MFU = 0.25  # default; by this count the paper's runs reach 0.23 to 0.30
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """None: not known; `faults` and `notes` say why."""
+    """None stands for unknown values; `faults` and `notes` say why."""
 
     name: str
     ranks: int
     device: str  # a GPU's name, or cpu
     gpu_memory: float  # GB
-    origin: str  # where the model comes from
+    origin: str  # of the model
     shape: Shape | None
     parameters: int | None  # of the whole model
     setting: Setting | None
     memory: dict[str, Memory] | None  # of one rank, by phase
-    advice: str | None  # what to change so that it fits, or how much more would
+    advice: str | None  # a change that makes it fit, or a larger micro-batch that fits as well
     speed: Speed
     costs: tuple[PhaseCost, ...] | None
     readings: tuple[Reading, ...]
@@ -70,7 +70,7 @@ class Forecast:
         return None if self.seconds is None else costs.sessions(self.seconds, self.time_limit)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: bytes, seconds, tokens, FLOP."""
+        """Return plain values for JSON, in bytes, seconds, tokens and FLOP."""
         raw = dataclasses.asdict(self)
         for cost in raw["costs"] or ():
             del cost["lengths"]
@@ -98,22 +98,22 @@ def forecast(
     rate: float | None = None,
     mfu: float | None = None,
 ) -> Forecast:
-    """Forecasts a run on `ranks` GPUs. Missing files and odd values become faults, notes and None, not errors.
+    """Forecast a run on `ranks` GPUs. Missing files and invalid values become faults, notes and None, not errors.
 
-    checked: what preflight(config, plan, ranks) has found already, if anything
-    device: a GPU's name, by default "h100" for bf16 and "cpu" for fp32; gpu_memory: GB
-    rate: measured tokens per second per GPU; without it, time follows from `mfu` of the device's peak (0.25)
+    checked: the result of preflight(config, plan, ranks), if available
+    device: a GPU's name, by default "h100" for bf16 and "cpu" for fp32; gpu_memory: GB per GPU
+    rate: measured tokens per second per GPU; without it, time follows from the device's peak and `mfu` (0.25)
     """
     notes: list[str] = []
     checked = checked or preflight(config, plan, ranks, gpu=device and device != "cpu")
     bf16 = checked.deepspeed is None or is_bf16(checked.deepspeed)
     device = device or ("h100" if bf16 else "cpu")
     attempt = _Attempt(notes)
-    setting = checked.deepspeed and attempt("memory", lambda: setting_of(config, bf16, ranks, device))
+    setting = checked.deepspeed and attempt("memory", lambda: memory_setting(config, bf16, ranks, device))
     speed = Speed(rate, None if rate else mfu or MFU, peak_flops(device, "bf16" if bf16 else "fp32"))
     if not speed.known:
         hint = nearest(device, PEAK_NAMES)
-        notes.append(f"time: the peak of {device!r} is not known{hint}; give a measured rate with --rate")
+        notes.append(f"time: the peak of {device!r} is unknown{hint}; set a measured rate with --rate")
     shape = checked.shape
     parameters = sum(memory.parameters(shape)) if shape else None
     phase_costs = shape and attempt("time", lambda: _costs(config, plan, shape, speed, ranks))
@@ -148,7 +148,7 @@ def forecast(
 
 
 class _Attempt:
-    """Calls what must not end a run: an error becomes a note and None."""
+    """Calls functions whose errors must not end a run: an error becomes a note and None."""
 
     def __init__(self, notes: list[str]) -> None:
         self.notes = notes
@@ -156,13 +156,13 @@ class _Attempt:
     def __call__(self, what: str, function: Callable[[], Any]) -> Any:
         try:
             return function()
-        except Exception as error:  # whatever a damaged file or an odd machine brings
+        except Exception as error:  # from damaged files or unusual machines
             self.notes.append(f"{what}: unknown: {type(error).__name__}: {error}")
             return None
 
 
-def setting_of(config: RunConfig, bf16: bool, ranks: int, device: str) -> Setting:
-    """What `auto` stands for on a GPU in bf16 is FlashAttention and Triton's kernels; elsewhere SDPA and plain ones."""
+def memory_setting(config: RunConfig, bf16: bool, ranks: int, device: str) -> Setting:
+    """Return the settings; `auto` means FlashAttention and Triton on a GPU in bf16, else SDPA and plain kernels."""
     fast = bf16 and device != "cpu"
     return Setting(
         bf16=bf16,
@@ -178,7 +178,7 @@ def setting_of(config: RunConfig, bf16: bool, ranks: int, device: str) -> Settin
 
 @dataclass(frozen=True)
 class Search:
-    """Tries other settings of a run against a GPU's memory."""
+    """Search for settings of a run that fit a GPU's memory."""
 
     plan: Plan
     shape: Shape
@@ -187,7 +187,7 @@ class Search:
     gigabytes: float
 
     def memory(self, recompute: str | None = None, share: float = 1) -> dict[str, Memory]:
-        """By phase, with `share` of the microbatches."""
+        """Return the peak memory by phase, with micro-batches scaled by `share`."""
         setting = replace(self.setting, recompute=recompute or self.setting.recompute)
         return {
             phase.name: memory.peak_memory(self.shape, setting, self._load(phase, share)) for phase in self.plan.phases
@@ -197,8 +197,8 @@ class Search:
         return all(peak.fits(self.gigabytes) for peak in self.memory(recompute, share).values())
 
     def advice(self, micro: int, rank_sequences: int) -> str | None:
-        """The first change that makes it fit, in the order of docs/parallelism.md; where it fits, whether a larger
-        microbatch would. `rank_sequences`: sequences per step of a data-parallel rank."""
+        """Return the first change that makes the run fit, in the order of docs/parallelism.md, or, if it fits, a larger
+        micro-batch that fits as well. `rank_sequences`: sequences per step of a data-parallel rank."""
         if not self.setting.on_gpu:
             return None
         if self.fits():
@@ -220,7 +220,7 @@ class Search:
         )
 
     def _load(self, phase: PlannedPhase, share: float) -> Load:
-        """The fullest micro-batch: documents stay whole, so some are fuller than micro_sequences says."""
+        """Return the fullest micro-batch: as documents stay whole, it may exceed micro_sequences."""
         positions = max(round(phase.micro_sequences * share), 1) * phase.sequence_length
         cost, mean = self.costs.get(phase.name), phase.sequence_length
         if cost is not None:

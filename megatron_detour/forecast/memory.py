@@ -1,7 +1,6 @@
-"""Bytes a GPU holds, counted from the shape: what stays, what a microbatch keeps, and the moment when it is most.
+"""Peak memory of a rank in bytes, counted from the model's shape.
 
-T positions of a microbatch, E hidden size, G width of the gated unit, L labeled positions, V rows of the vocabulary
-on a rank, t tensor-parallel ranks, d data-parallel ranks.
+Symbols: E hidden size, G width of the gated unit, L labeled positions of a micro-batch, t tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from dataclasses import dataclass, field
 from megatron_detour.model.shape import FULL, Shape
 
 GB, GIB = 10**9, 1 << 30
-CONTEXT = 1 * GB  # CUDA's context, NCCL's and cuBLAS's buffers, which torch does not count
-SPARE = 0.10  # of what was counted: fragments, and what the count does not know
+CONTEXT = 1 * GB  # CUDA's context, NCCL's and cuBLAS's buffers: outside torch's allocator
+SPARE = 0.10  # of the counted bytes: fragmentation, and what the count misses
 CARDS = (24, 40, 48, 80, 96, 141)  # GB
-CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # of logits: parallel/loss.py's
-FP32, ADAM = 4, 12  # bytes: one value; the fp32 weight and two moments of an element
+CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # of logits, as in parallel/loss.py
+FP32, ADAM = 4, 12  # bytes per element: a value; the fp32 weight and two moments
 ALIGNMENT = 2  # elements; a partition starts at a multiple of it
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What memory depends on besides the shape."""
+    """The settings of a run that determine memory."""
 
     bf16: bool  # weights and activations, else fp32
     tensor: int = 1
@@ -30,28 +29,28 @@ class Setting:
     sequence_parallel: bool = False
     recompute: str = "none"
     flash: bool = True  # FlashAttention, else SDPA
-    fused: bool = True  # Triton's kernels, else the plain ones
+    fused: bool = True  # Triton kernels, else plain ones
     on_gpu: bool = True
 
     @property
     def item_bytes(self) -> int:
-        """Return those of a weight and of an activation."""
+        """Bytes per weight and per activation."""
         return 2 if self.bf16 else 4
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a phase puts into a forward pass."""
+    """The fullest micro-batch of a phase."""
 
     positions: int
     labeled: int
     causal: bool
-    frozen_below: int = 0  # layers at the bottom that nothing trainable is under
+    frozen_below: int = 0  # layers at the bottom without trainable parameters in or below them
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank at the moment of a step when it holds most. `parts` add up to `counted`."""
+    """Peak memory of a rank in a step, in bytes, by part; `moment` says when it occurs."""
 
     parts: dict[str, int]
     moment: str
@@ -63,7 +62,7 @@ class Memory:
 
     @property
     def needed(self) -> int:
-        """With what was not counted: the margin that the estimate asks for."""
+        """Bytes including the margin."""
         return round(self.counted * (1 + SPARE)) + (CONTEXT if self.on_gpu else 0)
 
     def fits(self, gigabytes: float) -> bool:
@@ -71,22 +70,22 @@ class Memory:
 
 
 def parameters(shape: Shape, tensor: int = 1) -> tuple[int, int]:
-    """Elements of the matrices and of the vectors that a rank holds; with `tensor` 1 of the whole model."""
+    """Return the elements of matrices and of vectors on a rank; with `tensor` 1, of the whole model."""
     E, G = shape.hidden, shape.intermediate
     vocabulary = math.ceil(shape.vocabulary / tensor)
     matrices = vocabulary * E + E * E + shape.layers * (4 * E * E + 3 * G * E) // tensor
-    norms = 2 * shape.layers + 2  # embedding, two a layer but the first's, final, head
+    norms = 2 * shape.layers + 2  # embedding; two per layer, one in the first; final; head
     return matrices, norms * E + vocabulary
 
 
 def partition(groups: tuple[int, ...], data_size: int) -> int:
-    """Elements that a rank holds of parameter groups of these sizes: each is filled up and cut into equal parts."""
+    """Return the elements of a rank's ZeRO partition of parameter groups, each padded and split evenly."""
     unit = ALIGNMENT * data_size
     return sum(math.ceil(group / unit) * unit // data_size for group in groups)
 
 
 def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:
-    """The most that a rank holds during a step."""
+    """Return the peak memory of a rank during a step."""
     item = setting.item_bytes
     elements = parameters(shape, setting.tensor)
     share = partition(elements, setting.data)
@@ -101,7 +100,7 @@ def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:
         "backward pass of a layer": {
             "activations": kept,
             "head and loss": head.gradient,
-            "a layer at work": _layer_work(shape, setting, load),
+            "layer workspace": _layer_work(shape, setting, load),
         },
         "checkpoint": {"gathered weights": sum(elements) * FP32 if setting.data > 1 else 0},
     }
@@ -110,20 +109,20 @@ def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:
 
 
 def activations(shape: Shape, setting: Setting, load: Load) -> int:
-    """Bytes kept for the backward pass between the embedding and the head."""
+    """Return the bytes stored for the backward pass between the embedding and the head."""
     kept = sum(
         _layer_kept(shape, setting, load, kind, setting.recompute) for kind in shape.layer_types[load.frozen_below :]
     )
     E, shared = shape.hidden, setting.tensor if setting.sequence_parallel else 1
-    # The sum that the last norm takes and what it gives, whole; selective keeps the embedding's besides.
+    # Input and output (not sharded) of the last norm; selective also stores the embedding's output.
     ends = E // shared + E + (E // shared if setting.recompute == "selective" else 0)
     tables = 2 * 2 * FP32 * (shape.head_dim // 2)  # cos and sin, global and local
-    inputs = 8 * 3  # ids and positions in int64, and the next microbatch's ids
+    inputs = 8 * 3  # ids and positions in int64, and the next micro-batch's ids
     return kept + load.positions * (ends * setting.item_bytes + tables + inputs)
 
 
 def _layer_kept(shape: Shape, setting: Setting, load: Load, kind: str, recompute: str) -> int:
-    """Bytes of one layer."""
+    """Return the bytes that one layer stores for the backward pass."""
     E, G, t = shape.hidden, shape.intermediate, setting.tensor
     shared = t if setting.sequence_parallel else 1
     sums, normed = 2 * E / shared, 2 * E / shared
@@ -132,20 +131,20 @@ def _layer_kept(shape: Shape, setting: Setting, load: Load, kind: str, recompute
     inside = (4 * E + 2 * G) / t  # q, k, v and the output of attention; the output of Wi
     if recompute == "none":
         inside += G / t  # the gated unit's product
-        inside += 0 if setting.fused else G / t  # and its gelu(a)
+        inside += 0 if setting.fused else G / t  # its gelu(a)
     else:
         normed = 0
     if not setting.flash and kind == FULL:
-        inside += E / t  # outputs by document, and joined
+        inside += E / t  # outputs per document, and concatenated
     elif not setting.flash:
-        blocks = 2 if load.causal else 3  # keys and values of those around each block, and who sees whom in them
+        blocks = 2 if load.causal else 3  # of keys and values for each block of queries, and their mask
         inside += 2 * blocks * E / t + blocks * shape.window
     statistics = (2 if recompute == "none" else 0) * 2 * FP32 + FP32 * shape.heads / t  # norms; log-sum-exps
     return round(load.positions * ((sums + normed + inside) * setting.item_bytes + statistics))
 
 
 def _layer_work(shape: Shape, setting: Setting, load: Load) -> int:
-    """Bytes of one layer's backward pass: gradients inside the gated unit, and what is computed again."""
+    """Return the bytes of one layer's backward pass: gradients of the gated unit, and recomputed activations."""
     E, G = shape.hidden, shape.intermediate
     work = load.positions * (3 * G // setting.tensor + 3 * E) * setting.item_bytes
     if setting.recompute == "full":
@@ -155,8 +154,8 @@ def _layer_work(shape: Shape, setting: Setting, load: Load) -> int:
 
 @dataclass(frozen=True)
 class _Head:
-    """Bytes: kept until the backward pass, needed besides in the loss and at the start of the backward pass, and the
-    embedding's gradient, which waits for the embedding's own."""
+    """Bytes of the head: stored for the backward pass, temporary in the loss and at the start of the backward pass, and
+    the output weight's gradient, which is kept until the embedding's is added."""
 
     kept: int
     loss: int
@@ -169,7 +168,7 @@ def _head(shape: Shape, setting: Setting, load: Load) -> _Head:
     rows = math.ceil(shape.vocabulary / setting.tensor)
     chunk = max(min(CHUNK_ELEMENTS["cuda" if setting.on_gpu else "cpu"] // rows, L), 1)
     several = chunk < L
-    # Chosen rows, dense, gelu, norm, and the gradient of the last; labels and where they are, in int64.
+    # Labeled rows, dense, gelu, norm, and the gradient of the last; labels and their positions in int64.
     kept = L * (5 * E * item + 16)
     logits = chunk * rows * item
     if setting.on_gpu and not setting.fused:

@@ -1,4 +1,4 @@
-"""How often each corpus is read, and what a run writes to the disk."""
+"""How often a run reads each corpus, and how much it writes to disk."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_detour.plan import Plan
 from megatron_detour.run_directory import CHECKPOINT_BYTES, free_bytes
 
 BESIDE = 8 * 10**6  # bytes of a checkpoint's tokenizer and small files
-RECORD = 600  # bytes of a step in metrics.jsonl and in TensorBoard's file
+RECORD = 600  # bytes per step in metrics.jsonl and in TensorBoard's file
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Of one corpus: tokens of the run that come from it, by phase, and tokens that it has (None: not there)."""
+    """The tokens that a run reads from a corpus, by phase, and the tokens of the corpus (None if missing)."""
 
     prefix: str
     read: dict[str, float]
@@ -30,7 +30,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Disk:
-    """`checkpoints` at a time at most, one of them being written; all in bytes."""
+    """Disk usage of a run: sizes in bytes, and the maximum number of `checkpoints`, including the one being written."""
 
     checkpoint: int
     checkpoints: int
@@ -43,17 +43,16 @@ class Disk:
 
 
 def readings(plan: Plan) -> list[Reading]:
-    """Each corpus of the phases, in the order in which they first come."""
+    """Return how each corpus is read, in order of first use."""
     read: dict[str, dict[str, float]] = {}
     for phase in plan.phases:
         whole = sum(corpus.weight for corpus in phase.corpora)
         for corpus in phase.corpora:
-            mine = read.setdefault(corpus.prefix, {})
-            mine[phase.name] = phase.tokens * corpus.weight / whole
-    return [Reading(prefix, by_phase, tokens_of(prefix)) for prefix, by_phase in read.items()]
+            read.setdefault(corpus.prefix, {})[phase.name] = phase.tokens * corpus.weight / whole
+    return [Reading(prefix, by_phase, corpus_tokens(prefix)) for prefix, by_phase in read.items()]
 
 
-def tokens_of(prefix: str) -> int | None:
+def corpus_tokens(prefix: str) -> int | None:
     try:
         return read_manifest(prefix).tokens
     except (DetourError, OSError):
@@ -61,13 +60,13 @@ def tokens_of(prefix: str) -> int | None:
 
 
 def validation_tokens(corpora: tuple[Corpus, ...]) -> int | None:
-    """Tokens of the held-out corpora together, None where one is not there."""
-    found = [tokens_of(corpus.prefix) for corpus in corpora]
-    return None if None in found else sum(found)
+    """Return the tokens of all held-out corpora, or None if one is missing."""
+    tokens = [corpus_tokens(corpus.prefix) for corpus in corpora]
+    return None if None in tokens else sum(tokens)
 
 
 def disk(config: RunConfig, plan: Plan, parameters: int) -> Disk:
-    """What stays: the start of a fresh model, phase boundaries, what passes a multiple of keep_every, the newest."""
+    """Count kept checkpoints: the start of a new model, phase boundaries, multiples of keep_every, the newest."""
     settings, total = config.checkpoint, plan.total_tokens
     kept = len(plan.phases) + (config.model.start is None)
     kept += total // settings.keep_every if settings.keep_every else 0

@@ -21,7 +21,7 @@ from megatron_detour.ui.tables import Table
 
 
 def plan_table(plan: Plan) -> str:
-    """The steps, tokens and settings of each phase."""
+    """Return a table of the steps, tokens and settings of each phase."""
     phases = plan.to_dict()["phases"]
     batch = common_batch(phases)
     summary = (
@@ -48,11 +48,11 @@ def plan_table(plan: Plan) -> str:
 
 
 def headline(forecast: Forecast) -> str:
-    """At most eight lines, which a run prints at its start."""
+    """Return at most eight lines for the start of a run."""
     lines = [f"model       {_model(forecast)}"]
     most = forecast.most_memory
     if most:
-        lines.append(f"memory      {byte_size(most.counted)} per rank during the {most.moment}, {_asked(forecast)}")
+        lines.append(f"memory      {byte_size(most.counted)} per rank during the {most.moment}, {_fit(forecast)}")
     if forecast.costs:
         lines.append(
             f"work        {forecast.flops:.3g} FLOP over {compact(sum(c.tokens for c in forecast.costs))} tokens"
@@ -70,7 +70,7 @@ def headline(forecast: Forecast) -> str:
 
 
 def render(forecast: Forecast) -> str:
-    """All of it."""
+    """Return the whole forecast."""
     parts = [f"model       {_model(forecast)}"]
     if forecast.costs:
         parts += ["", *_time_table(forecast)]
@@ -107,7 +107,7 @@ def _time(forecast: Forecast) -> str:
     elif speed.known:
         how = f"{speed.mfu:.0%} of {speed.peak / 1e12:,.0f} TFLOP/s each (assumed)"
     else:
-        return f"unknown on {gpus}: give a measured rate"
+        return f"unknown on {gpus}: set a measured rate with --rate"
     sessions = "" if forecast.sessions == 1 else f", {forecast.sessions} sessions of {_limit(forecast)}"
     return f"{duration(forecast.seconds)} on {gpus} at {how}{sessions}"
 
@@ -122,8 +122,8 @@ def _limit(forecast: Forecast) -> str:
     return duration(forecast.time_limit) if forecast.time_limit else "24h"
 
 
-def _asked(forecast: Forecast) -> str:
-    """Whether it fits, with the margin."""
+def _fit(forecast: Forecast) -> str:
+    """Say whether the memory fits, including the margin."""
     most = forecast.most_memory
     if not most.on_gpu:
         return f"{byte_size(most.needed)} with a margin"
@@ -133,7 +133,7 @@ def _asked(forecast: Forecast) -> str:
 
 def _disk(forecast: Forecast) -> str:
     disk = forecast.disk
-    free = "" if disk.free is None else f"; {disk.free / GB:,.0f} GB are free"
+    free = "" if disk.free is None else f"; {disk.free / GB:,.0f} GB free"
     return (
         f"{disk.needed / GB:.2f} GB at most: {counted(disk.checkpoints, 'checkpoint')} of "
         f"{disk.checkpoint / GB:.2f} GB at a time, and metrics of {disk.steps:,} steps{free}"
@@ -169,7 +169,7 @@ def _memory_table(forecast: Forecast) -> list[str]:
         )
     rows.append(["counted", *(f"{m.counted / size:.{digits}f}" for m in by_phase.values())])
     rows.append(["with a margin", *(f"{m.needed / size:.{digits}f}" for m in by_phase.values())])
-    lines = [f"memory      {_asked(forecast)}, on each of {_gpus(forecast)}", *_table([unit, *by_phase], rows)]
+    lines = [f"memory      {_fit(forecast)}, on each of {_gpus(forecast)}", *_table([unit, *by_phase], rows)]
     lines.append(f"  peak memory during: {', '.join(f'{m.moment} ({name})' for name, m in by_phase.items())}")
     if most.on_gpu:
         fitting = ", ".join(f"{card} GB {'yes' if most.fits(card) else 'no'}" for card in CARDS)

@@ -1,4 +1,4 @@
-"""What a run would do though it is seldom meant, a sentence each."""
+"""Warnings about settings that are valid but rarely intended."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from megatron_detour.config import RunConfig
 from megatron_detour.forecast.storage import Disk, Reading, validation_tokens
 from megatron_detour.plan import Plan
 
-MANY_EPOCHS = 4  # from which repeated text teaches clearly less (Muennighoff et al., 2023)
-SHORT_OF_WARMUP = 2  # a phase is short when it is less than this many warm-ups long
+MANY_EPOCHS = 4  # above which repeated text is clearly less useful (Muennighoff et al., 2023)
+SHORT_OF_WARMUP = 2  # warm-ups; a shorter phase is short
 
 
 def warnings(config: RunConfig, plan: Plan, readings: list[Reading], disk: Disk | None) -> list[str]:
-    """Each names its key and what to do instead; none stops a run."""
+    """Return one sentence per warning, which names the key and what to do instead."""
     sentences = [_last_phase(plan), *_phases(plan), _validation(config)]
     for reading in readings:
         if reading.epochs and reading.epochs > MANY_EPOCHS:
             sentences.append(
-                f"{reading.prefix}: is read {reading.epochs:.1f} times; above {MANY_EPOCHS} epochs repeated text "
-                "teaches less: lower its weight or the phases' tokens, or add text"
+                f"{reading.prefix}: read {reading.epochs:.1f} times; above {MANY_EPOCHS} epochs repeated text is less "
+                "useful: lower its weight or the phases' tokens, or add text"
             )
     if disk and disk.free is not None and disk.needed > disk.free:
         sentences.append(
             f"folder: {config.folder}: {disk.checkpoints} checkpoints of {disk.checkpoint / 1e9:.2f} GB do not fit "
-            f"into the {disk.free / 1e9:.1f} GB that are free; lower checkpoint.keep or set another folder"
+            f"into {disk.free / 1e9:.1f} GB of free space; lower checkpoint.keep or choose another folder"
         )
     return [sentence for sentence in sentences if sentence]
 
@@ -63,14 +63,14 @@ def _validation(config: RunConfig) -> str | None:
     settings = config.validation
     if not settings.corpora:
         return (
-            "validation.corpora: none, so there is no validation loss; hold out a share with "
-            " megatron-detour preprocess --held-out 0.01"
+            "validation.corpora: none, so there is no validation loss; hold out documents with "
+            "megatron-detour preprocess --held-out 0.01"
         )
     tokens, wanted = validation_tokens(settings.corpora), settings.sequences * config.data.sequence_length
     if tokens is not None and tokens < wanted:
         return (
-            f"validation.sequences: {settings.sequences} x {config.data.sequence_length:,} tokens are more than the "
+            f"validation.sequences: {settings.sequences} x {config.data.sequence_length:,} tokens exceed the "
             f"{tokens:,} of the held-out corpora, which are read more than once; "
-            f"{tokens // config.data.sequence_length} sequences are there"
+            f"they have {tokens // config.data.sequence_length} sequences"
         )
     return None

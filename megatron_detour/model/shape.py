@@ -9,7 +9,7 @@ from typing import Any
 from megatron_detour.errors import DetourError, nearest
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# What the layers here do not have; another value would change the function that the weights stand for.
+# The only supported values; others would change what the model computes.
 FIXED = {
     "norm_bias": False,
     "attention_bias": False,
@@ -24,7 +24,7 @@ FIXED = {
     "mlp_dropout": 0.0,
 }
 TOKEN_IDS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
-# Keys that a shape to initialize may give besides: those that transformers 4 wrote, and those without effect here.
+# Further keys accepted in model.config: those of transformers 4, and those without effect here.
 OLD_KEYS = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
 INERT_KEYS = (
     *("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "problem_type"),
@@ -36,9 +36,9 @@ READ_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_types"),
     *("local_attention", "norm_eps", "max_position_embeddings", "initializer_range", "rope_parameters"),
 )
-# Of READ_KEYS, those that Shape.of checks as strictly as transformers does.
+# The READ_KEYS that Shape.of checks as strictly as transformers does.
 CHECKED_KEYS = {*READ_KEYS} - {"norm_eps", "initializer_range", "rope_parameters"}
-GREATEST, MOST_LAYERS = 10**7, 1000  # what lies above is a slip, and would be laid out in memory before anything else
+MAX_SIZE, MAX_LAYERS = 10**7, 1000  # larger values are typos and would exhaust memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Shape:
     layer_types: tuple[str, ...]
     global_theta: float
     local_theta: float
-    window: int  # keys on each side that a local layer sees besides the query's own
+    window: int  # keys on each side that a local layer attends to, besides the query's own
     norm_eps: float
     max_positions: int
     initializer_range: float
@@ -65,7 +65,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict[str, Any], origin: str) -> Shape:
-        """Reads a config.json's mapping. Raises DetourError for a model that is not a ModernBERT of the known kind."""
+        """Read the mapping of a config.json. Raises DetourError for anything but a supported ModernBERT."""
         if config.get("model_type") != "modernbert":
             raise DetourError(f"{origin}: not a ModernBERT but a {config.get('model_type')!r} model")
         for key, value in FIXED.items():
@@ -74,10 +74,10 @@ class Shape:
         read = _Reader(config, origin)
         hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
         if hidden % heads or (hidden // heads) % 2:
-            raise DetourError(f"{origin}: hidden_size {hidden} does not divide into {heads} heads of an even size")
+            raise DetourError(f"{origin}: hidden_size {hidden} cannot be split into {heads} heads of even size")
         vocabulary = read.size("vocab_size")
         for key in TOKEN_IDS:
-            if isinstance(config.get(key), list):  # eos_token_id may be several
+            if isinstance(config.get(key), list):  # eos_token_id may be a list
                 continue
             if config.get(key) is not None:
                 read.size(key, least=0)
@@ -86,7 +86,7 @@ class Shape:
             hidden=hidden,
             intermediate=read.size("intermediate_size"),
             heads=heads,
-            layer_types=_layer_types(read, read.size("num_hidden_layers", most=MOST_LAYERS)),
+            layer_types=_layer_types(read, read.size("num_hidden_layers", most=MAX_LAYERS)),
             global_theta=_theta(read, FULL, "global_rope_theta", 160_000.0),
             local_theta=_theta(read, SLIDING, "local_rope_theta", 10_000.0),
             window=read.size("local_attention", 128, least=2) // 2,
@@ -96,21 +96,21 @@ class Shape:
         )
 
     def tensor_parallel_faults(self, size: int) -> list[str]:
-        """Why the model cannot be split over `size` tensor-parallel ranks, a sentence per reason."""
+        """Return one sentence per reason why the model cannot be split over `size` tensor-parallel ranks."""
         fitting = [n for n in range(1, self.heads + 1) if self.heads % n == 0 == self.intermediate % n]
         faults = [
-            f"parallel.tensor: {size} does not divide the model's {what}, {count}; {', '.join(map(str, fitting))} fit "
-            "this model"
+            f"parallel.tensor: {size} does not divide the model's {what}, {count}; possible: "
+            f"{', '.join(map(str, fitting))}"
             for what, count in (("attention heads", self.heads), ("intermediate size", self.intermediate))
             if count % size
         ]
-        if self.vocabulary < size**2:  # or the last rank's rows might all be padding
-            faults.append(f"parallel.tensor: {size} is too much for a vocabulary of {self.vocabulary}; set 1")
+        if self.vocabulary < size**2:  # otherwise the last rank may have only padding rows
+            faults.append(f"parallel.tensor: {size} is too large for a vocabulary of {self.vocabulary}; set 1")
         return faults
 
 
 def refuse_unknown_keys(given: dict[str, Any]) -> None:
-    """Raises DetourError for a key of a run file's model.config that no ModernBERT has."""
+    """Raise DetourError for a key of model.config that ModernBertConfig does not have."""
     known = [*READ_KEYS, *FIXED, *TOKEN_IDS, *OLD_KEYS, *INERT_KEYS]
     for key in given:
         if key not in known:
@@ -120,15 +120,15 @@ def refuse_unknown_keys(given: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Values of a config.json in their type. Raises DetourError for a missing key, null, true, a text, a size below."""
+    """Typed access to a config.json. Raises DetourError for a missing key or an invalid value."""
 
     config: dict[str, Any]
     origin: str
 
-    def size(self, key: str, default: int | None = None, least: int = 1, most: int = GREATEST) -> int:
+    def size(self, key: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE) -> int:
         value = self.config.get(key, default)
         if type(value) is not int or not least <= value <= most:
-            self.refuse(key, f"a whole number from {least} to {most:,} is needed")
+            self.refuse(key, f"an integer from {least} to {most:,}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -136,21 +136,21 @@ class _Reader:
 
     def positive(self, key: str, value: Any) -> float:
         if type(value) not in (int, float) or not 0 < value < 1e30:
-            self.refuse(key, "a number above 0 is needed", value)
+            self.refuse(key, "a number above 0", value)
         return float(value)
 
     def mapping(self, key: str, inside: dict[str, Any], name: str = "") -> dict[str, Any]:
-        """The mapping or null at `key`; `name` is what a fault calls it."""
+        """Return the mapping at `key`, {} for null; `name` is the key in messages."""
         value = inside.get(key)
         if value is not None and not isinstance(value, dict):
-            self.refuse(name or key, "a mapping is needed", value)
+            self.refuse(name or key, "a mapping", value)
         return value or {}
 
     def refuse(self, key: str, needed: str, value: Any = None) -> None:
         if value is None and key not in self.config:
-            raise DetourError(f"{self.origin}: {key} is missing; {needed}")
+            raise DetourError(f"{self.origin}: missing key {key}; it must be {needed}")
         shown = json.dumps(self.config.get(key) if value is None else value, default=str)
-        raise DetourError(f"{self.origin}: {key} is {shown[:60]}; {needed}")
+        raise DetourError(f"{self.origin}: {key} must be {needed}, not {shown[:60]}")
 
 
 def _layer_types(read: _Reader, layers: int) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def _theta(read: _Reader, layer_type: str, old_key: str, default: float) -> floa
     given = read.mapping("rope_parameters", read.config)
     for key in given:
         if key not in (FULL, SLIDING):
-            read.refuse(f"rope_parameters.{key}", f"give it under {FULL} and {SLIDING}", given[key])
+            read.refuse(f"rope_parameters.{key}", f"a key of {FULL} or {SLIDING}", given[key])
     parameters = read.mapping(layer_type, given, f"rope_parameters.{layer_type}")
     if parameters.get("rope_type", "default") != "default":
         raise DetourError(f"{read.origin}: rope_type {parameters['rope_type']!r} is not supported, only 'default'")

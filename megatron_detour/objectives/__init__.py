@@ -41,7 +41,7 @@ KINDS = {REFERENCE.name: REFERENCE} | dict(sorted(_kinds(Objective).items()))
 def read_objective(phase: dict[str, Any]) -> Objective:
     """Return the objective of a phase of plan.json, which need not be registered here."""
     name = phase["objective"]
-    return KINDS[name].of(phase) if name in KINDS else _unknown(name)
+    return KINDS[name].from_plan(phase) if name in KINDS else _unknown(name)
 
 
 def _unknown(name: str) -> Objective:

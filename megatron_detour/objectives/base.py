@@ -74,7 +74,7 @@ class Objective:
         return cls()
 
     @classmethod
-    def of(cls, phase: dict[str, Any]) -> Self:
+    def from_plan(cls, phase: dict[str, Any]) -> Self:
         """Read the keys of a phase of plan.json; a missing key becomes its default or None."""
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         keys = {key: phase.get(key, None if value is dataclasses.MISSING else value) for key, value in defaults.items()}

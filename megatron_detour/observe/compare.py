@@ -48,7 +48,9 @@ def write_comparison(folders: list[Path], output: Path) -> tuple[Path, str]:
     _take(output)
     drawn = [f"{number}: {label}" for number, label in enumerate(labels, start=1)]
     pictures = [
-        Picture.of(plot.file, plot.title, plot.compared, plot.draw(runs, drawn)) for plot in PLOTS if plot.compared
+        Picture.from_figure(plot.file, plot.title, plot.compared, plot.draw(runs, drawn))
+        for plot in PLOTS
+        if plot.compared
     ]
     # Write the page first: it marks the folder as a comparison.
     write_whole(output / PAGE, _page(runs, labels, settings, pictures))
@@ -134,7 +136,7 @@ def _totals(runs: list[Run]) -> list[list[str | Entry]]:
 def _data_verdicts(runs: list[Run], labels: list[str]) -> list[tuple[str, str]]:
     """Return whether each run read the same documents as the first, step by step, by checksums."""
     first = runs[0].steps
-    found = []
+    verdicts = []
     for run, label in zip(runs[1:], labels[1:], strict=True):
         own, pair = run.steps, f"{label} and {labels[0]}"
         _, rows, own_rows = np.intersect1d(first.numbers, own.numbers, assume_unique=True, return_indices=True)
@@ -143,36 +145,38 @@ def _data_verdicts(runs: list[Run], labels: list[str]) -> list[tuple[str, str]]:
         same = (sums == own_sums) & (first["tokens"][rows] == own["tokens"][own_rows])
         steps = int(there.sum())
         if not steps:
-            found.append(("Unknown", f"cannot verify that {pair} read the same data: no common step has a checksum."))
+            verdicts.append(
+                ("Unknown", f"cannot verify that {pair} read the same data: no common step has a checksum.")
+            )
         elif same[there].all():
-            found.append(("Yes", f"{pair} read the same documents in all {steps:,} common steps."))
+            verdicts.append(("Yes", f"{pair} read the same documents in all {steps:,} common steps."))
         else:
             text = (
                 f"{pair} did not read the same documents: {int(same[there].sum()):,} of {steps:,} steps are "
                 f"equal; the first different one is step {first.numbers[rows][there & ~same][0]:,}."
             )
-            found.append(("No", text))
-    return found
+            verdicts.append(("No", text))
+    return verdicts
 
 
 def _validation_verdicts(runs: list[Run], labels: list[str], settings: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return whether each run was validated like the first, so that their figures are comparable."""
     first, *others = [_validation(run, own) for run, own in zip(runs, settings, strict=True)]
-    found = []
+    verdicts = []
     for facts, label in zip(others, labels[1:], strict=True):
         pair = f"{label} and {labels[0]}"
         differing = [key for key in facts if facts[key] != first[key]]
         if not facts["corpora"] or not first["corpora"]:
-            found.append(("Unknown", f"{pair} do not both record their validation corpora."))
+            verdicts.append(("Unknown", f"{pair} do not both record their validation corpora."))
         elif differing:
             text = (
                 f"{pair} were validated differently, so their figures are not comparable. "
                 f"Differences: {', '.join(differing)}."
             )
-            found.append(("No", text))
+            verdicts.append(("No", text))
         else:
-            found.append(("Yes", f"{pair} were validated on the same text under the same masks."))
-    return found
+            verdicts.append(("Yes", f"{pair} were validated on the same text under the same masks."))
+    return verdicts
 
 
 def _validation(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
@@ -223,11 +227,11 @@ def _flat(content: Any, left_out: Iterable[str] = (), prefix: str = "") -> dict[
         content = {entry.get("name", number): entry for number, entry in enumerate(content)}
     if not isinstance(content, dict) or not content:
         return {prefix: _setting(content)}
-    found = {}
+    flat = {}
     for key, value in content.items():
         if key not in left_out:
-            found |= _flat(value, (), f"{prefix}.{key}" if prefix else str(key))
-    return found
+            flat |= _flat(value, (), f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def _setting(value: Any) -> str:
@@ -236,11 +240,11 @@ def _setting(value: Any) -> str:
 
 def _software(run: Run) -> dict[str, str]:
     """Return versions, and the environment of the latest session."""
-    found = {str(package): str(version) for package, version in (run.environment.get("versions") or {}).items()}
+    facts = {str(package): str(version) for package, version in (run.environment.get("versions") or {}).items()}
     for key in ("device", "ranks", "tensor_parallel", "attention", "kernels", "dtype", "recompute"):
         if run.sessions and key in run.sessions[-1]:
-            found[key.replace("_", " ")] = _setting(run.sessions[-1][key])
-    return found
+            facts[key.replace("_", " ")] = _setting(run.sessions[-1][key])
+    return facts
 
 
 def _differing(facts: list[dict[str, str]]) -> list[list[str]]:

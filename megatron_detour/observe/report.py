@@ -27,7 +27,9 @@ def write_report(run_folder: Path) -> Path:
     run_folder = Path(run_folder)
     run = read_run(run_folder)
     pictures = [
-        Picture.of(plot.file, plot.title, plot.caption, plot.draw([run], [run.name])) for plot in PLOTS if plot.caption
+        Picture.from_figure(plot.file, plot.title, plot.caption, plot.draw([run], [run.name]))
+        for plot in PLOTS
+        if plot.caption
     ]
     (run_folder / "plots").mkdir(exist_ok=True)
     write_pictures(pictures, run_folder / "plots")

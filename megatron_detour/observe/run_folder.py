@@ -135,16 +135,16 @@ class Run:
     def boundaries(self) -> list[Boundary]:
         """Return the validations before the first step and at the end of each phase, and the latest."""
         ends = {phase["first_step"] + phase["steps"] - 1: str(phase["name"]) for phase in self.phases}
-        found = []
+        boundaries = []
         for record in self.validations:
             step = record["step"]
             if step == 0:
-                found.append(Boundary("before", record, ends_phase=True))
+                boundaries.append(Boundary("before", record, ends_phase=True))
             elif step in ends:
-                found.append(Boundary(f"after {ends[step]}", record, ends_phase=True))
+                boundaries.append(Boundary(f"after {ends[step]}", record, ends_phase=True))
             elif record is self.validations[-1]:
-                found.append(Boundary(f"at step {step:,}", record, ends_phase=False))
-        return found
+                boundaries.append(Boundary(f"at step {step:,}", record, ends_phase=False))
+        return boundaries
 
 
 def read_run(run_folder: Path) -> Run:

@@ -127,7 +127,9 @@ class TensorBoardSink:
 
     def write(self, record: Record) -> None:
         """Log every numeric field of the record at its step; text and missing figures are omitted."""
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in self._numbers.of(record).items()]
+        values = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in self._numbers.convert(record).items()
+        ]
         with _naming(self._folder):
             self._add(step=record["step"], summary=self._summary(value=values))
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -179,7 +181,7 @@ class WandbSink:
 
     def write(self, record: Record) -> None:
         """Log every numeric field of the record; text and missing figures are omitted."""
-        self._run.log({**self._numbers.of(record), "step": record["step"]})
+        self._run.log({**self._numbers.convert(record), "step": record["step"]})
 
     def close(self) -> None:
         self._run.finish()
@@ -192,7 +194,7 @@ class _Numbers:
         self._counts = {field: (counts or {}).get(field, 0) for field in COUNTED}
         self._tag = cache(tensorboard_tag)
 
-    def of(self, record: Record) -> dict[str, float]:
+    def convert(self, record: Record) -> dict[str, float]:
         for field in COUNTED:
             self._counts[field] += bool(record.get(field))
         trained = record["step"] > 0

@@ -46,8 +46,8 @@ class Steps:
         return len(self.numbers)
 
     def __getitem__(self, figure: str) -> np.ndarray:
-        found = self._columns.get(figure)
-        return np.full(len(self), np.nan) if found is None else found
+        column = self._columns.get(figure)
+        return np.full(len(self), np.nan) if column is None else column
 
     def has(self, figure: str) -> bool:
         return not np.isnan(self[figure]).all()

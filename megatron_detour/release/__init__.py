@@ -1,1 +1,1 @@
-"""A checkpoint becomes a model for others: folders that transformers opens, a model card, the causal form, upload."""
+"""Releasing a checkpoint: export for transformers, as encoder or decoder, the model card, upload."""

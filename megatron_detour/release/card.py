@@ -1,6 +1,6 @@
-"""The model card: README.md with the front matter that the hub reads, from the facts of a run and what is given.
+"""The model card: a README.md with front matter for the hub, from a checkpoint, its run and the author's metadata.
 
-It names no paths: corpora go by the last part of their prefix. What has no value is left out, or says so in words.
+It contains no paths: a corpus is named by the last part of its prefix. Unknown values are left out or called unknown.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from megatron_detour.ui.tables import Formatted, Table
 TEMPLATE = "card.md.j2"
 BY_CORPUS = tuple(
     f"val_{REFERENCE.name}_{end}" for end in ("loss", "accuracy")
-)  # the other figures are of all corpora together
+)  # the other metrics are shown over all corpora only
 MEDICAL = ("medical", "clinical", "biomedical", "health")
-NOT_STATED = "not stated by the corpus's manifest"
+NOT_STATED = "not stated"
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card to be written: the facts, and how the folder that it lies in was made."""
+    """Everything the card is written from: the checkpoint, the author's metadata, and how the folder was exported."""
 
     facts: CheckpointInfo
     given: CardMetadata
     shape: Shape
     parameters: int
-    folder: str  # name of the folder, for a model that was given none
+    folder: str  # its name, the default name of the model
     repository: str | None  # on the hub
     dtype: str
-    difference: float  # of the logits to transformers', relative
+    difference: float  # relative difference of the logits from transformers'
     decoder: bool
-    first_version: str  # of transformers, that reads the folder
+    first_version: str  # oldest transformers that opens the folder
     evaluation: list[dict[str, Any]] | None  # rows: task, title, metric, mean, sd, seeds
 
     def text(self) -> str:
-        """The whole README.md. Raises DetourError where corpora are spoken of that the run does not have."""
+        """Return the whole README.md. Raises DetourError if the metadata names a corpus that the run does not read."""
         import yaml
 
         refuse_unknown_corpora(self.given, self.facts.corpora)
@@ -61,14 +61,14 @@ class Card:
         return self.given.name or self.folder
 
     def front_matter(self) -> dict[str, Any]:
-        """Only keys with values."""
-        licence = _line(self.given.licence) if self.given.licence else None
-        named = licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence)
+        """Return the YAML front matter, without empty values."""
+        license = _line(self.given.license) if self.given.license else None
+        named = license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license)
         pipeline = "text-generation" if self.decoder else "fill-mask"
         entries = {
             "language": [_line(code) for code in self.languages] or None,
-            "license": "other" if named else licence or "unknown",
-            "license_name": licence if named else None,
+            "license": "other" if named else license or "unknown",
+            "license_name": license if named else None,
             "library_name": "transformers",
             "pipeline_tag": pipeline,
             "base_model": self.base_model,
@@ -84,7 +84,7 @@ class Card:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Those that are given, or that every corpus was filtered for; none otherwise."""
+        """The given languages, else those the corpora were filtered for if all were filtered, else none."""
         if self.given.languages:
             return self.given.languages
         filtered = [corpus.languages for corpus in self.facts.corpora]
@@ -92,7 +92,7 @@ class Card:
 
     @property
     def base_model(self) -> str | None:
-        """What is given, or the start model where it is a hub id; a local folder says nothing to the hub."""
+        """The given base model, else the start model if it is a hub id."""
         start = self.facts.config.model.start
         if not start:
             return None
@@ -111,27 +111,27 @@ class Card:
         return ["causal-detour"] if any(phase.objective.causal for phase in self.facts.plan.phases) else []
 
     def warnings(self) -> list[str]:
-        """What the card cannot say, with the option that would say it, and what a user of the model should know."""
-        facts, found = self.facts, []
+        """Return a sentence for each gap of the card, with the option that fills it, and each caveat of the model."""
+        facts, warnings = self.facts, []
         last = facts.last_phase
         if not facts.finished:
             where = f"in phase {last.name!r}" if last else "before the first step"
-            found.append(f"the run is not done; {facts.checkpoint} is {where}")
+            warnings.append(f"the run is unfinished; {facts.checkpoint} is {where}")
         if last and self.decoder and not last.objective.causal:
-            found.append(f"the last phase, {last.name!r}, was not causal: as a decoder the model continues texts badly")
+            warnings.append(f"the last phase, {last.name!r}, was not causal: the decoder generates text poorly")
         if last and not self.decoder and last.objective.causal:
-            found.append(f"the last phase, {last.name!r}, was causal: the model has to be trained on as an encoder")
+            warnings.append(f"the last phase, {last.name!r}, was causal: an encoder needs an mlm phase at the end")
         if not facts.has_run_folder:
-            found.append("the folder of the run is not beside the checkpoint: the card has no figures of the run")
+            warnings.append("the checkpoint is not in a run directory: the card has no metrics of the run")
         if not self.languages:
-            found.append("the card names no language; give --language")
-        if not self.given.licence:
-            found.append("the card states no licence; give --licence")
+            warnings.append("the card states no language; set --language")
+        if not self.given.license:
+            warnings.append("the card states no license; set --license")
         if self.given.base_model and not facts.config.model.start:
-            found.append("the run started from nothing: the base model that was given is left off the card")
+            warnings.append("the run trained from scratch: the card leaves out the given base model")
         if facts.config.model.start and not self.base_model:
-            found.append("the card cannot name the start model on the hub; give --base-model")
-        return found
+            warnings.append("the start model's hub id is unknown; set --base-model")
+        return warnings
 
     def _body(self) -> str:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -188,20 +188,20 @@ class Card:
         return f"transformers {self.first_version} and later{exception}"
 
     def _start(self) -> str:
-        """Where the weights came from, in words and without a path."""
+        """Describe the start model without its path."""
         start = self.facts.config.model.start
         if not start:
-            return "freshly initialized weights"
+            return "random weights"
         if self.base_model:
             return f"[{self.base_model}](https://huggingface.co/{self.base_model})"
         folder = Path(start)
         if (folder / RUN_STATE).is_file():
             before = read_state(folder / RUN_STATE)
-            return f"step {before['step']:,} of an earlier run of this software, after {before['tokens']:,} tokens"
-        return f"a local folder, {markdown(folder.name)}, whose name on the hub was not given"
+            return f"step {before['step']:,} of an earlier megatron-detour run, after {before['tokens']:,} tokens"
+        return f"a local folder, {markdown(folder.name)}, whose hub id is not stated"
 
     def _recipe(self) -> str:
-        """For instance: CLM on 10B tokens, then MLM (15% masked) on 1B tokens."""
+        """Return, for instance, CLM on 10B tokens, then MLM (15% masked) on 1B tokens."""
         parts = []
         for phase in self.facts.plan.phases:
             details = phase.objective.details()
@@ -227,28 +227,28 @@ class Card:
         return Table(header, rows, align="llrrl")
 
     def _corpora(self) -> Table:
-        """The columns that something is known of."""
+        """Return the table of corpora, without columns that are entirely unknown."""
         corpora = self.facts.corpora
         said = [self.given.corpora.get(corpus.name, CorpusFacts()) for corpus in corpora]
         columns: dict[str, list[str]] = {
             "Corpus": [_linked(more.title or c.name, more.url) for c, more in zip(corpora, said, strict=True)]
         }
         if any(more.description for more in said):
-            columns["What it is"] = [more.description or "not described" for more in said]
+            columns["Description"] = [more.description or "not stated" for more in said]
         if any(corpus.documents is not None for corpus in corpora):
             columns["Documents"] = [_known(corpus.documents) for corpus in corpora]
             columns["Tokens"] = [_known(corpus.tokens) for corpus in corpora]
             columns["Read"] = [self._times_read(corpus) for corpus in corpora]
         columns["Share"] = [_share_words(corpus, len(self.facts.plan.phases)) for corpus in corpora]
         if any(corpus.cleaning for corpus in corpora):
-            columns["Filters"] = [corpus.cleaning or "not known" for corpus in corpora]
-            columns["Held out"] = [corpus.held_out or "not known" for corpus in corpora]
-        columns["Licence"] = [more.licence or NOT_STATED for more in said]
+            columns["Filters"] = [corpus.cleaning or "unknown" for corpus in corpora]
+            columns["Held out"] = [corpus.held_out or "unknown" for corpus in corpora]
+        columns["License"] = [more.license or NOT_STATED for more in said]
         return Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)], align="l")
 
     def _times_read(self, corpus: Corpus) -> str:
         if not corpus.tokens:
-            return "not known"
+            return "unknown"
         phases = self.facts.plan.phases
         read = sum(self.facts.tokens_of(phase) * corpus.shares.get(phase.name, 0) for phase in phases)
         return f"about {read / corpus.tokens:.2g} times"
@@ -257,7 +257,7 @@ class Card:
         boundaries = self.facts.run.boundaries()
         rows = validation_rows([boundary.record for boundary in boundaries])
         cells = [[row.title, *row.texts("not measured")] for row in rows if not row.corpus or row.key in BY_CORPUS]
-        return Table(["Held-out figure", *(boundary.title for boundary in boundaries)], cells)
+        return Table(["Metric", *(boundary.title for boundary in boundaries)], cells)
 
     def _scores(self) -> Table:
         rows = []
@@ -274,7 +274,7 @@ class Card:
             counted = rows.setdefault(kind, [0, 0.0])
             counted[0] += session["steps"]
             counted[1] += session["seconds"]
-        header = ["Devices", "Tensor-parallel", "Numbers", "Steps", "Time of the steps"]
+        header = ["Devices", "Tensor-parallel size", "Dtype", "Steps", "Training time"]
         return Table(
             header,
             [
@@ -284,12 +284,12 @@ class Card:
         )
 
     def _padding(self) -> float | None:
-        """The share of the tokens that was padding; None where it was not recorded."""
+        """The fraction of tokens that was padding, or None if not recorded."""
         return self.facts.run.steps.mean("padding_share", "sequences")
 
 
 def refuse_unknown_corpora(given: CardMetadata, corpora: list[Corpus]) -> None:
-    """Raises DetourError for a corpus of --card-facts that no phase reads."""
+    """Raise DetourError for a corpus of --card-facts that no phase reads."""
     names = [corpus.name for corpus in corpora]
     for name in given.corpora:
         if name not in names:
@@ -315,7 +315,7 @@ def _of(done: int, planned: int) -> str:
 
 
 def _known(count: int | None) -> str:
-    return "not known" if count is None else f"{count:,}"
+    return "unknown" if count is None else f"{count:,}"
 
 
 def _linked(title: str, url: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What is known of a checkpoint: its settings and plan from its own state, the figures from the folder of its run."""
+"""Facts about a checkpoint: settings and plan from its own state, metrics from its run directory."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.release.cleaning import filters
 from megatron_detour.structured import parse_yaml, read_json_object
 
-NOT_IN_THE_TRAJECTORY = {"name": "run", "folder": "run", "deepspeed": "not kept"}  # and not told by any card
+# Required keys that a checkpoint does not record; no card shows them.
+NOT_IN_THE_TRAJECTORY = {"name": "run", "folder": "run", "deepspeed": "not kept"}
 
-UNRECORDED = {"ranks": 1, "device": "a device that was not recorded", "tensor_parallel": 1, "dtype": "not recorded"}
+UNRECORDED = {"ranks": 1, "device": "unknown device", "tensor_parallel": 1, "dtype": "unknown"}
 
-# What settings that no run of this version has end in, from outside as they are.
-UNFIT = (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, DetourError)
+# Errors that reading the state of another version may end in.
+INVALID_STATE = (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, DetourError)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a card may say of a corpus: no paths. `documents` and `tokens` are None where nothing says them."""
+    """Facts about a corpus. `documents` and `tokens` are None if unknown."""
 
-    prefix: str
+    prefix: str  # a path, which no card shows
     name: str  # the last part of the prefix
     documents: int | None
     tokens: int | None
-    shares: dict[str, float]  # of the sequences, by phase
-    languages: tuple[str, ...]  # that its documents were chosen for when it was built
-    cleaning: str  # which documents were left out; empty where its manifest is not there
-    held_out: str  # which were set apart for validation
+    shares: dict[str, float]  # fraction of the tokens, by phase
+    languages: tuple[str, ...]  # that its build filtered for
+    cleaning: str  # filters and removed documents; empty without a manifest
+    held_out: str  # documents held out for validation; likewise
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint and its run up to there. Without the folder of the run, `run` has no records and no sessions."""
+    """A checkpoint and its run up to it. Without a run directory, `run` has no records and no sessions."""
 
     checkpoint: Path
     state: dict[str, Any]  # run_state.json
@@ -53,25 +54,25 @@ class CheckpointInfo:
     has_run_folder: bool
 
     @classmethod
-    def of(cls, checkpoint: Path) -> CheckpointInfo:
-        """Raises DetourError for a checkpoint whose state is of another version, or beside another run's files."""
+    def read(cls, checkpoint: Path) -> CheckpointInfo:
+        """Raises DetourError if the state is invalid or of another version, or the run directory of another run."""
         state = read_state(checkpoint / RUN_STATE)
         try:
             config = from_dict(_nested(state["trajectory"]), "its settings")
             plan = Plan.of(config)
             step, tokens, total = state["step"], state["tokens"], state["total_steps"]
             fits = total == plan.total_steps and (not step or plan.step(step).tokens == tokens)
-        except UNFIT as fault:
-            raise DetourError(f"{checkpoint / RUN_STATE}: of another version of this project: {fault}") from None
+        except INVALID_STATE as fault:
+            raise DetourError(f"{checkpoint / RUN_STATE}: invalid, or of another version: {fault}") from None
         if not fits:
-            raise DetourError(f"{checkpoint / RUN_STATE}: step {step} and {tokens:,} tokens are not of its settings")
+            raise DetourError(f"{checkpoint / RUN_STATE}: step {step} and {tokens:,} tokens do not match its settings")
         folder = checkpoint.resolve().parent.parent
         has_folder = checkpoint.resolve().parent.name == "checkpoints" and (folder / "plan.json").is_file()
         run = read_run(folder) if has_folder else Run(folder, "", plan.to_dict(), "", {}, Steps.none(), [], [])
         if run.plan["total_steps"] != total:
-            raise DetourError(f"{folder / 'plan.json'}: of another run than {checkpoint.name}; bring its own back")
-        held, guarded = ([r for r in records if r["step"] <= step] for records in (run.validations, run.guarded))
-        upto = {"steps": run.steps.between(0, step), "validations": held, "guarded": guarded}
+            raise DetourError(f"{folder / 'plan.json'}: belongs to another run than {checkpoint.name}")
+        validations, guarded = ([r for r in records if r["step"] <= step] for records in (run.validations, run.guarded))
+        upto = {"steps": run.steps.between(0, step), "validations": validations, "guarded": guarded}
         run = dataclasses.replace(run, plan=plan.to_dict(), **upto)
         return cls(checkpoint, state, config, plan, run, has_folder)
 
@@ -81,7 +82,7 @@ class CheckpointInfo:
 
     @property
     def tokens(self) -> int:
-        """Read so far, padding included."""
+        """Tokens read so far, including padding."""
         return self.state["tokens"]
 
     @property
@@ -90,7 +91,7 @@ class CheckpointInfo:
 
     @property
     def last_phase(self) -> PlannedPhase | None:
-        """The phase of the last step; None before the first."""
+        """The phase of the last step; None before the first step."""
         return self.plan.step(self.step).phase if self.step else None
 
     def tokens_of(self, phase: PlannedPhase) -> int:
@@ -105,29 +106,29 @@ class CheckpointInfo:
 
     @cached_property
     def run_settings(self) -> dict[str, Any]:
-        """run.yaml, of which the checkpoint itself keeps only what the weights depend on."""
+        """All keys of run.yaml; the checkpoint itself has only those that determine the weights."""
         try:
-            found = parse_yaml(self.run.run_file, str(self.run.folder / "run.yaml"))
+            settings = parse_yaml(self.run.run_file, str(self.run.folder / "run.yaml"))
         except DetourError:
-            found = None
-        return found if isinstance(found, dict) else {}
+            settings = None
+        return settings if isinstance(settings, dict) else {}
 
     @cached_property
     def sessions(self) -> list[dict[str, Any]]:
-        """The sessions that made steps up to the checkpoint, each with these `steps` and their `seconds`."""
+        """The sessions that trained steps up to the checkpoint, with their number of `steps` and `seconds`."""
         starts = [session.get("step", 0) for session in self.run.sessions]
         ends = [*starts, self.step][1:]
-        found = []
+        sessions = []
         for session, start, end in zip(self.run.sessions, starts, ends, strict=True):
             end = min(end, self.step)
             if end > start:
                 seconds = self.run.steps.between(start + 1, end).total("seconds")
-                found.append({**UNRECORDED, **session, "steps": end - start, "seconds": seconds})
-        return found
+                sessions.append({**UNRECORDED, **session, "steps": end - start, "seconds": seconds})
+        return sessions
 
     @cached_property
     def corpora(self) -> list[Corpus]:
-        """Every corpus that a phase reads, in their order."""
+        """The corpora of all phases, in order of first use."""
         prefixes = list(dict.fromkeys(corpus.prefix for phase in self.plan.phases for corpus in phase.corpora))
         names = _names(prefixes)
         counted = {facts["prefix"]: facts for facts in self.run.environment.get("corpora") or []}
@@ -146,7 +147,7 @@ class CheckpointInfo:
         return Corpus(prefix, name, *numbers, shares, languages, *(filters(manifest) if manifest else ("", "")))
 
     def _manifest(self, prefix: str) -> dict[str, Any]:
-        """The corpus's manifest, where it is still there and that of the text that was read."""
+        """Return the corpus's manifest, or {} if it is missing, invalid or describes other data than the run read."""
         try:
             manifest = read_json_object(manifest_path(prefix))
             same = manifest["files"]["bin"]["sha256"] == self.state["corpora"][prefix]
@@ -157,7 +158,7 @@ class CheckpointInfo:
 
 
 def _nested(trajectory: dict[str, Any]) -> dict[str, Any]:
-    """The settings as a run file has them, from pairs of a dotted key and a scalar."""
+    """Nest a mapping of dotted keys to scalars, as in a run file."""
     whole: dict[str, Any] = {}
     for key, value in trajectory.items():
         here = whole
@@ -179,7 +180,7 @@ def _lists(value: Any) -> Any:
 
 
 def _names(prefixes: list[str]) -> dict[str, str]:
-    """A name for each prefix: its last part, or its last two where that would be two corpora's."""
+    """Name each prefix by its last part, or by its last two if that is ambiguous."""
     last = {prefix: Path(prefix).name for prefix in prefixes}
     names = list(last.values())
     return {p: n if names.count(n) == 1 else "/".join(Path(p).parts[-2:]) for p, n in last.items()}

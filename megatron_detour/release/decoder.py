@@ -1,4 +1,4 @@
-"""A checkpoint of a causal phase as transformers' ModernBertDecoderForCausalLM."""
+"""Export of a causal phase's checkpoint as transformers' ModernBertDecoderForCausalLM."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from megatron_detour.model.shape import SLIDING, Shape
 from megatron_detour.release import portable
 
-# Of an encoder's config.json: what the decoder does not have.
-OF_THE_ENCODER = (
+# Keys of an encoder's config.json that the decoder does not have.
+ENCODER_KEYS = (
     "classifier_pooling",
     "deterministic_flash_attn",
     "repad_logits_with_grad",
@@ -20,15 +20,15 @@ OF_THE_ENCODER = (
 
 
 def decoder_config(config: dict[str, Any], shape: Shape, dtype: str) -> dict[str, Any]:
-    """The config.json. `dtype` is that of the weights, as in "bfloat16".
+    """Return the config.json. `dtype` is that of the weights, such as "bfloat16".
 
-    The decoder's local layers see local_attention / 2 keys, the query's own among them; in training they saw the
-    query's own and `window` before it.
+    In the decoder's local layers a query attends to local_attention / 2 keys, including its own; in training it
+    attended to its own and the `window` before it.
     """
     own = portable.encoder_config(config, shape, dtype)
-    own = {key: value for key, value in own.items() if key not in OF_THE_ENCODER}
-    if not turns_alike(shape):
-        own["global_rope_theta"] = None  # transformers 4 then stops, where it would turn all layers by this one
+    own = {key: value for key, value in own.items() if key not in ENCODER_KEYS}
+    if not has_one_theta(shape):
+        own["global_rope_theta"] = None  # transformers 4 then fails instead of using this theta in all layers
     return own | {
         "model_type": "modernbert-decoder",
         "architectures": ["ModernBertDecoderForCausalLM"],
@@ -37,25 +37,25 @@ def decoder_config(config: dict[str, Any], shape: Shape, dtype: str) -> dict[str
     }
 
 
-def turns_alike(shape: Shape) -> bool:
-    """Whether one rope theta serves all layers, as in transformers 4's ModernBertDecoder."""
+def has_one_theta(shape: Shape) -> bool:
+    """Return whether all layers use one rope theta, as in transformers 4's ModernBertDecoder."""
     return shape.global_theta == shape.local_theta or SLIDING not in shape.layer_types
 
 
 def first_version(shape: Shape) -> str:
-    """Of transformers, that opens the decoder."""
-    return "4.54" if turns_alike(shape) else "5.0"
+    """Return the oldest transformers that opens the decoder."""
+    return "4.54" if has_one_theta(shape) else "5.0"
 
 
 def decoder_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Full tensors under the decoder's names: q, k and v apart, the head as lm_head."""
-    found = {}
+    """Rename full tensors to the decoder's names: q, k and v separate, the head as lm_head."""
+    renamed = {}
     for name, weight in weights.items():
         if name.endswith("attn.Wqkv.weight"):
             for kind, part in zip("qkv", weight.chunk(3), strict=True):
-                found[name.replace("Wqkv", f"{kind}_proj")] = part
+                renamed[name.replace("Wqkv", f"{kind}_proj")] = part
         elif name.startswith("head."):
-            found[f"lm_{name}"] = weight
+            renamed[f"lm_{name}"] = weight
         else:
-            found[name] = weight
-    return found
+            renamed[name] = weight
+    return renamed

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a model to release: weights, configuration, tokenizer, card; the logits are compared first."""
+"""Export a checkpoint as a Hugging Face folder with a model card, after comparing its logits with transformers'."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Exported:
-    """Which checkpoint was written, and the greatest difference of its logits to transformers', relative."""
+    """The exported checkpoint, and the largest relative difference of its logits from transformers'."""
 
     checkpoint: Path
     run_state: dict[str, Any]
@@ -47,17 +47,17 @@ def export(
     scored: Path | None = None,
     repository: str | None = None,
 ) -> Exported:
-    """Writes the Hugging Face folder `output`, of a ModernBertDecoder where `as_decoder`.
+    """Write the Hugging Face folder `output`, for a ModernBertDecoder if `as_decoder`.
 
-    Both sides compute in fp32 on the weights as written, on random ids and on real text: the lines of the file `text`,
-    or some of our own. `evaluation` are rows for the card, of the model in the folder `scored`; `repository`
-    is the name that its code uses. Raises DetourError, leaving nothing, when logits differ or anything is missing.
+    Logits are compared in fp32 on the weights as written, on random ids and on real text: the lines of the file `text`,
+    or built-in ones. `evaluation` are rows for the card, scores of the model in the folder `scored`; `repository` is
+    the id in the card's code. Raises DetourError and writes nothing if logits differ or anything is missing.
     """
     target, given, texts = Path(output), given or CardMetadata(), read_texts(text)
     if os.path.lexists(target):
-        raise DetourError(f"{target}: is already there; choose another --output or remove it")
+        raise DetourError(f"{target}: already exists; choose another --output or remove it")
     folder = _find(Path(checkpoint))
-    facts = CheckpointInfo.of(folder)
+    facts = CheckpointInfo.read(folder)
     refuse_unknown_corpora(given, facts.corpora)
     source = Source(str(folder))
     config = source.config()
@@ -95,23 +95,23 @@ def export(
     (card,) = written
     warnings = card.warnings()
     if evaluation and not scored:
-        warnings.append("the evaluated folder is gone or has changed: whether the scores are this model's is open")
+        warnings.append("the evaluated folder is missing or has changed: cannot verify the scores' model")
     if not as_decoder and portable.every_n_layers(shape) is None:
-        warnings.append("transformers 4 cannot express the pattern of global and local layers: it opens in 5 only")
-    if as_decoder and not decoder.turns_alike(shape):
-        warnings.append("transformers 4's decoder has one rope theta where the model has two: it opens in 5 only")
+        warnings.append("transformers 4 does not support this pattern of global layers: the folder opens in 5 only")
+    if as_decoder and not decoder.has_one_theta(shape):
+        warnings.append("transformers 4's decoder has one rope theta, the model two: the folder opens in 5 only")
     return Exported(folder, facts.state, card.difference, warnings)
 
 
 def _refuse_other_weights(scored: Path, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
-    """Raises DetourError unless `scored` has these weights, up to the rounding of an export."""
-    with Weights(Source(str(scored))) as found:
-        found.check({name: tuple(weight.shape) for name, weight in weights.items()})
+    """Raise DetourError unless `scored` has these weights, up to bf16 rounding."""
+    with Weights(Source(str(scored))) as scored_weights:
+        scored_weights.check({name: tuple(weight.shape) for name, weight in weights.items()})
         for name, weight in weights.items():
-            if not torch.equal(found(name).bfloat16(), weight.bfloat16()):
+            if not torch.equal(scored_weights(name).bfloat16(), weight.bfloat16()):
                 raise DetourError(
-                    f"--evaluation: the scores are of {scored}, whose {name} is not that of {checkpoint}; evaluate "
-                    "this checkpoint, or name the model that is meant with --evaluation-model"
+                    f"--evaluation: the scores belong to {scored}, whose {name} differs from {checkpoint}; evaluate "
+                    "this checkpoint, or select its model with --evaluation-model"
                 )
 
 
@@ -134,17 +134,17 @@ def _write_model(
 
 
 def _find(path: Path) -> Path:
-    """A checkpoint: the folder itself, or the newest whole one of a run's folder. Raises DetourError."""
+    """Return `path` if it is a checkpoint, else the newest intact one of a run directory. Raises DetourError."""
     if not path.is_dir():
-        raise DetourError(f"{path}: there is no such folder")
+        raise DetourError(f"{path}: no such folder")
     if (path / RUN_STATE).is_file() or (path / store.LISTING).is_file():
         try:
             store.verify(path, needless=(OPTIMIZER,))
         except store.Broken as fault:
-            raise DetourError(f"{path}: not a whole checkpoint: {fault}") from None
+            raise DetourError(f"{path}: damaged checkpoint: {fault}") from None
     if (path / RUN_STATE).is_file():
         return path
     newest = store.latest(path / "checkpoints", needless=(OPTIMIZER,))
     if newest is None:
-        raise DetourError(f"{path}: neither a checkpoint nor a run's folder with one")
+        raise DetourError(f"{path}: neither a checkpoint nor a run directory with one")
     return newest

@@ -1,4 +1,4 @@
-"""Uploads a complete folder to the Hugging Face hub, where that was asked for."""
+"""Upload of a finished folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def check_repository(repository: str) -> None:
-    """Raises DetourError for what cannot be a repository's name: better told before the export than after."""
+    """Raise DetourError for an invalid repository id, before the export rather than after it."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repository)
     except HFValidationError:
-        raise DetourError(f"--push-to-hub {repository}: not the name of a repository; give OWNER/NAME") from None
+        raise DetourError(f"--push-to-hub {repository}: not a valid repository id; use OWNER/NAME") from None
 
 
 def push(folder: Path, repository: str, private: bool, api: HfApi | None = None) -> str:
-    """Uploads the folder's files; returns the address. Raises DetourError, the folder staying as it is."""
+    """Upload the folder's files and return the URL. Raises DetourError, and leaves the folder as it is."""
     from huggingface_hub import HfApi
 
     api = api or HfApi()
@@ -34,12 +34,12 @@ def push(folder: Path, repository: str, private: bool, api: HfApi | None = None)
             repo_id=made.repo_id,
             folder_path=folder,
             commit_message=f"Upload {folder.name}",
-            ignore_patterns=[LISTING],  # sizes and hashes of this folder; the hub keeps its own
+            ignore_patterns=[LISTING],  # sizes and hashes; the hub has its own
         )
-    except Exception as error:  # of the hub, its client and the network alike
+    except Exception as error:  # from the hub, its client or the network
         cause = " ".join(str(error).split()) or type(error).__name__
         raise DetourError(
-            f"{folder} is complete, but was not uploaded to {repository}: {cause}; once that is mended, "
-            f"hf upload {repository} {folder} --exclude {LISTING} does the rest"
+            f"{folder} is complete, but was not uploaded to {repository}: {cause}; once this is fixed, run "
+            f"hf upload {repository} {folder} --exclude {LISTING}"
         ) from None
     return str(made)

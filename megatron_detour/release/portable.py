@@ -1,7 +1,7 @@
-"""config.json and tokenizer_config.json as transformers 4.48 and later, and 5, read them alike.
+"""config.json and tokenizer_config.json that transformers 4.48 and later, including 5, read the same way.
 
-transformers 4 has global_attn_every_n_layers and two rope thetas where 5 has layer_types and rope_parameters: both are
-written, and each version passes over what it does not know.
+transformers 4 has global_attn_every_n_layers and two rope thetas instead of 5's layer_types and rope_parameters. Both
+are written, and each version ignores unknown keys.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from megatron_detour.checkpoint.huggingface import known_config_keys
 from megatron_detour.model.shape import FULL, SLIDING, Shape
 from megatron_detour.structured import read_json_object
 
-# What transformers 5 writes beside the model's own keys: defaults, of which id2label even brings a warning where a
-# classifier with other labels is put on top, and _name_or_path tells where the model lay.
+# Keys that transformers 5 writes besides the model's own. They are defaults, except for _name_or_path, the path of the
+# model; id2label causes a warning when a classifier with other labels is added.
 GENERAL = (
     "_name_or_path",
     "chunk_size_feed_forward",
@@ -30,7 +30,7 @@ GENERAL = (
 
 
 def encoder_config(config: dict[str, Any], shape: Shape, dtype: str) -> dict[str, Any]:
-    """The config.json of a ModernBertForMaskedLM. `dtype` is that of the weights, as in "bfloat16"."""
+    """Return the config.json of a ModernBertForMaskedLM. `dtype` is that of the weights, such as "bfloat16"."""
     known = {*known_config_keys()} - {*GENERAL}
     own = {key: value for key, value in config.items() if key in known}
     return own | {
@@ -38,7 +38,7 @@ def encoder_config(config: dict[str, Any], shape: Shape, dtype: str) -> dict[str
         "local_attention": 2 * shape.window,
         "tie_word_embeddings": True,
         "layer_types": list(shape.layer_types),
-        # None where no number says it: transformers 4 then stops, where its default would be another function.
+        # None if no number describes the pattern: transformers 4 then fails instead of computing something else.
         "global_attn_every_n_layers": every_n_layers(shape),
         "rope_parameters": {
             FULL: {"rope_type": "default", "rope_theta": shape.global_theta},
@@ -46,7 +46,7 @@ def encoder_config(config: dict[str, Any], shape: Shape, dtype: str) -> dict[str
         },
         "global_rope_theta": shape.global_theta,
         "local_rope_theta": shape.local_theta,
-        # Otherwise 4 compiles parts of the model where it finds triton: minutes at first use, for the same function.
+        # By default 4 compiles parts of the model if triton is installed, which takes minutes at first use.
         "reference_compile": False,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -54,7 +54,7 @@ def encoder_config(config: dict[str, Any], shape: Shape, dtype: str) -> dict[str
 
 
 def every_n_layers(shape: Shape) -> int | None:
-    """The n of transformers 4 with which every n-th layer from the first is global; None where there is none."""
+    """Return n if exactly every n-th layer, counted from the first, is global, as in transformers 4; else None."""
     fitting = (
         n
         for n in range(1, shape.layers + 1)
@@ -64,16 +64,16 @@ def every_n_layers(shape: Shape) -> int | None:
 
 
 def first_version(shape: Shape) -> str:
-    """Of transformers, that opens the encoder. (4.54.0 turns the local layers by the global theta: its own mistake.)"""
+    """Return the oldest transformers that opens the encoder. (4.54.0 has a bug: local layers use the global theta.)"""
     return "5.0" if every_n_layers(shape) is None else "4.48"
 
 
 def make_tokenizer_portable(folder: Path, shape: Shape) -> None:
-    """Rewrites the folder's tokenizer_config.json: the class that both know, and the model's length."""
+    """Rewrite the folder's tokenizer_config.json with a class that both versions know and the maximum length."""
     path = folder / "tokenizer_config.json"
     config = read_json_object(path)
     added = read_json_object(folder / "tokenizer.json").get("added_tokens") or []
-    extra = config.pop("extra_special_tokens", None)  # a list, which 4.48 takes for a mapping
+    extra = config.pop("extra_special_tokens", None)  # a list, but 4.48 expects a mapping
     if isinstance(extra, list) and extra:
         config.setdefault("additional_special_tokens", extra)
     config |= {

@@ -1,4 +1,4 @@
-"""What does not belong in a release: paths, hosts, users and secrets in the JSON files of its folder."""
+"""Search of a release's JSON files for private values: paths, hosts, users and secrets."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _KINDS = {
     ),
     "an address": re.compile(r"^\w+://|\bhttps?://|[\w.+-]+@[\w-]+\.\w"),
 }
-# What a tokenizer finds in text and puts there: it may look like anything.
-_OF_TEXT = {"Regex", "String", "content", "additional_special_tokens", "extra_special_tokens"}
-_IDENTIFIER = re.compile(r"[\w-]+")  # a whole value such as "default" or "bert" is a setting, whatever users are called
+# Keys of text that a tokenizer matches or inserts, which may look like anything.
+_TEXT_KEYS = {"Regex", "String", "content", "additional_special_tokens", "extra_special_tokens"}
+_IDENTIFIER = re.compile(r"[\w-]+")  # a value such as "default" or "bert" is a setting, even if a user has this name
 _COMMON_USERS = {"root", "user", "admin", "ubuntu", "runner", "model", "mask", "token"}
-SHORTEST_NAME = 4  # of a user or host that is looked for: shorter ones are parts of words
+SHORTEST_NAME = 4  # of a user or host; shorter names occur within words
 
 
 def refuse_private(folder: Path) -> None:
-    """Raises DetourError, which tells the place and never the value, where a JSON file of `folder` holds such a thing.
+    """Raise DetourError if a JSON file of `folder` contains a private value, naming its place but not the value.
 
-    The vocabulary of tokenizer.json is text of the language, and not looked at.
+    The vocabulary of tokenizer.json is ordinary text and not searched.
     """
-    names = _names_of_here()
+    names = _local_names()
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
         if path.name == "tokenizer.json" and isinstance(content, dict):
@@ -43,21 +43,21 @@ def refuse_private(folder: Path) -> None:
             kind = _kind(key, text, names)
             if kind:
                 raise DetourError(
-                    f"{path.name}: {place} holds {kind}, which does not belong in a release; take it out of the start "
-                    "model's or the tokenizer's file and out of a copy of the checkpoint"
+                    f"{path.name}: {place} contains {kind}, which must not be released; remove it from the start "
+                    "model's or the tokenizer's file and from a copy of the checkpoint"
                 )
 
 
 def _kind(key: str, text: str, names: dict[str, re.Pattern[str]]) -> str | None:
     if text and (_SECRET_KEY.search(key) or _SECRET.search(text)):
         return "a secret"
-    if key in _OF_TEXT or _IDENTIFIER.fullmatch(text):
+    if key in _TEXT_KEYS or _IDENTIFIER.fullmatch(text):
         return None
-    return next((kind for kind, found in (_KINDS | names).items() if found.search(text)), None)
+    return next((kind for kind, pattern in (_KINDS | names).items() if pattern.search(text)), None)
 
 
 def _texts(value: Any, place: str, key: str = "") -> Iterator[tuple[str, str, str]]:
-    """Each text in a JSON value, names of keys too: its place, its key and the text."""
+    """Yield the place, key and text of each string in a JSON value, including the keys themselves."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield place or "the top level", "", name
@@ -69,10 +69,10 @@ def _texts(value: Any, place: str, key: str = "") -> Iterator[tuple[str, str, st
         yield place, key, value
 
 
-def _names_of_here() -> dict[str, re.Pattern[str]]:
+def _local_names() -> dict[str, re.Pattern[str]]:
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container without a user's name
+    except (KeyError, OSError):  # a container without a user name
         user = ""
     names = {"the name of this host": socket.gethostname(), "the name of a user": user}
     return {

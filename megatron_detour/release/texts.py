@@ -1,6 +1,6 @@
-"""A few texts, invented for this project, on which an exported model is compared with transformers.
+"""Built-in texts on which an exported model is compared with transformers.
 
-English and French, clinical in style; short ones, and two that are longer than a local layer's window.
+They are invented: English and French in clinical style, three short ones and two longer than a local layer's window.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_detour.errors import DetourError
 
-MOST = 32  # texts of a user's file: enough to compare, and few enough to wait for
+MAX_TEXTS = 32  # of a user's file, to bound the time
 
 TEXTS = (
     "The patient takes her tablets twice a day.",
@@ -46,16 +46,16 @@ TEXTS = (
 
 
 def read_texts(file: str | None) -> tuple[str, ...]:
-    """The lines of a text file that hold something, the first `MOST` of them; TEXTS for None. Raises DetourError."""
+    """Return the first `MAX_TEXTS` non-empty lines of a file, or TEXTS for None. Raises DetourError."""
     if file is None:
         return TEXTS
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise DetourError(f"--text {file}: not a text in UTF-8") from None
+        raise DetourError(f"--text {file}: not UTF-8 text") from None
     except OSError as error:
         raise DetourError(f"--text {file}: cannot be read: {error.strerror}") from None
-    texts = tuple(line.strip() for line in lines if line.strip())[:MOST]
+    texts = tuple(line.strip() for line in lines if line.strip())[:MAX_TEXTS]
     if not texts:
-        raise DetourError(f"--text {file}: the file has no text; put one document on each line")
+        raise DetourError(f"--text {file}: empty; write one document per line")
     return texts

@@ -1,10 +1,10 @@
-"""Settings as frozen dataclasses: a field's annotation holds its rules and one line of help, and all else follows.
+"""Settings as frozen dataclasses. The annotation of a field has its rules and one line of help.
 
     clip: Annotated[float, Range(above=0), "largest gradient norm"] = 1.0
 
 `read` builds an instance from plain mappings (YAML, JSON) and reports all faults at once. `add_arguments`,
 `from_namespace` and `validate` make the fields flags of a command. `json_schema` and `markdown_table` describe them.
-A field is an int, float, bool, str, Path, dict, tuple, another such dataclass, or one of these or None.
+A field is an int, float, bool, str, Path, dict, tuple or another such dataclass, and may be optional.
 """
 
 from megatron_detour.settings.description import json_schema, markdown_table

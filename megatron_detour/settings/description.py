@@ -14,7 +14,7 @@ from megatron_detour.settings.reader import to_plain
 
 
 def json_schema(cls: type, title: str) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of the mappings that `read` takes, for editors."""
+    """Return the JSON Schema (draft 2020-12) of the mappings that `read` accepts, for editors."""
     definitions: dict[str, Any] = {}
     whole = _object_schema(cls, definitions)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **whole, "$defs": definitions}
@@ -71,7 +71,7 @@ def _type_schema(setting: Setting, definitions: dict[str, Any]) -> dict[str, Any
 
 
 def markdown_table(cls: type, shown: Callable[[str], str] = str) -> str:
-    """A row per key, with its default and its help. A class that stands at several keys is taken apart at the first."""
+    """Return a row per key, with default and help. A class used by several keys is expanded at the first."""
     lines = [f"| {'flag' if shown is flag else 'key'} | default | |", "|---|---|---|"]
     for key, setting in _keys(cls, "", set()):
         default = "required" if setting.default is MISSING else _default_cell(setting.default)

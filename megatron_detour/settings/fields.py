@@ -1,4 +1,4 @@
-"""Fields of a settings dataclass and what their annotations say: rules, kinds, flags, help."""
+"""Fields of a settings dataclass and their annotations: rules, kinds, flags, help."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Enclosing = list[tuple[type, dict[str, Any]]]  # the mappings around a value and
 
 
 class Rule(Protocol):
-    """What a value must be. `fault` completes "must be ..." where a value is not, `schema` says it in JSON Schema."""
+    """A rule for a value. `fault` completes "must be ..." for an invalid value; `schema` is the rule in JSON Schema."""
 
     def fault(self, value: Any) -> str | None: ...
 
@@ -47,7 +47,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Entries:
-    """A list with at least so many entries, all different if `unique`."""
+    """A list with at least `least` entries, all different if `unique`."""
 
     least: int = 0
     unique: bool = False
@@ -73,7 +73,7 @@ class Choice(tuple):
 
 @dataclass(frozen=True)
 class Pattern:
-    """A text that this regular expression matches as a whole; `what` says so in words."""
+    """Text that a regular expression matches fully; `what` describes it."""
 
     expression: str
     what: str
@@ -87,7 +87,7 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, as annotations are
 class Parsed:
-    """How a value is written that is not plain, such as an amount with a unit.
+    """A value with a syntax of its own, such as an amount with a unit.
 
     `parse` takes the raw value and the mappings around it, outermost first; it raises ValueError with what the value
     must be, or FaultElsewhere.
@@ -95,19 +95,19 @@ class Parsed:
 
     parse: Callable[[Any, Enclosing], Any]
     written: dict[str, Any]  # JSON Schema
-    examples: tuple[str, ...] = ()  # what may have been meant
+    examples: tuple[str, ...] = ()  # suggested in messages
 
     def schema(self) -> dict[str, Any]:
         return self.written
 
 
 class FaultElsewhere(ValueError):
-    """A value cannot be read because of another key, which has a fault of its own."""
+    """A value cannot be read because of another key, whose fault is reported."""
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, as annotations are
 class Tagged:
-    """A field that is one of several dataclasses: its key names the kind, whose own keys stand beside it.
+    """A field that is one of several dataclasses: its key names the kind, whose own keys are next to it.
 
     `objective: Annotated[Objective, Tagged({"clm": Clm, "mlm": Mlm})]` reads {objective: mlm, mask_rate: 0.15, ...}.
     """
@@ -118,7 +118,7 @@ class Tagged:
         return next(name for name, cls in self.kinds.items() if cls is type(value))
 
     def keys(self) -> dict[str, list[str]]:
-        """The keys of all kinds, each with the kinds that have it."""
+        """Return the keys of all kinds, each with the kinds that have it."""
         owners: dict[str, list[str]] = {}
         for kind, cls in self.kinds.items():
             for setting in settings_of(cls):
@@ -128,7 +128,7 @@ class Tagged:
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field is shown in --help, beside what follows from its type."""
+    """How --help shows a field, in addition to its type."""
 
     metavar: str | None = None
     group: str | None = None
@@ -141,19 +141,19 @@ def _any_text(raw: Any, _: Enclosing) -> str:
     return raw
 
 
-AnyText = Annotated[str, Parsed(_any_text, {"type": "string"})]  # may be empty or have several lines
+AnyText = Annotated[str, Parsed(_any_text, {"type": "string"})]  # may be empty or multi-line
 
 
 class Setting(NamedTuple):
-    """A field, its annotation taken apart. Of a tuple or dict, `items` are what it consists of."""
+    """A field and its parsed annotation. `items` are the element types of a tuple or dict."""
 
     name: str
     kind: Any
     items: tuple[Setting, ...]
-    ellipsis: bool  # of a tuple: any number of its item
+    ellipsis: bool  # a tuple of any length
     optional: bool
     marks: tuple[Any, ...]
-    default: Any  # MISSING: the key is required
+    default: Any  # MISSING if the key is required
 
     def mark(self, kind: type) -> Any:
         return next((mark for mark in self.marks if isinstance(mark, kind)), None)
@@ -169,7 +169,7 @@ class Setting(NamedTuple):
 
 @cache
 def settings_of(cls: type) -> tuple[Setting, ...]:
-    """The fields of a settings dataclass, in order."""
+    """Return the fields of a settings dataclass, in order."""
     hints = get_type_hints(cls, include_extras=True)
     return tuple(setting_of(hints[field.name], field.name, _default(field)) for field in dataclasses.fields(cls))
 

@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 def flag(key: str) -> str:
-    """The flag of a field, or of what a dotted key begins with."""
+    """Return the flag of a field, or of the first part of a dotted key."""
     return "--" + key.partition(".")[0].replace("_", "-")
 
 
 def add_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Gives a parser a flag for each field, in groups where the annotations name some."""
+    """Add a flag for each field to a parser, in the groups that annotations name."""
     groups: dict[str | None, Any] = {None: parser}
     for setting in settings_of(cls):
         shown = setting.mark(Flag) or Flag()
@@ -79,11 +79,11 @@ def _default_words(default: Any) -> str:
 
 
 def from_namespace(cls: type[T], options: argparse.Namespace) -> T:
-    """The instance that parsed flags say; `validate` checks it."""
+    """Build an instance from parsed flags; `validate` checks it."""
     values = {setting.name: getattr(options, setting.name) for setting in settings_of(cls)}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def validate(instance: T, check: Callable[[T, Faults], None] | None = None, shown: Callable[[str], str] = flag) -> None:
-    """Raises DetourError with all faults of an instance that was made of flags, each with its flag."""
+    """Raise DetourError with all faults of an instance built from flags, each with its flag."""
     read(type(instance), to_plain(instance), "", check, shown)

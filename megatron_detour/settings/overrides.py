@@ -10,14 +10,14 @@ from megatron_detour.structured import parse_yaml
 
 
 def apply_override(raw: dict[str, Any], override: str) -> str:
-    """Sets the value of ``key=value``, a dotted key and YAML, in plain mappings. Returns the key. Raises DetourError.
+    """Set the value of ``key=value``, a dotted key and YAML, in plain mappings. Return the key. Raises DetourError.
 
     An entry of a list is named by its number, or by its `name` or `prefix`.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise DetourError(f"override {override!r}: write it as key=value, for instance phases.detour.tokens=1B")
-    if has_controls(override):  # YAML would make a space of a line break
+    if has_controls(override):  # YAML would turn a line break into a space
         raise DetourError(f"override {override!r}: holds a line break or a control character")
     value = parse_yaml(text, f"override {override[:80]!r}")
     here: Any = raw

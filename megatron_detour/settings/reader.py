@@ -1,4 +1,4 @@
-"""Plain mappings to instances and back; all faults at once, each with its key."""
+"""Conversion of plain mappings to instances and back; all faults are reported at once, each with its key."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from megatron_detour.settings.fields import (
     settings_of,
 )
 
-LARGEST_INTEGER = 2**53  # beyond it floating-point numbers skip integers
+LARGEST_INTEGER = 2**53  # floating-point numbers are exact up to it
 T = TypeVar("T")
-SHOWN = 200  # characters of a wrong value
+SHOWN = 200  # characters of an invalid value
 
 
 class Faults:
-    """Sentences about keys. `unusable` are keys that already have one: what follows from their values is not reported.
+    """Messages about keys. `unusable` are keys that have one: consequences of their values are not reported.
 
     `shown` is how a dotted key is shown to the user.
     """
@@ -39,12 +39,12 @@ class Faults:
         self.messages: list[str] = []
 
     def unreadable(self, key: str, text: str) -> None:
-        """Reports a key whose value is missing or breaks a rule of its own."""
+        """Report a key whose value is missing or invalid by itself."""
         self.unusable.append(key)
         self.messages.append(f"{self.shown(key)}: {text}" if key else text)
 
     def add(self, key: str, text: str, also: Iterable[str] = ()) -> None:
-        """Reports a fault of a key with a readable value. `also` are the other keys that the fault follows from."""
+        """Report a fault of a key with a readable value. `also` are other keys that the fault depends on."""
         if not any(_related(a, b) for a in (key, *also) for b in self.unusable):
             self.messages.append(f"{self.shown(key)}: {text}" if key else text)
 
@@ -64,7 +64,7 @@ def read(
     check: Callable[[T, Faults], None] | None = None,
     shown: Callable[[str], str] = str,
 ) -> T:
-    """Builds a settings dataclass from plain mappings; `check` adds the faults that no single field shows.
+    """Build a settings dataclass from plain mappings; `check` adds faults that involve several fields.
 
     Raises DetourError with all faults, each with its dotted key and the value that stands there.
     """
@@ -77,7 +77,7 @@ def read(
 
 
 class Reader:
-    """Values that break a rule are reported and replaced by others of their type, so that the rest can be checked."""
+    """Invalid values are reported and replaced by valid ones of their type, so that the rest can be checked."""
 
     def __init__(self, faults: Faults) -> None:
         self.faults = faults
@@ -117,7 +117,7 @@ class Reader:
             return _stand_in_value(setting)
         owners = tagged.keys()
         for name in raw.keys() & owners.keys():
-            if kind not in owners[name] and raw[name] not in (None, False):  # which say nothing
+            if kind not in owners[name] and raw[name] not in (None, False):  # which have no effect
                 others = " or ".join(owners[name])
                 self.faults.add(join_key(around, name), f"a key of {others}; with {setting.name}: {kind} remove it")
         mine = {name: raw[name] for name in raw if kind in owners.get(name, ())}
@@ -161,7 +161,7 @@ class Reader:
 
 
 def _scalar(kind: type, raw: Any) -> Any:
-    """Raises ValueError with what the value must be."""
+    """Convert a value. Raises ValueError with what the value must be."""
     if kind is float and not isinstance(raw, bool):
         try:  # YAML 1.1 reads 2e-4 as a string
             number = float(raw)
@@ -186,7 +186,7 @@ def _scalar(kind: type, raw: Any) -> Any:
 
 
 def has_controls(text: str) -> bool:
-    """Line breaks, control characters, bidirectional marks, halves of characters."""
+    """Return whether text has line breaks, control characters, bidirectional marks or lone surrogates."""
     return any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text)
 
 
@@ -200,7 +200,7 @@ def _stand_in(cls: type) -> Any:
 
 
 def _stand_in_value(setting: Setting) -> Any:
-    """Some value of a type, in the place of one that was refused."""
+    """Return a valid value of a type, to replace an invalid one."""
     if setting.default is not MISSING:
         return setting.default
     if setting.optional:
@@ -215,7 +215,7 @@ def _stand_in_value(setting: Setting) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Mappings and lists from which `read` makes an equal value."""
+    """Return the mappings and lists that `read` converts to an equal value."""
     if dataclasses.is_dataclass(value):
         plain: dict[str, Any] = {}
         for setting in settings_of(type(value)):

@@ -276,7 +276,7 @@ class Trainer:
     def _load(self, step: Step) -> tuple[Step, RankBatch]:
         phase, run, parallel = step.phase, self.run, self.run.parallel
         objective = step.objective.bind(run.initial.vocabulary, run.initial.words)
-        mixture = run.data.of(phase)
+        mixture = run.data.mixture(phase)
         micro_tokens = phase.micro_sequences * phase.sequence_length
         numbers, total = rank_micro_batches(
             step.tokens - step.start, micro_tokens, parallel.data_rank, parallel.data_size

@@ -48,4 +48,4 @@ def variable(light: str) -> str:
 
 def with_variables(svg: str) -> str:
     """Replace the colors of a drawing with CSS variables. Raises KeyError for a color without a name."""
-    return re.sub(r"(?<=[:\s])#[0-9a-f]{6}(?=[;\"'])", lambda found: variable(found[0]), svg)
+    return re.sub(r"(?<=[:\s])#[0-9a-f]{6}(?=[;\"'])", lambda match: variable(match[0]), svg)

@@ -27,7 +27,7 @@ class Picture:
     drawing: str  # an SVG element
 
     @classmethod
-    def of(cls, file: str, title: str, caption: str, figure: Figure | None, description: str = "") -> Picture:
+    def from_figure(cls, file: str, title: str, caption: str, figure: Figure | None, description: str = "") -> Picture:
         """`description` is the alternative text, by default the curves' figures."""
         if figure is None:
             return cls(file, caption, b"", "")

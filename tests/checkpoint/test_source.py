@@ -129,4 +129,4 @@ DAMAGED = {
 def test_a_damaged_file_of_weights_is_a_sentence(start, kind):
     (start / "model.safetensors").write_bytes(DAMAGED[kind])
     with pytest.raises(DetourError, match=r"model\.safetensors: "):
-        StoredWeights.of(Source(str(start)))
+        StoredWeights.from_source(Source(str(start)))

@@ -89,7 +89,7 @@ def test_a_run_that_can_start(run_file):
 def test_what_a_run_lacks_is_told(run_file, capsys):
     assert main(["doctor", str(run_file), "data.sequence_length=512", "compute.attention=flash2"]) == 1
     out = capsys.readouterr().out
-    assert "fault  plan          data.sequence_length: 512 is more than the model's 256 positions" in out
+    assert "fault  plan          data.sequence_length: 512 exceeds the model's 256 positions" in out
     assert "fault  attention     compute.attention: flash2 requires a GPU and bf16; use auto or sdpa" in out
     assert main(["doctor", str(run_file), "data.corpora=[{prefix: nowhere}]"]) == 1
     assert "fault  plan          data.corpora: nowhere.manifest.json: no such corpus" in capsys.readouterr().out

@@ -80,12 +80,12 @@ def test_files_that_agree_with_a_wrong_manifest(corpus, tmp_path):
 
 def test_stats(corpus, tmp_path):
     prefix = copy_of(corpus, tmp_path)
-    told = dict(line.split("  ", 1) for line in stats(str(prefix)).splitlines() if not line.startswith(" "))
-    told = {name.strip(): value.strip() for name, value in told.items()}
+    printed = dict(line.split("  ", 1) for line in stats(str(prefix)).splitlines() if not line.startswith(" "))
+    printed = {name.strip(): value.strip() for name, value in printed.items()}
     manifest = read_manifest(prefix)
-    assert told["documents"] == "300"
-    assert told["tokens"] == f"{manifest.tokens:,}"
-    assert told["tokens per document"].startswith(f"{manifest.tokens / 300:,.1f} (longest ")
+    assert printed["documents"] == "300"
+    assert printed["tokens"] == f"{manifest.tokens:,}"
+    assert printed["tokens per document"].startswith(f"{manifest.tokens / 300:,.1f} (longest ")
     assert (tmp_path / "c.lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -108,8 +108,8 @@ def test_peek(corpus, tmp_path):
 def test_merge_joins_in_order(corpus, tmp_path, tokenizer_folder):
     path = write_jsonl(tmp_path / "t.jsonl", ["one text", "another"])
     build([path], tmp_path / "b", tokenizer_folder)
-    told = merge_corpora([str(tmp_path / "b"), corpus.prefix], str(tmp_path / "m"))
-    assert told.startswith(f"{tmp_path / 'm'}: 302 documents, ")
+    printed = merge_corpora([str(tmp_path / "b"), corpus.prefix], str(tmp_path / "m"))
+    assert printed.startswith(f"{tmp_path / 'm'}: 302 documents, ")
     build([path, corpus.jsonl], tmp_path / "x", tokenizer_folder)
     first, second = IndexedCorpus(tmp_path / "m"), IndexedCorpus(tmp_path / "x")
     assert [first.tokens(i).tolist() for i in range(302)] == [second.tokens(i).tolist() for i in range(302)]
@@ -156,10 +156,10 @@ def test_merge_does_not_pass_on_damage(corpus, tmp_path):
 def test_tokenizers_that_do_not_fit_are_told(corpus):
     options, manifest = BuildOptions("c", "t", ("a",)), read_manifest(corpus.prefix)
     assert "warning" not in summary(options, manifest)
-    told = summary(options, dataclasses.replace(manifest, unknown=manifest.tokens // 10))
-    assert "warning: 10.0% of the tokens are [UNK]" in told
-    told = summary(options, dataclasses.replace(manifest, tokenizer=manifest.tokenizer | {"mask": None}))
-    assert "warning: the tokenizer has no [MASK], which training requires" in told
+    printed = summary(options, dataclasses.replace(manifest, unknown=manifest.tokens // 10))
+    assert "warning: 10.0% of the tokens are [UNK]" in printed
+    printed = summary(options, dataclasses.replace(manifest, tokenizer=manifest.tokenizer | {"mask": None}))
+    assert "warning: the tokenizer has no [MASK], which training requires" in printed
 
 
 def test_whoever_reads_may_have_enough(corpus):
@@ -188,5 +188,5 @@ def test_the_commands_of_the_tool(corpus, tmp_path):
 
 
 def test_the_summary_of_a_shard_says_what_to_do_next():
-    told = summary(BuildOptions("c", "t", ("a",), num_shards=4, shard_index=1), None)
-    assert told.startswith("c: finished shard 1 of 4")
+    printed = summary(BuildOptions("c", "t", ("a",), num_shards=4, shard_index=1), None)
+    assert printed.startswith("c: finished shard 1 of 4")

@@ -225,8 +225,8 @@ def test_a_stopped_build_says_so(tmp_path, texts, tokenizer_folder, sign):
         if process.wait():
             break
     assert process.returncode == 130
-    told = [line for line in process.stderr.read().splitlines() if "stopped" in line]
-    assert told == [f"stopped; finished parts are kept in {folder}/.c.building, run the same command to resume"]
+    stopped = [line for line in process.stderr.read().splitlines() if "stopped" in line]
+    assert stopped == [f"stopped; finished parts are kept in {folder}/.c.building, run the same command to resume"]
 
 
 def test_a_place_without_files_is_told(tmp_path, texts, tokenizer_folder):
@@ -416,13 +416,13 @@ def test_a_file_that_grows_is_refused(tmp_path, texts, tokenizer_folder, monkeyp
         ({"num_shards": 3}, "each process needs its --shard-index"),
         ({"num_shards": 3, "shard_index": 3}, "3 is not below --num-shards 3"),
         ({"num_shards": 3, "shard_index": 1, "engine_cluster": "ray"}, "--engine-cluster"),
-        ({"max_chars": 5, "min_chars": 6}, "--max-chars: 5 leaves out every document"),
+        ({"max_chars": 5, "min_chars": 6}, "--max-chars: 5 is below --min-chars"),
         ({"held_out": 1.0}, "--held-out: must be at least 0 and below 1, not 1.0"),
         ({"similarity": 0.5}, "--similarity: requires --deduplicate near"),
-        ({"dataset": "d"}, "--dataset: does not go with --input"),
+        ({"dataset": "d"}, "--dataset: cannot be combined with --input"),
         ({"streaming": True}, "--streaming: requires --dataset"),
         ({"output_prefix": "folder/"}, "--output-prefix: folder/ is a folder"),
-        ({"input": ()}, "--input: give --input or --dataset"),
+        ({"input": ()}, "--input: set --input or --dataset"),
     ],
 )
 def test_options_that_cannot_be(options, says):

@@ -103,6 +103,6 @@ def test_many_sources_are_told_by_counts_and_the_first(copied):
     many = dataclasses.replace(
         manifest, sources=[{"path": f"{i}.txt", "bytes": 2, "state": "s"} for i in range(100_000)]
     )
-    told = many.input_summary()
-    assert (told["source_files"], told["source_bytes"]) == (100_000, 200_000)
-    assert len(json.dumps(told)) < 400
+    summary = many.input_summary()
+    assert (summary["source_files"], summary["source_bytes"]) == (100_000, 200_000)
+    assert len(json.dumps(summary)) < 400

@@ -51,7 +51,7 @@ def data_of(prefixes: list[str], vocabulary: Vocabulary, phases: list[dict]) -> 
 
 def read(plan: Plan, data: PhaseData) -> list[list[bytes]]:
     """The documents of each phase."""
-    return [documents_of(data.of(phase), phase.start, phase.end) for phase in plan.phases]
+    return [documents_of(data.mixture(phase), phase.start, phase.end) for phase in plan.phases]
 
 
 def documents_of(mixture: DocumentMixture, start: int, stop: int) -> list[bytes]:
@@ -89,7 +89,7 @@ def test_other_weights_and_companies_go_on_where_a_corpus_was_left(prefixes, voc
 def test_another_length_goes_on_behind_the_tokens_that_were_read(prefixes, vocabulary):
     only = {"corpora": [{"prefix": prefixes[0]}]}
     plan, data = data_of(prefixes, vocabulary, [only, only | {"sequence_length": 48}, only | {"sequence_length": 32}])
-    _, second, third = (data.of(phase) for phase in plan.phases)
+    _, second, third = (data.mixture(phase) for phase in plan.phases)
     assert [phase.start for phase in plan.phases] == [0, 16 * LENGTH, 16 * (LENGTH + 48)]
     for phase, mixture in zip(plan.phases[1:], (second, third), strict=True):
         assert mixture.read_before(phase.start) == {prefixes[0]: phase.start}

@@ -58,7 +58,7 @@ def one_task(rng: np.random.Generator, seeds: int) -> tuple[float, float, float]
         right = (skill + difficulty + rng.normal(0, 0.7, (seeds, EXAMPLES)) > 0).astype(np.float64)
         models.append(np.stack([right, np.ones_like(right)], -1))
     p = permutation_test(*models, accuracy, PERMUTATIONS, seed=int(rng.integers(2**31))).p
-    spread = Spread.of(list(accuracy(models[0].sum(1)) - accuracy(models[1].sum(1))))
+    spread = Spread.from_values(list(accuracy(models[0].sum(1)) - accuracy(models[1].sum(1))))
     return p, spread.p(), spread.mean
 
 

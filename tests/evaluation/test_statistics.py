@@ -54,23 +54,23 @@ def uniform(p_values: list[float]) -> float:
 
 
 def test_mean_and_deviation_over_seeds():
-    found = Spread.of([0.5, 0.7])
+    found = Spread.from_values([0.5, 0.7])
     assert found.mean == pytest.approx(0.6) and found.count == 2
     assert found.sd == pytest.approx(0.02**0.5)  # n - 1
-    assert Spread.of([0.4]) == Spread(0.4, None, 1) and Spread.of([0.4]).interval() is None
+    assert Spread.from_values([0.4]) == Spread(0.4, None, 1) and Spread.from_values([0.4]).interval() is None
 
 
 def test_interval_over_seeds_is_students():
     values = [0.61, 0.64, 0.60, 0.66, 0.62]
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert Spread.of(values).interval() == pytest.approx((expected.low, expected.high))
-    low, high = Spread.of([-1.0, 0.0, 1.0]).interval()  # what the docs say of three seeds
+    assert Spread.from_values(values).interval() == pytest.approx((expected.low, expected.high))
+    low, high = Spread.from_values([-1.0, 0.0, 1.0]).interval()  # what the docs say of three seeds
     assert high == -low == pytest.approx(2.484, abs=1e-3)
 
 
 def test_no_values_have_no_mean():
     with pytest.raises(ValueError, match="no values"):
-        Spread.of([])
+        Spread.from_values([])
 
 
 # ------------------------------------------------------------------------------------------------ bootstrap
@@ -78,7 +78,7 @@ def test_no_values_have_no_mean():
 
 def of_seeds(a: np.ndarray, b: np.ndarray) -> Comparison:
     """What the report says of a task's seeds."""
-    spread = Spread.of((a - b).ravel())
+    spread = Spread.from_values((a - b).ravel())
     return Comparison(spread.mean, *(spread.interval() or (None, None)), spread.p(), spread.count)
 
 
@@ -366,7 +366,7 @@ def test_a_difference_must_hold_for_other_seeds_too():
         difficulty = rng.normal(0, 1, 5000)
         a, b = (runs_of_one_model(rng, difficulty, 0.04, 3) for _ in range(2))
         p = permutation_test(a, b, accuracy, 199, seed=number).p
-        over_seeds = Spread.of(accuracy(a.sum(1)) - accuracy(b.sum(1))).p()
+        over_seeds = Spread.from_values(accuracy(a.sum(1)) - accuracy(b.sum(1))).p()
         by_examples.append(p < 0.05)
         by_both.append(greater_p(p, over_seeds) < 0.05)
         deviations.append(accuracy(a.sum(1)).std(ddof=1))
@@ -397,11 +397,11 @@ def test_p_over_seeds_is_student_s_and_agrees_with_its_interval():
     for count in (2, 3, 5, 9):
         for _ in range(100):
             values = rng.normal(0.01, 0.01, count)
-            spread = Spread.of(values)
+            spread = Spread.from_values(values)
             low, high = spread.interval()
             assert spread.p() == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
             assert (spread.p() < 0.05) == (low > 0 or high < 0)
-    assert Spread.of([0.2]).p() is None
+    assert Spread.from_values([0.2]).p() is None
 
 
 def test_wins_losses_and_ties():

@@ -54,7 +54,7 @@ def test_a_corpus_of_the_user_becomes_a_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("absent.jsonl", None, "no such file"),
         ("a.csv", "x", "must end in .jsonl"),
@@ -63,22 +63,22 @@ def test_a_corpus_of_the_user_becomes_a_model(tmp_path):
         ("key.jsonl", '{"note": "a"}\n' * 60, "TEXT_KEY"),
     ],
 )
-def test_what_is_no_corpus_is_refused(tmp_path, name, content, told):
+def test_what_is_no_corpus_is_refused(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     result = quickstart(tmp_path, name)
     assert result.returncode == 1
-    assert told in result.stderr
+    assert message in result.stderr
 
 
 def test_arguments_are_checked_before_anything_is_made(tmp_path):
     (tmp_path / "a.txt").write_text("text\n" * 100)
-    for arguments, told in (
+    for arguments, message in (
         (["a.txt", "phases.dekay.tokens=1k"], "dekay"),
         (["batch.sequences=4", "a.txt"], "the corpus comes first"),
         (["a.txt", "folder=elsewhere"], "runs/quickstart-a"),
     ):
         result = quickstart(tmp_path, *arguments)
-        assert result.returncode == 1 and told in result.stderr, result.stderr
+        assert result.returncode == 1 and message in result.stderr, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert "VOCABULARY=N" in quickstart(tmp_path, "--help").stdout

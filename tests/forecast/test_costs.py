@@ -15,7 +15,7 @@ from megatron_detour.config import Corpus, from_dict, load
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.forecast import costs, forecast, headline, render
-from megatron_detour.forecast.costs import Speed, lengths_of
+from megatron_detour.forecast.costs import Speed, sample_lengths
 from megatron_detour.forecast.storage import disk, readings
 from megatron_detour.forecast.warnings import warnings
 from megatron_detour.model.flops import Frozen, training_flops
@@ -61,10 +61,10 @@ def test_the_papers_run():
     assert detour.flops / detour.tokens == pytest.approx(1.13e9, rel=0.01)
     implied = detour.flops / detour.tokens * 203_000 / peak_flops("NVIDIA H100 80GB HBM3", "bf16")
     assert implied == pytest.approx(0.232, abs=0.002)
-    told = forecast(config, plan, 4, mfu=implied, device="NVIDIA H100 80GB HBM3")
-    assert [round(cost.seconds / 60) for cost in told.costs] == [205, 24]
+    result = forecast(config, plan, 4, mfu=implied, device="NVIDIA H100 80GB HBM3")
+    assert [round(cost.seconds / 60) for cost in result.costs] == [205, 24]
     assert decay.flops / decay.tokens == pytest.approx(1.31e9, rel=0.01)
-    assert told.sessions == 1
+    assert result.sessions == 1
 
 
 def test_the_twins_differ_by_attention_and_head():
@@ -113,12 +113,12 @@ def test_frozen_layers_cost_less():
 
 def test_lengths_come_from_all_over_a_corpus(corpus, monkeypatch):
     everything = IndexedCorpus(corpus.prefix).lengths
-    lengths = lengths_of(Corpus(corpus.prefix), 128)
+    lengths = sample_lengths(Corpus(corpus.prefix), 128)
     assert sum(lengths) == everything.sum() and max(lengths) == 128  # the long one is cut
-    assert lengths_of(Corpus("nowhere"), 128) is None
+    assert sample_lengths(Corpus("nowhere"), 128) is None
     monkeypatch.setattr(costs, "SPANS", 3)
     monkeypatch.setattr(costs, "DOCUMENTS", 2)
-    few = lengths_of(Corpus(corpus.prefix), 10**6)
+    few = sample_lengths(Corpus(corpus.prefix), 10**6)
     middle = (len(everything) - 2) // 2
     assert few == tuple(everything[[0, 1, middle, middle + 1, -2, -1]])
 
@@ -126,7 +126,7 @@ def test_lengths_come_from_all_over_a_corpus(corpus, monkeypatch):
 def test_documents_of_a_corpus_are_what_is_counted(corpus):
     _, plan = planned(data={"corpora": [{"prefix": corpus.prefix}], "sequence_length": 128})
     cost = costs.phase_cost(TINY, plan.phases[0], "none", Speed(), 1)
-    lengths = lengths_of(Corpus(corpus.prefix), 128)
+    lengths = sample_lengths(Corpus(corpus.prefix), 128)
     expected = training_flops(TINY, lengths, True, sum(lengths) - len(lengths)) / sum(lengths)
     assert cost.sampled
     assert cost.mean_document == pytest.approx(sum(lengths) / len(lengths))
@@ -145,8 +145,8 @@ def test_epochs_by_weight_and_phase(corpus):
     assert mine.epochs == pytest.approx(40_960 / tokens)
     assert (other.read, other.tokens, other.epochs) == ({"detour": 0.25 * 40 * 8 * 128}, None, None)
     often = dataclasses.replace(mine, tokens=8_000)
-    (told,) = [warning for warning in warnings(config, plan, [often, other], None) if "times" in warning]
-    assert "is read 5.1 times" in told and corpus.prefix in told
+    (result,) = [warning for warning in warnings(config, plan, [often, other], None) if "times" in warning]
+    assert "read 5.1 times" in result and corpus.prefix in result
 
 
 @pytest.mark.parametrize(
@@ -161,11 +161,11 @@ def test_epochs_by_weight_and_phase(corpus):
 )
 def test_checkpoints_at_a_time(tmp_path, checkpoint, model, count):
     config, plan = planned(checkpoint=checkpoint, model=model, folder=str(tmp_path / "not/yet"))
-    told = disk(config, plan, 1_000_000)
-    assert told.checkpoints == count
-    assert told.checkpoint == 12 * 1_000_000 + 8_000_000
-    assert told.needed == count * told.checkpoint + 50 * 600
-    assert told.free > 0
+    result = disk(config, plan, 1_000_000)
+    assert result.checkpoints == count
+    assert result.checkpoint == 12 * 1_000_000 + 8_000_000
+    assert result.needed == count * result.checkpoint + 50 * 600
+    assert result.free > 0
 
 
 @pytest.mark.parametrize(
@@ -201,15 +201,15 @@ def known(config, shape: Shape) -> Preflight:
 
 def test_sessions_of_a_time_limit():
     config, plan = planned(time_limit="2h")
-    told = forecast(
+    result = forecast(
         config,
         plan,
         1,
         checked=known(config, TINY),
         rate=51_200 / 7200 / 3.5,
     )
-    assert told.sessions == 4
-    assert "7h00m on 1 x h100 at 2 tokens/s each (given), 4 sessions of 2h00m" in render(told)
+    assert result.sessions == 4
+    assert "7h00m on 1 x h100 at 2 tokens/s each (given), 4 sessions of 2h00m" in render(result)
     assert [costs.sessions(seconds, None) for seconds in (1, 86_400, 86_401)] == [1, 1, 2]
     assert costs.sessions(86_400, 6 * 3600) == 4
 
@@ -221,10 +221,10 @@ def test_the_head_of_a_run_is_short_and_survives_what_is_not_known(tmp_path):
     assert len(lines) <= 8
     assert [line.split()[0] for line in lines] == ["model", "memory", "work", "time", "disk", "warnings"]
     config, plan = planned(deepspeed="nowhere.json", folder="/proc/nowhere/run")
-    told = forecast(config, plan, 3)
-    assert (told.memory, told.costs, told.parameters) == (None, None, None)
-    assert headline(told).startswith("model       somewhere/encoder: unknown")
-    assert "fault: deepspeed: nowhere.json" in render(told)
+    result = forecast(config, plan, 3)
+    assert (result.memory, result.costs, result.parameters) == (None, None, None)
+    assert headline(result).startswith("model       somewhere/encoder: unknown")
+    assert "fault: deepspeed: nowhere.json" in render(result)
 
 
 def test_a_damaged_corpus_does_not_end_a_run(corpus, tmp_path):
@@ -236,9 +236,9 @@ def test_a_damaged_corpus_does_not_end_a_run(corpus, tmp_path):
     manifest["files"] = {}
     (tmp_path / "damaged.manifest.json").write_text(json.dumps(manifest))
     config, plan = planned(data={"corpora": [{"prefix": str(prefix)}], "sequence_length": 128})
-    told = forecast(config, plan, 1, checked=dataclasses.replace(preflight(config, plan), shape=TINY))
-    assert len(headline(told).splitlines()) <= 8
-    assert any("files: Expected `object` of length >= 2" in fault for fault in told.faults)
+    result = forecast(config, plan, 1, checked=dataclasses.replace(preflight(config, plan), shape=TINY))
+    assert len(headline(result).splitlines()) <= 8
+    assert any("files: Expected `object` of length >= 2" in fault for fault in result.faults)
 
 
 def test_a_forecast_needs_no_torch():

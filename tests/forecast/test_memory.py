@@ -71,11 +71,11 @@ def test_defaults_are_transformers():
     ],
 )
 def test_weights_and_optimizer_by_hand(shape, tensor, data, weights, optimizer):
-    told = peak_memory(shape, Setting(BF16, tensor=tensor, data=data), Load(8192, 1000, False))
-    assert told.parts["weights"] == weights
-    assert told.parts["optimizer"] == optimizer
-    assert told.parts["gradients"] == (weights // 2 + (optimizer // 12 if data > 1 else 0)) * 4
-    assert told.counted == sum(told.parts.values()) < told.needed
+    peak = peak_memory(shape, Setting(BF16, tensor=tensor, data=data), Load(8192, 1000, False))
+    assert peak.parts["weights"] == weights
+    assert peak.parts["optimizer"] == optimizer
+    assert peak.parts["gradients"] == (weights // 2 + (optimizer // 12 if data > 1 else 0)) * 4
+    assert peak.counted == sum(peak.parts.values()) < peak.needed
 
 
 def small(width: int) -> Shape:

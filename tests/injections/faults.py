@@ -91,11 +91,11 @@ def failed_rank(start: Start, rng: random.Random) -> str:
     """One rank raises: its traceback is the first that is told, and the others end by themselves."""
     session = start(RAISE_AT=str(rng.randrange(1, PHASE_ENDS[-1] + 1)))
     codes = session.wait()
-    told = session.output()
-    if "injected" in told:
-        assert all(code == 1 for code in codes), (codes, told[-3000:])
-        assert told.count("Traceback") == 1, told[-3000:]
-        assert "error (rank" not in told.partition("Traceback")[0], told[-3000:]
+    output = session.output()
+    if "injected" in output:
+        assert all(code == 1 for code in codes), (codes, output[-3000:])
+        assert output.count("Traceback") == 1, output[-3000:]
+        assert "error (rank" not in output.partition("Traceback")[0], output[-3000:]
     return "step"
 
 

@@ -103,16 +103,16 @@ def test_a_resumed_run_that_is_done(run, tmp_path):
     assert detour["Frozen"] == "embeddings" and "0.0002" in detour["Learning rate"]
     assert (decay["Phase"], decay["Objective"], decay["Input"]) == ("decay", "MLM", "15% masked")
     assert (decay["Tokens"], decay["Steps"], decay["Frozen"]) == (f"{2 * STEP_TOKENS:,}", "2", "nothing")
-    assert f"All of it was done: 6 steps, {6 * STEP_TOKENS:,} tokens." in card
+    assert f"The run is complete: 6 steps, {6 * STEP_TOKENS:,} tokens." in card
     assert "interrupted and resumed after step 3;" in card and "padding included (5.00%)" in card
     first, second = table(card, "Machines")
     assert (first["Devices"], first["Steps"]) == ("2 x NVIDIA H100 80GB HBM3", "3")
     assert (second["Devices"], second["Steps"]) == ("4 x NVIDIA H100 80GB HBM3", "3")
-    assert first["Time of the steps"] == "1h30m" and "Together 9 device hours" in card
+    assert first["Training time"] == "1h30m" and "In total 9 device hours" in card
     loss = table(card, "Held-out text")[0]
     assert list(loss.values()) == ["MLM loss", "6.000", "5.000", "4.500"]
     assert list(loss)[1:] == ["before", "after detour", "after decay"]
-    assert not any("not done" in warning for warning in exported.warnings)
+    assert not any("unfinished" in warning for warning in exported.warnings)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_part_of_a_run_says_so(run, tmp_path, step, where):
         tokens = f"{planned * STEP_TOKENS:,}"
         assert row["Tokens"] == (tokens if whole else f"{count * STEP_TOKENS:,} of {tokens}")
     assert f"step {step} of 6, {step * STEP_TOKENS:,} of {6 * STEP_TOKENS:,} tokens" in card
-    assert ("Not begun: decay." in card) == (step == 2)
+    assert ("Not started: decay." in card) == (step == 2)
     assert ("interrupted and resumed" in card) == (step > 3)
     assert any(where in warning for warning in exported.warnings)
     later = "after decay" if step < 6 else "nothing"
@@ -141,8 +141,8 @@ def test_a_checkpoint_without_its_run_knows_its_phases_and_corpora(run, tmp_path
     card = (tmp_path / "model" / "README.md").read_text()
     assert [row["Steps"] for row in table(card, "Training")] == ["4", "1 of 2"]
     assert table(card, "Corpora")[0]["Corpus"] == "corpus"
-    assert "the folder of the run was not there" in card and "Held-out" not in card
-    assert any("not beside the checkpoint" in warning for warning in exported.warnings)
+    assert "the run directory was not available" in card and "Held-out" not in card
+    assert any("not in a run directory" in warning for warning in exported.warnings)
 
 
 def test_the_files_of_another_run_are_not_told_as_this_ones(corpus, run, tmp_path):
@@ -150,7 +150,7 @@ def test_the_files_of_another_run_are_not_told_as_this_ones(corpus, run, tmp_pat
     other = make_run(tmp_path / "other", corpus, steps=(6,), phases=longer)
     shutil.copytree(run, tmp_path / "run")
     shutil.copy(other / "plan.json", tmp_path / "run" / "plan.json")
-    with pytest.raises(DetourError, match=r"plan\.json: of another run than step-00000006"):
+    with pytest.raises(DetourError, match=r"plan\.json: belongs to another run than step-00000006"):
         card_of(tmp_path / "run", 6, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -160,10 +160,10 @@ def test_corpora_with_what_is_given_and_without(run, corpus, tmp_path):
     documents = json.loads(manifest_path(corpus.prefix).read_text())["documents"]
     (row,) = table(plain, "Corpora")
     assert (row["Corpus"], row["Documents"], row["Share"]) == ("corpus", f"{documents:,}", "100%")
-    assert row["Licence"] == "not stated by the corpus's manifest" and re.match(r"about [\d.]+ times", row["Read"])
+    assert row["License"] == "not stated" and re.match(r"about [\d.]+ times", row["Read"])
     (row,) = table(given, "Corpora")
-    assert (row["Corpus"], row["What it is"], row["Licence"]) == ("Notes", "invented notes", "not public")
-    assert "license: unknown" in plain and "not stated by whoever made this card" in plain
+    assert (row["Corpus"], row["Description"], row["License"]) == ("Notes", "invented notes", "not public")
+    assert "license: unknown" in plain and "| License | not stated |" in plain
     assert given.splitlines()[given.splitlines().index("---", 1) + 2] == "# Notes-BERT \\| large"
 
 
@@ -172,13 +172,13 @@ def test_scores_of_an_evaluation(run, tmp_path):
     first, second = table(card, "Evaluation")
     assert list(first.values()) == ["BC5CDR", "entity f1", "81.2", "0.4", "3"]
     assert list(second.values()) == ["Hallmarks of Cancer", "micro f1", "50.0", "one seed", "1"]
-    assert "not evaluated" not in card
+    assert "not been evaluated" not in card
 
 
 def test_languages_come_from_manifests_or_are_given_and_never_guessed(run, corpus, tmp_path):
     card, exported = card_of(run, 6, tmp_path / "none")
     assert "language" not in front_matter(card)
-    assert "| Languages | not stated by whoever made this card |" in card
+    assert "| Languages | not stated |" in card
     assert any("--language" in warning for warning in exported.warnings)
     path = manifest_path(corpus.prefix)
     content = path.read_text()
@@ -204,14 +204,14 @@ def start_model(corpus, folder: Path, tmp_path: Path, **options: Any) -> tuple[s
 def test_a_local_start_model_is_no_name_on_the_hub(corpus, run, tmp_path):
     card, exported = start_model(corpus, run / "checkpoints" / "step-00000004", tmp_path)
     assert "base_model" not in front_matter(card)
-    assert f"It starts from step 4 of an earlier run of this software, after {4 * STEP_TOKENS:,} tokens." in card
+    assert f"from step 4 of an earlier megatron-detour run, after {4 * STEP_TOKENS:,} tokens." in card
     assert any("--base-model" in warning for warning in exported.warnings)
 
 
 def test_a_folder_that_is_gone_is_no_name_on_the_hub_either(corpus, tmp_path):
     card, _ = start_model(corpus, Path("models/ModernBERT-base"), tmp_path)
     assert "base_model" not in front_matter(card)
-    assert "It starts from a local folder, ModernBERT-base, whose name on the hub was not given." in card
+    assert "It was initialized from a local folder, ModernBERT-base, whose hub id is not stated." in card
 
 
 def test_a_hub_id_that_the_cache_knows_is_the_base_model(corpus, tmp_path, monkeypatch):
@@ -246,7 +246,7 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("languages: [english]", r"languages\.0: must be a language code of ISO 639 .*, not 'english'"),
         ("languages: [xx]", r"languages\.0: must be a language code .*, not 'xx'"),
@@ -261,9 +261,9 @@ def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
         ("a: [", "invalid YAML: "),
     ],
 )
-def test_facts_that_cannot_be_read_are_told(tmp_path, content, told):
+def test_facts_that_cannot_be_read_are_told(tmp_path, content, expected):
     (tmp_path / "facts.yaml").write_text(content)
-    with pytest.raises(DetourError, match=rf"^--card-facts .*facts\.yaml: {told}|^--card-facts .*{told}"):
+    with pytest.raises(DetourError, match=rf"^--card-facts .*facts\.yaml: {expected}|^--card-facts .*{expected}"):
         read_card_metadata(str(tmp_path / "facts.yaml"))
     with pytest.raises(DetourError, match=r"no\.yaml: cannot be read: No such file"):
         read_card_metadata(str(tmp_path / "no.yaml"))
@@ -314,10 +314,12 @@ def test_text_that_is_given_stays_text(run, tmp_path):
     assert all(len(row) > 3 for heading in ("Corpora", "Evaluation") for row in table(card, heading))
 
 
-@pytest.mark.parametrize(("domain", "told"), [(None, False), ("legal", False), ("Medical", True), ("clinical", True)])
-def test_only_a_medical_model_is_said_to_be_no_medical_device(run, tmp_path, domain, told):
+@pytest.mark.parametrize(
+    ("domain", "expected"), [(None, False), ("legal", False), ("Medical", True), ("clinical", True)]
+)
+def test_only_a_medical_model_is_said_not_to_be_a_medical_device(run, tmp_path, domain, expected):
     card, _ = card_of(run, 6, tmp_path / "model", given=CardMetadata(domain=domain))
-    assert ("no medical device" in card) == told
+    assert ("not a medical device" in card) == expected
 
 
 def test_filters_duplicates_and_the_held_out_share_are_told(run, corpus, tmp_path):
@@ -337,7 +339,7 @@ def test_filters_duplicates_and_the_held_out_share_are_told(run, corpus, tmp_pat
         path.write_text(content)
     assert row["Filters"] == (
         "200 characters or more; in fr; near duplicates removed (similarity 0.8); "
-        "left out of 1,000: 40 too short, 7 duplicates"
+        "removed from 1,000: 40 too short, 7 duplicates"
     )
     assert row["Held out"] == "9 documents (1%)"
 
@@ -352,7 +354,7 @@ def test_a_checkpoints_state_of_any_type_is_read_or_refused(run, tmp_path):
         for value in WRONG:
             (folder / "run_state.json").write_text(json.dumps(with_other(state, way, value)))
             try:
-                facts = CheckpointInfo.of(folder)
+                facts = CheckpointInfo.read(folder)
                 assert facts.corpora and facts.sessions == [] and facts.run_settings == {}
             except DetourError as fault:
                 refused += 1

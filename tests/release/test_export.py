@@ -43,13 +43,13 @@ def test_an_export_needs_no_optimizer_and_refuses_other_damage(run, tmp_path):
     (checkpoint / "optimizer.safetensors").unlink()
     assert _find(tmp_path / "run") == _find(checkpoint) == checkpoint
     (checkpoint / "config.json").unlink()
-    with pytest.raises(DetourError, match="not a whole checkpoint"):
+    with pytest.raises(DetourError, match="damaged checkpoint"):
         _find(checkpoint)
 
 
 def test_an_export_over_a_dangling_link_is_refused(run, tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DetourError, match="is already there"):
+    with pytest.raises(DetourError, match="already exists"):
         export(str(run), str(tmp_path / "out"), "fp32")
     assert (tmp_path / "out").is_symlink()
 
@@ -204,7 +204,7 @@ def test_a_pattern_that_only_5_expresses_stops_4_and_is_told(corpus, tmp_path):
     exported = export(
         str(make_run(tmp_path / "run", corpus, steps=(6,), changes=changes)), str(tmp_path / "out"), "fp32"
     )
-    assert any("transformers 4 cannot express the pattern" in warning for warning in exported.warnings)
+    assert any("transformers 4 does not support this pattern" in warning for warning in exported.warnings)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["global_attn_every_n_layers"] is None and config["layer_types"] == changes["layer_types"]
     assert "| transformers 5.0 and later |" in (tmp_path / "out" / "README.md").read_text()
@@ -269,7 +269,7 @@ def test_half_a_checkpoint_is_refused(run, tmp_path, damage):
     file = {"tokenizer": "tokenizer.json", "weights": "model.safetensors", "state": "run_state.json"}[damage]
     copy = shutil.copytree(run / "checkpoints" / "step-00000006", tmp_path / "half")
     (copy / file).unlink()
-    with pytest.raises(DetourError, match=rf"not a whole checkpoint: .*{file} is missing"):
+    with pytest.raises(DetourError, match=rf"damaged checkpoint: .*{file} is missing"):
         export(str(copy), str(tmp_path / "out"), "fp32")
     assert not (tmp_path / "out").exists()
 
@@ -277,16 +277,16 @@ def test_half_a_checkpoint_is_refused(run, tmp_path, damage):
 def test_wrong_places_are_told_in_a_sentence(run, encoder, tmp_path):
     (tmp_path / "empty").mkdir()
     for checkpoint, output, told in [
-        (tmp_path / "nowhere", tmp_path / "out", "nowhere: there is no such folder"),
-        (tmp_path / "empty", tmp_path / "out", "neither a checkpoint nor a run's folder"),
-        (encoder, tmp_path / "out", "neither a checkpoint nor a run's folder"),
-        (run, encoder, "is already there; choose another --output"),
+        (tmp_path / "nowhere", tmp_path / "out", "nowhere: no such folder"),
+        (tmp_path / "empty", tmp_path / "out", "neither a checkpoint nor a run directory"),
+        (encoder, tmp_path / "out", "neither a checkpoint nor a run directory"),
+        (run, encoder, "already exists; choose another --output"),
     ]:
         with pytest.raises(DetourError, match=told):
             export(str(checkpoint), str(output), "fp32")
     for name, content, told in [
-        ("empty.txt", b"\n \n", "has no text"),
-        ("latin.txt", "œdème".encode("utf-16"), "not a text in UTF-8"),
+        ("empty.txt", b"\n \n", "empty; write one document per line"),
+        ("latin.txt", "œdème".encode("utf-16"), "not UTF-8 text"),
     ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DetourError, match=told):
@@ -341,7 +341,7 @@ def test_what_is_private_in_a_json_file_is_told_without_its_value(content, place
     monkeypatch.setattr(private.socket, "gethostname", lambda: "node-0017")
     monkeypatch.setattr(private.getpass, "getuser", lambda: "annasmith")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(content).replace("\\\\\\\\", "\\\\"))
-    with pytest.raises(DetourError, match=rf"^tokenizer_config\.json: {place} holds {kind}, which") as fault:
+    with pytest.raises(DetourError, match=rf"^tokenizer_config\.json: {place} contains {kind}, which") as fault:
         private.refuse_private(tmp_path)
     assert not any(
         str(value) in str(fault.value) for value in content.values() if isinstance(value, str) and len(value) > 3
@@ -388,6 +388,6 @@ def test_users_and_hosts_named_like_a_setting_stop_no_release(name, encoder, tmp
 
 def test_a_release_with_a_private_value_is_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(private, "_KINDS", {"a path": re.compile("")})
-    with pytest.raises(DetourError, match=r"^config\.json: .* holds a path"):
+    with pytest.raises(DetourError, match=r"^config\.json: .* contains a path"):
         export(str(run), str(tmp_path / "model"), "fp32")
     assert not list(tmp_path.iterdir())

@@ -38,14 +38,14 @@ def test_the_card_of_a_run_that_was_killed_and_resumed(run_file, tmp_path):
     export(str(folder), str(tmp_path / "part"), "fp32")
     part = (tmp_path / "part" / "README.md").read_text()
     done = [int(row["Steps"].split(" of ")[0]) for row in table(part, "Training")]
-    assert 2 <= sum(done) < sum(STEPS) and "was not done when" in part and "and resumed" not in part
+    assert 2 <= sum(done) < sum(STEPS) and "unfinished run" in part and "and resumed" not in part
     finished(start(1, *arguments))
     export(str(folder), str(tmp_path / "whole"), "fp32")
     whole = (tmp_path / "whole" / "README.md").read_text()
     assert [row["Steps"] for row in table(whole, "Training")] == [str(steps) for steps in STEPS]
     assert [row["Tokens"] for row in table(whole, "Training")] == [f"{steps * 8 * 64:,}" for steps in STEPS]
     tokens = read_metrics(folder / "metrics.jsonl")[-1]["tokens"]
-    assert f"All of it was done: {sum(STEPS)} steps, {tokens:,} tokens." in whole
+    assert f"The run is complete: {sum(STEPS)} steps, {tokens:,} tokens." in whole
     assert "The run was interrupted and resumed after step" in whole
     machines = table(whole, "Machines")
     assert [row["Devices"].split(" x ")[0] for row in machines] == ["2", "1"]

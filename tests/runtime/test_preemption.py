@@ -83,14 +83,14 @@ command_line(main, grace=0.5)
 
 
 @pytest.mark.parametrize(
-    ("rank", "asked", "told"),
+    ("rank", "asked", "expected"),
     [
         ("1", "SIGTERM", ""),
         ("0", "SIGTERM", "error: a fault that every rank meets\n"),
         ("1", "SIGUSR1", "error (rank 1): a fault that every rank meets\n"),
     ],
 )
-def test_a_rank_that_was_ended_before_it_failed_says_nothing(rank, asked, told):
+def test_a_rank_that_was_ended_before_it_failed_says_nothing(rank, asked, expected):
     result = subprocess.run(
         [sys.executable, "-c", SLOW_RANK.format(signal=asked)],
         env=environment() | {"RANK": rank},
@@ -99,7 +99,7 @@ def test_a_rank_that_was_ended_before_it_failed_says_nothing(rank, asked, told):
         text=True,
         timeout=60,
     )
-    assert (result.returncode, result.stdout, result.stderr) == (1, "", told)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", expected)
 
 
 def first_reason(stop, clock, step=10.0):

@@ -180,14 +180,14 @@ def calls(project: Path) -> list[str]:
 
 def ended(*sessions: tuple[str | None, int, int | None], folder: str = "x") -> str:
     """Writes environment.json as a run does: of each session how it ended, and the steps it began with and saved."""
-    told = [
+    records = [
         {"started": "2026-01-01T00:00:00Z", "step": step, "passed_over": []}
         | ({} if saved is None else {"saved": saved})
         | ({"ended": how} if how else {})
         for how, step, saved in sessions
     ]
     facts = {"versions": {"torch": "2"}, "corpora": [{"prefix": "x", "step": 9, "saved": 9}]}
-    content = json.dumps({"sessions": told} | facts, indent=1)
+    content = json.dumps({"sessions": records} | facts, indent=1)
     return f"mkdir -p runs/{folder}\ncat > runs/{folder}/environment.json <<'END'\n{content}\nEND\n"
 
 
@@ -208,15 +208,15 @@ def test_an_interrupted_run_is_requeued(project, script, earlier, argument, fold
     if earlier:
         before(project, *earlier, folder=folder)
     run = ended(*earlier, ("SIGUSR1", len(earlier), 2), folder=folder) + "exit 75"
-    told = submit(project, script, run, "phases.detour.tokens=2B", argument)
-    assert (told.returncode, told.stderr) == (0, "")
+    output = submit(project, script, run, "phases.detour.tokens=2B", argument)
+    assert (output.returncode, output.stderr) == (0, "")
     started, requeued = calls(project)
     assert started == (
         "srun --kill-on-bad-exit=1 --cpus-per-task=8 --gpu-bind=none python -u examples/pretrain_large.sh "
         f"folder=runs/x phases.detour.tokens=2B {argument}"
     )
     assert requeued == "scontrol requeue 12"
-    assert "interrupted at step 2:" in told.stdout
+    assert "interrupted at step 2:" in output.stdout
 
 
 @pytest.mark.parametrize(
@@ -233,9 +233,9 @@ def test_an_interrupted_run_is_requeued(project, script, earlier, argument, fold
 def test_an_interrupted_run_without_progress_is_not_requeued(project, earlier, after):
     if earlier:
         before(project, *earlier)
-    told = submit(project, "one_node", (ended(*after) if after else "") + "exit 75")
-    assert told.returncode == 1
-    assert "interrupted without a new checkpoint in runs/x: not requeued" in told.stderr
+    output = submit(project, "one_node", (ended(*after) if after else "") + "exit 75")
+    assert output.returncode == 1
+    assert "interrupted without a new checkpoint in runs/x: not requeued" in output.stderr
     assert len(calls(project)) == 1
 
 
@@ -243,15 +243,15 @@ def test_a_run_that_passed_over_a_damaged_checkpoint_is_requeued(project):
     """The greatest name stays the damaged one's."""
     (project / "runs/x/checkpoints/step-00000500").mkdir(parents=True)
     before(project, ("SIGUSR1", 0, 500))
-    told = submit(project, "one_node", ended(("SIGUSR1", 0, 500), ("SIGUSR1", 400, 450)) + "exit 75")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert "interrupted at step 450:" in told.stdout
+    output = submit(project, "one_node", ended(("SIGUSR1", 0, 500), ("SIGUSR1", 400, 450)) + "exit 75")
+    assert (output.returncode, output.stderr) == (0, "")
+    assert "interrupted at step 450:" in output.stdout
 
 
 @pytest.mark.parametrize("status", [0, 1, 137])
 def test_another_end_is_the_job_s(project, status):
-    told = submit(project, "many_nodes", ended((None, 0, 2)) + f"exit {status}")
-    assert (told.returncode, told.stderr) == (status, "")
+    output = submit(project, "many_nodes", ended((None, 0, 2)) + f"exit {status}")
+    assert (output.returncode, output.stderr) == (status, "")
     assert len(calls(project)) == 1
 
 
@@ -271,8 +271,8 @@ def test_what_the_run_wrote_down_decides_where_tasks_end_apart(project, earlier,
     """srun tells 143 where one task was still being ended when another had saved."""
     if earlier:
         before(project, *((how, 0, 1) for how in earlier))
-    told = submit(project, "one_node", ended(*((how, 0, 1) for how in after)) + "exit 143")
-    assert told.returncode == (0 if requeued else 143)
+    output = submit(project, "one_node", ended(*((how, 0, 1) for how in after)) + "exit 143")
+    assert output.returncode == (0 if requeued else 143)
     assert [call.startswith("scontrol requeue") for call in calls(project)] == [False, True][: 1 + requeued]
 
 
@@ -286,9 +286,9 @@ def test_lines_of_the_site_come_first(project, script):
 
 
 def test_a_requeue_that_slurm_refuses_is_told(project):
-    told = submit(project, "one_node", ended(("SIGUSR1", 0, 2)) + "exit 75", SCONTROL_STATUS="1")
-    assert told.returncode == 75
-    assert "submit the same job again" in told.stderr
+    output = submit(project, "one_node", ended(("SIGUSR1", 0, 2)) + "exit 75", SCONTROL_STATUS="1")
+    assert output.returncode == 75
+    assert "submit the same job again" in output.stderr
 
 
 def test_another_run_can_be_trained(project):

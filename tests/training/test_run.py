@@ -257,12 +257,12 @@ def test_one_ctrl_c_in_a_terminal_saves_and_comes_back_when_all_have_ended(run_f
                 asked = True
     _, status = os.waitpid(process, 0)
     left = [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
-    told = output.decode(errors="replace")
-    assert len(ranks) == 2 and not left, told
-    assert told.count("stopped by Ctrl-C: saved; run the same command to resume") == 1, told
+    printed = output.decode(errors="replace")
+    assert len(ranks) == 2 and not left, printed
+    assert printed.count("stopped by Ctrl-C: saved; run the same command to resume") == 1, printed
     if how != "torchrun":  # which makes 1 of every status, and tells of it at length
-        assert os.waitstatus_to_exitcode(status) == EXIT_INTERRUPTED, told
-        assert not [word for word in ("Traceback", "launcher has ended", "SIGTERM") if word in told], told
+        assert os.waitstatus_to_exitcode(status) == EXIT_INTERRUPTED, printed
+        assert not [word for word in ("Traceback", "launcher has ended", "SIGTERM") if word in printed], printed
     (checkpoint,) = store.find_checkpoints(folder / "checkpoints")[-1:]
     assert store.step_of(checkpoint) == read_metrics(metrics)[-1]["step"]
 
@@ -288,10 +288,10 @@ def start_without_torch(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("launch", [[], ["--launch"]])
 def test_a_finished_run_says_so_before_anything_is_loaded(unbroken, run_file, launch):
     before = sorted(unbroken.rglob("*"))
-    told = start_without_torch(str(run_file), *launch, f"folder={unbroken}")
-    assert (told.returncode, told.stderr) == (0, "")
-    assert f"this run is finished: {sum(STEPS)} steps" in told.stdout
-    assert f"megatron-detour convert --checkpoint {unbroken}" in told.stdout
+    process = start_without_torch(str(run_file), *launch, f"folder={unbroken}")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert f"this run is finished: {sum(STEPS)} steps" in process.stdout
+    assert f"megatron-detour convert --checkpoint {unbroken}" in process.stdout
     assert sorted(unbroken.rglob("*")) == before
 
 
@@ -306,9 +306,9 @@ def test_a_finished_run_says_so_before_anything_is_loaded(unbroken, run_file, la
     ],
 )
 def test_faults_are_told_before_a_launcher_is_started(run_file, tmp_path, override, says):
-    told = start_without_torch(str(run_file), "--launch", f"folder={tmp_path / 'run'}", override)
-    assert told.returncode == 1 and told.stdout == ""
-    assert told.stderr.startswith("error: ") and says in told.stderr and len(told.stderr.splitlines()) == 1
+    process = start_without_torch(str(run_file), "--launch", f"folder={tmp_path / 'run'}", override)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.startswith("error: ") and says in process.stderr and len(process.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -394,20 +394,20 @@ def test_what_cannot_be_run_is_told_in_one_sentence(unbroken, run_file, tmp_path
     from tests.conftest import write_jsonl
 
     new = f"folder={tmp_path / 'new'}"
-    told = refused(run_file, new, "bacth.sequences=3")
-    assert "bacth" in told and "'batch'" in told
+    printed = refused(run_file, new, "bacth.sequences=3")
+    assert "bacth" in printed and "'batch'" in printed
     assert "phases.0.tokens" in refused(run_file, new, "phases.detour.tokens=0")
-    told = refused(run_file, f"folder={unbroken}", "seed=18")
-    assert "another run" in told and "seed is 17 there and 18 here" in told
+    printed = refused(run_file, f"folder={unbroken}", "seed=18")
+    assert "another run" in printed and "seed is 17 there and 18 here" in printed
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    told = refused(run_file, new, "model.config=null", f"model.start={tmp_path / 'bert'}")
-    assert "not a ModernBERT but a 'bert' model" in told
+    printed = refused(run_file, new, "model.config=null", f"model.start={tmp_path / 'bert'}")
+    assert "not a ModernBERT but a 'bert' model" in printed
     assert "megatron-detour preprocess" in refused(run_file, new, "data.corpora.0.prefix=nowhere/corpus")
     texts = write_jsonl(tmp_path / "other.jsonl", [f"quite another text, number {i}" for i in range(500)])
     train_tokenizer([texts], tmp_path / "other", 300)
     assert "another tokenizer" in refused(run_file, new, f"model.tokenizer={tmp_path / 'other'}")
-    assert "does not divide the 1 GPUs" in refused(run_file, new, "parallel.tensor=2")
+    assert "does not divide the number of ranks, 1" in refused(run_file, new, "parallel.tensor=2")
     assert not (tmp_path / "new").exists()
 
 
@@ -416,8 +416,8 @@ def test_two_ranks_tell_a_fault_once(run_file, tmp_path, launcher):
     arguments = ("--run-file", str(run_file), f"folder={tmp_path / 'new'}", "data.corpora.0.prefix=nowhere/corpus")
     result = start(2, *arguments, launcher=launcher)
     assert result.returncode != 0
-    told = [line for line in (result.stdout + result.stderr).splitlines() if "no such corpus" in line]
-    assert len(told) == 1
+    printed = [line for line in (result.stdout + result.stderr).splitlines() if "no such corpus" in line]
+    assert len(printed) == 1
     assert not (tmp_path / "new").exists()
 
 

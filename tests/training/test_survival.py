@@ -152,7 +152,7 @@ def test_what_changed_between_sessions_is_told(whole, run_file, tmp_path):
     session = begin(folder, run_file, Setup(), tmp_path / "second.log", more)
     assert session.wait() == [0], session.output()[-3000:]
     told = session.output()
-    assert "changed since the last session: validation.seed was 0 and is 5; validation figures before and after" in told
+    assert "changed since the last session: validation.seed was 0 and is 5; validation metrics before and after" in told
     assert "changed since the last session: the DeepSpeed file's zero_optimization.reduce_bucket_size was not" in told
     sessions = json.loads((folder / "environment.json").read_text())["sessions"]
     assert [s["ended"] for s in sessions] == ["error: injected", "finished"]
@@ -208,7 +208,7 @@ def test_a_run_goes_on_with_its_corpus_elsewhere_and_its_tokenizer_gone(whole, c
     (tmp_path / "a").rename(tmp_path / "b")
     session = started(folder, run_file, Setup(), *read_from("b"))
     assert session.wait() == [0], session.output()[-3000:]
-    assert f"was '{tmp_path / 'a/corpus'}' and is '{tmp_path / 'b/corpus'}'; the same content" in session.output()
+    assert f"was '{tmp_path / 'a/corpus'}' and is '{tmp_path / 'b/corpus'}'; same content" in session.output()
     assert "no longer exists; using" in session.output()
     assert_same_run(folder, whole)
 

@@ -1,1 +1,1 @@
-"""How well models restore masked words: an evaluation without labels."""
+"""How well models predict masked words: an evaluation without labels."""

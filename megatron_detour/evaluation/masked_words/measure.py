@@ -1,4 +1,4 @@
-"""How well models restore masked words of a text: perplexity, bits per byte and accuracy, without labels.
+"""How well models predict masked words of a text: perplexity, bits per byte and accuracy, without labels.
 
 The masked words are chosen in the text (positions.py), so that models with different tokenizers are scored on the same
 words.

@@ -45,7 +45,9 @@ def write_report(output: Path, baseline: str | None = None, permutations: int = 
 
     output = Path(output)
     summary = summarize(output, baseline, permutations)
-    picture = Picture.of(plots.FILE, plots.TITLE, plots.CAPTION, plots.draw_scores(summary), plots.describe(summary))
+    picture = Picture.from_figure(
+        plots.FILE, plots.TITLE, plots.CAPTION, plots.draw_scores(summary), plots.describe(summary)
+    )
     write_pictures([picture], output)
     write_whole(output / TEXT, _markdown(summary, picture.file if picture.content else ""))
     write_whole(output / PAGE, _page(summary, picture))
@@ -85,7 +87,7 @@ def model_table(output: Path, model: str) -> list[dict[str, Any]]:
     rows = []
     for task in evaluation.tasks:
         if scores := evaluation.scores(model, task.name):
-            spread = Spread.of(list(scores.values()))
+            spread = Spread.from_values(list(scores.values()))
             facts = {key: getattr(task, key) for key in ("title", "language", "metric")}
             facts |= {"task": task.name, "protocol": evaluation.protocol}
             rows.append(facts | {"mean": spread.mean, "sd": spread.sd, "seeds": spread.count})

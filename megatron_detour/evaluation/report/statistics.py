@@ -27,7 +27,7 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def from_values(cls, values: Sequence[float]) -> Spread:
         array = np.asarray(values, dtype=np.float64)
         if not len(array):
             raise ValueError("no values to take the mean of")
@@ -108,7 +108,7 @@ def over_tasks(a: np.ndarray, b: np.ndarray) -> Comparison:
     """
     difference = _differences(a, b)
     difference = difference[~np.isnan(difference).all(1)]
-    spread = Spread.of(list(np.nanmean(difference, axis=1)))
+    spread = Spread.from_values(list(np.nanmean(difference, axis=1)))
     low, high = spread.interval() or (None, None)
     return Comparison(spread.mean, low, high, 1.0 if low is None else spread.p(), spread.count)
 

@@ -112,7 +112,7 @@ def _all(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
 def _task(evaluation: Evaluation, task: TaskFacts, permutations: int, notes: Notes) -> dict[str, Any]:
     """Return the figures of a task; its predictions are released afterwards."""
     scores = {model: evaluation.scores(model, task.name) for model in evaluation.models}
-    spreads = {model: Spread.of(list(own.values())) for model, own in scores.items() if own}
+    spreads = {model: Spread.from_values(list(own.values())) for model, own in scores.items() if own}
     cells = [Cell(model, task.name, seed) for model, own in scores.items() for seed in own]
     shuffled = [cell for cell in evaluation.shuffled if cell.task == task.name]
     predictions = read_predictions(evaluation.output, task.metric, [*cells, *shuffled])
@@ -164,7 +164,7 @@ class Pairs:
             return back | {"mean": -back["mean"], "interval": interval}
         if (model, other) not in self._differences:
             seeds = self.seeds(model, other)
-            spread = Spread.of([self._scores[model][seed] - self._scores[other][seed] for seed in seeds])
+            spread = Spread.from_values([self._scores[model][seed] - self._scores[other][seed] for seed in seeds])
             p, p_seeds = self._p(model, other, seeds), spread.p()
             p_values = {"p": p, "p_seeds": p_seeds, "p_greater": greater_p(p, p_seeds)}
             self._differences[model, other] = _shown(spread) | p_values
@@ -214,7 +214,7 @@ def _sanity(
     shuffled = {}
     for model in evaluation.shuffled_models:
         if own := evaluation.scores(model, task.name, shuffled=True):
-            spread = Spread.of(list(own.values()))
+            spread = Spread.from_values(list(own.values()))
             shuffled[model] = _shown(spread) | {"at_chance": baseline and spread.mean <= baseline.high}
     return {
         "chance": asdict(baseline) if baseline else None,
@@ -245,7 +245,7 @@ def _average(evaluation: Evaluation, notes: Notes) -> dict[str, Any]:
         notes.add(f"{len(missing):,} {are} missing{named}; the average excludes {', '.join(left)}")
     return {
         "tasks": [task.name for task, whole in zip(evaluation.tasks, complete, strict=True) if whole],
-        "scores": {model: _shown(Spread.of(matrix[complete].mean(0))) for model, matrix in matrices.items()}
+        "scores": {model: _shown(Spread.from_values(matrix[complete].mean(0))) for model, matrix in matrices.items()}
         if complete.any()
         else {},
         "missing": missing,
@@ -271,7 +271,7 @@ def _least(difference: np.ndarray, comparisons: int) -> float | None:
     """Return the smallest mean difference that these tasks, or the seeds of a single task, could show; None if none."""
     kept = difference[~np.isnan(difference).all(1)]
     values = np.nanmean(kept, axis=1) if len(kept) > 1 else kept[~np.isnan(kept)]
-    return Spread.of(list(values)).half(comparisons)
+    return Spread.from_values(list(values)).half(comparisons)
 
 
 def _cost(evaluation: Evaluation, model: str) -> dict[str, Any]:
