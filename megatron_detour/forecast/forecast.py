@@ -173,6 +173,7 @@ def setting_of(config: RunConfig, bf16: bool, ranks: int, device: str) -> Settin
         flash=fast and config.compute.attention != "sdpa",
         fused=fast and config.compute.kernels != "plain",
         on_gpu=device != "cpu",
+        optimizer_bytes=config.optimizer.kind.bytes_per_parameter(),
     )
 
 

@@ -11,7 +11,6 @@ from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.plan import Plan
 
-CHECKPOINT_BYTES = 12  # a parameter: the fp32 weight and two moments
 BESIDE = 8 * 10**6  # bytes of a checkpoint's tokenizer and small files
 RECORD = 600  # bytes of a step in metrics.jsonl and in TensorBoard's file
 
@@ -73,7 +72,7 @@ def disk(config: RunConfig, plan: Plan, parameters: int) -> Disk:
     kept = len(plan.phases) + (config.model.start is None)
     kept += total // settings.keep_every if settings.keep_every else 0
     passing = max(total // settings.every - kept, 0) if settings.every else 0
-    size = CHECKPOINT_BYTES * parameters + BESIDE
+    size = config.optimizer.kind.bytes_per_parameter() * parameters + BESIDE
     return Disk(size, kept + min(settings.keep, passing), plan.total_steps, free_bytes(Path(config.folder)))
 
 

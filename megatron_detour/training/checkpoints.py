@@ -21,7 +21,6 @@ from megatron_detour.checkpoint.huggingface import Source
 from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.errors import DetourError
 from megatron_detour.files import flush, retry
-from megatron_detour.forecast.storage import CHECKPOINT_BYTES
 from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
 from megatron_detour.plan import Step
@@ -52,7 +51,8 @@ class Checkpoints:
     def bytes(self) -> int:
         """The approximate size of a checkpoint."""
         sizes = self.run.zero.module.full_sizes().values()
-        return CHECKPOINT_BYTES * sum(torch.Size(size).numel() for size in sizes)
+        per_parameter = self.run.config.optimizer.kind.bytes_per_parameter()
+        return per_parameter * sum(torch.Size(size).numel() for size in sizes)
 
     def path(self, step: int) -> Path:
         return store.checkpoint_folder(self.checkpoints, step)
@@ -80,7 +80,8 @@ class Checkpoints:
             if run_state["tokens"] < self.run.plan.total_tokens:
                 self._check_corpora(run_state, checkpoint)
                 refuse_another_shape(checkpoint, self.run.initial.shape)
-            scatter(self.run.zero, weights, *huggingface.open_optimizer(checkpoint, stack))
+            zero = self.run.zero
+            scatter(zero, weights, *huggingface.open_optimizer(checkpoint, zero.states, stack))
             self.guard.restore(run_state["guard"])
             self._start_hash = run_state.get("start")
             model = self.run.config.model
@@ -93,8 +94,9 @@ class Checkpoints:
     def prepare(self) -> None:
         """Allocate the buffers for saving during the first steps, so that the first save does not wait for them."""
         if self.run.parallel.is_first:
-            sizes, pinned = self.run.zero.module.full_sizes(), next(self.run.zero.module.parameters()).is_cuda
-            self._background.submit(lambda: self._gathered.reserve(sizes, pinned))
+            zero = self.run.zero
+            sizes, pinned = zero.module.full_sizes(), next(zero.module.parameters()).is_cuda
+            self._background.submit(lambda: self._gathered.reserve(sizes, zero.states, pinned))
             self._background.submit(self._hash_start)
 
     def _hash_start(self) -> None:

@@ -119,7 +119,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(home, run_file, tmp_path, s
     weights, optimizer = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer"))
     assert held.weights.keys() == weights.keys()
     assert all(torch.equal(held.weights[name], weights[name]) for name in weights)
-    flat = {f"{kind}.{name}": value for kind, by_name in held.moments.items() for name, value in by_name.items()}
-    flat |= {f"step.{name}": torch.tensor(steps) for name, steps in held.adam_steps.items()}
+    flat = {f"{kind}.{name}": value for kind, by_name in held.states.items() for name, value in by_name.items()}
+    flat |= {f"step.{name}": torch.tensor(steps) for name, steps in held.steps.items()}
     assert flat.keys() == optimizer.keys()
     assert all(torch.equal(flat[name], optimizer[name]) for name in optimizer)
