@@ -291,6 +291,14 @@ CHECKS = {
     "weight decay": (small(optimizer__weight_decay=-0.1), "optimizer.weight_decay: must be at least 0, not -0.1"),
     "held-out mask rate": (small(validation__mask_rate=1), "validation.mask_rate: must be above 0 and below 1, not 1"),
     "betas": (small(optimizer__betas=[0.9, 1.0]), "optimizer.betas.1: must be at least 0 and below 1, not 1.0"),
+    "optimizer": (
+        small(optimizer__name="adam"),
+        "optimizer.name: must be one of adamw, lion, not 'adam' (did you mean 'adamw'?)",
+    ),
+    "another optimizer's key": (
+        small(optimizer__name="lion", optimizer__eps=1e-8),
+        "optimizer.eps: a key of adamw; with name: lion remove it",
+    ),
     "no phase": (small(phases=[]), "phases: must be a list with at least 1 entry, not []"),
     "same name": (small(phases__1__name="detour"), "phases.1.name: the name 'detour' is used twice"),
     "zero tokens": (
