@@ -43,7 +43,7 @@ def plain_optimizer(name: str, model: torch.nn.Module, rate: float, decay: float
 
 
 def furthest(weight: torch.Tensor, state: dict[str, Any], rate: float, steps: int) -> torch.Tensor:
-    """How far rounding can move each weight in `steps`: by an error of the gradient, and the weight itself is rounded.
+    """How far rounding can move each weight in `steps`: by an error of the gradient, and each step rounds the weight.
 
     AdamW's update is the rate times m / (sqrt(v) + eps), so that an error counts for more where gradients are small;
     Lion's is the rate, with another sign where an error crosses zero.
@@ -54,4 +54,4 @@ def furthest(weight: torch.Tensor, state: dict[str, Any], rate: float, steps: in
     else:
         size = (state["exp_avg_sq"] / (1 - BETAS["adamw"][1] ** int(state["step"]))).sqrt()
         moved = 2 * share * size.max() / (size + EPSILON)
-    return steps * rate * moved + 4 * torch.finfo(torch.float32).eps * (weight.abs() + rate)
+    return steps * (rate * moved + 4 * torch.finfo(torch.float32).eps * (weight.abs() + steps * rate))

@@ -30,9 +30,10 @@ GENTLE += ["phases.decay.learning_rate.end=2e-5", "guards.spikes=report", "check
 GENTLE += ["validation.corpora=[]", "batch.micro_sequences=1"]  # for four data-parallel ranks in the batch's warm-up
 
 
-@pytest.fixture(scope="module")
-def run_file(corpus, tmp_path_factory) -> Path:
-    return write_run_file(tmp_path_factory.mktemp("reshard") / "run.yaml", corpus.prefix, corpus.tokenizer)
+@pytest.fixture(scope="module", params=["adamw", slow("lion")])
+def run_file(request, corpus, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("reshard") / "run.yaml"
+    return write_run_file(path, corpus.prefix, corpus.tokenizer, request.param)
 
 
 def finished(folder: Path, run_file: Path, setup: Setup) -> dict[int, dict]:
