@@ -49,7 +49,8 @@ def run(settings: Settings, say: Callable[[str], None]) -> None:
 def measure(settings: Settings) -> list[tuple[str, str]]:
     """Return rows of a title and a figure. Raises DetourError if the disk is too small."""
     zero = _zero(settings)
-    size = 12 * sum(torch.Size(s).numel() for s in zero.module.full_sizes().values())
+    sizes = zero.module.full_sizes()
+    size = 4 * (1 + len(zero.states)) * sum(torch.Size(s).numel() for s in sizes.values())
     settings.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(settings.folder).free
     if free < 2.5 * size:
@@ -61,7 +62,7 @@ def measure(settings: Settings) -> list[tuple[str, str]]:
     held, background = TrainingState(), Background()
     stalls, writes, peers = [], [], []
     with _Peak(process) as peak:
-        reserving = _timed(lambda: held.reserve(zero.module.full_sizes(), next(zero.module.parameters()).is_cuda))
+        reserving = _timed(lambda: held.reserve(sizes, zero.states, next(zero.module.parameters()).is_cuda))
         for _ in range(settings.rounds):
             began = time.perf_counter()
             gather(zero, held)
@@ -114,7 +115,7 @@ class _Peak:
 
 
 def _zero(settings: Settings) -> Zero:
-    """Return a model with random weights and Adam states."""
+    """Return a model with random weights and optimizer states."""
     from transformers import ModernBertConfig
 
     changes = {"num_hidden_layers": settings.layers} if settings.layers else {}
@@ -138,7 +139,7 @@ def _zero(settings: Settings) -> Zero:
     def values(name: str) -> torch.Tensor:
         return torch.rand(sizes[name], generator=generator)
 
-    scatter(zero, values, lambda kind, name: values(name), dict.fromkeys(sizes, 1))
+    scatter(zero, values, lambda _, name: values(name), dict.fromkeys(sizes, 1))
     return zero
 
 

@@ -23,7 +23,7 @@ from megatron_detour.model.flops import Frozen
 from megatron_detour.model.shape import CHECKED_KEYS, Shape, refuse_unknown_keys
 from megatron_detour.model_parts import layers_of
 from megatron_detour.objectives import KINDS
-from megatron_detour.plan import Plan
+from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, stand_in
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
@@ -83,7 +83,8 @@ def preflight(
         faults += _raised(lambda: refuse_another_run(Path(config.folder), config))
     if owns_folder and model.shape:
         parameters = sum(map(math.prod, weight_sizes(model.shape).values()))
-        faults += _raised(lambda: refuse_full_disk(Path(config.folder), plan, parameters))
+        size = config.optimizer.kind.bytes_per_parameter() * parameters
+        faults += _raised(lambda: refuse_full_disk(Path(config.folder), plan, size))
     return replace(model, deepspeed=deepspeed, faults=(*model.faults, *faults))
 
 

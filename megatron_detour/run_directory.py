@@ -25,7 +25,6 @@ from megatron_detour.structured import read_json_object, read_yaml
 RUN_FILE, PLAN, DEEPSPEED, METRICS = "run.yaml", "plan.json", "deepspeed.json", "metrics.jsonl"
 ENVIRONMENT, CHECKPOINTS = "environment.json", "checkpoints"
 LEFT_BY_A_KILL = {LOCK, f".{RUN_FILE}.part"}  # by a run that was killed before it wrote run.yaml
-CHECKPOINT_BYTES = 12  # per parameter: the fp32 weight and two moments
 SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
 DEEPSPEED_KEY = "the DeepSpeed file's "
 WITHOUT_EFFECT = "bf16.check_grad_overflow"  # a step is judged by its norm (parallel/zero.py)
@@ -107,12 +106,12 @@ def free_bytes(folder: Path) -> int | None:
         return None
 
 
-def refuse_full_disk(folder: Path, plan: Plan, parameters: int) -> None:
+def refuse_full_disk(folder: Path, plan: Plan, checkpoint_bytes: int) -> None:
     """Raises DetourError where the disk has no room for one more checkpoint of a run that is not finished."""
     checkpoints, free = folder / CHECKPOINTS, free_bytes(folder)
     if free is None or store.checkpoint_folder(checkpoints, plan.total_steps).exists():
         return
-    needed = CHECKPOINT_BYTES * parameters + SPARE_BYTES
+    needed = checkpoint_bytes + SPARE_BYTES
     free += sum(path.stat().st_size for left in store.leftovers(checkpoints) for path in left.glob("*"))  # will go
     if free < needed:
         raise DetourError(

@@ -16,6 +16,7 @@ from megatron_detour.config.deepspeed import TYPES, read_deepspeed_config
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.forecast import forecast
 from megatron_detour.objectives import CausalLM, MaskedLM
+from megatron_detour.optimizers import AdamW, Lion
 from megatron_detour.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,8 @@ def test_values_arrive():
         ("checkpoint.every=5 steps", lambda c: c.checkpoint.every == 5_120),
         ("validation.corpora=[{prefix: h}]", lambda c: c.validation.corpora == (Corpus("h"),)),
         ("model={config: {hidden_size: 8}, tokenizer: t}", lambda c: c.model.config == {"hidden_size": 8}),
-        ("optimizer.betas=[0.8, 0.9]", lambda c: c.optimizer.betas == (0.8, 0.9)),
+        ("optimizer.name=lion", lambda c: c.optimizer.kind == Lion((0.9, 0.99))),
+        ("optimizer.betas=[0.8, 0.9]", lambda c: c.optimizer.kind.betas == (0.8, 0.9)),
         ("tensorboard=false", lambda c: c.tensorboard is False),
         ("name=a=b", lambda c: c.name == "a=b"),
     ],
@@ -289,6 +291,14 @@ CHECKS = {
     "weight decay": (small(optimizer__weight_decay=-0.1), "optimizer.weight_decay: must be at least 0, not -0.1"),
     "held-out mask rate": (small(validation__mask_rate=1), "validation.mask_rate: must be above 0 and below 1, not 1"),
     "betas": (small(optimizer__betas=[0.9, 1.0]), "optimizer.betas.1: must be at least 0 and below 1, not 1.0"),
+    "optimizer": (
+        small(optimizer__name="adam"),
+        "optimizer.name: must be one of adamw, lion, not 'adam' (did you mean 'adamw'?)",
+    ),
+    "another optimizer's key": (
+        small(optimizer__name="lion", optimizer__eps=1e-8),
+        "optimizer.eps: a key of adamw; with name: lion remove it",
+    ),
     "no phase": (small(phases=[]), "phases: must be a list with at least 1 entry, not []"),
     "same name": (small(phases__1__name="detour"), "phases.1.name: the name 'detour' is used twice"),
     "zero tokens": (
@@ -535,6 +545,7 @@ def test_trajectory_ignores(change):
         ({"phases__0__tokens": "5k"}, {"phases.0.tokens"}),
         ({"phases__1__learning_rate__end": 0}, {"phases.1.learning_rate.end"}),
         ({"optimizer__clip": 2}, {"optimizer.clip"}),
+        ({"optimizer__name": "lion"}, {"optimizer.name", "optimizer.betas.1", "optimizer.eps"}),
         ({"phases__0__optimizer_state": "reset"}, {"phases.0.optimizer_state"}),
         ({"phases__1__sequences": 4, "phases__1__tokens": 2_048}, {"phases.1.sequences"}),
     ],
@@ -586,8 +597,7 @@ def test_the_papers_numbers(name):
     assert config.batch.sequences * config.data.sequence_length == 3_145_728
     assert (config.data.sequence_length, config.seed, config.data.order_seed) == (8_192, 17, 42)
     assert [corpus.weight for corpus in config.data.corpora] == (MIXTURES.get(name) or MIXTURES[name.split("_")[0]])
-    optimizer = config.optimizer
-    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.98), 1e-6, 0.05)
+    assert (config.optimizer.kind, config.optimizer.weight_decay) == (AdamW((0.9, 0.98), 1e-6), 0.05)
     detour, decay = config.phases
     assert (detour.objective, detour.tokens) == (CausalLM(), detour_tokens)
     assert dataclasses.astuple(detour.learning_rate) == (2e-4, 10**8, "constant", None, None)

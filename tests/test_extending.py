@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from tests.harness import ROOT, environment
 
@@ -129,3 +130,29 @@ def test_an_objective_is_one_file(extended, corpus, tmp_path):
     assert "MNTP loss" in seen["compared"] and (tmp_path / "compared/validation.png").stat().st_size > 1_000
     card = (tmp_path / "model/README.md").read_text()
     assert "MNTP (30% masked) on" in card and "MNTP loss" in card
+
+
+@pytest.mark.integration
+def test_an_optimizer_is_one_file(extended, corpus, tmp_path):
+    """Planned, trained, resumed to the bit, named in the card; and in its place no other is resumed with."""
+    assert list(files("An optimizer")) == ["optimizers/sgd.py"]
+    python = extended("An optimizer")
+    changes = {"optimizer": {"name": "sgd", "momentum": 0.8}, "checkpoint": {"every": "2 steps"}}
+    run = run_file(tmp_path, corpus, **changes)
+    planned = json.loads(python("-m", "megatron_detour", "plan", run, "--json"))
+    assert planned["setting"]["optimizer_bytes"] == 8 and planned["faults"] == []
+    train = ("-m", "megatron_detour", "train", "--run-file", run)
+    python(*train)
+    checkpoints = tmp_path / "run/checkpoints"
+    final = checkpoints / "step-00000006"
+    whole = {name: load_file(final / f"{name}.safetensors") for name in ("model", "optimizer")}
+    for name, weight in whole["model"].items():
+        assert whole["optimizer"][f"momentum.{name}"].shape == weight.shape
+    for step in (4, 6):
+        shutil.rmtree(checkpoints / f"step-{step:08d}")
+    python(*train)
+    for name, before in whole.items():
+        after = load_file(final / f"{name}.safetensors")
+        assert before.keys() == after.keys() and all((before[key] == after[key]).all() for key in before), name
+    python("-m", "megatron_detour", "convert", "--checkpoint", str(final), "--output", str(tmp_path / "model"))
+    assert "SGD with momentum 0.8, weight decay 0.05" in (tmp_path / "model/README.md").read_text()

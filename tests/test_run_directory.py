@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_detour.checkpoint import store
 from megatron_detour.config import RunConfig, from_dict
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.model.shape import Shape
+from megatron_detour.optimizers import Lion
 from megatron_detour.plan import Plan
 from megatron_detour.run_directory import (
     add_session,
@@ -250,6 +252,21 @@ def test_a_start_model_that_is_gone_is_not_needed_once_there_is_a_checkpoint(run
 def edit(path: str, **changes: Any) -> None:
     content = json.loads(Path(path).read_text()) | changes
     Path(path).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def test_another_optimizer_is_another_run(run, config):
+    lion = again(config, optimizer=dataclasses.replace(config.optimizer, name=Lion()))
+    with pytest.raises(DetourError, match=r"another run: optimizer\.name is 'adamw' there and 'lion' here; give"):
+        go_on(run, lion)
+
+
+def test_a_run_of_before_optimizers_had_names_goes_on(run, config):
+    path = run / "run.yaml"
+    content = yaml.safe_load(path.read_text())
+    assert content["optimizer"].pop("name") == "adamw"
+    path.write_text(yaml.safe_dump(content))
+    assert store.step_of(go_on(run, config)) == END
+    assert changed_settings(run, config) == []
 
 
 @pytest.mark.parametrize(

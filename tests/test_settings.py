@@ -183,6 +183,10 @@ def test_the_schema_of_run_files_knows_the_rules_of_single_keys():
         assert list(validator.iter_errors(yaml.safe_load(path.read_text(encoding="utf-8")))) == []
     small = json.loads(json.dumps(SMALL).replace('"2e-4"', "2e-4"))  # YAML 1.1 makes a string of it
     assert validator.is_valid(small) and not validator.is_valid(small | {"z_los": 1})
+    for optimizer, valid in (({"eps": 1e-8}, True), ({"name": "lion", "betas": [0.9, 0.9]}, True),
+                             ({"name": "lion", "eps": 1e-8}, False), ({"name": "lion", "betas": [0.9, 1]}, False),
+                             ({"betas": [0.9, 1]}, False)):  # fmt: skip
+        assert validator.is_valid(small | {"optimizer": optimizer}) == valid
     missed = set()
     for case, (raw, says) in CHECKS.items():
         raw = json.loads(json.dumps(raw).replace('"2e-4"', "2e-4"))

@@ -28,7 +28,7 @@ from megatron_detour.tokenizer.sentencepiece_model import SUFFIXES
 from megatron_detour.tokenizer.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, load_tokenizer
 
 OPTIMIZER = "optimizer.safetensors"
-STEP = "step"  # key prefix of Adam's step counts, stored beside the moments
+STEP = "step"  # key prefix of the step counts, stored beside the optimizer's states
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 TOLERANCE = 1e-4  # largest difference of fp32 logits, relative to the largest logit
 COMPARED_TOKENS, COMPARED_TOGETHER = 1024, 5  # tokens per text and texts per padded batch: logits are large
@@ -148,8 +148,8 @@ def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None
 
 def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str, Any]) -> None:
     """Write the state of the optimizer and of the run beside a model's files."""
-    updated = training.adam_steps
-    flat = {f"{kind}.{name}": by_name[name] for kind, by_name in training.moments.items() for name in updated}
+    updated = training.steps
+    flat = {f"{state}.{name}": by_name[name] for state, by_name in training.states.items() for name in updated}
     flat |= {f"{STEP}.{name}": torch.tensor(steps) for name, steps in updated.items()}
     _save(flat, folder / OPTIMIZER)
     _write_json(folder / RUN_STATE, run_state)
@@ -159,18 +159,27 @@ def read_run_state(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / RUN_STATE)
 
 
-def open_optimizer(folder: Path, stack: ExitStack) -> tuple[Callable[[str, str], torch.Tensor], dict[str, int]]:
-    """Return a reader of Adam's moments by kind and parameter name, open as long as `stack`, and step counts by name.
+def open_optimizer(
+    folder: Path, states: tuple[str, ...], stack: ExitStack
+) -> tuple[Callable[[str, str], torch.Tensor], dict[str, int]]:
+    """Return a reader of `states` by state and parameter name, open as long as `stack`, and step counts by name.
 
-    Raise DetourError if the file is missing or damaged.
+    Raise DetourError if the file is missing, damaged or holds other states.
     """
+    path = folder / OPTIMIZER
     try:
-        opened = stack.enter_context(safe_open(folder / OPTIMIZER, "pt"))
+        opened = stack.enter_context(safe_open(path, "pt"))
     except (SafetensorError, OSError):
-        raise DetourError(f"{folder / OPTIMIZER}: missing or not a safetensors file; restore it") from None
-    counted = [key for key in opened.keys() if key.startswith(f"{STEP}.")]  # noqa: SIM118 not a mapping
-    steps = {key.removeprefix(f"{STEP}."): int(opened.get_tensor(key)) for key in counted}
-    return lambda kind, name: opened.get_tensor(f"{kind}.{name}"), steps
+        raise DetourError(f"{path}: missing or not a safetensors file; restore it") from None
+    keys = [key.partition(".")[::2] for key in opened.keys()]  # noqa: SIM118 not a mapping
+    saved = {state for state, _ in keys} - {STEP}
+    if keys and saved != {*states}:
+        raise DetourError(
+            f"{path}: another optimizer's, which keeps {', '.join(sorted(saved))} and not {', '.join(states)}; set "
+            f"optimizer.name as it was, or start in another folder=... with model.start={folder}"
+        )
+    steps = {name: int(opened.get_tensor(f"{STEP}.{name}")) for state, name in keys if state == STEP}
+    return lambda state, name: opened.get_tensor(f"{state}.{name}"), steps
 
 
 @torch.no_grad()

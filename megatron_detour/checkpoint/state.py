@@ -17,75 +17,73 @@ from megatron_detour.parallel.shard import shard, spec_of, unshard
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.parallel.zero import Zero, ZeroGroup
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @dataclass
 class TrainingState:
-    """Full fp32 tensors by parameter name, in host memory: weights, and Adam's moments by kind.
+    """Full fp32 tensors by parameter name, in host memory: weights, and the optimizer's states by their names.
 
-    A parameter without steps was never updated, and its moments are meaningless. Tensors are reused by every save:
-    touching fresh pages costs more than writing to them.
+    A parameter without steps was never updated, and its states are meaningless; 0 steps: the optimizer does not count.
+    Tensors are reused by every save: touching fresh pages costs more than writing to them.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    moments: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {kind: {} for kind in MOMENTS})
-    adam_steps: dict[str, int] = field(default_factory=dict)
+    states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
 
-    def reserve(self, sizes: dict[str, tuple[int, ...]], pinned: bool) -> None:
+    def reserve(self, sizes: dict[str, tuple[int, ...]], states: tuple[str, ...], pinned: bool) -> None:
         """Allocate the tensors and touch their pages; `pinned` memory lets a GPU copy at full bus speed."""
-        for kind in (self.weights, *self.moments.values()):
+        for tensors in (self.weights, *(self.states.setdefault(state, {}) for state in states)):
             for name, size in sizes.items():
-                if name not in kind:
-                    kind[name] = torch.empty(size, pin_memory=pinned).zero_()
+                if name not in tensors:
+                    tensors[name] = torch.empty(size, pin_memory=pinned).zero_()
 
 
 def gather(zero: Zero, into: TrainingState) -> None:
     """Fill `into` with the state of a run, on the first rank; every rank must call it.
 
-    Raise DetourError when tensor-parallel ranks hold unequal copies of a replicated parameter or its moments.
+    Raise DetourError when tensor-parallel ranks hold unequal copies of a replicated parameter or its states.
     """
-    state = zero.parallel
+    parallel = zero.parallel
     for group in zero.groups:
-        _gather_group(group, group.partition.data, state, into.weights)
-        adam = zero.adam_state(group)
-        for kind in MOMENTS if adam else ():
-            _gather_group(group, adam[kind], state, into.moments[kind])
-        if adam and state.is_first:
-            into.adam_steps |= {name: int(adam["step"]) for name, *_ in group.parameters}
+        _gather_group(group, group.partition.data, parallel, into.weights)
+        held = zero.optimizer_state(group)
+        for state in zero.states if held else ():
+            _gather_group(group, held[state], parallel, into.states.setdefault(state, {}))
+        if held and parallel.is_first:
+            into.steps |= {name: int(held.get("step", 0)) for name, *_ in group.parameters}
 
 
 def scatter(
     zero: Zero,
     weight: Callable[[str], torch.Tensor],
-    moment: Callable[[str, str], torch.Tensor] | None = None,
-    adam_steps: dict[str, int] | None = None,
+    state: Callable[[str, str], torch.Tensor] | None = None,
+    steps: dict[str, int] | None = None,
 ) -> None:
-    """Set master weights and parameters from `weight(name)`, and Adam's state from `moment(kind, name)`.
+    """Set master weights and parameters from `weight(name)`, and the optimizer's states from `state(which, name)`.
 
-    Both return full fp32 tensors, of which every rank copies its shard. Parameters without steps get no Adam state.
+    Both return full fp32 tensors, of which every rank copies its shard. Parameters without steps get no states.
     """
-    state = zero.parallel
+    parallel = zero.parallel
     for group in zero.groups:
         partition = group.partition.data
-        steps = _steps_of_group([name for name, *_ in group.parameters], adam_steps or {})
-        adam = {kind: torch.zeros_like(partition) for kind in MOMENTS} if steps is not None else {}
+        done = _steps_of_group([name for name, *_ in group.parameters], steps or {})
+        held = {which: torch.zeros_like(partition) for which in zero.states} if done is not None else {}
         for name, parameter, offset in group.parameters:
-            local = _local_shard(parameter, weight(name), state)
+            local = _local_shard(parameter, weight(name), parallel)
             parameter.data.copy_(local.view_as(parameter))
-            _place(partition, local, offset, state)
-            for kind, flat in adam.items():
-                _place(flat, _local_shard(parameter, moment(kind, name), state), offset, state)
-        if adam:
-            zero.set_adam_state(group, adam, steps)
+            _place(partition, local, offset, parallel)
+            for which, flat in held.items():
+                _place(flat, _local_shard(parameter, state(which, name), parallel), offset, parallel)
+        if done is not None:
+            zero.set_optimizer_state(group, held, done)
 
 
 @torch.no_grad()
 def reset_optimizer_state(zero: Zero) -> None:
-    """Zero Adam's state of the parameters that are not frozen; weights do not change."""
+    """Zero the optimizer's states of the parameters that are not frozen; weights do not change."""
     for group in zero.groups:
         if not group.options["frozen"]:
-            for value in zero.adam_state(group).values():
+            for value in zero.optimizer_state(group).values():
                 value.zero_()
 
 
@@ -99,15 +97,15 @@ def refuse_unequal_replicas(values: dict[str, torch.Tensor], state: ParallelStat
         )
 
 
-def _steps_of_group(names: list[str], adam_steps: dict[str, int]) -> int | None:
-    """Return Adam's step count of a group, whose parameters are always updated together; None before step 1."""
-    steps = {adam_steps.get(name) for name in names}
-    if len(steps) > 1:
+def _steps_of_group(names: list[str], steps: dict[str, int]) -> int | None:
+    """Return the updates of a group, whose parameters are always updated together; None before step 1."""
+    counts = {steps.get(name) for name in names}
+    if len(counts) > 1:
         raise DetourError(
             f"the checkpoint's optimizer has different step counts for {names[0]} and the rest of its group; it "
             "belongs to another run file"
         )
-    return steps.pop() if steps else None
+    return counts.pop() if counts else None
 
 
 def _gather_group(

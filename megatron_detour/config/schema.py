@@ -7,7 +7,11 @@ from typing import Annotated, Any
 
 from megatron_detour.config.amounts import Seconds, Tokens
 from megatron_detour.model_parts import Part
-from megatron_detour.objectives import KINDS, Objective
+from megatron_detour.objectives import KINDS as OBJECTIVES
+from megatron_detour.objectives import Objective
+from megatron_detour.optimizers import DEFAULT as DEFAULT_OPTIMIZER
+from megatron_detour.optimizers import KINDS as OPTIMIZERS
+from megatron_detour.optimizers import Optimizer
 from megatron_detour.settings import Choice, Entries, Pattern, Range, Tagged, join_key, to_plain
 
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
@@ -68,15 +72,17 @@ Corpora = Annotated[tuple[Corpus, ...], Entries(least=1)]
 @dataclass(frozen=True)
 class Phase:
     name: Annotated[str, PHASE_NAME, "name of the phase"]
-    objective: Annotated[Objective, Tagged(KINDS), "training objective, with its own keys beside it"]
+    objective: Annotated[Objective, Tagged(OBJECTIVES), "training objective, with its own keys beside it"]
     tokens: Annotated[Tokens, ABOVE_ZERO, "length of the phase"]
     learning_rate: LearningRate
     freeze: Annotated[
         tuple[Part, ...],
-        "parts whose weights and Adam states stay as they are: `embeddings` (also the output layer's weight), "
+        "parts whose weights and optimizer states stay as they are: `embeddings` (also the output layer's weight), "
         "`layers.N`, `layers.N-M`, `final_norm`, `head`",
     ] = ()
-    optimizer_state: Annotated[str, Choice(OPTIMIZER_STATES), "Adam's moments at the start of the phase"] = "keep"
+    optimizer_state: Annotated[
+        str, Choice(OPTIMIZER_STATES), "the optimizer's states at the start of the phase; `reset` begins them anew"
+    ] = "keep"
     sequences: Annotated[int | None, SIZE, "replaces `batch.sequences`"] = None
     micro_sequences: Annotated[int | None, SIZE, "replaces `batch.micro_sequences`"] = None
     batch_warmup: Annotated[BatchWarmup | None, "growing batch at the start of the phase"] = None
@@ -114,16 +120,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """AdamW with decoupled weight decay: each step multiplies a decayed weight by 1 - lr * weight_decay."""
+class Optimization:
+    """The optimizer and what holds for any: a step multiplies a decayed weight by 1 - lr * weight_decay."""
 
-    betas: Annotated[
-        tuple[Annotated[float, Range(least=0, below=1)], Annotated[float, Range(least=0, below=1)]],
-        "AdamW's decay rates of the moments",
-    ] = (0.9, 0.98)
-    eps: Annotated[float, ABOVE_ZERO, "AdamW's epsilon"] = 1e-6
+    name: Annotated[Optimizer, Tagged(OPTIMIZERS), "optimizer, with its own keys beside it"] = field(
+        default_factory=DEFAULT_OPTIMIZER
+    )
     weight_decay: Annotated[float, Range(least=0), "decoupled weight decay"] = 0.05
     clip: Annotated[float, ABOVE_ZERO, "largest gradient norm"] = 1.0
+
+    @property
+    def kind(self) -> Optimizer:
+        """What `name` names, with its keys."""
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,7 @@ class RunConfig:
     phases: Annotated[tuple[Phase, ...], Entries(least=1), "phases of the run, in order"]
     deepspeed: Annotated[str, "a file of `ds_configs/`: ZeRO-2 in bf16 or fp32"]
     seed: Annotated[int, SEED, "seed of masks and of newly initialized weights"] = 17
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    optimizer: Optimization = field(default_factory=Optimization)
     z_loss: Annotated[float, Range(least=0), "weight of the squared log-sum-exp of the logits in the loss"] = 0.0
     parallel: Parallel = field(default_factory=Parallel)
     compute: Compute = field(default_factory=Compute)

@@ -173,6 +173,7 @@ def memory_setting(config: RunConfig, bf16: bool, ranks: int, device: str) -> Se
         flash=fast and config.compute.attention != "sdpa",
         fused=fast and config.compute.kernels != "plain",
         on_gpu=device != "cpu",
+        optimizer_bytes=config.optimizer.kind.bytes_per_parameter(),
     )
 
 

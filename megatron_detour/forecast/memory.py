@@ -9,13 +9,14 @@ import math
 from dataclasses import dataclass, field
 
 from megatron_detour.model.shape import FULL, Shape
+from megatron_detour.optimizers import DEFAULT
 
 GB, GIB = 10**9, 1 << 30
 CONTEXT = 1 * GB  # CUDA's context, NCCL's and cuBLAS's buffers: outside torch's allocator
 SPARE = 0.10  # of the counted bytes: fragmentation, and what the count misses
 CARDS = (24, 40, 48, 80, 96, 141)  # GB
 CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # of logits, as in parallel/loss.py
-FP32, ADAM = 4, 12  # bytes per element: a value; the fp32 weight and two moments
+FP32 = 4  # bytes
 ALIGNMENT = 2  # elements; a partition starts at a multiple of it
 
 
@@ -31,6 +32,7 @@ class Setting:
     flash: bool = True  # FlashAttention, else SDPA
     fused: bool = True  # Triton kernels, else plain ones
     on_gpu: bool = True
+    optimizer_bytes: int = DEFAULT.bytes_per_parameter()  # of an element: the fp32 weight and the optimizer's states
 
     @property
     def item_bytes(self) -> int:
@@ -93,7 +95,7 @@ def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:
     head = _head(shape, setting, load)
     # Gradients are summed over micro-batches in full, and over ranks into each rank's part.
     gradients = (share * setting.data + (share if setting.data > 1 else 0)) * FP32
-    stays = {"weights": sum(elements) * item, "optimizer": share * ADAM, "gradients": gradients}
+    stays = {"weights": sum(elements) * item, "optimizer": share * setting.optimizer_bytes, "gradients": gradients}
     moments = {
         "loss": {"activations": kept, "head and loss": head.kept + head.loss},
         "start of the backward pass": {"activations": kept, "head and loss": head.kept + head.backward},

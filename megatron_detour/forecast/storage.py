@@ -9,7 +9,7 @@ from megatron_detour.config import Corpus, RunConfig
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.plan import Plan
-from megatron_detour.run_directory import CHECKPOINT_BYTES, free_bytes
+from megatron_detour.run_directory import free_bytes
 
 BESIDE = 8 * 10**6  # bytes of a checkpoint's tokenizer and small files
 RECORD = 600  # bytes per step in metrics.jsonl and in TensorBoard's file
@@ -71,5 +71,5 @@ def disk(config: RunConfig, plan: Plan, parameters: int) -> Disk:
     kept = len(plan.phases) + (config.model.start is None)
     kept += total // settings.keep_every if settings.keep_every else 0
     passing = max(total // settings.every - kept, 0) if settings.every else 0
-    size = CHECKPOINT_BYTES * parameters + BESIDE
+    size = config.optimizer.kind.bytes_per_parameter() * parameters + BESIDE
     return Disk(size, kept + min(settings.keep, passing), plan.total_steps, free_bytes(Path(config.folder)))

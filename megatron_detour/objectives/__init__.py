@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import Any
 
 from megatron_detour.objectives.base import IGNORE, Corrupted, Corruption, Objective
 from megatron_detour.objectives.causal_lm import CausalLM, NextToken
 from megatron_detour.objectives.masked_lm import MaskedLM, Masking
+from megatron_detour.registry import registry
 
 __all__ = [
     "IGNORE",
@@ -24,18 +23,10 @@ __all__ = [
     "read_objective",
 ]
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-
 # The objective that encoders are used with: controls train it, and its validation loss compares runs.
 REFERENCE = MaskedLM
 
-
-def _kinds(cls: type[Objective]) -> dict[str, type[Objective]]:
-    return {kind.name: kind for sub in cls.__subclasses__() for kind in (sub, *_kinds(sub).values())}
-
-
-KINDS = {REFERENCE.name: REFERENCE} | dict(sorted(_kinds(Objective).items()))
+KINDS = registry(__name__, Objective, REFERENCE)
 
 
 def read_objective(phase: dict[str, Any]) -> Objective:

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO-2, of which this module alone reads private fields; written for DeepSpeed 0.19.8 (setup.py).
 
-ZeRO-2 keeps, for each parameter group, the fp32 weights and AdamW's moments of all its parameters in one flat vector,
+ZeRO-2 keeps, for each parameter group, the fp32 weights and optimizer states of all its parameters in one flat vector,
 cut into equal parts over the data-parallel ranks. Gradients are summed by this project (gradients.py): DeepSpeed would
 round each micro-batch's to bf16 and all-reduce it.
 
@@ -8,9 +8,9 @@ Of DeepSpeedZeroOptimizer (runtime/zero/stage_1_and_2.py) are used:
 
 | field | here |
 |---|---|
-| `optimizer` | the AdamW that it was given, whose groups hold this rank's part of the flat vectors |
+| `optimizer` | the optimizer that it was given, whose groups hold this rank's part of the flat vectors |
 | `round_robin_bit16_groups`, `round_robin_bit16_offsets` | a group's parameters, and where each lies in the vector |
-| `single_partition_of_fp32_groups` | this rank's part of the fp32 weights: the keys of AdamW's state |
+| `single_partition_of_fp32_groups` | this rank's part of the fp32 weights: the keys of the optimizer's state |
 | `_grad_acc_hooks` | its hooks on gradients, removed |
 | `averaged_gradients` | set to this rank's gradients before a step |
 | `check_grad_overflow` | set to False, as the caller decides which steps are skipped |
@@ -53,15 +53,15 @@ class ZeroGroup:
     parameters: list[tuple[str, torch.nn.Parameter, int]]  # name, parameter, offset in the group's flat vector
     partition: torch.Tensor  # fp32 [elements / data-parallel ranks]: this rank's part of the flat vector
     gradient: GradientSum
-    options: dict[str, Any]  # AdamW's: lr, weight_decay, frozen, ...
+    options: dict[str, Any]  # the optimizer's: lr, weight_decay, frozen, ...
 
 
 class Zero:
-    """A model under ZeRO-2 and AdamW: gradients over micro-batches, their norm, and the clipped step."""
+    """A model under ZeRO-2: gradients over micro-batches, their norm, and the clipped step."""
 
-    def __init__(self, engine: DeepSpeedEngine, parallel: ParallelState, clip: float) -> None:
-        """`clip` is the maximum norm of a gradient."""
-        self.engine, self.parallel, self.clip = engine, parallel, clip
+    def __init__(self, engine: DeepSpeedEngine, parallel: ParallelState, clip: float, states: tuple[str, ...]) -> None:
+        """`clip` is the maximum norm of a gradient, `states` the names of what the optimizer keeps of each element."""
+        self.engine, self.parallel, self.clip, self.states = engine, parallel, clip, states
         self._zero = zero = engine.optimizer
         zero.check_grad_overflow = False
         for hook in zero._grad_acc_hooks:
@@ -88,13 +88,14 @@ class Zero:
         """The model itself."""
         return self.engine.module
 
-    def adam_state(self, group: ZeroGroup) -> dict[str, torch.Tensor]:
-        """This rank's moments (of the partition's size) and `step`; empty before the first step."""
+    def optimizer_state(self, group: ZeroGroup) -> dict[str, torch.Tensor]:
+        """This rank's states (of the partition's size), and `step` if the optimizer counts; empty before step 1."""
         return self._zero.optimizer.state.get(group.partition, {})
 
-    def set_adam_state(self, group: ZeroGroup, moments: dict[str, torch.Tensor], steps: int) -> None:
+    def set_optimizer_state(self, group: ZeroGroup, states: dict[str, torch.Tensor], steps: int) -> None:
+        """An optimizer that does not count leaves `step` alone."""
         step = torch.tensor(float(steps), device=group.partition.device if group.options.get("fused") else "cpu")
-        self._zero.optimizer.state[group.partition] = {"step": step, **moments}
+        self._zero.optimizer.state[group.partition] = {"step": step, **states}
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.groups:

@@ -27,12 +27,17 @@ def _object_schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
         properties[setting.name] = _value_schema(setting, definitions)
         if tagged := setting.mark(Tagged):
             inner = {kind: _object_schema(cls, definitions) for kind, cls in tagged.kinds.items()}
-            keys = {name: schema for each in inner.values() for name, schema in each["properties"].items()}
-            properties |= keys
+            keys = tagged.keys()
+            for name, kinds in keys.items():
+                properties[name] = inner[kinds[0]]["properties"][name] if len(kinds) == 1 else {}
             for kind, schema in inner.items():
+                shared = {name: each for name, each in schema["properties"].items() if not properties[name]}
                 refused = dict.fromkeys(sorted(keys.keys() - schema["properties"].keys()), False)
-                then = {"required": schema["required"], "properties": refused}
-                conditions.append({"if": {"properties": {setting.name: {"const": kind}}}, "then": then})
+                then = {"required": schema["required"], "properties": shared | refused}
+                named = {"properties": {setting.name: {"const": kind}}}
+                if setting.default is not MISSING and kind != tagged.name_of(setting.default):
+                    named["required"] = [setting.name]
+                conditions.append({"if": named, "then": then})
     required = [setting.name for setting in settings_of(cls) if setting.default is MISSING]
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     return schema | ({"allOf": conditions} if conditions else {})
@@ -41,7 +46,8 @@ def _object_schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
 def _value_schema(setting: Setting, definitions: dict[str, Any]) -> dict[str, Any]:
     schema: dict[str, Any] = {"description": setting.help} if setting.help else {}
     if tagged := setting.mark(Tagged):
-        return schema | {"enum": list(tagged.kinds)}
+        default = {} if setting.default is MISSING else {"default": tagged.name_of(setting.default)}
+        return schema | {"enum": list(tagged.kinds)} | default
     if dataclasses.is_dataclass(setting.kind):
         if setting.kind.__name__ not in definitions:
             definitions[setting.kind.__name__] = _object_schema(setting.kind, definitions)
@@ -74,8 +80,11 @@ def markdown_table(cls: type, shown: Callable[[str], str] = str) -> str:
     """Return a row per key, with default and help. A class used by several keys is expanded at the first."""
     lines = [f"| {'flag' if shown is flag else 'key'} | default | |", "|---|---|---|"]
     for key, setting in _keys(cls, "", set()):
-        default = "required" if setting.default is MISSING else _default_cell(setting.default)
-        choices = setting.mark(Choice) or getattr(setting.mark(Tagged), "kinds", ())
+        tagged, default = setting.mark(Tagged), setting.default
+        if tagged and default is not MISSING:
+            default = tagged.name_of(default)
+        default = "required" if default is MISSING else _default_cell(default)
+        choices = setting.mark(Choice) or (tagged.kinds if tagged else ())
         named = f": {', '.join(f'`{name}`' for name in choices)}" if choices else ""
         lines.append(f"| `{shown(key)}` | {default} | {setting.help}{named} |")
     return "\n".join(lines)

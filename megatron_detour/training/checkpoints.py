@@ -71,7 +71,8 @@ class Checkpoints:
             if run_state["tokens"] < self.run.plan.total_tokens:
                 self._check_corpora(run_state, checkpoint)
                 refuse_another_shape(checkpoint, self.run.initial.shape)
-            scatter(self.run.zero, weights, *huggingface.open_optimizer(checkpoint, stack))
+            zero = self.run.zero
+            scatter(zero, weights, *huggingface.open_optimizer(checkpoint, zero.states, stack))
             self.guard.restore(run_state["guard"])
             self._start_hash = run_state.get("start")
             model = self.run.config.model
@@ -84,8 +85,9 @@ class Checkpoints:
     def prepare(self) -> None:
         """Allocate the buffers for saving during the first steps, so that the first save does not wait for them."""
         if self.run.parallel.is_first:
-            sizes, pinned = self.run.zero.module.full_sizes(), next(self.run.zero.module.parameters()).is_cuda
-            self._background.submit(lambda: self._gathered.reserve(sizes, pinned))
+            zero = self.run.zero
+            sizes, pinned = zero.module.full_sizes(), next(zero.module.parameters()).is_cuda
+            self._background.submit(lambda: self._gathered.reserve(sizes, zero.states, pinned))
             self._background.submit(self._hash_start)
 
     def _hash_start(self) -> None:

@@ -17,7 +17,7 @@ from megatron_detour.config.deepspeed import is_bf16
 from megatron_detour.errors import DetourError
 from megatron_detour.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_detour.parallel.zero import Zero, deepspeed_settings
-from megatron_detour.training.freezing import PhasedAdamW, parameter_groups
+from megatron_detour.training.freezing import parameter_groups, skip_frozen
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # between the first rank's start and the last one's
 
@@ -72,24 +72,19 @@ def _join(backend: str) -> None:
 
 
 def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[str, Any], state: ParallelState) -> Zero:
-    """Wrap the model in ZeRO-2 with AdamW; fp32 gradients are summed and clipped over all ranks."""
+    """Wrap the model in ZeRO-2 with the run file's optimizer; fp32 gradients are summed and clipped over all ranks."""
     import deepspeed
 
     settings = deepspeed_settings(deepspeed_config) | {
         "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
         "gradient_accumulation_steps": 1,
     }
-    optimizer = PhasedAdamW(
-        parameter_groups(model, config),
-        lr=0.0,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        fused=torch.cuda.is_available() or None,
-    )
+    optimizer = config.optimizer.kind.build(parameter_groups(model, config))
+    skip_frozen(optimizer)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=state, dist_init_required=False
     )
-    return Zero(engine, state, config.optimizer.clip)
+    return Zero(engine, state, config.optimizer.clip, config.optimizer.kind.states)
 
 
 def _quiet_deepspeed() -> None:

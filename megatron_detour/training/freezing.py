@@ -1,4 +1,4 @@
-"""Freeze parts of the model for a phase: no gradients, and neither weights nor Adam states change."""
+"""Freeze parts of the model for a phase: no gradients, and neither weights nor optimizer states change."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from megatron_detour.plan import PlannedPhase
 HEAD = ("head.", "decoder.")
 
 
-class PhasedAdamW(torch.optim.AdamW):
-    """AdamW that skips groups flagged `frozen` and first multiplies gradients by `gradient_factor`.
+def skip_frozen(optimizer: torch.optim.Optimizer) -> None:
+    """Make steps leave out groups flagged `frozen`, and first multiply gradients by `optimizer.gradient_factor`.
 
-    With a learning rate of zero, moments would keep decaying; without gradients, momentum would keep moving weights.
+    With a learning rate of zero, states would keep decaying; without gradients, momentum would keep moving weights.
+    The factor is a scalar on the device that clips the gradient.
     """
+    update = optimizer.step
 
-    gradient_factor: torch.Tensor  # scalar on the device that clips the gradient
+    def step(closure=None) -> None:
+        (group,) = optimizer.param_groups  # ZeRO steps one group at a time
+        if not group["frozen"]:
+            for parameter in group["params"]:
+                parameter.grad.mul_(optimizer.gradient_factor)
+            update(closure)
 
-    def step(self, closure=None):
-        (group,) = self.param_groups  # ZeRO steps one group at a time
-        if group["frozen"]:
-            return None
-        for parameter in group["params"]:
-            parameter.grad.mul_(self.gradient_factor)
-        return super().step(closure)
+    optimizer.step = step
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:

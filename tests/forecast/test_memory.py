@@ -10,14 +10,17 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.forecast import memory
+from megatron_detour.forecast.forecast import setting_of
 from megatron_detour.forecast.memory import Load, Setting, activations, parameters, partition, peak_memory
 from megatron_detour.model.modernbert import Compute, ModernBert
 from megatron_detour.model.shape import Shape
+from megatron_detour.optimizers import KINDS
 from megatron_detour.parallel import loss
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.preflight import DEFAULTS, LARGE, PUBLISHED
 from tests.harness import run_ranks, slow
 from tests.models import CONFIG, microbatch, tiny
+from tests.training.test_zero2 import run_config
 
 BASE, LARGE_SHAPE = Shape.of(DEFAULTS, "base"), Shape.of(DEFAULTS | LARGE, "large")
 BF16, FP32 = True, False
@@ -76,6 +79,14 @@ def test_weights_and_optimizer_by_hand(shape, tensor, data, weights, optimizer):
     assert peak.parts["optimizer"] == optimizer
     assert peak.parts["gradients"] == (weights // 2 + (optimizer // 12 if data > 1 else 0)) * 4
     assert peak.counted == sum(peak.parts.values()) < peak.needed
+
+
+def test_the_states_of_the_chosen_optimizer_are_counted():
+    config, load, parts = run_config(1), Load(8192, 1000, False), {}
+    for name, kind in KINDS.items():
+        chosen = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=kind()))
+        parts[name] = peak_memory(BASE, setting_of(chosen, BF16, 1, "h100"), load).parts["optimizer"]
+    assert parts == {"adamw": 12 * 149_655_232, "lion": 8 * 149_655_232}
 
 
 def small(width: int) -> Shape:
@@ -173,7 +184,6 @@ def test_the_gradient_of_the_embedding_is_summed_in_fp32_over_chunks():
 def partitions(tensor: int):
     """On every rank: elements of the fp32 partitions and of the flat weights that ZeRO-2 made."""
     from megatron_detour.training.engine import create_engine, start_distributed
-    from tests.training.test_zero2 import run_config
 
     config = run_config(tensor)
     state, _ = start_distributed(config)

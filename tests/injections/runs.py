@@ -47,8 +47,8 @@ class Setup:
 SETUPS = [Setup(ranks, tensor, dtype) for ranks, tensor in ((1, 1), (2, 1), (4, 2)) for dtype in ("fp32", "bf16")]
 
 
-def write_run_file(path: Path, prefix: str, tokenizer: Path) -> Path:
-    """A growing batch and a mask ramp; a causal phase with a frozen bottom; a decay with Adam begun anew."""
+def write_run_file(path: Path, prefix: str, tokenizer: Path, optimizer: str = "adamw") -> Path:
+    """A growing batch and a mask ramp; a causal phase with a frozen bottom; a decay with the optimizer begun anew."""
     shape = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -73,6 +73,7 @@ def write_run_file(path: Path, prefix: str, tokenizer: Path) -> Path:
              "optimizer_state": "reset", "sequence_length": 32, "sequences": 16,
              "learning_rate": {"peak": 1e-2, "shape": "1-sqrt", "end": 1e-3}},
         ],
+        "optimizer": {"name": optimizer},
         "deepspeed": "set by the test",
         "guards": {"spikes": "skip", "window": 16, "sigma": 3},
         "validation": {"corpora": [{"prefix": prefix}], "sequences": 4},

@@ -30,9 +30,10 @@ GENTLE += ["phases.decay.learning_rate.end=2e-5", "guards.spikes=report", "check
 GENTLE += ["validation.corpora=[]", "batch.micro_sequences=1"]  # for four data-parallel ranks in the batch's warm-up
 
 
-@pytest.fixture(scope="module")
-def run_file(corpus, tmp_path_factory) -> Path:
-    return write_run_file(tmp_path_factory.mktemp("reshard") / "run.yaml", corpus.prefix, corpus.tokenizer)
+@pytest.fixture(scope="module", params=["adamw", slow("lion")])
+def run_file(request, corpus, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("reshard") / "run.yaml"
+    return write_run_file(path, corpus.prefix, corpus.tokenizer, request.param)
 
 
 def finished(folder: Path, run_file: Path, setup: Setup) -> dict[int, dict]:
@@ -119,7 +120,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(home, run_file, tmp_path, s
     weights, optimizer = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer"))
     assert held.weights.keys() == weights.keys()
     assert all(torch.equal(held.weights[name], weights[name]) for name in weights)
-    flat = {f"{kind}.{name}": value for kind, by_name in held.moments.items() for name, value in by_name.items()}
-    flat |= {f"step.{name}": torch.tensor(steps) for name, steps in held.adam_steps.items()}
+    flat = {f"{kind}.{name}": value for kind, by_name in held.states.items() for name, value in by_name.items()}
+    flat |= {f"step.{name}": torch.tensor(steps) for name, steps in held.steps.items()}
     assert flat.keys() == optimizer.keys()
     assert all(torch.equal(flat[name], optimizer[name]) for name in optimizer)

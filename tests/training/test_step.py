@@ -47,16 +47,16 @@ def counted_waits():
             setattr(torch.Tensor, name, method)
 
 
-def a_step(loss: float, file: str = "zero2_fp32_cpu.json"):
+def a_step(loss: float, file: str = "zero2_fp32_cpu.json", optimizer: str = "adamw"):
     """On every rank, after an ordinary step: the waits of two steps whose loss is multiplied by `loss`, their figures,
-    and whether weights or moments moved."""
+    and whether weights or optimizer states moved."""
     from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.data.batches import RankBatch
     from megatron_detour.training.engine import create_engine, start_distributed
     from megatron_detour.training.guards import Guard
     from megatron_detour.training.trainer import Trainer
 
-    config = replace(run_config(1), deepspeed=f"ds_configs/{file}")
+    config = replace(run_config(1, optimizer=optimizer), deepspeed=f"ds_configs/{file}")
     plan = Plan.of(config)
     state, device = start_distributed(config)
     deepspeed = read_deepspeed_config(config.deepspeed)
@@ -83,14 +83,15 @@ def a_step(loss: float, file: str = "zero2_fp32_cpu.json"):
 
 
 def whole_state(zero) -> list[torch.Tensor]:
-    """Copies of this rank's fp32 weights, AdamW's moments and its count of steps, and the weights of the model."""
-    adam = [value for group in zero.groups for value in (group.partition, *zero.adam_state(group).values())]
-    return [value.detach().clone() for value in (*adam, *zero.module.parameters())]
+    """Copies of this rank's fp32 weights, the optimizer's states and its count of steps, and the model's weights."""
+    held = [value for group in zero.groups for value in (group.partition, *zero.optimizer_state(group).values())]
+    return [value.detach().clone() for value in (*held, *zero.module.parameters())]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_waits_for_the_device_once(tmp_path, ranks):
-    for waits, figures, moved in run_ranks(ranks, "tests.training.test_step:a_step", tmp_path, 1.0):
+@pytest.mark.parametrize(("ranks", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "lion")])
+def test_a_step_waits_for_the_device_once(tmp_path, ranks, optimizer):
+    arguments = (1.0, "zero2_fp32_cpu.json", optimizer)
+    for waits, figures, moved in run_ranks(ranks, "tests.training.test_step:a_step", tmp_path, *arguments):
         # .cpu() of the one tensor; that it then is numpy's costs nothing.
         assert waits == {"cpu in trainer.py": 2, "numpy in trainer.py": 2}  # in two steps
         assert any(moved) and all(one["grad_norm"] > 0 and "skipped" not in one for one in figures)

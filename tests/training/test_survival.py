@@ -41,16 +41,24 @@ def whole(run_file, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("setup", "kinds"),
+    ("setup", "optimizer", "kinds"),
     [
         slow(
-            Setup(1, 1, "bf16"), ["damaged file", "SIGTERM", "full disk", "SIGKILL of all", "SIGUSR1", "SIGKILL of all"]
+            Setup(1, 1, "bf16"),
+            "adamw",
+            ["damaged file", "SIGTERM", "full disk", "SIGKILL of all", "SIGUSR1", "SIGKILL of all"],
         ),
-        (Setup(2, 1), ["SIGKILL of one rank", "rank that raises", "SIGKILL of all", "SIGTERM", "SIGKILL of all"]),
+        slow(Setup(2, 2), "lion", ["SIGKILL of all", "SIGTERM"]),
+        (
+            Setup(2, 1),
+            "adamw",
+            ["SIGKILL of one rank", "rank that raises", "SIGKILL of all", "SIGTERM", "SIGKILL of all"],
+        ),
     ],
     ids=str,
 )
-def test_a_run_that_is_struck_comes_out_to_the_bit(run_file, tmp_path, setup, kinds):
+def test_a_run_that_is_struck_comes_out_to_the_bit(corpus, tmp_path, setup, optimizer, kinds):
+    run_file = write_run_file(tmp_path / "run.yaml", corpus.prefix, corpus.tokenizer, optimizer)
     outcome = Victim(tmp_path / "victim", run_file, setup, seed=5).strike(kinds)
     assert outcome.struck.total() == len(kinds)
     assert outcome.finished >= 1

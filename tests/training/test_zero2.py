@@ -1,4 +1,4 @@
-"""A ZeRO-2 step is the plain AdamW step: same norm, same clipping, same weights, tied embedding included."""
+"""A ZeRO-2 step is the optimizer's plain step: same norm, clipping and weights, tied embedding included."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import torch
 
 from megatron_detour.config import from_dict
 from megatron_detour.data.batches import MicroBatch
+from megatron_detour.optimizers import KINDS
 from tests.harness import ROOT, run_ranks, slow
 from tests.models import loss_of, microbatch, tiny, together
+from tests.optimizers import ROUNDING, furthest, plain_optimizer
 
 pytestmark = pytest.mark.integration
 
 LEARNING_RATE, STEPS = 2e-4, 3  # the recipe's peak
-EPSILON, BETA2 = 1e-6, 0.98  # of Adam
-# How far gradients summed in another order, or by other instructions, may be apart, as a share of the greatest of all:
-# those of the first step by some last bits of fp32, those of later steps by what the first ones moved the weights.
-ROUNDING, GROWN = 1e-5, 1e-3
+DECAY = 0.1
 MICROBATCHES = [((30, 20), 0.5), ((50,), 0.0), ((11, 39), 0.3), ((50,), 0.9)]  # (lengths, share labeled) of a step
 
 
-def run_config(tensor: int, sequence: bool = False, micro: int = 1):
+def run_config(tensor: int, sequence: bool = False, micro: int = 1, optimizer: str = "adamw"):
     return from_dict(
         {
             "name": "zero2",
@@ -33,7 +32,7 @@ def run_config(tensor: int, sequence: bool = False, micro: int = 1):
             "phases": [{"name": "a", "objective": "clm", "tokens": 200, "learning_rate": {"peak": 1.0}}],
             "deepspeed": str(ROOT / "ds_configs" / "zero2_fp32_cpu.json"),
             "parallel": {"tensor": tensor, "sequence": sequence},
-            "optimizer": {"clip": 1.0, "weight_decay": 0.1},
+            "optimizer": {"name": optimizer, "clip": 1.0, "weight_decay": DECAY},
         }
     )
 
@@ -47,15 +46,21 @@ def microbatches(step: int) -> list[MicroBatch]:
 
 
 def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
-    """On every rank, through the project's engine: norms of the steps, and (first rank) the full state after the first
-    and after the last one."""
+    """On every rank, through the project's engine: by optimizer, norms of the steps and (first rank) the full state
+    after the first and after the last one."""
+    from megatron_detour.training.engine import start_distributed
+
+    state, _ = start_distributed(run_config(tensor, sequence, micro))
+    return {name: steps_with(run_config(tensor, sequence, micro, name), state, steps) for name in KINDS}
+
+
+def steps_with(config, state, steps: int):
     from megatron_detour.checkpoint.state import TrainingState, gather, refuse_unequal_replicas, scatter
     from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.parallel.shard import spec_of
-    from megatron_detour.training.engine import create_engine, start_distributed
+    from megatron_detour.training.engine import create_engine
 
-    config = run_config(tensor, sequence, micro)
-    state, _ = start_distributed(config)
+    micro = config.batch.micro_sequences
     model = tiny(state)
     reference = dict(tiny().named_parameters())
     zero = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)
@@ -88,18 +93,10 @@ def step_of(zero, mine: list[MicroBatch], labeled: int) -> float:
     return float(norm)
 
 
-def plain_optimizer(model) -> torch.optim.AdamW:
-    """The optimizer of `run_config`, of torch alone."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, BETA2), eps=EPSILON)
-
-
-def plain_steps(steps: int):
-    """Norms, and weights with Adam's states by name, after the first step and after the last."""
+def plain_steps(name: str, steps: int):
+    """Norms, and weights with the optimizer's states by name, after the first step and after the last."""
     model = tiny()
-    optimizer = plain_optimizer(model)
+    optimizer = plain_optimizer(name, model, LEARNING_RATE, DECAY)
     norms, after = [], []
     for step in range(steps):
         batches = microbatches(step)
@@ -113,14 +110,6 @@ def plain_steps(steps: int):
             named = dict(model.named_parameters())
             after.append(copy.deepcopy({name: (p.detach(), optimizer.state[p]) for name, p in named.items()}))
     return norms, *after
-
-
-def furthest(weight: torch.Tensor, second_moment: torch.Tensor, steps: int) -> torch.Tensor:
-    """How far rounding can move each weight: an update is the rate times m / (sqrt(v) + eps), so an error of the
-    gradient counts for more where gradients are small; and the weight itself is rounded."""
-    size = (second_moment / (1 - BETA2**steps)).sqrt()
-    error = (ROUNDING if steps == 1 else GROWN) * size.max()
-    return steps * LEARNING_RATE * 2 * error / (size + EPSILON) + 4 * torch.finfo(torch.float32).eps * weight.abs()
 
 
 SPLITS = [  # ranks, tensor-parallel size, sequence parallelism, sequences in a microbatch
@@ -137,26 +126,33 @@ SPLITS = [  # ranks, tensor-parallel size, sequence parallelism, sequences in a 
 
 @pytest.mark.parametrize(("ranks", "tensor", "sequence", "micro"), SPLITS)
 def test_steps_equal_plain_torch_for_every_split(tmp_path, ranks, tensor, sequence, micro):
-    norms, *expected = plain_steps(STEPS)
-    assert min(norms) > 1.0  # clipping is active
     results = run_ranks(ranks, "tests.training.test_zero2:zero2_steps", tmp_path, tensor, sequence, micro, STEPS)
-    for rank_norms, *_ in results:
-        assert rank_norms == pytest.approx(norms, rel=ROUNDING)
-    for found, states, steps in zip(results[0][1:], expected, (1, STEPS), strict=True):
-        assert found.weights.keys() == found.adam_steps.keys() == states.keys()
-        assert set(found.adam_steps.values()) == {steps}
-        for name, (weight, adam) in states.items():
-            share = (found.weights[name] - weight).abs() / furthest(weight, adam["exp_avg_sq"], steps)
-            assert share.max() <= 1, f"{name} after step {steps}"
-            for kind, by_name in found.moments.items():
-                error = ROUNDING * float(adam[kind].abs().max())
-                torch.testing.assert_close(by_name[name], adam[kind], rtol=1e-4, atol=error, msg=f"{kind} {name}")
+    for optimizer in KINDS:
+        norms, *expected = plain_steps(optimizer, STEPS)
+        assert min(norms) > 1.0  # clipping is active
+        for of_rank in results:
+            assert of_rank[optimizer][0] == pytest.approx(norms, rel=ROUNDING)
+        for found, states, steps in zip(results[0][optimizer][1:], expected, (1, STEPS), strict=True):
+            check_state(found, states, KINDS[optimizer].states, steps)
+
+
+def check_state(found, expected, kinds: tuple[str, ...], steps: int) -> None:
+    """Compares a gathered state with weights and states of a plain optimizer by name."""
+    assert found.weights.keys() == found.steps.keys() == expected.keys()
+    assert tuple(found.states) == kinds
+    for name, (weight, state) in expected.items():
+        assert found.steps[name] == int(state.get("step", 0))
+        share = (found.weights[name] - weight).abs() / furthest(weight, state, LEARNING_RATE, steps)
+        assert share.max() <= 1, f"{name} after step {steps}"
+        for kind, by_name in found.states.items():
+            error = ROUNDING * float(state[kind].abs().max())
+            torch.testing.assert_close(by_name[name], state[kind], rtol=1e-4, atol=error, msg=f"{kind} {name}")
 
 
 @pytest.mark.slow
 def test_copies_stay_bit_equal_over_many_steps(tmp_path):
     """Each rank compares its copies with the other tensor ranks' after every step."""
     steps = 20
-    norms, *_ = plain_steps(steps)
-    for rank_norms, *_ in run_ranks(4, "tests.training.test_zero2:zero2_steps", tmp_path, 2, True, 1, steps):
-        assert rank_norms == pytest.approx(norms, rel=1e-3)
+    norms, *_ = plain_steps("adamw", steps)
+    for of_rank in run_ranks(4, "tests.training.test_zero2:zero2_steps", tmp_path, 2, True, 1, steps):
+        assert of_rank["adamw"][0] == pytest.approx(norms, rel=1e-3)

@@ -1,0 +1,76 @@
+"""The interface of optimizers: their keys in the run file, the states that they keep, and an update.
+
+ZeRO-2 cuts weights and states into flat parts without regard to parameters, so an update has to be elementwise. Code
+outside this package never compares names of optimizers. docs/extending.md shows how to add one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from megatron_detour.settings import Range
+
+if TYPE_CHECKING:
+    import torch
+
+Beta = Annotated[float, Range(least=0, below=1)]
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer; the fields of its dataclass are its keys in the run file's `optimizer`.
+
+    Weight decay and clipping are the run file's own. A frozen part is never updated: its states stay as they are.
+    """
+
+    name: ClassVar[str]  # in the run file
+    label: ClassVar[str]  # in the model card
+    states: ClassVar[tuple[str, ...]]  # fp32 values of each element, by their names in torch's state and in checkpoints
+
+    @classmethod
+    def bytes_per_parameter(cls) -> int:
+        """Return the bytes of an element's fp32 weight and states, divided among ranks or in a checkpoint."""
+        return FP32 * (1 + len(cls.states))
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return torch's optimizer over parameter groups, which have a `weight_decay` each; `lr` is set at every step.
+
+        Its state of a parameter holds `states`, and `step` if it counts. By default it decays and calls `update`.
+        """
+        return _elementwise(self, groups)
+
+    def update(
+        self, weight: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor], rate: float
+    ) -> None:
+        """Update `weight` and `states`, which begin at zero, in place; all are fp32 [elements]."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Return the label and the keys, such as ``Lion with betas 0.9 and 0.99``."""
+        keys = dataclasses.asdict(self).items()
+        words = [f"{key.replace('_', ' ')} {_words(value)}" for key, value in keys]
+        return f"{self.label} with {', '.join(words)}" if words else self.label
+
+
+def _words(value: Any) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _elementwise(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    import torch  # the run file is read without it
+
+    class Elementwise(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure=None) -> None:
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    states = self.state[weight]
+                    if not states:
+                        states.update({name: torch.zeros_like(weight) for name in optimizer.states})
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    optimizer.update(weight, weight.grad, states, group["lr"])
+
+    return Elementwise(groups, {"lr": 0.0, "weight_decay": 0.0})
