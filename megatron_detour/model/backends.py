@@ -14,14 +14,14 @@ import torch
 
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels.check import device_is_dead, first_line, relative_difference, synchronize
+from megatron_detour.kernels.plain import joined
 from megatron_detour.model.attention import Attention, AttentionPattern, dense_attention, sdpa_attention
 
 
 def flash_attention(varlen: Callable, unlimited: int | None = -1) -> Attention:
-    """Wrap `flash_attn_varlen_func` of FlashAttention 2, 3 or 4; `unlimited` is its value for no window."""
+    """Wrap `flash_attn_varlen_func` of FlashAttention 3 or 4; `unlimited` is its value for no window."""
 
-    def attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-        q, k, v = qkv_T3HD.unbind(1)
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
         out = varlen(
             q,
             k,
@@ -38,11 +38,34 @@ def flash_attention(varlen: Callable, unlimited: int | None = -1) -> Attention:
     return attention
 
 
+def packed_flash_attention(varlen: Callable) -> Attention:
+    """Wrap `flash_attn_varlen_qkvpacked_func` of FlashAttention 2, which writes the three gradients into one tensor."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+        qkv_T3HD = _Join.apply(q, k, v)
+        window = _window(pattern, -1)
+        return varlen(qkv_T3HD, pattern.cu_seqlens, pattern.longest, causal=pattern.causal, window_size=window)
+
+    return attention
+
+
+class _Join(torch.autograd.Function):
+    """q, k and v as one [T, 3, H, D]: without copies if they are views of one, as is the gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        whole = joined(q, k, v)
+        return torch.stack([q, k, v], 1) if whole is None else whole
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.unbind(1)
+
+
 def varlen_attention(varlen: Callable) -> Attention:
     """Wrap torch's `varlen_attn`."""
 
-    def attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-        q, k, v = qkv_T3HD.unbind(1)
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
         ends, longest = pattern.cu_seqlens, pattern.longest
         left, right = _window(pattern, -1)
         return varlen(q, k, v, ends, ends, longest, longest, window_size=(left, 0 if pattern.causal else right))
@@ -61,7 +84,7 @@ def _window(pattern: AttentionPattern, unlimited: int | None) -> tuple[int | Non
 FLASH = {
     "flash4": ("flash_attn.cute", "flash_attn_varlen_func", partial(flash_attention, unlimited=None)),
     "flash3": ("flash_attn_interface", "flash_attn_varlen_func", flash_attention),
-    "flash2": ("flash_attn", "flash_attn_varlen_func", flash_attention),
+    "flash2": ("flash_attn", "flash_attn_varlen_qkvpacked_func", packed_flash_attention),
     "varlen": ("torch.nn.attention.varlen", "varlen_attn", varlen_attention),
 }
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -127,5 +150,5 @@ def check(attention: Attention, device: torch.device, dtype: torch.dtype, head_d
 
 def _output_and_gradient(attention: Attention, qkv, incoming, pattern) -> tuple[torch.Tensor, torch.Tensor]:
     qkv = qkv.clone().requires_grad_()
-    out = attention(qkv, pattern)
+    out = attention(*qkv.unbind(1), pattern)
     return out.detach(), torch.autograd.grad(out, qkv, incoming)[0]

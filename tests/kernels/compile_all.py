@@ -58,7 +58,8 @@ def launch_all(rows: int, hidden: int, intermediate: int, heads: int, vocabulary
     kernels.layer_norm(x, weight, 1e-5).sum().backward()
     sum(kernels.add_layer_norm(x, change, weight, 1e-5)).sum().backward()
     kernels.geglu(ab).sum().backward()
-    kernels.rotate_(qkv.clone(), *tables).sum().backward()
+    for down in (qkv.view(rows, 3, heads, -1).unbind(1), qkv.view(3, rows, heads, -1).unbind()):  # in place, or not
+        torch.autograd.grad(kernels.rotate_(qkv.clone(), *tables), qkv, [part.detach() for part in down])
     kernels.softmax_(torch.zeros(rows, vocabulary, dtype=dtype), torch.zeros(vocabulary, dtype=dtype))
 
 

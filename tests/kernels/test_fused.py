@@ -73,8 +73,8 @@ def test_the_kernels_pass_the_check_before_use(dtype):
 def test_every_kernel_compiles_for_gpus(sizes, tmp_path):
     compiled = printed_by("tests.kernels.compile_all", *map(str, sizes), TRITON_CACHE_DIR=str(tmp_path))
     assert list(compiled) == ["sm_80 fp32", "sm_80 bf16", "sm_90 fp32", "sm_90 bf16"]
-    # Norm, sum and norm, gated unit: each way. Then rotation and its inverse, and the softmax.
-    launched = [*["_forward", "_backward"] * 3, "_turn", "_turn", "_softmax"]
+    # Norm, sum and norm, gated unit: each way. Then rotation and its inverse, twice, and the softmax.
+    launched = [*["_forward", "_backward"] * 3, *["_turn"] * 4, "_softmax"]
     for target, kernels in compiled.items():
         assert [name for name, _ in kernels] == launched, target
         assert all(size > 0 for _, size in kernels), target

@@ -14,7 +14,13 @@ from megatron_detour import config
 from megatron_detour.errors import DetourError
 from megatron_detour.model import backends
 from megatron_detour.model.attention import AttentionPattern, dense_attention, sdpa_attention
-from megatron_detour.model.backends import check, choose_attention, flash_attention, varlen_attention
+from megatron_detour.model.backends import (
+    check,
+    choose_attention,
+    flash_attention,
+    packed_flash_attention,
+    varlen_attention,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [(5, 300, 1, 129), (1,), (64,), (65,), (130,), (1,) * 70, (3, 4, 5, 6), (64, 64, 63, 65)]
@@ -40,7 +46,7 @@ def random_qkv(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float64) -
 def outcome(attention, given: torch.Tensor, pattern: AttentionPattern) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and its gradient by q, k and v."""
     qkv = given.clone().requires_grad_()
-    out = attention(qkv, pattern)
+    out = attention(*qkv.unbind(1), pattern)
     down = torch.sin(torch.arange(out.numel(), dtype=out.dtype, device=out.device)).view_as(out)
     return out.detach(), torch.autograd.grad(out, qkv, down)[0]
 
@@ -67,8 +73,7 @@ def seen_by_definition(lengths, causal: bool, window: int | None) -> torch.Tenso
     )
 
 
-def einsum_attention(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+def einsum_attention(q, k, v, pattern: AttentionPattern) -> torch.Tensor:
     weights = torch.exp(torch.einsum("qhd,khd->hqk", q, k) * HEAD_DIM**-0.5)
     weights = weights * seen_by_definition(pattern.lengths, pattern.causal, pattern.window)
     return torch.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdim=True), v)
@@ -104,7 +109,7 @@ def test_a_local_query_sees_64_keys_on_each_side_and_its_own(causal, length):
     # Keys that all weigh the same and values that say whose they are: a weight that is not 0 marks a key that is seen.
     qkv = torch.zeros(length, 3, 1, length)
     qkv[:, 2, 0] = torch.eye(length)
-    seen = sdpa_attention(qkv, pattern_of((length,), causal, 64))[:, 0] > 0
+    seen = sdpa_attention(*qkv.unbind(1), pattern_of((length,), causal, 64))[:, 0] > 0
     before = [min(i, 64) for i in range(length)]
     after = [0 if causal else min(length - 1 - i, 64) for i in range(length)]
     assert seen.sum(1).tolist() == [left + 1 + right for left, right in zip(before, after, strict=True)]
@@ -126,7 +131,7 @@ def test_documents_do_not_leak(changed, which, causal, window):
     inside = torch.zeros(sum(lengths), dtype=torch.bool)
     inside[start : start + lengths[changed]] = True
     after[inside, which] = 100 * random_qkv(lengths[changed], seed=1, dtype=torch.float32)[:, which]
-    left, right = sdpa_attention(before, pattern), sdpa_attention(after, pattern)
+    left, right = (sdpa_attention(*qkv.unbind(1), pattern) for qkv in (before, after))
     assert torch.equal(left[~inside], right[~inside])
     # A document of one token sees its own value whatever its query and key.
     assert torch.equal(left[inside], right[inside]) == (lengths[changed] == 1 and which < 2)
@@ -139,7 +144,7 @@ def test_a_causal_query_does_not_see_its_future(changed, window):
     before = random_qkv(200, dtype=torch.float32)
     after = before.clone()
     after[changed] *= -3
-    left, right = sdpa_attention(before, pattern), sdpa_attention(after, pattern)
+    left, right = (sdpa_attention(*qkv.unbind(1), pattern) for qkv in (before, after))
     assert torch.equal(left[:changed], right[:changed])
     end = None if window is None else changed + window + 1
     for i in range(changed, min(end or 200, 200)):
@@ -198,6 +203,13 @@ class FlashKernel:
     ):
         return self._compute(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size)
 
+    def flash_attn_varlen_qkvpacked_func(
+        self, qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)
+    ):
+        assert qkv.is_contiguous() and (dropout_p, softmax_scale) == (0.0, None)
+        ends, longest = cu_seqlens, max_seqlen
+        return self._compute(*qkv.unbind(1), ends, ends, longest, longest, causal, window_size)
+
     def varlen_attn(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
         return self._compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, False, window_size)
 
@@ -243,6 +255,18 @@ def test_flash_attention_is_asked_for_the_pattern(lengths, window, causal):
 @lengths_of_all_kinds
 @windows
 @directions
+def test_packed_flash_attention_is_asked_for_the_pattern(lengths, window, causal):
+    kernel = FlashKernel()
+    attention = packed_flash_attention(kernel.flash_attn_varlen_qkvpacked_func)
+    assert_equal_in_fp64(attention, dense_attention, pattern_of(lengths, causal, window))
+    apart = lambda q, k, v, pattern: attention(q.clone(), k.clone(), v.clone(), pattern)  # noqa: E731
+    assert_equal_in_fp64(apart, dense_attention, pattern_of(lengths, causal, window))
+    assert kernel.calls == 2
+
+
+@lengths_of_all_kinds
+@windows
+@directions
 def test_torchs_varlen_attention_is_asked_for_the_pattern(lengths, window, causal):
     kernel = FlashKernel()
     attention = varlen_attention(kernel.varlen_attn)
@@ -262,7 +286,7 @@ def test_torchs_varlen_attention_takes_the_arguments(window, causal):
         return arguments[0]
 
     pattern = pattern_of((5, 7), causal, window)
-    varlen_attention(kernel)(random_qkv(12), pattern)
+    varlen_attention(kernel)(*random_qkv(12).unbind(1), pattern)
     (arguments,) = bound
     assert arguments["cu_seq_q"].tolist() == arguments["cu_seq_k"].tolist() == [0, 5, 12]
     assert arguments["max_q"] == arguments["max_k"] == 7
@@ -315,26 +339,25 @@ def test_the_check_accepts_what_is_right(attention, head_dim, dtype):
     ],
 )
 def test_the_check_refuses_another_pattern(misread, kind, dtype):
-    def attention(qkv, pattern):
-        return sdpa_attention(qkv, pattern_of(*misread(pattern.lengths, pattern.causal, pattern.window)))
+    def attention(q, k, v, pattern):
+        return sdpa_attention(q, k, v, pattern_of(*misread(pattern.lengths, pattern.causal, pattern.window)))
 
     with pytest.raises(DetourError, match=rf"^compute\.attention: probe: {kind} differs from its reference by "):
         check(attention, CPU, dtype, 64, "probe")
 
 
-def with_wrong_gradient(qkv, pattern):
-    out = sdpa_attention(qkv, pattern)
+def with_wrong_gradient(q, k, v, pattern):
+    out = sdpa_attention(q, k, v, pattern)
     out.register_hook(lambda gradient: gradient * 1.05)
     return out
 
 
-def without_a_gradient_by_the_keys(qkv, pattern):
-    q, k, v = qkv.unbind(1)
-    return sdpa_attention(torch.stack([q, k.detach(), v], 1), pattern)
+def without_a_gradient_by_the_keys(q, k, v, pattern):
+    return sdpa_attention(q, k.detach(), v, pattern)
 
 
-def not_a_number(qkv, pattern):
-    return sdpa_attention(qkv, pattern) * float("nan")
+def not_a_number(q, k, v, pattern):
+    return sdpa_attention(q, k, v, pattern) * float("nan")
 
 
 @pytest.mark.parametrize("attention", [with_wrong_gradient, without_a_gradient_by_the_keys, not_a_number])
@@ -347,10 +370,10 @@ def test_the_check_refuses_a_wrong_result(attention, dtype):
 @pytest.mark.parametrize("window", [None, 64])
 @directions
 def test_the_check_says_which_kind_fails(window, causal):
-    def attention(qkv, pattern):
+    def attention(q, k, v, pattern):
         if (pattern.window, pattern.causal) == (window, causal):
             raise RuntimeError("no kernel image")
-        return sdpa_attention(qkv, pattern)
+        return sdpa_attention(q, k, v, pattern)
 
     direction = "causal" if causal else "bidirectional"
     told = f"{direction} attention with window {window} fails on this device: no kernel image"
