@@ -34,7 +34,7 @@ ALLOWED = {
     "objectives": ("objectives settings tokenizer counter_rng", "numpy"),
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
-    "kernels.fused": ("", "torch triton"),
+    "kernels.fused": ("kernels.plain", "torch triton"),
     "model": ("parallel kernels model model_parts errors", "torch"),
     "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
     "data.manifest": ("tokenizer errors", "msgspec"),

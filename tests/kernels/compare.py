@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_detour.kernels import plain
-from megatron_detour.kernels.check import check
+from megatron_detour.kernels.check import Sizes, check
 from megatron_detour.kernels.choose import load_triton
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,6 +26,7 @@ SHAPES = {
     "rotate_": [(13, 12, 64), (1, 3, 64), (29, 3, 8), (7, 12, 8), (5, 1, 64)],
     "softmax_": [(7, 5003), (1, 50_368), (2, 50_368), (3, 301), (2, 1), (0, 301)],
 }
+SMALL = Sizes(tokens=50, hidden=192, intermediate=288, heads=3)  # for the check, which is not its test
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")  # of incoming gradients
 
 
@@ -209,7 +210,7 @@ def found_by_the_interpreter() -> dict[str, list[str]]:
                 cases |= {f"extremes {n}": lambda c=comparison, n=n: c.extreme_softmax_(n) for n in (301, 5003)}
             found[f"{name} {type_name}"] = [f"{case}: {outcome(compare)}" for case, compare in cases.items()]
     for type_name, dtype in TYPES.items():
-        found[f"check {type_name}"] = [outcome(lambda d=dtype: check(kernels.by_name(), torch.device("cpu"), d))]
+        found[f"check {type_name}"] = [outcome(lambda d=dtype: check(kernels.by_name(), torch.device("cpu"), d, SMALL))]
     return found
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_detour import config
 from megatron_detour.errors import DetourError
+from megatron_detour.kernels.check import Sizes
 from megatron_detour.model import backends
 from megatron_detour.model.attention import AttentionPattern, dense_attention, sdpa_attention
 from megatron_detour.model.backends import (
@@ -27,6 +28,7 @@ LENGTHS = [(5, 300, 1, 129), (1,), (64,), (65,), (130,), (1,) * 70, (3, 4, 5, 6)
 WINDOWS = [None, 4, 64]
 DIRECTIONS = {"bidirectional": False, "causal": True}
 HEADS, HEAD_DIM = 2, 8
+SIZES = Sizes(heads=3)
 
 lengths_of_all_kinds = pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: "-".join(map(str, x[:5])))
 windows = pytest.mark.parametrize("window", WINDOWS)
@@ -323,7 +325,7 @@ def always_causal(lengths, causal, window):
 @pytest.mark.parametrize("head_dim", [8, 64])
 @pytest.mark.parametrize("attention", [sdpa_attention, flash_attention(FlashKernel(True).flash_attn_varlen_func)])
 def test_the_check_accepts_what_is_right(attention, head_dim, dtype):
-    check(attention, CPU, dtype, head_dim, "probe")
+    check(attention, CPU, dtype, Sizes(heads=3, head_dim=head_dim), "probe")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -343,7 +345,7 @@ def test_the_check_refuses_another_pattern(misread, kind, dtype):
         return sdpa_attention(q, k, v, pattern_of(*misread(pattern.lengths, pattern.causal, pattern.window)))
 
     with pytest.raises(DetourError, match=rf"^compute\.attention: probe: {kind} differs from its reference by "):
-        check(attention, CPU, dtype, 64, "probe")
+        check(attention, CPU, dtype, SIZES, "probe")
 
 
 def with_wrong_gradient(q, k, v, pattern):
@@ -364,7 +366,7 @@ def not_a_number(q, k, v, pattern):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_check_refuses_a_wrong_result(attention, dtype):
     with pytest.raises(DetourError, match="bidirectional attention with window None differs from its reference"):
-        check(attention, CPU, dtype, 64, "probe")
+        check(attention, CPU, dtype, SIZES, "probe")
 
 
 @pytest.mark.parametrize("window", [None, 64])
@@ -378,7 +380,7 @@ def test_the_check_says_which_kind_fails(window, causal):
     direction = "causal" if causal else "bidirectional"
     told = f"{direction} attention with window {window} fails on this device: no kernel image"
     with pytest.raises(DetourError, match=told):
-        check(attention, CPU, torch.float32, 8, "probe")
+        check(attention, CPU, torch.float32, SIZES, "probe")
 
 
 def test_the_run_file_knows_the_names():
@@ -388,19 +390,19 @@ def test_the_run_file_knows_the_names():
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cpu_gets_sdpa(name, dtype):
-    assert choose_attention(name, CPU, dtype, 64) == ("sdpa", sdpa_attention, [])
+    assert choose_attention(name, CPU, dtype, SIZES) == ("sdpa", sdpa_attention, [])
 
 
 @pytest.mark.parametrize("name", backends.FLASH)
 def test_flash_attention_on_a_cpu_is_refused(name):
     with pytest.raises(DetourError, match=rf"^compute\.attention: {name} requires a GPU and bf16; use auto or sdpa$"):
-        choose_attention(name, CPU, torch.bfloat16, 64)
+        choose_attention(name, CPU, torch.bfloat16, SIZES)
 
 
 @pytest.mark.parametrize("name", backends.FLASH)
 def test_flash_attention_in_fp32_is_refused(name):
     with pytest.raises(DetourError, match=f"{name} requires a GPU and bf16"):
-        choose_attention(name, CUDA, torch.float32, 64)
+        choose_attention(name, CUDA, torch.float32, SIZES)
 
 
 @pytest.fixture
@@ -420,7 +422,7 @@ def pretended_gpu(monkeypatch):
 
 
 def choose_on_a_gpu(name: str):
-    return choose_attention(name, CUDA, torch.bfloat16, 64)
+    return choose_attention(name, CUDA, torch.bfloat16, SIZES)
 
 
 def test_auto_takes_the_first_that_is_right(pretended_gpu):
@@ -433,6 +435,16 @@ def test_auto_takes_the_first_that_is_right(pretended_gpu):
     assert len(skipped) == 2
     assert "flash4 is not installed" in skipped[0]
     assert "bidirectional attention with window None differs" in skipped[1]
+
+
+def test_on_hopper_the_third_flash_attention_comes_first(pretended_gpu, monkeypatch):
+    installed, asked = pretended_gpu
+    installed |= {"flash3": sdpa_attention, "flash4": sdpa_attention}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, name in (((10, 0), "flash4"), ((9, 0), "flash3"), ((8, 0), "flash4")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, value=capability: value)
+        assert choose_on_a_gpu("auto")[0] == name
+    assert asked == ["flash4", "flash3", "flash4"]
 
 
 def test_auto_falls_back_to_sdpa_with_all_reasons(pretended_gpu):
@@ -469,7 +481,7 @@ def test_an_installed_flash_attention_is_right_on_a_gpu(name):
         attention = backends._load(name, CUDA, torch.bfloat16)
     except DetourError as fault:
         pytest.skip(str(fault))
-    check(attention, CUDA, torch.bfloat16, 64, "probe")
+    check(attention, CUDA, torch.bfloat16, Sizes(), "probe")
 
 
 @pytest.mark.gpu
