@@ -22,7 +22,8 @@ from benchmarks.workload import make_workload
 from megatron_detour.config import ATTENTION, KERNELS, RECOMPUTE
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
-from megatron_detour.model.choose import choose_compute
+from megatron_detour.model.choose import choose_compute, run_sizes
+from megatron_detour.model.shape import Shape
 from megatron_detour.objectives import KINDS
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
@@ -117,8 +118,9 @@ def measure(settings: Measurement, state: ParallelState, device: torch.device, s
     if settings.layers:
         config["num_hidden_layers"] = settings.layers
     dtype = DTYPES[settings.dtype]
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
-    choice = choose_compute(settings.attention, settings.kernels, settings.recompute, head_dim, device, dtype)
+    batch = settings.sequence_length, settings.micro_sequences, work.causal
+    sizes = run_sizes(Shape.of(config, "benchmark"), state.tensor_size, [batch])
+    choice = choose_compute(settings.attention, settings.kernels, settings.recompute, sizes, device, dtype)
     say(str(choice))
     compute = choice.compute
     mine, flops = contenders.ours(config, work, settings.micro_sequences, compute, state, device, dtype)
@@ -214,6 +216,7 @@ def _join(settings: Measurement) -> tuple[ParallelState, torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # for all contenders, as in training
     if settings.tensor == 1:
         return ParallelState(), device
     if not dist.is_initialized():

@@ -123,6 +123,11 @@ class Plan:
         return self.phases[-1].end
 
     @property
+    def micro_batches(self) -> list[tuple[int, int, bool]]:
+        """The sequence length, sequences of a micro-batch and direction of attention of each phase."""
+        return [(phase.sequence_length, phase.micro_sequences, phase.objective.causal) for phase in self.phases]
+
+    @property
     def has_detour(self) -> bool:
         """Whether a control differs from the run."""
         return any(phase.objective.detour for phase in self.phases)

@@ -37,7 +37,7 @@ ALLOWED = {
     "optimizers": ("optimizers registry settings", "torch"),
     "parallel": ("parallel", "torch"),
     "kernels": ("kernels errors", "torch"),
-    "kernels.fused": ("", "torch triton"),
+    "kernels.fused": ("kernels.plain", "torch triton"),
     "model": ("parallel kernels model model_parts errors", "torch"),
     "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
     "data.manifest": ("tokenizer errors", "msgspec"),

@@ -18,6 +18,8 @@ from megatron_detour.config import RunConfig, load
 from megatron_detour.corpus.examine import verify
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast import Forecast, forecast
+from megatron_detour.kernels.check import Sizes
+from megatron_detour.model.choose import run_sizes
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import Preflight, preflight
 from megatron_detour.ui.format import counted
@@ -70,7 +72,7 @@ def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
         config.compute.attention,
         config.compute.kernels,
         torch.bfloat16 if expected.setting and expected.setting.zero.bf16 else torch.float32,
-        expected.shape.head_dim if expected.shape else machine.HEAD_DIM,
+        run_sizes(expected.shape, config.parallel.tensor, Plan.of(config).micro_batches) if expected.shape else Sizes(),
     )
     yield machine.disk(Path(config.folder), expected.disk.needed if expected.disk else 0)
     yield from _memory(expected)

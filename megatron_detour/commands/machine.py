@@ -24,6 +24,7 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from megatron_detour.errors import DetourError
+from megatron_detour.kernels.check import Sizes
 from megatron_detour.kernels.choose import choose_kernels
 from megatron_detour.model.backends import choose_attention
 from megatron_detour.text import visible
@@ -31,7 +32,6 @@ from megatron_detour.text import visible
 OK, NOTE, FAULT = "ok", "note", "fault"
 GIB = 1 << 30
 OPTIONAL = ("flash_attn", "flash_attn_interface", "apex", "triton", "wandb")
-HEAD_DIM = 64  # of every published ModernBERT
 WRITTEN = 64 << 20  # bytes written to measure disk speed
 SLOW_DISK = 50e6  # bytes per second
 OPEN_FILES, SHARED_MEMORY = 4096, GIB
@@ -158,19 +158,19 @@ def _cpu_flags() -> set[str]:
 
 
 def compute(
-    attention: str = "auto", kernels: str = "auto", dtype: torch.dtype | None = None, head_dim: int = HEAD_DIM
+    attention: str = "auto", kernels: str = "auto", dtype: torch.dtype | None = None, sizes: Sizes | None = None
 ) -> Iterator[CheckResult]:
     """Select attention and kernels as a run would, comparing each with its reference implementation."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
-        name, _, skipped = choose_attention(attention, device, dtype, head_dim)
+        name, _, skipped = choose_attention(attention, device, dtype, sizes or Sizes())
         yield CheckResult(OK, "attention", name)
         yield from (CheckResult(NOTE, "attention", f"skipped: {why}") for why in skipped)
     except DetourError as fault:
         yield CheckResult(FAULT, "attention", str(fault))
     try:
-        name, _, slower = choose_kernels(kernels, device, dtype)
+        name, _, slower = choose_kernels(kernels, device, dtype, sizes or Sizes())
         yield CheckResult(OK, "kernels", name)
         if slower:
             yield CheckResult(NOTE, "kernels", f"skipped: {slower}")

@@ -175,6 +175,7 @@ def load_model(
         raise DetourError(f"{folder}: {len(missing)} weights are missing, {missing[0]} first; give a masked-LM model")
     if tokenizer.mask_token_id is None or not tokenizer.is_fast:
         raise DetourError(f"{folder}: the tokenizer needs a tokenizer.json and a mask token")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and texts have many
     return model.to(device).eval(), tokenizer
 
 

@@ -1,8 +1,8 @@
-"""Comparison of kernels with their plain reference, on the device where they will run."""
+"""Comparison of kernels with their plain reference on the CPU, at the sizes of the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,31 +10,51 @@ import torch
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels import plain
 
-# More rows than the norm's backward pass has programs, and widths at which a row takes several warps or blocks.
-ROWS, FEATURES, WIDTH, HEADS, HEAD_DIM, VOCABULARY = 600, 768, 1152, 12, 64, 5003
+CPU = torch.device("cpu")
+MOST_ROWS = 1 << 14  # judged: kernels work row by row, and the judge takes a few passes over all of them
+SOFTMAX_ROWS = 64  # enough, as each row is a program, and at most 2^28 logits exist at a time
 TOLERANCE = {torch.bfloat16: 2e-2}  # relative to the largest absolute value
 DEFAULT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a rank computes: its shard of the layers, its largest micro-batch. By default some of ModernBERT-base."""
+
+    tokens: int = 1200  # more than the norm's backward pass has programs
+    longest: int = 400  # tokens of a document
+    hidden: int = 768
+    intermediate: int = 1152
+    heads: int = 12
+    head_dim: int = 64
+    vocabulary: int = 5003
+    window: int = 64
+    directions: tuple[bool, ...] = (False, True)  # of attention: whether it is causal
 
 
 @dataclass(frozen=True)
 class Case:
     """Arguments of a kernel: `leaves` require gradients, `constants` do not."""
 
+    name: str
     leaves: tuple[torch.Tensor, ...]
     constants: tuple = ()
     in_place: bool = False
+    joined: bool = False  # whether the incoming gradients are parts of one tensor
 
 
-def check(kernels: dict[str, Callable], device: torch.device, dtype: torch.dtype) -> None:
-    """Compare outputs and gradients with the plain reference in fp32. Raises DetourError with the kernel's name."""
-    for name, case in _cases(device, dtype).items():
-        results = _softmax_results if name == "softmax_" else _results
+def check(kernels: dict[str, Callable], device: torch.device, dtype: torch.dtype, sizes: Sizes) -> None:
+    """Compare outputs and gradients with the plain kernels in fp32 on the CPU: a faulty device is no judge of itself.
+
+    Raises DetourError with the kernel's name.
+    """
+    for case in _cases(dtype, sizes):
+        name, results = case.name, _softmax_results if case.name == "softmax_" else _results
         try:
-            outputs = results(kernels[name], case, dtype)
-            synchronize(device)
+            outputs = [output.cpu() for output in results(kernels[name], case, device, dtype)]
         except Exception as error:  # of a compiler or driver: whatever it is, these kernels cannot be used
             raise DetourError(f"compute.kernels: {name} fails on this device: {first_line(error)}") from error
-        for output, expected in zip(outputs, results(getattr(plain, name), case, torch.float32), strict=True):
+        for output, expected in zip(outputs, results(getattr(plain, name), case, CPU, torch.float32), strict=True):
             difference = relative_difference(output, expected)
             if not difference <= TOLERANCE.get(dtype, DEFAULT_TOLERANCE):
                 raise DetourError(
@@ -66,38 +86,42 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
+def _cases(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """Yield the inputs of every kernel, on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(device, dtype)
+        return torch.randn(size, generator=generator).to(dtype)
 
-    angles = torch.rand(ROWS, HEAD_DIM // 2, generator=generator).to(device) * 6
-    return {
-        "layer_norm": Case((random(ROWS, FEATURES), random(FEATURES)), (1e-5,)),
-        "add_layer_norm": Case((random(ROWS, FEATURES), random(ROWS, FEATURES), random(FEATURES)), (1e-5,)),
-        "geglu": Case((random(ROWS, 2 * WIDTH),)),
-        "rotate_": Case((random(ROWS, 3 * HEADS * HEAD_DIM),), (angles.cos(), angles.sin()), in_place=True),
-        "softmax_": Case((random(7, VOCABULARY) * 4, random(VOCABULARY))),
-    }
+    rows, hidden, part = min(sizes.tokens, MOST_ROWS), sizes.hidden, sizes.heads * sizes.head_dim
+    yield Case("layer_norm", (random(rows, hidden), random(hidden)), (1e-5,))
+    yield Case("add_layer_norm", (random(rows, hidden), random(rows, hidden), random(hidden)), (1e-5,))
+    yield Case("geglu", (random(rows, 2 * sizes.intermediate),))
+    angles = torch.rand(rows, sizes.head_dim // 2, generator=generator) * 6
+    for joined in (False, True):
+        yield Case("rotate_", (random(rows, 3 * part),), (angles.cos(), angles.sin()), in_place=True, joined=joined)
+    yield Case("softmax_", (random(SOFTMAX_ROWS, sizes.vocabulary) * 4, random(sizes.vocabulary)))
 
 
-def _results(kernel: Callable, case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+def _results(kernel: Callable, case: Case, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return outputs and gradients, for random incoming gradients."""
-    leaves = [leaf.to(dtype, copy=True).requires_grad_() for leaf in case.leaves]
+    leaves = [leaf.to(device, dtype, copy=True).requires_grad_() for leaf in case.leaves]
+    constants = [x.to(device) if isinstance(x, torch.Tensor) else x for x in case.constants]
     inputs = [leaf.clone() for leaf in leaves] if case.in_place else leaves
-    outputs = kernel(*inputs, *case.constants)
+    outputs = kernel(*inputs, *constants)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     generator = torch.Generator().manual_seed(1)
     incoming = [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs]
+    if case.joined:
+        incoming = torch.stack(incoming, 1).unbind(1)
     gradients = torch.autograd.grad(outputs, leaves, incoming)
     written = inputs if case.in_place else []
     _require_dtype([*outputs, *gradients], dtype)
     return [x.detach() for x in (*outputs, *written, *gradients)]
 
 
-def _softmax_results(kernel: Callable, case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    logits, bias = (leaf.to(dtype, copy=True) for leaf in case.leaves)
+def _softmax_results(kernel: Callable, case: Case, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    logits, bias = (leaf.to(device, dtype, copy=True) for leaf in case.leaves)
     outputs = kernel(logits, bias)
     _require_dtype(outputs, torch.float32)
     return [*outputs, logits]

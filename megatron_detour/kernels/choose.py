@@ -10,7 +10,7 @@ import torch
 
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels import plain
-from megatron_detour.kernels.check import check, device_is_dead, first_line
+from megatron_detour.kernels.check import Sizes, check, device_is_dead, first_line
 from megatron_detour.kernels.requirements import kernels_fault
 
 
@@ -31,7 +31,9 @@ class Kernels:
 PLAIN = Kernels()
 
 
-def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Kernels, str | None]:
+def choose_kernels(
+    name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> tuple[str, Kernels, str | None]:
     """Return name and kernels for `auto`, `triton` or `plain`, and why `auto` did not choose the faster ones.
 
     Raises DetourError if the requested kernels are unavailable or wrong.
@@ -40,7 +42,7 @@ def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> tuple
         return "plain", PLAIN, None
     try:
         kernels = triton_kernels(device)
-        check(kernels.by_name(), device, dtype)
+        check(kernels.by_name(), device, dtype, sizes)
     except DetourError as fault:
         if name != "auto" or device_is_dead(device):
             raise

@@ -6,6 +6,7 @@ T positions, E hidden size, H heads, D head size, I width of the gated unit, V r
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 SOFTMAX_ROWS = 32  # per block: their fp32 copy stays in a core's cache
@@ -30,31 +31,60 @@ def geglu(ab: torch.Tensor) -> torch.Tensor:
     return functional.gelu(a) * b
 
 
-def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate q and k of qkv [T, 3 H D] by their positions, in place; cos and sin: fp32 [T, D / 2]."""
-    return _Rotate.apply(qkv, cos, sin)
+def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rotate q and k in qkv [T, 3 H D] by their positions, in place; cos and sin: fp32 [T, D / 2].
+
+    Return q, k and v [T, H, D], views of qkv.
+    """
+    return Rotate.apply(qkv, cos, sin, _turn)
 
 
-class _Rotate(torch.autograd.Function):
+class Rotate(torch.autograd.Function):
+    """`turn(sources, target, cos, sin, sign)` rotates q and k of three tensors [T, H, D] by sign times their angles,
+    and writes all three into target [T, 3, H, D]; the sources may be its views.
+
+    The gradients are gathered and rotated back in one pass; in place if they already are views of one tensor.
+    """
+
     @staticmethod
-    def forward(ctx, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, qkv, cos, sin, turn):
         ctx.save_for_backward(cos, sin)
-        ctx.mark_dirty(qkv)
-        return _turn_(qkv, cos, sin)
+        ctx.turn = turn
+        target = qkv.detach().view(len(qkv), 3, -1, 2 * cos.shape[1])
+        turn(target.unbind(1), target, cos, sin, 1)
+        return target.unbind(1)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        cos, sin = ctx.saved_tensors
-        return _turn_(grad.clone(), cos, -sin), None, None
+    @once_differentiable
+    def backward(ctx, *grads):
+        target = joined(*grads)
+        if target is None:
+            rows, heads, size = grads[0].shape
+            target = grads[0].new_empty(rows, 3, heads, size)
+        ctx.turn(grads, target, *ctx.saved_tensors, -1)
+        return target.flatten(1), None, None, None
 
 
-def _turn_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = qkv.view(len(qkv), 3, -1, 2 * cos.shape[1])[:, :2].chunk(2, dim=-1)
-    cos, sin = cos[:, None, None], sin[:, None, None]  # their fp32 makes the products fp32
-    turned = first * cos - second * sin
-    second.copy_(second * cos + first * sin)
-    first.copy_(turned)
-    return qkv
+def joined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+    """Return the tensor [T, 3, H, D] whose parts q, k and v [T, H, D] are, or None if they are not of one tensor."""
+    rows, heads, size = q.shape
+    part = heads * size
+    places = [(x.untyped_storage().data_ptr(), x.storage_offset(), x.stride()) for x in (q, k, v)]
+    (storage, start, _), *_ = places
+    if places != [(storage, start + i * part, (3 * part, size, 1)) for i in range(3)]:
+        return None
+    return q.as_strided((rows, 3, heads, size), (3 * part, part, size, 1))
+
+
+def _turn(sources, target: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> None:
+    cos, sin = cos[:, None], sign * sin[:, None]  # their fp32 makes the products fp32
+    for source, turned in zip(sources[:2], target.unbind(1), strict=False):
+        first, second = source.chunk(2, dim=-1)
+        halves = first * cos - second * sin, second * cos + first * sin
+        for half, place in zip(halves, turned.chunk(2, dim=-1), strict=True):
+            place.copy_(half)
+    if sources[2].data_ptr() != target[:, 2].data_ptr():
+        target[:, 2] = sources[2]
 
 
 def softmax_(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,31 +73,31 @@ class AttentionPattern:
         return seen & (distance >= 0) if self.causal else seen
 
 
-# qkv [T, 3, H, D] -> softmax(q k^T / sqrt(D)) v under the pattern's mask, [T, H, D]
-Attention = Callable[[torch.Tensor, AttentionPattern], torch.Tensor]
+# q, k, v [T, H, D] -> softmax(q k^T / sqrt(D)) v under the pattern's mask, [T, H, D]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPattern], torch.Tensor]
 
 
-def sdpa_attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
     """For any device: one SDPA call per document, or for local layers one call for all blocks of `window` queries.
 
     The cost of a local layer is linear in a document's length.
     """
     if pattern.window is None or pattern.longest <= pattern.window + 1:
-        return _by_document(qkv_T3HD, pattern)
-    return _by_block(qkv_T3HD, pattern)
+        return _by_document(q, k, v, pattern)
+    return _by_block(q, k, v, pattern)
 
 
-def dense_attention(qkv_T3HD: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
     """The reference implementation, with all [T, T] scores."""
-    q, k, v = qkv_T3HD.transpose(0, 2).unbind(1)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     scores_HTT = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
     return (scores_HTT.masked_fill(~pattern.visible(), float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 
-def _by_document(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+def _by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
     # Split, not sliced: the gradient of a slice is as large as the full tensor.
-    outputs = [_sdpa(*document.unbind(1), causal=pattern.causal) for document in qkv.split(pattern.lengths)]
-    return torch.cat(outputs)
+    documents = zip(*(x.split(pattern.lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([_sdpa(*document, causal=pattern.causal) for document in documents])
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -105,12 +105,13 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> to
     return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)[0].transpose(0, 1)
 
 
-def _by_block(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    q, k, v = (_blocks(x, pattern.window) for x in qkv.unbind(1))
+def _by_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    tokens = len(q)
+    q, k, v = (_blocks(x, pattern.window) for x in (q, k, v))
     k, v = (_around(x, pattern.causal) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=pattern.bands)
-    return out.transpose(1, 2).flatten(0, 1)[: len(qkv)]
+    return out.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
 def _blocks(x: torch.Tensor, size: int, fill: int = 0) -> torch.Tensor:

@@ -89,14 +89,14 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, shape: Shape, state: ParallelState, compute: Compute) -> None:
         super().__init__()
-        self.head_dim, self.compute = shape.head_dim, compute
+        self.compute = compute
         self.Wqkv = ColumnParallelLinear(shape.hidden, 3 * shape.hidden, state, parts=3)
         self.Wo = RowParallelLinear(shape.hidden, shape.hidden, state)
 
     def forward(self, qkv: torch.Tensor, rotary, pattern: AttentionPattern) -> torch.Tensor:
         """Output of Wqkv [T, 3 H D] -> change of the residual stream [S, E]."""
-        qkv_T3HD = self.compute.kernels.rotate_(qkv, *rotary).view(len(qkv), 3, -1, self.head_dim)
-        return self.Wo(self.compute.attention(qkv_T3HD, pattern).flatten(1))
+        q_THD, k_THD, v_THD = self.compute.kernels.rotate_(qkv, *rotary)
+        return self.Wo(self.compute.attention(q_THD, k_THD, v_THD, pattern).flatten(1))
 
 
 class GatedUnit(nn.Module):

@@ -47,6 +47,7 @@ def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
             raise DetourError(f"more than {devices} ranks on a machine with {devices} GPUs; start one rank per GPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and documents have many
     _join(get_accelerator().communication_backend_name())
     deepspeed.init_distributed(verbose=False, dist_init_required=False)
     return ParallelState.create(config.parallel.tensor, config.parallel.sequence), device

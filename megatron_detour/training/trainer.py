@@ -28,7 +28,7 @@ from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.files import retry
-from megatron_detour.model.choose import choose_compute
+from megatron_detour.model.choose import choose_compute, run_sizes
 from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe.meter import memory_bytes, utilization
@@ -67,7 +67,7 @@ def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemp
             config.compute.attention,
             config.compute.kernels,
             config.compute.recompute,
-            initial.shape.head_dim,
+            run_sizes(initial.shape, config.parallel.tensor, plan.micro_batches),
             device,
             training_dtype(initial.checked.deepspeed),
         )

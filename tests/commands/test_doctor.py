@@ -137,12 +137,11 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     asked = []
 
-    def choose(name, device, dtype, head_dim=None):
-        asked.append((name, str(device), dtype))
-        return ("flash2", None, ["flash4 is not installed"]) if head_dim else ("triton", None, None)
+    def choice(*chosen):
+        return lambda name, device, dtype, sizes: asked.append((name, str(device), dtype)) or chosen
 
-    monkeypatch.setattr(machine, "choose_attention", choose)
-    monkeypatch.setattr(machine, "choose_kernels", choose)
+    monkeypatch.setattr(machine, "choose_attention", choice("flash2", None, ["flash4 is not installed"]))
+    monkeypatch.setattr(machine, "choose_kernels", choice("triton", None, None))
     return asked
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_detour.kernels import plain
-from megatron_detour.kernels.check import check
+from megatron_detour.kernels.check import Sizes, check
 from megatron_detour.kernels.choose import load_triton
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,6 +26,7 @@ SHAPES = {
     "rotate_": [(13, 12, 64), (1, 3, 64), (29, 3, 8), (7, 12, 8), (5, 1, 64)],
     "softmax_": [(7, 5003), (1, 50_368), (2, 50_368), (3, 301), (2, 1), (0, 301)],
 }
+SMALL = Sizes(tokens=50, hidden=192, intermediate=288, heads=3)  # for the check, which is not its test
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")  # of incoming gradients
 
 
@@ -116,26 +117,35 @@ class Comparison:
             assert torch.equal(mine, ab), "the input was written over"
 
     def rotate_(self, tokens: int, heads: int, head_dim: int) -> None:
-        for layout in LAYOUTS:
+        size = (tokens, 3, heads, head_dim)
+        downs = {
+            "of one tensor": lambda: self.random(*size).unbind(1),
+            "apart": lambda: tuple(self.random(tokens, heads, head_dim) for _ in range(3)),
+            "of two tensors": lambda: (self.random(*size)[:, 2], *self.random(*size).unbind(1)[:2]),
+            "head-first": lambda: tuple(self.random(heads, tokens, head_dim).transpose(0, 1) for _ in range(3)),
+            "expanded": lambda: (self.random(1, 1, 1).expand(tokens, heads, head_dim),) * 3,
+        }
+        for layout, draw in downs.items():
             given = self.random(tokens, 3 * heads * head_dim)
             angles = torch.rand(tokens, head_dim // 2, generator=self.generator).to(self.device) * 6
             tables = angles.cos(), angles.sin()
             (mine,), (reference,) = leaves(given), leaves(given.double())
             qkv = mine.clone()
-            found, expected = self.kernel(qkv, *tables), plain.rotate_(reference.clone(), *tables)
-            assert found.data_ptr() == qkv.data_ptr(), "not in place"
-            self.close("output", found, expected)
-            down = self.gradient(given, layout)
-            before = down.clone()
+            found, expected = self.kernel(qkv, *tables), rotated(reference, *tables)
+            assert torch.equal(torch.stack(found, 1), qkv.view(size)) and plain.joined(*found) is not None, "a copy"
+            self.close("output", torch.stack(found, 1), expected)
+            down = draw()
+            before = torch.stack(down, 1)
             (left,), (right,) = (
                 torch.autograd.grad(found, mine, down),
-                torch.autograd.grad(expected, reference, down.double()),
+                torch.autograd.grad(expected, reference, before.double()),
             )
-            self.close("gradient", left, right)
-            values = slice(2 * heads * head_dim, None)
-            assert torch.equal(found[:, values], given[:, values]), "v was turned"
-            assert torch.equal(left[:, values], down[:, values]), "the gradient of v was turned"
-            assert torch.equal(down, before), "the incoming gradient was written over"
+            self.close(f"gradient {layout}", left, right)
+            assert torch.equal(found[2], given.view(size)[:, 2]), "v was turned"
+            assert torch.equal(left.view(size)[:, 2], before[:, 2]), "the gradient of v was turned"
+            in_place = layout == "of one tensor"
+            assert (left.data_ptr() == down[0].data_ptr()) == in_place, f"gradient {layout}: in place or not"
+            assert in_place or torch.equal(torch.stack(down, 1), before), "the incoming gradient was written over"
 
     def softmax_(self, rows: int, columns: int) -> None:
         self._softmax_(self.random(rows, columns) * 4, self.random(columns))
@@ -169,6 +179,13 @@ class Comparison:
         return found, log_sum, greatest
 
 
+def rotated(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """q, k and v [T, 3, H, D]: pairs of q and k as complex numbers, times those on the unit circle."""
+    qkv = qkv.view(len(qkv), 3, -1, 2 * cos.shape[1])
+    pairs = torch.complex(*qkv[:, :2].chunk(2, -1)) * torch.complex(cos, sin)[:, None, None]
+    return torch.cat([torch.cat([pairs.real, pairs.imag], -1), qkv[:, 2:]], 1)
+
+
 def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.clone().requires_grad_() for x in tensors]
 
@@ -193,7 +210,7 @@ def found_by_the_interpreter() -> dict[str, list[str]]:
                 cases |= {f"extremes {n}": lambda c=comparison, n=n: c.extreme_softmax_(n) for n in (301, 5003)}
             found[f"{name} {type_name}"] = [f"{case}: {outcome(compare)}" for case, compare in cases.items()]
     for type_name, dtype in TYPES.items():
-        found[f"check {type_name}"] = [outcome(lambda d=dtype: check(kernels.by_name(), torch.device("cpu"), d))]
+        found[f"check {type_name}"] = [outcome(lambda d=dtype: check(kernels.by_name(), torch.device("cpu"), d, SMALL))]
     return found
 
 

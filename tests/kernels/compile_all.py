@@ -7,6 +7,7 @@ and warps that a run on that GPU would ask for. Triton must not have been told t
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import torch
@@ -37,14 +38,22 @@ class Driver:
 
 
 class Compiler:
-    """Takes the place of a launch and keeps what was compiled: the kernel's name and the size of its machine code."""
+    """Takes the place of a launch and keeps what was compiled: the kernel's name, the size of its machine code and
+    the bytes of its widest load and store."""
 
     def __init__(self) -> None:
         self.run, self.compiled = JITFunction.run, []
 
     def __call__(self, function: JITFunction, *arguments, grid, warmup: bool, **options) -> None:
         kernel = self.run(function, *arguments, grid=grid, warmup=True, **options)
-        self.compiled.append([function.__name__, len(kernel.asm["cubin"])])
+        ptx = kernel.asm["ptx"]
+        self.compiled.append([function.__name__, len(kernel.asm["cubin"]), widest("ld", ptx), widest("st", ptx)])
+
+
+def widest(access: str, ptx: str) -> int:
+    """Bytes that a thread moves at once."""
+    found = re.findall(rf"{access}\.global\S*?(?:\.v(\d))?\.b(\d+)\s", ptx)
+    return max(int(values or 1) * int(bits) // 8 for values, bits in found)
 
 
 def launch_all(rows: int, hidden: int, intermediate: int, heads: int, vocabulary: int, dtype: torch.dtype) -> None:
@@ -58,7 +67,8 @@ def launch_all(rows: int, hidden: int, intermediate: int, heads: int, vocabulary
     kernels.layer_norm(x, weight, 1e-5).sum().backward()
     sum(kernels.add_layer_norm(x, change, weight, 1e-5)).sum().backward()
     kernels.geglu(ab).sum().backward()
-    kernels.rotate_(qkv.clone(), *tables).sum().backward()
+    for down in (qkv.view(rows, 3, heads, -1).unbind(1), qkv.view(3, rows, heads, -1).unbind()):  # in place, or not
+        torch.autograd.grad(kernels.rotate_(qkv.clone(), *tables), qkv, [part.detach() for part in down])
     kernels.softmax_(torch.zeros(rows, vocabulary, dtype=dtype), torch.zeros(vocabulary, dtype=dtype))
 
 

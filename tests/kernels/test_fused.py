@@ -13,7 +13,7 @@ import torch
 
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels import choose
-from megatron_detour.kernels.check import check
+from megatron_detour.kernels.check import Sizes, check
 from megatron_detour.kernels.choose import PLAIN, Kernels, choose_kernels, load_triton
 from tests.harness import ROOT, environment
 from tests.kernels.compare import SHAPES, TYPES, Comparison
@@ -21,6 +21,7 @@ from tests.kernels.compare import SHAPES, TYPES, Comparison
 pytestmark = pytest.mark.integration
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SIZES = Sizes()
 NAMES = [field.name for field in fields(Kernels)]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -73,33 +74,35 @@ def test_the_kernels_pass_the_check_before_use(dtype):
 def test_every_kernel_compiles_for_gpus(sizes, tmp_path):
     compiled = printed_by("tests.kernels.compile_all", *map(str, sizes), TRITON_CACHE_DIR=str(tmp_path))
     assert list(compiled) == ["sm_80 fp32", "sm_80 bf16", "sm_90 fp32", "sm_90 bf16"]
-    # Norm, sum and norm, gated unit: each way. Then rotation and its inverse, and the softmax.
-    launched = [*["_forward", "_backward"] * 3, "_turn", "_turn", "_softmax"]
+    # Norm, sum and norm, gated unit: each way. Then rotation and its inverse, twice, and the softmax.
+    launched = [*["_forward", "_backward", "_sum_rows"] * 2, "_forward", "_backward", *["_turn"] * 4, "_softmax"]
     for target, kernels in compiled.items():
-        assert [name for name, _ in kernels] == launched, target
-        assert all(size > 0 for _, size in kernels), target
+        assert [name for name, *_ in kernels] == launched, target
+        assert all(size > 0 for _, size, *_ in kernels), target
+        if sizes[1] == 768:
+            assert {name for name, _, load, store in kernels if load < 16 or store < 16} <= {"_sum_rows"}, target
 
 
 @pytest.mark.parametrize("name", ["plain", "auto"])
 def test_a_cpu_gets_the_plain_kernels(name):
-    assert choose_kernels(name, CPU, torch.bfloat16) == ("plain", PLAIN, None)
+    assert choose_kernels(name, CPU, torch.bfloat16, SIZES) == ("plain", PLAIN, None)
 
 
 def test_plain_is_plain_on_a_gpu_too(monkeypatch):
     monkeypatch.setattr(choose, "triton_kernels", lambda device: pytest.fail("asked for Triton"))
-    assert choose_kernels("plain", CUDA, torch.bfloat16) == ("plain", PLAIN, None)
+    assert choose_kernels("plain", CUDA, torch.bfloat16, SIZES) == ("plain", PLAIN, None)
 
 
 def test_triton_on_a_cpu_is_refused():
     with pytest.raises(DetourError, match=r"^compute\.kernels: triton requires a GPU; use auto or plain$"):
-        choose_kernels("triton", CPU, torch.bfloat16)
+        choose_kernels("triton", CPU, torch.bfloat16, SIZES)
 
 
 def test_triton_that_is_not_installed_is_told(monkeypatch):
     monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DetourError, match="triton is not installed"):
-        choose_kernels("triton", CUDA, torch.bfloat16)
-    name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16)
+        choose_kernels("triton", CUDA, torch.bfloat16, SIZES)
+    name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16, SIZES)
     assert (name, kernels) == ("plain", PLAIN) and "not installed" in fault
 
 
@@ -108,19 +111,19 @@ def test_kernels_that_pass_the_check_are_used(monkeypatch, name):
     checked = []
     monkeypatch.setattr(choose, "triton_kernels", lambda device: RIGHT)
     monkeypatch.setattr(choose, "check", lambda *arguments: checked.append(arguments))
-    assert choose_kernels(name, CUDA, torch.bfloat16) == ("triton", RIGHT, None)
-    assert checked == [(RIGHT.by_name(), CUDA, torch.bfloat16)]
+    assert choose_kernels(name, CUDA, torch.bfloat16, SIZES) == ("triton", RIGHT, None)
+    assert checked == [(RIGHT.by_name(), CUDA, torch.bfloat16, SIZES)]
 
 
 def test_kernels_that_fail_the_check_are_not_used(monkeypatch):
     wrong = replace(RIGHT, geglu=wrong_output(RIGHT.geglu))
     monkeypatch.setattr(choose, "triton_kernels", lambda device: wrong)
-    monkeypatch.setattr(choose, "check", lambda kernels, device, dtype: check(kernels, CPU, dtype))
-    name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16)
+    monkeypatch.setattr(choose, "check", lambda kernels, device, *rest: check(kernels, CPU, *rest))
+    name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16, SIZES)
     assert (name, kernels) == ("plain", PLAIN)
     assert fault.startswith("compute.kernels: geglu")
     with pytest.raises(DetourError, match=r"^compute\.kernels: geglu"):
-        choose_kernels("triton", CUDA, torch.bfloat16)
+        choose_kernels("triton", CUDA, torch.bfloat16, SIZES)
 
 
 def wrong_output(kernel):
@@ -130,9 +133,9 @@ def wrong_output(kernel):
     def wrong(*arguments):
         out = kernel(*arguments)
         last = out[-1] if isinstance(out, tuple) else out
-        worst = last if last.dim() == 2 else arguments[0]
+        worst = arguments[0] if last.dim() == 1 else last
         factor = torch.ones_like(worst)
-        factor[:, worst.detach().abs().amax(0).argmax()] = 1.05
+        factor[..., worst.detach().abs().flatten(0, -2).amax(0).argmax()] = 1.05
         if last.dim() == 1:
             arguments[0].mul_(factor)
             return out
@@ -195,7 +198,7 @@ def failing(kernel):
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 def test_right_kernels_pass_the_check(dtype):
-    check(RIGHT.by_name(), CPU, dtype)
+    check(RIGHT.by_name(), CPU, dtype, SIZES)
 
 
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
@@ -206,7 +209,7 @@ def test_the_check_names_the_kernel_that_is_wrong(name, spoil, dtype):
         spoil = wrong_sums
     told = "fails on this device: no such instruction" if spoil is failing else "plain kernel"
     with pytest.raises(DetourError, match=rf"^compute\.kernels: {name} .*{told}"):
-        check(RIGHT.by_name() | {name: spoil(getattr(RIGHT, name))}, CPU, dtype)
+        check(RIGHT.by_name() | {name: spoil(getattr(RIGHT, name))}, CPU, dtype, SIZES)
 
 
 def test_another_type_and_a_copy_are_found():
@@ -214,10 +217,10 @@ def test_another_type_and_a_copy_are_found():
     with pytest.raises(
         DetourError, match=r"geglu fails on this device: expected an output of torch\.float32, not torch\.float64"
     ):
-        check(in_double, CPU, torch.float32)
+        check(in_double, CPU, torch.float32, SIZES)
     copying = RIGHT.by_name() | {"rotate_": lambda qkv, cos, sin: RIGHT.rotate_(qkv.clone(), cos, sin)}
     with pytest.raises(DetourError, match=r"rotate_ differs from the plain kernel"):
-        check(copying, CPU, torch.float32)
+        check(copying, CPU, torch.float32, SIZES)
 
 
 def test_a_triton_that_cannot_be_loaded_is_passed_over(monkeypatch):
@@ -225,7 +228,7 @@ def test_a_triton_that_cannot_be_loaded_is_passed_over(monkeypatch):
         raise OSError("libtriton.so: cannot open shared object file")
 
     monkeypatch.setattr(choose, "load_triton", broken)
-    name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16)
+    name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16, SIZES)
     assert (name, kernels) == ("plain", PLAIN)
     assert fault.startswith("compute.kernels: cannot load triton: libtriton.so")
 
@@ -234,8 +237,8 @@ def test_a_triton_that_cannot_be_loaded_is_passed_over(monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 def test_the_kernels_pass_the_check_on_a_gpu(dtype):
-    check(load_triton().by_name(), CUDA, dtype)
-    assert choose_kernels("auto", CUDA, dtype)[0] == "triton"
+    check(load_triton().by_name(), CUDA, dtype, SIZES)
+    assert choose_kernels("auto", CUDA, dtype, SIZES)[0] == "triton"
 
 
 @pytest.mark.gpu

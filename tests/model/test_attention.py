@@ -12,15 +12,23 @@ from hypothesis import strategies as st
 
 from megatron_detour import config
 from megatron_detour.errors import DetourError
+from megatron_detour.kernels.check import Sizes
 from megatron_detour.model import backends
 from megatron_detour.model.attention import AttentionPattern, dense_attention, sdpa_attention
-from megatron_detour.model.backends import check, choose_attention, flash_attention, varlen_attention
+from megatron_detour.model.backends import (
+    check,
+    choose_attention,
+    flash_attention,
+    packed_flash_attention,
+    varlen_attention,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [(5, 300, 1, 129), (1,), (64,), (65,), (130,), (1,) * 70, (3, 4, 5, 6), (64, 64, 63, 65)]
 WINDOWS = [None, 4, 64]
 DIRECTIONS = {"bidirectional": False, "causal": True}
 HEADS, HEAD_DIM = 2, 8
+SIZES = Sizes(heads=3)
 
 lengths_of_all_kinds = pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: "-".join(map(str, x[:5])))
 windows = pytest.mark.parametrize("window", WINDOWS)
@@ -40,7 +48,7 @@ def random_qkv(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float64) -
 def outcome(attention, given: torch.Tensor, pattern: AttentionPattern) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and its gradient by q, k and v."""
     qkv = given.clone().requires_grad_()
-    out = attention(qkv, pattern)
+    out = attention(*qkv.unbind(1), pattern)
     down = torch.sin(torch.arange(out.numel(), dtype=out.dtype, device=out.device)).view_as(out)
     return out.detach(), torch.autograd.grad(out, qkv, down)[0]
 
@@ -67,8 +75,7 @@ def seen_by_definition(lengths, causal: bool, window: int | None) -> torch.Tenso
     )
 
 
-def einsum_attention(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+def einsum_attention(q, k, v, pattern: AttentionPattern) -> torch.Tensor:
     weights = torch.exp(torch.einsum("qhd,khd->hqk", q, k) * HEAD_DIM**-0.5)
     weights = weights * seen_by_definition(pattern.lengths, pattern.causal, pattern.window)
     return torch.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdim=True), v)
@@ -104,7 +111,7 @@ def test_a_local_query_sees_64_keys_on_each_side_and_its_own(causal, length):
     # Keys that all weigh the same and values that say whose they are: a weight that is not 0 marks a key that is seen.
     qkv = torch.zeros(length, 3, 1, length)
     qkv[:, 2, 0] = torch.eye(length)
-    seen = sdpa_attention(qkv, pattern_of((length,), causal, 64))[:, 0] > 0
+    seen = sdpa_attention(*qkv.unbind(1), pattern_of((length,), causal, 64))[:, 0] > 0
     before = [min(i, 64) for i in range(length)]
     after = [0 if causal else min(length - 1 - i, 64) for i in range(length)]
     assert seen.sum(1).tolist() == [left + 1 + right for left, right in zip(before, after, strict=True)]
@@ -126,7 +133,7 @@ def test_documents_do_not_leak(changed, which, causal, window):
     inside = torch.zeros(sum(lengths), dtype=torch.bool)
     inside[start : start + lengths[changed]] = True
     after[inside, which] = 100 * random_qkv(lengths[changed], seed=1, dtype=torch.float32)[:, which]
-    left, right = sdpa_attention(before, pattern), sdpa_attention(after, pattern)
+    left, right = (sdpa_attention(*qkv.unbind(1), pattern) for qkv in (before, after))
     assert torch.equal(left[~inside], right[~inside])
     # A document of one token sees its own value whatever its query and key.
     assert torch.equal(left[inside], right[inside]) == (lengths[changed] == 1 and which < 2)
@@ -139,7 +146,7 @@ def test_a_causal_query_does_not_see_its_future(changed, window):
     before = random_qkv(200, dtype=torch.float32)
     after = before.clone()
     after[changed] *= -3
-    left, right = sdpa_attention(before, pattern), sdpa_attention(after, pattern)
+    left, right = (sdpa_attention(*qkv.unbind(1), pattern) for qkv in (before, after))
     assert torch.equal(left[:changed], right[:changed])
     end = None if window is None else changed + window + 1
     for i in range(changed, min(end or 200, 200)):
@@ -198,6 +205,13 @@ class FlashKernel:
     ):
         return self._compute(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size)
 
+    def flash_attn_varlen_qkvpacked_func(
+        self, qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)
+    ):
+        assert qkv.is_contiguous() and (dropout_p, softmax_scale) == (0.0, None)
+        ends, longest = cu_seqlens, max_seqlen
+        return self._compute(*qkv.unbind(1), ends, ends, longest, longest, causal, window_size)
+
     def varlen_attn(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
         return self._compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, False, window_size)
 
@@ -243,6 +257,18 @@ def test_flash_attention_is_asked_for_the_pattern(lengths, window, causal):
 @lengths_of_all_kinds
 @windows
 @directions
+def test_packed_flash_attention_is_asked_for_the_pattern(lengths, window, causal):
+    kernel = FlashKernel()
+    attention = packed_flash_attention(kernel.flash_attn_varlen_qkvpacked_func)
+    assert_equal_in_fp64(attention, dense_attention, pattern_of(lengths, causal, window))
+    apart = lambda q, k, v, pattern: attention(q.clone(), k.clone(), v.clone(), pattern)  # noqa: E731
+    assert_equal_in_fp64(apart, dense_attention, pattern_of(lengths, causal, window))
+    assert kernel.calls == 2
+
+
+@lengths_of_all_kinds
+@windows
+@directions
 def test_torchs_varlen_attention_is_asked_for_the_pattern(lengths, window, causal):
     kernel = FlashKernel()
     attention = varlen_attention(kernel.varlen_attn)
@@ -262,7 +288,7 @@ def test_torchs_varlen_attention_takes_the_arguments(window, causal):
         return arguments[0]
 
     pattern = pattern_of((5, 7), causal, window)
-    varlen_attention(kernel)(random_qkv(12), pattern)
+    varlen_attention(kernel)(*random_qkv(12).unbind(1), pattern)
     (arguments,) = bound
     assert arguments["cu_seq_q"].tolist() == arguments["cu_seq_k"].tolist() == [0, 5, 12]
     assert arguments["max_q"] == arguments["max_k"] == 7
@@ -299,7 +325,7 @@ def always_causal(lengths, causal, window):
 @pytest.mark.parametrize("head_dim", [8, 64])
 @pytest.mark.parametrize("attention", [sdpa_attention, flash_attention(FlashKernel(True).flash_attn_varlen_func)])
 def test_the_check_accepts_what_is_right(attention, head_dim, dtype):
-    check(attention, CPU, dtype, head_dim, "probe")
+    check(attention, CPU, dtype, Sizes(heads=3, head_dim=head_dim), "probe")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -315,47 +341,46 @@ def test_the_check_accepts_what_is_right(attention, head_dim, dtype):
     ],
 )
 def test_the_check_refuses_another_pattern(misread, kind, dtype):
-    def attention(qkv, pattern):
-        return sdpa_attention(qkv, pattern_of(*misread(pattern.lengths, pattern.causal, pattern.window)))
+    def attention(q, k, v, pattern):
+        return sdpa_attention(q, k, v, pattern_of(*misread(pattern.lengths, pattern.causal, pattern.window)))
 
     with pytest.raises(DetourError, match=rf"^compute\.attention: probe: {kind} differs from its reference by "):
-        check(attention, CPU, dtype, 64, "probe")
+        check(attention, CPU, dtype, SIZES, "probe")
 
 
-def with_wrong_gradient(qkv, pattern):
-    out = sdpa_attention(qkv, pattern)
+def with_wrong_gradient(q, k, v, pattern):
+    out = sdpa_attention(q, k, v, pattern)
     out.register_hook(lambda gradient: gradient * 1.05)
     return out
 
 
-def without_a_gradient_by_the_keys(qkv, pattern):
-    q, k, v = qkv.unbind(1)
-    return sdpa_attention(torch.stack([q, k.detach(), v], 1), pattern)
+def without_a_gradient_by_the_keys(q, k, v, pattern):
+    return sdpa_attention(q, k.detach(), v, pattern)
 
 
-def not_a_number(qkv, pattern):
-    return sdpa_attention(qkv, pattern) * float("nan")
+def not_a_number(q, k, v, pattern):
+    return sdpa_attention(q, k, v, pattern) * float("nan")
 
 
 @pytest.mark.parametrize("attention", [with_wrong_gradient, without_a_gradient_by_the_keys, not_a_number])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_check_refuses_a_wrong_result(attention, dtype):
     with pytest.raises(DetourError, match="bidirectional attention with window None differs from its reference"):
-        check(attention, CPU, dtype, 64, "probe")
+        check(attention, CPU, dtype, SIZES, "probe")
 
 
 @pytest.mark.parametrize("window", [None, 64])
 @directions
 def test_the_check_says_which_kind_fails(window, causal):
-    def attention(qkv, pattern):
+    def attention(q, k, v, pattern):
         if (pattern.window, pattern.causal) == (window, causal):
             raise RuntimeError("no kernel image")
-        return sdpa_attention(qkv, pattern)
+        return sdpa_attention(q, k, v, pattern)
 
     direction = "causal" if causal else "bidirectional"
     told = f"{direction} attention with window {window} fails on this device: no kernel image"
     with pytest.raises(DetourError, match=told):
-        check(attention, CPU, torch.float32, 8, "probe")
+        check(attention, CPU, torch.float32, SIZES, "probe")
 
 
 def test_the_run_file_knows_the_names():
@@ -365,19 +390,19 @@ def test_the_run_file_knows_the_names():
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cpu_gets_sdpa(name, dtype):
-    assert choose_attention(name, CPU, dtype, 64) == ("sdpa", sdpa_attention, [])
+    assert choose_attention(name, CPU, dtype, SIZES) == ("sdpa", sdpa_attention, [])
 
 
 @pytest.mark.parametrize("name", backends.FLASH)
 def test_flash_attention_on_a_cpu_is_refused(name):
     with pytest.raises(DetourError, match=rf"^compute\.attention: {name} requires a GPU and bf16; use auto or sdpa$"):
-        choose_attention(name, CPU, torch.bfloat16, 64)
+        choose_attention(name, CPU, torch.bfloat16, SIZES)
 
 
 @pytest.mark.parametrize("name", backends.FLASH)
 def test_flash_attention_in_fp32_is_refused(name):
     with pytest.raises(DetourError, match=f"{name} requires a GPU and bf16"):
-        choose_attention(name, CUDA, torch.float32, 64)
+        choose_attention(name, CUDA, torch.float32, SIZES)
 
 
 @pytest.fixture
@@ -397,7 +422,7 @@ def pretended_gpu(monkeypatch):
 
 
 def choose_on_a_gpu(name: str):
-    return choose_attention(name, CUDA, torch.bfloat16, 64)
+    return choose_attention(name, CUDA, torch.bfloat16, SIZES)
 
 
 def test_auto_takes_the_first_that_is_right(pretended_gpu):
@@ -410,6 +435,16 @@ def test_auto_takes_the_first_that_is_right(pretended_gpu):
     assert len(skipped) == 2
     assert "flash4 is not installed" in skipped[0]
     assert "bidirectional attention with window None differs" in skipped[1]
+
+
+def test_on_hopper_the_third_flash_attention_comes_first(pretended_gpu, monkeypatch):
+    installed, asked = pretended_gpu
+    installed |= {"flash3": sdpa_attention, "flash4": sdpa_attention}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, name in (((10, 0), "flash4"), ((9, 0), "flash3"), ((8, 0), "flash4")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, value=capability: value)
+        assert choose_on_a_gpu("auto")[0] == name
+    assert asked == ["flash4", "flash3", "flash4"]
 
 
 def test_auto_falls_back_to_sdpa_with_all_reasons(pretended_gpu):
@@ -446,7 +481,7 @@ def test_an_installed_flash_attention_is_right_on_a_gpu(name):
         attention = backends._load(name, CUDA, torch.bfloat16)
     except DetourError as fault:
         pytest.skip(str(fault))
-    check(attention, CUDA, torch.bfloat16, 64, "probe")
+    check(attention, CUDA, torch.bfloat16, Sizes(), "probe")
 
 
 @pytest.mark.gpu

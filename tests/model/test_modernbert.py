@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_detour.errors import DetourError
+from megatron_detour.kernels.check import Sizes
 from megatron_detour.model.choose import choose_compute
 from megatron_detour.model.modernbert import Compute
 from megatron_detour.model.shape import Shape
@@ -131,7 +132,7 @@ def test_bf16_is_as_near_as_its_rounding(causal):
 @pytest.mark.parametrize("kernels", ["triton", "plain"])
 def test_a_gpus_kernels_and_attention_together(kernels, attention, recompute, causal):
     device = torch.device("cuda")
-    choice = choose_compute(attention, kernels, recompute, 64, device, torch.bfloat16)
+    choice = choose_compute(attention, kernels, recompute, Sizes(), device, torch.bfloat16)
     assert_bf16_is_near(device, choice.compute, causal)
 
 

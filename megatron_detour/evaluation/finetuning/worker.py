@@ -79,6 +79,7 @@ def run_job(job: Job) -> tuple[Result, dict[str, Any]]:
 
     from megatron_detour.evaluation.finetuning.finetune import finetune
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and texts have many
     dataset = _dataset(job.task, job.data)
     try:
         outcome = finetune(
