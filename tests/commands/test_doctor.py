@@ -163,9 +163,9 @@ def test_gpus(two_gpus):
 def test_a_run_on_gpus_is_one_of_their_number_and_memory(two_gpus, run_file, monkeypatch):
     found = by_what(doctor.items(str(run_file), []))
     assert ", 2 ranks" in found["fit"][0].text
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (1 << 30, 1 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (1 << 29, 1 << 29))
     (fit,) = by_what(doctor.items(str(run_file), []))["fit"]
-    assert fit.state == FAULT and "more than the 1.0 GiB" in fit.text
+    assert fit.state == FAULT and "more than the 0.5 GiB" in fit.text
 
 
 def test_gpus_without_bf16_or_nccl(two_gpus, monkeypatch):

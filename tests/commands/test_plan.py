@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_told_what_to_change_first(capsys, monkeypatch, tmp
     assert "fits 80 GB" in answer()
     assert "does not fit 16 GB" in answer("--gpu-memory", "16")
     assert "with batch.micro_sequences=1 it fits" in answer("--gpu-memory", "16")
-    assert "with compute.recompute=selective it fits" in answer("--gpu-memory", "11", "batch.micro_sequences=1")
+    assert "with compute.recompute=selective it fits" in answer("--gpu-memory", "12", "batch.micro_sequences=1")
     assert "are not enough: set parallel.tensor=2" in answer("--gpu-memory", "4")
 
 

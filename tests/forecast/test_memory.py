@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.forecast import memory
-from megatron_detour.forecast.forecast import setting_of
+from megatron_detour.forecast.forecast import memory_setting
 from megatron_detour.forecast.memory import Load, Setting, activations, parameters, partition, peak_memory
 from megatron_detour.model.modernbert import Compute, ModernBert
 from megatron_detour.model.shape import Shape
@@ -85,7 +85,7 @@ def test_the_states_of_the_chosen_optimizer_are_counted():
     config, load, parts = run_config(1), Load(8192, 1000, False), {}
     for name, kind in KINDS.items():
         chosen = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=kind()))
-        parts[name] = peak_memory(BASE, setting_of(chosen, BF16, 1, "h100"), load).parts["optimizer"]
+        parts[name] = peak_memory(BASE, memory_setting(chosen, BF16, 1, "h100"), load).parts["optimizer"]
     assert parts == {"adamw": 12 * 149_655_232, "lion": 8 * 149_655_232}
 
 
