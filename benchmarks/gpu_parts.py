@@ -34,7 +34,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.forecast import roofline
 from megatron_detour.model.backends import FLASH
-from megatron_detour.model.choose import choose_compute
+from megatron_detour.model.choose import choose_compute, run_sizes
 from megatron_detour.model.peaks import chip
 from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
@@ -42,23 +42,6 @@ from megatron_detour.parallel.state import ParallelState
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
-DEFAULTS = {
-    "layers": None,
-    "mask_rate": 0.3,
-    "corpus": None,
-    "full": True,
-    "attention": "auto",
-    "kernels": "auto",
-    "recompute": "none",
-    "tensor": 1,
-    "sequence_parallel": False,
-    "against": None,
-    "peer_attention": "sdpa",
-    "peer_compile": False,
-    "peer_batch": 32,
-    "rounds": 3,
-    "seed": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -217,7 +200,9 @@ def repeat(scale: Scale, results: Results) -> None:
     results.save(equal=equal, losses=runs, remark=f"{equal} of 10 losses bit-equal")
     name = "zero2_bf16" if device.type == "cuda" else "zero2_fp32_cpu"
     with tempfile.TemporaryDirectory() as folder:
-        settings = checkpoints.Settings(scale.size, Path(folder), f"ds_configs/{name}.json", rounds=2)
+        settings = checkpoints.Settings(
+            size=scale.size, folder=Path(folder), deepspeed=f"ds_configs/{name}.json", rounds=2
+        )
         results.save(checkpoint=dict(checkpoints.measure(settings)))
 
 
@@ -294,19 +279,22 @@ def _peer_attentions() -> list[str]:
     return ["sdpa", *(["flash_attention_2"] if torch.cuda.is_available() and is_flash_attn_2_available() else [])]
 
 
-def _setting(scale: Scale, objective: str, length: int, **changes: Any) -> train.Settings:
-    """Return a measurement of full documents in a single micro-batch."""
-    values = DEFAULTS | {"tokens": scale.tokens, "size": scale.size} | changes
-    return train.Settings(
+def _setting(scale: Scale, objective: str, length: int, **changes: Any) -> train.Measurement:
+    """Return a measurement of a single micro-batch of documents as long as the sequence."""
+    setting = train.Measurement(
+        size=scale.size,
         objective=objective,
         sequence_length=length,
-        micro_sequences=max(values["tokens"] // length, 1),
         dtype="bf16" if torch.cuda.is_available() else "fp32",
-        **values,
+        tokens=scale.tokens,
+        full=True,
+        peer_batch=32,
     )
+    setting = dataclasses.replace(setting, **changes)
+    return dataclasses.replace(setting, micro_sequences=max(setting.tokens // length, 1))
 
 
-def _try_row(results: Results, settings: train.Settings) -> None:
+def _try_row(results: Results, settings: train.Measurement) -> None:
     """Add the rows of a measurement, or why there are none."""
     try:
         measured = train.measure(settings, ParallelState(), _device(), print)
@@ -333,7 +321,7 @@ def _try_row(results: Results, settings: train.Settings) -> None:
         )
 
 
-def _roofline(settings: train.Settings, attention: str) -> float | None:
+def _roofline(settings: train.Measurement, attention: str) -> float | None:
     """Return the tokens per second of full documents at the data sheet's rates; None for an unknown device."""
     sheet = chip(meter.device_name(_device()))
     if sheet is None or not settings.full or attention not in roofline.ATTENTION:
@@ -353,10 +341,11 @@ def _config(size: str) -> dict[str, Any]:
     return {"model_type": "modernbert", "vocab_size": 50_368, "pad_token_id": 1, **train.SIZES[size]}
 
 
-def _contender(settings: train.Settings, device: torch.device) -> contenders.Contender:
+def _contender(settings: train.Measurement, device: torch.device) -> contenders.Contender:
     work = make_workload(None, settings.objective, 0.3, settings.sequence_length, settings.tokens, True, seed=0)
     shape = _shape(settings.size)
-    compute = choose_compute("auto", "auto", "none", shape.head_dim, device, _dtype()).compute
+    sizes = run_sizes(shape, 1, [(settings.sequence_length, settings.micro_sequences, work.causal)])
+    compute = choose_compute("auto", "auto", "none", sizes, device, _dtype()).compute
     config = _config(settings.size)
     return contenders.ours(config, work, settings.micro_sequences, compute, ParallelState(), device, _dtype())[0]
 

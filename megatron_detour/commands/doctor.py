@@ -15,6 +15,7 @@ from megatron_detour.commands.machine import FAULT, NOTE, OK, CheckResult
 from megatron_detour.commands.parser import add_run_file
 from megatron_detour.commands.plan import split_faults
 from megatron_detour.config import RunConfig, load
+from megatron_detour.config.deepspeed import is_bf16
 from megatron_detour.corpus.examine import verify
 from megatron_detour.errors import DetourError
 from megatron_detour.forecast import Forecast, forecast
@@ -71,7 +72,7 @@ def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
     yield from machine.compute(
         config.compute.attention,
         config.compute.kernels,
-        torch.bfloat16 if expected.setting and expected.setting.bf16 else torch.float32,
+        torch.bfloat16 if checked.deepspeed and is_bf16(checked.deepspeed) else torch.float32,
         run_sizes(expected.shape, config.parallel.tensor, Plan.of(config).micro_batches) if expected.shape else Sizes(),
     )
     yield machine.disk(Path(config.folder), expected.disk.needed if expected.disk else 0)

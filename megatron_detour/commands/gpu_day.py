@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_detour.commands.parser import above_zero
+from megatron_detour.commands.parser import ABOVE_ZERO
 from megatron_detour.errors import DetourError
 
 CLONE = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ CLONE = Path(__file__).parents[2]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="JSON", help="file to write, whole after each part")
-    add("--minutes", type=above_zero, default=10, help="time for all parts (%(default)g)")
+    add("--minutes", type=ABOVE_ZERO, default=10, help="time for all parts (%(default)g)")
     add(
         "--only",
         nargs="+",

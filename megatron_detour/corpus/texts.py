@@ -30,7 +30,7 @@ class Texts:
     flags: tuple[str, ...] = ()  # further flags of preprocess
 
     @classmethod
-    def of(cls, path: str, name: str, tokenizer: str | None) -> Texts:
+    def read(cls, path: str, name: str, tokenizer: str | None) -> Texts:
         """Count the tokens of a corpus, or estimate those of texts from a sample. Raises DetourError."""
         prefix = path.removesuffix(".manifest.json").removesuffix(".bin").removesuffix(".idx")
         if Path(f"{prefix}.manifest.json").exists():

@@ -155,8 +155,9 @@ class Checkpoints:
             return
         if not self.run.folder.is_dir():
             raise DetourError(f"{self.run.folder}: the run directory was removed during the run")
-        sizes = self.run.zero.module.full_sizes().values()
-        refuse_full_disk(self.run.folder, self.run.plan, sum(map(math.prod, sizes)))
+        parameters = sum(map(math.prod, self.run.zero.module.full_sizes().values()))
+        size = self.run.config.optimizer.kind.bytes_per_parameter() * parameters
+        refuse_full_disk(self.run.folder, self.run.plan, size)
 
     def _run_state(self, done: Step | None) -> dict[str, Any]:
         return {

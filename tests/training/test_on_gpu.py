@@ -7,6 +7,7 @@ import torch
 
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.forecast.memory import Load, Setting, peak_memory
+from megatron_detour.kernels.check import Sizes
 from megatron_detour.model.choose import choose_compute
 from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.model.shape import Shape
@@ -57,7 +58,7 @@ def engine_of(shape: Shape):
     """A model of this shape under ZeRO-2 in bf16, on this process's GPU."""
     config = run_config(1)
     state, device = start_distributed(config)
-    compute = choose_compute("auto", "auto", "none", shape.head_dim, device, torch.bfloat16).compute
+    compute = choose_compute("auto", "auto", "none", Sizes(), device, torch.bfloat16).compute
     model = ModernBert(shape, state, compute)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -112,7 +113,7 @@ def test_memory_is_what_was_forecast(tmp_path, causal):
 def test_attention_at_real_sizes(heads, lengths, causal):
     from megatron_detour.model.attention import AttentionPattern, sdpa_attention
 
-    attention = choose_compute("auto", "auto", "none", 64, CUDA, torch.bfloat16).compute.attention
+    attention = choose_compute("auto", "auto", "none", Sizes(), CUDA, torch.bfloat16).compute.attention
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, heads, 64, generator=generator)
     for window in (None, 64):
