@@ -75,7 +75,7 @@ def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
 <<<<<<< HEAD
         torch.bfloat16 if checked.deepspeed and is_bf16(checked.deepspeed) else torch.float32,
 =======
-        torch.bfloat16 if expected.setting and expected.setting.bf16 else torch.float32,
+        torch.bfloat16 if checked.deepspeed and is_bf16(checked.deepspeed) else torch.float32,
 >>>>>>> english
         run_sizes(expected.shape, config.parallel.tensor, Plan.of(config).micro_batches) if expected.shape else Sizes(),
     )
