@@ -57,5 +57,5 @@ def test_all_figures_come(tmp_path):
 @pytest.mark.parametrize("wrong", [{"documents": 0}, {"mean": -1}, {"sequence_length": (64, 0)}])
 def test_what_makes_no_sense_is_refused(tmp_path, wrong):
     name = next(iter(wrong)).replace("_", "-")
-    with pytest.raises(DetourError, match=rf"^--{name}(\.1)?: must be above 0"):
+    with pytest.raises(DetourError, match=f"^--{name}: must be above 0"):
         measure(settings(tmp_path, **wrong), print)
