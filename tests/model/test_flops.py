@@ -45,9 +45,10 @@ def test_a_small_model_counted_by_hand():
     assert training_flops(SHAPE, (12, 2), causal=True, labeled=7) == 3 * (linear + attention + head)
 
 
-def dense_by_document(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    alone = [AttentionPattern((length,), False, None, pattern.device) for length in pattern.lengths]
-    return torch.cat([dense_attention(*pair) for pair in zip(qkv.split(pattern.lengths), alone, strict=True)])
+def dense_by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    documents = zip(*(x.split(pattern.lengths) for x in (q, k, v)), pattern.lengths, strict=True)
+    alone = [(*parts, AttentionPattern((length,), False, None, pattern.device)) for *parts, length in documents]
+    return torch.cat([dense_attention(*each) for each in alone])
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
