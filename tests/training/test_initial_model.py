@@ -77,8 +77,8 @@ def test_another_tokenizer_than_the_models_is_refused(hub, tokenizer_folder, tmp
     [
         ({"hidden_size": "abc"}, r"model\.config: "),
         ({"hiden_size": 64}, r"model\.config\.hiden_size: .*'hidden_size'"),
-        ({"vocab_size": 100}, "belongs to the model"),
-        ({"max_position_embeddings": 8}, r"data\.sequence_length: 50 is more"),
+        ({"vocab_size": 100}, "use the model's own tokenizer"),
+        ({"max_position_embeddings": 8}, r"data\.sequence_length: 50 exceeds"),
         ({"hidden_act": "relu", "hidden_activation": "relu"}, r"hidden_act"),
     ],
 )
