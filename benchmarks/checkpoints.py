@@ -19,8 +19,7 @@ from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.config import from_dict
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.errors import DetourError
-from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.families import read_shape
 from megatron_detour.parallel.zero import Zero
 from megatron_detour.settings import Choice, Flag, Range
 from megatron_detour.training.checkpoints import Background
@@ -119,7 +118,7 @@ def _zero(settings: Settings) -> Zero:
     from transformers import ModernBertConfig
 
     changes = {"num_hidden_layers": settings.layers} if settings.layers else {}
-    shape = Shape.of(ModernBertConfig(**SIZES[settings.size] | changes).to_dict(), settings.size)
+    shape = read_shape(ModernBertConfig(**SIZES[settings.size] | changes).to_dict(), settings.size)
     config = from_dict(
         {
             "name": "benchmark",
@@ -132,7 +131,7 @@ def _zero(settings: Settings) -> Zero:
         }
     )
     state, _ = start_distributed(config)
-    model = ModernBert(shape, state)
+    model = shape.build(state)
     zero = create_engine(model, config, read_deepspeed_config(settings.deepspeed), state)
     sizes, generator = model.full_sizes(), torch.Generator().manual_seed(0)
 

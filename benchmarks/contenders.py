@@ -13,9 +13,9 @@ from benchmarks.workload import Document, Workload
 from megatron_detour.data.batches import MicroBatch, document_positions
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.model.attention import AttentionPattern
+from megatron_detour.model.compute import Compute
+from megatron_detour.model.families import read_shape
 from megatron_detour.model.flops import training_flops
-from megatron_detour.model.modernbert import Compute, ModernBert
-from megatron_detour.model.shape import Shape
 from megatron_detour.objectives import IGNORE
 from megatron_detour.parallel.shard import shard, spec_of
 from megatron_detour.parallel.state import ParallelState
@@ -69,11 +69,11 @@ def ours(
     config: dict[str, Any], work: Workload, micro: int, compute: Compute, state: ParallelState, device, dtype
 ) -> tuple[Contender, int]:
     """Return this project's model on packed sequences, padded to the sequence length, and the FLOPs of a step."""
-    shape = Shape.of(config, "benchmark")
+    shape = read_shape(config, "benchmark")
     if faults := shape.tensor_parallel_faults(state.tensor_size):
         raise DetourError(format_faults(faults))
     with torch.device(device):
-        model = ModernBert(shape, state, compute).to(dtype)
+        model = shape.build(state, compute).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             full = model.initial_weight(name, seed=0)
@@ -113,7 +113,7 @@ def transformers_packed(config: dict[str, Any], work: Workload, micro: int, peer
     """
     flash = peer.attention.startswith("flash")
     model = peer.model(config | {"sparse_prediction": True}, work.causal)
-    window = Shape.of(config, "benchmark").window - (1 if work.causal else 0)  # its decoder attends to one key fewer
+    window = read_shape(config, "benchmark").window - (1 if work.causal else 0)  # its decoder attends to one key fewer
     batches, positions = [], 0
     for packs in _groups(work.packs(), micro):
         length = sum(len(d.inputs) for pack in packs for d in pack) if flash else work.sequence_length

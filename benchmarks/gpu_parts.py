@@ -35,8 +35,8 @@ from megatron_detour.files import write_whole
 from megatron_detour.forecast import roofline
 from megatron_detour.model.backends import FLASH
 from megatron_detour.model.choose import choose_compute, run_sizes
+from megatron_detour.model.families import Family, read_shape
 from megatron_detour.model.peaks import chip
-from megatron_detour.model.shape import Shape
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
 
@@ -333,8 +333,8 @@ def _roofline(settings: train.Measurement, attention: str) -> float | None:
     return settings.tokens / roofline.seconds(shape, lengths, causal, labeled, sheet, attention)
 
 
-def _shape(size: str) -> Shape:
-    return Shape.of(_config(size), size)
+def _shape(size: str) -> Family:
+    return read_shape(_config(size), size)
 
 
 def _config(size: str) -> dict[str, Any]:

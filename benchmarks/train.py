@@ -23,7 +23,7 @@ from megatron_detour.config import ATTENTION, KERNELS, RECOMPUTE
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.model.choose import choose_compute, run_sizes
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.families import read_shape
 from megatron_detour.objectives import KINDS
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
@@ -119,7 +119,7 @@ def measure(settings: Measurement, state: ParallelState, device: torch.device, s
         config["num_hidden_layers"] = settings.layers
     dtype = DTYPES[settings.dtype]
     batch = settings.sequence_length, settings.micro_sequences, work.causal
-    sizes = run_sizes(Shape.of(config, "benchmark"), state.tensor_size, [batch])
+    sizes = run_sizes(read_shape(config, "benchmark"), state.tensor_size, [batch])
     choice = choose_compute(settings.attention, settings.kernels, settings.recompute, sizes, device, dtype)
     say(str(choice))
     compute = choice.compute

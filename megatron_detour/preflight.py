@@ -7,20 +7,19 @@ devices, kernels, each other, the checkpoint to resume. This module does not imp
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights, weight_sizes
+from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights
 from megatron_detour.config import Model, RunConfig
 from megatron_detour.config.deepspeed import check_deepspeed_config, is_bf16
 from megatron_detour.data.integrity import open_corpus
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.kernels.requirements import attention_fault, kernels_fault
+from megatron_detour.model.families import PUBLISHED, Family, family_to_initialize, read_shape
 from megatron_detour.model.flops import Frozen
-from megatron_detour.model.shape import CHECKED_KEYS, Shape, refuse_unknown_keys
 from megatron_detour.model_parts import layers_of
 from megatron_detour.objectives import KINDS
 from megatron_detour.plan import Plan, PlannedPhase
@@ -28,30 +27,13 @@ from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, 
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
-# The defaults of transformers' ModernBertConfig, those of ModernBERT-base; model.config overrides them.
-DEFAULTS = {
-    "model_type": "modernbert",
-    "vocab_size": 50_368,
-    "hidden_size": 768,
-    "intermediate_size": 1_152,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 12,
-}
-LARGE = {"hidden_size": 1_024, "intermediate_size": 2_624, "num_hidden_layers": 28, "num_attention_heads": 16}
-PUBLISHED = {  # for plans before a recipe's model is downloaded
-    "answerdotai/ModernBERT-base": DEFAULTS,
-    "answerdotai/ModernBERT-large": DEFAULTS | LARGE,
-    "almanach/moderncamembert-base": DEFAULTS | {"vocab_size": 32_768},
-    "almanach/moderncamembert-large": DEFAULTS | LARGE | {"vocab_size": 32_768},
-}
-
 
 @dataclass(frozen=True)
 class Preflight:
     """The inputs of a run, None if they could not be read, and one sentence per fault."""
 
     model: Model | None = None  # the run file's, or a checkpoint that replaces it if it is missing
-    shape: Shape | None = None
+    shape: Family | None = None
     vocabulary: Vocabulary | None = None
     words: Words | None = None  # None also if no phase masks whole words
     deepspeed: dict[str, Any] | None = None  # the content of the DeepSpeed file
@@ -82,7 +64,7 @@ def preflight(
     if owns_folder and deepspeed:
         faults += _raised(lambda: refuse_another_run(Path(config.folder), config))
     if owns_folder and model.shape:
-        parameters = sum(map(math.prod, weight_sizes(model.shape).values()))
+        parameters = sum(weight.elements() for weight in model.shape.weights.values())
         size = config.optimizer.kind.bytes_per_parameter() * parameters
         faults += _raised(lambda: refuse_full_disk(Path(config.folder), plan, size))
     return replace(model, deepspeed=deepspeed, faults=(*model.faults, *faults))
@@ -117,34 +99,37 @@ def look(model: Model, whole_words: bool = False) -> Preflight:
     return Preflight(model, shape, vocabulary, words, None, tuple(faults), note)
 
 
-def _stored(model: Model, faults: list[str]) -> tuple[Shape | None, str]:
+def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
     source = Source(model.start, model.download)
     try:
-        shape = Shape.of(source.config(), model.start)
+        shape = read_shape(source.config(), model.start)
     except DetourError as fault:
         faults.append(f"model.start: {fault}")
         known = PUBLISHED.get(model.start)
-        return (Shape.of(known, model.start), "as published; the model is not available here") if known else (None, "")
+        if known is None:
+            return None, ""
+        return read_shape(known, model.start), "as published; the model is not available here"
     here = Source(model.start)  # a plan does not download the weights, as they are large
     if not model.download or any(here.has(name) for name in (WEIGHTS, WEIGHTS_INDEX)):
         try:
-            StoredWeights.from_source(here).check(weight_sizes(shape), model.start)
+            StoredWeights.from_source(here).check(shape.sizes, model.start)
         except DetourError as fault:
             faults.append(f"model.start: {fault}")
     return shape, ""
 
 
-def _fresh(model: Model, vocabulary: Vocabulary | None, faults: list[str]) -> Shape | None:
+def _fresh(model: Model, vocabulary: Vocabulary | None, faults: list[str]) -> Family | None:
     size = {"vocab_size": vocabulary.size} if vocabulary else {}
     try:
-        refuse_unknown_keys(model.config)
-        described = DEFAULTS | size | model.config
-        if vocabulary and not model.config.keys() <= CHECKED_KEYS:
+        family = family_to_initialize(model.config)
+        family.refuse_unknown_keys(model.config)
+        described = family.defaults | size | model.config
+        if vocabulary and not model.config.keys() <= family.checked_keys:
             # Only transformers can check these keys; importing it takes seconds, so it is avoided otherwise.
             from megatron_detour.checkpoint.huggingface import fresh_config
 
             described = fresh_config(model.config, vocabulary)
-        return Shape.of(described, "model.config")
+        return family.read(described, "model.config")
     except DetourError as fault:
         faults.append(str(fault))
         return None
@@ -205,7 +190,7 @@ def _ranks(config: RunConfig, ranks: int) -> list[str]:
     ]
 
 
-def _lengths(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:
+def _lengths(config: RunConfig, plan: Plan, shape: Family) -> list[str]:
     lengths = {"data.sequence_length": config.data.sequence_length}
     lengths |= {
         f"phases.{phase.name}.sequence_length": phase.sequence_length
@@ -220,7 +205,7 @@ def _lengths(config: RunConfig, plan: Plan, shape: Shape) -> list[str]:
     ]
 
 
-def _freezing(config: RunConfig, shape: Shape) -> Iterator[str]:
+def _freezing(config: RunConfig, shape: Family) -> Iterator[str]:
     """Yield faults for layers that the model does not have, and for phases that would train nothing."""
     for phase in config.phases:
         for name in phase.freeze:

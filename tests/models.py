@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from megatron_detour.data.batches import MicroBatch, document_positions
-from megatron_detour.model.modernbert import Compute, ModernBert
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.compute import Compute
+from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.families import read_shape
 from megatron_detour.parallel.loss import LossSum
 from megatron_detour.parallel.shard import shard, spec_of
 from megatron_detour.parallel.state import ParallelState
@@ -37,10 +38,10 @@ def tiny(
     z_loss: float = 0.0,
     scale: float = 5.0,
     **changes,
-) -> ModernBert:
+) -> LanguageModel:
     """A fresh tiny model with weights large enough to matter, the same for every tensor-parallel size."""
     state = state or ParallelState()
-    model = ModernBert(Shape.of(CONFIG | changes, "tests"), state, compute, z_loss).to(dtype)
+    model = read_shape(CONFIG | changes, "tests").build(state, compute, z_loss).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             full = model.initial_weight(name, seed).to(dtype)
@@ -75,5 +76,5 @@ def together(batches: list[MicroBatch]) -> MicroBatch:
     )
 
 
-def loss_of(model: ModernBert, batch: MicroBatch) -> LossSum:
+def loss_of(model: LanguageModel, batch: MicroBatch) -> LossSum:
     return model(*batch.arguments)

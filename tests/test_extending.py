@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from megatron_detour.checkpoint.store import checkpoint_folder
 from tests.harness import ROOT, environment
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
@@ -156,3 +157,73 @@ def test_an_optimizer_is_one_file(extended, corpus, tmp_path):
         assert before.keys() == after.keys() and all((before[key] == after[key]).all() for key in before), name
     python("-m", "megatron_detour", "convert", "--checkpoint", str(final), "--output", str(tmp_path / "model"))
     assert "SGD with momentum 0.8, weight decay 0.05" in (tmp_path / "model/README.md").read_text()
+
+
+OPEN = """
+import json, sys
+import torch
+from pathlib import Path
+from megatron_detour.checkpoint.huggingface import compare_with_transformers, load_model
+from megatron_detour.checkpoint.source import Source
+from megatron_detour.config import load
+from megatron_detour.forecast import forecast
+from megatron_detour.model.families import read_shape
+from megatron_detour.plan import Plan
+from megatron_detour.release.export import export
+
+run_file, folder, out = sys.argv[1:]
+config = load(run_file)
+foreseen = forecast(config, Plan.of(config), device="cpu")
+exported = export(folder, out, "fp32")
+source = Source(out)
+print(json.dumps({
+    "faults": foreseen.faults,
+    "parameters": foreseen.parameters,
+    "difference": exported.difference,
+    "again": compare_with_transformers(out, load_model(source, read_shape(source.config(), out))),
+}))
+"""
+
+
+@pytest.mark.integration
+def test_an_encoder_is_one_file(extended, corpus, tmp_path):
+    """Planned, trained, interrupted, resumed, exported with logits as in transformers."""
+    (name,) = files("An encoder")
+    assert 40 <= files("An encoder")[name].count("\n") <= 70
+    python = extended("An encoder")
+    shape = {"model_type": "plain-modernbert", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "max_position_embeddings": 128}
+    run = run_file(tmp_path, corpus, model={"config": shape, "tokenizer": str(corpus.tokenizer)})
+    train = ("-m", "megatron_detour", "train", "--run-file", run)
+    python(*train)
+    folder = tmp_path / "run"
+    first = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert first[-1]["val_mlm_loss"] < first[0]["val_mlm_loss"]
+    last = checkpoint_folder(folder / "checkpoints", 6)
+    weights = (last / "model.safetensors").read_bytes()
+    shutil.rmtree(last)  # as if the run had ended after the first phase
+    python(*train)
+    assert (last / "model.safetensors").read_bytes() == weights
+    seen = json.loads(python("-c", OPEN, run, str(folder), str(tmp_path / "model")).splitlines()[-1])
+    layer = 4 * 32 * 32 + 2 * 32 * 48
+    assert seen["parameters"] == 2 * layer + 400 * 32 + 32 * 32 + (2 * 2 + 2) * 32 + 400
+    assert seen["faults"] == [] and max(seen["difference"], seen["again"]) < 1e-5
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("plain-modernbert", ["PlainModernBertForMaskedLM"])
+
+
+@pytest.mark.integration
+def test_the_tests_of_families_hold_for_the_example(extended, tmp_path):
+    """Its declared weights, operations, activations, and two tensor ranks against one."""
+    python = extended("An encoder")
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    chosen = {
+        "tests/model/test_families.py": "",
+        "tests/model/test_flops.py": "::test_torch_counts_as_many",
+        "tests/forecast/test_memory.py": "::test_activations_are_what_a_model_keeps",
+        "tests/parallel/test_tensor_parallel.py": "::test_outputs_loss_and_gradients_agree[2]",
+    }
+    said = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", *map("".join, chosen.items()))
+    assert "test_declared_weights_are_the_modules[1-plain-modernbert]" in said
+    assert "test_outputs_loss_and_gradients_agree[2]" in said

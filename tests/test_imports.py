@@ -39,6 +39,7 @@ ALLOWED = {
     "kernels": ("kernels errors", "torch"),
     "kernels.fused": ("kernels.plain", "torch triton"),
     "model": ("parallel kernels model model_parts errors", "torch"),
+    "model.families": ("parallel model errors", "torch transformers"),
     "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
     "data.manifest": ("tokenizer errors", "msgspec"),
     "data.batches": ("data tokenizer objectives config errors files", "numpy torch"),
@@ -58,7 +59,7 @@ ALLOWED = {
         "parallel model checkpoint tokenizer errors files",
         "torch safetensors tokenizers transformers",
     ),
-    "checkpoint.source": ("tokenizer.vocabulary model.shape errors", ""),
+    "checkpoint.source": ("tokenizer.vocabulary errors", ""),
     "release": (
         "release checkpoint model tokenizer objectives data.manifest observe.run_files observe.run_folder "
         "observe.steps ui settings config plan errors",
@@ -94,12 +95,12 @@ ALLOWED = {
         "yaml",
     ),
     "preflight": (
-        "run_directory objectives config plan model_parts model.shape model.flops kernels.requirements data.integrity "
-        "tokenizer checkpoint.source checkpoint.huggingface errors",
+        "run_directory objectives config plan model_parts model.families model.flops kernels.requirements "
+        "data.integrity tokenizer checkpoint.source checkpoint.huggingface errors",
         "",
     ),
     "forecast": (
-        "forecast preflight run_directory objectives optimizers config plan model.shape model.flops model.peaks "
+        "forecast preflight run_directory objectives optimizers config plan model.families model.flops model.peaks "
         "data.manifest data.indexed data.order ui errors",
         "numpy",
     ),
@@ -110,7 +111,7 @@ ALLOWED = {
         "torch psutil packaging rich transformers",
     ),
     "commands.init": (
-        "commands.parser config plan corpus.texts forecast preflight errors",
+        "commands.parser config plan corpus.texts forecast preflight model.families errors",
         "psutil torch yaml",
     ),
     "commands.batches": (
@@ -162,6 +163,8 @@ LAZY = {
     "corpus.filters": "rensa py3langid",
     "corpus.ray_workers": "ray",
     "checkpoint.huggingface": "tokenizers transformers",
+    "model.families.base": "torch transformers",
+    "model.families.modernbert": "torch transformers",
     "training.engine": "deepspeed",
     "config.deepspeed": "deepspeed",
     "optimizers.adamw": "torch",
@@ -298,7 +301,7 @@ def test_libraries_are_kept_to_their_places():
 
     assert places("deepspeed") == {"training.engine", "config.deepspeed"}
     packages = {place.split(".")[0] for place in places("transformers")}
-    assert packages == {"checkpoint", "commands", "evaluation", "benchmarks"}
+    assert packages == {"checkpoint", "commands", "evaluation", "benchmarks", "model"}
     assert places("triton") == {"kernels.fused"}
     assert {place for place in places("torch") if within(place, "data corpus tokenizer")} == {"data.batches"}
     assert {place for place in places("tokenizers") if within(place, "data corpus tokenizer")} == {
@@ -325,16 +328,16 @@ def test_libraries_are_kept_to_their_places():
         ("plan", "def f():\n    import megatron_detour.data.stream", "may not import megatron_detour.data.stream"),
         ("errors", "from megatron_detour.files import flush", "may not import megatron_detour.files"),
         ("parallel.state", "import numpy", "may not import numpy"),
-        ("parallel.state", "from ..model import shape", "may not import megatron_detour.model.shape"),
-        ("model.shape", "from megatron_detour.config import load", "may not import megatron_detour.config"),
+        ("parallel.state", "from ..model import flops", "may not import megatron_detour.model.flops"),
+        ("model.flops", "from megatron_detour.config import load", "may not import megatron_detour.config"),
         ("objectives", "from megatron_detour.data.stream import Pieces", "may not import megatron_detour.data.stream"),
         ("objectives", "from megatron_detour.data import stream", "may not import megatron_detour.data.stream"),
         ("data.stream", "def f():\n    import torch", "may not import torch"),
-        ("data.stream", "from megatron_detour.model import shape", "may not import megatron_detour.model.shape"),
+        ("data.stream", "from megatron_detour.model import flops", "may not import megatron_detour.model.flops"),
         ("data.indexed", "from tokenizers import Tokenizer", "may not import tokenizers"),
         ("corpus.engines", "from tokenizers import Tokenizer", "inside functions only"),
         ("corpus.engines", "if x:\n    import tokenizers", "inside functions only"),
-        ("data.batches", "import megatron_detour.model.shape", "may not import megatron_detour.model.shape"),
+        ("data.batches", "import megatron_detour.model.flops", "may not import megatron_detour.model.flops"),
         ("checkpoint.store", "import megatron_detour.corpus", "may not import megatron_detour.corpus"),
         ("checkpoint.store", "import deepspeed", "may not import deepspeed"),
         ("checkpoint.huggingface", "class A:\n    import transformers", "inside functions only"),

@@ -110,7 +110,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "another kind of model": (
         lambda r: edit(model(r) / "config.json", model_type="bert"),
-        r"model\.start: \S+: not a ModernBERT but a 'bert' model",
+        r"model\.start: \S+: model_type 'bert' is not supported; known: modernbert",
     ),
     "an unsupported bias": (
         lambda r: edit(model(r) / "config.json", norm_bias=True),

@@ -15,7 +15,7 @@ from megatron_detour.checkpoint import store
 from megatron_detour.config import RunConfig, from_dict
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.families import read_shape
 from megatron_detour.optimizers import Lion
 from megatron_detour.plan import Plan
 from megatron_detour.run_directory import (
@@ -377,11 +377,11 @@ def test_a_state_that_is_none_is_told_in_a_sentence(run, config, content):
 )
 def test_a_start_model_that_has_changed_its_shape_is_told(run, corpus, changes):
     final = store.checkpoint_folder(run / "checkpoints", END)
-    shape = Shape.of(tiny_config(corpus.tokenizer), "tests")
+    shape = read_shape(tiny_config(corpus.tokenizer), "tests")
     (final / "config.json").write_text(json.dumps(tiny_config(corpus.tokenizer)))
     refuse_another_shape(final, shape)
     with pytest.raises(DetourError, match=r"saved with .*, but the start model now has"):
-        refuse_another_shape(final, Shape.of(tiny_config(corpus.tokenizer, changes), "tests"))
+        refuse_another_shape(final, read_shape(tiny_config(corpus.tokenizer, changes), "tests"))
 
 
 def test_a_model_of_a_run_file_needs_no_start(run, config, corpus):

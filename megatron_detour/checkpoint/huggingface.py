@@ -20,8 +20,8 @@ from megatron_detour.checkpoint.source import WEIGHTS, Source, StoredWeights
 from megatron_detour.checkpoint.state import TrainingState
 from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
 from megatron_detour.errors import DetourError, brief
-from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.model.shape import OLD_KEYS, Shape
+from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.families import Family, family_of, family_to_initialize
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
 from megatron_detour.tokenizer.sentencepiece_model import SUFFIXES
@@ -79,8 +79,7 @@ def fresh_config(overrides: dict[str, Any], vocabulary: Vocabulary) -> dict[str,
 
     Raise DetourError when transformers rejects a value.
     """
-    from transformers import ModernBertConfig
-
+    config_class, _ = family_to_initialize(overrides).transformers_classes()
     ids = {
         "vocab_size": vocabulary.size,
         "pad_token_id": vocabulary.pad,
@@ -90,16 +89,15 @@ def fresh_config(overrides: dict[str, Any], vocabulary: Vocabulary) -> dict[str,
         "eos_token_id": vocabulary.sep,
     }
     try:
-        return ModernBertConfig(**{**ids, **overrides}).to_dict()
+        given = {key: value for key, value in overrides.items() if key != "model_type"}  # the class has it
+        return config_class(**ids | given).to_dict()
     except Exception as error:  # transformers' validators raise their own types
         raise DetourError(f"model.config: {brief(error)}") from None
 
 
-def known_config_keys() -> list[str]:
-    """Return ModernBERT's keys of config.json. Others are dropped, such as auto_map, which makes users run its code."""
-    from transformers import ModernBertConfig
-
-    return [*ModernBertConfig().to_dict(), *OLD_KEYS]
+def known_config_keys(family: type[Family]) -> list[str]:
+    """Return a family's keys of config.json. Others are dropped, such as auto_map, which makes users run its code."""
+    return [*family.transformers_classes()[0]().to_dict(), *family.old_keys]
 
 
 def write_model(
@@ -111,9 +109,10 @@ def write_model(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write config.json (known keys only), model.safetensors and tokenizer files. `weights` are full tensors."""
-    kept = {*known_config_keys()} - {"dtype", "_name_or_path"}
+    family = family_of(config, str(folder))
+    kept = {*known_config_keys(family)} - {"dtype", "_name_or_path"}
     described = {key: value for key, value in config.items() if key in kept}
-    described |= {"architectures": ["ModernBertForMaskedLM"], "dtype": str(dtype).removeprefix("torch.")}
+    described |= {"architectures": [family.architecture()], "dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", described)
     save_weights(weights, folder, dtype)
     copy_tokenizer(tokenizer, vocabulary, folder)
@@ -184,7 +183,7 @@ def open_optimizer(
 
 @torch.no_grad()
 def compare_with_transformers(
-    name: str | Path, model: ModernBert, texts: tuple[str, ...] = (), causal: bool = False
+    name: str | Path, model: LanguageModel, texts: tuple[str, ...] = (), causal: bool = False
 ) -> float:
     """Return the largest difference between our fp32 logits and transformers', relative to the largest logit.
 
@@ -196,7 +195,7 @@ def compare_with_transformers(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+    kind = transformers.AutoModelForCausalLM if causal else model.shape.transformers_classes()[1]
     theirs = kind.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval()
     generator = torch.Generator().manual_seed(0)
     longest = min(4 * model.shape.window + 7, model.shape.max_positions)
@@ -249,9 +248,9 @@ def refuse_difference(difference: float, what: str) -> None:
         )
 
 
-def load_model(source: Source, shape: Shape) -> ModernBert:
+def load_model(source: Source, shape: Family) -> LanguageModel:
     """Load the full fp32 model of a folder, for checks in one process."""
-    model = ModernBert(shape, ParallelState())
+    model = shape.build(ParallelState())
     with Weights(source) as weights:
         weights.check(model.full_sizes())
         model.load_state_dict({name: weights(name) for name in model.full_sizes()})

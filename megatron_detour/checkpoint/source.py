@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour.errors import DetourError
-from megatron_detour.model.shape import Shape
 from megatron_detour.structured import parse_json, read_json_object
 from megatron_detour.tokenizer.vocabulary import hub_file
 
 WEIGHTS, WEIGHTS_INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 LONGEST_HEADER = 100_000_000  # bytes; the format's limit
 WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)+")  # prefixes of DistributedDataParallel and torch.compile
-ENCODER, HEAD = "model.", "head.dense.weight"
 
 
 @dataclass(frozen=True)
@@ -91,45 +89,20 @@ class StoredWeights:
         for name, size in sizes.items():
             stored = self.sizes.get(name)
             if stored is None:
-                raise DetourError(f"{origin}: the weights have no {name}; {self._why_missing(name)}")
+                raise DetourError(f"{origin}: the weights have no {name}; {self._why_missing(name, sizes)}")
             if stored != size:
                 raise DetourError(f"{origin}: {name} has size {stored}, but config.json implies {size}")
 
-    def _why_missing(self, name: str) -> str:
-        if name.removeprefix(ENCODER) in self.sizes:
+    def _why_missing(self, name: str, wanted: dict[str, tuple[int, ...]]) -> str:
+        if name.partition(".")[2] in self.sizes:
             return (
                 "this encoder has no masked-LM head (it was saved by AutoModel); start from the folder or hub id that "
                 "it was loaded from, or from one saved by AutoModelForMaskedLM"
             )
-        if any(key.startswith(ENCODER) for key in self.sizes):
+        if not wanted.keys().isdisjoint(self.sizes):
             return "use a model with a masked-LM head, as saved by AutoModelForMaskedLM"
         names = ", ".join(sorted(self.sizes)[:2]) or "nothing"
         return f"their names differ ({names}, ...); save the model with AutoModelForMaskedLM's save_pretrained"
-
-
-def weight_sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Return the names and full sizes of a ModernBERT's weights, as in model/modernbert.py."""
-    hidden, inner = shape.hidden, shape.intermediate
-    sizes: dict[str, tuple[int, ...]] = {
-        "model.embeddings.tok_embeddings.weight": (shape.vocabulary, hidden),
-        "model.embeddings.norm.weight": (hidden,),
-        "model.final_norm.weight": (hidden,),
-        HEAD: (hidden, hidden),
-        "head.norm.weight": (hidden,),
-        "decoder.bias": (shape.vocabulary,),
-    }
-    for number in range(shape.layers):
-        layer = f"model.layers.{number}"
-        if number:
-            sizes[f"{layer}.attn_norm.weight"] = (hidden,)
-        sizes |= {
-            f"{layer}.attn.Wqkv.weight": (3 * hidden, hidden),
-            f"{layer}.attn.Wo.weight": (hidden, hidden),
-            f"{layer}.mlp_norm.weight": (hidden,),
-            f"{layer}.mlp.Wi.weight": (2 * inner, hidden),
-            f"{layer}.mlp.Wo.weight": (hidden, inner),
-        }
-    return sizes
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_detour.checkpoint.source import weight_sizes
 from megatron_detour.commands import machine
 from megatron_detour.commands.machine import FAULT, NOTE, OK, CheckResult
 from megatron_detour.commands.parser import add_run_file
@@ -107,7 +106,7 @@ def _model(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
     if not faults and config.model.start is None:
         yield CheckResult(OK, "model", "initialized from the seed")
     elif not faults:
-        weights = len(weight_sizes(checked.shape))
+        weights = len(checked.shape.weights)
         yield CheckResult(OK, "model", f"{checked.model.start}: {weights} weights match config.json")
 
 

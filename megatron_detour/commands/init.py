@@ -22,8 +22,9 @@ from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.corpus.texts import Texts
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.forecast import Forecast, forecast
+from megatron_detour.model.families import PUBLISHED
 from megatron_detour.plan import Plan
-from megatron_detour.preflight import PUBLISHED, Preflight, look
+from megatron_detour.preflight import Preflight, look
 
 MOST_EPOCHS = 4  # more repetition gains little (Muennighoff et al., 2023)
 PAPER_TOKENS, PAPER_STEP, PAPER_LENGTH = 55 * 10**9, 3 * 2**20, 8192

@@ -99,8 +99,8 @@ class Model:
     start: Annotated[str | None, "Hugging Face folder or hub id to start from"] = None
     config: Annotated[
         dict[str, Any] | None,
-        "or the shape of a model to initialize: keys of transformers' ModernBertConfig; the vocabulary comes from "
-        "`model.tokenizer`",
+        "or the shape of a model to initialize: keys of its config.json, of a ModernBERT unless `model_type` says "
+        "otherwise; the vocabulary comes from `model.tokenizer`",
     ] = None
     tokenizer: Annotated[str | None, "folder or tokenizer.json; by default the start model's"] = None
     download: Annotated[bool, "download a hub id; otherwise only the local cache is read"] = False

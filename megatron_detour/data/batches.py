@@ -46,7 +46,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Flat int64 tensors, in the order of ModernBert.forward's arguments.
+    """Flat int64 tensors, in the order of the model's arguments.
 
     The labeled positions are computed on the CPU, as finding them on a GPU would require a synchronization.
     """

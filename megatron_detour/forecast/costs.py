@@ -11,8 +11,8 @@ import numpy as np
 from megatron_detour.config import Corpus
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.errors import DetourError
+from megatron_detour.model.families import Family
 from megatron_detour.model.flops import Frozen, training_flops
-from megatron_detour.model.shape import Shape
 from megatron_detour.plan import PlannedPhase
 
 SPANS, DOCUMENTS = 40, 250  # sampled per corpus: spans of consecutive documents, evenly spaced
@@ -44,7 +44,7 @@ class PhaseCost:
     lengths: tuple[int, ...]  # of documents of about one step, mixed by the corpora's weights
 
 
-def phase_cost(shape: Shape, phase: PlannedPhase, recompute: str, speed: Speed, gpus: int) -> PhaseCost:
+def phase_cost(shape: Family, phase: PlannedPhase, recompute: str, speed: Speed, gpus: int) -> PhaseCost:
     """Return the cost of a phase, over all GPUs."""
     samples = [sample_lengths(corpus, phase.sequence_length) for corpus in phase.corpora]
     sampled = all(lengths is not None for lengths in samples)
@@ -88,7 +88,7 @@ def sample_lengths(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | No
     return (*[sequence_length] * int(whole.sum()), *rest[rest > 0].tolist())
 
 
-def _flops(shape: Shape, phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
+def _flops(shape: Family, phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
     tokens = sum(lengths)
     labeled = round(tokens * phase.objective.labeled_share(tokens / len(lengths)))
     return training_flops(shape, lengths, phase.objective.causal, labeled, Frozen.of(phase.settings.freeze))

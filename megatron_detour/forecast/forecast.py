@@ -18,10 +18,10 @@ from megatron_detour.forecast.costs import PhaseCost, Speed
 from megatron_detour.forecast.memory import Load, Memory, Setting
 from megatron_detour.forecast.storage import Disk, Reading
 from megatron_detour.forecast.warnings import warnings
+from megatron_detour.model.families import Family
 from megatron_detour.model.flops import Frozen
 from megatron_detour.model.peaks import NAMES as PEAK_NAMES
 from megatron_detour.model.peaks import peak_flops
-from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.preflight import Preflight, preflight
 
@@ -37,7 +37,7 @@ class Forecast:
     device: str  # a GPU's name, or cpu
     gpu_memory: float  # GB
     origin: str  # of the model
-    shape: Shape | None
+    shape: Family | None
     parameters: int | None  # of the whole model
     setting: Setting | None
     memory: dict[str, Memory] | None  # of one rank, by phase
@@ -182,7 +182,7 @@ class Search:
     """Search for settings of a run that fit a GPU's memory."""
 
     plan: Plan
-    shape: Shape
+    shape: Family
     setting: Setting
     costs: dict[str, PhaseCost]  # by phase
     gigabytes: float
@@ -233,5 +233,5 @@ class Search:
         return Load(positions, labeled, phase.objective.causal, Frozen.of(phase.settings.freeze).below)
 
 
-def _costs(config: RunConfig, plan: Plan, shape: Shape, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:
+def _costs(config: RunConfig, plan: Plan, shape: Family, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:
     return tuple(costs.phase_cost(shape, phase, config.compute.recompute, speed, ranks) for phase in plan.phases)

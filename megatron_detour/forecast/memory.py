@@ -1,6 +1,6 @@
 """Peak memory of a rank in bytes, counted from the model's shape.
 
-Symbols: E hidden size, G width of the gated unit, L labeled positions of a micro-batch, t tensor-parallel ranks.
+Symbols: E hidden size, L labeled positions of a micro-batch, t tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from megatron_detour.model.shape import FULL, Shape
+from megatron_detour.model.families import Family
+from megatron_detour.model.families.base import FULL
 from megatron_detour.optimizers import DEFAULT
 
 GB, GIB = 10**9, 1 << 30
@@ -71,13 +72,15 @@ class Memory:
         return self.needed <= gigabytes * GB
 
 
-def parameters(shape: Shape, tensor: int = 1) -> tuple[int, int]:
+def parameters(shape: Family, tensor: int = 1) -> tuple[int, int]:
     """Return the elements of matrices and of vectors on a rank; with `tensor` 1, of the whole model."""
-    E, G = shape.hidden, shape.intermediate
-    vocabulary = math.ceil(shape.vocabulary / tensor)
-    matrices = vocabulary * E + E * E + shape.layers * (4 * E * E + 3 * G * E) // tensor
-    norms = 2 * shape.layers + 2  # embedding; two per layer, one in the first; final; head
-    return matrices, norms * E + vocabulary
+    matrices = vectors = 0
+    for weight in shape.weights.values():
+        if weight.is_matrix:
+            matrices += weight.elements(tensor)
+        else:
+            vectors += weight.elements(tensor)
+    return matrices, vectors
 
 
 def partition(groups: tuple[int, ...], data_size: int) -> int:
@@ -86,7 +89,7 @@ def partition(groups: tuple[int, ...], data_size: int) -> int:
     return sum(math.ceil(group / unit) * unit // data_size for group in groups)
 
 
-def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:
+def peak_memory(shape: Family, setting: Setting, load: Load) -> Memory:
     """Return the peak memory of a rank during a step."""
     item = setting.item_bytes
     elements = parameters(shape, setting.tensor)
@@ -110,7 +113,7 @@ def peak_memory(shape: Shape, setting: Setting, load: Load) -> Memory:
     return Memory(stays | parts, moment, setting.on_gpu)
 
 
-def activations(shape: Shape, setting: Setting, load: Load) -> int:
+def activations(shape: Family, setting: Setting, load: Load) -> int:
     """Return the bytes stored for the backward pass between the embedding and the head."""
     kept = sum(
         _layer_kept(shape, setting, load, kind, setting.recompute) for kind in shape.layer_types[load.frozen_below :]
@@ -118,37 +121,32 @@ def activations(shape: Shape, setting: Setting, load: Load) -> int:
     E, shared = shape.hidden, setting.tensor if setting.sequence_parallel else 1
     # Input and output (not sharded) of the last norm; selective also stores the embedding's output.
     ends = E // shared + E + (E // shared if setting.recompute == "selective" else 0)
-    tables = 2 * 2 * FP32 * (shape.head_dim // 2)  # cos and sin, global and local
+    tables = FP32 * shape.position_values
     inputs = 8 * 3  # ids and positions in int64, and the next micro-batch's ids
     return kept + load.positions * (ends * setting.item_bytes + tables + inputs)
 
 
-def _layer_kept(shape: Shape, setting: Setting, load: Load, kind: str, recompute: str) -> int:
+def _layer_kept(shape: Family, setting: Setting, load: Load, kind: str, recompute: str) -> int:
     """Return the bytes that one layer stores for the backward pass."""
-    E, G, t = shape.hidden, shape.intermediate, setting.tensor
-    shared = t if setting.sequence_parallel else 1
-    sums, normed = 2 * E / shared, 2 * E / shared
+    E, t = shape.hidden, setting.tensor
+    between, inside = shape.kept_by_layer(recompute, setting.fused)
+    between /= t if setting.sequence_parallel else 1
     if recompute == "full":
-        return round(load.positions * sums * setting.item_bytes)
-    inside = (4 * E + 2 * G) / t  # q, k, v and the output of attention; the output of Wi
-    if recompute == "none":
-        inside += G / t  # the gated unit's product
-        inside += 0 if setting.fused else G / t  # its gelu(a)
-    else:
-        normed = 0
+        return round(load.positions * between * setting.item_bytes)
+    inside /= t
     if not setting.flash and kind == FULL:
         inside += E / t  # outputs per document, and concatenated
     elif not setting.flash:
         blocks = 2 if load.causal else 3  # of keys and values for each block of queries, and their mask
         inside += 2 * blocks * E / t + blocks * shape.window
     statistics = (2 if recompute == "none" else 0) * 2 * FP32 + FP32 * shape.heads / t  # norms; log-sum-exps
-    return round(load.positions * ((sums + normed + inside) * setting.item_bytes + statistics))
+    return round(load.positions * ((between + inside) * setting.item_bytes + statistics))
 
 
-def _layer_work(shape: Shape, setting: Setting, load: Load) -> int:
-    """Return the bytes of one layer's backward pass: gradients of the gated unit, and recomputed activations."""
-    E, G = shape.hidden, shape.intermediate
-    work = load.positions * (3 * G // setting.tensor + 3 * E) * setting.item_bytes
+def _layer_work(shape: Family, setting: Setting, load: Load) -> int:
+    """Bytes of one layer's backward pass: gradients, and what is computed again."""
+    between, inside = shape.at_work_in_layer()
+    work = load.positions * (inside // setting.tensor + between) * setting.item_bytes
     if setting.recompute == "full":
         work += max(_layer_kept(shape, setting, load, kind, "none") for kind in set(shape.layer_types))
     return work
@@ -165,13 +163,12 @@ class _Head:
     gradient: int
 
 
-def _head(shape: Shape, setting: Setting, load: Load) -> _Head:
+def _head(shape: Family, setting: Setting, load: Load) -> _Head:
     E, item, L = shape.hidden, setting.item_bytes, load.labeled
     rows = math.ceil(shape.vocabulary / setting.tensor)
     chunk = max(min(CHUNK_ELEMENTS["cuda" if setting.on_gpu else "cpu"] // rows, L), 1)
     several = chunk < L
-    # Labeled rows, dense, gelu, norm, and the gradient of the last; labels and their positions in int64.
-    kept = L * (5 * E * item + 16)
+    kept = L * (shape.kept_by_head() * item + 16)  # and labels and where they are, in int64
     logits = chunk * rows * item
     if setting.on_gpu and not setting.fused:
         logits += 2 * chunk * rows * FP32  # the plain softmax's sums and probabilities

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from math import ceil
 
+from megatron_detour.model.families import Family
+from megatron_detour.model.families.base import FULL
 from megatron_detour.model.flops import BACKWARD, training_flops, visible_pairs
 from megatron_detour.model.peaks import Chip
-from megatron_detour.model.shape import FULL, Shape
 
 PRODUCTS = 0.71  # of the peak that large bf16 products reach: 700 of 989 TFLOP/s on an H100
 BANDWIDTH = 0.80  # of the data sheet's
@@ -21,7 +22,7 @@ OPTIMIZER_BYTES = 46  # per parameter and step: gradients summed and cleared, we
 
 
 def seconds(
-    shape: Shape, lengths: tuple[int, ...], causal: bool, labeled: int, chip: Chip, attention: str = "flash2"
+    shape: Family, lengths: tuple[int, ...], causal: bool, labeled: int, chip: Chip, attention: str = "flash2"
 ) -> float:
     """Return the time of a forward and backward pass over packed documents of these lengths, with fused kernels.
 
@@ -34,7 +35,7 @@ def seconds(
         for count in (visible_pairs, visited_pairs)
     )
     products = training_flops(shape, lengths, causal, labeled) - (1 + BACKWARD) * scores
-    moved = sum(lengths) * shape.layers * _layer_bytes(shape) + 5 * 2 * labeled * shape.vocabulary
+    moved = sum(lengths) * shape.layers * 2 * shape.moved_by_layer() + 5 * 2 * labeled * shape.vocabulary
     return (
         products / (PRODUCTS * chip.flops)
         + (1 + BACKWARD) * blocks / (ATTENTION[attention] * chip.flops)
@@ -53,13 +54,3 @@ def visited_pairs(length: int, causal: bool, window: int | None) -> int:
     reach = count - 1 if window is None else min(ceil(window / BLOCK), count - 1)
     one_side = reach * (reach + 1) // 2 + (count - 1 - reach) * reach
     return (count + one_side * (1 if causal else 2)) * BLOCK**2
-
-
-def _layer_bytes(shape: Shape) -> int:
-    """Return bytes read and written per token by a layer beside its products, in bf16, forward and backward."""
-    E, G = shape.hidden, shape.intermediate
-    norms = 2 * 8 * E
-    gated_unit = 8 * G
-    rotary = 2 * 4 * E
-    attention = 16 * E + 4 * E  # q, k, v, output and gradients; the fp32 sum of the queries' gradients
-    return 2 * (norms + gated_unit + rotary + attention)

@@ -1,1 +1,1 @@
-"""ModernBERT: its shape, attention, layers and FLOPs."""
+"""Encoders: families (one file each), the parts that they share, attention and FLOPs."""

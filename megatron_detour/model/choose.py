@@ -13,8 +13,8 @@ from megatron_detour.errors import DetourError
 from megatron_detour.kernels.check import Sizes
 from megatron_detour.kernels.choose import choose_kernels
 from megatron_detour.model.backends import choose_attention
-from megatron_detour.model.modernbert import Compute
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.compute import Compute
+from megatron_detour.model.families import Family
 
 SDPA_ON_GPU = (
     "  sdpa makes one call per document: for 45 documents and ModernBERT-base 990 + 2,897 kernel launches, where a "
@@ -38,7 +38,7 @@ class Choice:
         return "\n".join([chosen, *(f"  skipped: {why}" for why in self.skipped), *slow])
 
 
-def run_sizes(shape: Shape, tensor: int, micro_batches: Iterable[tuple[int, int, bool]]) -> Sizes:
+def run_sizes(shape: Family, tensor: int, micro_batches: Iterable[tuple[int, int, bool]]) -> Sizes:
     """Return what one of `tensor` ranks computes, for every phase's sequence length, sequences and direction."""
     micro_batches = list(micro_batches)
     return Sizes(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_detour.model.shape import FULL, SLIDING, Shape
+from megatron_detour.model.families import Family
+from megatron_detour.model.families.base import FULL, SLIDING
 from megatron_detour.model_parts import layers_of
 
 BACKWARD = 2  # times the forward pass: the gradients of the input and of the weight
@@ -42,25 +43,25 @@ NOTHING_FROZEN = Frozen()
 
 
 def training_flops(
-    shape: Shape, lengths: tuple[int, ...], causal: bool, labeled: int, frozen: Frozen = NOTHING_FROZEN
+    shape: Family, lengths: tuple[int, ...], causal: bool, labeled: int, frozen: Frozen = NOTHING_FROZEN
 ) -> int:
     """Return the FLOPs of a forward and backward pass over documents of these lengths, of all tensor ranks together.
 
     `labeled` is the number of labeled positions. A frozen weight needs no gradient; a layer with nothing trainable at
     or below it has no backward pass.
     """
-    products = sum(lengths) * 2 * _layer_weights(shape)
     windows = {FULL: None, SLIDING: shape.window}
     scores = {  # query-key products and weighted sums of values
         kind: sum(visible_pairs(length, causal, windows[kind]) for length in lengths) * 4 * shape.hidden
         for kind in set(shape.layer_types)
     }
     flops = 0
-    for number, kind in enumerate(shape.layer_types):
+    for number, (kind, weights) in enumerate(zip(shape.layer_types, shape.layer_products, strict=True)):
+        products = sum(lengths) * 2 * weights
         flops += products + scores[kind]
         if number >= frozen.below:
             flops += BACKWARD * scores[kind] + (BACKWARD - (number in frozen.layers)) * products
-    dense, decoder = labeled * 2 * shape.hidden**2, labeled * 2 * shape.hidden * shape.vocabulary
+    dense, decoder = labeled * 2 * shape.head_products, labeled * 2 * shape.hidden * shape.vocabulary
     # The decoder's weight is tied to the embeddings.
     return flops + (1 + BACKWARD - frozen.head) * dense + (1 + BACKWARD - frozen.embeddings) * decoder
 
@@ -70,9 +71,3 @@ def visible_pairs(length: int, causal: bool, window: int | None) -> int:
     reach = length - 1 if window is None else min(window, length - 1)
     one_side = reach * (reach + 1) // 2 + (length - 1 - reach) * reach  # keys before the query
     return length + one_side * (1 if causal else 2)
-
-
-def _layer_weights(shape: Shape) -> int:
-    attention = 4 * shape.hidden**2
-    gated_unit = 3 * shape.hidden * shape.intermediate
-    return attention + gated_unit

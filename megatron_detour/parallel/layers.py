@@ -1,6 +1,6 @@
 """Megatron's three layers: an embedding sharded by vocabulary, linear layers sharded by output (column) or input (row).
 
-T positions, E input features, F output features, n tensor ranks. No layer has a bias, as in ModernBERT.
+T positions, E input features, F output features, n tensor ranks. No layer has a bias.
 Between the layers there are S positions: T, or T / n with sequence parallelism.
 """
 

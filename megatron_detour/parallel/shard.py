@@ -7,26 +7,10 @@ Rows that do not divide evenly are padded with zeros: of two parts [a; b] of 5 r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class ShardSpec:
-    """Shard dimension `dim`, 0 or 1, of total length `size`, of a parameter with `parts` fused blocks."""
-
-    dim: int
-    size: int
-    parts: int = 1
-
-    def local(self, ranks: int) -> int:
-        """Return the length of one rank's shard, with padding."""
-        return self.parts * self._per_part(ranks)
-
-    def _per_part(self, ranks: int) -> int:
-        return -(-(self.size // self.parts) // ranks)
+from megatron_detour.parallel.shard_spec import ShardSpec
 
 
 def mark_sharded(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:

@@ -14,7 +14,8 @@ from typing import Any
 from megatron_detour import __version__
 from megatron_detour.checkpoint.huggingface import RUN_STATE, Source
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.model.shape import FULL, Shape
+from megatron_detour.model.families import Family
+from megatron_detour.model.families.base import FULL
 from megatron_detour.objectives import REFERENCE
 from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import validation_rows
@@ -38,14 +39,14 @@ class Card:
 
     facts: CheckpointInfo
     given: CardMetadata
-    shape: Shape
+    shape: Family
     parameters: int
     folder: str  # its name, the default name of the model
     repository: str | None  # on the hub
     dtype: str
     difference: float  # relative difference of the logits from transformers'
     decoder: bool
-    first_version: str  # oldest transformers that opens the folder
+    opens_in: str  # versions of transformers that open the folder
     evaluation: list[dict[str, Any]] | None  # rows: task, title, metric, mean, sd, seeds
 
     def text(self) -> str:
@@ -73,7 +74,7 @@ class Card:
             "pipeline_tag": pipeline,
             "base_model": self.base_model,
             "tags": [
-                "modernbert",
+                self.shape.model_type,
                 *self._start_tag(),
                 "megatron-detour",
                 *self._detour_tag(),
@@ -178,14 +179,9 @@ class Card:
             padding=self._padding(),
             mask_rate=_number(facts.run_settings.get("validation"), "mask_rate"),
             settings=facts.config.to_dict(),
-            transformers=self._opens_in(),
+            transformers=f"transformers {self.opens_in}",
             software=__version__,
         )
-
-    def _opens_in(self) -> str:
-        mistaken = not self.decoder and self.first_version.startswith("4.")
-        exception = "; not 4.54.0, whose local layers differ" if mistaken else ""
-        return f"transformers {self.first_version} and later{exception}"
 
     def _start(self) -> str:
         """Describe the start model without its path."""

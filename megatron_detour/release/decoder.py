@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from megatron_detour.model.shape import SLIDING, Shape
+from megatron_detour.model.families.base import SLIDING
+from megatron_detour.model.families.modernbert import ModernBert
 from megatron_detour.release import portable
 
 # Keys of an encoder's config.json that the decoder does not have.
@@ -19,7 +20,7 @@ ENCODER_KEYS = (
 )
 
 
-def decoder_config(config: dict[str, Any], shape: Shape, dtype: str) -> dict[str, Any]:
+def decoder_config(config: dict[str, Any], shape: ModernBert, dtype: str) -> dict[str, Any]:
     """Return the config.json. `dtype` is that of the weights, such as "bfloat16".
 
     In the decoder's local layers a query attends to local_attention / 2 keys, including its own; in training it
@@ -37,14 +38,20 @@ def decoder_config(config: dict[str, Any], shape: Shape, dtype: str) -> dict[str
     }
 
 
-def has_one_theta(shape: Shape) -> bool:
+def has_one_theta(shape: ModernBert) -> bool:
     """Return whether all layers use one rope theta, as in transformers 4's ModernBertDecoder."""
     return shape.global_theta == shape.local_theta or SLIDING not in shape.layer_types
 
 
-def first_version(shape: Shape) -> str:
-    """Return the oldest transformers that opens the decoder."""
-    return "4.54" if has_one_theta(shape) else "5.0"
+def opens_in(shape: ModernBert) -> str:
+    """Return the versions of transformers that open the decoder."""
+    return "4.54 and later" if has_one_theta(shape) else "5.0 and later"
+
+
+def release_warnings(shape: ModernBert) -> list[str]:
+    if has_one_theta(shape):
+        return []
+    return ["transformers 4's decoder has one rope theta, the model two: the folder opens in 5 only"]
 
 
 def decoder_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from megatron_detour.checkpoint import huggingface, store
 from megatron_detour.checkpoint.huggingface import OPTIMIZER, RUN_STATE, Source, Weights
 from megatron_detour.errors import DetourError
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.families import Family, read_shape
 from megatron_detour.release import decoder, portable
 from megatron_detour.release.card import Card, refuse_unknown_corpora
 from megatron_detour.release.card_metadata import CardMetadata
@@ -62,7 +62,9 @@ def export(
     source = Source(str(folder))
     config = source.config()
     vocabulary = load_vocabulary(folder)
-    shape = Shape.of(config, str(folder))
+    shape = read_shape(config, str(folder))
+    if as_decoder and not shape.has_decoder:
+        raise DetourError(f"--decoder: {shape.label} has no decoder's form in transformers; leave the option out")
     model = huggingface.load_model(source, shape)
     if scored:
         _refuse_other_weights(scored, model.state_dict(), folder)
@@ -84,7 +86,7 @@ def export(
             dtype=dtype,
             difference=difference,
             decoder=as_decoder,
-            first_version=(decoder if as_decoder else portable).first_version(shape),
+            opens_in=decoder.opens_in(shape) if as_decoder else shape.opens_in,
             evaluation=evaluation,
         )
         (aside / "README.md").write_text(card.text(), encoding="utf-8")
@@ -96,10 +98,7 @@ def export(
     warnings = card.warnings()
     if evaluation and not scored:
         warnings.append("the evaluated folder is missing or has changed: cannot verify the scores' model")
-    if not as_decoder and portable.every_n_layers(shape) is None:
-        warnings.append("transformers 4 does not support this pattern of global layers: the folder opens in 5 only")
-    if as_decoder and not decoder.has_one_theta(shape):
-        warnings.append("transformers 4's decoder has one rope theta, the model two: the folder opens in 5 only")
+    warnings += decoder.release_warnings(shape) if as_decoder else shape.release_warnings()
     return Exported(folder, facts.state, card.difference, warnings)
 
 
@@ -118,7 +117,7 @@ def _refuse_other_weights(scored: Path, weights: dict[str, torch.Tensor], checkp
 def _write_model(
     aside: Path,
     config: dict[str, Any],
-    shape: Shape,
+    shape: Family,
     source: Source,
     vocabulary: Vocabulary,
     weights: dict[str, torch.Tensor],

@@ -20,7 +20,7 @@ from megatron_detour.checkpoint.huggingface import Source
 from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.errors import DetourError
 from megatron_detour.files import flush, retry
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.families import Family, read_shape
 from megatron_detour.observe import meter
 from megatron_detour.plan import Step
 from megatron_detour.run_directory import CHECKPOINTS, METRICS, newest_checkpoint, note, refuse_full_disk, start_hash
@@ -219,10 +219,11 @@ class Background:
             self._submitted.popleft().result()
 
 
-def refuse_another_shape(checkpoint: Path, shape: Shape) -> None:
+def refuse_another_shape(checkpoint: Path, shape: Family) -> None:
     """Raise DetourError if the start model changed its heads, windows or thetas, which the weights would still fit."""
-    saved = Shape.of(Source(str(checkpoint)).config(), str(checkpoint))
-    for name in (field.name for field in fields(Shape) if field.name not in ("max_positions", "initializer_range")):
+    saved = read_shape(Source(str(checkpoint)).config(), str(checkpoint))
+    compared = [field.name for field in fields(shape) if field.name not in ("max_positions", "initializer_range")]
+    for name in ("model_type", *compared):
         before, now = getattr(saved, name), getattr(shape, name)
         if before != now:
             raise DetourError(

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from megatron_detour.config import RunConfig
+from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.families import Family
 from megatron_detour.model_parts import layers_of
 from megatron_detour.parallel.zero import Zero
 from megatron_detour.plan import PlannedPhase
-
-HEAD = ("head.", "decoder.")
 
 
 def skip_frozen(optimizer: torch.optim.Optimizer) -> None:
@@ -33,7 +33,7 @@ def skip_frozen(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step = step
 
 
-def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: LanguageModel, config: RunConfig) -> list[dict[str, Any]]:
     """Group parameters by weight decay (matrices only, not norms and biases) and by the phases that freeze them."""
     frozen = {phase.name: frozen_parameters(model, phase.freeze) for phase in config.phases}
     groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
@@ -51,9 +51,9 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     ]
 
 
-def frozen_parameters(model: nn.Module, freeze: tuple[str, ...]) -> set[str]:
+def frozen_parameters(model: LanguageModel, freeze: tuple[str, ...]) -> set[str]:
     """Return the names of the parameters of these parts, all of which the model has (see preflight.py)."""
-    prefixes = tuple(prefix for part in freeze for prefix in _prefixes(part))
+    prefixes = tuple(prefix for part in freeze for prefix in _prefixes(model.shape, part))
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
@@ -65,9 +65,6 @@ def freeze(zero: Zero, phase: PlannedPhase) -> None:
             parameter.requires_grad_(not group.options["frozen"])
 
 
-def _prefixes(part: str) -> tuple[str, ...]:
-    if part == "head":
-        return HEAD
-    if not part.startswith("layers."):
-        return (f"model.{part}.",)
-    return tuple(f"model.layers.{number}." for number in layers_of(part))
+def _prefixes(shape: Family, part: str) -> tuple[str, ...]:
+    layers = tuple(f"{shape.layer_prefix}{number}." for number in layers_of(part))
+    return layers or shape.part_prefixes[part]

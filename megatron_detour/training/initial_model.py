@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_detour.checkpoint.huggingface import TOKENIZER_FILES, fresh_config
 from megatron_detour.checkpoint.source import Source
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.families import Family, read_shape
 from megatron_detour.preflight import Preflight
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer
 from megatron_detour.tokenizer.word_boundaries import Words
@@ -18,7 +18,7 @@ from megatron_detour.tokenizer.word_boundaries import Words
 @dataclass(frozen=True)
 class InitialModel:
     config: dict[str, Any]  # config.json
-    shape: Shape
+    shape: Family
     weights: Source | None  # None: initialized from the seed
     tokenizer: Source
     tokenizer_file: Path
@@ -32,7 +32,7 @@ class InitialModel:
         model = checked.refuse().model
         weights = Source(model.start, model.download) if model.start else None
         config = weights.config() if weights else fresh_config(model.config, checked.vocabulary)
-        shape = Shape.of(config, model.start or "model.config")
+        shape = read_shape(config, model.start or "model.config")
         tokenizer = Source(model.tokenizer or model.start, model.download)
         file = find_tokenizer(tokenizer.name, tokenizer.download)
         return cls(config, shape, weights, _fetched(tokenizer), file, checked.vocabulary, checked.words, checked)

@@ -30,7 +30,6 @@ from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.files import retry
 from megatron_detour.model.choose import choose_compute, run_sizes
 from megatron_detour.model.flops import Frozen, training_flops
-from megatron_detour.model.modernbert import ModernBert
 from megatron_detour.observe.meter import memory_bytes, utilization
 from megatron_detour.parallel.shard import spec_of
 from megatron_detour.plan import Plan, Step
@@ -71,7 +70,7 @@ def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemp
             device,
             training_dtype(initial.checked.deepspeed),
         )
-        model = ModernBert(initial.shape, parallel, choice.compute, config.z_loss)
+        model = initial.shape.build(parallel, choice.compute, config.z_loss)
         zero = create_engine(model, config, initial.checked.deepspeed, parallel)
         trainer = Trainer(Run(config, plan, folder, initial, data, parallel, device, choice, zero, preemption))
         detector.has_saved, detector.on_failure = lambda: trainer.checkpoints.has_saved, trainer.recorder.note_end

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.files import retry
-from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.model.encoder import LanguageModel
 from megatron_detour.objectives import KINDS, REFERENCE, Corruption
 from megatron_detour.tokenizer.token_bytes import byte_lengths
 from megatron_detour.training.run import Run
@@ -39,7 +39,7 @@ class Validation:
         names = _names(self.mixture.prefixes)
         self.by_corpus = {name: self.documents[self.documents.corpora == i] for i, name in enumerate(names)}
 
-    def __call__(self, model: ModernBert) -> dict[str, float]:
+    def __call__(self, model: LanguageModel) -> dict[str, float]:
         """Return losses (nats per labeled token), bits per byte and masked accuracy over all corpora.
 
         With several corpora there is also KEY/NAME for each. Every rank must call it.
@@ -56,7 +56,7 @@ class Validation:
         return figures
 
     @torch.no_grad()
-    def _sums(self, model: ModernBert, objective: Corruption, documents: Documents) -> np.ndarray:
+    def _sums(self, model: LanguageModel, objective: Corruption, documents: Documents) -> np.ndarray:
         """Return the sums of loss, correct predictions, labeled tokens and their bytes, float64 [4]."""
         totals, state = torch.zeros(4, dtype=torch.float64, device=self.device), self.state
         tokens = int(documents.lengths.sum())

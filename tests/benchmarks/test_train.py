@@ -17,7 +17,7 @@ from benchmarks.workload import Workload, make_workload
 from megatron_detour.data.batches import MicroBatch
 from megatron_detour.errors import DetourError
 from megatron_detour.model.attention import AttentionPattern, dense_attention
-from megatron_detour.model.modernbert import Compute
+from megatron_detour.model.compute import Compute
 from megatron_detour.objectives import IGNORE
 from megatron_detour.parallel.state import ParallelState
 from tests.harness import run_ranks

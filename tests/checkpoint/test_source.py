@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_detour.checkpoint.huggingface import load_model
-from megatron_detour.checkpoint.source import Source, StoredWeights, weight_sizes
+from megatron_detour.checkpoint.source import Source, StoredWeights
 from megatron_detour.config import Model
 from megatron_detour.errors import DetourError
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.families import read_shape
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import check_model
 from tests.models import CONFIG, tiny
@@ -38,10 +38,6 @@ def faults_of(start: Path) -> tuple[str, ...]:
 
 def weights() -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in tiny(vocab_size=400).named_parameters()}
-
-
-def test_names_and_sizes_are_the_models():
-    assert weight_sizes(Shape.of(CONFIG, "tests")) == tiny().full_sizes()
 
 
 FORMS = {  # how names are changed, and what is told
@@ -69,11 +65,11 @@ def test_plan_and_run_say_the_same_of_a_start_folder(start, form):
     told = faults_of(start)
     if why is None:
         assert told == ()
-        loaded = load_model(source, Shape.of(source.config(), "tests"))
+        loaded = load_model(source, read_shape(source.config(), "tests"))
         assert all(torch.equal(p, weights()[name]) for name, p in loaded.named_parameters())
         return
     with pytest.raises(DetourError, match=why) as refusal:
-        load_model(source, Shape.of(source.config(), "tests"))
+        load_model(source, read_shape(source.config(), "tests"))
     assert told == (f"model.start: {refusal.value}",)
 
 

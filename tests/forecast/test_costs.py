@@ -18,16 +18,16 @@ from megatron_detour.forecast import costs, forecast, headline, render
 from megatron_detour.forecast.costs import Speed, sample_lengths
 from megatron_detour.forecast.storage import disk, readings
 from megatron_detour.forecast.warnings import warnings
+from megatron_detour.model.families import PUBLISHED, Family, read_shape
 from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.model.peaks import peak_flops
-from megatron_detour.model.shape import Shape
 from megatron_detour.plan import Plan
-from megatron_detour.preflight import DEFAULTS, Preflight, preflight
+from megatron_detour.preflight import Preflight, preflight
 from tests.harness import ROOT, environment
 from tests.models import CONFIG
 
 RECIPES = ROOT / "examples/recipes"
-TINY = Shape.of(CONFIG, "tests")
+TINY = read_shape(CONFIG, "tests")
 
 
 def run_file(**changes) -> dict:
@@ -195,7 +195,7 @@ def test_peaks_by_the_names_that_torch_gives(name, teraflops):
     assert peak_flops(name, "float32") is None
 
 
-def known(config, shape: Shape) -> Preflight:
+def known(config, shape: Family) -> Preflight:
     return Preflight(shape=shape, deepspeed=read_deepspeed_config(config.deepspeed))
 
 
@@ -215,7 +215,7 @@ def test_sessions_of_a_time_limit():
 
 
 def test_the_head_of_a_run_is_short_and_survives_what_is_not_known(tmp_path):
-    shape = Shape.of(DEFAULTS, "base")
+    shape = read_shape(PUBLISHED["answerdotai/ModernBERT-base"], "base")
     config, plan = planned(folder=str(tmp_path))
     lines = headline(forecast(config, plan, 2, checked=known(config, shape))).splitlines()
     assert len(lines) <= 8

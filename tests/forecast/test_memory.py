@@ -12,17 +12,16 @@ from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.forecast import memory
 from megatron_detour.forecast.forecast import memory_setting
 from megatron_detour.forecast.memory import Load, Setting, activations, parameters, partition, peak_memory
-from megatron_detour.model.modernbert import Compute, ModernBert
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.compute import Compute
+from megatron_detour.model.families import FAMILIES, PUBLISHED, Family, read_shape
 from megatron_detour.optimizers import KINDS
 from megatron_detour.parallel import loss
 from megatron_detour.parallel.state import ParallelState
-from megatron_detour.preflight import DEFAULTS, LARGE, PUBLISHED
 from tests.harness import run_ranks, slow
 from tests.models import CONFIG, microbatch, tiny
 from tests.training.test_zero2 import run_config
 
-BASE, LARGE_SHAPE = Shape.of(DEFAULTS, "base"), Shape.of(DEFAULTS | LARGE, "large")
+BASE, LARGE = (read_shape(PUBLISHED[f"answerdotai/ModernBERT-{size}"], size) for size in ("base", "large"))
 BF16, FP32 = True, False
 # As wide as base and large in proportion to the hidden size, with windows far shorter than the documents.
 PROPORTIONS = {"base": 96, "large": 164}
@@ -34,29 +33,22 @@ def elements_of(model: torch.nn.Module) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("shape", [BASE, LARGE_SHAPE], ids=["base", "large"])
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
 def test_parameters_are_the_models(shape, tensor):
     with torch.device("meta"):
-        model = ModernBert(shape, ParallelState(tensor_size=tensor))
+        model = shape.build(ParallelState(tensor_size=tensor))
     assert parameters(shape, tensor) == elements_of(model)
 
 
 def test_parameters_of_a_vocabulary_that_no_size_divides():
     for tensor in (1, 2, 4):
-        assert parameters(Shape.of(CONFIG, "tiny"), tensor) == elements_of(tiny(ParallelState(tensor_size=tensor)))
+        assert parameters(read_shape(CONFIG, "tiny"), tensor) == elements_of(tiny(ParallelState(tensor_size=tensor)))
 
 
 def test_the_published_models():
     """149.66M and 395.88M with 50,368 ids, 136.1M and 377.8M with 32,768."""
-    counts = [round(sum(parameters(Shape.of(config, name))) / 1e6, 2) for name, config in PUBLISHED.items()]
+    counts = [round(sum(parameters(read_shape(config, name))) / 1e6, 2) for name, config in PUBLISHED.items()]
     assert counts == [149.66, 395.88, 136.12, 377.84]
-
-
-def test_defaults_are_transformers():
-    from transformers import ModernBertConfig
-
-    theirs = ModernBertConfig().to_dict()
-    assert {key: theirs[key] for key in DEFAULTS} == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -67,8 +59,8 @@ def test_defaults_are_transformers():
         (BASE, 1, 4, 299_310_464, 448_965_696),
         (BASE, 1, 8, 299_310_464, 224_482_848),
         # 395,881,664 parameters.
-        (LARGE_SHAPE, 1, 1, 791_763_328, 4_750_579_968),
-        (LARGE_SHAPE, 1, 8, 791_763_328, 593_822_496),
+        (LARGE, 1, 1, 791_763_328, 4_750_579_968),
+        (LARGE, 1, 8, 791_763_328, 593_822_496),
         # All but the norms (46 x 768) and head.dense (768 x 768) is halved: 75,140,192 a rank.
         (BASE, 2, 4, 150_280_384, 225_420_576),
     ],
@@ -89,13 +81,14 @@ def test_the_states_of_the_chosen_optimizer_are_counted():
     assert parts == {"adamw": 12 * 149_655_232, "lion": 8 * 149_655_232}
 
 
-def small(width: int) -> Shape:
-    return Shape.of(CONFIG | {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 1}, "tests")
+def small(model_type: str, width: int) -> Family:
+    sizes = {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 1}
+    return read_shape(CONFIG | sizes | {"model_type": model_type}, "tests")
 
 
-def kept_bytes(width: int, recompute: str, causal: bool, lengths: tuple[int, ...]) -> int:
+def kept_bytes(shape: Family, recompute: str, causal: bool, lengths: tuple[int, ...]) -> int:
     """Of storages that the body of a small model keeps for its backward pass, its weights left out."""
-    model = ModernBert(small(width), ParallelState(), Compute(recompute=recompute))
+    model = shape.build(ParallelState(), Compute(recompute=recompute))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     batch, kept = microbatch(lengths, causal), {}
 
@@ -117,13 +110,15 @@ def kept_bytes(width: int, recompute: str, causal: bool, lengths: tuple[int, ...
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("size", PROPORTIONS)
-def test_activations_are_what_a_model_keeps(size, recompute, causal):
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_activations_are_what_a_model_keeps(model_type, size, recompute, causal):
     """SDPA and plain kernels on a CPU; what FlashAttention and Triton's kernels keep is counted by hand below."""
     lengths = (160, 96, 256)  # together a whole number of windows, as in training
-    found = kept_bytes(PROPORTIONS[size], recompute, causal, lengths)
+    shape = small(model_type, PROPORTIONS[size])
+    found = kept_bytes(shape, recompute, causal, lengths)
     setting = Setting(FP32, recompute=recompute, flash=False, fused=False, on_gpu=False)
     load = Load(sum(lengths), 100, causal)
-    assert activations(small(PROPORTIONS[size]), setting, load) == pytest.approx(found, rel=0.02)
+    assert activations(shape, setting, load) == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +126,13 @@ def test_activations_are_what_a_model_keeps(size, recompute, causal):
     [
         # Two sums, two normed inputs, q, k, v and the output of attention, the output of Wi (twice the width), product.
         (BASE, "none", 1, False, 8 * 768 + 3 * 1152),
-        (LARGE_SHAPE, "none", 1, False, 8 * 1024 + 3 * 2624),
+        (LARGE, "none", 1, False, 8 * 1024 + 3 * 2624),
         (BASE, "selective", 1, False, 6 * 768 + 2 * 1152),
-        (LARGE_SHAPE, "selective", 1, False, 6 * 1024 + 2 * 2624),
-        (LARGE_SHAPE, "full", 1, False, 2 * 1024),
+        (LARGE, "selective", 1, False, 6 * 1024 + 2 * 2624),
+        (LARGE, "full", 1, False, 2 * 1024),
         (BASE, "none", 2, False, 4 * 768 + (4 * 768 + 3 * 1152) // 2),
         (BASE, "none", 2, True, (8 * 768 + 3 * 1152) // 2),
-        (LARGE_SHAPE, "full", 4, True, 2 * 1024 // 4),
+        (LARGE, "full", 4, True, 2 * 1024 // 4),
     ],
 )
 def test_a_layer_on_a_gpu_by_hand(shape, recompute, tensor, sequence, values):
@@ -163,7 +158,7 @@ def test_a_step_says_when_it_holds_most():
     assert peak_memory(BASE, Setting(BF16), Load(2048, 300, False)).moment == "start of the backward pass"
     assert peak_memory(BASE, Setting(BF16, recompute="full"), Load(16_384, 4000, False)).moment.endswith("of a layer")
     # Little is left but the weights of all ranks, gathered for a checkpoint.
-    few = peak_memory(LARGE_SHAPE, Setting(BF16, recompute="full", data=8), Load(512, 100, False))
+    few = peak_memory(LARGE, Setting(BF16, recompute="full", data=8), Load(512, 100, False))
     assert (few.moment, few.parts["gathered weights"]) == ("checkpoint", 4 * 395_881_664)
     cpu = peak_memory(BASE, Setting(FP32, flash=False, fused=False, on_gpu=False), Load(65_536, 1000, False))
     assert cpu.needed == round(1.1 * cpu.counted)
@@ -194,7 +189,7 @@ def partitions(tensor: int):
 
 @pytest.mark.parametrize(("ranks", "tensor"), [(1, 1), (4, 2), slow(4, 1)])
 def test_partitions_are_zero2s(tmp_path, ranks, tensor):
-    shape = Shape.of(CONFIG, "tiny")
+    shape = read_shape(CONFIG, "tiny")
     expected = partition(parameters(shape, tensor), ranks // tensor)
     for masters, alignment in run_ranks(ranks, "tests.forecast.test_memory:partitions", tmp_path, tensor):
         assert masters == expected

@@ -7,7 +7,7 @@ import torch
 from transformers import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM, ModernBertForMaskedLM
 
 from megatron_detour.model.attention import AttentionPattern
-from megatron_detour.model.modernbert import ModernBert
+from megatron_detour.model.encoder import LanguageModel
 from tests.models import CONFIG, loss_of, microbatch, tiny
 
 pytestmark = pytest.mark.integration
@@ -37,7 +37,7 @@ def given_to_transformers(changes: dict) -> dict:
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def pair(request) -> tuple[ModernBert, ModernBertForMaskedLM]:
+def pair(request) -> tuple[LanguageModel, ModernBertForMaskedLM]:
     """Ours and transformers' model with the same weights."""
     changes = SHAPES[request.param]
     ours = tiny(scale=5.0 if request.param == "tiny" else 1.5, **changes)
@@ -122,7 +122,7 @@ def test_causal_logits_equal_their_decoder_with_the_window_matched(shape):
     assert_logits_close(ours.logits(batch.input_ids, batch.positions, LENGTHS, causal=True), reference)
 
 
-def as_decoder(model: ModernBert) -> dict[str, torch.Tensor]:
+def as_decoder(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights under ModernBertDecoder's names: q, k and v apart, the head as lm_head."""
     weights = {}
     for name, weight in model.state_dict().items():
@@ -142,7 +142,7 @@ def assert_logits_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_rotary_tables_at_far_positions():
     from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 
-    from megatron_detour.model.modernbert import rotary_tables
+    from megatron_detour.model.embeddings import rotary_tables
 
     config = ModernBertConfig(**given_to_transformers({}))
     positions = torch.arange(8192)

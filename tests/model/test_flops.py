@@ -10,14 +10,14 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_detour.model.attention import AttentionPattern, dense_attention
+from megatron_detour.model.compute import Compute
+from megatron_detour.model.families import FAMILIES, read_shape
 from megatron_detour.model.flops import Frozen, training_flops, visible_pairs
-from megatron_detour.model.modernbert import Compute, ModernBert
-from megatron_detour.model.shape import Shape
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.training.freezing import frozen_parameters
 from tests.models import CONFIG, microbatch
 
-SHAPE = Shape.of(CONFIG, "tests")
+SHAPE = read_shape(CONFIG, "tests")
 
 
 @pytest.mark.parametrize("window", [None, 0, 1, 4, 64])
@@ -45,16 +45,19 @@ def test_a_small_model_counted_by_hand():
     assert training_flops(SHAPE, (12, 2), causal=True, labeled=7) == 3 * (linear + attention + head)
 
 
-def dense_by_document(qkv: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    alone = [AttentionPattern((length,), False, None, pattern.device) for length in pattern.lengths]
-    return torch.cat([dense_attention(*pair) for pair in zip(qkv.split(pattern.lengths), alone, strict=True)])
+def dense_by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    documents = zip(*(x.split(pattern.lengths) for x in (q, k, v)), pattern.lengths, strict=True)
+    alone = [(*parts, AttentionPattern((length,), False, None, pattern.device)) for *parts, length in documents]
+    return torch.cat([dense_attention(*each) for each in alone])
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("lengths", [(9,), (5, 9, 1)])
 @pytest.mark.parametrize("labeled", [0.0, 0.4, 1.0])
-def test_torch_counts_as_many(lengths, labeled):
+def test_torch_counts_as_many(lengths, labeled, model_type):
     """Documents within the window, so that a query and a key of a document always see each other."""
-    model = ModernBert(SHAPE, ParallelState(), Compute(attention=dense_by_document))
+    shape = read_shape(CONFIG | {"model_type": model_type}, "tests")
+    model = shape.build(ParallelState(), Compute(attention=dense_by_document))
     batch = microbatch(lengths, causal=False, labeled=labeled)
     with FlopCounterMode(display=False) as forward:
         hidden = model.model(batch.input_ids, batch.positions, batch.lengths, False)
@@ -62,7 +65,7 @@ def test_torch_counts_as_many(lengths, labeled):
         logits = functional.linear(features, model.model.embeddings.tok_embeddings.weight, model.decoder.bias)
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
-    counted = training_flops(SHAPE, lengths, causal=False, labeled=len(batch.labeled))
+    counted = training_flops(shape, lengths, causal=False, labeled=len(batch.labeled))
     assert forward.get_total_flops() == counted / 3
     assert backward.get_total_flops() == counted * 2 / 3
 
@@ -71,7 +74,7 @@ def test_torch_counts_as_many(lengths, labeled):
     "parts", [(), ("layers.1-2",), ("embeddings", "layers.0"), ("embeddings", "layers.0-1", "layers.3"), ("head",)]
 )
 def test_torch_counts_as_many_where_parts_are_frozen(parts):
-    model = ModernBert(SHAPE, ParallelState(), Compute(attention=dense_by_document))
+    model = SHAPE.build(ParallelState(), Compute(attention=dense_by_document))
     frozen = frozen_parameters(model, parts) if parts else ()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

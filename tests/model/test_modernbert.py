@@ -10,8 +10,8 @@ import torch
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels.check import Sizes
 from megatron_detour.model.choose import choose_compute
-from megatron_detour.model.modernbert import Compute
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.compute import Compute
+from megatron_detour.model.families import read_shape
 from tests.models import CONFIG, loss_of, microbatch, tiny
 
 
@@ -53,7 +53,7 @@ def test_old_and_new_configurations_mean_the_same_shape():
         "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
         "rope_parameters": {"full_attention": {"rope_theta": 1000.0}, "sliding_attention": {"rope_theta": 500.0}},
     }
-    assert Shape.of(old, "old") == Shape.of(new, "new")
+    assert read_shape(old, "old") == read_shape(new, "new")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_old_and_new_configurations_mean_the_same_shape():
 )
 def test_another_kind_of_model_is_refused(change, told):
     with pytest.raises(DetourError, match=told):
-        Shape.of(CONFIG | change, "somewhere")
+        read_shape(CONFIG | change, "somewhere")
 
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -92,7 +92,7 @@ def test_a_wrong_value_of_a_configuration_is_a_sentence(key):
         if key.startswith("global_"):
             del config["rope_parameters"]  # it rules
         try:
-            shape = Shape.of(config, "config.json")
+            shape = read_shape(config, "config.json")
         except DetourError as error:
             assert str(error).startswith("config.json: ") and last in str(error), (value, str(error))
             continue

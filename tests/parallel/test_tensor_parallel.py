@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from megatron_detour.model.modernbert import Compute
+from megatron_detour.model.compute import Compute
+from megatron_detour.model.families import FAMILIES
 from megatron_detour.parallel.shard import ShardSpec, shard, spec_of, unshard
 from megatron_detour.parallel.state import ParallelState
 from tests.harness import run_ranks, slow, start_gloo
@@ -32,22 +33,23 @@ def compare_with_one_rank() -> int:
         state = ParallelState.create(dist.get_world_size(), sequence)
         assert state.sequence_parallel == sequence
         for vocabulary, causal, recompute, z_loss in CASES:
-            _compare(state, causal, z_loss, recompute, vocabulary)
+            for model_type in FAMILIES:
+                _compare(state, causal, z_loss, recompute, {"vocab_size": vocabulary, "model_type": model_type})
     return 2 * len(CASES)
 
 
-def _compare(state: ParallelState, causal: bool, z_loss: float, recompute: str, vocabulary: int) -> None:
+def _compare(state: ParallelState, causal: bool, z_loss: float, recompute: str, changes: dict) -> None:
     import torch.distributed as dist
 
     batch = microbatch(LENGTHS, causal)
-    reference = tiny(dtype=torch.float64, z_loss=z_loss, vocab_size=vocabulary)
+    reference = tiny(dtype=torch.float64, z_loss=z_loss, **changes)
     expected = loss_of(reference, batch)
     expected.loss.backward()
-    model = tiny(state, torch.float64, compute=Compute(recompute=recompute), z_loss=z_loss, vocab_size=vocabulary)
+    model = tiny(state, torch.float64, compute=Compute(recompute=recompute), z_loss=z_loss, **changes)
     logits = model.logits(batch.input_ids, batch.positions, batch.lengths, causal)[:, : model.decoder.bias.numel()]
     rows = [torch.empty_like(logits) for _ in range(state.tensor_size)]
     dist.all_gather(rows, logits.detach().contiguous())
-    whole = torch.cat(rows, 1)[:, :vocabulary]
+    whole = torch.cat(rows, 1)[:, : changes["vocab_size"]]
     torch.testing.assert_close(
         whole, reference.logits(batch.input_ids, batch.positions, batch.lengths, causal), rtol=1e-10, atol=1e-10
     )

@@ -13,8 +13,7 @@ from megatron_detour.checkpoint.huggingface import Source
 from megatron_detour.checkpoint.state import TrainingState
 from megatron_detour.config import RunConfig, from_dict
 from megatron_detour.data.manifest import read_manifest
-from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.families import read_shape
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan
 from megatron_detour.run_directory import add_session, claim
@@ -94,7 +93,7 @@ def tiny_config(tokenizer: Path, changes: dict[str, Any] | None = None) -> dict[
 
 def scaled_weights(tokenizer: Path, changes: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
     """Full tensors large enough that a wrong window or rotation shows in the logits."""
-    model = ModernBert(Shape.of(tiny_config(tokenizer, changes), "tests"), ParallelState())
+    model = read_shape(tiny_config(tokenizer, changes), "tests").build(ParallelState())
     found = {}
     for name in model.full_sizes():
         full = model.initial_weight(name, 3)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from megatron_detour.checkpoint import huggingface, store
 from megatron_detour.checkpoint.huggingface import Source
 from megatron_detour.errors import DetourError
-from megatron_detour.model.shape import FULL, SLIDING, Shape
+from megatron_detour.model.families import read_shape
+from megatron_detour.model.families.base import FULL, SLIDING
 from megatron_detour.release import portable, private
 from megatron_detour.release.export import _find, export
 from megatron_detour.release.texts import TEXTS, read_texts
@@ -88,7 +89,7 @@ def test_logits_equal_transformers_on_texts_alone_and_padded(encoder):
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     theirs = AutoModelForMaskedLM.from_pretrained(encoder).eval()
     source = Source(str(encoder))
-    ours = huggingface.load_model(source, Shape.of(source.config(), "tests"))
+    ours = huggingface.load_model(source, read_shape(source.config(), "tests"))
     batch = tokenizer(list(TEXTS), padding=True, truncation=True, return_tensors="pt")
     padded = theirs(**batch).logits
     lengths = batch["attention_mask"].sum(1).tolist()
@@ -193,7 +194,7 @@ def test_the_number_of_transformers_4_gives_the_pattern_or_is_none(name):
     pattern = PATTERNS[name]
     config = {"model_type": "modernbert", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8}
     config |= {"num_attention_heads": 2, "num_hidden_layers": len(pattern), "layer_types": list(pattern)}
-    every = portable.every_n_layers(Shape.of(config, "tests"))
+    every = read_shape(config, "tests").every_n_layers
     fits = {n for n in range(1, 9) if tuple(SLIDING if i % n else FULL for i in range(len(pattern))) == pattern}
     assert every in fits if fits else every is None
     assert bool(fits) == (name in ("every third", "all global", "the first"))
@@ -222,7 +223,7 @@ def test_the_decoder_is_the_causal_model_of_training(run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder").eval()
     assert model.config.sliding_window == SIZES["local_attention"] // 2 + 1
     source = Source(str(run / "checkpoints" / "step-00000004"))
-    ours = huggingface.load_model(source, Shape.of(source.config(), "tests"))
+    ours = huggingface.load_model(source, read_shape(source.config(), "tests"))
     ids = AutoTokenizer.from_pretrained(tmp_path / "decoder")(TEXTS[3], return_tensors="pt").input_ids[:, :300]
     assert ids.shape[1] > 4 * ours.shape.window
     expected = ours.logits(ids[0], torch.arange(300), (300,), causal=True)
@@ -317,7 +318,7 @@ def test_only_known_keys_come_from_the_start_into_checkpoints_and_releases(run, 
         text = (tmp_path / "made" / name).read_text()
         assert not {*PRIVATE, "name_or_path", "custom"} & json.loads(text).keys()
         assert "anna" not in text and "hospital" not in text
-    assert not PRIVATE.keys() & portable.encoder_config(config, Shape.of(config, "tests"), "float32").keys()
+    assert not PRIVATE.keys() & portable.encoder_config(config, read_shape(config, "tests"), "float32").keys()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from megatron_detour.model.shape import FULL, SLIDING
+from megatron_detour.model.families.base import FULL, SLIDING
 from megatron_detour.release.export import export
 from tests.release.elsewhere import TEXTS
 from tests.release.made import make_run

@@ -9,10 +9,8 @@ from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.forecast.memory import Load, Setting, peak_memory
 from megatron_detour.kernels.check import Sizes
 from megatron_detour.model.choose import choose_compute
-from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.families import PUBLISHED, Family, read_shape
 from megatron_detour.parallel import loss
-from megatron_detour.preflight import DEFAULTS
 from megatron_detour.training.engine import create_engine, start_distributed
 from tests.forecast.test_memory import BASE
 from tests.harness import run_ranks
@@ -26,7 +24,7 @@ from tests.training.test_zero2 import run_config, step_of
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 CUDA = torch.device("cuda")
-NARROW = Shape.of(DEFAULTS | {"num_hidden_layers": 4}, "four layers of base")
+NARROW = read_shape(PUBLISHED["answerdotai/ModernBERT-base"] | {"num_hidden_layers": 4}, "four layers of base")
 
 
 def test_a_step_equals_plain_torch(tmp_path):
@@ -54,12 +52,12 @@ def test_a_killed_run_resumes_to_the_bit(corpus, tmp_path, precision):
     assert outcome.struck.total() == 2
 
 
-def engine_of(shape: Shape):
+def engine_of(shape: Family):
     """A model of this shape under ZeRO-2 in bf16, on this process's GPU."""
     config = run_config(1)
     state, device = start_distributed(config)
     compute = choose_compute("auto", "auto", "none", Sizes(), device, torch.bfloat16).compute
-    model = ModernBert(shape, state, compute)
+    model = shape.build(state, compute)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(model.initial_weight(name, 0))

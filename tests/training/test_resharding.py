@@ -88,7 +88,6 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     from megatron_detour.checkpoint.state import TrainingState, gather
     from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.data.phase_data import PhaseData
-    from megatron_detour.model.modernbert import ModernBert
     from megatron_detour.plan import Plan
     from megatron_detour.preflight import preflight
     from megatron_detour.training.checkpoints import Checkpoints
@@ -102,7 +101,7 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     start = InitialModel.of(preflight(config, plan))
     data = PhaseData(plan, config.data.order_seed, start.vocabulary)
     state, device = start_distributed(config)
-    zero = create_engine(ModernBert(start.shape, state), config, read_deepspeed_config(config.deepspeed), state)
+    zero = create_engine(start.shape.build(state), config, read_deepspeed_config(config.deepspeed), state)
     run = Run(config, plan, Path(folder), start, data, state, device, choice=None, zero=zero, preemption=None)
     Checkpoints(run, Guard(config.guards)).restore()
     held = TrainingState()

@@ -402,7 +402,7 @@ def test_what_cannot_be_run_is_told_in_one_sentence(unbroken, run_file, tmp_path
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     printed = refused(run_file, new, "model.config=null", f"model.start={tmp_path / 'bert'}")
-    assert "not a ModernBERT but a 'bert' model" in printed
+    assert "model_type 'bert' is not supported" in printed
     assert "megatron-detour preprocess" in refused(run_file, new, "data.corpora.0.prefix=nowhere/corpus")
     texts = write_jsonl(tmp_path / "other.jsonl", [f"quite another text, number {i}" for i in range(500)])
     train_tokenizer([texts], tmp_path / "other", 300)

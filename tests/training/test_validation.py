@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megatron_detour.config import Corpus
-from megatron_detour.model.modernbert import ModernBert
-from megatron_detour.model.shape import Shape
+from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.families import read_shape
 from megatron_detour.objectives import CausalLM, MaskedLM
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_tokenizer, load_vocabulary
@@ -34,9 +34,9 @@ def second(tokenizer_folder, tmp_path_factory) -> str:
     return str(folder / "leaflets")
 
 
-def model_of(tokenizer: Path) -> ModernBert:
+def model_of(tokenizer: Path) -> LanguageModel:
     size = load_vocabulary(tokenizer).size
-    model = ModernBert(Shape.of(CONFIG | {"vocab_size": size}, "tests"), ParallelState())
+    model = read_shape(CONFIG | {"vocab_size": size}, "tests").build(ParallelState())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(model.initial_weight(name, 3) * 4)

@@ -1,0 +1,44 @@
+"""Families of encoders, one per file. Every `Family` subclass in a module of this package is registered."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from megatron_detour.errors import DetourError
+from megatron_detour.model.families.base import Family
+from megatron_detour.model.families.modernbert import ModernBert
+
+__all__ = ["DEFAULT", "FAMILIES", "PUBLISHED", "Family", "family_of", "family_to_initialize", "read_shape"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+DEFAULT = ModernBert  # of a model.config without a model_type
+
+
+def _families(cls: type[Family]) -> dict[str, type[Family]]:
+    return {family.model_type: family for sub in cls.__subclasses__() for family in (sub, *_families(sub).values())}
+
+
+FAMILIES = _families(Family)
+PUBLISHED = {name: config for family in FAMILIES.values() for name, config in family.published.items()}
+
+
+def family_of(config: dict[str, Any], origin: str) -> type[Family]:
+    """Return the family that a config.json's model_type names. Raise DetourError for an unknown one."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise DetourError(f"{origin}: model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def family_to_initialize(given: dict[str, Any]) -> type[Family]:
+    """Return the family of a run file's model.config. Raise DetourError for an unknown model_type."""
+    return family_of({"model_type": DEFAULT.model_type} | given, "model.config")
+
+
+def read_shape(config: dict[str, Any], origin: str) -> Family:
+    """Read a config.json's mapping, of transformers 4 or 5. Raise DetourError for a model that is not supported."""
+    return family_of(config, origin).read(config, origin)

@@ -1,0 +1,228 @@
+"""The interface of encoder families: everything that the package needs to know of a model, written once per family.
+
+torch and transformers are imported inside functions only: plans are made without them. docs/extending.md shows how to
+add a family.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from megatron_detour.errors import DetourError, nearest
+from megatron_detour.model.config_json import Reader
+from megatron_detour.parallel.shard_spec import ShardSpec
+
+if TYPE_CHECKING:
+    from megatron_detour.model.compute import Compute
+    from megatron_detour.model.encoder import LanguageModel
+    from megatron_detour.parallel.state import ParallelState
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+TOKEN_IDS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
+# Keys that transformers writes for any model, without effect here.
+INERT_KEYS = (
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "problem_type", "id2label"),
+    *("label2id", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+    "is_encoder_decoder",
+)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter: its full size, how tensor ranks share it (None: each holds it whole), and its first values.
+
+    These are `fill`, or with a `std` normal, truncated at 2 sigma.
+    """
+
+    size: tuple[int, ...]
+    shard: ShardSpec | None = None
+    std: float = 0.0
+    fill: float = 0.0
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.size) > 1
+
+    def elements(self, ranks: int = 1) -> int:
+        """The number that one of `ranks` tensor ranks holds, with padding."""
+        size = list(self.size)
+        if self.shard:
+            size[self.shard.dim] = self.shard.local(ranks)
+        return math.prod(size)
+
+
+def column(outputs: int, inputs: int, std: float, parts: int = 1) -> Weight:
+    """The weight of a ColumnParallelLinear with `parts` fused outputs."""
+    return Weight((outputs, inputs), ShardSpec(0, outputs, parts), std)
+
+
+def row(outputs: int, inputs: int, std: float) -> Weight:
+    """The weight of a RowParallelLinear."""
+    return Weight((outputs, inputs), ShardSpec(1, inputs), std)
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A family of encoders. What the class says holds for all its models; an instance is the shape of one of them."""
+
+    model_type: ClassVar[str]  # in config.json
+    label: ClassVar[str]  # in sentences and on the card
+    citation: ClassVar[str]  # BibTeX
+    defaults: ClassVar[dict[str, Any]]  # of transformers' configuration class: model.config gives what differs
+    published: ClassVar[dict[str, dict[str, Any]]] = {}  # config.json by hub id: plans before a model is fetched
+    fixed: ClassVar[dict[str, Any]] = {}  # the only supported values; others would change what the model computes
+    checked_keys: ClassVar[frozenset[str]]  # that `read` checks as strictly as transformers does
+    other_keys: ClassVar[tuple[str, ...]] = ()  # more keys that model.config may have
+    old_keys: ClassVar[tuple[str, ...]] = ()  # that earlier versions of transformers read
+    part_prefixes: ClassVar[dict[str, tuple[str, ...]]]  # parameter names of embeddings, final_norm and head
+    layer_prefix: ClassVar[str]  # of the parameter names of layers; the number follows
+    has_decoder: ClassVar[bool] = False  # whether release/decoder.py can write it as a ModernBertDecoder
+
+    vocabulary: int
+    hidden: int
+    intermediate: int  # inner width of the feed-forward part
+    heads: int
+    layer_types: tuple[str, ...]  # FULL or SLIDING, the kind of attention of each layer
+    window: int  # keys on each side that a sliding layer attends to, besides the query's own
+    norm_eps: float
+    max_positions: int
+    initializer_range: float
+
+    @classmethod
+    def read(cls, config: dict[str, Any], origin: str) -> Self:
+        """Read the mapping of a config.json. Raise DetourError for an invalid or unsupported value."""
+        for key, value in cls.fixed.items():
+            if config.get(key, value) != value:
+                raise DetourError(f"{origin}: {key} is {config[key]!r}; only {cls.label}s with {value!r} are supported")
+        reader = Reader(config, origin)
+        for key in TOKEN_IDS:
+            if config.get(key) is not None and not isinstance(config[key], list):  # eos_token_id may be a list
+                reader.size(key, least=0)
+        return cls(**cls.read_fields(reader))
+
+    @classmethod
+    @abstractmethod
+    def read_fields(cls, read: Reader) -> dict[str, Any]:
+        """Return the fields of an instance by name."""
+
+    @classmethod
+    def refuse_unknown_keys(cls, given: dict[str, Any]) -> None:
+        """Raise DetourError for a key of a run file's model.config that no model of the family has."""
+        known = ["model_type", *cls.checked_keys, *cls.fixed, *TOKEN_IDS, *cls.old_keys, *cls.other_keys, *INERT_KEYS]
+        for key in given:
+            if key not in known:
+                raise DetourError(f"model.config.{key}: {cls.label} has no such key{nearest(str(key), known)}")
+
+    @classmethod
+    @abstractmethod
+    def transformers_classes(cls) -> tuple[type, type]:
+        """Return transformers' classes of the configuration and of the masked language model."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        """Return the name of transformers' class, as in config.json."""
+        return cls.transformers_classes()[1].__name__
+
+    @abstractmethod
+    def build(self, state: ParallelState, compute: Compute | None = None, z_loss: float = 0.0) -> LanguageModel:
+        """Return the module, with the parameters of `weights` in the same names, their values not yet set."""
+
+    @abstractmethod
+    def outer_weights(self) -> dict[str, Weight]:
+        """Return the parameters outside the layers, in the names of a transformers checkpoint."""
+
+    @abstractmethod
+    def layer_weights(self, number: int) -> dict[str, Weight]:
+        """Return the parameters of a layer, in the names that follow its prefix."""
+
+    @abstractmethod
+    def kept_by_layer(self, recompute: str, fused: bool) -> tuple[int, int]:
+        """Return how many values per position a layer keeps for its backward pass.
+
+        First those between its tensor-parallel linear layers, which only sequence parallelism shares, then those
+        inside, which the tensor ranks share. `recompute` as in Compute; `fused`: with Triton's kernels.
+        """
+
+    @abstractmethod
+    def at_work_in_layer(self) -> tuple[int, int]:
+        """Return the same for the gradients that the backward pass of a layer holds at once; the first whole."""
+
+    @abstractmethod
+    def moved_by_layer(self) -> int:
+        """Return the values per position that a layer reads and writes beside its products, with fused kernels."""
+
+    @abstractmethod
+    def kept_by_head(self) -> int:
+        """Return the values per labeled position that the head keeps, and the gradient of its last part."""
+
+    @property
+    def position_values(self) -> int:
+        """The fp32 values per position of tables that all layers share."""
+        return 0
+
+    def release_keys(self) -> dict[str, Any]:
+        """Return the keys that make every version of transformers that opens the model read its config.json alike."""
+        return {}
+
+    @property
+    @abstractmethod
+    def opens_in(self) -> str:
+        """The versions of transformers that open the model."""
+
+    def release_warnings(self) -> list[str]:
+        """Return what a user of the released model should know of these versions."""
+        return []
+
+    @property
+    def layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """All parameters by name."""
+        return self.outer_weights() | {
+            f"{self.layer_prefix}{number}.{name}": weight
+            for number in range(self.layers)
+            for name, weight in self.layer_weights(number).items()
+        }
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The full size of every parameter by name."""
+        return {name: weight.size for name, weight in self.weights.items()}
+
+    @cached_property
+    def layer_products(self) -> tuple[int, ...]:
+        """The multiplications per position with the matrices of each layer."""
+        return tuple(_matrix_elements(self.layer_weights(number)) for number in range(self.layers))
+
+    @cached_property
+    def head_products(self) -> int:
+        """The same per labeled position for the head, without the output layer's matrix, which is the embedding's."""
+        head = self.part_prefixes["head"]
+        return _matrix_elements({name: weight for name, weight in self.weights.items() if name.startswith(head)})
+
+    def tensor_parallel_faults(self, size: int) -> list[str]:
+        """Return one sentence per reason why the model cannot be split over `size` tensor-parallel ranks."""
+        fitting = [n for n in range(1, self.heads + 1) if self.heads % n == 0 == self.intermediate % n]
+        faults = [
+            f"parallel.tensor: {size} does not divide the model's {what}, {count}; possible: "
+            f"{', '.join(map(str, fitting))}"
+            for what, count in (("attention heads", self.heads), ("intermediate size", self.intermediate))
+            if count % size
+        ]
+        if self.vocabulary < size**2:  # otherwise the last rank may have only padding rows
+            faults.append(f"parallel.tensor: {size} is too large for a vocabulary of {self.vocabulary}; set 1")
+        return faults
+
+
+def _matrix_elements(weights: dict[str, Weight]) -> int:
+    return sum(weight.elements() for weight in weights.values() if weight.is_matrix)

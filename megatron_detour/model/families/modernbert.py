@@ -1,0 +1,250 @@
+"""ModernBERT (Warner et al., 2024): pre-norm layers without biases, global and local attention, rotary positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megatron_detour.errors import DetourError
+from megatron_detour.model.config_json import Reader
+from megatron_detour.model.families.base import FULL, SLIDING, Family, Weight, column, row
+from megatron_detour.parallel.shard_spec import ShardSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from megatron_detour.model.compute import Compute
+    from megatron_detour.model.encoder import LanguageModel
+    from megatron_detour.parallel.state import ParallelState
+
+MAX_LAYERS = 1000  # more is a typo
+BASE = {  # and transformers' defaults
+    "vocab_size": 50_368,
+    "hidden_size": 768,
+    "intermediate_size": 1_152,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 12,
+}
+LARGE = {"hidden_size": 1_024, "intermediate_size": 2_624, "num_hidden_layers": 28, "num_attention_heads": 16}
+PUBLISHED = {
+    "answerdotai/ModernBERT-base": BASE,
+    "answerdotai/ModernBERT-large": BASE | LARGE,
+    "almanach/moderncamembert-base": BASE | {"vocab_size": 32_768},
+    "almanach/moderncamembert-large": BASE | LARGE | {"vocab_size": 32_768},
+}
+SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class ModernBert(Family):
+    model_type = "modernbert"
+    label = "ModernBERT"
+    citation = r"""@misc{warner2024modernbert,
+  title = {Smarter, Better, Faster, Longer: A Modern Bidirectional Encoder for Fast, Memory Efficient, and Long Context
+           Finetuning and Inference},
+  author = {Warner, Benjamin and Chaffin, Antoine and Clavi{\'e}, Benjamin and Weller, Orion and Hallstr{\"o}m, Oskar and
+            Taghadouini, Said and Gallagher, Alexis and Biswas, Raja and Ladhak, Faisal and Aarsen, Tom and Cooper, Nathan and
+            Adams, Griffin and Howard, Jeremy and Poli, Iacopo},
+  year = {2024},
+  eprint = {2412.13663},
+  archivePrefix = {arXiv}
+}"""  # noqa: E501
+    defaults = BASE
+    published: ClassVar = {name: config | {"model_type": "modernbert"} for name, config in PUBLISHED.items()}
+    fixed: ClassVar = {
+        "norm_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "decoder_bias": True,
+        "classifier_bias": False,  # of the prediction head's dense layer
+        "hidden_activation": "gelu",
+        "classifier_activation": "gelu",
+        "tie_word_embeddings": True,
+        "attention_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "mlp_dropout": 0.0,
+    }
+    checked_keys = frozenset({"model_type", *SIZE_KEYS, "layer_types", "local_attention", "max_position_embeddings"})
+    other_keys = (
+        *("norm_eps", "initializer_range", "rope_parameters", "initializer_cutoff_factor", "classifier_pooling"),
+        *("classifier_dropout", "deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index"),
+    )
+    old_keys = ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers")
+    part_prefixes: ClassVar = {
+        "embeddings": ("model.embeddings.",),
+        "final_norm": ("model.final_norm.",),
+        "head": ("head.", "decoder."),
+    }
+    layer_prefix = "model.layers."
+    has_decoder = True
+
+    global_theta: float
+    local_theta: float
+
+    @classmethod
+    def read_fields(cls, read: Reader) -> dict[str, Any]:
+        hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
+        if hidden % heads or (hidden // heads) % 2:
+            raise DetourError(f"{read.origin}: hidden_size {hidden} cannot be split into {heads} heads of even size")
+        return {
+            "vocabulary": read.size("vocab_size"),
+            "hidden": hidden,
+            "intermediate": read.size("intermediate_size"),  # width of the gated unit; Wi has twice as many rows
+            "heads": heads,
+            "layer_types": _layer_types(read, read.size("num_hidden_layers", most=MAX_LAYERS)),
+            "global_theta": _theta(read, FULL, "global_rope_theta", 160_000.0),
+            "local_theta": _theta(read, SLIDING, "local_rope_theta", 10_000.0),
+            "window": read.size("local_attention", 128, least=2) // 2,
+            "norm_eps": read.number("norm_eps", 1e-5),
+            "max_positions": read.size("max_position_embeddings", 8192),
+            "initializer_range": read.number("initializer_range", 0.02),
+        }
+
+    @classmethod
+    def transformers_classes(cls) -> tuple[type, type]:
+        from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+        return ModernBertConfig, ModernBertForMaskedLM
+
+    def build(self, state: ParallelState, compute: Compute | None = None, z_loss: float = 0.0) -> LanguageModel:
+        from megatron_detour.model.encoder import LanguageModel
+
+        return LanguageModel(self, state, compute, z_loss)
+
+    def feed_forward(self, state: ParallelState, compute: Compute) -> nn.Module:
+        """Return the feed-forward part of a layer."""
+        from megatron_detour.model.mlp import GatedUnit
+
+        return GatedUnit(self, state, compute)
+
+    def outer_weights(self) -> dict[str, Weight]:
+        norm, by_row, std = Weight((self.hidden,), fill=1.0), ShardSpec(0, self.vocabulary), self.initializer_range
+        return {
+            "model.embeddings.tok_embeddings.weight": Weight((self.vocabulary, self.hidden), by_row, std),
+            "model.embeddings.norm.weight": norm,
+            "model.final_norm.weight": norm,
+            "head.dense.weight": Weight((self.hidden, self.hidden), std=std),
+            "head.norm.weight": norm,
+            "decoder.bias": Weight((self.vocabulary,), by_row),
+        }
+
+    def layer_weights(self, number: int) -> dict[str, Weight]:
+        norm = Weight((self.hidden,), fill=1.0)
+        return {
+            **({"attn_norm.weight": norm} if number else {}),  # the embedding has normalized the first layer's input
+            "attn.Wqkv.weight": column(3 * self.hidden, self.hidden, self.initializer_range, parts=3),
+            "attn.Wo.weight": row(self.hidden, self.hidden, self.output_std),
+            "mlp_norm.weight": norm,
+            **self.feed_forward_weights(),
+        }
+
+    def feed_forward_weights(self) -> dict[str, Weight]:
+        return {
+            "mlp.Wi.weight": column(2 * self.intermediate, self.hidden, self.initializer_range, parts=2),
+            "mlp.Wo.weight": row(self.hidden, self.intermediate, self.output_std),
+        }
+
+    @property
+    def output_std(self) -> float:
+        """Of the first values of projections into the residual stream, to which 2 * layers of them add."""
+        return self.initializer_range / math.sqrt(2 * self.layers)
+
+    def kept_by_layer(self, recompute: str, fused: bool) -> tuple[int, int]:
+        sums = normalized = 2 * self.hidden
+        if recompute == "full":
+            return sums, 0
+        attention = 4 * self.hidden  # q, k, v and the output
+        if recompute == "selective":
+            return sums, attention + self.kept_by_feed_forward()[0]
+        kept, product, unfused = self.kept_by_feed_forward()
+        return sums + normalized, attention + kept + product + (0 if fused else unfused)
+
+    def kept_by_feed_forward(self) -> tuple[int, int, int]:
+        """Return the values of Wi's output, of Wo's input, and what the plain kernels keep besides."""
+        return 2 * self.intermediate, self.intermediate, self.intermediate  # gelu(a)
+
+    def at_work_in_layer(self) -> tuple[int, int]:
+        return 3 * self.hidden, 3 * self.intermediate  # gradients inside the gated unit
+
+    def moved_by_layer(self) -> int:
+        norms, rotary = 2 * 8 * self.hidden, 2 * 4 * self.hidden
+        attention = 16 * self.hidden + 4 * self.hidden  # q, k, v, output and gradients; the fp32 sum of q's gradients
+        return norms + self.moved_by_feed_forward() + rotary + attention
+
+    def moved_by_feed_forward(self) -> int:
+        return 8 * self.intermediate  # forward a and b to a product; backward these and the product's gradient to two
+
+    def kept_by_head(self) -> int:
+        return 5 * self.hidden  # chosen rows, dense, gelu, norm, and the gradient of the last
+
+    @property
+    def position_values(self) -> int:
+        return 2 * self.head_dim  # cos and sin of half a head, global and local
+
+    def release_keys(self) -> dict[str, Any]:
+        """transformers 4 has global_attn_every_n_layers and two rope thetas where 5 has layer_types and
+        rope_parameters: both are written, and each version passes over what it does not know."""
+        return {
+            "local_attention": 2 * self.window,
+            "tie_word_embeddings": True,
+            "layer_types": list(self.layer_types),
+            # None where no number says it: transformers 4 then stops, where its default would be another function.
+            "global_attn_every_n_layers": self.every_n_layers,
+            "rope_parameters": {
+                FULL: {"rope_type": "default", "rope_theta": self.global_theta},
+                SLIDING: {"rope_type": "default", "rope_theta": self.local_theta},
+            },
+            "global_rope_theta": self.global_theta,
+            "local_rope_theta": self.local_theta,
+            # Otherwise 4 compiles parts of the model where it finds triton: minutes at first use, for the same values.
+            "reference_compile": False,
+        }
+
+    @property
+    def every_n_layers(self) -> int | None:
+        """The n of transformers 4 with which every n-th layer from the first is global; None where there is none."""
+        fitting = (
+            n
+            for n in range(1, self.layers + 1)
+            if all((kind == FULL) == (i % n == 0) for i, kind in enumerate(self.layer_types))
+        )
+        return next(fitting, None)
+
+    @property
+    def opens_in(self) -> str:
+        """4.54.0 turns the local layers by the global theta: its own mistake."""
+        if self.every_n_layers is None:
+            return "5.0 and later"
+        return "4.48 and later; not 4.54.0, whose local layers differ"
+
+    def release_warnings(self) -> list[str]:
+        if self.every_n_layers is not None:
+            return []
+        return ["transformers 4 does not support this pattern of global layers: the folder opens in 5 only"]
+
+
+def _layer_types(read: Reader, layers: int) -> tuple[str, ...]:
+    types = read.config.get("layer_types")
+    if types is None:
+        every = read.size("global_attn_every_n_layers", 3)
+        return tuple(SLIDING if i % every else FULL for i in range(layers))
+    if not isinstance(types, list) or len(types) != layers or any(kind not in (FULL, SLIDING) for kind in types):
+        raise DetourError(f"{read.origin}: layer_types must name {FULL} or {SLIDING} for each of the {layers} layers")
+    return tuple(types)
+
+
+def _theta(read: Reader, layer_type: str, old_key: str, default: float) -> float:
+    given = read.mapping("rope_parameters", read.config)
+    for key in given:
+        if key not in (FULL, SLIDING):
+            read.refuse(f"rope_parameters.{key}", f"a key of {FULL} or {SLIDING}", given[key])
+    parameters = read.mapping(layer_type, given, f"rope_parameters.{layer_type}")
+    if parameters.get("rope_type", "default") != "default":
+        raise DetourError(f"{read.origin}: rope_type {parameters['rope_type']!r} is not supported, only 'default'")
+    if "rope_theta" in parameters:
+        return read.positive(f"rope_parameters.{layer_type}.rope_theta", parameters["rope_theta"])
+    old = read.config.get(old_key, default)
+    if old is None and layer_type == SLIDING:  # transformers 4: a local theta of null means the global one
+        return read.number("global_rope_theta", 160_000.0)
+    return read.positive(old_key, old)

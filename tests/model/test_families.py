@@ -1,0 +1,77 @@
+"""What holds for every family of encoders: its declared parameters are the module's, its keys transformers'."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_detour.errors import DetourError
+from megatron_detour.model.families import FAMILIES, read_shape
+from megatron_detour.model.families.base import INERT_KEYS, TOKEN_IDS, Family
+from megatron_detour.model_parts import SINGLE_PARTS
+from megatron_detour.parallel.shard import spec_of
+from megatron_detour.parallel.state import ParallelState
+from tests.models import CONFIG
+
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def small(family: type[Family]) -> Family:
+    return read_shape(CONFIG | {"model_type": family.model_type}, "tests")
+
+
+def test_an_unknown_model_type_is_refused_with_those_that_are_known():
+    with pytest.raises(DetourError, match=r"config.json: model_type 'bert' is not supported; known: .*modernbert"):
+        read_shape(CONFIG | {"model_type": "bert"}, "config.json")
+
+
+@families
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_declared_weights_are_the_modules(family, tensor):
+    shape = small(family)
+    with torch.device("meta"):
+        parameters = dict(shape.build(ParallelState(tensor_size=tensor)).named_parameters())
+    assert {name: weight.shard for name, weight in shape.weights.items()} == {
+        name: spec_of(parameter) for name, parameter in parameters.items()
+    }
+    for name, weight in shape.weights.items():
+        local = list(weight.size)
+        if weight.shard:
+            local[weight.shard.dim] = weight.shard.local(tensor)
+        assert tuple(parameters[name].shape) == tuple(local)
+        assert weight.elements(tensor) == math.prod(local)
+
+
+@families
+def test_every_parameter_belongs_to_one_part(family):
+    shape = small(family)
+    assert shape.part_prefixes.keys() == {*SINGLE_PARTS}
+    prefixes = [*(f"{shape.layer_prefix}{n}." for n in range(shape.layers)), *shape.part_prefixes.values()]
+    for name in shape.weights:
+        assert [name.startswith(prefix) for prefix in prefixes].count(True) == 1, name
+
+
+@families
+def test_first_values_are_as_declared(family):
+    model = small(family).build(ParallelState())
+    for name, weight in model.shape.weights.items():
+        values = model.initial_weight(name, 3)
+        assert values.shape == weight.size and torch.equal(values, model.initial_weight(name, 3))
+        if weight.std:
+            assert values.abs().max() <= 2 * weight.std
+            assert values.std() == pytest.approx(0.88 * weight.std, rel=0.1)  # of a normal cut at 2 sigma
+        else:
+            assert (values == weight.fill).all()
+
+
+@families
+def test_keys_and_defaults_are_those_of_transformers(family):
+    config_class, _ = family.transformers_classes()
+    theirs = config_class().to_dict()
+    assert {key: theirs[key] for key in family.defaults} == family.defaults
+    assert theirs["model_type"] == family.model_type
+    family.refuse_unknown_keys(theirs)
+    known = {*theirs, *family.old_keys, "torch_dtype"}  # which version 4 writes
+    assert {*family.checked_keys, *family.other_keys, *family.fixed, *TOKEN_IDS, *INERT_KEYS} <= known
