@@ -71,11 +71,7 @@ def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
     yield from machine.compute(
         config.compute.attention,
         config.compute.kernels,
-<<<<<<< HEAD
         torch.bfloat16 if checked.deepspeed and is_bf16(checked.deepspeed) else torch.float32,
-=======
-        torch.bfloat16 if checked.deepspeed and is_bf16(checked.deepspeed) else torch.float32,
->>>>>>> english
         run_sizes(expected.shape, config.parallel.tensor, Plan.of(config).micro_batches) if expected.shape else Sizes(),
     )
     yield machine.disk(Path(config.folder), expected.disk.needed if expected.disk else 0)
