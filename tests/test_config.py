@@ -265,7 +265,10 @@ CHECKS = {
         "compute.attention: must be one of auto, flash4, flash3, flash2, varlen, sdpa, not 'flash' "
         "(did you mean 'flash4'?)",
     ),
-    "kernels": (small(compute__kernels="apex"), "compute.kernels: must be one of auto, triton, plain, not 'apex'"),
+    "kernels": (
+        small(compute__kernels="cuda"),
+        "compute.kernels: must be one of auto, triton, apex, plain, not 'cuda'",
+    ),
     "recompute": (
         small(compute__recompute="all"),
         "compute.recompute: must be one of none, selective, full, not 'all' (did you mean 'full'?)",

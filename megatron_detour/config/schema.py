@@ -17,7 +17,7 @@ from megatron_detour.settings import Choice, Entries, Pattern, Range, Tagged, jo
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
 OPTIMIZER_STATES = ("keep", "reset")
 ATTENTION = ("auto", "flash4", "flash3", "flash2", "varlen", "sdpa")
-KERNELS = ("auto", "triton", "plain")
+KERNELS = ("auto", "triton", "apex", "plain")
 RECOMPUTE = ("none", "selective", "full")
 SPIKES = ("report", "skip", "ignore")
 WANDB_MODES = ("online", "offline")

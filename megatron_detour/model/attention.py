@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -47,6 +48,14 @@ class AttentionPattern:
         return numbers.to(self.device, non_blocking=True)
 
     @cached_property
+    def near(self) -> torch.Tensor:
+        """Mask of a local layer within the longest document, bool [longest, longest]; others' are its corners."""
+        position = torch.arange(self.longest, device=self.device)
+        distance = position[:, None] - position
+        near = distance.abs() <= self.window
+        return near & (distance >= 0) if self.causal else near
+
+    @cached_property
     def bands(self) -> torch.Tensor:
         """Mask for blocks of `window` queries over the keys of their own and the adjacent blocks.
 
@@ -80,11 +89,11 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPattern
 def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
     """For any device: one SDPA call per document, or for local layers one call for all blocks of `window` queries.
 
-    The cost of a local layer is linear in a document's length.
+    The cost of a local layer is linear in a document's length. bf16 on a CPU is computed in fp32.
     """
-    if pattern.window is None or pattern.longest <= pattern.window + 1:
-        return _by_document(q, k, v, pattern)
-    return _by_block(q, k, v, pattern)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return _InFloat.apply(q, k, v, pattern)
+    return _sdpa(q, k, v, pattern)
 
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
@@ -94,15 +103,50 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: 
     return (scores_HTT.masked_fill(~pattern.visible(), float("-inf")).softmax(-1) @ v).transpose(0, 1)
 
 
-def _by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+class _InFloat(torch.autograd.Function):
+    """torch's backward pass of bf16 attention on a CPU is several times slower than that of fp32.
+
+    It is computed from bf16 again, so that no fp32 copies are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, pattern):
+        ctx.save_for_backward(q, k, v)
+        ctx.pattern = pattern
+        return _sdpa(q.float(), k.float(), v.float(), pattern).to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        leaves = [x.float().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            out = _sdpa(*leaves, ctx.pattern)
+        return *(x.to(grad.dtype) for x in torch.autograd.grad(out, leaves, grad.float())), None
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
+    if pattern.window is None or pattern.longest <= pattern.window + 1:
+        return _by_document(q, k, v, pattern)
+    # A block's queries are multiplied with 2 or 3 windows of keys. A GPU pays for calls rather than for products.
+    if q.device.type == "cpu" and pattern.longest <= (2 if pattern.causal else 3) * pattern.window:
+        return _by_document(q, k, v, pattern, pattern.near)
+    return _by_block(q, k, v, pattern)
+
+
+def _by_document(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern, near: torch.Tensor | None = None
+) -> torch.Tensor:
+    def attend(*document: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in document)
+        mask = None if near is None else near[: q.shape[2], : q.shape[2]]
+        causal = pattern.causal and mask is None
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return out[0].transpose(0, 1)
+
     # Split, not sliced: the gradient of a slice is as large as the full tensor.
-    documents = zip(*(x.split(pattern.lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([_sdpa(*document, causal=pattern.causal) for document in documents])
-
-
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)[0].transpose(0, 1)
+    return torch.cat(
+        [attend(*document) for document in zip(*(x.split(pattern.lengths) for x in (q, k, v)), strict=True)]
+    )
 
 
 def _by_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:

@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+import types
 from dataclasses import fields, replace
 
 import pytest
@@ -94,8 +95,9 @@ def test_plain_is_plain_on_a_gpu_too(monkeypatch):
 
 
 def test_triton_on_a_cpu_is_refused():
-    with pytest.raises(DetourError, match=r"^compute\.kernels: triton requires a GPU; use auto or plain$"):
-        choose_kernels("triton", CPU, torch.bfloat16, SIZES)
+    for name in ("triton", "apex"):
+        with pytest.raises(DetourError, match=rf"^compute\.kernels: {name} requires a GPU; use auto or plain$"):
+            choose_kernels(name, CPU, torch.bfloat16, SIZES)
 
 
 def test_triton_that_is_not_installed_is_told(monkeypatch):
@@ -231,6 +233,51 @@ def test_a_triton_that_cannot_be_loaded_is_passed_over(monkeypatch):
     name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16, SIZES)
     assert (name, kernels) == ("plain", PLAIN)
     assert fault.startswith("compute.kernels: cannot load triton: libtriton.so")
+
+
+class FastLayerNormFN:
+    """As apex's: with a bias, computed in fp32."""
+
+    @staticmethod
+    def apply(x, gamma, beta, epsilon):
+        assert beta.shape == gamma.shape and beta.dtype == gamma.dtype and not beta.any()
+        return in_fp32(PLAIN.layer_norm)(x, gamma, epsilon) + beta
+
+
+@pytest.fixture
+def pretended_apex(monkeypatch):
+    """Returns a function that installs an apex with these norms, beside Triton, on a GPU that is the CPU."""
+    monkeypatch.setattr(choose, "triton_kernels", lambda device: RIGHT)
+    monkeypatch.setattr(choose, "check", lambda kernels, device, *rest: check(kernels, CPU, *rest))
+
+    def install(norm) -> None:
+        module = types.SimpleNamespace(FastLayerNormFN=norm)
+        for name in ("apex", "apex.contrib", "apex.contrib.layer_norm", "apex.contrib.layer_norm.layer_norm"):
+            monkeypatch.setitem(sys.modules, name, module)
+
+    return install
+
+
+def test_apexs_norms_beside_the_triton_kernels(pretended_apex):
+    pretended_apex(FastLayerNormFN)
+    name, kernels, skipped = choose_kernels("apex", CUDA, torch.bfloat16, SIZES)
+    assert (name, skipped, kernels.geglu) == ("apex", None, RIGHT.geglu)
+    assert kernels.layer_norm is not RIGHT.layer_norm
+    nothing = torch.zeros(0, 8)
+    assert kernels.layer_norm(nothing, torch.ones(8), 1e-5).shape == (0, 8)
+    assert choose_kernels("auto", CUDA, torch.bfloat16, SIZES)[0] == "triton"
+
+
+def test_wrong_norms_of_apex_are_refused(pretended_apex):
+    pretended_apex(types.SimpleNamespace(apply=lambda x, gamma, beta, epsilon: x * gamma))
+    with pytest.raises(DetourError, match=r"^compute\.kernels: layer_norm differs from the plain kernel"):
+        choose_kernels("apex", CUDA, torch.bfloat16, SIZES)
+
+
+def test_another_package_called_apex_is_not_nvidias(pretended_apex, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    with pytest.raises(DetourError, match=r"^compute\.kernels: apex needs NVIDIA's, .*No module named 'apex\.contrib"):
+        choose_kernels("apex", CUDA, torch.bfloat16, SIZES)
 
 
 @pytest.mark.gpu

@@ -246,6 +246,20 @@ class FlashKernel:
 @lengths_of_all_kinds
 @windows
 @directions
+def test_bf16_on_a_cpu_is_rounded_only_at_the_end(lengths, window, causal):
+    def exact(q, k, v, pattern):
+        return dense_attention(q.double(), k.double(), v.double(), pattern).to(q.dtype)
+
+    pattern = pattern_of(lengths, causal, window)
+    qkv = random_qkv(sum(lengths), dtype=torch.bfloat16)
+    for found, expected in zip(outcome(sdpa_attention, qkv, pattern), outcome(exact, qkv, pattern), strict=True):
+        # fp32 may round to the neighbor of what fp64 rounds to.
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-5)
+
+
+@lengths_of_all_kinds
+@windows
+@directions
 def test_flash_attention_is_asked_for_the_pattern(lengths, window, causal):
     for returns_tuple in (False, True):
         kernel = FlashKernel(returns_tuple)
