@@ -126,7 +126,8 @@ class LanguageModel(nn.Module):
         full = torch.empty(weight.size)
         if not weight.std:
             return full.fill_(weight.fill)
-        generator = torch.Generator().manual_seed((seed << 32) | zlib.crc32(name.encode()))
+        # torch's CPU generator uses 32 bits of a seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         return nn.init.trunc_normal_(full, std=weight.std, a=-2 * weight.std, b=2 * weight.std, generator=generator)
 
     def full_sizes(self) -> dict[str, tuple[int, ...]]:

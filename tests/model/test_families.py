@@ -60,6 +60,7 @@ def test_first_values_are_as_declared(family):
         values = model.initial_weight(name, 3)
         assert values.shape == weight.size and torch.equal(values, model.initial_weight(name, 3))
         if weight.std:
+            assert not torch.equal(values, model.initial_weight(name, 4))
             assert values.abs().max() <= 2 * weight.std
             assert values.std() == pytest.approx(0.88 * weight.std, rel=0.1)  # of a normal cut at 2 sigma
         else:
