@@ -63,6 +63,9 @@ setup(
         "clean": CLEAN,
         "ray": RAY,
         "wandb": WANDB,
+        # Compiled against the installed torch (docs/parallelism.md). NVIDIA's apex is not on PyPI, and a package with an
+        # extra from elsewhere could not be uploaded there.
+        "flash-attn": ["flash-attn>=2.7"],
         "test": [
             *CLEAN,
             *RAY,

@@ -31,7 +31,7 @@ from megatron_detour.text import visible
 
 OK, NOTE, FAULT = "ok", "note", "fault"
 GIB = 1 << 30
-OPTIONAL = ("flash_attn", "flash_attn_interface", "apex", "triton", "wandb")
+OPTIONAL = ("flash_attn", "flash_attn_interface", "fast_layer_norm", "triton", "wandb")
 WRITTEN = 64 << 20  # bytes written to measure disk speed
 SLOW_DISK = 50e6  # bytes per second
 OPEN_FILES, SHARED_MEMORY = 4096, GIB

@@ -118,27 +118,32 @@ class _Gradients:
     def __init__(self, hidden, weight, bias, rows: int, exact: torch.dtype | None, trained: tuple[bool, bool]) -> None:
         self.hidden, self.weight, self.rows = hidden, weight, rows
         self.types = (hidden.dtype, weight.dtype, bias.dtype)
-        self.grad_hidden = torch.zeros_like(hidden)
+        self.grad_hidden = torch.empty_like(hidden)
+        # The first chunk writes the gradients of real rows and later ones add to them; padding has none.
         self.grad_weight, self.grad_bias = (
-            torch.zeros(value.shape, dtype=exact or value.dtype, device=value.device) if needed else None
+            torch.empty(value.shape, dtype=exact or value.dtype, device=value.device) if needed else None
             for value, needed in zip((weight, bias), trained, strict=True)
         )
+        for grad in (self.grad_weight, self.grad_bias):
+            if grad is not None:
+                grad[rows if len(hidden) else 0 :].zero_()
 
     def add(self, part: slice, slope: torch.Tensor) -> None:
         torch.mm(slope, self.weight[: self.rows], out=self.grad_hidden[part])
+        kept = 0 if part.start == 0 else 1
         if self.grad_weight is not None:
             real = self.grad_weight[: self.rows]
             if slope.dtype == real.dtype:
-                real.addmm_(slope.T, self.hidden[part])
+                real.addmm_(slope.T, self.hidden[part], beta=kept)
             else:
-                real += slope.T @ self.hidden[part]
+                _accumulate(real, slope.T @ self.hidden[part], kept)
         if self.grad_bias is not None:
             # As a matrix product: a sum in another dtype would first copy `slope` to that dtype.
-            self.grad_bias[: self.rows] += (slope.new_ones(1, len(slope)) @ slope)[0]
+            _accumulate(self.grad_bias[: self.rows], (slope.new_ones(1, len(slope)) @ slope)[0], kept)
 
     def scaled(self, scale: torch.Tensor) -> list[torch.Tensor | None]:
-        """Scale in place if dtypes allow it. The scale stays in fp32, as rounding it would make the result depend on
-        how a batch is split."""
+        """Scale in one pass, in place if dtypes allow it. The scale stays in fp32, as rounding it would make the result
+        depend on how a batch is split."""
         grads = (self.grad_hidden, self.grad_weight, self.grad_bias)
         return [_scaled(grad, scale, dtype) for grad, dtype in zip(grads, self.types, strict=True)]
 
@@ -146,7 +151,16 @@ class _Gradients:
 def _scaled(grad: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     if grad is None:
         return None
-    return grad.mul_(scale) if grad.dtype == dtype == scale.dtype else (grad.to(scale.dtype) * scale).to(dtype)
+    if grad.dtype == dtype and grad.device.type == "cpu":
+        return grad.mul_(scale)  # a CPU's scalar is not rounded to the tensor's dtype
+    return torch.mul(grad, scale[None], out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
+
+
+def _accumulate(total: torch.Tensor, part: torch.Tensor, kept: int) -> None:
+    if kept:
+        total += part
+    else:
+        total.copy_(part)
 
 
 def _reduce_over_ranks(log_sum, at_label, greatest, state):

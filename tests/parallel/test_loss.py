@@ -60,6 +60,18 @@ def test_bf16_is_as_near_as_its_rounding():
         torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("chunk_rows", [7, LABELS])
+def test_the_scale_is_not_rounded_to_bf16(monkeypatch, chunk_rows):
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", chunk_rows * VOCABULARY)
+    scale = 0.7  # 0.69921875 in bf16
+    *leaves, labels = operands(torch.bfloat16)
+    whole, scaled = (torch.autograd.grad(ours(*leaves, labels).loss * by, leaves) for by in (1.0, scale))
+    for grad, expected in zip(scaled, whole, strict=True):
+        torch.testing.assert_close(
+            grad.float(), expected.float() * scale, rtol=2**-7 if chunk_rows == 7 else 2**-8, atol=0
+        )
+
+
 def test_a_sure_and_right_prediction_keeps_its_small_gradient_in_bf16():
     """1 - p is 0.001 here, less than bf16 can tell from 1."""
     weight = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16)
