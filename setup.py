@@ -63,8 +63,8 @@ setup(
         "clean": CLEAN,
         "ray": RAY,
         "wandb": WANDB,
-        # Compiled against the installed torch (docs/parallelism.md). NVIDIA's apex is not on PyPI, and a package that has
-        # an extra from elsewhere cannot be uploaded there.
+        # Compiled against the installed torch (docs/parallelism.md). NVIDIA's apex is not on PyPI, which refuses packages
+        # with an extra from elsewhere.
         "flash-attn": ["flash-attn>=2.7"],
         "test": [
             *CLEAN,
