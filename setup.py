@@ -63,8 +63,8 @@ setup(
         "clean": CLEAN,
         "ray": RAY,
         "wandb": WANDB,
-        # Compiled against the installed torch (docs/parallelism.md). PyPI lacks NVIDIA's apex, and refuses packages with
-        # an extra from elsewhere.
+        # Compiled against the installed torch (docs/parallelism.md). NVIDIA's apex is not on PyPI, so it cannot be an
+        # extra.
         "flash-attn": ["flash-attn>=2.7"],
         "test": [
             *CLEAN,

@@ -1,4 +1,4 @@
-"""`megatron-detour gpu-day`: everything that a GPU shows, in ten minutes, in one JSON file.
+"""`megatron-detour gpu-day`: all GPU measurements, in ten minutes, in one JSON file.
 
 Each part runs in a process of its own under its own time limit, and writes its results as it goes: a part that fails,
 hangs or kills the device leaves what it had, and the next one starts. The file is rewritten whole after each.
@@ -42,15 +42,15 @@ class Part:
 
 
 PARTS = (
-    Part("facts", 20, "versions, driver, clocks, power limit"),
-    Part("rates", 40, "matrix products, copies, launches"),
-    Part("correct", 110, "the tests marked gpu"),
-    Part("audit", 40, "kernels, busy share and synchronizations of one micro-batch"),
-    Part("base", 130, "base: objectives, lengths, attention, kernels; tokens per micro-batch"),
-    Part("train", 130, "60 steps of MLM, CLM, MLM; killed and resumed"),
-    Part("large", 70, "large at the best settings"),
-    Part("peers", 100, "transformers, padded and packed"),
-    Part("repeat", 45, "whether ten steps repeat bit for bit; how long a checkpoint blocks"),
+    Part("facts", 15, "versions, driver, clocks, power limit"),
+    Part("rates", 30, "matrix products, copies, launches"),
+    Part("correct", 100, "the tests marked gpu"),
+    Part("audit", 30, "kernels, busy share and synchronizations of one micro-batch"),
+    Part("base", 120, "base: objectives, lengths, attention, kernels; tokens per micro-batch"),
+    Part("train", 110, "60 steps of MLM, CLM, MLM; killed and resumed"),
+    Part("large", 65, "large at the best settings"),
+    Part("peers", 90, "transformers, padded and packed"),
+    Part("repeat", 40, "whether ten steps repeat bit for bit; how long a checkpoint blocks"),
 )
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -53,15 +51,14 @@ class Scale:
     lengths: tuple[int, ...]
     tokens: int  # of a micro-batch
     sweep: tuple[int, ...]
-    square: int  # of the matrix product
     copied: int  # bytes
     sequence: int  # of the training run
     step: int  # tokens
 
 
 SCALES = {
-    "base": Scale("base", "large", (1024, 8192), 32_768, (16_384, 65_536, 131_072), 8192, GIB, 1024, 131_072),
-    "tiny": Scale("tiny", "tiny", (64, 128), 256, (128,), 256, 1 << 20, 64, 256),
+    "base": Scale("base", "large", (1024, 8192), 32_768, (16_384, 65_536, 131_072), GIB, 1024, 131_072),
+    "tiny": Scale("tiny", "tiny", (64, 128), 256, (128,), 1 << 20, 64, 256),
 }
 
 
@@ -314,7 +311,7 @@ def _try_row(results: Results, settings: train.Measurement) -> None:
                 "sequence_length": settings.sequence_length,
                 "micro_tokens": settings.tokens,
                 "attention": measured["attention"] if ours else settings.peer_attention,
-                "kernels": measured["kernels"] if ours else row["name"],
+                "kernels": measured["kernels"] if ours else "",
                 "roofline": _roofline(settings, measured["attention"]) if ours else None,
                 **{name: row[name] for name in ("tokens_per_second", "bytes", "share_of_matrix_rate", "times_as_fast")},
             }
@@ -400,24 +397,18 @@ def _run_file(scale: Scale, folder: Path, name: str) -> Path:
 
 
 def _train(run_file: Path, kill_at: int | None = None) -> list[dict[str, Any]]:
-    """Train, to the end or until a step at which the run is killed; return its metrics."""
+    """Train to the end and return the metrics, or kill the run once it has `kill_at` records."""
     metrics = run_file.with_suffix("") / "metrics.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_detour", "train", str(run_file)], cwd=ROOT, start_new_session=True
-    )
-    while process.poll() is None and (kill_at is None or _last_step(metrics) < kill_at):
+    process = subprocess.Popen([sys.executable, "-m", "megatron_detour", "train", str(run_file)], cwd=ROOT)
+    while process.poll() is None:
+        if kill_at and metrics.exists() and len(metrics.read_text().splitlines()) >= kill_at:
+            process.kill()
+            process.wait()
+            return []  # the last line may be cut
         time.sleep(0.2)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    elif process.returncode:
+    if process.returncode:
         raise DetourError(f"training {run_file.name} ended with {process.returncode}")
     return [json.loads(line) for line in metrics.read_text().splitlines()]
-
-
-def _last_step(metrics: Path) -> int:
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return len(lines)
 
 
 def _by_phase(steps: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

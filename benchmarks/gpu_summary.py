@@ -1,4 +1,4 @@
-"""What a gpu-day showed: measured against modelled, the settings it suggests, and a table for docs/performance.md."""
+"""What a gpu-day showed: measured against modeled, the settings it suggests, and a table for docs/performance.md."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def summarize(day: dict[str, Any], baseline: dict[str, Any] | None = None) -> Su
     before = {_key(row): row["tokens_per_second"] for row in (_rows(baseline) if baseline else [])}
     rows = _rows(day)
     suggestion = suggest(rows)
-    header = ["model", "objective", "length", "tokens per micro-batch", "attention", "kernels", "tokens/s"]
+    header = ["contender", "model", "objective", "length", "tokens per micro-batch", "attention", "kernels", "tokens/s"]
     header += ["of the roofline", "of a product's", "GiB", *(["of the baseline"] if before else [])]
     table = [
         [
+            row["contender"],
             row["size"],
             row["objective"],
             f"{row['sequence_length']:,}",
@@ -40,12 +41,11 @@ def summarize(day: dict[str, Any], baseline: dict[str, Any] | None = None) -> Su
         for row in rows
     ]
     parts = [
-        [name, part["status"], f"{part.get('seconds', 0):.0f}", _remark(name, part)]
-        for name, part in day["parts"].items()
+        [name, part["status"], f"{part.get('seconds', 0):.0f}", _remark(part)] for name, part in day["parts"].items()
     ]
     blocks = [Table(["part", "status", "s", ""], parts, align="llrl").markdown()]
     if table:
-        blocks.append(Table(header, table, align="llrrllrrrrr"[: len(header)]).markdown())
+        blocks.append(Table(header, table, align="lllrrllrrrrr"[: len(header)]).markdown())
     if suggestion:
         blocks.append("Suggested: " + ", ".join(f"`{key}: {value}`" for key, value in suggestion.items()))
     return Summary({"suggested": suggestion}, "\n\n".join(blocks))
@@ -57,16 +57,17 @@ def suggest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if not rows:
         return {}
     best = max(rows, key=lambda row: row["share_of_matrix_rate"])
-    alike = [
-        row
-        for row in rows
-        if all(row[key] == best[key] for key in ("objective", "sequence_length", "attention", "kernels"))
-        and row["tokens_per_second"] >= (1 - CLOSE) * best["tokens_per_second"]
-    ]
+    sweeps: dict[tuple, list[dict[str, Any]]] = {}  # rows that differ in the micro-batch alone
+    for row in rows:
+        sweeps.setdefault((row["objective"], row["sequence_length"], row["attention"], row["kernels"]), []).append(row)
+    sweep = max(sweeps.values(), key=len)
+    fastest = max(row["tokens_per_second"] for row in sweep)
     return {
         "compute.attention": best["attention"],
         "compute.kernels": best["kernels"],
-        "tokens per micro-batch": min(row["micro_tokens"] for row in alike),
+        "tokens per micro-batch": min(
+            row["micro_tokens"] for row in sweep if row["tokens_per_second"] >= (1 - CLOSE) * fastest
+        ),
     }
 
 
@@ -84,11 +85,11 @@ def _ratio(row: dict[str, Any], before: dict[tuple, float]) -> str:
     return f"{row['tokens_per_second'] / old:.2f}" if old else ""
 
 
-def _remark(name: str, part: dict[str, Any]) -> str:
+def _remark(part: dict[str, Any]) -> str:
     """Return a part's main figure, or why it has none."""
     results = part.get("results", {})
     if part["status"] in ("failed", "timed out"):
         return (part["output"] or ["no output"])[-1]
     if part["status"] == "skipped":
         return part["why"]
-    return results.get("remark", "")
+    return results.get("remark", "; ".join(results.get("left_out", [])))

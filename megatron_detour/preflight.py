@@ -7,7 +7,7 @@ devices, kernels, each other, the checkpoint to resume. This module does not imp
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_detour.kernels.requirements import attention_fault, kernels_fault
 from megatron_detour.model.families import PUBLISHED, Family, family_to_initialize, read_shape
 from megatron_detour.model.flops import Frozen
 from megatron_detour.model_parts import layers_of
-from megatron_detour.objectives import KINDS
+from megatron_detour.objectives import REFERENCE, Objective
 from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, stand_in
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
@@ -72,19 +72,20 @@ def preflight(
 
 def check_model(config: RunConfig, plan: Plan) -> Preflight:
     """Check model and tokenizer, and whether the run file fits them."""
-    checked = look(config.model, config.needs_word_boundaries)
+    kinds = {type(phase.objective) for phase in plan.phases}
+    checked = look(config.model, config.needs_word_boundaries, kinds)
     substitute = stand_in(Path(config.folder), config.model) if checked.faults else None
-    checked = look(substitute, config.needs_word_boundaries) if substitute else checked
+    checked = look(substitute, config.needs_word_boundaries, kinds) if substitute else checked
     if checked.shape is None:
         return checked
     fit = [*checked.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, checked.shape)]
     return replace(checked, faults=(*checked.faults, *fit, *_freezing(config, checked.shape)))
 
 
-def look(model: Model, whole_words: bool = False) -> Preflight:
-    """Check model and tokenizer on their own. `whole_words`: a phase masks whole words."""
+def look(model: Model, whole_words: bool = False, kinds: Iterable[type[Objective]] = ()) -> Preflight:
+    """Check model and tokenizer on their own. `whole_words`: a phase masks whole words; `kinds`: of its objectives."""
     faults: list[str] = []
-    vocabulary, words = _vocabulary(model, faults), None
+    vocabulary, words = _vocabulary(model, {REFERENCE, *kinds}, faults), None
     if vocabulary and whole_words:
         try:
             words = Words.of(find_tokenizer(model.tokenizer or model.start, model.download), vocabulary)
@@ -135,7 +136,7 @@ def _fresh(model: Model, vocabulary: Vocabulary | None, faults: list[str]) -> Fa
         return None
 
 
-def _vocabulary(model: Model, faults: list[str]) -> Vocabulary | None:
+def _vocabulary(model: Model, kinds: Iterable[type[Objective]], faults: list[str]) -> Vocabulary | None:
     name = model.tokenizer or model.start
     try:
         vocabulary = load_vocabulary(name, model.download)
@@ -150,7 +151,7 @@ def _vocabulary(model: Model, faults: list[str]) -> Vocabulary | None:
         elif Path(name).is_dir():
             faults.append(f"model.start: {fault}")
         return None
-    needed = dict.fromkeys([*(role for kind in KINDS.values() for role in kind.special_tokens), "pad"])
+    needed = dict.fromkeys([*(role for kind in kinds for role in kind.special_tokens), "pad"])
     missing = [f"[{role.upper()}]" for role in needed if getattr(vocabulary, role) is None]
     if missing:
         key = "tokenizer" if model.tokenizer else "start"

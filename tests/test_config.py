@@ -102,7 +102,10 @@ def test_amounts_of_tokens(text, tokens):
     assert parse_tokens(text, 1_024) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "B", "50 G", "50b", "-5", "1.5", "0.0001k", "ten", True, None, [1], float("inf")])
+@pytest.mark.parametrize(
+    "text",
+    ["", "B", "50 G", "50b", "-5", "1.5", "0.0001k", "ten", True, None, [1], float("inf"), "1,5B", "1,50M", "1.5,000"],
+)
 def test_what_is_no_amount_of_tokens(text):
     with pytest.raises(ValueError, match="amount of tokens"):
         parse_tokens(text, 1_024)

@@ -7,8 +7,10 @@ micro-batches, so the arrays hold the documents in stream order.
 from __future__ import annotations
 
 import argparse
+import errno
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,17 +62,34 @@ def run(options: argparse.Namespace) -> None:
     if not options.steps.start:
         print("step 0 is the state before training: it reads no text")
     source = Source.from_config(config, plan)
-    written = zipfile.ZipFile(options.output, "x") if options.output else None
-    for number in options.steps:
-        if number:
-            batch = source.read(step_numbered(plan, number))
-            print("\n".join(visible(line) for line in batch.shown(source.tokenizer, options.documents)), flush=True)
-            for name, array in batch.arrays().items() if written else ():
-                with written.open(f"step-{number:08d}/{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array)
-    if written:
-        written.close()
+    with _archive(options.output) as archive:
+        for number in options.steps:
+            if number:
+                batch = source.read(step_numbered(plan, number))
+                shown = batch.shown(source.tokenizer, options.documents)
+                print("\n".join(visible(line) for line in shown), flush=True)
+                for name, array in batch.arrays().items() if archive else ():
+                    with archive.open(f"step-{number:08d}/{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array)
+    if options.output:
         print(f"arrays  {options.output}")
+
+
+@contextmanager
+def _archive(path: Path | None) -> Iterator[zipfile.ZipFile | None]:
+    """Open a new archive, if any is wanted, that has its name once it is whole. Raise FileExistsError."""
+    if path is None:
+        yield None
+        return
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "File exists", str(path))
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        with zipfile.ZipFile(aside, "w") as archive:
+            yield archive
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         nargs="+",
         metavar="PART",
-        help="only these of: facts rates correct audit base train large peers repeat",
+        help="only these parts: docs/performance.md lists them",
     )
     add("--baseline", type=Path, metavar="JSON", help="file of an earlier day; its speeds are shown beside these")
     add("--size", choices=("base", "tiny"), default="base", help="tiny: to try the command, also without a GPU")

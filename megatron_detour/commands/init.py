@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
         raise DetourError(format_faults(list(start.faults)))
     texts = Texts.read(options.texts, options.name, None if start.vocabulary is None else options.model)
     machine = Machine(int(options.gpus), options.gpu, options.gpu_memory)
+    if machine.ranks % options.nodes:
+        raise DetourError(f"--gpus: {machine.ranks} cannot be divided evenly among {options.nodes} nodes")
     chosen = fitting(run_file(options, texts, model, start, machine), start, machine)
     files = {Path(f"{options.name}.yaml"): as_yaml(chosen), Path(f"{options.name}.sbatch"): slurm(options, machine)}
     for path in files:
@@ -216,7 +218,7 @@ def as_yaml(content: dict[str, Any]) -> str:
 def slurm(options: argparse.Namespace, machine: Machine) -> str:
     """Return a batch script that requeues itself until the run is done."""
     requeue = (Path(__file__).parents[1] / "recipes" / "requeue.sh").read_text(encoding="utf-8")
-    per_node = -(-machine.ranks // options.nodes)
+    per_node = machine.ranks // options.nodes
     lines = [f"--job-name={options.name}", f"--nodes={options.nodes}", f"--ntasks-per-node={per_node}"]
     lines += [f"--gpus-per-node={per_node}", "--cpus-per-task=8"] if machine.gpus else ["--cpus-per-task=2"]
     lines += [f"--account={options.account}"] if options.account else []

@@ -10,7 +10,8 @@ from megatron_detour.settings import Enclosing, FaultElsewhere, Parsed
 
 LARGEST = 10**15  # tokens or seconds: larger amounts are typing errors, and beyond the precision of a float
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_NUMBER = r"[\d_,]{0,30}\.?\d{1,30}(?:[eE][+-]?\d\d?)?"
+# Commas separate thousands: 1,5B is not a number.
+_NUMBER = r"(?:\d{1,3}(?:,\d{3}){1,10}|[\d_]{0,30}\.?\d{1,30})(?:[eE][+-]?\d\d?)?"
 _AMOUNT = rf"\s*({_NUMBER})\s*(k|M|B|T|steps?)?\s*"
 _TIME = "".join(rf"\s*(?:(\d{{1,9}}){unit})?\s*" for unit in "dhms")
 
@@ -24,7 +25,7 @@ def parse_tokens(value: Any, tokens_per_step: int | None = None) -> int:
         return _within(value)
     match = re.fullmatch(_AMOUNT, str(value))
     if not match or isinstance(value, bool):
-        raise ValueError('an amount of tokens such as 50B, 100M, 3145728 or "3 steps"')
+        raise ValueError('an amount of tokens such as 50B, 1.5B, 3145728 or "3 steps"')
     unit = match[2] or ""
     scale = tokens_per_step if unit.startswith("step") else UNITS[unit]
     if scale is None:

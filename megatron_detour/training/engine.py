@@ -33,9 +33,6 @@ def start_distributed(config: RunConfig) -> tuple[ParallelState, torch.device]:
     port = "29500" if ranks > 1 else "0"  # 0: any free port
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
         os.environ.setdefault(name, default)
-    if config.parallel.tensor > 1:
-        # With one queue, a collective starts before the matrix product that it overlaps with. CUDA reads it once.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _quiet_deepspeed()
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -48,11 +48,11 @@ class Guard:
         self._recent = {kind: deque(maxlen=self.settings.window) for kind in KINDS}
 
     def judge(self, loss: float, norm: float) -> Verdict:
-        """Return the verdict on a step's loss and gradient norm; DeepSpeed reports a NaN norm as -1 or inf."""
+        """Return the verdict on a step's loss and gradient norm."""
         figures = {"loss": loss, "gradient norm": norm}
         for kind, value in figures.items():
-            if not math.isfinite(value) or value < 0:
-                return Verdict(f"the {kind} is {'NaN or infinite' if value < 0 else value}", skip=True)
+            if not math.isfinite(value):
+                return Verdict(f"the {kind} is {value}", skip=True)
         if self.settings.spikes != "ignore":
             for kind, value in figures.items():
                 spike = self._spike(kind, value)
@@ -63,7 +63,7 @@ class Guard:
     def remember(self, loss: float, norm: float, verdict: Verdict) -> None:
         """Add a step to the window. Spikes count too, so that a lasting new level stops being one."""
         self.skipped_in_row = self.skipped_in_row + 1 if verdict.skip else 0
-        if all(map(math.isfinite, (loss, norm))) and norm >= 0:
+        if all(map(math.isfinite, (loss, norm))):
             self._recent["loss"].append(loss)
             self._recent["gradient norm"].append(norm)
 

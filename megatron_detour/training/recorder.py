@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 AWAY = "disk unavailable"
 REPORT_SECONDS = 10.0  # that a preempted session waits for its report
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 class Recorder:
@@ -206,9 +205,17 @@ def run_facts(run: Run, validation: Validation | None) -> dict[str, Any]:
     held_out = [corpus.weight for corpus in run.config.validation.corpora]
     weights = [corpus.weight for corpus in first.corpora]
     parameters = sum(torch.Size(size).numel() for size in run.zero.module.full_sizes().values())
+    shape = run.initial.shape
     return {
         "versions": meter.versions(),
-        "model": {"parameters": parameters, **{key: run.initial.config[key] for key in SIZES}},
+        "model": {
+            "parameters": parameters,
+            "vocab_size": shape.vocabulary,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+        },
         "corpora": list(corpora.values()),
         "validation_corpora": _corpora(validation.mixture, held_out) if validation else [],
         "unigram_loss": validation.unigram_loss(first.mixture, weights) if validation else None,

@@ -56,6 +56,9 @@ def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemp
     Return the exit status: 0 at the end of the plan, EXIT_INTERRUPTED when preempted. Raise DetourError.
     """
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if config.parallel.tensor > 1:
+        # With one queue, a collective starts before the matrix product that it overlaps with. CUDA reads it once.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     initial = InitialModel.of(preflight(config, plan, ranks, owns_folder=rank == 0, gpu=torch.cuda.is_available()))
     data = PhaseData(plan, config.data.order_seed, initial.vocabulary)
     parallel, device = start_distributed(config)

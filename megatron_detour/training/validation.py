@@ -31,7 +31,9 @@ class Validation:
         self.seed = settings.seed
         self.micro_tokens = config.batch.micro_sequences * config.data.sequence_length
         self.objectives: dict[str, Corruption] = {
-            name: kind.for_validation(settings.mask_rate).bind(vocabulary) for name, kind in KINDS.items()
+            name: kind.for_validation(settings.mask_rate).bind(vocabulary)
+            for name, kind in KINDS.items()
+            if all(getattr(vocabulary, role) is not None for role in kind.special_tokens)
         }
         self.bytes_of = byte_lengths(run.initial.tokenizer_file, vocabulary)
         self.state, self.device = run.parallel, run.device

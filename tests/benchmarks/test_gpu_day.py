@@ -106,14 +106,14 @@ def test_the_command_on_a_cpu(tmp_path, capfd):
         (objective, length) for objective in ("mlm", "clm") for length in gpu_parts.SCALES["tiny"].lengths
     }
     assert day["summary"]["suggested"]["compute.attention"] == "sdpa"
-    assert "| tiny | clm |" in capfd.readouterr().out
+    assert "| megatron_detour | tiny | clm |" in capfd.readouterr().out
 
 
 def test_the_table_has_the_roofline_and_the_baseline():
     day = {"parts": {"base": {"status": "done", "seconds": 3.0, "results": {"rows": [ROW]}}}}
     before = {"parts": {"base": {"status": "done", "results": {"rows": [ROW | {"tokens_per_second": 100_000.0}]}}}}
     lines = gpu_summary.summarize(day, before).markdown.splitlines()
-    line = next(line for line in lines if line.startswith("| base | mlm"))
+    line = next(line for line in lines if line.startswith("| megatron_detour | base | mlm"))
     assert "| 200,000 | 50% | 30.0% | 1.0 | 2.00 |" in line
 
 

@@ -92,6 +92,25 @@ def test_the_text_is_shown_with_its_masks(run_file, capsys):
     assert "<[MASK]|" in masked and "|" not in causal
 
 
+def test_arrays_are_written_whole_or_not_at_all(run_file, tmp_path, monkeypatch):
+    from megatron_detour.commands import batches
+
+    output = tmp_path / "b.npz"
+    words = ["batches", str(run_file), "--steps", "1-2", "--output", str(output)]
+
+    def broken(source, step):
+        raise DetourError("the corpus is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batches.Source, "read", broken)
+        with pytest.raises(DetourError, match="gone"):
+            main(words)
+    assert not [path for path in tmp_path.iterdir() if "b.npz" in path.name]
+    assert main(words) == 0
+    with pytest.raises(FileExistsError):
+        main(words)
+
+
 @pytest.mark.parametrize(
     ("steps", "says"),
     [("5", "5 is past the run's last step, 4"), ("3-1", "a range such as 1-12"), ("x", "a range such as 1-12")],

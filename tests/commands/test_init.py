@@ -115,6 +115,8 @@ def test_gpus_get_the_largest_micro_batch_that_fits(corpus, tmp_path, monkeypatc
         assert 96 % config.batch.micro_sequences == 0
         assert commands_in(capsys.readouterr().out)[2][-1] == "--launch"
     assert sizes["80"] > sizes["24"]
+    with pytest.raises(DetourError, match="--gpus: 4 cannot be divided evenly among 3 nodes"):
+        main([*base, "--gpus", "4", "--nodes", "3"])
 
 
 def test_without_texts_it_says_what_is_missing(tmp_path, monkeypatch):

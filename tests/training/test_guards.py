@@ -21,7 +21,7 @@ def fed(guard: Guard, steps: int, seed: int = 0) -> Guard:
     return guard
 
 
-@pytest.mark.parametrize("figures", [(math.nan, 1.0), (math.inf, 1.0), (5.0, math.nan), (5.0, math.inf), (5.0, -1.0)])
+@pytest.mark.parametrize("figures", [(math.nan, 1.0), (math.inf, 1.0), (5.0, math.nan), (5.0, math.inf)])
 @pytest.mark.parametrize("spikes", ["skip", "report", "ignore"])
 def test_what_is_no_number_is_always_skipped(figures, spikes):
     verdict = Guard(Guards(spikes=spikes)).judge(*figures)
