@@ -27,10 +27,20 @@ ENVIRONMENT, CHECKPOINTS = "environment.json", "checkpoints"
 LEFT_BY_A_KILL = {LOCK, f".{RUN_FILE}.part"}  # by a run that was killed before it wrote run.yaml
 SPARE_BYTES = 64 << 20  # for tokenizer, metrics and report
 DEEPSPEED_KEY = "the DeepSpeed file's "
-WITHOUT_EFFECT = "bf16.check_grad_overflow"  # a step is judged by its norm (parallel/zero.py)
+# Keys of the DeepSpeed file about gradients, which parallel/zero.py sums and judges itself.
+WITHOUT_EFFECT = {
+    "bf16.check_grad_overflow",
+    "communication_data_type",
+    "data_types.grad_accum_dtype",
+    "fp32_allreduce",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.use_multi_rank_bucket_allreduce",
+}
 _NOTING = threading.Lock()
-# Keys of the DeepSpeed file that set the precision of computation and sums.
-PRECISION = ("bf16", "fp16", "amp", "torch_autocast", "data_types", "communication_data_type", "fp32_allreduce")
+PRECISION = ("bf16", "fp16", "amp", "torch_autocast")  # keys of the DeepSpeed file
 
 
 def refuse_another_run(folder: Path, config: RunConfig) -> None:
@@ -267,7 +277,7 @@ def _run_before(folder: Path) -> RunConfig:
 
 
 def _deepspeed_keys(content: dict[str, Any]) -> dict[str, Any]:
-    return {f"{DEEPSPEED_KEY}{key}": value for key, value in flatten(content) if key != WITHOUT_EFFECT}
+    return {f"{DEEPSPEED_KEY}{key}": value for key, value in flatten(content) if key not in WITHOUT_EFFECT}
 
 
 def _deepspeed_before(folder: Path) -> dict[str, Any] | None:

@@ -256,7 +256,9 @@ def edit(path: str, **changes: Any) -> None:
 
 def test_another_optimizer_is_another_run(run, config):
     lion = again(config, optimizer=dataclasses.replace(config.optimizer, name=Lion()))
-    with pytest.raises(DetourError, match=r"another run: optimizer\.name is 'adamw' there and 'lion' here; give"):
+    with pytest.raises(
+        DetourError, match=r"another run: optimizer\.name is 'adamw' there and 'lion' here; use the same"
+    ):
         go_on(run, lion)
 
 
@@ -272,10 +274,9 @@ def test_a_run_of_before_optimizers_had_names_goes_on(run, config):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bf16": None, "data_types": None, "communication_data_type": None},
+        {"bf16": None},
         {"bf16": {"enabled": False}},
-        {"communication_data_type": "bf16"},
-        {"data_types": {"grad_accum_dtype": "bf16"}},
+        {"torch_autocast": {"enabled": True}},
     ],
 )
 def test_another_precision_in_the_same_file_is_another_run(run, config, changes):
@@ -284,18 +285,21 @@ def test_another_precision_in_the_same_file_is_another_run(run, config, changes)
         go_on(run, config)
 
 
-def test_a_run_from_when_deepspeed_had_to_look_for_nan_goes_on(run, config):
-    edit(run / "deepspeed.json", bf16={"enabled": True, "check_grad_overflow": True})
+def test_a_run_from_when_deepspeed_summed_gradients_goes_on(run, config):
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    zero = {"stage": 2, "contiguous_gradients": True, "reduce_scatter": True, "overlap_comm": False}
+    before = {"bf16": {"enabled": True, "check_grad_overflow": True}, "zero_optimization": zero, **sums}
+    edit(run / "deepspeed.json", **before)
     refuse_another_run(run, config)
     assert changed_settings(run, config) == []
 
 
 def test_what_else_changes_in_the_deepspeed_file_is_told(run, config):
-    edit(config.deepspeed, zero_optimization={"stage": 2, "reduce_bucket_size": 1000})
+    edit(config.deepspeed, zero_optimization={"stage": 2, "allgather_bucket_size": 1000})
     assert store.step_of(go_on(run, config)) == END
     changes = changed_settings(run, config)
     assert (
-        "changed since the last session: the DeepSpeed file's zero_optimization.reduce_bucket_size was not set and is "
+        "changed since the last session: the DeepSpeed file's zero_optimization.allgather_bucket_size was not set and is "
         "1000; rounding may differ"
     ) in changes
 

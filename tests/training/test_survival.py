@@ -155,13 +155,15 @@ def test_what_changed_between_sessions_is_told(whole, run_file, tmp_path):
     session = begin(folder, run_file, Setup(), tmp_path / "refused.log", more)
     assert session.wait() == [1]
     assert "another run: the DeepSpeed file's bf16.enabled is not set there and True here" in session.output()
-    content["zero_optimization"]["reduce_bucket_size"] = 5000
+    content["zero_optimization"]["allgather_bucket_size"] = 5000
     deepspeed.write_text(json.dumps(content))
     session = begin(folder, run_file, Setup(), tmp_path / "second.log", more)
     assert session.wait() == [0], session.output()[-3000:]
     told = session.output()
     assert "changed since the last session: validation.seed was 0 and is 5; validation metrics before and after" in told
-    assert "changed since the last session: the DeepSpeed file's zero_optimization.reduce_bucket_size was not" in told
+    assert (
+        "changed since the last session: the DeepSpeed file's zero_optimization.allgather_bucket_size was not" in told
+    )
     sessions = json.loads((folder / "environment.json").read_text())["sessions"]
     assert [s["ended"] for s in sessions] == ["error: injected", "finished"]
 
