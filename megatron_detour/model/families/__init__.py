@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import Any
 
 from megatron_detour.errors import DetourError
 from megatron_detour.model.families.base import Family
 from megatron_detour.model.families.modernbert import ModernBert
+from megatron_detour.registry import registry
 
 __all__ = ["DEFAULT", "FAMILIES", "PUBLISHED", "Family", "family_of", "family_to_initialize", "read_shape"]
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-
 DEFAULT = ModernBert  # of a model.config without a model_type
-
-
-def _families(cls: type[Family]) -> dict[str, type[Family]]:
-    return {family.model_type: family for sub in cls.__subclasses__() for family in (sub, *_families(sub).values())}
-
-
-FAMILIES = _families(Family)
+FAMILIES = registry(__name__, Family, DEFAULT, "model_type")
 PUBLISHED = {name: config for family in FAMILIES.values() for name, config in family.published.items()}
 
 
