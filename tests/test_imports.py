@@ -143,7 +143,7 @@ ALLOWED = {
     "benchmarks.process": ("benchmarks errors", "psutil"),
     "benchmarks.gpu_day": ("benchmarks structured errors files", ""),
     "benchmarks.gpu_parts": (
-        "benchmarks commands.machine corpus forecast.roofline model observe parallel errors files",
+        "benchmarks commands.machine corpus model observe parallel errors files",
         "torch transformers yaml",
     ),
 }

@@ -152,10 +152,6 @@ class Family(ABC):
         """Return the same for the gradients that the backward pass of a layer holds at once; the first whole."""
 
     @abstractmethod
-    def moved_by_layer(self) -> int:
-        """Return the values per position that a layer reads and writes beside its products, with fused kernels."""
-
-    @abstractmethod
     def kept_by_head(self) -> int:
         """Return the values per labeled position that the head keeps, and the gradient of its last part."""
 

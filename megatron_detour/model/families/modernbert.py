@@ -167,14 +167,6 @@ class ModernBert(Family):
     def at_work_in_layer(self) -> tuple[int, int]:
         return 3 * self.hidden, 3 * self.intermediate  # gradients inside the gated unit
 
-    def moved_by_layer(self) -> int:
-        norms, rotary = 2 * 8 * self.hidden, 2 * 4 * self.hidden
-        attention = 16 * self.hidden + 4 * self.hidden  # q, k, v, output and gradients; the fp32 sum of q's gradients
-        return norms + self.moved_by_feed_forward() + rotary + attention
-
-    def moved_by_feed_forward(self) -> int:
-        return 8 * self.intermediate  # forward a and b to a product; backward these and the product's gradient to two
-
     def kept_by_head(self) -> int:
         return 5 * self.hidden  # chosen rows, dense, gelu, norm, and the gradient of the last
 

@@ -18,16 +18,12 @@ BANDWIDTH = 0.80  # of the data sheet's
 # Shares of the peak that FlashAttention reaches, forward and backward, counting all pairs of the blocks it visits.
 ATTENTION = {"flash2": 0.26, "varlen": 0.26, "flash3": 0.45, "flash4": 0.45}
 BLOCK = 128  # queries and keys
-OPTIMIZER_BYTES = 46  # per parameter and step: gradients summed and cleared, weights and moments read and written
 
 
 def seconds(
     shape: Family, lengths: tuple[int, ...], causal: bool, labeled: int, chip: Chip, attention: str = "flash2"
 ) -> float:
-    """Return the time of a forward and backward pass over packed documents of these lengths, with fused kernels.
-
-    The step of the optimizer is not in it: see `optimizer_seconds`.
-    """
+    """Return the time of a forward and backward pass over packed documents of these lengths, with fused kernels."""
     windows = {kind: None if kind == FULL else shape.window for kind in shape.layer_types}
     # 4 E per pair: query-key products and weighted sums of values.
     scores, blocks = (
@@ -35,7 +31,7 @@ def seconds(
         for count in (visible_pairs, visited_pairs)
     )
     products = training_flops(shape, lengths, causal, labeled) - (1 + BACKWARD) * scores
-    moved = sum(lengths) * shape.layers * 2 * shape.moved_by_layer() + 5 * 2 * labeled * shape.vocabulary
+    moved = sum(lengths) * shape.layers * 2 * moved_by_layer(shape) + 5 * 2 * labeled * shape.vocabulary
     return (
         products / (PRODUCTS * chip.flops)
         + (1 + BACKWARD) * blocks / (ATTENTION[attention] * chip.flops)
@@ -43,9 +39,12 @@ def seconds(
     )
 
 
-def optimizer_seconds(parameters: int, chip: Chip) -> float:
-    """Return the time of one optimizer step on one GPU."""
-    return parameters * OPTIMIZER_BYTES / (BANDWIDTH * chip.bandwidth)
+def moved_by_layer(shape: Family) -> int:
+    """Return the values per position that a layer of ModernBERT reads and writes beside its products."""
+    norms, rotary = 2 * 8 * shape.hidden, 2 * 4 * shape.hidden
+    attention = 16 * shape.hidden + 4 * shape.hidden  # q, k, v, output and gradients; the fp32 sum of q's gradients
+    unit = 8 * shape.intermediate  # forward a and b to a product; backward these and the product's gradient to two
+    return norms + rotary + attention + unit
 
 
 def visited_pairs(length: int, causal: bool, window: int | None) -> int:
