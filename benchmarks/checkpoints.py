@@ -48,8 +48,8 @@ def run(settings: Settings, say: Callable[[str], None]) -> None:
 def measure(settings: Settings) -> list[tuple[str, str]]:
     """Return rows of a title and a figure. Raises DetourError if the disk is too small."""
     zero = _zero(settings)
-    sizes = zero.module.full_sizes()
-    size = 4 * (1 + len(zero.states)) * sum(torch.Size(s).numel() for s in sizes.values())
+    sizes = zero.module.shape.sizes
+    size = 4 * (1 + len(zero.states)) * zero.module.shape.parameters
     settings.folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(settings.folder).free
     if free < 2.5 * size:
@@ -133,7 +133,7 @@ def _zero(settings: Settings) -> Zero:
     state, _ = start_distributed(config)
     model = shape.build(state)
     zero = create_engine(model, config, read_deepspeed_config(settings.deepspeed), state)
-    sizes, generator = model.full_sizes(), torch.Generator().manual_seed(0)
+    sizes, generator = shape.sizes, torch.Generator().manual_seed(0)
 
     def values(name: str) -> torch.Tensor:
         return torch.rand(sizes[name], generator=generator)

@@ -252,8 +252,8 @@ def load_model(source: Source, shape: Family) -> LanguageModel:
     """Load the full fp32 model of a folder, for checks in one process."""
     model = shape.build(ParallelState())
     with Weights(source) as weights:
-        weights.check(model.full_sizes())
-        model.load_state_dict({name: weights(name) for name in model.full_sizes()})
+        weights.check(shape.sizes)
+        model.load_state_dict({name: weights(name) for name in shape.sizes})
     return model.eval()
 
 

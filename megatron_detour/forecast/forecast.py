@@ -115,7 +115,7 @@ def forecast(
         hint = nearest(device, PEAK_NAMES)
         notes.append(f"time: the peak of {device!r} is unknown{hint}; set a measured rate with --rate")
     shape = checked.shape
-    parameters = sum(memory.parameters(shape)) if shape else None
+    parameters = shape and shape.parameters
     phase_costs = shape and attempt("time", lambda: _costs(config, plan, shape, speed, ranks))
     by_phase = advice = None
     if shape and setting:

@@ -22,7 +22,6 @@ from megatron_detour.model.norm import LayerNorm
 from megatron_detour.model.self_attention import SelfAttention
 from megatron_detour.parallel.collectives import gather_from_sequence_parallel
 from megatron_detour.parallel.loss import LossSum, linear_cross_entropy
-from megatron_detour.parallel.shard import spec_of
 from megatron_detour.parallel.state import ParallelState
 
 
@@ -129,13 +128,3 @@ class LanguageModel(nn.Module):
         # torch's CPU generator uses 32 bits of a seed.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         return nn.init.trunc_normal_(full, std=weight.std, a=-2 * weight.std, b=2 * weight.std, generator=generator)
-
-    def full_sizes(self) -> dict[str, tuple[int, ...]]:
-        """Return the unsharded size of every parameter by name."""
-        sizes = {}
-        for name, parameter in self.named_parameters():
-            size, spec = list(parameter.shape), spec_of(parameter)
-            if spec is not None:
-                size[spec.dim] = spec.size
-            sizes[name] = tuple(size)
-        return sizes

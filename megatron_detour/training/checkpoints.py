@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -62,7 +61,7 @@ class Checkpoints:
         with ExitStack() as stack:
             source = self.run.initial.weights if checkpoint is None else Source(str(checkpoint))
             weights = stack.enter_context(huggingface.Weights(source))
-            weights.check(model.full_sizes())
+            weights.check(self.run.initial.shape.sizes)
             if checkpoint is None:
                 self._compare(source)
                 scatter(self.run.zero, weights)
@@ -86,7 +85,7 @@ class Checkpoints:
         """Allocate the buffers for saving during the first steps, so that the first save does not wait for them."""
         if self.run.parallel.is_first:
             zero = self.run.zero
-            sizes, pinned = zero.module.full_sizes(), next(zero.module.parameters()).is_cuda
+            sizes, pinned = self.run.initial.shape.sizes, next(zero.module.parameters()).is_cuda
             self._background.submit(lambda: self._gathered.reserve(sizes, zero.states, pinned))
             self._background.submit(self._hash_start)
 
@@ -155,8 +154,7 @@ class Checkpoints:
             return
         if not self.run.folder.is_dir():
             raise DetourError(f"{self.run.folder}: the run directory was removed during the run")
-        parameters = sum(map(math.prod, self.run.zero.module.full_sizes().values()))
-        size = self.run.config.optimizer.kind.bytes_per_parameter() * parameters
+        size = self.run.config.optimizer.kind.bytes_per_parameter() * self.run.initial.shape.parameters
         refuse_full_disk(self.run.folder, self.run.plan, size)
 
     def _run_state(self, done: Step | None) -> dict[str, Any]:

@@ -204,12 +204,11 @@ def run_facts(run: Run, validation: Validation | None) -> dict[str, Any]:
             corpora.setdefault(facts["prefix"], facts)
     held_out = [corpus.weight for corpus in run.config.validation.corpora]
     weights = [corpus.weight for corpus in first.corpora]
-    parameters = sum(torch.Size(size).numel() for size in run.zero.module.full_sizes().values())
     shape = run.initial.shape
     return {
         "versions": meter.versions(),
         "model": {
-            "parameters": parameters,
+            "parameters": shape.parameters,
             "vocab_size": shape.vocabulary,
             "hidden_size": shape.hidden,
             "intermediate_size": shape.intermediate,

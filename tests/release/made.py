@@ -95,7 +95,7 @@ def scaled_weights(tokenizer: Path, changes: dict[str, Any] | None = None) -> di
     """Full tensors large enough that a wrong window or rotation shows in the logits."""
     model = read_shape(tiny_config(tokenizer, changes), "tests").build(ParallelState())
     found = {}
-    for name in model.full_sizes():
+    for name in model.shape.sizes:
         full = model.initial_weight(name, 3)
         found[name] = 5 * full if full.dim() > 1 else full + 0.1 * torch.sin(torch.arange(len(full)))
     return found

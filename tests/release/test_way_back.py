@@ -31,8 +31,8 @@ def started(folder: Path) -> LanguageModel:
     start = InitialModel.of(check_model(config, Plan.of(config)))
     model = start.shape.build(ParallelState())
     with Weights(start.weights) as weights:
-        weights.check(model.full_sizes())
-        model.load_state_dict({name: weights(name) for name in model.full_sizes()})
+        weights.check(start.shape.sizes)
+        model.load_state_dict({name: weights(name) for name in start.shape.sizes})
     assert huggingface.compare_with_transformers(folder, model.eval()) < 1e-5
     return model
 

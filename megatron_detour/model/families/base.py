@@ -195,6 +195,10 @@ class Family(ABC):
         """The full size of every parameter by name."""
         return {name: weight.size for name, weight in self.weights.items()}
 
+    @property
+    def parameters(self) -> int:
+        return sum(weight.elements() for weight in self.weights.values())
+
     @cached_property
     def layer_products(self) -> tuple[int, ...]:
         """The multiplications per position with the matrices of each layer."""
