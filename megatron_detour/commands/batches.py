@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     with _archive(options.output) as archive:
         for number in options.steps:
             if number:
-                batch = source.read(step_numbered(plan, number))
+                batch = source.read(plan.step(number))
                 shown = batch.shown(source.tokenizer, options.documents)
                 print("\n".join(visible(line) for line in shown), flush=True)
                 for name, array in batch.arrays().items() if archive else ():
@@ -165,13 +165,6 @@ class Source:
         corrupted = objective.apply(mixture.tokens(documents), documents.lengths, self.seed, documents.numbers)
         labels = corrupted.all_labels()
         return StepBatch(step, objective.causal, corrupted.inputs, labels, documents.lengths, documents.numbers)
-
-
-def step_numbered(plan: Plan, number: int) -> Step:
-    """Return the step with this number, counted from 1."""
-    stages = (stage for phase in plan.phases for stage in phase.stages)
-    stage = next(stage for stage in stages if number < stage.first_step + stage.steps)
-    return plan.at(stage.start + (number - stage.first_step) * (stage.tokens // stage.steps))
 
 
 def _steps(text: str) -> range:
