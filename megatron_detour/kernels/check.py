@@ -67,16 +67,11 @@ def relative_difference(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((output.float() - expected).abs().max() / expected.abs().max())
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for launched kernels: their errors are not raised earlier."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.synchronize(device)
-
-
 def device_is_dead(device: torch.device) -> bool:
     """Return whether an earlier error has left the device unusable for the rest of the process."""
     try:
-        synchronize(device)
+        if device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.synchronize(device)  # raises the errors of launched kernels
     except Exception:
         return True
     return False

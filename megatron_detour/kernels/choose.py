@@ -44,7 +44,7 @@ def choose_kernels(
     if fault := kernels_fault(name, device.type == "cuda"):
         raise DetourError(fault)
     try:
-        kernels = {"apex": apex_kernels}.get(name, triton_kernels)(device)
+        kernels = {"apex": apex_kernels}.get(name, triton_kernels)()
         check(kernels.by_name(), device, dtype, sizes)
     except DetourError as fault:
         if name != "auto" or device_is_dead(device):
@@ -53,19 +53,20 @@ def choose_kernels(
     return "apex" if name == "apex" else "triton", kernels, None
 
 
-def triton_kernels(device: torch.device) -> Kernels:
+def triton_kernels() -> Kernels:
     """Return the Triton kernels. Raises DetourError if Triton cannot run."""
     if importlib.util.find_spec("triton") is None:
         raise DetourError("compute.kernels: triton is not installed; it comes with torch's CUDA builds")
     try:
-        return load_triton()
+        from megatron_detour.kernels.fused import geglu, norm, rotary, softmax
     except Exception as error:  # installed, but broken
         raise DetourError(f"compute.kernels: cannot load triton: {first_line(error)}") from error
+    return Kernels(norm.layer_norm, norm.add_layer_norm, geglu.geglu, rotary.rotate_, softmax.softmax_)
 
 
-def apex_kernels(device: torch.device) -> Kernels:
+def apex_kernels() -> Kernels:
     """Return the Triton kernels with apex's norms. Raises DetourError if either cannot run."""
-    others = triton_kernels(device)
+    others = triton_kernels()
     try:
         layer_norm, add_layer_norm = load_norms()
     except Exception as error:  # missing, PyPI's package of the same name, or broken
@@ -74,9 +75,3 @@ def apex_kernels(device: torch.device) -> Kernels:
             f"{first_line(error)}"
         ) from error
     return replace(others, layer_norm=layer_norm, add_layer_norm=add_layer_norm)
-
-
-def load_triton() -> Kernels:
-    from megatron_detour.kernels.fused import geglu, norm, rotary, softmax
-
-    return Kernels(norm.layer_norm, norm.add_layer_norm, geglu.geglu, rotary.rotate_, softmax.softmax_)

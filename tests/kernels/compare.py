@@ -13,7 +13,7 @@ import torch
 
 from megatron_detour.kernels import plain
 from megatron_detour.kernels.check import Sizes, check
-from megatron_detour.kernels.choose import load_triton
+from megatron_detour.kernels.choose import triton_kernels
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EPS = 0.1  # large enough to tell beside a variance of 4
@@ -199,7 +199,7 @@ def found_by_the_interpreter() -> dict[str, list[str]]:
     """By kernel and type: a line for every comparison, which ends in "equal" or says the difference."""
     from megatron_detour.kernels.fused import norm
 
-    kernels = load_triton()
+    kernels = triton_kernels()
     norm.PROGRAMS = PROGRAMS
     found = {}
     for name, shapes in SHAPES.items():

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from megatron_detour.kernels.choose import load_triton
+from megatron_detour.kernels.choose import triton_kernels
 
 CAPABILITIES = (80, 90)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,7 +58,7 @@ def widest(access: str, ptx: str) -> int:
 
 def launch_all(rows: int, hidden: int, intermediate: int, heads: int, vocabulary: int, dtype: torch.dtype) -> None:
     """Forward and backward once, with the sizes of a model."""
-    kernels = load_triton()
+    kernels = triton_kernels()
     x, change, weight, ab, qkv = (
         torch.zeros(size, dtype=dtype, requires_grad=True)
         for size in ((rows, hidden), (rows, hidden), (hidden,), (rows, 2 * intermediate), (rows, 3 * hidden))

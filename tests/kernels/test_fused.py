@@ -15,7 +15,7 @@ import torch
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels import choose
 from megatron_detour.kernels.check import Sizes, check
-from megatron_detour.kernels.choose import PLAIN, Kernels, choose_kernels, load_triton
+from megatron_detour.kernels.choose import PLAIN, Kernels, choose_kernels, triton_kernels
 from tests.harness import ROOT, environment
 from tests.kernels.compare import SHAPES, TYPES, Comparison
 
@@ -90,7 +90,7 @@ def test_a_cpu_gets_the_plain_kernels(name):
 
 
 def test_plain_is_plain_on_a_gpu_too(monkeypatch):
-    monkeypatch.setattr(choose, "triton_kernels", lambda device: pytest.fail("asked for Triton"))
+    monkeypatch.setattr(choose, "triton_kernels", lambda: pytest.fail("asked for Triton"))
     assert choose_kernels("plain", CUDA, torch.bfloat16, SIZES) == ("plain", PLAIN, None)
 
 
@@ -111,7 +111,7 @@ def test_triton_that_is_not_installed_is_told(monkeypatch):
 @pytest.mark.parametrize("name", ["auto", "triton"])
 def test_kernels_that_pass_the_check_are_used(monkeypatch, name):
     checked = []
-    monkeypatch.setattr(choose, "triton_kernels", lambda device: RIGHT)
+    monkeypatch.setattr(choose, "triton_kernels", lambda: RIGHT)
     monkeypatch.setattr(choose, "check", lambda *arguments: checked.append(arguments))
     assert choose_kernels(name, CUDA, torch.bfloat16, SIZES) == ("triton", RIGHT, None)
     assert checked == [(RIGHT.by_name(), CUDA, torch.bfloat16, SIZES)]
@@ -119,7 +119,7 @@ def test_kernels_that_pass_the_check_are_used(monkeypatch, name):
 
 def test_kernels_that_fail_the_check_are_not_used(monkeypatch):
     wrong = replace(RIGHT, geglu=wrong_output(RIGHT.geglu))
-    monkeypatch.setattr(choose, "triton_kernels", lambda device: wrong)
+    monkeypatch.setattr(choose, "triton_kernels", lambda: wrong)
     monkeypatch.setattr(choose, "check", lambda kernels, device, *rest: check(kernels, CPU, *rest))
     name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16, SIZES)
     assert (name, kernels) == ("plain", PLAIN)
@@ -226,13 +226,10 @@ def test_another_type_and_a_copy_are_found():
 
 
 def test_a_triton_that_cannot_be_loaded_is_passed_over(monkeypatch):
-    def broken():
-        raise OSError("libtriton.so: cannot open shared object file")
-
-    monkeypatch.setattr(choose, "load_triton", broken)
+    monkeypatch.setitem(sys.modules, "megatron_detour.kernels.fused", None)
     name, kernels, fault = choose_kernels("auto", CUDA, torch.bfloat16, SIZES)
     assert (name, kernels) == ("plain", PLAIN)
-    assert fault.startswith("compute.kernels: cannot load triton: libtriton.so")
+    assert fault.startswith("compute.kernels: cannot load triton: import of megatron_detour.kernels.fused halted")
 
 
 class FastLayerNormFN:
@@ -247,7 +244,7 @@ class FastLayerNormFN:
 @pytest.fixture
 def pretended_apex(monkeypatch):
     """Returns a function that installs an apex with these norms, beside Triton, on a GPU that is the CPU."""
-    monkeypatch.setattr(choose, "triton_kernels", lambda device: RIGHT)
+    monkeypatch.setattr(choose, "triton_kernels", lambda: RIGHT)
     monkeypatch.setattr(choose, "check", lambda kernels, device, *rest: check(kernels, CPU, *rest))
 
     def install(norm) -> None:
@@ -284,7 +281,7 @@ def test_another_package_called_apex_is_not_nvidias(pretended_apex, monkeypatch)
 @needs_gpu
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 def test_the_kernels_pass_the_check_on_a_gpu(dtype):
-    check(load_triton().by_name(), CUDA, dtype, SIZES)
+    check(triton_kernels().by_name(), CUDA, dtype, SIZES)
     assert choose_kernels("auto", CUDA, dtype, SIZES)[0] == "triton"
 
 
@@ -307,7 +304,7 @@ def test_the_kernels_pass_the_check_on_a_gpu(dtype):
 )
 def test_sizes_of_real_models_on_a_gpu(name, shape):
     # A GPU rounds to the nearest, and what it rounds is off by its fp32 arithmetic.
-    comparison = Comparison(getattr(load_triton(), name), torch.bfloat16, "cuda", rounding=1.01 * 2**-8)
+    comparison = Comparison(getattr(triton_kernels(), name), torch.bfloat16, "cuda", rounding=1.01 * 2**-8)
     getattr(comparison, name)(*shape)
 
 
@@ -315,4 +312,4 @@ def test_sizes_of_real_models_on_a_gpu(name, shape):
 @needs_gpu
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 def test_extreme_logits_on_a_gpu(dtype):
-    Comparison(load_triton().softmax_, dtype, "cuda").extreme_softmax_(50_368)
+    Comparison(triton_kernels().softmax_, dtype, "cuda").extreme_softmax_(50_368)
