@@ -110,7 +110,7 @@ def forecast(
     device = device or ("h100" if bf16 else "cpu")
     attempt = _Attempt(notes)
     setting = checked.deepspeed and attempt("memory", lambda: memory_setting(config, bf16, ranks, device))
-    speed = Speed(rate, None if rate else mfu or MFU, peak_flops(device, "bf16" if bf16 else "fp32"))
+    speed = Speed(rate, None if rate else mfu or MFU, peak_flops(device, bf16))
     if not speed.known:
         hint = nearest(device, PEAK_NAMES)
         notes.append(f"time: the peak of {device!r} is unknown{hint}; set a measured rate with --rate")

@@ -89,7 +89,6 @@ FLASH = {
     "flash2": ("flash_attn", "flash_attn_varlen_qkvpacked_func", packed_flash_attention),
     "varlen": ("torch.nn.attention.varlen", "varlen_attn", varlen_attention),
 }
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def choose_attention(
@@ -100,7 +99,7 @@ def choose_attention(
     Raises DetourError if the requested backend is unavailable or wrong.
     """
     skipped = []
-    available = _preferred(device) if device.type == "cuda" and dtype in HALF_DTYPES else []
+    available = _preferred(device) if device.type == "cuda" and dtype == torch.bfloat16 else []
     candidates = {"auto": available, "sdpa": []}.get(name, [name])
     for candidate in candidates:
         try:
@@ -122,7 +121,7 @@ def _preferred(device: torch.device) -> list[str]:
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    if fault := attention_fault(name, device.type == "cuda", dtype in HALF_DTYPES):
+    if fault := attention_fault(name, device.type == "cuda", dtype == torch.bfloat16):
         raise DetourError(fault)
     # FlashAttention 4 compiles each kind of call in half a minute; on disk only if this is set before it is imported.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -137,7 +136,7 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
 
 def check(attention: Attention, device: torch.device, dtype: torch.dtype, sizes: Sizes, name: str) -> None:
     """Compare output and gradient with SDPA in fp32 on the CPU, in the run's directions, with and without a window."""
-    tolerance = 2e-2 if dtype in HALF_DTYPES else 1e-4
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     for lengths in _documents(sizes):
         size = sum(lengths), 3, sizes.heads, sizes.head_dim
         generator = torch.Generator(device).manual_seed(0)

@@ -1,4 +1,4 @@
-"""Peak FLOP/s of GPUs for dense matrix products in bf16 (and fp16), and their bandwidth, from the vendors' data sheets.
+"""Peak FLOP/s of GPUs for dense matrix products in bf16, and their bandwidth, from the vendors' data sheets.
 
 NVIDIA's sheets state most figures with sparsity; these are half of those. Sources: the data sheets of A100,
 A30, A40, A10, L4, L40, L40S, H100, H200, H20, GH200, B100/B200/GB200, RTX A6000 and RTX 6000 Ada; the white papers of
@@ -38,7 +38,6 @@ SHEETS = (
     (r"\bmi325x\b", 1307.4, 6.0),
 )
 NAMES = tuple(pattern.replace(r"\b", "") for pattern, *_ in SHEETS)
-HALF = ("bf16", "bfloat16", "fp16", "float16")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def chip(device_name: str) -> Chip | None:
     return next(sheets, None)
 
 
-def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Return a device's FLOP/s; None for an unknown device and for a dtype of more than 16 bits."""
+def peak_flops(device_name: str, bf16: bool) -> float | None:
+    """Return a device's FLOP/s; None for an unknown device and for fp32."""
     found = chip(device_name)
-    return found.flops if found and dtype.removeprefix("torch.") in HALF else None
+    return found.flops if found and bf16 else None

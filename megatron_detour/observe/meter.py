@@ -26,7 +26,7 @@ def memory_bytes(device: torch.device) -> int:
 
 def utilization(flops_per_second: float, device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the fraction of the peak FLOP/s of all ranks' devices; None if the peak is unknown."""
-    peak = peak_flops(device_name(device), str(dtype).removeprefix("torch."))
+    peak = peak_flops(device_name(device), dtype == torch.bfloat16)
     return peak and flops_per_second / (peak * dist.get_world_size())
 
 

@@ -59,7 +59,7 @@ def test_the_papers_run():
     detour, decay = measured.costs
     assert detour.seconds == pytest.approx(3.42 * 3600, rel=0.01)
     assert detour.flops / detour.tokens == pytest.approx(1.13e9, rel=0.01)
-    implied = detour.flops / detour.tokens * 203_000 / peak_flops("NVIDIA H100 80GB HBM3", "bf16")
+    implied = detour.flops / detour.tokens * 203_000 / peak_flops("NVIDIA H100 80GB HBM3", bf16=True)
     assert implied == pytest.approx(0.232, abs=0.002)
     result = forecast(config, plan, 4, mfu=implied, device="NVIDIA H100 80GB HBM3")
     assert [round(cost.seconds / 60) for cost in result.costs] == [205, 24]
@@ -190,9 +190,9 @@ def test_checkpoints_at_a_time(tmp_path, checkpoint, model, count):
     ],
 )
 def test_peaks_by_the_names_that_torch_gives(name, teraflops):
-    peak = peak_flops(name, "torch.bfloat16")
+    peak = peak_flops(name, bf16=True)
     assert peak == (None if teraflops is None else pytest.approx(teraflops * 1e12))
-    assert peak_flops(name, "float32") is None
+    assert peak_flops(name, bf16=False) is None
 
 
 def known(config, shape: Family) -> Preflight:
