@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -49,19 +50,19 @@ class CannotEncode(DetourError):
     """A tokenizer cannot encode a text."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     name: str
 
+    @abstractmethod
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of texts with special tokens, uint32 [tokens], and the offset of each text, int64 [texts + 1].
 
         Raises CannotEncode.
         """
-        ...
 
     def agrees(self, ids: np.ndarray, expected: np.ndarray) -> bool:
         """Return whether ids are equivalent to the reference's."""
-        ...
+        return np.array_equal(ids, expected)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class EngineChoice:
     passed_over: dict[str, str] = field(default_factory=dict)  # unsuitable engines, and why
 
 
-class HuggingFace:
+class HuggingFace(Engine):
     """Hugging Face's tokenizers, the reference."""
 
     name = "tokenizers"
@@ -86,11 +87,8 @@ class HuggingFace:
         with _faults():
             return _flat([encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)])
 
-    def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
-        return np.array_equal(ids, judged)
 
-
-class Fastokens:
+class Fastokens(Engine):
     """The byte-level BPE engine of the fastokens package."""
 
     name = "fastokens"
@@ -110,11 +108,8 @@ class Fastokens:
             ids, offsets = self._tokenizer.encode_batch_flat(texts, add_special_tokens=True)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
 
-    def agrees(self, ids: np.ndarray, judged: np.ndarray) -> bool:
-        return np.array_equal(ids, judged)
 
-
-class SentencePiece:
+class SentencePiece(Engine):
     """The sentencepiece library, for Unigram models. Of two equally likely segmentations it may choose another one than
     tokenizers; either is correct."""
 
@@ -151,9 +146,7 @@ class SentencePiece:
         return any(c in text for c in self._first_characters) and any(token in text for token in self._added)
 
     def agrees(self, ids: np.ndarray, expected: np.ndarray) -> bool:
-        if np.array_equal(ids, expected):
-            return True
-        return spm.equally_likely(ids.tolist(), expected.tolist(), self._pieces)
+        return super().agrees(ids, expected) or spm.equally_likely(ids.tolist(), expected.tolist(), self._pieces)
 
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {e.name: e for e in (Fastokens, SentencePiece, HuggingFace)}
