@@ -97,16 +97,13 @@ def too_many_rejects(part: Part, counts: Counts, options: BuildOptions) -> Detou
     """Return the error for the first reject of a part, or for the first beyond --max-rejects."""
     where, record, reason = counts.rejects[min(options.max_rejects, len(counts.rejects) - 1)]
     shard = part.shards[where]
-    listed = rejects_path(options.output_prefix)
-    if options.max_rejects:
-        return DetourError(
-            f"{shard.path}, line {records_before(shard) + record + 1:,}: {reason}; more than --max-rejects "
-            f"{options.max_rejects} records are invalid"
-        )
-    return DetourError(
-        f"{shard.path}, line {records_before(shard) + record + 1:,}: {reason}; fix it, or add --max-rejects N to "
-        f"skip up to N invalid records and list them in {listed}"
+    advice = (
+        f"more than --max-rejects {options.max_rejects} records are invalid"
+        if options.max_rejects
+        else "fix it, or add --max-rejects N to skip up to N invalid records and list them in "
+        f"{rejects_path(options.output_prefix)}"
     )
+    return DetourError(f"{shard.path}, line {records_before(shard) + record + 1:,}: {reason}; {advice}")
 
 
 def _columns(texts: list[str], job: Job, counts: Counts) -> dict[str, np.ndarray]:
