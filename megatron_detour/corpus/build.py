@@ -118,9 +118,6 @@ def _sigterm_as_sigint() -> Iterator[None]:
 
 
 def _build(plan: Plan, options: BuildOptions, journal: Journal) -> Manifest | None:
-    missing = sum(not journal.is_finished(part) for part in plan.parts)
-    if missing < len(plan.parts):
-        say(f"{len(plan.parts) - missing:,} of {len(plan.parts):,} parts are already finished")
     parts = plan.parts if options.shard_index is None else plan.parts[options.shard_index :: options.num_shards]
     run_parts(parts, plan.job, journal)
     if options.shard_index is not None:

@@ -134,16 +134,17 @@ class Journal:
     def finish(self, part: Part, counts: Counts) -> None:
         write_whole(self.file(part, "json"), json.dumps(vars(counts)))
 
-    def is_finished(self, part: Part) -> bool:
-        """Return whether a part has a valid entry and files of the recorded sizes."""
+    def finished(self, part: Part) -> Counts | None:
+        """Return the counts of a part that has a valid entry and files of the recorded sizes."""
         try:
             counts = self.counts(part)
             sizes = [self.file(part, name).stat().st_size == size for name, size in counts.bytes.items()]
         except (DetourError, OSError, msgspec.ValidationError):
-            return False
+            return None
         records = len(counts.records) == len(part.shards)
         rejects = all(0 <= shard < len(part.shards) for shard, _, _ in counts.rejects)
-        return all(sizes) and records and rejects and counts.bytes.get("length", 0) == 4 * counts.documents
+        whole = all(sizes) and records and rejects and counts.bytes.get("length", 0) == 4 * counts.documents
+        return counts if whole else None
 
     def counts(self, part: Part) -> Counts:
         counts = msgspec.convert(read_json(self.file(part, "json")), Counts)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_detour.corpus.journal import Counts, Journal
 from megatron_detour.corpus.options import BuildOptions
-from megatron_detour.corpus.progress import BuildProgress
+from megatron_detour.corpus.progress import BuildProgress, say
 from megatron_detour.corpus.sources import Part
 from megatron_detour.corpus.worker import Job, Stopped, begin_worker, build_part, too_many_rejects
 from megatron_detour.errors import DetourError
@@ -20,11 +20,14 @@ QUEUED_PER_WORKER = 4  # parts
 
 def run_parts(parts: list[Part], job: Job, journal: Journal) -> None:
     """Build the unfinished parts. Raises DetourError, including for too many rejects."""
-    rejects = _Rejects(job.options)
+    rejects, todo = _Rejects(job.options), []
     for part in parts:
-        if journal.is_finished(part):
-            rejects.add(part, journal.counts(part))
-    todo = [part for part in parts if not journal.is_finished(part)]
+        if counts := journal.finished(part):
+            rejects.add(part, counts)
+        else:
+            todo.append(part)
+    if len(todo) < len(parts):
+        say(f"{len(parts) - len(todo):,} of {len(parts):,} parts are already finished")
     if job.options.engine_cluster:
         from megatron_detour.corpus.ray_workers import run_on_ray
 
