@@ -118,7 +118,8 @@ class Checkpoints:
         training, initial = self._gathered, self.run.initial
 
         def write(aside: Path) -> None:
-            huggingface.write_model(aside, initial.config, initial.tokenizer, initial.vocabulary, training.weights)
+            vocabulary = initial.checked.vocabulary
+            huggingface.write_model(aside, initial.config, initial.tokenizer, vocabulary, training.weights)
             huggingface.write_checkpoint(aside, training, run_state | {"start": self._start_hash})
 
         def work() -> None:

@@ -11,8 +11,7 @@ from megatron_detour.checkpoint.huggingface import TOKENIZER_FILES, fresh_config
 from megatron_detour.checkpoint.source import Source
 from megatron_detour.model.families import Family, read_shape
 from megatron_detour.preflight import Preflight
-from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer
-from megatron_detour.tokenizer.word_boundaries import Words
+from megatron_detour.tokenizer.vocabulary import find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,7 @@ class InitialModel:
     weights: Source | None  # None: initialized from the seed
     tokenizer: Source
     tokenizer_file: Path
-    vocabulary: Vocabulary
-    words: Words | None  # None: no phase masks whole words
-    checked: Preflight  # without faults
+    checked: Preflight  # without faults: vocabulary, word boundaries and the DeepSpeed file
 
     @classmethod
     def of(cls, checked: Preflight) -> InitialModel:
@@ -35,7 +32,7 @@ class InitialModel:
         shape = read_shape(config, model.start or "model.config")
         tokenizer = Source(model.tokenizer or model.start, model.download)
         file = find_tokenizer(tokenizer.name, tokenizer.download)
-        return cls(config, shape, weights, _fetched(tokenizer), file, checked.vocabulary, checked.words, checked)
+        return cls(config, shape, weights, _fetched(tokenizer), file, checked)
 
 
 def _fetched(tokenizer: Source) -> Source:

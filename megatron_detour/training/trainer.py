@@ -60,7 +60,7 @@ def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemp
         # With one queue, a collective starts before the matrix product that it overlaps with. CUDA reads it once.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     initial = InitialModel.of(preflight(config, plan, ranks, owns_folder=rank == 0, gpu=torch.cuda.is_available()))
-    data = PhaseData(plan, config.data.order_seed, initial.vocabulary)
+    data = PhaseData(plan, config.data.order_seed, initial.checked.vocabulary)
     parallel, device = start_distributed(config)
     if parallel.is_first:
         log.to_terminal()
@@ -277,7 +277,7 @@ class Trainer:
 
     def _load(self, step: Step) -> tuple[Step, RankBatch]:
         phase, run, parallel = step.phase, self.run, self.run.parallel
-        objective = step.objective.bind(run.initial.vocabulary, run.initial.words)
+        objective = step.objective.bind(run.initial.checked.vocabulary, run.initial.checked.words)
         mixture = run.data.mixture(phase)
         micro_tokens = phase.micro_sequences * phase.sequence_length
         numbers, total = rank_micro_batches(

@@ -25,7 +25,7 @@ class Validation:
     """Documents of the first `validation.sequences` x `data.sequence_length` tokens, masked by `validation.seed`."""
 
     def __init__(self, run: Run) -> None:
-        config, vocabulary = run.config, run.initial.vocabulary
+        config, vocabulary = run.config, run.initial.checked.vocabulary
         settings = config.validation
         self.mixture = DocumentMixture(settings.corpora, config.data.sequence_length, settings.seed, vocabulary)
         self.seed = settings.seed

@@ -56,7 +56,7 @@ def hub(tokenizer_folder, tmp_path, monkeypatch) -> list[tuple[str, bool]]:
 def test_a_hub_id_is_fetched_only_when_allowed(hub):
     start = started(config_with(start="org/model", download=True))
     assert start.weights.download and start.weights.has("model.safetensors")
-    assert not start.tokenizer.download and start.vocabulary.mask is not None
+    assert not start.tokenizer.download and start.checked.vocabulary.mask is not None
     small = [allowed for file, allowed in hub if not file.startswith("model.safetensors")]
     assert small and all(small)
     hub.clear()

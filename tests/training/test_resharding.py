@@ -99,7 +99,7 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     config = load(run_file, [*GENTLE, *overrides, f"folder={folder}"])
     plan = Plan.of(config)
     start = InitialModel.of(preflight(config, plan))
-    data = PhaseData(plan, config.data.order_seed, start.vocabulary)
+    data = PhaseData(plan, config.data.order_seed, start.checked.vocabulary)
     state, device = start_distributed(config)
     zero = create_engine(start.shape.build(state), config, read_deepspeed_config(config.deepspeed), state)
     run = Run(config, plan, Path(folder), start, data, state, device, choice=None, zero=zero, preemption=None)

@@ -38,7 +38,7 @@ def load(documents, rank_batch, monkeypatch) -> tuple:
     made.run = SimpleNamespace(
         data=SimpleNamespace(of=lambda phase: SimpleNamespace(documents=documents)),
         parallel=SimpleNamespace(data_rank=0, data_size=1, sequence_multiple=1),
-        initial=SimpleNamespace(words=None, vocabulary=None),
+        initial=SimpleNamespace(checked=SimpleNamespace(words=None, vocabulary=None)),
         config=SimpleNamespace(seed=7),
     )
     phase = SimpleNamespace(micro_sequences=1, sequence_length=8)

@@ -48,7 +48,8 @@ def validation(tokenizer: Path, corpora: tuple[Corpus, ...], state: ParallelStat
     settings = dataclasses.replace(config.validation, corpora=corpora, sequences=12)
     vocabulary = load_vocabulary(tokenizer)
     config = dataclasses.replace(config, validation=settings)
-    initial = SimpleNamespace(vocabulary=vocabulary, tokenizer_file=find_tokenizer(tokenizer))
+    checked, file = SimpleNamespace(vocabulary=vocabulary), find_tokenizer(tokenizer)
+    initial = SimpleNamespace(checked=checked, tokenizer_file=file)
     run = SimpleNamespace(config=config, initial=initial, parallel=state or ParallelState(), device=torch.device("cpu"))
     return Validation(run)
 
