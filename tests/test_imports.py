@@ -101,7 +101,7 @@ ALLOWED = {
     ),
     "forecast": (
         "forecast preflight run_directory objectives optimizers config plan model.families model.flops model.peaks "
-        "data.manifest data.indexed data.order ui errors",
+        "parallel.shard_spec data.manifest data.indexed data.order ui errors",
         "numpy",
     ),
     "__main__": ("commands", ""),

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from megatron_detour.model.families import Family
 from megatron_detour.model.families.base import FULL
 from megatron_detour.optimizers import DEFAULT
+from megatron_detour.optimizers.base import FP32
+from megatron_detour.parallel.shard_spec import CHUNK_ELEMENTS
 
 GB, GIB = 10**9, 1 << 30
 CONTEXT = 1 * GB  # CUDA's context, NCCL's and cuBLAS's buffers: outside torch's allocator
 SPARE = 0.10  # of the counted bytes: fragmentation, and what the count misses
 CARDS = (24, 40, 48, 80, 96, 141)  # GB
-CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # of logits, as in parallel/loss.py
-FP32 = 4  # bytes
 ALIGNMENT = 2  # elements; a partition starts at a multiple of it
 
 

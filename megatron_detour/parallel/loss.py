@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_detour.parallel.collectives import copy_to_tensor_parallel
+from megatron_detour.parallel.shard_spec import CHUNK_ELEMENTS
 from megatron_detour.parallel.state import ParallelState
-
-# Logits per chunk. Small chunks spend much of their time on accumulating the weight's gradient, [V, E] in fp32.
-CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
 # logits [n, V], overwritten by softmax(logits + bias [V]) -> log-sum-exp [n] and maximum [n] of logits + bias
 Softmax = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -15,7 +15,6 @@ from megatron_detour.forecast.memory import Load, Setting, activations, paramete
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.families import FAMILIES, PUBLISHED, Family, read_shape
 from megatron_detour.optimizers import KINDS
-from megatron_detour.parallel import loss
 from megatron_detour.parallel.state import ParallelState
 from tests.harness import run_ranks, slow
 from tests.models import CONFIG, microbatch, tiny
@@ -163,10 +162,6 @@ def test_a_step_says_when_it_holds_most():
     cpu = peak_memory(BASE, Setting(FP32, flash=False, fused=False, on_gpu=False), Load(65_536, 1000, False))
     assert cpu.needed == round(1.1 * cpu.counted)
     assert not many.fits(24) and many.fits(80)
-
-
-def test_chunks_are_those_of_the_loss():
-    assert memory.CHUNK_ELEMENTS == loss.CHUNK_ELEMENTS
 
 
 def test_the_gradient_of_the_embedding_is_summed_in_fp32_over_chunks():
