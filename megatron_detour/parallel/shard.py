@@ -14,9 +14,8 @@ from megatron_detour.parallel.shard_spec import ShardSpec
 
 
 def mark_sharded(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
-    """Mark a parameter as one rank's shard. DeepSpeed's gradient norm needs the attribute tensor_model_parallel."""
+    """Mark a parameter as one rank's shard."""
     parameter.shard = spec
-    parameter.tensor_model_parallel = True
     return parameter
 
 
