@@ -19,7 +19,6 @@ from megatron_detour.data.integrity import open_corpus
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.kernels.requirements import attention_fault, kernels_fault
 from megatron_detour.model.families import PUBLISHED, Family, family_to_initialize, read_shape
-from megatron_detour.model.flops import Frozen
 from megatron_detour.model_parts import layers_of
 from megatron_detour.objectives import REFERENCE, Objective
 from megatron_detour.plan import Plan, PlannedPhase
@@ -214,9 +213,7 @@ def _freezing(config: RunConfig, shape: Family) -> Iterator[str]:
                     f"phases.{phase.name}.freeze: {name!r}: the model has {shape.layers} layers, 0 to "
                     f"{shape.layers - 1}"
                 )
-        frozen = Frozen.of(phase.freeze)
-        ends = frozen.embeddings and frozen.head and "final_norm" in phase.freeze
-        if ends and frozen.layers >= set(range(shape.layers)):
+        if shape.names_of(phase.freeze) == shape.weights.keys():
             yield f"phases.{phase.name}.freeze: the whole model is frozen; train some part of it"
 
 

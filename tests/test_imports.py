@@ -39,7 +39,7 @@ ALLOWED = {
     "kernels": ("kernels errors", "torch"),
     "kernels.fused": ("kernels.plain", "torch triton"),
     "model": ("parallel kernels model model_parts errors", "torch"),
-    "model.families": ("parallel model registry errors", "torch transformers"),
+    "model.families": ("parallel model model_parts registry errors", "torch transformers"),
     "data": ("data tokenizer counter_rng config plan errors files", "numpy"),
     "data.manifest": ("tokenizer errors", "msgspec"),
     "data.batches": ("data tokenizer objectives config errors files", "numpy torch"),
@@ -95,7 +95,7 @@ ALLOWED = {
         "yaml",
     ),
     "preflight": (
-        "run_directory objectives config plan model_parts model.families model.flops kernels.requirements "
+        "run_directory objectives config plan model_parts model.families kernels.requirements "
         "data.integrity tokenizer checkpoint.source checkpoint.huggingface errors",
         "",
     ),
@@ -122,7 +122,7 @@ ALLOWED = {
     "commands.parser": ("config settings errors", ""),
     "commands.plan": ("commands.parser forecast config plan ui errors", ""),
     "training": (
-        "training log run_directory preflight runtime checkpoint data tokenizer model model_parts observe parallel "
+        "training log run_directory preflight runtime checkpoint data tokenizer model observe parallel "
         "kernels config errors files forecast objectives plan",
         "numpy torch",
     ),

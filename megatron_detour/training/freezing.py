@@ -9,8 +9,6 @@ from torch import nn
 
 from megatron_detour.config import RunConfig
 from megatron_detour.model.encoder import LanguageModel
-from megatron_detour.model.families import Family
-from megatron_detour.model_parts import layers_of
 from megatron_detour.parallel.zero import Zero
 from megatron_detour.plan import PlannedPhase
 
@@ -35,7 +33,7 @@ def skip_frozen(optimizer: torch.optim.Optimizer) -> None:
 
 def parameter_groups(model: LanguageModel, config: RunConfig) -> list[dict[str, Any]]:
     """Group parameters by weight decay (matrices only, not norms and biases) and by the phases that freeze them."""
-    frozen = {phase.name: frozen_parameters(model, phase.freeze) for phase in config.phases}
+    frozen = {phase.name: model.shape.names_of(phase.freeze) for phase in config.phases}
     groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         phases = tuple(phase for phase, names in frozen.items() if name in names)
@@ -51,20 +49,9 @@ def parameter_groups(model: LanguageModel, config: RunConfig) -> list[dict[str, 
     ]
 
 
-def frozen_parameters(model: LanguageModel, freeze: tuple[str, ...]) -> set[str]:
-    """Return the names of the parameters of these parts, all of which the model has (see preflight.py)."""
-    prefixes = tuple(prefix for part in freeze for prefix in _prefixes(model.shape, part))
-    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
-
-
 def freeze(zero: Zero, phase: PlannedPhase) -> None:
     """Freeze the phase's frozen parts and unfreeze all others."""
     for group in zero.groups:
         group.options["frozen"] = phase.name in group.options["frozen_in"]
         for _, parameter, _ in group.parameters:
             parameter.requires_grad_(not group.options["frozen"])
-
-
-def _prefixes(shape: Family, part: str) -> tuple[str, ...]:
-    layers = tuple(f"{shape.layer_prefix}{number}." for number in layers_of(part))
-    return layers or shape.part_prefixes[part]

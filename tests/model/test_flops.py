@@ -14,7 +14,6 @@ from megatron_detour.model.compute import Compute
 from megatron_detour.model.families import FAMILIES, read_shape
 from megatron_detour.model.flops import Frozen, training_flops, visible_pairs
 from megatron_detour.parallel.state import ParallelState
-from megatron_detour.training.freezing import frozen_parameters
 from tests.models import CONFIG, microbatch
 
 SHAPE = read_shape(CONFIG, "tests")
@@ -75,7 +74,7 @@ def test_torch_counts_as_many(lengths, labeled, model_type):
 )
 def test_torch_counts_as_many_where_parts_are_frozen(parts):
     model = SHAPE.build(ParallelState(), Compute(attention=dense_by_document))
-    frozen = frozen_parameters(model, parts) if parts else ()
+    frozen = model.shape.names_of(parts) if parts else ()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     batch = microbatch((5, 9, 1), causal=False, labeled=0.4)

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_detour.config import RunConfig
 from megatron_detour.optimizers import KINDS
 from megatron_detour.plan import Plan
-from megatron_detour.training.freezing import frozen_parameters
 from tests.harness import ROOT, run_ranks, slow
 from tests.models import loss_of, microbatch, tiny
 from tests.optimizers import furthest, plain_optimizer
@@ -74,7 +73,7 @@ def plain_steps(name: str):
     optimizer = plain_optimizer(name, model, LEARNING_RATE, DECAY)
     norms = []
     for step in range(3 * STEPS):
-        frozen = frozen_parameters(model, config.phases[step // STEPS].freeze)
+        frozen = model.shape.names_of(config.phases[step // STEPS].freeze)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
         batches = microbatches(step)
@@ -109,7 +108,7 @@ def test_in_bf16_too(tmp_path):
 
 
 def check_frozen(states) -> None:
-    frozen = frozen_parameters(tiny(), FREEZE)
+    frozen = tiny().shape.names_of(FREEZE)
     before, after, last = states[1:]
     assert len(frozen) == 2 + 6 + 6 + 5  # layer 0 has no attention norm
     for name in before.weights:
@@ -125,7 +124,7 @@ def check_frozen(states) -> None:
 
 def flops_of_backward(freeze: tuple[str, ...]) -> int:
     model = tiny()
-    frozen = frozen_parameters(model, freeze)
+    frozen = model.shape.names_of(freeze)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     loss = loss_of(model, microbatch((60, 40), causal=True, labeled=0.1)).loss
@@ -144,6 +143,6 @@ def test_the_backward_pass_stops_above_a_frozen_bottom():
 
 def test_parts_are_whole_modules():
     names = {name for name, _ in tiny().named_parameters()}
-    parts = {p: frozen_parameters(tiny(), (p,)) for p in ("embeddings", "layers.1", "final_norm", "head")}
+    parts = {p: tiny().shape.names_of((p,)) for p in ("embeddings", "layers.1", "final_norm", "head")}
     assert parts["layers.1"] == {name for name in names if name.startswith("model.layers.1.")}
     assert parts["head"] == {"head.dense.weight", "head.norm.weight", "decoder.bias"}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.config_json import Reader
+from megatron_detour.model_parts import layers_of
 from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -198,6 +199,12 @@ class Family(ABC):
     @property
     def parameters(self) -> int:
         return sum(weight.elements() for weight in self.weights.values())
+
+    def names_of(self, parts: tuple[str, ...]) -> set[str]:
+        """Return the names of the parameters of the parts that `freeze` names."""
+        layers = [f"{self.layer_prefix}{number}." for part in parts for number in layers_of(part)]
+        prefixes = (*layers, *(prefix for part in parts for prefix in self.part_prefixes.get(part, ())))
+        return {name for name in self.weights if name.startswith(prefixes)}
 
     @cached_property
     def layer_products(self) -> tuple[int, ...]:
