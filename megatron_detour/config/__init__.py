@@ -14,21 +14,3 @@ from megatron_detour.config.schema import (
     RunConfig,
     flatten,
 )
-
-__all__ = [
-    "ATTENTION",
-    "KERNELS",
-    "RECOMPUTE",
-    "Corpus",
-    "LearningRate",
-    "Model",
-    "Phase",
-    "RunConfig",
-    "as_control",
-    "flatten",
-    "from_dict",
-    "load",
-    "parse_control",
-    "parse_tokens",
-    "recipes",
-]

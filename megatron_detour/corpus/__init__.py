@@ -2,5 +2,3 @@
 
 from megatron_detour.corpus.build import build_corpus
 from megatron_detour.corpus.options import BuildOptions
-
-__all__ = ["BuildOptions", "build_corpus"]

@@ -2,5 +2,3 @@
 
 from megatron_detour.forecast.forecast import Forecast, forecast
 from megatron_detour.forecast.text import headline, plan_table, render
-
-__all__ = ["Forecast", "forecast", "headline", "plan_table", "render"]

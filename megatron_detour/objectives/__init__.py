@@ -9,20 +9,6 @@ from megatron_detour.objectives.causal_lm import CausalLM, NextToken
 from megatron_detour.objectives.masked_lm import MaskedLM, Masking
 from megatron_detour.registry import registry
 
-__all__ = [
-    "IGNORE",
-    "KINDS",
-    "REFERENCE",
-    "CausalLM",
-    "Corrupted",
-    "Corruption",
-    "MaskedLM",
-    "Masking",
-    "NextToken",
-    "Objective",
-    "read_objective",
-]
-
 # The objective that encoders are used with: controls train it, and its validation loss compares runs.
 REFERENCE = MaskedLM
 

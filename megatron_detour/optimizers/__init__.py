@@ -5,7 +5,5 @@ from megatron_detour.optimizers.base import Optimizer
 from megatron_detour.optimizers.lion import Lion
 from megatron_detour.registry import registry
 
-__all__ = ["DEFAULT", "KINDS", "AdamW", "Lion", "Optimizer"]
-
 DEFAULT = AdamW  # of run files that name none, as those of before there was a choice
 KINDS = registry(__name__, Optimizer, DEFAULT)

@@ -25,29 +25,3 @@ from megatron_detour.settings.fields import (
 from megatron_detour.settings.flags import add_arguments, flag, flag_type, from_namespace, validate
 from megatron_detour.settings.overrides import apply_override
 from megatron_detour.settings.reader import Faults, read, to_plain
-
-__all__ = [
-    "AnyText",
-    "Choice",
-    "Enclosing",
-    "Entries",
-    "FaultElsewhere",
-    "Faults",
-    "Flag",
-    "Parsed",
-    "Pattern",
-    "Range",
-    "Tagged",
-    "add_arguments",
-    "apply_override",
-    "flag",
-    "flag_type",
-    "from_namespace",
-    "join_key",
-    "json_schema",
-    "markdown_table",
-    "read",
-    "settings_of",
-    "to_plain",
-    "validate",
-]

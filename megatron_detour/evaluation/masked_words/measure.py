@@ -26,8 +26,6 @@ from megatron_detour.structured import parse_json, read_json_object
 if TYPE_CHECKING:
     from megatron_detour.evaluation.masked_words.score import WordScore
 
-__all__ = ["IntrinsicOptions", "measure"]
-
 LINES, TABLES, CELLS = "intrinsic.jsonl", "intrinsic.md", "cells"
 CIRCUMSTANCES = {"windows", "domain_words", "device", "dtype", "seconds", "versions"}
 Place = tuple[str, str]  # the names of a model and a corpus

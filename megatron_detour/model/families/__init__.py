@@ -9,8 +9,6 @@ from megatron_detour.model.families.base import Family
 from megatron_detour.model.families.modernbert import ModernBert
 from megatron_detour.registry import registry
 
-__all__ = ["DEFAULT", "FAMILIES", "PUBLISHED", "Family", "family_of", "family_to_initialize", "read_shape"]
-
 DEFAULT = ModernBert  # of a model.config without a model_type
 FAMILIES = registry(__name__, Family, DEFAULT, "model_type")
 PUBLISHED = {name: config for family in FAMILIES.values() for name, config in family.published.items()}
