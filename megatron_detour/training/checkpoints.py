@@ -54,32 +54,38 @@ class Checkpoints:
             store.remove_leftovers(self.checkpoints)
             newest = [newest_checkpoint(self.run.folder, self.run.config)]
         dist.broadcast_object_list(newest, src=0)
-        checkpoint, model = newest[0], self.run.zero.module
-        if checkpoint is None and self.run.initial.weights is None:
-            scatter(self.run.zero, lambda name: model.initial_weight(name, self.run.config.seed))
-            return 0
-        with ExitStack() as stack:
-            source = self.run.initial.weights if checkpoint is None else Source(str(checkpoint))
-            weights = stack.enter_context(huggingface.Weights(source))
+        if newest[0] is not None:
+            return self._resume(newest[0])
+        self._load_start()
+        return 0
+
+    def _load_start(self) -> None:
+        zero, source = self.run.zero, self.run.initial.weights
+        if source is None:
+            scatter(zero, lambda name: zero.module.initial_weight(name, self.run.config.seed))
+            return
+        with huggingface.Weights(source) as weights:
             weights.check(self.run.initial.shape.sizes)
-            if checkpoint is None:
-                self._compare(source)
-                scatter(self.run.zero, weights)
-                return 0
+            self._compare(source)
+            scatter(zero, weights)
+
+    def _resume(self, checkpoint: Path) -> int:
+        zero, initial, named = self.run.zero, self.run.initial, self.run.config.model
+        with ExitStack() as stack:
+            weights = stack.enter_context(huggingface.Weights(Source(str(checkpoint))))
+            weights.check(initial.shape.sizes)
             run_state = _read_state(checkpoint)
             if run_state["tokens"] < self.run.plan.total_tokens:
                 self._check_corpora(run_state, checkpoint)
-                refuse_another_shape(checkpoint, self.run.initial.shape)
-            zero = self.run.zero
+                refuse_another_shape(checkpoint, initial.shape)
             scatter(zero, weights, *huggingface.open_optimizer(checkpoint, zero.states, stack))
-            self.guard.restore(run_state["guard"])
-            self._start_hash = run_state.get("start")
-            model = self.run.config.model
-            stand_in = self.run.initial.tokenizer.name
-            if stand_in not in (model.tokenizer, model.start):
-                logger.info("%s no longer exists; using %s instead", model.start or model.tokenizer, stand_in)
-            logger.info("resuming from %s at %s tokens", checkpoint, f"{run_state['tokens']:,}")
-            return run_state["tokens"]
+        self.guard.restore(run_state["guard"])
+        self._start_hash = run_state.get("start")
+        if initial.tokenizer.name not in (named.tokenizer, named.start):
+            missing, stand_in = named.start or named.tokenizer, initial.tokenizer.name
+            logger.info("%s no longer exists; using %s instead", missing, stand_in)
+        logger.info("resuming from %s at %s tokens", checkpoint, f"{run_state['tokens']:,}")
+        return run_state["tokens"]
 
     def prepare(self) -> None:
         """Allocate the buffers for saving during the first steps, so that the first save does not wait for them."""
