@@ -51,7 +51,7 @@ SAMPLED_SHARDS, SAMPLED_CHARACTERS, SAMPLED_TEXT = 16, 1 << 18, 1 << 13  # for c
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """What to build, and from what."""
 
     shards: list[InputShard]
@@ -117,7 +117,7 @@ def _sigterm_as_sigint() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _build(plan: Plan, options: BuildOptions, journal: Journal) -> Manifest | None:
+def _build(plan: BuildPlan, options: BuildOptions, journal: Journal) -> Manifest | None:
     parts = plan.parts if options.shard_index is None else plan.parts[options.shard_index :: options.num_shards]
     run_parts(parts, plan.job, journal)
     if options.shard_index is not None:
@@ -126,7 +126,7 @@ def _build(plan: Plan, options: BuildOptions, journal: Journal) -> Manifest | No
     return join(plan.parts, journal, options, token_type(plan.vocabulary.size), _manifest_fields(plan, options))
 
 
-def plan_build(options: BuildOptions) -> Plan:
+def plan_build(options: BuildOptions) -> BuildPlan:
     """Find the input, the tokenizer and the engine. Raises DetourError."""
     tokenizer_file = find_tokenizer(options.tokenizer, options.download)
     vocabulary = load_vocabulary(options.tokenizer, options.download)
@@ -138,7 +138,7 @@ def plan_build(options: BuildOptions) -> Plan:
     under = json.dumps([BUILD_FORMAT, options.shaping(), vocabulary.sha256, engine.name, _versions(engine, options)])
     special = sum(map(len, special_ids_around(load_tokenizer(tokenizer_file))))
     job = Job(options, engine.name, str(tokenizer_file), token_type(vocabulary.size).str, special, vocabulary.unk)
-    return Plan(shards, plan_parts(shards, under), unsupported, under, vocabulary, engine, job)
+    return BuildPlan(shards, plan_parts(shards, under), unsupported, under, vocabulary, engine, job)
 
 
 def _find(options: BuildOptions, first: bool = False) -> tuple[list[InputShard], list[str]]:
@@ -194,7 +194,7 @@ def _sample(shards: list[InputShard], options: BuildOptions) -> Iterator[str]:
                 yield beginning
 
 
-def _check_unchanged(plan: Plan, options: BuildOptions) -> None:
+def _check_unchanged(plan: BuildPlan, options: BuildOptions) -> None:
     now = {part.key for part in plan_parts(_find(options)[0], plan.under)}
     changed = [part for part in plan.parts if part.key not in now]
     if changed or len(now) != len(plan.parts):
@@ -202,7 +202,7 @@ def _check_unchanged(plan: Plan, options: BuildOptions) -> None:
         raise DetourError(f"{', '.join(names[:3])}: changed during the build; run it again once the input is complete")
 
 
-def _manifest_fields(plan: Plan, options: BuildOptions) -> dict[str, Any]:
+def _manifest_fields(plan: BuildPlan, options: BuildOptions) -> dict[str, Any]:
     sources: dict[str, dict[str, Any]] = {}
     for shard in plan.shards:
         size = Path(shard.path).stat().st_size if Path(shard.path).is_file() else shard.size

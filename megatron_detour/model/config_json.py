@@ -12,7 +12,7 @@ MAX_SIZE = 10**7  # larger values are typos and would exhaust memory
 
 
 @dataclass(frozen=True)
-class Reader:
+class ConfigJson:
     """Every method raises DetourError for a missing key or an invalid value."""
 
     config: dict[str, Any]

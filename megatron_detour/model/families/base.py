@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.model.config_json import Reader
+from megatron_detour.model.config_json import ConfigJson
 from megatron_detour.model_parts import layers_of
 from megatron_detour.parallel.shard_spec import ShardSpec
 
@@ -99,7 +99,7 @@ class Family(ABC):
         for key, value in cls.fixed.items():
             if config.get(key, value) != value:
                 raise DetourError(f"{origin}: {key} is {config[key]!r}; only {cls.label}s with {value!r} are supported")
-        reader = Reader(config, origin)
+        reader = ConfigJson(config, origin)
         for key in TOKEN_IDS:
             if config.get(key) is not None and not isinstance(config[key], list):  # eos_token_id may be a list
                 reader.size(key, least=0)
@@ -107,7 +107,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def read_fields(cls, read: Reader) -> dict[str, Any]:
+    def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
         """Return the fields of an instance by name."""
 
     @classmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_detour.errors import DetourError
-from megatron_detour.model.config_json import Reader
+from megatron_detour.model.config_json import ConfigJson
 from megatron_detour.model.families.base import FULL, SLIDING, Family, Weight, column, row
 from megatron_detour.parallel.shard_spec import ShardSpec
 
@@ -83,7 +83,7 @@ class ModernBert(Family):
     local_theta: float
 
     @classmethod
-    def read_fields(cls, read: Reader) -> dict[str, Any]:
+    def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
         hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
         if hidden % heads or (hidden // heads) % 2:
             raise DetourError(f"{read.origin}: hidden_size {hidden} cannot be split into {heads} heads of even size")
@@ -216,7 +216,7 @@ class ModernBert(Family):
         return ["transformers 4 does not support this pattern of global layers: the folder opens in 5 only"]
 
 
-def _layer_types(read: Reader, layers: int) -> tuple[str, ...]:
+def _layer_types(read: ConfigJson, layers: int) -> tuple[str, ...]:
     types = read.config.get("layer_types")
     if types is None:
         every = read.size("global_attn_every_n_layers", 3)
@@ -226,7 +226,7 @@ def _layer_types(read: Reader, layers: int) -> tuple[str, ...]:
     return tuple(types)
 
 
-def _theta(read: Reader, layer_type: str, old_key: str, default: float) -> float:
+def _theta(read: ConfigJson, layer_type: str, old_key: str, default: float) -> float:
     given = read.mapping("rope_parameters", read.config)
     for key in given:
         if key not in (FULL, SLIDING):
