@@ -10,19 +10,19 @@ from typing import Any
 
 from megatron_detour.config.schema import Guards
 
-KINDS = ("loss", "gradient norm")
+GUARDED = ("loss", "gradient norm")
 
 
 def is_guard_state(value: Any) -> bool:
     """Return whether `value` has the form of Guard.to_dict()."""
     recent = value.get("recent") if isinstance(value, dict) else None
-    if not isinstance(recent, dict) or type(value.get("skipped_in_row")) is not int or set(recent) != set(KINDS):
+    if not isinstance(recent, dict) or type(value.get("skipped_in_row")) is not int or set(recent) != set(GUARDED):
         return False
     return all(isinstance(v, list) and all(type(number) in (int, float) for number in v) for v in recent.values())
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgment:
     """What is wrong with a step, and whether to skip its update."""
 
     fault: str | None = None
@@ -35,7 +35,7 @@ def not_finite(figures: dict[str, float]) -> list[str]:
 
 
 class Guard:
-    """Judges steps in order. Its state is saved in checkpoints, so a resumed run reaches the same verdicts."""
+    """Judges steps in order. Its state is saved in checkpoints, so a resumed run reaches the same judgments."""
 
     def __init__(self, settings: Guards) -> None:
         self.settings = settings
@@ -45,24 +45,24 @@ class Guard:
 
     def begin_phase(self) -> None:
         """Forget previous steps: losses of different objectives are not comparable."""
-        self._recent = {kind: deque(maxlen=self.settings.window) for kind in KINDS}
+        self._recent = {kind: deque(maxlen=self.settings.window) for kind in GUARDED}
 
-    def judge(self, loss: float, norm: float) -> Verdict:
-        """Return the verdict on a step's loss and gradient norm."""
+    def judge(self, loss: float, norm: float) -> Judgment:
+        """Return the judgment on a step's loss and gradient norm."""
         figures = {"loss": loss, "gradient norm": norm}
         for kind, value in figures.items():
             if not math.isfinite(value):
-                return Verdict(f"the {kind} is {value}", skip=True)
+                return Judgment(f"the {kind} is {value}", skip=True)
         if self.settings.spikes != "ignore":
             for kind, value in figures.items():
                 spike = self._spike(kind, value)
                 if spike:
-                    return Verdict(spike, skip=self.settings.spikes == "skip")
-        return Verdict()
+                    return Judgment(spike, skip=self.settings.spikes == "skip")
+        return Judgment()
 
-    def remember(self, loss: float, norm: float, verdict: Verdict) -> None:
+    def remember(self, loss: float, norm: float, judgment: Judgment) -> None:
         """Add a step to the window. Spikes count too, so that a lasting new level stops being one."""
-        self.skipped_in_row = self.skipped_in_row + 1 if verdict.skip else 0
+        self.skipped_in_row = self.skipped_in_row + 1 if judgment.skip else 0
         if all(map(math.isfinite, (loss, norm))):
             self._recent["loss"].append(loss)
             self._recent["gradient norm"].append(norm)

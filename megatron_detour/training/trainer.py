@@ -175,9 +175,9 @@ class Trainer:
         gradient_norm = self.zero.sum_gradients()
         (tokens, labeled, padding, crc, flops), loss_sum, norm, stop = self._read(counts, loss_sum, gradient_norm)
         loss = loss_sum / max(labeled, 1)
-        verdict = self.guard.judge(loss, norm)
-        self.zero.step(gradient_norm, skip=verdict.skip)
-        self.guard.remember(loss, norm, verdict)
+        judgment = self.guard.judge(loss, norm)
+        self.zero.step(gradient_norm, skip=judgment.skip)
+        self.guard.remember(loss, norm, judgment)
         figures = {
             "step": step.number,
             "tokens": step.tokens,
@@ -194,8 +194,8 @@ class Trainer:
             "flops": flops,
             **step.objective.figures(),
         }
-        if verdict.fault:
-            figures["skipped" if verdict.skip else "spike"] = verdict.fault
+        if judgment.fault:
+            figures["skipped" if judgment.skip else "spike"] = judgment.fault
         return figures, stop
 
     def _sum_over_ranks(self, batch: RankBatch, frozen: Frozen) -> torch.Tensor:

@@ -24,9 +24,9 @@ def fed(guard: Guard, steps: int, seed: int = 0) -> Guard:
 @pytest.mark.parametrize("figures", [(math.nan, 1.0), (math.inf, 1.0), (5.0, math.nan), (5.0, math.inf)])
 @pytest.mark.parametrize("spikes", ["skip", "report", "ignore"])
 def test_what_is_no_number_is_always_skipped(figures, spikes):
-    verdict = Guard(Guards(spikes=spikes)).judge(*figures)
-    assert verdict.skip
-    assert verdict.fault.startswith("the loss is" if not math.isfinite(figures[0]) else "the gradient norm is")
+    judgment = Guard(Guards(spikes=spikes)).judge(*figures)
+    assert judgment.skip
+    assert judgment.fault.startswith("the loss is" if not math.isfinite(figures[0]) else "the gradient norm is")
 
 
 @pytest.mark.parametrize(("spikes", "skip"), [("skip", True), ("report", False)])
