@@ -255,7 +255,7 @@ def edit(path: str, **changes: Any) -> None:
 
 
 def test_another_optimizer_is_another_run(run, config):
-    lion = again(config, optimizer=dataclasses.replace(config.optimizer, name=Lion()))
+    lion = again(config, optimizer=dataclasses.replace(config.optimizer, kind=Lion()))
     with pytest.raises(
         DetourError, match=r"another run: optimizer\.name is 'adamw' there and 'lion' here; use the same"
     ):

@@ -72,6 +72,24 @@ def test_a_key_names_a_kind_whose_keys_stand_beside_it():
     assert read(Pet, {"name": "bo", "kind": "fish"}, "").kind == Fish()
 
 
+def test_the_key_of_a_kind_may_differ_from_the_field():
+    @dataclass(frozen=True)
+    class Kept:
+        animal: Annotated[Dog | Fish, Tagged(PETS.kinds, "species")]
+
+    assert to_plain(read(Kept, {"species": "dog", "weight": 2}, "")) == {"species": "dog", "weight": 2.0}
+
+
+def test_a_key_of_a_kind_that_is_also_a_key_beside_it_is_a_mistake():
+    @dataclass(frozen=True)
+    class Weighed:
+        animal: Annotated[Dog | Fish, PETS]
+        weight: float = 1.0
+
+    with pytest.raises(ValueError, match="Weighed has the key weight twice"):
+        read(Weighed, {"animal": "fish"}, "")
+
+
 @pytest.mark.parametrize(
     ("raw", "says"),
     [

@@ -123,16 +123,11 @@ class Batch:
 class Optimization:
     """The optimizer and what holds for any: a step multiplies a decayed weight by 1 - lr * weight_decay."""
 
-    name: Annotated[Optimizer, Tagged(OPTIMIZERS), "optimizer, with its own keys beside it"] = field(
+    kind: Annotated[Optimizer, Tagged(OPTIMIZERS, "name"), "optimizer, with its own keys beside it"] = field(
         default_factory=DEFAULT_OPTIMIZER
     )
     weight_decay: Annotated[float, Range(least=0), "decoupled weight decay"] = 0.05
     clip: Annotated[float, ABOVE_ZERO, "largest gradient norm"] = 1.0
-
-    @property
-    def kind(self) -> Optimizer:
-        """What `name` names, with its keys."""
-        return self.name
 
 
 @dataclass(frozen=True)

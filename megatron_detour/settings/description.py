@@ -27,7 +27,7 @@ def _object_schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
         properties[setting.name] = _value_schema(setting, definitions)
         if tagged := setting.mark(Tagged):
             inner = {kind: _object_schema(cls, definitions) for kind, cls in tagged.kinds.items()}
-            keys = tagged.keys()
+            keys = tagged.owners()
             for name, kinds in keys.items():
                 properties[name] = inner[kinds[0]]["properties"][name] if len(kinds) == 1 else {}
             for kind, schema in inner.items():

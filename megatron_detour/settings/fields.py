@@ -110,14 +110,16 @@ class Tagged:
     """A field that is one of several dataclasses: its key names the kind, whose own keys are next to it.
 
     `objective: Annotated[Objective, Tagged({"clm": Clm, "mlm": Mlm})]` reads {objective: mlm, mask_rate: 0.15, ...}.
+    `key` is the key, if it is not the field's name.
     """
 
     kinds: dict[str, type]
+    key: str | None = None
 
     def name_of(self, value: Any) -> str:
         return next(name for name, cls in self.kinds.items() if cls is type(value))
 
-    def keys(self) -> dict[str, list[str]]:
+    def owners(self) -> dict[str, list[str]]:
         """Return the keys of all kinds, each with the kinds that have it."""
         owners: dict[str, list[str]] = {}
         for kind, cls in self.kinds.items():
@@ -145,8 +147,9 @@ AnyText = Annotated[str, Parsed(_any_text, {"type": "string"})]  # may be empty 
 
 
 class Setting(NamedTuple):
-    """A field and its parsed annotation. `items` are the element types of a tuple or dict."""
+    """A field, whose key is `name`, and its parsed annotation. `items` are the element types of a tuple or dict."""
 
+    field: str
     name: str
     kind: Any
     items: tuple[Setting, ...]
@@ -169,9 +172,14 @@ class Setting(NamedTuple):
 
 @cache
 def settings_of(cls: type) -> tuple[Setting, ...]:
-    """Return the fields of a settings dataclass, in order."""
+    """Return the fields of a settings dataclass, in order. Raise ValueError if a key would have two meanings."""
     hints = get_type_hints(cls, include_extras=True)
-    return tuple(setting_of(hints[field.name], field.name, _default(field)) for field in dataclasses.fields(cls))
+    own = tuple(setting_of(hints[field.name], field.name, _default(field)) for field in dataclasses.fields(cls))
+    names = [setting.name for setting in own]
+    names += [name for setting in own if (tagged := setting.mark(Tagged)) for name in tagged.owners()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{cls.__name__} has the key {max(names, key=names.count)} twice")
+    return own
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -192,7 +200,8 @@ def setting_of(hint: Any, name: str = "", default: Any = MISSING) -> Setting:
     kind = get_origin(hint) or hint
     chosen = arguments[:1] if ellipsis else arguments[1:] if kind is dict else arguments
     items = tuple(setting_of(argument) for argument in chosen)
-    return Setting(name, kind, items, ellipsis, optional, marks, default)
+    key = next((mark.key for mark in marks if isinstance(mark, Tagged) and mark.key), name)
+    return Setting(name, key, kind, items, ellipsis, optional, marks, default)
 
 
 def join_key(key: str, name: Any) -> str:

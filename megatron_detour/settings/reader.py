@@ -93,14 +93,14 @@ class Reader:
         values = {}
         for setting in own:
             inner, tagged = join_key(key, setting.name), setting.mark(Tagged)
-            names += [name for name in (tagged.keys() if tagged else ()) if name not in names]
+            names += tagged.owners() if tagged else ()
             if tagged and (setting.name in raw or setting.default is not MISSING):
-                values[setting.name] = self._tagged(setting, inner)
+                values[setting.field] = self._tagged(setting, inner)
             elif setting.name in raw:
-                values[setting.name] = self.value(setting, raw[setting.name], inner)
+                values[setting.field] = self.value(setting, raw[setting.name], inner)
             elif setting.default is MISSING:
                 self.faults.unreadable(inner, "this key is required")
-                values[setting.name] = _stand_in_value(setting)
+                values[setting.field] = _stand_in_value(setting)
         self.enclosing.pop()
         for name in raw:
             if name not in names:
@@ -115,7 +115,7 @@ class Reader:
             hint = nearest(str(kind), tagged.kinds)
             self.faults.unreadable(key, f"must be one of {', '.join(tagged.kinds)}, not {_shown(kind)}{hint}")
             return _stand_in_value(setting)
-        owners = tagged.keys()
+        owners = tagged.owners()
         for name in raw.keys() & owners.keys():
             if kind not in owners[name] and raw[name] not in (None, False):  # which have no effect
                 others = " or ".join(owners[name])
@@ -196,7 +196,7 @@ def _shown(raw: Any) -> str:
 
 
 def _stand_in(cls: type) -> Any:
-    return cls(**{s.name: _stand_in_value(s) for s in settings_of(cls) if s.default is MISSING})
+    return cls(**{s.field: _stand_in_value(s) for s in settings_of(cls) if s.default is MISSING})
 
 
 def _stand_in_value(setting: Setting) -> Any:
@@ -219,7 +219,7 @@ def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         plain: dict[str, Any] = {}
         for setting in settings_of(type(value)):
-            inner, tagged = getattr(value, setting.name), setting.mark(Tagged)
+            inner, tagged = getattr(value, setting.field), setting.mark(Tagged)
             plain |= {setting.name: tagged.name_of(inner)} if tagged else {}
             plain |= to_plain(inner) if tagged else {setting.name: to_plain(inner)}
         return plain

@@ -75,7 +75,7 @@ def test_weights_and_optimizer_by_hand(shape, tensor, data, weights, optimizer):
 def test_the_states_of_the_chosen_optimizer_are_counted():
     config, load, parts = run_config(1), Load(8192, 1000, False), {}
     for name, kind in KINDS.items():
-        chosen = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=kind()))
+        chosen = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind=kind()))
         parts[name] = peak_memory(BASE, memory_setting(chosen, BF16, 1, "h100"), load).parts["optimizer"]
     assert parts == {"adamw": 12 * 149_655_232, "lion": 8 * 149_655_232}
 
