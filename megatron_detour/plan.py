@@ -108,7 +108,7 @@ class Plan:
     phases: tuple[PlannedPhase, ...]
 
     @classmethod
-    def of(cls, config: RunConfig) -> Plan:
+    def from_config(cls, config: RunConfig) -> Plan:
         phases: list[PlannedPhase] = []
         for phase in config.phases:
             phases.append(_planned(phase, config, phases[-1] if phases else None))

@@ -86,7 +86,7 @@ def look(model: Model, whole_words: bool = False, kinds: Iterable[type[Objective
     vocabulary, words = _vocabulary(model, {REFERENCE, *kinds}, faults), None
     if vocabulary and whole_words:
         try:
-            words = Words.of(find_tokenizer(model.tokenizer or model.start, model.download), vocabulary)
+            words = Words.from_file(find_tokenizer(model.tokenizer or model.start, model.download), vocabulary)
         except DetourError as fault:
             faults.append(str(fault))
     shape, note = _stored(model, faults) if model.start else (_fresh(model, vocabulary, faults), "")

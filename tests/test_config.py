@@ -655,7 +655,7 @@ def test_a_wrong_value_is_a_sentence_or_a_plan(key, tmp_path):
         except DetourError as error:
             assert "\ud800" not in str(error)
             continue
-        result = forecast(config, Plan.of(config), config.parallel.tensor)
+        result = forecast(config, Plan.from_config(config), config.parallel.tensor)
         assert [note for note in result.notes if "unknown:" in note] == [], (key, value)
 
 

@@ -30,7 +30,7 @@ from megatron_detour.tokenizer.vocabulary import load_vocabulary
 
 run_file, folder, twin, out = sys.argv[1:]
 config = load(run_file)
-plan = Plan.of(config)
+plan = Plan.from_config(config)
 objective = config.phases[0].objective
 vocabulary, tokens = load_vocabulary(config.model.tokenizer), np.arange(20, 220)
 lengths, numbers = np.array([150, 50]), np.array([3, 4])
@@ -173,7 +173,7 @@ from megatron_detour.release.export import export
 
 run_file, folder, out = sys.argv[1:]
 config = load(run_file)
-foreseen = forecast(config, Plan.of(config), device="cpu")
+foreseen = forecast(config, Plan.from_config(config), device="cpu")
 exported = export(folder, out, "fp32")
 source = Source(out)
 print(json.dumps({

@@ -26,7 +26,7 @@ def small(phases: list[dict]) -> Plan:
         "phases": phases,
         "deepspeed": "x.json",
     }
-    return Plan.of(from_dict(raw))
+    return Plan.from_config(from_dict(raw))
 
 
 def phase(name: str, tokens: int, **rate) -> dict:
@@ -44,7 +44,7 @@ def phase(name: str, tokens: int, **rate) -> dict:
     ],
 )
 def test_the_papers_steps(name, steps):
-    plan = Plan.of(load(RECIPES / f"{name}.yaml"))
+    plan = Plan.from_config(load(RECIPES / f"{name}.yaml"))
     assert {phase.sequences * phase.sequence_length for phase in plan.phases} == {TOKENS_PER_STEP}
     assert [phase.steps for phase in plan.phases] == steps
     assert plan.total_steps == sum(steps)
@@ -61,7 +61,7 @@ def test_every_step_of_english_base_10b():
     for step in range(1, 319):
         x = step / 318
         table.append(("decay", "mlm", 0.15, 384, peak * (floor + (1 - floor) * (1 - math.sqrt(x)))))
-    plan = Plan.of(load(RECIPES / "english_base_10b.yaml"))
+    plan = Plan.from_config(load(RECIPES / "english_base_10b.yaml"))
     steps = [plan.at(i * TOKENS_PER_STEP) for i in range(plan.total_steps)]
     facts = [
         (step.phase.name, step.objective.name, step.objective.figures().get("mask_rate"), step.sequences)
@@ -70,7 +70,7 @@ def test_every_step_of_english_base_10b():
     assert facts == [row[:4] for row in table]
     assert [step.learning_rate for step in steps] == pytest.approx([row[4] for row in table], rel=1e-12)
     assert [plan.step(step.number) for step in steps] == steps
-    control = Plan.of(as_control(load(RECIPES / "english_base_10b.yaml"), 0.3))
+    control = Plan.from_config(as_control(load(RECIPES / "english_base_10b.yaml"), 0.3))
     twins = [control.at(step.start) for step in steps]
     assert [twin.learning_rate for twin in twins] == [step.learning_rate for step in steps]
     assert [(twin.start, twin.tokens) for twin in twins] == [(s.start, s.tokens) for s in steps]
@@ -188,7 +188,7 @@ def test_at_refuses_what_begins_no_step(tokens):
 
 
 def test_the_table_holds_the_numbers():
-    table = plan_table(Plan.of(load(RECIPES / "english_base_50b.yaml")))
+    table = plan_table(Plan.from_config(load(RECIPES / "english_base_50b.yaml")))
     summary, *lines = table.splitlines()
     assert "15,895 + 1,590 = 17,485 steps, " in summary and "384 sequences of 8,192 tokens per step" in summary
     assert f"{17_485 * TOKENS_PER_STEP:,} tokens" in summary
@@ -202,7 +202,7 @@ def test_the_table_holds_the_numbers():
 
 
 def test_the_plain_form_holds_the_same_numbers():
-    plan = Plan.of(load(RECIPES / "english_base_10b.yaml"))
+    plan = Plan.from_config(load(RECIPES / "english_base_10b.yaml"))
     plain = plan.to_dict()
     assert (plain["total_steps"], plain["total_tokens"]) == (3_497, 3_497 * TOKENS_PER_STEP)
     assert [(p["first_step"], p["steps"], p["start_tokens"], p["end_tokens"]) for p in plain["phases"]] == [

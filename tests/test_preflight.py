@@ -275,7 +275,7 @@ def refused_everywhere(path: str, capsys, monkeypatch, *flags: str) -> list[str]
     assert all(f"fault: {fault}" in out for fault in faults)
 
     config = load(path)
-    plan = Plan.of(config)
+    plan = Plan.from_config(config)
     monkeypatch.setenv("WORLD_SIZE", str(config.parallel.tensor))
     before_the_launcher = lambda: preflight(config, plan, gpu=False if flags else None).refuse()  # noqa: E731
     start = lambda: run_training(config, plan, Path(config.folder), preemption=None)  # noqa: E731
@@ -305,14 +305,14 @@ def test_a_disk_without_room_for_a_checkpoint(good_run, write_run, capsys, monke
         Path(folder, "checkpoints", left).mkdir(parents=True)
         with Path(folder, "checkpoints", left, "model").open("wb") as file:
             file.truncate(10**8)
-        found = preflight(load(path), Plan.of(load(path)))
+        found = preflight(load(path), Plan.from_config(load(path)))
         assert not any("the disk has" in fault for fault in found.faults)
         shutil.rmtree(Path(folder, "checkpoints", left))
 
 
 def test_nothing_is_wrong_with_a_good_run(good_run, write_run):
     config = load(write_run(good_run))
-    found = preflight(config, Plan.of(config), 3)
+    found = preflight(config, Plan.from_config(config), 3)
     assert found.refuse() is found
     assert (found.shape.layers, found.vocabulary.size, found.words) == (5, 400, None)
     assert found.deepspeed["bf16"]["enabled"]
@@ -326,7 +326,7 @@ def test_ranks_have_to_fill_tensor_parallel_groups(good_run, write_run, capsys, 
     config = load(path)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(DetourError) as refusal:
-        run_training(config, Plan.of(config), Path(config.folder), preemption=None)
+        run_training(config, Plan.from_config(config), Path(config.folder), preemption=None)
     assert str(refusal.value) == fault
 
 
@@ -334,7 +334,7 @@ def test_libraries_that_are_missing(good_run, write_run, monkeypatch):
     absent, find = ("wandb", "tensorboard"), importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     config = load(write_run(good_run | {"wandb": {"project": "p"}}))
-    assert preflight(config, Plan.of(config)).faults == tuple(
+    assert preflight(config, Plan.from_config(config)).faults == tuple(
         f"{package}: the package {package} is not installed: pip install {package}, or set {package}: {off}"
         for package, off in (("tensorboard", "false"), ("wandb", "null"))
     )
@@ -343,5 +343,5 @@ def test_libraries_that_are_missing(good_run, write_run, monkeypatch):
 def test_only_the_process_that_owns_the_folder_answers_for_it(good_run, write_run):
     another_run(good_run)
     config = load(write_run(good_run))
-    assert len(preflight(config, Plan.of(config)).faults) == 1
-    assert preflight(config, Plan.of(config), owns_folder=False).faults == ()
+    assert len(preflight(config, Plan.from_config(config)).faults) == 1
+    assert preflight(config, Plan.from_config(config), owns_folder=False).faults == ()

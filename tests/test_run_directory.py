@@ -63,7 +63,7 @@ def config(corpus, tmp_path) -> RunConfig:
 @pytest.fixture
 def run(config) -> Path:
     """The folder of a run that has saved steps 0, 4 and 6, and has come to its end."""
-    folder, plan = Path(config.folder), Plan.of(config)
+    folder, plan = Path(config.folder), Plan.from_config(config)
     folder.mkdir()
     claim(folder, config, plan)
     add_session(folder, {"step": 0}, {})
@@ -171,7 +171,7 @@ def test_a_run_that_has_saved_nothing_begins_anew(run, config):
 
 @pytest.mark.parametrize("stray", ["README.md", ".DS_Store"])
 def test_a_finished_run_is_known_by_its_folder_and_a_stray_file_makes_it_no_other(run, config, stray):
-    plan, final = Plan.of(config), store.checkpoint_folder(run / "checkpoints", END)
+    plan, final = Plan.from_config(config), store.checkpoint_folder(run / "checkpoints", END)
     (final / stray).write_text("")
     assert is_finished(run, plan) and go_on(run, config) == final
     assert (final / stray).exists()
@@ -190,7 +190,7 @@ def a_longer_plan(folder: Path) -> None:
 @pytest.mark.parametrize("harm", [checkpoints_gone, all_damaged, not_told, a_longer_plan, metrics_gone_as_well])
 def test_what_is_not_finished_is_not_called_so(run, config, harm):
     harm(run)
-    assert not is_finished(run, Plan.of(config))
+    assert not is_finished(run, Plan.from_config(config))
 
 
 def moved(config: RunConfig, folder: Path) -> RunConfig:
@@ -217,7 +217,7 @@ def test_a_run_goes_on_with_what_it_reads_under_other_paths(run, config, tmp_pat
     assert len(changes) == 4
     assert all("same content by hash" in line for line in changes if "deepspeed" not in line)
     assert not any("rounding" in line for line in changes)
-    claim(run, there, Plan.of(there))
+    claim(run, there, Plan.from_config(there))
     assert store.step_of(go_on(run, there)) == END  # the session after it
 
 
@@ -314,7 +314,7 @@ def test_an_environment_that_is_none_is_told_in_a_sentence(run, config, content)
     uses = [
         lambda: add_session(run, {"step": 0}, {}),
         lambda: note(run, ended="x"),
-        lambda: is_finished(run, Plan.of(config)),
+        lambda: is_finished(run, Plan.from_config(config)),
         lambda: refuse_another_run(run, config),
     ]
     for use in uses:
@@ -326,7 +326,7 @@ def test_an_environment_that_is_none_is_told_in_a_sentence(run, config, content)
 @pytest.mark.parametrize("content", ['{"sessions": [{"step": [], "saved": {}}]}', '{"sessions": [{"ended": 3}]}'])
 def test_odd_facts_of_sessions_harm_nothing(run, config, content):
     put(run / "environment.json", content)
-    assert not is_finished(run, Plan.of(config))
+    assert not is_finished(run, Plan.from_config(config))
     assert store.step_of(go_on(run, config)) == END
 
 
@@ -365,7 +365,7 @@ def test_a_state_that_is_none_is_told_in_a_sentence(run, config, content):
     listing["run_state.json"] = store.file_facts(final / "run_state.json")
     (final / store.LISTING).write_text(json.dumps(listing))
     go_on(run, config)
-    is_finished(run, Plan.of(config))
+    is_finished(run, Plan.from_config(config))
     changed_settings(run, config)
 
 

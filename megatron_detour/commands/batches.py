@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the steps, and write them to --output. Raises DetourError."""
     config = read_run_file(options.run_file, options.overrides, options.control)
-    plan = Plan.of(config)
+    plan = Plan.from_config(config)
     if options.steps.stop > plan.total_steps + 1:
         raise DetourError(f"--steps: {options.steps.stop - 1:,} is past the run's last step, {plan.total_steps:,}")
     if not options.steps.start:

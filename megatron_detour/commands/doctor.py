@@ -48,7 +48,7 @@ def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
     if run_file is not None:
         try:
             config = load(run_file, overrides)
-            checked = preflight(config, Plan.of(config), _ranks(config))
+            checked = preflight(config, Plan.from_config(config), _ranks(config))
         except DetourError as fault:
             faults = split_faults(fault)
     yield from machine.packages()
@@ -67,12 +67,12 @@ def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
 
 def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
     yield from _model(config, checked)
-    expected = _forecast(config, _ranks(config), checked)
+    expected, plan = _forecast(config, _ranks(config), checked), Plan.from_config(config)
     yield from machine.compute(
         config.compute.attention,
         config.compute.kernels,
         torch.bfloat16 if checked.deepspeed and is_bf16(checked.deepspeed) else torch.float32,
-        run_sizes(expected.shape, config.parallel.tensor, Plan.of(config).micro_batches) if expected.shape else Sizes(),
+        run_sizes(expected.shape, config.parallel.tensor, plan.micro_batches) if expected.shape else Sizes(),
     )
     yield machine.disk(Path(config.folder), expected.disk.needed if expected.disk else 0)
     yield from _memory(expected)
@@ -88,7 +88,7 @@ def _ranks(config: RunConfig) -> int:
 
 
 def _forecast(config: RunConfig, ranks: int, checked: Preflight) -> Forecast:
-    plan = Plan.of(config)
+    plan = Plan.from_config(config)
     if not torch.cuda.is_available():
         return forecast(config, plan, ranks, checked=checked, device="cpu")
     _, total = torch.cuda.mem_get_info(0)

@@ -197,7 +197,7 @@ def _forecast(content: dict[str, Any], start: Preflight, machine: Machine) -> Fo
     device = machine.name if machine.gpus else "cpu"
     memory = machine.memory or 80
     checked = dataclasses.replace(start, deepspeed=read_deepspeed_config(config.deepspeed))
-    return forecast(config, Plan.of(config), machine.ranks, checked=checked, device=device, gpu_memory=memory)
+    return forecast(config, Plan.from_config(config), machine.ranks, checked=checked, device=device, gpu_memory=memory)
 
 
 def _fits(result: Forecast, machine: Machine) -> bool:

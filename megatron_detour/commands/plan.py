@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
             raise
         print(json.dumps({"faults": split_faults(error)}, indent=1, ensure_ascii=False))
         return 1
-    plan = Plan.of(config)
+    plan = Plan.from_config(config)
     result = forecast(
         config,
         plan,

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.launch:
         join_slurm(os.environ)
     config = read_run_file(options.run_file, options.words, options.control)
-    plan = Plan.of(config)
+    plan = Plan.from_config(config)
     folder = Path(config.folder)
     first = int(os.environ.get("RANK", "0")) == 0
     if first and (options.plan or not options.launch):

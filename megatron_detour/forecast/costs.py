@@ -91,7 +91,7 @@ def sample_lengths(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | No
 def _flops(shape: Family, phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
     tokens = sum(lengths)
     labeled = round(tokens * phase.objective.labeled_share(tokens / len(lengths)))
-    return training_flops(shape, lengths, phase.objective.causal, labeled, Frozen.of(phase.settings.freeze))
+    return training_flops(shape, lengths, phase.objective.causal, labeled, Frozen.from_parts(phase.settings.freeze))
 
 
 def sessions(seconds: float, time_limit: int | None) -> int:

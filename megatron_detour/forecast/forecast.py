@@ -230,7 +230,7 @@ class Search:
             lengths = np.array(cost.lengths, dtype=np.int64)
             positions = max(positions, *(int(lengths[mine].sum()) for mine in balance(lengths, count)))
         labeled = round(positions * phase.objective.labeled_share(mean))
-        return Load(positions, labeled, phase.objective.causal, Frozen.of(phase.settings.freeze).below)
+        return Load(positions, labeled, phase.objective.causal, Frozen.from_parts(phase.settings.freeze).below)
 
 
 def _costs(config: RunConfig, plan: Plan, shape: Family, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:

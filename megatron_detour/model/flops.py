@@ -31,7 +31,7 @@ class Frozen:
         return next(i for i in range(len(self.layers) + 1) if i not in self.layers)
 
     @classmethod
-    def of(cls, parts: tuple[str, ...]) -> Frozen:
+    def from_parts(cls, parts: tuple[str, ...]) -> Frozen:
         """Create from the parts that a phase's `freeze` names."""
         layers: set[int] = set()
         for part in parts:

@@ -59,7 +59,7 @@ class CheckpointInfo:
         state = read_state(checkpoint / RUN_STATE)
         try:
             config = from_dict(_nested(state["trajectory"]), "its settings")
-            plan = Plan.of(config)
+            plan = Plan.from_config(config)
             step, tokens, total = state["step"], state["tokens"], state["total_steps"]
             fits = total == plan.total_steps and (not step or plan.step(step).tokens == tokens)
         except INVALID_STATE as fault:

@@ -44,7 +44,7 @@ class Vocabulary:
     sha256: str
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, names: dict[str, str] | None = None) -> Vocabulary:
+    def from_tokenizer(cls, tokenizer: Tokenizer, names: dict[str, str] | None = None) -> Vocabulary:
         """Create from a tokenizer. `names` are special tokens by role ("mask", ...), before the usual spellings.
 
         Raises DetourError for a tokenizer without tokens or with excessive ids.
@@ -139,7 +139,7 @@ def load_vocabulary(name: str | Path, download: bool = False) -> Vocabulary:
         read_json_object(path)  # refuses duplicate keys, of which the library silently uses the last
     names = _special_tokens(_config_file(path, name, download))
     try:
-        return Vocabulary.of(load_tokenizer(path), names)
+        return Vocabulary.from_tokenizer(load_tokenizer(path), names)
     except DetourError as fault:
         raise fault if str(path) in str(fault) else DetourError(f"{path}: {fault}") from None
 

@@ -31,7 +31,7 @@ class Words:
     is_open: np.ndarray
 
     @classmethod
-    def of(cls, tokenizer_file: Path, vocabulary: Vocabulary) -> Words:
+    def from_file(cls, tokenizer_file: Path, vocabulary: Vocabulary) -> Words:
         """Read a tokenizer's file. Raises DetourError for a kind without known word boundaries."""
         raw = json.loads(load_tokenizer(tokenizer_file).to_str())
         kind = tokenizer_kind(raw)

@@ -24,7 +24,7 @@ class InitialModel:
     checked: Preflight  # without faults: vocabulary, word boundaries and the DeepSpeed file
 
     @classmethod
-    def of(cls, checked: Preflight) -> InitialModel:
+    def from_preflight(cls, checked: Preflight) -> InitialModel:
         """Raise DetourError with all faults of the preflight check."""
         model = checked.refuse().model
         weights = Source(model.start, model.download) if model.start else None

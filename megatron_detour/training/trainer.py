@@ -59,8 +59,9 @@ def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemp
     if config.parallel.tensor > 1:
         # With one queue, a collective starts before the matrix product that it overlaps with. CUDA reads it once.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    initial = InitialModel.of(preflight(config, plan, ranks, owns_folder=rank == 0, gpu=torch.cuda.is_available()))
-    data = PhaseData(plan, config.data.order_seed, initial.checked.vocabulary)
+    checked = preflight(config, plan, ranks, owns_folder=rank == 0, gpu=torch.cuda.is_available())
+    initial = InitialModel.from_preflight(checked)
+    data = PhaseData(plan, config.data.order_seed, checked.vocabulary)
     parallel, device = start_distributed(config)
     if parallel.is_first:
         log.to_terminal()
@@ -71,10 +72,10 @@ def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemp
             config.compute.recompute,
             run_sizes(initial.shape, config.parallel.tensor, plan.micro_batches),
             device,
-            training_dtype(initial.checked.deepspeed),
+            training_dtype(checked.deepspeed),
         )
         model = initial.shape.build(parallel, choice.compute, config.z_loss)
-        zero = create_engine(model, config, initial.checked.deepspeed, parallel)
+        zero = create_engine(model, config, checked.deepspeed, parallel)
         trainer = Trainer(Run(config, plan, folder, initial, data, parallel, device, choice, zero, preemption))
         detector.has_saved, detector.on_failure = lambda: trainer.checkpoints.has_saved, trainer.recorder.note_end
         with trainer.recorder.own_folder():
@@ -164,7 +165,7 @@ class Trainer:
 
         Return the step's metrics, and whether any rank was asked to stop.
         """
-        counts = self._sum_over_ranks(batch, Frozen.of(step.phase.settings.freeze))
+        counts = self._sum_over_ranks(batch, Frozen.from_parts(step.phase.settings.freeze))
         scale = 1 / counts[1].clamp(min=1).double()
         self.zero.set_learning_rate(step.learning_rate)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.run.device)

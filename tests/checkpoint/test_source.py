@@ -33,7 +33,7 @@ def start(tmp_path, tokenizer_folder) -> Path:
 
 def faults_of(start: Path) -> tuple[str, ...]:
     config = dataclasses.replace(run_config(1), model=Model(start=str(start)))
-    return check_model(config, Plan.of(config)).faults
+    return check_model(config, Plan.from_config(config)).faults
 
 
 def weights() -> dict[str, torch.Tensor]:

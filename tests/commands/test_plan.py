@@ -22,7 +22,7 @@ RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 def test_the_papers_recipes_fill_the_papers_gpus(recipe):
     """micro_sequences are what the plan itself advises on four GPUs of 80 GB."""
     config = load(recipe)
-    result = forecast(config, Plan.of(config), 4, device="h100", gpu_memory=80)
+    result = forecast(config, Plan.from_config(config), 4, device="h100", gpu_memory=80)
     assert all(memory.fits(80) for memory in result.memory.values())
     assert result.advice is None
 

@@ -85,7 +85,7 @@ def test_the_manifest_tells_the_numbers(corpus):
         content = Path(f"{corpus.prefix}.{kind}").read_bytes()
         assert (facts["bytes"], facts["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     assert set(manifest.files) == {"bin", "idx"}
-    vocabulary = Vocabulary.of(load_tokenizer(corpus.tokenizer))
+    vocabulary = Vocabulary.from_tokenizer(load_tokenizer(corpus.tokenizer))
     assert Vocabulary.from_dict(manifest.tokenizer) == vocabulary
     assert names_in(Path(corpus.prefix).parent) == {"texts.jsonl", "corpus.bin", "corpus.idx", "corpus.manifest.json"}
 

@@ -148,7 +148,7 @@ def test_a_sentencepiece_model_is_a_tokenizer(unigram, tmp_path):
     load_tokenizer(unigram).save(str(tmp_path / "tokenizer.json"))
     assert rows(SentencePiece(tmp_path / "tokenizer.json"), texts) == expected
     assert load_vocabulary(tmp_path / "tokenizer.json") == vocabulary
-    words = Words.of(unigram, vocabulary)
+    words = Words.from_file(unigram, vocabulary)
     ids = np.array(library.encode("takes metformin today"))
     begins = words.first_tokens(ids, np.array([len(ids)]))
     assert [library.id_to_piece(int(i))[0] for i in ids[begins]] == ["▁"] * 3

@@ -32,7 +32,7 @@ STEP = (5 * 8 * LENGTH, 6 * 8 * LENGTH)  # the sixth step of eight sequences
 
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer_folder) -> Vocabulary:
-    return Vocabulary.of(load_tokenizer(tokenizer_folder))
+    return Vocabulary.from_tokenizer(load_tokenizer(tokenizer_folder))
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(corpus, vocabulary, tmp_path, va
 
 
 def test_words_are_masked_whole(opened, vocabulary, corpus):
-    words = Words.of(find_tokenizer(corpus.tokenizer), vocabulary)
+    words = Words.from_file(find_tokenizer(corpus.tokenizer), vocabulary)
     torn, step = [], (0, 200 * LENGTH)
     for objective in (Masking(vocabulary, 0.3, words), MaskedLM(0.3).bind(vocabulary)):
         batch = share_of(opened(), objective, micro=200, step=step).micro_batches[0]
@@ -234,7 +234,7 @@ def test_words_are_masked_whole(opened, vocabulary, corpus):
 
 def test_a_corpus_of_another_tokenizer_is_refused(corpus, tmp_path):
     train_tokenizer([corpus.jsonl], tmp_path / "other", 390)
-    other = Vocabulary.of(load_tokenizer(tmp_path / "other"))
+    other = Vocabulary.from_tokenizer(load_tokenizer(tmp_path / "other"))
     with pytest.raises(DetourError) as caught:
         DocumentMixture((Corpus(corpus.prefix),), LENGTH, 42, other)
     message = str(caught.value)

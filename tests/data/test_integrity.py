@@ -25,7 +25,7 @@ def copy(corpus, tmp_path) -> str:
 
 
 def opened(prefix: str, tokenizer: Path) -> DocumentMixture:
-    return DocumentMixture((Corpus(prefix),), 128, 42, Vocabulary.of(load_tokenizer(tokenizer)))
+    return DocumentMixture((Corpus(prefix),), 128, 42, Vocabulary.from_tokenizer(load_tokenizer(tokenizer)))
 
 
 def flip(path: Path, place: int, bit: int = 0) -> None:

@@ -28,7 +28,7 @@ def prefixes(tokenizer_folder, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer_folder) -> Vocabulary:
-    return Vocabulary.of(load_tokenizer(tokenizer_folder))
+    return Vocabulary.from_tokenizer(load_tokenizer(tokenizer_folder))
 
 
 def data_of(prefixes: list[str], vocabulary: Vocabulary, phases: list[dict]) -> tuple[Plan, PhaseData]:
@@ -45,7 +45,7 @@ def data_of(prefixes: list[str], vocabulary: Vocabulary, phases: list[dict]) -> 
         ],
         "deepspeed": "unused",
     }  # fmt: skip
-    plan = Plan.of(from_dict(raw))
+    plan = Plan.from_config(from_dict(raw))
     return plan, PhaseData(plan, 42, vocabulary)
 
 

@@ -47,14 +47,14 @@ def run_file(**changes) -> dict:
 
 def planned(**changes):
     config = from_dict(run_file(**changes))
-    return config, Plan.of(config)
+    return config, Plan.from_config(config)
 
 
 def test_the_papers_run():
     """French base on 4 x H100: 10B of CLM took 3h25, at 203k tokens/s a GPU; 1B of MLM about 20 minutes. Packs of
     whole 8,192-token documents are taken for granted here, as the lengths of the paper's documents are not known."""
     config = load(RECIPES / "french_base_10b.yaml")
-    plan = Plan.of(config)
+    plan = Plan.from_config(config)
     measured = forecast(config, plan, 4, rate=203_000)
     detour, decay = measured.costs
     assert detour.seconds == pytest.approx(3.42 * 3600, rel=0.01)

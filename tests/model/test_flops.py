@@ -83,7 +83,7 @@ def test_torch_counts_as_many_where_parts_are_frozen(parts):
         features = model.head(hidden[batch.labeled])
         weight = model.model.embeddings.tok_embeddings.weight
         functional.linear(features, weight, model.decoder.bias).sum().backward()
-    counted = training_flops(SHAPE, (5, 9, 1), False, len(batch.labeled), Frozen.of(parts))
+    counted = training_flops(SHAPE, (5, 9, 1), False, len(batch.labeled), Frozen.from_parts(parts))
     assert counter.get_total_flops() == counted
 
 

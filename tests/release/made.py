@@ -72,7 +72,7 @@ def make_run(
         "validation": {"corpora": [{"prefix": corpus.prefix}], "sequences": 4},
     }
     config = from_dict(raw)
-    plan = Plan.of(config)
+    plan = Plan.from_config(config)
     folder.mkdir(parents=True)
     claim(folder, config, plan)
     for start in sessions:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.integration
 def started(folder: Path) -> LanguageModel:
     """The model that a run with `model.start` of this folder begins with, compared with transformers as there."""
     config = dataclasses.replace(run_config(1), model=Model(start=str(folder)))
-    start = InitialModel.of(check_model(config, Plan.of(config)))
+    start = InitialModel.from_preflight(check_model(config, Plan.from_config(config)))
     model = start.shape.build(ParallelState())
     with Weights(start.weights) as weights:
         weights.check(start.shape.sizes)

@@ -14,7 +14,7 @@ from tests.conftest import sentences
 
 def test_byte_level_pieces_add_up_to_the_text(tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
     lengths = byte_lengths(find_tokenizer(tokenizer_folder), vocabulary)
     assert lengths.shape == (vocabulary.size,)
     texts = [sentences(random.Random(i), 5) for i in range(20)] + ["œdème à 38,5 °C\n\tßΩ 漢字 🙂", "  x  "]
@@ -47,4 +47,4 @@ def test_other_kinds(tmp_path, model, others, expected):
     raw = {"version": "1.0", "added_tokens": [unknown], "model": model} | others
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(raw))
-    assert byte_lengths(file, Vocabulary.of(load_tokenizer(file))).tolist() == expected
+    assert byte_lengths(file, Vocabulary.from_tokenizer(load_tokenizer(file))).tolist() == expected

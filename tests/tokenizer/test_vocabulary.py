@@ -28,7 +28,7 @@ def word_level(words: dict[str, int]) -> Tokenizer:
 
 
 def test_the_tiny_tokenizer(tokenizer):
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
     assert vocabulary.size == 400
     ids = [tokenizer.token_to_id(name) for name in ("[MASK]", "[PAD]", "[CLS]", "[SEP]", "[UNK]")]
     assert [vocabulary.mask, vocabulary.pad, vocabulary.cls, vocabulary.sep, vocabulary.unk] == ids
@@ -38,7 +38,7 @@ def test_the_tiny_tokenizer(tokenizer):
 def test_special_and_ordinary_ids_share_out_the_vocabulary(tokenizer):
     tokenizer.add_special_tokens(["[X]"])
     tokenizer.add_tokens([AddedToken("ordinary", special=False)])
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
     assert vocabulary.size == 402
     special, ordinary = vocabulary.special(), vocabulary.ordinary()
     assert special.shape == (402,)
@@ -49,17 +49,17 @@ def test_special_and_ordinary_ids_share_out_the_vocabulary(tokenizer):
 
 
 def test_the_size_is_one_more_than_the_greatest_id():
-    assert Vocabulary.of(word_level({"<unk>": 0, "a": 7})).size == 8
+    assert Vocabulary.from_tokenizer(word_level({"<unk>": 0, "a": 7})).size == 8
 
 
 def test_roles_fall_back_to_robertas_names_and_may_be_absent():
-    vocabulary = Vocabulary.of(word_level({"a": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "<mask>": 4}))
+    vocabulary = Vocabulary.from_tokenizer(word_level({"a": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "<mask>": 4}))
     assert (vocabulary.cls, vocabulary.sep, vocabulary.unk, vocabulary.mask, vocabulary.pad) == (2, 3, 1, 4, None)
     assert vocabulary.special_ids == (1, 2, 3, 4)  # by their role, though nothing marks them as special
 
 
 def test_plain_form_reads_back(tokenizer):
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
     assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
 
 
@@ -71,7 +71,7 @@ def changed(tokenizer: Tokenizer, change) -> str:
 
 def test_the_fingerprint_ignores_what_does_not_decide_on_ids(tokenizer):
     before = fingerprint(tokenizer)
-    assert before == Vocabulary.of(tokenizer).sha256
+    assert before == Vocabulary.from_tokenizer(tokenizer).sha256
 
     def spell_merges_as_text(whole: dict) -> None:
         whole["model"]["merges"] = [" ".join(pair) for pair in whole["model"]["merges"]]

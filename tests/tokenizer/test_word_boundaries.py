@@ -21,8 +21,8 @@ WORDS = "L|'|hôpital|reçoit|l|’|enfant|,|co|-|morbidité|38|.|5|°|C|:|don|'
 
 def words_of(tokenizer: Tokenizer, folder: Path) -> tuple[Words, Vocabulary]:
     tokenizer.save(str(folder / "tokenizer.json"))
-    vocabulary = Vocabulary.of(tokenizer)
-    return Words.of(folder / "tokenizer.json", vocabulary), vocabulary
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    return Words.from_file(folder / "tokenizer.json", vocabulary), vocabulary
 
 
 def split(tokenizer: Tokenizer, words: Words, text: str) -> list[str]:
@@ -61,7 +61,7 @@ def test_bytes_alone(tmp_path):
 
 def test_the_project_s_own_tokenizer(tokenizer_folder):
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    words = Words.of(tokenizer_folder / "tokenizer.json", Vocabulary.of(tokenizer))
+    words = Words.from_file(tokenizer_folder / "tokenizer.json", Vocabulary.from_tokenizer(tokenizer))
     text = "The patient takes metformin today. L'infirmière prescrit: 38.5 mg, depuis hier (œdema)"
     expected = "The|patient|takes|metformin|today|.|L|'|infirmière|prescrit|:|38|.|5|mg|,|depuis|hier|(|œdema|)"
     assert joined(split(tokenizer, words, text)) == expected
@@ -70,8 +70,8 @@ def test_the_project_s_own_tokenizer(tokenizer_folder):
 
 def test_special_tokens_and_documents_are_borders(tokenizer_folder):
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    vocabulary = Vocabulary.of(tokenizer)
-    words = Words.of(tokenizer_folder / "tokenizer.json", vocabulary)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    words = Words.from_file(tokenizer_folder / "tokenizer.json", vocabulary)
     letter = tokenizer.token_to_id("a")
     ids = np.array([vocabulary.cls, letter, letter, vocabulary.mask, letter, vocabulary.sep, vocabulary.pad, letter])
     assert words.first_tokens(ids, np.array([8])).tolist() == [0, 1, 3, 4, 5, 6, 7]
@@ -87,7 +87,7 @@ def test_released_byte_level_tokenizers(name):
     if not file.exists():
         pytest.skip(f"{file.name} is not on this machine")
     tokenizer = Tokenizer.from_file(str(file))
-    words = Words.of(file, Vocabulary.of(tokenizer))
+    words = Words.from_file(file, Vocabulary.from_tokenizer(tokenizer))
     # 't is one token; of the last bytes of 😀 nothing tells that they are no letter.
     assert joined(split(tokenizer, words, TEXT)) == WORDS
 

@@ -47,7 +47,7 @@ def phased_steps_with(config: RunConfig, state):
     from megatron_detour.training.engine import create_engine
     from megatron_detour.training.freezing import freeze
 
-    plan = Plan.of(config)
+    plan = Plan.from_config(config)
     model = tiny(state)
     reference = dict(tiny().named_parameters())
     zero = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)

@@ -28,7 +28,7 @@ def config_with(**model):
 
 
 def started(config: RunConfig) -> InitialModel:
-    return InitialModel.of(check_model(config, Plan.of(config)))
+    return InitialModel.from_preflight(check_model(config, Plan.from_config(config)))
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def test_a_shape_that_does_not_fit_is_refused(tokenizer_folder, config, told):
 
 def test_words_are_there_for_phases_that_mask_them(hub, tokenizer_folder):
     config = config_with(start="org/model")
-    assert started(config).words is None
+    assert started(config).checked.words is None
     last = dataclasses.replace(config.phases[-1], objective=MaskedLM(0.3, whole_word_masking=True))
-    words = started(dataclasses.replace(config, phases=(*config.phases[:-1], last))).words
-    expected = Words.of(tokenizer_folder / "tokenizer.json", vocabulary.load_vocabulary(tokenizer_folder))
+    words = started(dataclasses.replace(config, phases=(*config.phases[:-1], last))).checked.words
+    expected = Words.from_file(tokenizer_folder / "tokenizer.json", vocabulary.load_vocabulary(tokenizer_folder))
     assert (words.continues == expected.continues).all()
     assert (words.is_open == expected.is_open).all()

@@ -39,7 +39,7 @@ def recorder(tmp_path, monkeypatch) -> Recorder:
         "deepspeed": str(ROOT / "ds_configs" / "zero2_bf16.json"),
     }
     config = from_dict(raw)
-    run = SimpleNamespace(config=config, plan=Plan.of(config), folder=Path(config.folder))
+    run = SimpleNamespace(config=config, plan=Plan.from_config(config), folder=Path(config.folder))
     run.parallel, run.preemption = ParallelState(), SimpleNamespace(reason=lambda: "SIGTERM")
     background = Background()
     checkpoints = SimpleNamespace(

@@ -97,8 +97,8 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     from megatron_detour.training.run import Run
 
     config = load(run_file, [*GENTLE, *overrides, f"folder={folder}"])
-    plan = Plan.of(config)
-    start = InitialModel.of(preflight(config, plan))
+    plan = Plan.from_config(config)
+    start = InitialModel.from_preflight(preflight(config, plan))
     data = PhaseData(plan, config.data.order_seed, start.checked.vocabulary)
     state, device = start_distributed(config)
     zero = create_engine(start.shape.build(state), config, read_deepspeed_config(config.deepspeed), state)

@@ -139,7 +139,7 @@ def test_a_run_writes_what_it_promises(unbroken):
 def test_the_loop_counts_the_operations_that_the_forecast_counts(unbroken, run_file):
     """In the phase with frozen layers too: MFU and model TFLOP/s rest on them."""
     config = load(run_file)
-    costs = forecast(config, Plan.of(config), 2).costs
+    costs = forecast(config, Plan.from_config(config), 2).costs
     for cost in costs:
         records = [r for r in read_metrics(unbroken / "metrics.jsonl")[1:] if r["phase"] == cost.name]
         counted = sum(r["model_tflops"] * 1e12 * r["seconds"] for r in records)

@@ -57,7 +57,7 @@ def a_step(loss: float, file: str = "zero2_fp32_cpu.json", optimizer: str = "ada
     from megatron_detour.training.trainer import Trainer
 
     config = replace(run_config(1, optimizer=optimizer), deepspeed=f"ds_configs/{file}")
-    plan = Plan.of(config)
+    plan = Plan.from_config(config)
     state, device = start_distributed(config)
     deepspeed = read_deepspeed_config(config.deepspeed)
     zero = create_engine(tiny(state), config, deepspeed, state)
