@@ -6,6 +6,7 @@ import errno
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_detour import files
 from megatron_detour.objectives import CausalLM
@@ -36,10 +37,11 @@ def no_pauses(monkeypatch):
 def load(documents, rank_batch, monkeypatch) -> tuple:
     made = object.__new__(Trainer)
     made.run = SimpleNamespace(
-        data=SimpleNamespace(of=lambda phase: SimpleNamespace(documents=documents)),
+        data=SimpleNamespace(mixture=lambda phase: SimpleNamespace(documents=documents)),
         parallel=SimpleNamespace(data_rank=0, data_size=1, sequence_multiple=1),
         initial=SimpleNamespace(checked=SimpleNamespace(words=None, vocabulary=None)),
         config=SimpleNamespace(seed=7),
+        device=torch.device("cpu"),
     )
     phase = SimpleNamespace(micro_sequences=1, sequence_length=8)
     monkeypatch.setattr(module, "rank_batch", rank_batch)
