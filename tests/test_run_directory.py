@@ -299,8 +299,8 @@ def test_what_else_changes_in_the_deepspeed_file_is_told(run, config):
     assert store.step_of(go_on(run, config)) == END
     changes = changed_settings(run, config)
     assert (
-        "changed since the last session: the DeepSpeed file's zero_optimization.allgather_bucket_size was not set and is "
-        "1000; rounding may differ"
+        "changed since the last session: the DeepSpeed file's zero_optimization.allgather_bucket_size was not set and "
+        "is 1000; rounding may differ"
     ) in changes
 
 
