@@ -108,7 +108,7 @@ def text_away_from(step_number: int) -> None:
 
     def load(trainer, step):
         if step.number >= step_number:
-            data = SimpleNamespace(of=lambda phase: SimpleNamespace(documents=fail))
+            data = SimpleNamespace(mixture=lambda phase: SimpleNamespace(documents=fail))
             trainer.run = dataclasses.replace(trainer.run, data=data)
         return honest(trainer, step)
 
