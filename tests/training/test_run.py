@@ -169,7 +169,7 @@ def test_export_refuses_what_differs_and_what_is_there(unbroken, tmp_path, monke
     from megatron_detour.checkpoint import huggingface
 
     (tmp_path / "taken").mkdir()
-    with pytest.raises(DetourError, match="already there"):
+    with pytest.raises(DetourError, match="already exists"):
         export(str(unbroken), str(tmp_path / "taken"), "fp32")
     with pytest.raises(DetourError, match="neither a checkpoint"):
         export(str(tmp_path), str(tmp_path / "out"), "fp32")
