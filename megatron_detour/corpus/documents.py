@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 FAST_PARSER_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError, BadRecord)
-LINE_ENDS = re.compile(rb"\n{2,}")
 ROWS, ROW_BYTES = 256, 1 << 22  # of Parquet or a dataset: the most read at a time
 
 
@@ -129,17 +127,17 @@ def _line_blocks(shard: InputShard, keys: TextKeys, report: Callable[[int], None
 
 
 def _lines_block(
-    lines: bytes, first: int, parse_all: Callable[[bytes], list[str]], parse_one: Callable[[bytes], str]
+    lines: bytes, first: int, parse_all: Callable[[bytes], tuple[list[str], int]], parse_one: Callable[[bytes], str]
 ) -> Block:
     """Return the documents of lines: parsed all at once if `parse_all` succeeds, else line by line."""
     block = Block()
     if isinstance(lines, TooLong):
         block.add(first, lambda: decoded(lines))
         return block
-    filled = LINE_ENDS.sub(b"\n", lines).strip(b"\n")  # a file may consist mostly of line ends
     try:
-        block.add_texts(parse_all(filled) if filled else [])
-        block.skip(lines.count(b"\n") + (not lines.endswith(b"\n")) - block.records)
+        texts, blank = parse_all(lines)
+        block.add_texts(texts)
+        block.skip(blank)
     except FAST_PARSER_ERRORS:
         for number, line in enumerate(lines.removesuffix(b"\n").split(b"\n"), start=first):
             if line:
@@ -152,13 +150,16 @@ def _lines_block(
 def _parse_line(line: bytes, keys: TextKeys) -> str:
     """Try the fast parser first here, too: how a line is parsed must not depend on its neighbors."""
     try:
-        return keys.parse_lines(line)[0]
+        return keys.parse_lines(line)[0][0]
     except FAST_PARSER_ERRORS:
         return keys.parse_line(line)
 
 
-def _plain_texts(lines: bytes) -> list[str]:
-    return [line.removesuffix("\r") for line in lines.decode("utf-8").split("\n")]
+def _plain_texts(lines: bytes) -> tuple[list[str], int]:
+    """Return the texts of filled lines, and the number of empty lines."""
+    rows = lines.decode("utf-8").removesuffix("\n").split("\n")
+    texts = [row.removesuffix("\r") for row in rows if row]  # a file may consist mostly of line ends
+    return texts, len(rows) - len(texts)
 
 
 def _plain_text(line: bytes) -> str:

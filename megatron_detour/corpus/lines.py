@@ -54,7 +54,7 @@ def whole_lines(raw: BinaryIO, shard: InputShard) -> Iterator[bytes]:
     """
     stream, owned = _open_text(raw, shard)
     place = raw.tell() if owned is not None else 0
-    rest = b""
+    rest: list[bytes] = []  # of a line whose end is yet to come
     while block := stream.read(BLOCK_BYTES if owned is None else min(BLOCK_BYTES, owned)):
         if owned is not None:
             owned -= len(block)
@@ -64,16 +64,16 @@ def whole_lines(raw: BinaryIO, shard: InputShard) -> Iterator[bytes]:
         block, place = block if place else block.removeprefix(BYTE_ORDER_MARK), place + len(block)
         end = block.rfind(b"\n") + 1
         if end:
-            yield rest + block[:end]
-            rest = block[end:]
-        else:
-            rest += block
-        if len(rest) > MAX_LINE_BYTES:
+            yield b"".join((*rest, memoryview(block)[:end]))
+            rest = []
+        if end < len(block):
+            rest.append(block[end:])
+        if sum(map(len, rest)) > MAX_LINE_BYTES:
             owned = _skip_line(stream, owned)
-            rest = b""
+            rest = []
             yield TooLong()
     if rest:
-        yield rest
+        yield b"".join(rest)
 
 
 def check_encoding(block: bytes, path: str, place: int = 0) -> None:
@@ -86,7 +86,7 @@ def check_encoding(block: bytes, path: str, place: int = 0) -> None:
 
 def _wide_encoding(block: bytes, place: int) -> str | None:
     """Return UTF-16LE and so on if nearly all zero bytes are at the same byte of a character, as never in UTF-8."""
-    if block.count(0) < max(MIN_NULS, MIN_NUL_FRACTION * len(block)):
+    if 0 not in block or block.count(0) < max(MIN_NULS, MIN_NUL_FRACTION * len(block)):
         return None
     zero = np.frombuffer(block, np.uint8) == 0
     fraction = [zero[(start - place) % 4 :: 4].mean() if len(zero) > 3 else 0.0 for start in range(4)]

@@ -21,7 +21,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts, flush, write_whole
 from megatron_detour.structured import read_json
 
-COPY_BYTES = 1 << 22
+COPY_BYTES = 1 << 18  # fits in a cache: hashed, then written
 NOTE = "publishing.json"
 
 

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 MAX_LINE_BYTES = 256 << 20
+LINE_END = ord("\n")
 # Keys to suggest in messages. Nothing else of a record may be quoted: its keys may be names of people.
 COMMON_KEYS = ("text", "content", "body", "note", "report", "abstract", "article", "document", "texte", "contenu")
 
@@ -51,24 +52,30 @@ class TextKeys:
         self._spelled = [(f'"{name}":'.encode(), f'"{name}" :'.encode()) for name in self._names]
         self._decoder = msgspec.json.Decoder(_struct(keys[0].split(".")) if len(keys) == 1 else Any)
 
-    def parse_lines(self, lines: bytes) -> list[str]:
-        """Return the texts of complete JSON lines, all or none: raises ValueError and others if any line is in doubt.
+    def parse_lines(self, lines: bytes) -> tuple[list[str], int]:
+        """Return the texts of complete JSON lines and the number of empty lines.
 
-        This fast parser parses only what it has to; after an error, use `parse_line` for each line.
+        All or none: raises ValueError and others if any line is in doubt. This fast parser parses only what it has to;
+        after an error, use `parse_line` for each line.
         """
         content = np.frombuffer(lines, dtype=np.uint8)  # several times as fast to search as bytes
-        ends = np.flatnonzero(content[:-1] == ord("\n"))
-        # The parser reads consecutive records, regardless of lines. If every line but the last ends with "}" and every
-        # line but the first begins with "{", no record can span lines; then as many records as lines means that each
+        ends = np.flatnonzero(content == LINE_END)
+        before, after = (content.take(ends + step, mode="clip") for step in (-1, 1))  # clipped: the line end itself
+        # The parser reads consecutive records, regardless of lines. If every line that ends has "}" before its end, and
+        # "{" follows every line end, no record can span lines; then as many records as filled lines means that each
         # line is one record.
-        if not ((content[ends - 1] == ord("}")) & (content[ends + 1] == ord("{"))).all():
+        if not (((before == ord("}")) | (before == LINE_END)) & ((after == ord("{")) | (after == LINE_END))).all():
             raise ValueError("not one object per line")
-        count = len(ends) + 1
-        if any(sum(map(lines.count, spellings)) > count for spellings in self._spelled):
+        count = int(np.count_nonzero(after == ord("{"))) + (lines[0] != LINE_END)
+        colons = np.flatnonzero(content == ord(":"))
+        if any(sum(_occurrences(content, colons, s) for s in spellings) > count for spellings in self._spelled):
             raise ValueError("perhaps a duplicate key")
         records = self._decoder.decode_lines(lines)
         if len(records) != count:
             raise ValueError("not one object per line")
+        return self._texts(records), len(ends) + (lines[-1] != LINE_END) - count
+
+    def _texts(self, records: list[Any]) -> list[str]:
         if len(self.keys) > 1:
             return [self.extract(record) for record in records]
         if "." in self.keys[0]:
@@ -99,6 +106,14 @@ class TextKeys:
             if len(names) > len(set(names)):
                 raise BadRecord(f"duplicate key {Counter(names).most_common(1)[0][0]!r}")
         return mapping
+
+
+def _occurrences(content: np.ndarray, ends: np.ndarray, word: bytes) -> int:
+    """Return how often a word occurs in content, uint8 [bytes]; ends: int64, the places of the word's last byte."""
+    ends = ends[ends >= len(word) - 1]
+    for back, byte in enumerate(word[-2::-1], start=1):
+        ends = ends[content[ends - back] == byte]
+    return len(ends)
 
 
 def _heads(key: str) -> list[str]:
