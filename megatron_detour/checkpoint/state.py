@@ -5,6 +5,7 @@ Full tensors fit any number of ranks and any tensor-parallel size; parallel/zero
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -33,9 +34,14 @@ class TrainingState:
     def reserve(self, sizes: dict[str, tuple[int, ...]], states: tuple[str, ...], pinned: bool) -> None:
         """Allocate the tensors and touch their pages; `pinned` memory lets a GPU copy at full bus speed."""
         for tensors in (self.weights, *(self.states.setdefault(state, {}) for state in states)):
-            for name, size in sizes.items():
-                if name not in tensors:
-                    tensors[name] = torch.empty(size, pin_memory=pinned).zero_()
+            missing = {name: size for name, size in sizes.items() if name not in tensors}
+            counts = [math.prod(size) for size in missing.values()]
+            flat = torch.empty(sum(counts)).zero_()
+            if pinned and counts:
+                # Registered, as torch's allocator of pinned memory rounds each tensor up to a power of two.
+                torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)
+            for (name, size), part in zip(missing.items(), flat.split(counts), strict=True):
+                tensors[name] = part.view(size)
 
 
 def gather(zero: Zero, into: TrainingState) -> None:
