@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import gpu_summary
 from megatron_detour.errors import DetourError, command_line
 from megatron_detour.files import write_whole
@@ -130,6 +132,9 @@ def _end(process: subprocess.Popen) -> None:
 
 def main(options: dict[str, Any]) -> int:
     """Run a day with the options of `megatron-detour gpu-day`; return 1 if a part failed or timed out."""
+    if options["size"] != "tiny" and not torch.cuda.is_available():
+        raise DetourError("gpu-day needs a GPU; --size tiny tries the command without one")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the running part
     paths = {name: Path(options[name]) for name in ("output", "baseline") if options[name]}
     day = run_day(**options | paths)
     return 0 if all(part["status"] in ("done", "skipped") for part in day["parts"].values()) else 1

@@ -111,7 +111,7 @@ ALLOWED = {
         "torch psutil packaging rich transformers",
     ),
     "commands.init": (
-        "commands.parser config plan corpus.texts forecast preflight model.families errors",
+        "commands.parser config settings plan corpus.texts forecast preflight model.families errors",
         "psutil torch yaml",
     ),
     "commands.batches": (
@@ -141,7 +141,7 @@ ALLOWED = {
         "numpy tokenizers fastokens sentencepiece datasets datatrove",
     ),
     "benchmarks.process": ("benchmarks errors", "psutil"),
-    "benchmarks.gpu_day": ("benchmarks structured errors files", ""),
+    "benchmarks.gpu_day": ("benchmarks structured errors files", "torch"),
     "benchmarks.gpu_parts": (
         "benchmarks commands.machine corpus model observe parallel errors files",
         "torch transformers yaml",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -28,12 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", choices=("base", "tiny"), default="base", help="tiny: to try the command, also without a GPU")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     if not (CLONE / "benchmarks").is_dir():
         raise DetourError(
             "gpu-day needs benchmarks/, which is not installed: run `make install` in a clone and use that"
         )
     paths = {name: path and str(path.absolute()) for name, path in vars(options).items() if isinstance(path, Path)}
-    # A process of its own: the package does not import what is not installed with it.
+    # Not imported, as it is not installed with the package.
     command = [sys.executable, "-m", "benchmarks.gpu_day", json.dumps(vars(options) | paths)]
-    return subprocess.run(command, cwd=CLONE).returncode
+    os.chdir(CLONE)
+    os.execv(sys.executable, command)

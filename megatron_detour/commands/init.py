@@ -11,7 +11,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import yaml
@@ -25,12 +25,16 @@ from megatron_detour.forecast import Forecast, forecast
 from megatron_detour.model.families import PUBLISHED
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import Preflight, look
+from megatron_detour.settings import Pattern, flag_type
 
 MOST_EPOCHS = 4  # more repetition gains little (Muennighoff et al., 2023)
 PAPER_TOKENS, PAPER_STEP, PAPER_LENGTH = 55 * 10**9, 3 * 2**20, 8192
 DECAY_SHARE = 1 / 11  # of all tokens: 1B after 10B, 5B after 50B
 STEPS = 1000  # the batch shrinks before the run has fewer steps than this
 CPU_LENGTH = 1024
+SLURM_TIME = flag_type(
+    Annotated[str, Pattern(r"\d+|(\d+-)?\d+(:\d\d){1,2}|\d+-\d+", "a time such as 24:00:00 or 2-12 for Slurm")]
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--account", metavar="NAME", help="Slurm account")
     add("--partition", metavar="NAME", help="Slurm partition")
     add("--nodes", type=COUNT, default=1, metavar="N", help="number of nodes (%(default)s)")
-    add("--time", default="24:00:00", metavar="TIME", help="time limit of a Slurm job (%(default)s)")
-    add("--tokens", metavar="N", help="tokens to train on, such as 2B (four epochs, at most 55B)")
+    add("--time", type=SLURM_TIME, default="24:00:00", metavar="TIME", help="time limit of a Slurm job (%(default)s)")
+    add(
+        "--tokens",
+        type=_tokens,
+        metavar="N",
+        help="tokens to train on, such as 2B (4 epochs, at most 55B)",
+    )
     add("--yes", action="store_true", help="accept all defaults without asking")
     add("--list", action="store_true", help="list the packaged recipes and exit")
+
+
+def _tokens(text: str) -> int:
+    try:
+        return parse_tokens(text)
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(f"must be {fault}, not {text!r}") from None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -130,7 +146,7 @@ def run_file(
     """Return the run file with one sequence per micro-batch, before GPU memory is considered."""
     length = min(start.shape.max_positions, PAPER_LENGTH if machine.gpus else CPU_LENGTH)
     training = texts.tokens * (1 if texts.built else 1 - texts.held_out)
-    total = parse_tokens(options.tokens) if options.tokens else min(int(MOST_EPOCHS * training), PAPER_TOKENS)
+    total = options.tokens or min(int(MOST_EPOCHS * training), PAPER_TOKENS)
     step = min(PAPER_STEP, total // STEPS)
     per_rank = max(1, step // (length * machine.ranks))
     power = 1 << (per_rank.bit_length() - 1)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_detour.corpus.options import BuildOptions
-from megatron_detour.corpus.publish import held_out_prefix, histogram_path, rejects_path
+from megatron_detour.corpus.publish import histogram_path, rejects_path
 from megatron_detour.data.indexed import CHUNK, IndexedCorpus
-from megatron_detour.data.manifest import Manifest, read_manifest
+from megatron_detour.data.manifest import Manifest, held_out_prefix, read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts
 from megatron_detour.tokenizer.vocabulary import Vocabulary, fingerprint, load_tokenizer

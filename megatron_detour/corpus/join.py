@@ -15,9 +15,9 @@ from megatron_detour.corpus.duplicates import first_occurrences
 from megatron_detour.corpus.journal import Counts, Journal
 from megatron_detour.corpus.options import BuildOptions
 from megatron_detour.corpus.progress import BuildProgress
-from megatron_detour.corpus.publish import CorpusWriter, held_out_prefix, publish, rejects_path
+from megatron_detour.corpus.publish import CorpusWriter, publish, rejects_path
 from megatron_detour.corpus.sources import Part, printable
-from megatron_detour.data.manifest import Manifest
+from megatron_detour.data.manifest import Manifest, held_out_prefix
 from megatron_detour.errors import DetourError
 
 

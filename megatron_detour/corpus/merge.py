@@ -10,10 +10,10 @@ from typing import Any
 from megatron_detour import __version__
 from megatron_detour.corpus.journal import Journal
 from megatron_detour.corpus.options import check_prefix
-from megatron_detour.corpus.publish import CorpusWriter, existing_corpus, finish_publishing, held_out_prefix, publish
+from megatron_detour.corpus.publish import CorpusWriter, existing_corpus, finish_publishing, publish
 from megatron_detour.corpus.sources import printable
 from megatron_detour.data.indexed import IndexedCorpus, bin_path
-from megatron_detour.data.manifest import Manifest, read_manifest
+from megatron_detour.data.manifest import Manifest, held_out_prefix, read_manifest
 from megatron_detour.errors import DetourError
 
 

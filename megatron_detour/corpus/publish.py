@@ -16,17 +16,13 @@ import numpy as np
 
 from megatron_detour.data.indexed import CHUNK, bin_path, idx_path, write_index
 from megatron_detour.data.integrity import sample_sha256
-from megatron_detour.data.manifest import Manifest, manifest_path, read_manifest
+from megatron_detour.data.manifest import Manifest, held_out_prefix, manifest_path, read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.files import file_facts, flush, write_whole
 from megatron_detour.structured import read_json
 
 COPY_BYTES = 1 << 18  # fits in a cache: hashed, then written
 NOTE = "publishing.json"
-
-
-def held_out_prefix(prefix: str) -> str:
-    return f"{prefix}.heldout"
 
 
 def rejects_path(prefix: str) -> Path:

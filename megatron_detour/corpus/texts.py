@@ -10,7 +10,7 @@ from typing import Any
 from megatron_detour.corpus.documents import read_shard
 from megatron_detour.corpus.records import TextKeys
 from megatron_detour.corpus.sources import InputShard, find_inputs, is_text, plan_shards
-from megatron_detour.data.manifest import read_manifest
+from megatron_detour.data.manifest import held_out_prefix, read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.tokenizer.vocabulary import load_tokenizer
 
@@ -50,7 +50,7 @@ class Texts:
     @property
     def validation(self) -> str | None:
         """The prefix of the held-out corpus, or None."""
-        prefix = f"{self.prefix}.heldout"
+        prefix = held_out_prefix(self.prefix)
         return prefix if not self.built or Path(f"{prefix}.manifest.json").exists() else None
 
 

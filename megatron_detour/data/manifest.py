@@ -110,6 +110,11 @@ class Manifest:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def held_out_prefix(prefix: str | Path) -> str:
+    """Return the prefix of the corpus that is held out of another."""
+    return f"{prefix}.heldout"
+
+
 def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
@@ -120,8 +125,10 @@ def read_manifest(prefix: str | Path) -> Manifest:
     try:
         raw = read_json_object(path)
     except FileNotFoundError:
+        whole = str(prefix).removesuffix(held_out_prefix(""))
+        held_out = " --held-out 0.01" if whole != str(prefix) else ""
         raise DetourError(
-            f"{path}: no such corpus; build it with megatron-detour preprocess --output-prefix {prefix}"
+            f"{path}: no such corpus; build it with megatron-detour preprocess --output-prefix {whole}{held_out}"
         ) from None
     if raw.get("format") != MANIFEST_FORMAT:
         raise DetourError(f"{path}: not a corpus manifest of format {MANIFEST_FORMAT}; rebuild the corpus")

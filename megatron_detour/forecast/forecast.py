@@ -113,7 +113,8 @@ def forecast(
     speed = Speed(rate, None if rate else mfu or MFU, peak_flops(device, bf16))
     if not speed.known:
         hint = nearest(device, PEAK_NAMES)
-        notes.append(f"time: the peak of {device!r} is unknown{hint}; set a measured rate with --rate")
+        name = repr(device) if bf16 else f"{device!r} in fp32"
+        notes.append(f"time: the peak of {name} is unknown{hint}; set a measured rate with --rate")
     shape = checked.shape
     parameters = shape and shape.parameters
     phase_costs = shape and attempt("time", lambda: _costs(config, plan, shape, speed, ranks))

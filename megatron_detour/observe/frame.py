@@ -66,7 +66,7 @@ class Frame:
 
         self.runs = runs
         self.edge = max(1, *(run.done_tokens for run in runs))
-        self._above = 0
+        self._shown: list[tuple[Axes, list[Curve]]] = []
         shown = _with_own_phases(runs)
         size = (9.2, height + STRIP * len(shown) + 0.26)
         self.figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor=PAGE)
@@ -147,7 +147,7 @@ class Frame:
             low, high = min(bounds), max(bounds)
             margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
             axes.set_ylim(0 if from_zero else low - margin, high + margin)
-            self._above += sum(int((curve.y > high + margin).sum()) for curve in curves)
+            self._shown.append((axes, curves))
         elif any(curve.exact for curve in curves):
             axes.set_ylim(bottom=0)
         else:
@@ -184,9 +184,10 @@ class Frame:
         return self.figure
 
     def _note(self) -> None:
-        if not self._above:
+        above = sum(int((curve.y > axes.get_ylim()[1]).sum()) for axes, curves in self._shown for curve in curves)
+        if not above:
             return
-        text = f"{counted(self._above, 'value')} above the range shown"
+        text = f"{counted(above, 'value')} above the range shown"
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
         self.panels[-1].annotate(text, (1, 0), (0, -22), fontsize=8, color=SOFT, **place)
 

@@ -5,5 +5,5 @@ from megatron_detour.optimizers.base import Optimizer
 from megatron_detour.optimizers.lion import Lion
 from megatron_detour.registry import registry
 
-DEFAULT = AdamW  # of run files that name none, as those of before there was a choice
+DEFAULT = AdamW  # for run files that name no optimizer, including older ones
 KINDS = registry(__name__, Optimizer, DEFAULT)

@@ -1,7 +1,7 @@
 """Lion (Chen et al., 2023): the sign of an interpolation between momentum and gradient.
 
-Every element moves by the learning rate, so that it is usually 3 to 10 times smaller than AdamW's, and weight decay as
-much larger.
+Every element moves by the learning rate, so use one 3 to 10 times smaller than AdamW's, and a weight decay larger by
+the same factor.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_detour.errors import DetourError
+from megatron_detour.errors import DetourError, nearest
 from megatron_detour.settings.reader import has_controls
 from megatron_detour.structured import parse_yaml
 
@@ -41,4 +41,4 @@ def _position(items: list, part: str, override: str) -> int:
     names = [str(item.get("name", item.get("prefix"))) if isinstance(item, dict) else str(item) for item in items]
     if part in names:
         return names.index(part)
-    raise DetourError(f"override {override!r}: {part!r} is neither a number below {len(items)} nor one of {names}")
+    raise DetourError(f"override {override!r}: {part!r} is none of {', '.join(names)}{nearest(part, names)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -10,11 +11,11 @@ import pytest
 
 from benchmarks import gpu_day, gpu_parts, gpu_summary, roofline
 from benchmarks.gpu_day import PARTS, Part, run_day
-from megatron_detour.commands.main import main
 from megatron_detour.errors import DetourError
 from megatron_detour.model.flops import visible_pairs
 from megatron_detour.model.peaks import chip
 from tests.forecast.test_memory import BASE
+from tests.harness import environment
 
 ROW = {
     "size": "base",
@@ -91,13 +92,27 @@ def test_bad_paths_are_refused(tmp_path):
         run_day(tmp_path / "day.json", 1, "tiny", baseline=tmp_path / "old.json")
 
 
+def test_a_day_of_the_real_size_needs_a_gpu(tmp_path):
+    done = gpu_day_command("--output", str(tmp_path / "day.json"))
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: gpu-day needs a GPU; --size tiny tries the command without one\n",
+    )
+
+
 def test_every_part_has_its_code():
     assert list(gpu_parts.PARTS) == [part.name for part in PARTS]
 
 
-def test_the_command_on_a_cpu(tmp_path, capfd):
+def gpu_day_command(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_detour", "gpu-day", *words]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+
+
+def test_the_command_on_a_cpu(tmp_path):
     output = tmp_path / "day.json"
-    assert main(["gpu-day", "--output", str(output), "--size", "tiny", "--only", "facts", "base", "--minutes=60"]) == 0
+    done = gpu_day_command("--output", str(output), "--size=tiny", "--only", "facts", "base", "--minutes=60")
+    assert done.returncode == 0, done.stderr
     day = json.loads(output.read_text())
     assert day["parts"]["facts"]["results"]["versions"]["torch"]
     rows = day["parts"]["base"]["results"]["rows"]
@@ -105,7 +120,7 @@ def test_the_command_on_a_cpu(tmp_path, capfd):
         (objective, length) for objective in ("mlm", "clm") for length in gpu_parts.SCALES["tiny"].lengths
     }
     assert day["summary"]["suggested"]["compute.attention"] == "sdpa"
-    assert "| megatron_detour | tiny | clm |" in capfd.readouterr().out
+    assert "| megatron_detour | tiny | clm |" in done.stdout
 
 
 def test_the_table_has_the_roofline_and_the_baseline():

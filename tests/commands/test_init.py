@@ -115,6 +115,12 @@ def test_gpus_get_the_largest_micro_batch_that_fits(corpus, tmp_path, monkeypatc
         assert 96 % config.batch.micro_sequences == 0
         assert commands_in(capsys.readouterr().out)[2][-1] == "--launch"
     assert sizes["80"] > sizes["24"]
+    for words, says in (
+        (["--tokens", "1,5B"], "--tokens: must be an amount of tokens such as"),
+        (["--time", "3x"], "--time: must be a time such as"),
+    ):
+        with pytest.raises(DetourError, match=says):
+            main([*base, *words])
     with pytest.raises(DetourError, match="--gpus: 4 cannot be divided evenly among 3 nodes"):
         main([*base, "--gpus", "4", "--nodes", "3"])
 
