@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ LENGTHS = [(5, 300, 1, 129), (1,), (64,), (65,), (130,), (1,) * 70, (3, 4, 5, 6)
 WINDOWS = [None, 4, 64]
 DIRECTIONS = {"bidirectional": False, "causal": True}
 HEADS, HEAD_DIM = 2, 8
-SIZES = Sizes(heads=3)
+SIZES = Sizes(tokens=600, longest=200, heads=3)
 
 lengths_of_all_kinds = pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: "-".join(map(str, x[:5])))
 windows = pytest.mark.parametrize("window", WINDOWS)
@@ -339,7 +340,7 @@ def always_causal(lengths, causal, window):
 @pytest.mark.parametrize("head_dim", [8, 64])
 @pytest.mark.parametrize("attention", [sdpa_attention, flash_attention(FlashKernel(True).flash_attn_varlen_func)])
 def test_the_check_accepts_what_is_right(attention, head_dim, dtype):
-    check(attention, CPU, dtype, Sizes(heads=3, head_dim=head_dim), "probe")
+    check(attention, CPU, dtype, replace(SIZES, head_dim=head_dim), "probe")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
