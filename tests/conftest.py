@@ -34,7 +34,8 @@ class BuiltCorpus:
 
 
 def pytest_configure(config):
-    """Hide GPUs from all tests but those of `-m gpu`, in child processes too."""
+    """Hide GPUs from all tests but those of `-m gpu`, and use one thread per process; in child processes too."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes of several threads slow each other to a crawl
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -29,7 +29,7 @@ LENGTHS = [(5, 300, 1, 129), (1,), (64,), (65,), (130,), (1,) * 70, (3, 4, 5, 6)
 WINDOWS = [None, 4, 64]
 DIRECTIONS = {"bidirectional": False, "causal": True}
 HEADS, HEAD_DIM = 2, 8
-SIZES = Sizes(tokens=600, longest=200, heads=3)
+SIZES = Sizes(heads=3)
 
 lengths_of_all_kinds = pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: "-".join(map(str, x[:5])))
 windows = pytest.mark.parametrize("window", WINDOWS)
@@ -226,6 +226,8 @@ class FlashKernel:
         assert type(longest_q) is int and type(causal) is bool
         assert longest_q == longest_k == max(b - a for a, b in itertools.pairwise(starts))
         left, right = window_size
+        dtype = q.dtype
+        q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))  # only results are rounded
         outputs, sums = [], []
         for start, end in itertools.pairwise(starts):
             ahead = torch.arange(end - start) - torch.arange(end - start)[:, None]  # of the query is the key
@@ -240,7 +242,7 @@ class FlashKernel:
             scores = scores.masked_fill(hidden, float("-inf"))
             outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:end]))
             sums.append(scores.logsumexp(-1))
-        out = torch.cat(outputs)
+        out = torch.cat(outputs).to(dtype)
         return (out, torch.cat(sums, 1)) if self.returns_tuple else out
 
 
