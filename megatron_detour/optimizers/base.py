@@ -45,7 +45,10 @@ class Optimizer:
     def update(
         self, weight: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor], rate: float
     ) -> None:
-        """Update `weight` and `states`, which begin at zero, in place; all are fp32 [elements]."""
+        """Update `weight` and `states`, which begin at zero, in place; all are fp32 [elements].
+
+        Needed unless `build` is overridden.
+        """
         raise NotImplementedError
 
     def describe(self) -> str:

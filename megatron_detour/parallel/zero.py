@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def deepspeed_settings(content: dict[str, Any]) -> dict[str, Any]:
     """The content of a DeepSpeed file as `Zero` needs it.
 
-    Norm, clipping and the decision to skip a step are made there: DeepSpeed would wait for the device five times and
-    more to make them, and twice for its own figure of throughput.
+    Norm, clipping and the decision to skip a step are made in `Zero`: DeepSpeed would wait for the device five times
+    and more to make them, and twice for its own figure of throughput.
     """
     return content | {
         "gradient_clipping": 0.0,
