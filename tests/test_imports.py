@@ -104,6 +104,7 @@ ALLOWED = {
         "parallel.shard_spec data.manifest data.indexed data.order ui errors",
         "numpy",
     ),
+    "study": ("study evaluation.report.statistics errors", "numpy scipy"),
     "__main__": ("commands", ""),
     "commands": (
         "commands log forecast preflight run_directory training checkpoint corpus settings config plan data model "
@@ -179,6 +180,7 @@ LAZY = {
     "evaluation.metrics": "sklearn scipy seqeval",
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",
+    "study.power": "scipy",
     "evaluation.report.plots": "matplotlib",
     "evaluation.masked_words.measure": "torch transformers",
 }

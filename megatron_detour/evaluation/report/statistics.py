@@ -1,6 +1,6 @@
 """Tests of differences between models: Student's t, bootstrap, permutation test, Holm's correction.
 
-Scores are fractions. Every difference is a - b, positive if a is better; every p is two-sided.
+Scores are fractions. Every difference is a - b, positive if a is better; every p is two-sided unless named otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,31 @@ TIE = 0.0005  # differences below 0.05 points are invisible in a table with one 
 _ROUNDING = 1e-12  # mathematically equal differences may differ by this much in floating point
 _CHUNK = 4_000_000  # numbers in memory at once
 _EXACT_IN_SINGLE = 2**24
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error (above 0), whose square has `df` degrees of freedom: Student's t."""
+
+    mean: float
+    error: float
+    df: float
+
+    def margin(self, tail: float) -> float:
+        """Return how far the mean lies from the bound beyond which the true value is with probability `tail`."""
+        from scipy.stats import t
+
+        return float(t.ppf(1 - tail, self.df)) * self.error
+
+    def p_above(self, than: float = 0.0) -> float:
+        """Return the one-sided p of the claim that the true value is greater than `than`."""
+        from scipy.stats import t
+
+        return float(t.sf((self.mean - than) / self.error, self.df))
+
+    def p(self, than: float = 0.0) -> float:
+        """Return the two-sided p of the claim that the true value is not `than`."""
+        return 2 * Estimate(abs(self.mean - than), self.error, self.df).p_above()
 
 
 @dataclass(frozen=True)
@@ -39,11 +64,14 @@ class Spread:
 
         With several `comparisons`, Bonferroni's interval: a smaller mean could not differ clearly from 0.
         """
+        estimate = self.estimate()
+        return None if estimate is None else estimate.margin(LEVEL / comparisons / 2)
+
+    def estimate(self) -> Estimate | None:
+        """Return the mean for Student's t, or None where `half` does."""
         if self.sd is None or self.sd <= _ROUNDING:
             return None
-        from scipy.stats import t
-
-        return float(t.ppf(1 - LEVEL / comparisons / 2, self.count - 1)) * self.sd / self.count**0.5
+        return Estimate(self.mean, self.sd / self.count**0.5, self.count - 1)
 
     def interval(self) -> tuple[float, float] | None:
         half = self.half()
@@ -56,11 +84,8 @@ class Spread:
         """
         if self.sd is None:
             return None
-        if self.sd <= _ROUNDING:
-            return 1.0
-        from scipy.stats import t
-
-        return float(2 * t.sf(abs(self.mean) / self.sd * self.count**0.5, self.count - 1))
+        estimate = self.estimate()
+        return 1.0 if estimate is None else estimate.p()
 
 
 @dataclass(frozen=True)
@@ -92,13 +117,11 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed
     difference = _differences(a, b)
     cells = difference[~np.isnan(difference)]
     mean, count = float(cells.mean()), len(cells)
-    if np.ptp(cells) <= _ROUNDING:
+    means = bootstrap_means(cells, resamples, seed)
+    if means is None:
         return Comparison(mean, None, None, 1.0, count)
-    means = np.sort(mean + _stretch(count) * (_resampled_means(cells, resamples, seed) - mean))
-    below, above = (means <= _ROUNDING).sum(), (means >= -_ROUNDING).sum()
-    p = min(1.0, 2 * (int(min(below, above)) + 1) / (resamples + 1))
-    end = max(0, math.ceil(LEVEL / 2 * (resamples + 1)) - 2)  # at most this many means beyond 0 keep p below LEVEL
-    return Comparison(mean, float(means[end]), float(means[-1 - end]), p, count)
+    means = mean + _stretch(count) * (means - mean)
+    return Comparison(mean, *bootstrap_bounds(means, LEVEL / 2), min(1.0, 2 * min(bootstrap_p(means))), count)
 
 
 def over_tasks(a: np.ndarray, b: np.ndarray) -> Comparison:
@@ -120,6 +143,23 @@ def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if np.isnan(difference).all():
         raise ValueError("the models have no common cell")
     return difference
+
+
+def bootstrap_means(values: np.ndarray, resamples: int = 10_000, seed: int = 0) -> np.ndarray | None:
+    """Return the means [resamples] of values [n] drawn with replacement, sorted; None if all values are equal."""
+    return None if np.ptp(values) <= _ROUNDING else np.sort(_resampled_means(values, resamples, seed))
+
+
+def bootstrap_p(means: np.ndarray) -> tuple[float, float]:
+    """Return the one-sided p of the claims that the true mean is above 0 and below 0, never 0 themselves."""
+    below, above = int((means <= _ROUNDING).sum()), int((means >= -_ROUNDING).sum())
+    return (below + 1) / (len(means) + 1), (above + 1) / (len(means) + 1)
+
+
+def bootstrap_bounds(means: np.ndarray, tail: float) -> tuple[float, float]:
+    """Return the bounds of sorted means that leave out 0 exactly if the one-sided p is below `tail`."""
+    end = max(0, math.ceil(tail * (len(means) + 1)) - 2)  # at most this many means beyond 0 keep p below `tail`
+    return float(means[end]), float(means[-1 - end])
 
 
 def _stretch(count: int) -> float:
@@ -161,6 +201,19 @@ def permutation_test(
     The test conditions on the fine-tuned models: it tells whether the difference would hold on other examples of this
     kind, not with other seeds. Source: approximate randomization (Noreen 1989; Yeh 2000).
     """
+    observed, differences = permuted_differences(a, b, score, permutations, seed)
+    count = 1 + int((np.abs(differences) >= abs(observed) - _ROUNDING).sum())
+    return Permutation(observed, count / (permutations + 1))
+
+
+def permuted_differences(
+    a: np.ndarray,
+    b: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray],
+    permutations: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, np.ndarray]:
+    """Return the difference that permutation_test judges, and those [permutations] after the swaps of examples."""
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 3 or a.shape != b.shape:
         raise ValueError(f"contributions must both be [seeds, n, k], not {a.shape} and {b.shape}")
@@ -172,16 +225,15 @@ def permutation_test(
     change = (b[:, moved].astype(np.float64) - a[:, moved]).transpose(1, 0, 2).reshape(-1, seeds * width)
     columns = change.any(0)
     change = _single_if_exact(change[:, columns])
-    rng, count = np.random.default_rng(seed), 1
+    rng, differences = np.random.default_rng(seed), []
     rows = max(1, _CHUNK // (len(change) + 8 * seeds * width))
     for start in range(0, permutations, rows):
         swaps = _coins(rng, min(rows, permutations - start), len(change)).astype(change.dtype)
         shift = np.zeros((len(swaps), seeds * width))
         shift[:, columns] = swaps @ change
         shift = shift.reshape(-1, seeds, width)
-        differences = (score(totals_a + shift) - score(totals_b - shift)).mean(-1)
-        count += int((np.abs(differences) >= abs(observed) - _ROUNDING).sum())
-    return Permutation(observed, count / (permutations + 1))
+        differences.append((score(totals_a + shift) - score(totals_b - shift)).mean(-1))
+    return observed, np.concatenate(differences)
 
 
 def _coins(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
