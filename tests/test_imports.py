@@ -91,8 +91,8 @@ ALLOWED = {
         "numpy torch transformers rich",
     ),
     "analysis": (
-        "analysis evaluation corpus.documents checkpoint counter_rng files errors",
-        "numpy torch transformers",
+        "analysis evaluation corpus.documents checkpoint model.families model_parts counter_rng files errors",
+        "numpy torch transformers safetensors",
     ),
     "run_directory": (
         "checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
