@@ -119,7 +119,7 @@ def write_model(
 
 
 def save_weights(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> None:
-    _save({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    save_tensors({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
 
 
 def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
@@ -150,7 +150,7 @@ def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str,
     updated = training.steps
     flat = {f"{state}.{name}": by_name[name] for state, by_name in training.states.items() for name in updated}
     flat |= {f"{STEP}.{name}": torch.tensor(steps) for name, steps in updated.items()}
-    _save(flat, folder / OPTIMIZER)
+    save_tensors(flat, folder / OPTIMIZER)
     _write_json(folder / RUN_STATE, run_state)
 
 
@@ -257,7 +257,8 @@ def load_model(source: Source, shape: Family) -> LanguageModel:
     return model.eval()
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file. Raise OSError for a full disk, DetourError for tensors that cannot be stored."""
     path.touch()  # gets the usual permissions: safetensors creates files that only their owner can read
     mode = path.stat().st_mode
     try:

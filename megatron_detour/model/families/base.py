@@ -81,6 +81,7 @@ class Family(ABC):
     old_keys: ClassVar[tuple[str, ...]] = ()  # that earlier versions of transformers read
     part_prefixes: ClassVar[dict[str, tuple[str, ...]]]  # parameter names of embeddings, final_norm and head
     layer_prefix: ClassVar[str]  # of the parameter names of layers; the number follows
+    block_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {}  # parameter names in a layer of attention and mlp
     has_decoder: ClassVar[bool] = False  # whether release/decoder.py can write it as a ModernBertDecoder
 
     vocabulary: int

@@ -77,6 +77,7 @@ class ModernBert(Family):
         "head": ("head.", "decoder."),
     }
     layer_prefix = "model.layers."
+    block_prefixes: ClassVar = {"attention": ("attn.",), "mlp": ("mlp.",)}
     has_decoder = True
 
     global_theta: float

@@ -1,0 +1,1 @@
+"""What the detour changes in a model: drift, persistence, transplants, probes, needles, and the choice of layers."""

@@ -1,0 +1,156 @@
+"""Hidden states of frozen encoders, layer by layer, from Hugging Face folders: checkpoints, exports, other models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.models import check_model, most_positions, opening
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["float32", "float16"]
+Report = Callable[[int], None]  # receives the number of texts done since its last call
+Pool = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # states [b, t, h], mask [b, t] -> [b, h]
+
+
+def mean_states(
+    model: Path,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 512,
+    batch: int = 16,
+    dtype: Dtype = "float32",
+    report: Report = lambda texts: None,
+) -> np.ndarray:
+    """Return the mean over tokens of each layer's hidden states, float64 [layers, texts, hidden].
+
+    Entry i is the output of layer i; the embeddings are not included. All layers are taken from the residual stream,
+    the last one *before* the final norm, as `hidden_states[1:]` of transformers 4 has them; transformers 5 gives the
+    last one after the final norm. The mean is over the positions of the attention mask, [CLS] and [SEP] included, in
+    float64. Texts are cut at `max_tokens`, or at the model's longest input. Runs on a GPU if there is one.
+
+    Raises DetourError for folders that are not encoders with a tokenizer, and for states that are not finite.
+    """
+    return _states(Encoder.open(model, dtype), texts, mean_pool, max_tokens, batch, report)
+
+
+def first_states(
+    model: Path,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 512,
+    batch: int = 16,
+    dtype: Dtype = "float32",
+    report: Report = lambda texts: None,
+) -> np.ndarray:
+    """The same for the first token, [CLS], instead of the mean."""
+    return _states(Encoder.open(model, dtype), texts, lambda states, mask: states[:, 0], max_tokens, batch, report)
+
+
+def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the positions of the mask, float64."""
+    weight = mask.double() / mask.sum(1, keepdim=True)
+    return (weight[:, None] @ states.double())[:, 0]
+
+
+class Encoder:
+    """A frozen encoder and its tokenizer."""
+
+    def __init__(self, folder: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.folder, self.network, self.tokenizer = folder, network, tokenizer
+        self.longest = most_positions(network, tokenizer)
+        self.layers = layers_of(network, folder)
+
+    @classmethod
+    def open(cls, folder: Path, dtype: Dtype = "float32") -> Encoder:
+        """Load a folder with transformers' AutoModel, onto the GPU if there is one. Raises DetourError."""
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        check_model(folder)
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # it would list the weights of the head, which no analysis reads
+        options = {"local_files_only": True, "dtype": getattr(torch, dtype), "output_loading_info": True}
+        with opening(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            network, loading = AutoModel.from_pretrained(folder, **options)
+        # transformers initializes missing weights randomly, which would make the states meaningless
+        if missing := sorted(name for name in loading["missing_keys"] if "pooler" not in name):
+            raise DetourError(f"{folder}: {len(missing)} encoder weights are missing, {missing[0]} first")
+        if tokenizer.pad_token_id is None:
+            raise DetourError(f"{folder}: the tokenizer has no padding token; set pad_token in tokenizer_config.json")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and texts have many
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(folder, network.to(device).eval().requires_grad_(False), tokenizer)
+
+    def tokenize(self, texts: Sequence[str], max_tokens: int) -> list[dict[str, list[int]]]:
+        """Return the model's arguments for each text, cut at `max_tokens` or the model's longest input."""
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=min(max_tokens, self.longest))
+        return [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
+
+    def padded(self, features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Return a batch on the encoder's device, each [texts, longest]."""
+        padded = self.tokenizer.pad({key: [f[key] for f in features] for key in features[0]}, return_tensors="pt")
+        return {key: tensor.to(self.network.device) for key, tensor in padded.items()}
+
+    def pooled(self, features: Sequence[dict[str, list[int]]], pool: Pool) -> list[torch.Tensor]:
+        """Return each layer's pooled states, [texts, hidden]; only these are kept in memory."""
+        import torch
+
+        batch, found = self.padded(features), []
+
+        def keep(module: Any, given: Any, output: Any) -> None:
+            found.append(pool(output[0] if isinstance(output, tuple) else output, batch["attention_mask"]))
+
+        hooks = [layer.register_forward_hook(keep) for layer in self.layers]
+        try:
+            with torch.inference_mode():
+                self.network(**batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+
+def layers_of(network: Any, folder: Path) -> list[Any]:
+    """Return the modules of an encoder's layers: its only list of as many modules as its configuration has layers."""
+    from torch import nn
+
+    count = getattr(network.config, "num_hidden_layers", None)
+    lists = [each for each in network.modules() if isinstance(each, nn.ModuleList) and len(each) == count]
+    if not lists:
+        raise DetourError(f"{folder}: cannot find the layers of a {network.config.model_type}; give an encoder")
+    return list(lists[0])
+
+
+def by_length(features: Sequence[dict[str, list[int]]], batch: int) -> Iterator[list[int]]:
+    """Yield the numbers of texts of similar length, longest first, so that little is padded."""
+    order = sorted(range(len(features)), key=lambda i: -len(features[i]["input_ids"]))
+    yield from (order[at : at + batch] for at in range(0, len(order), batch))
+
+
+def _states(
+    encoder: Encoder, texts: Sequence[str], pool: Pool, max_tokens: int, batch: int, report: Report
+) -> np.ndarray:
+    if not texts:
+        raise DetourError("no texts to measure hidden states on")
+    features = encoder.tokenize(texts, max_tokens)
+    states = np.empty((len(encoder.layers), len(texts), encoder.network.config.hidden_size))
+    for numbers in by_length(features, batch):
+        for layer, pooled in enumerate(encoder.pooled([features[i] for i in numbers], pool)):
+            states[layer, numbers] = pooled.double().cpu().numpy()
+        report(len(numbers))
+    if not np.isfinite(states).all():
+        layer = int(np.flatnonzero(~np.isfinite(states).all((1, 2)))[0])
+        raise DetourError(
+            f"{encoder.folder}: hidden states of layer {layer} are not finite; use float32, or the model has diverged"
+        )
+    return states
