@@ -59,6 +59,10 @@ GROUPS = {
             "compare models on downstream tasks (fine-tuning, several seeds) or on masked words of your texts",
             "--model models/ModernBERT-base models/notes-bert --tasks hoc --data tasks --output evaluation/notes",
         ),
+        "study": (
+            "run arms of pretraining against each other, by criteria that are registered before the first result",
+            "examples/studies/quickstart.yaml",
+        ),
     },
 }
 COMMANDS = {name: facts for group in GROUPS.values() for name, facts in group.items()}

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
             return self.parse_intermixed_args(_control_apart(words))
         if words in (["-h"], ["--help"]):
             print(self.format_help())  # then the help of the default subcommand
-        named = bool(words) and not words[0].startswith("-")
+        named = bool(words) and not words[0].startswith("-") and not words[0].endswith((".yaml", ".yml"))
         return self.parse_args(words if named else [self.implied, *words])
 
 

@@ -61,6 +61,7 @@ class BuildPlan:
     vocabulary: Vocabulary
     engine: EngineChoice
     job: Job
+    cleaning: dict[str, Any]  # options that affect the bytes, and the identity of excluded texts
 
     @property
     def key(self) -> str:
@@ -131,14 +132,14 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     tokenizer_file = find_tokenizer(options.tokenizer, options.download)
     vocabulary = load_vocabulary(options.tokenizer, options.download)
     _check_template(tokenizer_file, vocabulary)
-    Cleaner(options)  # raises here, not in a worker, if a package is missing
+    cleaning = options.shaping() | Cleaner(options).identity()  # raises here, not in a worker
     shards, unsupported = _find(options, first=True)
     one_thread()
     engine = choose_engine(options.engine, tokenizer_file, list(_sample(shards, options)))
-    under = json.dumps([BUILD_FORMAT, options.shaping(), vocabulary.sha256, engine.name, _versions(engine, options)])
+    under = json.dumps([BUILD_FORMAT, cleaning, vocabulary.sha256, engine.name, _versions(engine, options)])
     special = sum(map(len, special_ids_around(load_tokenizer(tokenizer_file))))
     job = Job(options, engine.name, str(tokenizer_file), token_type(vocabulary.size).str, special, vocabulary.unk)
-    return BuildPlan(shards, plan_parts(shards, under), unsupported, under, vocabulary, engine, job)
+    return BuildPlan(shards, plan_parts(shards, under), unsupported, under, vocabulary, engine, job, cleaning)
 
 
 def _find(options: BuildOptions, first: bool = False) -> tuple[list[InputShard], list[str]]:
@@ -216,7 +217,7 @@ def _manifest_fields(plan: BuildPlan, options: BuildOptions) -> dict[str, Any]:
         "options": {
             "input": list(map(printable, options.input)),
             "dataset": options.dataset,
-            **options.shaping(),
+            **plan.cleaning,
         },
         "versions": _versions(plan.engine, options),
         "plan": plan.key,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_detour.corpus.options import BuildOptions
+from megatron_detour.corpus.overlap import Overlap
 from megatron_detour.errors import DetourError
 
 LANGUAGE_CHARACTERS = 2_000  # of a document, from which its language is identified
@@ -30,6 +31,7 @@ class Cleaner:
     def __init__(self, options: BuildOptions) -> None:
         self._options = options
         self._languages = _language_model(options.language) if options.language else None
+        self._excluded = Overlap(options.exclude, options.exclude_words) if options.exclude else None
         if options.deduplicate == "near":
             minhash_class()
 
@@ -47,9 +49,13 @@ class Cleaner:
                 kept.append(text)
         return kept
 
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies the excluded texts, for the manifest."""
+        return self._excluded.identity() if self._excluded else {}
+
     def _filters(self) -> bool:
         o = self._options
-        return bool(o.normalize or o.min_chars or o.max_chars is not None or o.language)
+        return bool(o.normalize or o.min_chars or o.max_chars is not None or o.language or o.exclude)
 
     def _reason_to_remove(self, text: str) -> str | None:
         if len(text) < self._options.min_chars:
@@ -58,6 +64,8 @@ class Cleaner:
             return "long"
         if self._languages and self._languages.classify(text[:LANGUAGE_CHARACTERS])[0] not in self._options.language:
             return "language"
+        if self._excluded and self._excluded.shared_by(text):
+            return "excluded"
         return None
 
     def columns(self, texts: list[str], lengths: np.ndarray) -> dict[str, np.ndarray]:

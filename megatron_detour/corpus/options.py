@@ -51,6 +51,13 @@ class BuildOptions:
         Flag("CODE", "cleaning"),
         "keep only documents in these languages, such as en fr (py3langid)",
     ] = ()
+    exclude: Annotated[
+        tuple[AnyText, ...],
+        Flag("FILE", "cleaning"),
+        "drop documents that share --exclude-words words in a row with these files (.jsonl[.gz], .txt), or with the "
+        "files named test in these folders, as of tasks",
+    ] = ()
+    exclude_words: Annotated[int, Range(least=1), CLEANING, "words in a row, in lower case, that --exclude looks for"] = 13
     deduplicate: Annotated[
         str | None,
         Choice(("exact", "near")),
@@ -79,7 +86,7 @@ class BuildOptions:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in raw.items()}
 
 
-# The input is not among them: it is identified by its files.
+# Input and excluded texts are not among them: they are identified by their content.
 SHAPING = (
     *("text_key", "text_separator", "whole_files", "normalize", "min_chars", "max_chars", "language"),
     *("deduplicate", "similarity", "held_out"),

@@ -1,0 +1,81 @@
+"""What a study will take, and the effect that it could find, before it starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from megatron_detour.evaluation.report.statistics import LEVEL
+from megatron_detour.forecast.storage import disk
+from megatron_detour.study.jobs import Job, record_of
+from megatron_detour.study.plan import Study
+from megatron_detour.study.power import Luck, power
+from megatron_detour.ui.format import byte_size, compact, counted, duration
+
+CHANCE = 0.8
+
+
+def power_statement(study: Study) -> dict[str, Any] | None:
+    """Return the smallest mean difference over tasks that the study finds with a chance of 80%, in points."""
+    given, evaluation = study.config.power, study.config.evaluation
+    if given is None or evaluation is None:
+        return None
+    tasks = len(evaluation.tasks)
+    luck = Luck(finetuning=(given.finetuning_sd / 100,) * tasks, shared=given.training_sd / 100, own=0.0)
+    seeds = len(study.finetuning_seeds)
+    effect = power(luck, len(study.config.seeds), seeds, chance=CHANCE)
+    if effect is None:
+        statement = "With one training seed no difference between arms can be tested over training seeds."
+    else:
+        statement = (
+            f"With {len(study.config.seeds)} training seeds, {tasks} tasks and {seeds} fine-tuning seeds, a difference of "
+            f"{100 * effect:.2f} points in the mean of tasks is found with a probability of {CHANCE:.0%} at the level "
+            f"{LEVEL} (standard deviations {given.source}: {given.training_sd:g} points over training seeds, "
+            f"{given.finetuning_sd:g} over fine-tuning seeds)."
+        )
+    return {"effect_points": None if effect is None else 100 * effect, "level": LEVEL, "statement": statement}
+
+
+def tokens(study: Study) -> tuple[int, int]:
+    """Return the tokens that the runs train on, and those that shared phases save."""
+    new = sum(run.new_tokens for run in study.runs)
+    return new, sum(run.plan.total_tokens for run in study.runs) - new
+
+
+def describe_cost(study: Study, jobs: list[Job]) -> str:
+    """Return what the study takes: tokens, jobs, disk, and the time, as far as finished jobs tell it; and its power."""
+    new, shared = tokens(study)
+    arms, seeds = counted(len(study.config.arms), "arm"), counted(len(study.config.seeds), "training seed")
+    lines = [
+        f"study    {study.config.name}: {arms}, {seeds}",
+        f"tokens   {compact(new)} to train on; {compact(shared)} are shared between arms",
+        f"disk     {byte_size(_disk(study))} of checkpoints",
+    ]
+    if study.config.evaluation:
+        each = len(study.tasks) * len(study.finetuning_seeds)
+        models = sum(job.name.startswith("evaluate/") for job in jobs)
+        lines.append(
+            f"tasks    {counted(len(study.tasks), 'task')}: {each * models} fine-tuning runs of {models} models"
+        )
+    done = {job.name: ended for job in jobs if (ended := record_of(study, job.name)) and ended["status"] == "done"}
+    lines.append(f"jobs     {len(jobs)}, of which {len(done)} are done{_hours(jobs, done)}")
+    statement = power_statement(study)
+    return "\n".join([*lines, *([f"power    {statement['statement']}"] if statement else [])])
+
+
+def _hours(jobs: list[Job], done: dict[str, dict[str, Any]]) -> str:
+    """Extrapolate from the finished jobs of each kind, one at a time."""
+    kinds = Counter(job.name.partition("/")[0] for job in jobs if job.name not in done)
+    seconds = 0.0
+    for kind in kinds:
+        finished = [job for job in jobs if job.name in done and job.name.startswith(f"{kind}/") and job.cost]
+        if not finished:
+            return "; the first of each kind will tell how long the rest takes"
+        rate = sum(done[job.name]["seconds"] for job in finished) / sum(job.cost for job in finished)
+        seconds += rate * sum(job.cost for job in jobs if job.name not in done and job.name.startswith(f"{kind}/"))
+    return f"; the rest takes {duration(seconds)}, one job at a time" if kinds else ""
+
+
+def _disk(study: Study) -> int:
+    """Return the bytes of the runs: the checkpoints that stay, and their metrics."""
+    return sum(disk(run.config, run.plan, study.shape.parameters).needed for run in study.runs)

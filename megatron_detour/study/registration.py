@@ -1,0 +1,145 @@
+"""The registration of a study: what was to be run and tested, written before the first result.
+
+registration.json has the study file, every arm as it resolves, the hashes of start model, corpora and tasks, and one
+SHA-256 over these. A study that differs from its registration is refused, or amended with a reason that every page shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.config import flatten
+from megatron_detour.data.manifest import read_manifest
+from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.examples import read_dataset
+from megatron_detour.files import write_whole
+from megatron_detour.run_directory import start_hash
+from megatron_detour.settings import to_plain
+from megatron_detour.structured import read_json_object
+from megatron_detour.study.forecast import power_statement
+from megatron_detour.study.plan import Study, StudyRun
+
+FILE, FORMAT = "registration.json", 1
+FREE = ("folder", "ranks")  # keys of the study file that change no result
+SHOWN_CHANGES = 8
+
+
+def register(study: Study, amend: str | None = None) -> dict[str, Any]:
+    """Write the registration, or compare the study with it; return its content.
+
+    Raises DetourError, naming the changed keys, for a study that differs from its registration without `amend`.
+    """
+    path, content = study.folder / FILE, describe(study)
+    if not path.exists():
+        now = {"registered": _now(), "sha256": _hash(content), "amendments": []}
+        _write(path, {"format": FORMAT} | now | content)
+        return read_registration(study.folder)
+    before = read_registration(study.folder)
+    changes = _changes(before, content)
+    if not changes:
+        return before
+    if amend is None:
+        more = f", and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
+        raise DetourError(
+            f"{path}: the study was registered on {before['registered'][:10]} and has changed since: "
+            f"{'; '.join(changes[:SHOWN_CHANGES])}{more}. Undo the change, or give --amend 'REASON', which every page "
+            "of the study will show"
+        )
+    amendments = [*before["amendments"], {"when": _now(), "reason": amend, "changes": changes}]
+    kept = {key: before[key] for key in ("format", "registered", "sha256")}
+    _write(path, kept | {"amendments": amendments} | content)
+    return read_registration(study.folder)
+
+
+def read_registration(folder: Path) -> dict[str, Any]:
+    """Raises DetourError for a missing or damaged file, or one that was edited by hand."""
+    path = folder / FILE
+    if not path.is_file():
+        raise DetourError(f"{path}: no such file; give the folder of a study that has begun")
+    content = read_json_object(path)
+    if content.get("format") != FORMAT:
+        raise DetourError(f"{path}: not a registration that this version reads")
+    described = {key: value for key, value in content.items() if key not in _OWN}
+    if not content["amendments"] and _hash(described) != content["sha256"]:
+        raise DetourError(f"{path}: changed since it was written; restore the file")
+    return content
+
+
+_OWN = ("format", "registered", "sha256", "amendments")
+
+
+def describe(study: Study) -> dict[str, Any]:
+    """Return everything that determines the study's results and verdicts, as JSON types."""
+    plain = to_plain(study.config)
+    facts: dict[str, Any] = {"start": start_hash(study.start), "corpora": _corpora(study.runs)}
+    if study.config.evaluation:
+        data = Path(study.config.evaluation.data)
+        facts["protocol"] = {task.name: asdict(study.protocol.settings(task)) for task in study.tasks}
+        facts["tasks"] = {task.name: read_dataset(task, data).sha256 for task in study.tasks}
+        facts["finetuning_seeds"] = list(study.finetuning_seeds)
+    return json.loads(
+        json.dumps(
+            {
+                "name": study.config.name,
+                "about": study.config.about,
+                "study": {key: value for key, value in plain.items() if key not in FREE},
+                "arms": {run.arm: _arm(study, run) for run in reversed(study.runs)},
+                "runs": {run.name: run.config.trajectory() for run in study.runs},
+                "depth": study.shape.layers,
+                "facts": facts,
+                "power": power_statement(study),
+            }
+        )
+    )
+
+
+def _arm(study: Study, run: StudyRun) -> dict[str, Any]:
+    return {"about": study.config.arms[run.arm].about, "phases": run.config.to_dict()["phases"]}
+
+
+def _corpora(runs: tuple[StudyRun, ...]) -> dict[str, Any]:
+    """Return the hash and size of each corpus that is trained on or validated with."""
+    prefixes = dict.fromkeys(
+        corpus.prefix
+        for run in runs
+        for corpora in (*(phase.corpora for phase in run.plan.phases), run.config.validation.corpora)
+        for corpus in corpora
+    )
+    found = {prefix: read_manifest(prefix) for prefix in prefixes}
+    return {
+        prefix: {"sha256": manifest.files["bin"]["sha256"], "documents": manifest.documents, "tokens": manifest.tokens}
+        for prefix, manifest in found.items()
+    }
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line per changed setting; what follows from a setting is not listed again."""
+    lines = []
+    for part in ("study", "facts", "runs"):
+        old, new = dict(flatten(before.get(part), part)), dict(flatten(now.get(part), part))
+        lines += [
+            f"{key.removeprefix('study.')} was {old.get(key)!r} and is {new.get(key)!r}"
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key) != new.get(key)
+        ]
+        if lines:
+            return lines
+    return lines
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

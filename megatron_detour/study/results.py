@@ -1,0 +1,100 @@
+"""The results of a study: results.jsonl, one line per figure, collected from runs, evaluation and analyses.
+
+With registration.json it is all that the page needs, and small enough for a repository: no weights, no texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.results import read_results
+from megatron_detour.observe.sinks import read_metrics
+from megatron_detour.run_directory import METRICS
+from megatron_detour.structured import parse_json
+from megatron_detour.study.jobs import FAILED, Job, record_of, write_lines
+from megatron_detour.study.plan import START, Study, StudyRun, run_name
+
+FILE = "results.jsonl"
+LOSS = "val_mlm_loss"
+Line = dict[str, Any]
+
+
+def collect(study: Study, jobs: list[Job]) -> list[Line]:
+    """Write results.jsonl from what the jobs have left so far; return its lines."""
+    lines = [*_runs(study), *_scores(study), *_analyses(study), *_failures(study, jobs)]
+    write_lines(study.folder / FILE, lines)
+    return lines
+
+
+def read_lines(folder: Path) -> list[Line]:
+    """Raises DetourError for a missing file, or a line that is no result."""
+    path = folder / FILE
+    if not path.is_file():
+        raise DetourError(f"{path}: no such file; give the folder of a study that has results")
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        line = parse_json(text, f"{path}, line {number}")
+        if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+            raise DetourError(f"{path}, line {number}: not a result of a study; restore the file")
+        lines.append(line)
+    return lines
+
+
+def _runs(study: Study) -> Iterator[Line]:
+    for run in study.runs:
+        ended = record_of(study, f"train/{run.name}")
+        if (run.folder / METRICS).exists() and ended is not None:
+            yield _run(run, ended)
+
+
+def _run(run: StudyRun, ended: Line) -> Line:
+    records = read_metrics(run.folder / METRICS)
+    curve = [[record["tokens"], record[LOSS]] for record in records if record.get(LOSS) is not None]
+    seconds = sum(
+        record.get("seconds") or 0 for record in records if record["step"] > (run.fork.step if run.fork else 0)
+    )
+    by_tokens = dict(map(tuple, curve))
+    return {
+        "kind": "run",
+        "arm": run.arm,
+        "seed": run.seed,
+        "status": ended["status"],
+        "tokens": records[-1]["tokens"] if records else 0,
+        "shared_tokens": run.fork.tokens if run.fork else 0,
+        "seconds": round(seconds, 1),
+        "loss": by_tokens.get(run.plan.total_tokens),
+        "phases": [[phase.name, phase.start, phase.end, by_tokens.get(phase.end)] for phase in run.plan.phases],
+        "curve": curve,
+    }
+
+
+def _scores(study: Study) -> Iterator[Line]:
+    names = {run.name: (run.arm, run.seed) for run in study.runs} | {run_name(START, None): (START, None)}
+    for cell, result in read_results(study.folder / "evaluation").items():
+        if cell.model in names and not cell.shuffled:
+            arm, seed = names[cell.model]
+            yield {
+                "kind": "score",
+                "arm": arm,
+                "seed": seed,
+                "task": cell.task,
+                "metric": result["metric"],
+                "finetuning_seed": cell.seed,
+                "score": result["score"],
+                "seconds": round(result["seconds"], 1),
+            }
+
+
+def _analyses(study: Study) -> Iterator[Line]:
+    for path in sorted((study.folder / "analyses").glob("*.jsonl")):
+        yield from (parse_json(text, str(path)) for text in path.read_text(encoding="utf-8").splitlines())
+
+
+def _failures(study: Study, jobs: list[Job]) -> Iterator[Line]:
+    for job in jobs:
+        ended = record_of(study, job.name)
+        if ended and ended["status"] in (FAILED, "skipped"):
+            yield {"kind": "failure", "job": job.name, "status": ended["status"], "message": ended["message"]}

@@ -1,0 +1,131 @@
+"""What the jobs of a study do: train, fine-tune, analyze. Each can be killed and called again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_detour.analysis.drift import Measurement, draw_texts, measure_drift
+from megatron_detour.analysis.persistence import measure_persistence
+from megatron_detour.checkpoint import store
+from megatron_detour.errors import DetourError
+from megatron_detour.run_directory import CHECKPOINTS
+from megatron_detour.study.fork import prepare
+from megatron_detour.study.plan import Study, StudyRun
+from megatron_detour.study.schema import Texts
+
+PARTS = ("all", "low", "mid", "deep", "attention", "mlp")  # of a transplant
+
+
+def final_model(run: StudyRun) -> Path:
+    return _checkpoint(run, run.plan.total_steps)
+
+
+def _checkpoint(run: StudyRun, step: int) -> Path:
+    return store.checkpoint_folder(run.folder / CHECKPOINTS, step)
+
+
+def train(run: StudyRun, ranks: int) -> int:
+    """Train a run to its end in a process of its own; return the exit status."""
+    command = [sys.executable, "-m", "megatron_detour", "train", str(prepare(run))]
+    launch, environment = (["--launch"], {"RANKS": str(ranks)}) if ranks > 1 else ([], {})
+    # A signal reaches the whole group: wait for the training process, which saves a checkpoint first.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return subprocess.call([*command, *launch], env=os.environ | environment)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def evaluate(study: Study, name: str, model: Path) -> int:
+    """Fine-tune a model on every task with every seed; only what is missing."""
+    from megatron_detour.evaluation.finetuning.suite import Suite, run_suite
+
+    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    run_suite(
+        Suite(
+            models={name: model},
+            tasks=study.tasks,
+            data=Path(study.config.evaluation.data),
+            protocol=study.protocol,
+            seeds=study.finetuning_seeds,
+            output=study.folder / "evaluation",
+            jobs=max(1, len(devices)),
+            devices=tuple(devices),
+        )
+    )
+    return 0
+
+
+def drift(study: Study, seed: int) -> list[dict[str, Any]]:
+    """Compare each arm with the reference, and the reference with its second run, on the same texts."""
+    analysis = study.config.analyses.drift
+    reference = final_model(study.run(analysis.reference, seed))
+    noise = final_model(study.run(analysis.noise, seed)) if analysis.noise else None
+    draws, measurement = _draws(analysis.texts)
+    lines = []
+    for arm in analysis.of:
+        found = measure_drift(final_model(study.run(arm, seed)), reference, draws, noise, measurement)
+        of = {"kind": "drift", "arm": arm, "reference": analysis.reference, "seed": seed}
+        lines.append(of | {"divergence": found.detour, "noise": found.noise})
+    return lines
+
+
+def persistence(study: Study, seed: int) -> list[dict[str, Any]]:
+    """Compare the checkpoints of an arm's phase, from its start, with the reference as it was at this start."""
+    analysis = study.config.analyses.persistence
+    run, reference = study.run(analysis.arm, seed), study.run(analysis.reference, seed)
+    begin = _phase(run, analysis.phase)
+    end, start = begin.last_step, begin.first_step - 1
+    steps = {store.step_of(path): path for path in store.find_checkpoints(run.folder / CHECKPOINTS)}
+    inside = [(step, path) for step, path in sorted(steps.items()) if start <= step <= end]
+    points = [((step - start) * begin.tokens // begin.steps, path) for step, path in inside]
+    draws, measurement = _draws(analysis.texts)
+    before = _checkpoint(reference, _phase(reference, analysis.phase).first_step - 1)
+    found = measure_persistence(before, points, draws, measurement)
+    of = {"kind": "persistence", "arm": analysis.arm, "reference": analysis.reference, "seed": seed}
+    return [of | {"points": list(zip(found.tokens, found.divergence, strict=True))}]
+
+
+def _phase(run: StudyRun, name: str) -> Any:
+    for phase in run.plan.phases[1:]:
+        if phase.name == name:
+            return phase
+    raise DetourError(f"analyses.persistence.phase: {run.arm} has no phase {name!r} after its first")
+
+
+def transplants(study: Study, seed: int) -> list[dict[str, Any]]:
+    """Probe the recipient, the donor, and the recipient with parts of the donor."""
+    from megatron_detour.analysis.linear_probe import probe
+    from megatron_detour.analysis.transplants import transplant
+
+    analysis = study.config.analyses.transplants
+    donor, recipient = (final_model(study.run(arm, seed)) for arm in (analysis.donor, analysis.recipient))
+    task = next(task for task in study.tasks if task.name == analysis.task)
+    folder = study.folder / "transplants" / f"s{seed}"
+    of = {
+        "kind": "transplant",
+        "donor": analysis.donor,
+        "recipient": analysis.recipient,
+        "seed": seed,
+        "task": task.name,
+    }
+    lines = [of | {"parts": "none", "score": probe(recipient, task, Path(study.config.evaluation.data))}]
+    for part in PARTS:
+        output = folder / part
+        shutil.rmtree(output, ignore_errors=True)
+        transplant(donor, recipient, [part], output)
+        lines.append(of | {"parts": part, "score": probe(output, task, Path(study.config.evaluation.data))})
+        shutil.rmtree(output)
+    return lines
+
+
+def _draws(texts: Texts) -> tuple[list[list[str]], Measurement]:
+    files = [Path(file) for file in texts.files]
+    return draw_texts(files, texts.count, texts.draws), Measurement(max_tokens=texts.max_tokens)
