@@ -40,7 +40,11 @@ def jobs_of(study: Study) -> list[Job]:
         runs = [run for run in study.runs if run.seed == seed]
         jobs += [_training(study, run) for run in runs]
         if study.config.evaluation:
-            jobs += [_evaluation(study, run.arm, seed, work.final_model(run), (_train(run),)) for run in runs]
+            jobs += [
+                _evaluation(study, run.arm, seed, work.final_model(run), (_train(run),))
+                for run in runs
+                if study.config.arms[run.arm].evaluate
+            ]
         jobs += _analyses(study, seed)
     return jobs
 

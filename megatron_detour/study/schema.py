@@ -26,9 +26,7 @@ class Arm:
     seed_offset: Annotated[
         int, SEED, "added to the seed of the masks, not to that of the data order: a second run of the same recipe"
     ] = 0
-    average: Annotated[
-        int | None, Range(least=2), "the model is the mean of the run's last N checkpoints, not the last one"
-    ] = None
+    evaluate: Annotated[bool, "false for an arm that only serves an analysis"] = True
 
 
 @dataclass(frozen=True)
