@@ -1,0 +1,87 @@
+"""Verdicts of made-up studies whose answers are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_detour.settings import read
+from megatron_detour.study.judge import judge
+from megatron_detour.study.schema import StudyConfig
+
+TASKS, SEEDS, FINETUNING = ["a", "b", "c", "d", "e", "f"], [1, 2, 3], [42, 43, 44]
+STUDIES = 200
+HELPS, LOSES = "detour > control on mean of tasks, p < 0.05", "frozen not > control on mean of tasks, p < 0.05"
+
+
+def study(**criteria: str) -> StudyConfig:
+    content = {
+        "name": "made up",
+        "folder": "nowhere",
+        "run": "nothing.yaml",
+        "arms": {"detour": {}, "control": {}, "frozen": {}},
+        "seeds": SEEDS,
+        "evaluation": {"data": "tasks", "tasks": TASKS},
+        "analyses": {"drift": {"texts": {"files": ["t"]}, "noise": "control"}, "persistence": {"texts": {"files": ["t"]}}},
+        "criteria": criteria,
+    }
+    return read(StudyConfig, content, "")
+
+
+def scores(rng: np.random.Generator, gain: float) -> list[dict]:
+    """The detour is better by `gain`; the frozen arm equals the control."""
+    lines = []
+    for arm, better in (("detour", gain), ("control", 0.0), ("frozen", 0.0)):
+        for seed in SEEDS:
+            luck = rng.normal(0, 0.004)
+            for task in TASKS:
+                own = rng.normal(0, 0.004)
+                for finetuning in FINETUNING:
+                    score = 0.6 + better + luck + own + rng.normal(0, 0.015)
+                    lines.append(
+                        {"kind": "score", "arm": arm, "seed": seed, "task": task, "finetuning_seed": finetuning, "score": score}
+                    )
+    return lines
+
+
+@pytest.mark.parametrize(("gain", "least", "most"), [(0.0, 0, 20), (0.08, 190, 200)])
+def test_verdicts_of_two_hundred_studies(gain, least, most):
+    """Two criteria are tested at 5% together: of 200 studies without a difference about 10 find one, and more than 20
+    with a probability below 0.1%."""
+    config, rng = study(helps=HELPS, loses=LOSES), np.random.default_rng(5)
+    helps = loses = 0
+    for _ in range(STUDIES):
+        first, second = judge(config, FINETUNING, scores(rng, gain))
+        helps, loses = helps + first["met"], loses + second["met"]
+    assert least <= helps <= most
+    assert loses >= 180
+
+
+def drift(seed: int, low: float, deep: float) -> dict:
+    rows = [[low, low, 0.5, 0.5, deep, deep]] * 2
+    return {"kind": "drift", "arm": "detour", "seed": seed, "divergence": rows, "noise": [[0.1] * 6] * 2}
+
+
+def test_ratios_and_persistence_are_of_regions():
+    config = study(
+        low="drift ratio of low > 2, p < 0.05",
+        more="drift ratio of low > drift ratio of deep, p < 0.05",
+        stays="persistence of low > 0.8",
+        loss="control > detour on loss",
+    )
+    lines = [drift(seed, low, 0.1) for seed, low in zip(SEEDS, (0.5, 0.52, 0.55), strict=True)]
+    decay = [[0, [[0.5] * 6]], [100, [[0.3] * 6]]]
+    lines += [{"kind": "persistence", "seed": seed, "points": decay} for seed in SEEDS]
+    lines += [{"kind": "run", "arm": arm, "seed": s, "loss": x} for arm, x in (("detour", 2.0), ("control", 2.5)) for s in SEEDS]
+    verdicts = {line["criterion"]: line for line in judge(config, FINETUNING, lines)}
+    assert {name: line["met"] for name, line in verdicts.items()} == {"low": True, "more": True, "stays": False, "loss": True}
+    assert verdicts["low"]["mean"] == pytest.approx((5 * 5.2 * 5.5) ** (1 / 3))
+    assert verdicts["stays"]["mean"] == pytest.approx(0.6)
+    assert verdicts["loss"]["mean"] == pytest.approx(0.5)
+
+
+def test_a_failed_arm_is_not_judged_but_told():
+    lines = [line for line in scores(np.random.default_rng(1), 0.1) if line["arm"] != "detour"]
+    (verdict,) = judge(study(helps=HELPS), FINETUNING, lines)
+    assert verdict["met"] is None
+    assert verdict["sentence"].startswith("not judged: the two arms have no task, training seed")

@@ -1,0 +1,89 @@
+"""Reading a study: arms, layers by name, shared phases, criteria, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from megatron_detour.errors import DetourError
+from megatron_detour.study.jobs import jobs_of, levels
+from megatron_detour.study.plan import read_study
+from tests.study.studies import ARMS, CRITERIA, write_study
+
+
+@pytest.fixture
+def study_file(corpus, tmp_path):
+    return write_study(tmp_path, corpus)
+
+
+def test_arms_are_the_run_file_with_their_changes(study_file):
+    study = read_study(study_file)
+    assert [run.name for run in study.runs[:4]] == ["detour-s1", "control-s1", "control2-s1", "decay_frozen-s1"]
+    detour, control, second, frozen = study.runs[:4]
+    assert [phase.objective.name for phase in detour.plan.phases] == ["mlm", "clm", "mlm"]
+    assert [phase.objective.name for phase in control.plan.phases] == ["mlm", "mlm", "mlm"]
+    assert (second.config.seed, second.config.data.order_seed) == (101, 1)
+    assert [str(part) for part in frozen.config.to_dict()["phases"][2]["freeze"]] == ["embeddings", "layers.0-0"]
+
+
+def test_an_arm_continues_the_arm_with_which_it_shares_most(study_file):
+    study = read_study(study_file)
+    forks = {run.arm: run.fork for run in study.runs if run.seed == 2}
+    assert forks["detour"] is None
+    assert (forks["control"].source.name, forks["control"].tokens) == ("detour-s2", study.runs[0].plan.phases[0].end)
+    assert forks["control2"] is None  # other masks from the first step
+    assert (forks["decay_frozen"].source.name, forks["decay_frozen"].step) == (
+        "detour-s2",
+        study.runs[0].plan.phases[1].last_step,
+    )
+
+
+def test_jobs_follow_what_they_need(study_file):
+    jobs = jobs_of(read_study(study_file))
+    names = [job.name for job in jobs]
+    assert "evaluate/control2-s1" not in names
+    for job in jobs:
+        assert all(names.index(need) < names.index(job.name) for need in job.needs)
+    stages = levels(jobs)
+    assert [job.name for job in stages[0]] == ["train/detour-s1", "train/control2-s1", "train/detour-s2", "train/control2-s2"]
+    assert sum(map(len, stages)) == len(jobs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {}}, "arms: give at least one arm"),
+        ({"arms": {"start": {}}}, "arms.start: must be letters"),
+        ({"arms": ARMS | {"x": {"set": {"phases.detour.tokns": 1}}}}, "arms.x: .*unknown key"),
+        ({"arms": ARMS | {"x": {"set": {"phases.detour.freeze": ["layers.7"]}}}}, "arms.x: .*layers.7"),
+        ({"criteria": {"a": "detour better than control"}}, "criteria.a: .* is not a criterion"),
+        ({"criteria": {"a": "detuor > control on loss"}}, r"criteria.a: .*did you mean 'detour'"),
+        ({"criteria": {"a": "detour > control"}}, "criteria.a: on None: compare arms on one of loss"),
+        ({"criteria": {"a": "detour > control on loss, p < 2"}}, "criteria.a: p < 2: the level"),
+        ({"criteria": {"a": "detour > control on loss by magic"}}, "by magic: unknown test"),
+        ({"criteria": {"a": "persistence of low > 1"}}, "the study has no analyses.persistence"),
+        ({"criteria": {"a": "drift of bottom > 1"}}, "unknown region"),
+        ({"criteria": {"a": "drift of low > detour"}}, "compare two arms, two quantities, or a quantity with a number"),
+        ({"seeds": [1, 1]}, "seeds: must be a list without repetitions"),
+        ({"analyses": {"drift": {"texts": {"files": ["x"]}, "noise": "none"}}}, "analyses.drift.noise: 'none' is no arm"),
+    ],
+)
+def test_faults_name_their_key(corpus, tmp_path, changes, message):
+    with pytest.raises(DetourError, match=message):
+        read_study(write_study(tmp_path, corpus, **changes))
+
+
+def test_no_study_file(tmp_path):
+    with pytest.raises(DetourError, match="no such study file"):
+        read_study(tmp_path / "study.yaml")
+    (tmp_path / "study.yaml").write_text("- a\n")
+    with pytest.raises(DetourError, match="a study file is a YAML mapping"):
+        read_study(tmp_path / "study.yaml")
+
+
+def test_criteria_are_read_as_written(study_file):
+    study = read_study(study_file)
+    assert {name: criterion.text for name, criterion in study.criteria.items()} == CRITERIA
+    assert study.criteria["helps"].level == 0.05
+    assert study.criteria["loss"].level is None
+    assert yaml.safe_load(study_file.read_text())["criteria"] == CRITERIA

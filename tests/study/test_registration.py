@@ -1,0 +1,60 @@
+"""A study is registered before its first result; a later change is refused, or shown."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import yaml
+
+from megatron_detour.errors import DetourError
+from megatron_detour.study.plan import read_study
+from megatron_detour.study.registration import FILE, read_registration, register
+from tests.study.studies import write_study
+
+
+def change(path, **keys):
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | keys))
+    return read_study(path)
+
+
+def test_a_changed_study_is_refused_or_amended(corpus, tmp_path):
+    path = write_study(tmp_path, corpus)
+    first = register(read_study(path))
+    assert register(read_study(path)) == first
+    changed = change(path, criteria={"helps": "detour > control on mean of tasks, p < 0.2"})
+    with pytest.raises(DetourError, match=r"criteria.helps was .*0.05' and is .*0.2'"):
+        register(changed)
+    amended = register(changed, "the level was a misprint")
+    assert amended["amendments"][0]["reason"] == "the level was a misprint"
+    assert "criteria.helps was" in amended["amendments"][0]["changes"][0]
+    assert (amended["registered"], amended["sha256"]) == (first["registered"], first["sha256"])
+    assert register(changed) == amended
+
+
+def test_changed_data_is_a_change(corpus, tmp_path):
+    path = write_study(tmp_path, corpus)
+    register(read_study(path))
+    test = next((tmp_path / "tasks" / "small_classification").glob("test.jsonl*"))
+    text = gzip.decompress(test.read_bytes()) if test.suffix == ".gz" else test.read_bytes()
+    test.unlink()
+    (test.parent / "test.jsonl").write_bytes(text.partition(b"\n")[2])
+    with pytest.raises(DetourError, match="facts.tasks"):
+        register(read_study(path))
+
+
+def test_where_it_runs_is_no_change(corpus, tmp_path):
+    path = write_study(tmp_path, corpus)
+    first = register(read_study(path))
+    assert register(change(path, ranks=2)) == first
+
+
+def test_an_edited_registration_is_refused(corpus, tmp_path):
+    study = read_study(write_study(tmp_path, corpus))
+    register(study)
+    content = json.loads((study.folder / FILE).read_text())
+    content["study"]["criteria"]["helps"] = "detour > control on loss"
+    (study.folder / FILE).write_text(json.dumps(content))
+    with pytest.raises(DetourError, match="changed since it was written"):
+        read_registration(study.folder)
