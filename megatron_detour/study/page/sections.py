@@ -1,0 +1,140 @@
+"""The sections of a study's page, in order; each says in a sentence how to read it. Those without data are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_detour.study.page import tables
+from megatron_detour.study.page.data import StudyData, decay_sweeps
+from megatron_detour.study.page.tables import Table
+from megatron_detour.study.records import START, FailureRecord
+from megatron_detour.ui.format import compact, counted, duration
+
+
+@dataclass(frozen=True)
+class Section:
+    """`plot` is the name of a plot, shown if it was drawn."""
+
+    title: str
+    reading: str
+    tables: list[Table] = field(default_factory=list)
+    plot: str = ""
+    remarks: list[str] = field(default_factory=list)
+
+    def has_content(self, plots: dict[str, object]) -> bool:
+        return self.plot in plots or any(table.rows for table in self.tables) or bool(self.remarks)
+
+
+def sections(data: StudyData) -> Iterator[Section]:
+    """Yield all sections; some may be empty."""
+    yield Section(
+        "The arms",
+        "An arm is one way of pretraining; all start from the same model, read the same text in the same order for a training "
+        "seed, and differ in what is written here.",
+        [tables.arms_table(data)],
+    )
+    yield Section(
+        "Scores on tasks",
+        "Each row is an arm and each column a task: two arms differ if their means differ by much more than the "
+        "deviations below them." + (" The start model was not trained further." if START in data.scored else ""),
+        [tables.scores_table(data)],
+    )
+    yield Section(
+        "Differences from the control",
+        "Each figure is an arm's score minus the control's; an interval that contains 0 means that other training seeds could "
+        "turn it around.",
+        [tables.differences_table(data)],
+        "differences",
+    )
+    yield Section(
+        "Validation loss",
+        "The loss of predicting masked words of held-out text, with the same masks for all arms: lower is better.",
+        [tables.losses_table(data)],
+        "curves",
+    )
+    yield from _analyses(data)
+    yield from _records(data)
+
+
+def _analyses(data: StudyData) -> Iterator[Section]:
+    drift = "Drift tells where in the depth an arm's representations of the same texts differ from the reference's"
+    yield Section("Drift", f"{drift}, in each layer.", [], "drift")
+    yield Section("Drift beyond the noise of seeds", f"{drift} by more than another seed would: a ratio above 1.",
+                  [tables.drift_table(data)], "drift_ratio")  # fmt: skip
+    yield Section(
+        "Persistence",
+        "Persistence tells whether training on after the detour takes the representations back.",
+        [],
+        "persistence",
+    )
+    groups = decay_sweeps(data)
+    best = [tables.best_budget(data, arms) for arms in groups]
+    shown = [table for arms in groups if (table := tables.sweep_table(data, arms)) and any(map(_has_data(data), arms))]
+    yield Section(
+        "Decay sweep",
+        "These arms differ only in the tokens of their last phase; the sentences below name the best and what could be as good.",
+        shown,
+        "decay_sweep",
+        [sentence for sentence in best if sentence],
+    )
+    found = [tables.transplant_table(data, key) for key in data.transplants]
+    yield Section(
+        "Transplants",
+        "Parts of the donor are copied into the recipient: those that move the score towards the donor's carry the difference. "
+        "Shares of the gap say little where the gap itself is small or uncertain.",
+        found,
+        "transplants",
+    )
+
+
+def _has_data(data: StudyData):
+    return lambda arm: bool(data.seed_means(arm) or data.losses(arm))
+
+
+def _records(data: StudyData) -> Iterator[Section]:
+    missing = missing_runs(data)
+    tokens, seconds = (sum(getattr(run, key) for run in data.runs.values()) for key in ("tokens", "seconds"))
+    total = f"In all {compact(tokens)} tokens in {duration(seconds)}; an arm's tokens count phases that it shares with another."
+    yield Section(
+        "Everything that was run",
+        "Every run of the study that finished, with what it took.",
+        [tables.runs_table(data), tables.finetunings_table(data)],
+        remarks=[total] * bool(data.runs) + [f"Without a result: {', '.join(missing)}."] * bool(missing),
+    )
+    yield Section(
+        "Everything that failed",
+        "A failed job has no result above; a skipped one needed a failed one.",
+        [tables.failures_table(data)],
+    )
+    yield Section(
+        "Data and settings",
+        "The files that the runs read, by their hashes, and how models were fine-tuned.",
+        [tables.corpora_table(data), tables.protocol_table(data)],
+    )
+
+
+def missing_runs(data: StudyData) -> list[str]:
+    return [f"{arm} seed {seed}" for arm in data.arms for seed in data.seeds if (arm, seed) not in data.runs]
+
+
+def state(data: StudyData) -> str:
+    """Return how much of the study is done, in a sentence."""
+    planned, failed = len(data.arms) * len(data.seeds), len(data.of(FailureRecord))
+    done = f"{len(data.runs)} of {counted(planned, 'pretraining run')} have finished"
+    return (
+        f"{done}; {counted(failed, 'job')} failed or {'was' if failed == 1 else 'were'} skipped."
+        if failed
+        else f"{done}."
+    )
+
+
+def verdict(data: StudyData) -> str:
+    """Return the count of verdicts in a sentence."""
+    found = [verdict.met if verdict else None for verdict in data.verdicts.values()]
+    if not found:
+        return "The study has no criteria."
+    parts = [f"{found.count(True)} met", f"{found.count(False)} not met"]
+    parts += [f"{found.count(None)} not judged"] * bool(found.count(None))
+    total = "1 criterion" if len(found) == 1 else f"{len(found)} criteria"
+    return f"{total}: {', '.join(parts)}."
