@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import msgspec
 
@@ -65,7 +65,7 @@ class PersistenceRecord(Record, frozen=True, kw_only=True, tag="persistence"):
 
 
 class TransplantRecord(Record, frozen=True, kw_only=True, tag="transplant"):
-    """The score (fraction) of a linear probe on `recipient` with these parts of `donor`; `none` and `all` are the ends."""
+    """The score (fraction) of a linear probe on `recipient` with these parts of `donor`, between `none` and `all`."""
 
     donor: str
     recipient: str
@@ -96,15 +96,7 @@ class VerdictRecord(Record, frozen=True, kw_only=True, tag="verdict"):
     high: float | None = None
 
 
-KINDS = (
-    RunRecord,
-    ScoreRecord,
-    DriftRecord,
-    PersistenceRecord,
-    TransplantRecord,
-    FailureRecord,
-    VerdictRecord,
-)
+Result = RunRecord | ScoreRecord | DriftRecord | PersistenceRecord | TransplantRecord | FailureRecord | VerdictRecord
 
 
 class ArmFacts(msgspec.Struct, frozen=True):
@@ -178,7 +170,7 @@ def read_records(folder: Path) -> list[Record]:
         return []
     except OSError as error:
         raise DetourError(f"{path}: cannot be read: {error.strerror}") from None
-    decoder, records = msgspec.json.Decoder(Union[KINDS]), []
+    decoder, records = msgspec.json.Decoder(Result), []
     for number, line in enumerate(lines, start=1):
         try:
             records += [_checked(decoder.decode(line))] if line.strip() else []

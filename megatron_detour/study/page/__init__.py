@@ -96,7 +96,7 @@ def _markdown(data: StudyData, shown: list[Section], plots: dict[str, Plot], met
     judged = tables.verdicts_table(data)
     parts += [judged.markdown()] if judged.rows else []
     parts += [markdown(registered(data)), _amendments_text(data), markdown(state(data))]
-    parts += [markdown(registration.power.statement)] if registration.power else []
+    parts += [f"What the study could find: {markdown(registration.power.statement)}"] if registration.power else []
     for section in shown:
         parts += [f"## {markdown(section.title)}", markdown(section.reading), *_section_text(section, plots)]
     parts += ["## Methods", markdown(methods)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STRIP = 0.2  # inches, height of the phases of an arm
-SETTLED = 0.2  # fraction of the last phase after which its values determine the range of the second panel
+SETTLED = 0.4  # fraction of the last phase after which its values determine the range of the second panel
 Curves = dict[str, list[np.ndarray]]  # [points, 2] per training seed: tokens, loss
 
 
@@ -39,7 +39,7 @@ def draw_curves(data: StudyData) -> Plot | None:
         label_axes(axes, "", "loss (nats)")
     panels[1].set_xlim(0, edge)
     _enlarge(panels[2], data, curves, edge)
-    label_axes(panels[2], "tokens trained (below: the last phases, enlarged)", "loss (nats)")
+    label_axes(panels[2], "tokens trained", "loss (nats)")
     rows: list[tuple[Cell, ...]] = [
         (arm, run.seed, tokens, "" if loss is None else loss)
         for arm in curves
@@ -47,9 +47,9 @@ def draw_curves(data: StudyData) -> Plot | None:
         for tokens, loss in run.curve
     ]
     caption = (
-        "Lower is better at the end; in a causal phase the MLM loss rises, since another objective is trained. Top: the "
-        "phases of each arm, colored by objective. Thick: the mean over training seeds; faint: each seed. The lower panel "
-        "enlarges the last phases."
+        "Lower is better at the end; in a causal phase the MLM loss rises, since another objective is trained. Top: "
+        "the phases of each arm, colored by objective. Thick: the mean over training seeds; faint: each seed. The "
+        "lower panel enlarges the last phases."
     )
     headers = ("arm", "seed", "tokens", "mlm_loss")
     return Plot("curves", "Loss curves of all arms", caption, finish(figure, panels[:2]), headers, rows)
@@ -119,5 +119,6 @@ def _enlarge(axes: Axes, data: StudyData, curves: Curves, edge: float) -> None:
             settled = points[points[:, 0] >= starts[-1] + SETTLED * phases[-1], 1]
             values += [*(settled if len(settled) else points[-1:, 1])]
     start = min(starts) if min(starts) < edge else 0
+    axes.set_title("the last phases, enlarged", loc="right", fontsize=8.5, color=SOFT, pad=4)
     margin = 0.08 * (max(values) - min(values)) or 0.01
     axes.set(xlim=(start, edge), ylim=(min(values) - margin, max(values) + margin))

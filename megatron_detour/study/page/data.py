@@ -137,7 +137,7 @@ class StudyData:
         if table is None or not self.common_tasks:
             return {}
         seeds = [None] if arm == START else self.seeds
-        means = _means(table[self.common_tasks]).mean(0)
+        means = task_means(table[self.common_tasks]).mean(0)
         return {seed: float(mean) for seed, mean in zip(seeds, means, strict=True) if not np.isnan(mean)}
 
     def difference(self, arm: str, task: int | None = None) -> Comparison | None:
@@ -248,7 +248,7 @@ def decay_sweeps(data: StudyData) -> list[list[str]]:
     return [[group[tokens] for tokens in sorted(group)] for group in groups.values() if len(group) > 1]
 
 
-def _means(table: np.ndarray) -> np.ndarray:
+def task_means(table: np.ndarray) -> np.ndarray:
     """Return means over fine-tuning seeds [tasks, training seeds], NaN where there are none."""
     count = (~np.isnan(table)).sum(2)
     return np.where(count > 0, np.nansum(table, 2) / np.maximum(count, 1), np.nan)

@@ -26,7 +26,7 @@ def draw_drift(data: StudyData) -> Plot | None:
     values = {arm: np.mean([drift.divergence for drift in drifts], 0) for arm, drifts in data.drifts.items()}
     noise = [drift.noise for drifts in data.drifts.values() for drift in drifts if drift.noise is not None]
     values |= {NOISE: np.mean(noise, 0)} if noise else {}
-    figure, (axes,) = new_figure("Divergence by layer (1 − CKA)", 1.15 + 0.36 * len(values))
+    figure, (axes,) = new_figure("Divergence by layer (1 − CKA)", 1.3 + 0.36 * len(values), pad=18)
     for row, divergence in enumerate(values.values()):
         for layer, value in enumerate(divergence):
             _cell(axes, layer, row, float(value), len(divergence) <= MOST_NUMBERS)
@@ -38,9 +38,9 @@ def draw_drift(data: StudyData) -> Plot | None:
     axes.spines[:].set_visible(False)
     label_axes(axes, "layer")
     caption = (
-        "Darker cells are layers whose representations of the same texts differ more from the reference: 0 is none, 1 is "
-        f"nothing in common. The row {NOISE!r}, if there is one, is what another seed alone changes. Means over training "
-        "seeds."
+        "Darker cells are layers whose representations of the same texts differ more from the reference: 0 is none, "
+        f"1 is nothing in common. The row {NOISE!r}, if there is one, is what another seed alone changes. Means over "
+        "training seeds."
     )
     rows: list[tuple[Cell, ...]] = [
         (arm, drift.seed, layer, float(own), "" if drift.noise is None else float(drift.noise[layer]))
@@ -70,7 +70,7 @@ def draw_ratio(data: StudyData) -> Plot | None:
     ratios = {arm: ratio for arm, ratio in ratios.items() if (ratio > 0).all()}
     if not ratios:
         return None
-    figure, (axes,) = new_figure("Divergence in units of the noise of seeds", 3.1)
+    figure, (axes,) = new_figure("Divergence in units of the noise of seeds", 3.2, pad=18)
     x, rows = range(data.registration.depth), []
     for arm, ratio in ratios.items():
         look = look_of(data, arm)
@@ -89,8 +89,8 @@ def draw_ratio(data: StudyData) -> Plot | None:
     style_axes(axes, "y")
     label_axes(axes, "layer", "ratio")
     caption = (
-        "Above 1 (dotted) the arm differs from the reference by more than another seed would. Lines: geometric means over "
-        "training seeds; bands: from the least to the greatest seed. The scale is logarithmic."
+        "Above 1 (dotted) the arm differs from the reference by more than another seed would. Lines: geometric means "
+        "over training seeds; bands: from the least to the greatest seed. The scale is logarithmic."
     )
     headers = ("arm", "seed", "layer", "ratio")
     return Plot("drift_ratio", "Drift ratio by layer", caption, finish(figure, [axes]), headers, rows)

@@ -34,7 +34,8 @@ def _pretraining(data: StudyData) -> str:
     return (
         f"We pretrained an encoder of {counted(registration.depth, 'layer')}{size} from {origin} in "
         f"{counted(len(data.arms), 'arm')} with {counted(len(seeds), 'training seed')} each "
-        f"({', '.join(map(str, seeds))}); a seed determines the order of the data and the masks, so that arms are paired by it."
+        f"({', '.join(map(str, seeds))}); a seed determines the order of the data and the masks, so that arms are "
+        "paired by it."
     )
 
 
@@ -62,8 +63,8 @@ def _evaluation(data: StudyData) -> str:
     count, models = len(data.of(ScoreRecord)), "the start model and every arm" if START in data.scored else "every arm"
     return (
         f"To evaluate, {models} were fine-tuned{named} on {counted(len(tasks), 'task')}: {', '.join(tasks)}, with "
-        f"{counted(len(data.finetuning_seeds), 'fine-tuning seed')} each ({count:,} fine-tunings); scores are those of the "
-        "test split."
+        f"{counted(len(data.finetuning_seeds), 'fine-tuning seed')} each ({count:,} fine-tunings); scores are those "
+        "of the test split."
     )
 
 
@@ -73,8 +74,8 @@ def _analyses(data: StudyData) -> str:
         texts = data.setting("analyses", "drift", "texts") or {}
         drawn = f" of {texts['count']} held-out texts in {len(texts['draws'])} draws" if "draws" in texts else ""
         parts.append(
-            f"Drift is 1 - CKA (linear, float64) of the mean hidden states{drawn}, per layer; its noise is that of two runs "
-            "of the reference that differ by their seed."
+            f"Drift is 1 - CKA (linear, float64) of the mean hidden states{drawn}, per layer; its noise is that of "
+            "two runs of the reference that differ by their seed."
         )
     if data.persistence:
         parts.append("Persistence is the same divergence of the checkpoints of a phase from the reference before it.")
@@ -91,8 +92,8 @@ def _tests(data: StudyData) -> str:
     )
     return (
         f"The {criteria} were registered on {registration.registered[:10]} (SHA-256 {registration.sha256[:12]}), with "
-        f"{changes}. Unless a criterion names another test, arms are compared by Student's t over the paired differences of "
-        "training seeds, and the p of all claims of a difference is corrected by Holm's method."
+        f"{changes}. Unless a criterion names another test, arms are compared by Student's t over the paired "
+        "differences of training seeds, and the p of all claims of a difference is corrected by Holm's method."
     )
 
 
@@ -112,8 +113,8 @@ def latex_table(data: StudyData) -> str:
     seeds = f"{counted(len(data.seeds), 'training seed')} and {counted(len(data.finetuning_seeds), 'fine-tuning seed')}"
     metrics = ", ".join(f"{task}: {metric_words(data.metrics[task])}" for task in data.tasks)
     caption = (
-        f"{data.registration.name}: test scores in percent ({metrics}), means over {seeds}. In parentheses: standard deviation "
-        "over training seeds (beyond fine-tuning) / over fine-tuning seeds."
+        f"{data.registration.name}: test scores in percent ({metrics}), means over {seeds}. In parentheses: standard "
+        "deviation over training seeds / over fine-tuning seeds."
     )
     lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering\small"]
     lines += [
@@ -134,8 +135,8 @@ def latex_table(data: StudyData) -> str:
 
 
 def _cell(text: str, note: str) -> str:
-    unknown = not note or note == f"{ABSENT} / {ABSENT}"
-    return latex(text) if unknown else rf"{latex(text)} {{\scriptsize ({latex(note)})}}"
+    unknown = note in ("", f"({ABSENT} / {ABSENT})")
+    return latex(text) if unknown else rf"{latex(text)} {{\scriptsize {latex(note)}}}"
 
 
 def latex(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The plots of a study's page, each with its data as the rows of a CSV file. Colors are arms, in one order everywhere."""
+"""The plots of a study's page, each with its data as the rows of a CSV file. An arm has the same color in all."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import numpy as np
 
 from megatron_detour.evaluation.report.statistics import Spread
 from megatron_detour.study.page.data import StudyData, decay_sweeps, last_tokens, regions
-from megatron_detour.study.page.tables import arm_label
-from megatron_detour.study.records import START
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import AXIS, INK, PAGE, SOFT
 from megatron_detour.ui.figures import add_legend, appearance, style_axes
@@ -47,20 +45,22 @@ class Plot:
         return target.getvalue()
 
 
-def new_figure(title: str, height: float, panels: int = 1, **options: Any) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure with stacked panels; `title` is above the first."""
+def new_figure(
+    title: str, height: float, panels: int = 1, pad: float = 8, **options: Any
+) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure with stacked panels; `title` is `pad` points above the first."""
     from matplotlib.figure import Figure
 
     figure = Figure((WIDTH, height), dpi=150, layout="constrained", facecolor=PAGE)
     figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
     axes = figure.subplots(panels, 1, squeeze=False, **options)[:, 0]
-    axes[0].set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=8)
+    axes[0].set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=pad)
     return figure, axes
 
 
 def look_of(data: StudyData, arm: str) -> dict[str, Any]:
-    """Return color, line style and marker of an arm; the start model has the last ones."""
-    return appearance(list(data.arms).index(arm) if arm in data.arms else len(data.arms))
+    """Return color, line style and marker of an arm."""
+    return appearance(list(data.arms).index(arm))
 
 
 def label_axes(axes: Axes, x: str = "", y: str = "") -> None:
@@ -91,7 +91,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 def draw_differences(data: StudyData) -> Plot | None:
     """Draw the difference of each arm from the control: the mean of tasks with its interval, and single tasks."""
-    found = {arm: mean for arm in data.scored if (mean := data.difference(arm))}
+    found = {arm: mean for arm in data.arms if (mean := data.difference(arm))}
     if not found:
         return None
     title = f"Difference from {shortened(data.control or '', LONGEST_ARM)}"
@@ -104,7 +104,7 @@ def draw_differences(data: StudyData) -> Plot | None:
         label = "single tasks" if not row else None
         dots = {"marker": "o", "markersize": 3.4, "linestyle": "none", "alpha": 0.6, "color": SOFT, "label": label}
         axes.plot([100 * value for value in single.values()], [row + 0.22] * len(single), **dots)
-        known = mean.low is not None and arm != START
+        known = mean.low is not None
         interval = (100 * mean.low, 100 * mean.high) if known else ("", "")
         if known:
             axes.plot(interval, (row, row), color=look["color"], linewidth=1.5, solid_capstyle="butt")
@@ -114,13 +114,13 @@ def draw_differences(data: StudyData) -> Plot | None:
                   markeredgecolor=look["color"], linestyle="none", zorder=3)  # fmt: skip
         rows.append((arm, "mean", 100 * mean.mean, *interval))
         rows += [(arm, task, 100 * value, "", "") for task, value in single.items()]
-    name_rows(axes, [arm_label(arm) for arm in found])
+    name_rows(axes, list(found))
     style_axes(axes, "x")
     label_axes(axes, "points")
     axes.set_ylim(len(found) - 0.4, -0.5)
     caption = (
-        "Each row is an arm; right of 0 it scores higher than the control. Marker and line: the mean of tasks with its 95% "
-        "interval over training seeds, filled if it excludes 0. Dots: single tasks."
+        "Each row is an arm; right of 0 it scores higher than the control. Marker and line: the mean of tasks with "
+        "its 95% interval over training seeds, filled if it excludes 0. Dots: single tasks."
     )
     headers = ("arm", "task", "difference_points", "low", "high")
     return Plot("differences", "Differences from the control", caption, finish(figure, [axes]), headers, rows)
@@ -145,8 +145,9 @@ def draw_persistence(data: StudyData) -> Plot | None:
         axes.xaxis.set_major_formatter(lambda value, _: compact(value))
     label_axes(panels[-1], "tokens since the phase began", panels[-1].get_ylabel())
     caption = (
-        "A curve that stays up means that the phase does not undo the drift; one that falls to 0 means a return to the "
-        "reference. Lines: the mean over training seeds, by region of layers; bands: from the least to the greatest seed."
+        "A curve that stays up means that the phase does not undo the drift; one that falls to 0 means a return to "
+        "the reference. Lines: the mean over training seeds, by region of layers; bands: from the least to the "
+        "greatest seed."
     )
     headers = ("arm", "reference", "seed", "tokens", "region", "divergence")
     return Plot("persistence", "Persistence by region", caption, finish(figure, panels[:1]), headers, rows)
@@ -182,8 +183,8 @@ def draw_sweeps(data: StudyData) -> Plot | None:
     panels[-1].minorticks_off()
     label_axes(panels[-1], "tokens of the last phase", panels[-1].get_ylabel())
     caption = (
-        "Arms that differ only in the length of their last phase; a peak of the score, or a trough of the loss, is the best "
-        "length. Vertical lines: 95% intervals of the mean over training seeds (Student's t)."
+        "Arms that differ only in the length of their last phase; a peak of the score, or a trough of the loss, is "
+        "the best length. Vertical lines: 95% intervals of the mean over training seeds (Student's t)."
     )
     headers = ("arm", "decay_tokens", "quantity", "mean", "low", "high", "seeds")
     return Plot("decay_sweep", "Decay sweep", caption, finish(figure, panels[:1]), headers, rows)
@@ -227,8 +228,9 @@ def draw_transplants(data: StudyData) -> Plot | None:
         style_axes(axes, "x")
         label_axes(axes, f"score of a linear probe on {shortened(task, LONGEST_ARM)} (%)")
     caption = (
-        "Each row is the recipient with these parts of the donor. A part that carries the difference moves the score from "
-        "the dotted line of the recipient to that of the donor. Diamonds: means over training seeds; dots: single seeds."
+        "Each row is the recipient with these parts of the donor. A part that carries the difference moves the score "
+        "from the dotted line of the recipient to that of the donor. Diamonds: means over training seeds; dots: "
+        "single seeds."
     )
     headers = ("donor", "recipient", "task", "parts", "seed", "score_percent")
     return Plot("transplants", "Transplants", caption, figure, headers, rows)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron_detour.study.page import tables
+from megatron_detour.study.page import analysis_tables, tables
 from megatron_detour.study.page.data import StudyData, decay_sweeps
 from megatron_detour.study.page.tables import Table
-from megatron_detour.study.records import START, FailureRecord
-from megatron_detour.ui.format import compact, counted, duration
+from megatron_detour.study.records import START, FailureRecord, ScoreRecord
+from megatron_detour.ui.format import counted, duration
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ def sections(data: StudyData) -> Iterator[Section]:
     """Yield all sections; some may be empty."""
     yield Section(
         "The arms",
-        "An arm is one way of pretraining; all start from the same model, read the same text in the same order for a training "
-        "seed, and differ in what is written here.",
+        "An arm is one way of pretraining; all start from the same model, read the same text in the same order for a "
+        "training seed, and differ in what is written here.",
         [tables.arms_table(data)],
     )
     yield Section(
@@ -42,8 +42,8 @@ def sections(data: StudyData) -> Iterator[Section]:
     )
     yield Section(
         "Differences from the control",
-        "Each figure is an arm's score minus the control's; an interval that contains 0 means that other training seeds could "
-        "turn it around.",
+        "Each figure is an arm's score minus the control's; an interval that contains 0 means that other training "
+        "seeds could turn it around.",
         [tables.differences_table(data)],
         "differences",
     )
@@ -58,44 +58,46 @@ def sections(data: StudyData) -> Iterator[Section]:
 
 
 def _analyses(data: StudyData) -> Iterator[Section]:
-    drift = "Drift tells where in the depth an arm's representations of the same texts differ from the reference's"
-    yield Section("Drift", f"{drift}, in each layer.", [], "drift")
-    yield Section("Drift beyond the noise of seeds", f"{drift} by more than another seed would: a ratio above 1.",
-                  [tables.drift_table(data)], "drift_ratio")  # fmt: skip
+    yield Section(
+        "Drift",
+        "Drift tells in which layers an arm represents the same texts differently from the reference.",
+        [analysis_tables.drift_table(data)],
+        "drift",
+    )
+    yield Section(
+        "Drift beyond the noise of seeds",
+        "Another seed changes representations too, so drift counts where it is greater than that: a ratio above 1.",
+        plot="drift_ratio",
+    )
     yield Section(
         "Persistence",
-        "Persistence tells whether training on after the detour takes the representations back.",
-        [],
+        "Persistence tells whether training on after the detour takes the representations back: 100% is kept if not.",
+        [analysis_tables.persistence_table(data)],
         "persistence",
     )
-    groups = decay_sweeps(data)
-    best = [tables.best_budget(data, arms) for arms in groups]
-    shown = [table for arms in groups if (table := tables.sweep_table(data, arms)) and any(map(_has_data(data), arms))]
+    sweeps = [arms for arms in decay_sweeps(data) if any(data.seed_means(arm) or data.losses(arm) for arm in arms)]
     yield Section(
         "Decay sweep",
-        "These arms differ only in the tokens of their last phase; the sentences below name the best and what could be as good.",
-        shown,
+        "These arms differ only in the tokens of their last phase; the sentences below name the best and what could "
+        "be as good.",
+        [analysis_tables.sweep_table(data, arms) for arms in sweeps],
         "decay_sweep",
-        [sentence for sentence in best if sentence],
+        [sentence for arms in sweeps if (sentence := analysis_tables.best_budget(data, arms))],
     )
-    found = [tables.transplant_table(data, key) for key in data.transplants]
+    found = [analysis_tables.transplant_table(data, key) for key in data.transplants]
     yield Section(
         "Transplants",
-        "Parts of the donor are copied into the recipient: those that move the score towards the donor's carry the difference. "
-        "Shares of the gap say little where the gap itself is small or uncertain.",
+        "Parts of the donor are copied into the recipient: those that move the score towards the donor's carry the "
+        "difference. Shares of the gap say little where the gap itself is small or uncertain.",
         found,
         "transplants",
     )
 
 
-def _has_data(data: StudyData):
-    return lambda arm: bool(data.seed_means(arm) or data.losses(arm))
-
-
 def _records(data: StudyData) -> Iterator[Section]:
     missing = missing_runs(data)
-    tokens, seconds = (sum(getattr(run, key) for run in data.runs.values()) for key in ("tokens", "seconds"))
-    total = f"In all {compact(tokens)} tokens in {duration(seconds)}; an arm's tokens count phases that it shares with another."
+    seconds = (sum(run.seconds for run in data.runs.values()), sum(x.seconds or 0.0 for x in data.of(ScoreRecord)))
+    total = f"Pretraining took {duration(seconds[0])} in all, fine-tuning {duration(seconds[1])}."
     yield Section(
         "Everything that was run",
         "Every run of the study that finished, with what it took.",
