@@ -13,6 +13,7 @@ from megatron_detour.structured import read_json_object
 REGISTRATION, RESULTS = "registration.json", "results.jsonl"
 FORMAT = 1
 START = "start"  # the start model, as an arm
+DONE = "done"  # the status of a run that reached its end
 Layers = tuple[tuple[float, ...], ...]  # [draws][layers]
 
 
@@ -21,16 +22,29 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
 
 
 class RunRecord(Record, frozen=True, kw_only=True, tag="run"):
-    """A finished pretraining run. Losses are None where they are not finite."""
+    """A pretraining run that has ended. `loss` is the final validation loss under fixed masks, None without one.
+
+    The first `shared_tokens` of its `tokens` are those of another run; `seconds` are of the others.
+    """
 
     arm: str
     seed: int
     tokens: int
     seconds: float
+    loss: float | None
+    status: str = DONE
+    shared_tokens: int = 0
     parameters: int | None = None
-    loss: dict[str, float | None] = {}  # `mlm`: the final validation loss under fixed masks; `before_decay`
     curve: tuple[tuple[float, float | None], ...] = ()  # tokens, MLM validation loss
-    phases: tuple[tuple[str, float, float], ...] = ()  # name, first and last token
+    phases: tuple[tuple[str, float, float, float | None], ...] = ()  # name, first and last token, loss at its end
+
+    @property
+    def finished(self) -> bool:
+        return self.status == DONE
+
+    @property
+    def loss_before_last_phase(self) -> float | None:
+        return self.phases[-2][3] if len(self.phases) > 1 else None
 
 
 class ScoreRecord(Record, frozen=True, kw_only=True, tag="score"):

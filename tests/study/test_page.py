@@ -140,7 +140,7 @@ def test_differences_are_those_of_the_statistics(complete):
 
 
 def test_losses_and_curves(complete):
-    final = {(line["arm"], line["seed"]): line["loss"]["mlm"] for line in runs()}
+    final = {(line["arm"], line["seed"]): line["loss"] for line in runs()}
     own = [final["detour", seed] for seed in SEEDS]
     shown = table(complete, "Validation loss")
     assert shown["detour"][0] == f"{np.mean(own):.4f} ± {np.std(own, ddof=1):.4f}"
@@ -213,17 +213,20 @@ def test_a_failed_arm_is_told(tmp_path):
     folder = make_study(tmp_path, [*lines, failure, skipped])
     text = words(write_page(folder))
     assert "20 of 21 pretraining runs have finished; 2 jobs failed or were skipped." in text
-    assert "Without a result: mid_frozen seed 18." in text and "train/mid_frozen/18 failed the loss is NaN" in text
+    assert "Not finished: mid_frozen seed 18." in text and "train/mid_frozen/18 failed the loss is NaN" in text
     assert "Everything that failed" in headings(folder)
     data = StudyData.read(folder)
     assert data.difference("mid_frozen").training_seeds == 2 and data.difference("detour").training_seeds == 3
 
 
-def test_a_run_without_a_finite_loss_is_told(tmp_path):
+def test_a_diverged_run_is_told(tmp_path):
     lines = runs()
-    lines[0] |= {"loss": {"mlm": None, "before_decay": 4.1}, "curve": [[0, 2.6], [8_000_000, None]]}
-    text = words(write_page(make_study(tmp_path, lines)))
-    assert "Without a finite loss: detour seed 17." in text
+    lines[0] |= {"loss": None, "status": "failed", "tokens": 8_000_000, "curve": [[0, 2.6], [8_000_000, None]]}
+    folder = make_study(tmp_path, lines)
+    text = words(write_page(folder))
+    assert "Without a final loss: detour seed 17." in text and "20 of 21 pretraining runs have finished." in text
+    assert "Not finished: detour seed 17." in text and "20.3M – failed" in text
+    assert rows(folder, "curves")[1] == {"arm": "detour", "seed": "17", "tokens": "8000000.0", "mlm_loss": ""}
 
 
 @pytest.mark.filterwarnings("error")

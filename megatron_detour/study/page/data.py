@@ -63,7 +63,9 @@ class StudyData:
 
     @cached_property
     def arms(self) -> dict[str, ArmFacts]:
-        return self.registration.arms
+        """The arms, in the order of the study."""
+        found = self.registration.arms
+        return {arm: found[arm] for arm in dict.fromkeys([*(self.setting("arms") or ()), *found]) if arm in found}
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -149,10 +151,14 @@ class StudyData:
         a, b = np.broadcast_to(a, b.shape)[chosen], b[chosen]
         return None if np.isnan(a - b).all() else compare(a, b)
 
-    def losses(self, arm: str, key: str = "mlm") -> dict[int, float]:
-        """Return the finite losses by training seed."""
-        found = {run.seed: run.loss.get(key) for run in self.runs_of(arm)}
-        return {seed: loss for seed, loss in found.items() if loss is not None}
+    @cached_property
+    def finished(self) -> list[RunRecord]:
+        return [run for run in self.runs.values() if run.finished]
+
+    def losses(self, arm: str, *, before_last_phase: bool = False) -> dict[int, float]:
+        """Return the losses by training seed, at the end or at that of the phase before the last."""
+        runs = {run.seed: run.loss_before_last_phase if before_last_phase else run.loss for run in self.runs_of(arm)}
+        return {seed: loss for seed, loss in runs.items() if loss is not None}
 
     def loss_difference(self, arm: str) -> Comparison | None:
         """Compare the final losses with the control's, paired by training seed (nats; below 0 is better)."""
@@ -243,6 +249,7 @@ def decay_sweeps(data: StudyData) -> list[list[str]]:
             continue
         last = {key: value for key, value in facts.phases[-1].items() if key != "tokens"}
         own = [data.setting("arms", arm, key) for key in ("seed_offset", "average")]
+        own += [pair for pair in (data.setting("arms", arm, "set") or {}).items() if not pair[0].startswith("phases.")]
         key = repr([[sorted(phase.items()) for phase in facts.phases[:-1]], sorted(last.items()), own])
         groups.setdefault(key, {}).setdefault(last_tokens(facts.phases[-1]), arm)
     return [[group[tokens] for tokens in sorted(group)] for group in groups.values() if len(group) > 1]

@@ -9,7 +9,7 @@ from megatron_detour.study.page import analysis_tables, tables
 from megatron_detour.study.page.data import StudyData, decay_sweeps
 from megatron_detour.study.page.tables import Table
 from megatron_detour.study.records import START, FailureRecord, ScoreRecord
-from megatron_detour.ui.format import counted, duration
+from megatron_detour.ui.format import compact, counted, duration
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,13 @@ def _analyses(data: StudyData) -> Iterator[Section]:
 def _records(data: StudyData) -> Iterator[Section]:
     missing = missing_runs(data)
     seconds = (sum(run.seconds for run in data.runs.values()), sum(x.seconds or 0.0 for x in data.of(ScoreRecord)))
-    total = f"Pretraining took {duration(seconds[0])} in all, fine-tuning {duration(seconds[1])}."
+    tokens = compact(sum(run.tokens - run.shared_tokens for run in data.runs.values()))
+    total = f"Pretraining took {duration(seconds[0])} for {tokens} tokens, fine-tuning {duration(seconds[1])}."
     yield Section(
         "Everything that was run",
-        "Every run of the study that finished, with what it took.",
+        "Every run of the study that has ended, with what it took.",
         [tables.runs_table(data), tables.finetunings_table(data)],
-        remarks=[total] * bool(data.runs) + [f"Without a result: {', '.join(missing)}."] * bool(missing),
+        remarks=[total] * bool(data.runs) + [f"Not finished: {', '.join(missing)}."] * bool(missing),
     )
     yield Section(
         "Everything that failed",
@@ -117,13 +118,15 @@ def _records(data: StudyData) -> Iterator[Section]:
 
 
 def missing_runs(data: StudyData) -> list[str]:
-    return [f"{arm} seed {seed}" for arm in data.arms for seed in data.seeds if (arm, seed) not in data.runs]
+    """Return the planned runs that have not finished, as words."""
+    done = {(run.arm, run.seed) for run in data.finished}
+    return [f"{arm} seed {seed}" for arm in data.arms for seed in data.seeds if (arm, seed) not in done]
 
 
 def state(data: StudyData) -> str:
     """Return how much of the study is done, in a sentence."""
     planned, failed = len(data.arms) * len(data.seeds), len(data.of(FailureRecord))
-    done = f"{len(data.runs)} of {counted(planned, 'pretraining run')} have finished"
+    done = f"{len(data.finished)} of {counted(planned, 'pretraining run')} have finished"
     return (
         f"{done}; {counted(failed, 'job')} failed or {'was' if failed == 1 else 'were'} skipped."
         if failed

@@ -129,15 +129,15 @@ def losses_table(data: StudyData) -> Table:
         if own := data.losses(arm):
             found = data.loss_difference(arm)
             row = [Entry(arm, bold=arm == data.control), loss_words(own.values()), str(len(own))]
-            row += [loss_words(data.losses(arm, "before_decay").values())]
+            row += [loss_words(data.losses(arm, before_last_phase=True).values())]
             rows.append(
                 [*row, ABSENT if found is None else f"{found.mean:+.4f}".replace("-", "−"), interval_or_absent(found)]
             )
-    headers = ["Arm", "Final loss", "Training seeds", "Before the decay"]
+    headers = ["Arm", "Final loss", "Training seeds", "Before the last phase"]
     headers += [f"Difference from {data.control}", "95%"]
     remarks = ["Mean ± standard deviation over training seeds, in nats per masked token."]
-    if lost := [f"{run.arm} seed {run.seed}" for run in data.runs.values() if run.loss.get("mlm") is None]:
-        remarks.append(f"Without a finite loss: {', '.join(lost)}.")
+    if lost := [f"{run.arm} seed {run.seed}" for run in data.runs.values() if run.loss is None]:
+        remarks.append(f"Without a final loss: {', '.join(lost)}.")
     return Table(headers, rows, "lr", remarks=remarks)
 
 
@@ -159,12 +159,13 @@ def interval_or_absent(found: Comparison | None, digits: int = 4, sign: str = "+
 def runs_table(data: StudyData) -> Table:
     rows = []
     for run in (run for arm in data.arms for run in data.runs_of(arm)):
-        parameters = ABSENT if run.parameters is None else compact(run.parameters)
-        final = run.loss.get("mlm")
-        row = [run.arm, str(run.seed), compact(run.tokens), duration(run.seconds), parameters]
-        rows.append([*row, ABSENT if final is None else f"{final:.4f}"])
-    headers = ["Arm", "Training seed", "Tokens", "Time", "Parameters", "Final loss"]
-    return Table(headers, rows, "lr", title="Pretraining")
+        loss = ABSENT if run.loss is None else f"{run.loss:.4f}"
+        parameters = "" if run.parameters is None else compact(run.parameters)
+        amounts = [compact(run.tokens), compact(run.tokens - run.shared_tokens), duration(run.seconds)]
+        rows.append([run.arm, str(run.seed), *amounts, parameters, loss, "" if run.finished else run.status])
+    headers = ["Arm", "Training seed", "Tokens", "Own tokens", "Time", "Parameters", "Final loss", "Status"]
+    remarks = ["Own tokens: those not shared with another run, whose checkpoint it continued; the time is of these."]
+    return Table(headers, rows, "lr", title="Pretraining", remarks=remarks).without_empty_columns()
 
 
 def finetunings_table(data: StudyData) -> Table:
