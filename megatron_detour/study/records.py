@@ -127,7 +127,7 @@ class Corpus(msgspec.Struct, frozen=True):
 class Facts(msgspec.Struct, frozen=True):
     """What the results depend on besides the study file."""
 
-    start: str | None = None  # hash of the start model; None if the runs initialize one
+    start: str | None = None  # hash of the start model, None if it is not a local folder
     corpora: dict[str, Corpus] = {}
     protocol: dict[str, dict[str, Any]] = {}  # settings of fine-tuning by task
     versions: dict[str, str] = {}

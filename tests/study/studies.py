@@ -99,9 +99,11 @@ def runs() -> list[Line]:
                 for x in tokens
             ]
             names = [["detour", 0, first, curve[10][1]], ["decay", first, first + last, curve[-1][1]]]
-            shared = first if arm.startswith("decay") else 0
-            lines.append({"kind": "run", "arm": arm, "seed": seed, "tokens": first + last, "seconds": 5400.0,
-                          "shared_tokens": shared, "parameters": 20_300_000, "loss": curve[-1][1], "curve": curve, "phases": names})  # fmt: skip
+            lines.append({
+                "kind": "run", "arm": arm, "seed": seed, "status": "done", "tokens": first + last, "seconds": 5400.0,
+                "shared_tokens": first if arm.startswith("decay") else 0, "parameters": 20_300_000,
+                "loss": curve[-1][1], "curve": curve, "phases": names,
+            })  # fmt: skip
     return lines
 
 

@@ -38,9 +38,9 @@ def draw_drift(data: StudyData) -> Plot | None:
     axes.spines[:].set_visible(False)
     label_axes(axes, "layer")
     caption = (
-        "Darker cells are layers whose representations of the same texts differ more from the reference: 0 is none, "
-        f"1 is nothing in common. The row {NOISE!r}, if there is one, is what another seed alone changes. Means over "
-        "training seeds."
+        "Cells of a stronger color are layers whose representations of the same texts differ more from the "
+        f"reference: 0 is none, 1 is nothing in common. The row {NOISE!r}, if there is one, is what another seed "
+        "alone changes. Means over training seeds."
     )
     rows: list[tuple[Cell, ...]] = [
         (arm, drift.seed, layer, float(own), "" if drift.noise is None else float(drift.noise[layer]))

@@ -28,7 +28,8 @@ def methods_paragraph(data: StudyData) -> str:
 def _pretraining(data: StudyData) -> str:
     registration, seeds = data.registration, data.seeds
     start = registration.facts.start
-    origin = f"the start model (SHA-256 {start[:12]})" if start else "random weights"
+    # of the configuration and each file of weights; None for a model of the Hub, and for random weights
+    origin = f"one start model (SHA-256 {', '.join(part[:12] for part in start.split('-'))})" if start else "one start"
     sizes = {run.parameters for run in data.runs.values() if run.parameters}
     size = f" with {compact(sizes.pop())} parameters" if len(sizes) == 1 else ""
     return (
@@ -103,12 +104,12 @@ def latex_table(data: StudyData) -> str:
     if not table.rows:
         return ""
     body = []
-    for number, row in enumerate(table.rows):
-        cells = [latex(row[0].text)] + [_cell(cell.text, cell.note) for cell in row[1:]]
+    for number, (arm, mean, *tasks) in enumerate(table.rows):
+        cells = [latex(arm.text)] + [_cell(cell.text, cell.note) for cell in (*tasks, mean)]
         body.append(" & ".join(cells) + r" \\")
         if not number and data.scored[0] == START and len(table.rows) > 1:
             body.append(r"\midrule")
-    headers = " & ".join(map(latex, ["Arm", *data.tasks, table.headers[-1]]))
+    headers = " & ".join(map(latex, ["Arm", *data.tasks, table.headers[1]]))
     name = re.sub(r"[^a-z0-9]+", "-", data.registration.name.lower()).strip("-")
     seeds = f"{counted(len(data.seeds), 'training seed')} and {counted(len(data.finetuning_seeds), 'fine-tuning seed')}"
     metrics = ", ".join(f"{task}: {metric_words(data.metrics[task])}" for task in data.tasks)

@@ -68,7 +68,7 @@ def scores_table(data: StudyData) -> Table:
     rows = []
     for arm in data.scored:
         table = data.scores(arm)
-        chosen = [*([number] for number in range(len(data.tasks))), data.common_tasks]
+        chosen = [data.common_tasks, *([number] for number in range(len(data.tasks)))]
         cells = [_score(table[tasks]) for tasks in chosen]
         rows.append([Entry(arm_label(arm), bold=arm == data.control), *cells])
     headers = [f"{task} ({metric_words(data.metrics[task])})" for task in data.tasks]
@@ -78,7 +78,10 @@ def scores_table(data: StudyData) -> Table:
     ]
     if (left := [task for number, task in enumerate(data.tasks) if number not in data.common_tasks]) and rows:
         remarks.append(f"The mean leaves out {', '.join(left)}: not every arm has it.")
-    return Table(["Arm", *headers, mean_header(data)], rows, "lr", remarks=remarks)
+    counts = {arm: len(data.seed_means(arm)) for arm in data.scored if arm != START}
+    if fewer := [f"{arm} ({count})" for arm, count in counts.items() if count < max(counts.values())]:
+        remarks.append(f"The mean is over fewer training seeds than others: {', '.join(fewer)}.")
+    return Table(["Arm", mean_header(data), *headers], rows, "lr", remarks=remarks)
 
 
 def mean_header(data: StudyData) -> str:
@@ -104,13 +107,13 @@ def differences_table(data: StudyData) -> Table:
         cells = [_difference(data.difference(arm, task), arm) for task in range(len(data.tasks))]
         if mean or any(cell.text != ABSENT for cell in cells):
             p = p_words(mean.p) if mean and mean.low is not None and arm != START else ABSENT
-            rows.append([Entry(arm_label(arm)), *cells, _difference(mean, arm), p])
+            rows.append([Entry(arm_label(arm)), _difference(mean, arm), p, *cells])
     remarks = [
         f"In points; above 0 the arm is better than {data.control}. In parentheses: the 95% interval by Student's t "
         "over training seeds, paired. Bold: it excludes 0. These intervals and p are not corrected for their number; "
         "the verdicts are."
     ]
-    return Table(["Arm", *data.tasks, mean_header(data), "p, mean"], rows, "lr", remarks=remarks)
+    return Table(["Arm", mean_header(data), "p", *data.tasks], rows, "lr", remarks=remarks)
 
 
 def _difference(comparison: Comparison | None, arm: str) -> Entry:
