@@ -27,6 +27,7 @@ setup(
         "megatron_detour.ui": ["*.html.j2"],
         "megatron_detour.evaluation": ["tasks/*.yaml", "finetuning/protocols/*.yaml", "report/*.html.j2"],
         "megatron_detour.release": ["*.j2"],
+        "megatron_detour.study.page": ["*.html.j2"],
     },
     entry_points={"console_scripts": ["megatron-detour = megatron_detour.commands.main:entry"]},
     install_requires=[

@@ -109,6 +109,12 @@ ALLOWED = {
         "numpy",
     ),
     "study": ("study evaluation.report.statistics errors", "numpy scipy"),
+    "study.records": ("errors", "msgspec"),
+    "study.page": (
+        "study.page study.records study.power study.statistics analysis.drift evaluation.report objectives ui errors "
+        "files",
+        "numpy matplotlib",
+    ),
     "__main__": ("commands", ""),
     "commands": (
         "commands log forecast preflight run_directory training checkpoint corpus settings config plan data model "
@@ -186,6 +192,8 @@ LAZY = {
     "evaluation.finetuning.worker": "torch",
     "evaluation.report.statistics": "scipy",
     "study.power": "scipy",
+    "study.page.plots": "matplotlib",
+    "study.page.drift_plots": "matplotlib",
     "evaluation.report.plots": "matplotlib",
     "evaluation.masked_words.measure": "torch transformers",
 }

@@ -65,6 +65,17 @@ def png(figure: Figure) -> bytes:
     return target.getvalue()
 
 
+def svg_file(figure: Figure, name: str) -> str:
+    """Return the content of an SVG file that looks the same everywhere: its letters are outlines."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    target = io.StringIO()
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
+    return target.getvalue()
+
+
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
     """Return an SVG element for a page: text stays text, colors are variables; `name` makes its ids unique."""
     from matplotlib import rc_context
