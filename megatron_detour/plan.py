@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_detour.config import Corpus, LearningRate, Phase, RunConfig
+from megatron_detour.config import AUTO, Corpus, LearningRate, Phase, RunConfig
 from megatron_detour.objectives import Objective
 
 
@@ -34,7 +34,7 @@ class PlannedPhase:
     settings: Phase
     sequence_length: int
     sequences: int  # per step, after the batch warm-up
-    micro_sequences: int
+    micro_sequences: int | None  # None: auto, which Plan.with_micro_sequences replaces
     corpora: tuple[Corpus, ...]
     stages: tuple[BatchStage, ...]
 
@@ -127,6 +127,11 @@ class Plan:
         """The sequence length, sequences of a micro-batch and direction of attention of each phase."""
         return [(phase.sequence_length, phase.micro_sequences, phase.objective.causal) for phase in self.phases]
 
+    def with_micro_sequences(self, chosen: dict[str, int]) -> Plan:
+        """Return the plan with these sequences per micro-batch, by phase. They do not affect the schedule."""
+        phases = (dataclasses.replace(phase, micro_sequences=chosen[phase.name]) for phase in self.phases)
+        return dataclasses.replace(self, phases=tuple(phases))
+
     @property
     def has_detour(self) -> bool:
         """Whether a control differs from the run."""
@@ -199,6 +204,7 @@ def learning_rate(phase: PlannedPhase, done: int) -> float:
 def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> PlannedPhase:
     length = phase.sequence_length or config.data.sequence_length
     sequences = phase.sequences or config.batch.sequences
+    micro = phase.micro_sequences or config.batch.micro_sequences
     stages: list[BatchStage] = []
     step, start = (before.last_step + 1, before.end) if before else (1, 0)
     done = 0
@@ -212,7 +218,7 @@ def _planned(phase: Phase, config: RunConfig, before: PlannedPhase | None) -> Pl
         settings=phase,
         sequence_length=length,
         sequences=sequences,
-        micro_sequences=phase.micro_sequences or config.batch.micro_sequences,
+        micro_sequences=None if micro == AUTO else micro,
         corpora=phase.corpora or config.data.corpora,
         stages=tuple(stages),
     )

@@ -67,12 +67,16 @@ def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
 
 def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
     yield from _model(config, checked)
-    expected, plan = _forecast(config, _ranks(config), checked), Plan.from_config(config)
+    expected, sizes = _forecast(config, _ranks(config), checked), Sizes()
+    if expected.shape and expected.micro_batches:
+        chosen = {name: batch.sequences for name, batch in expected.micro_batches.items()}
+        plan = Plan.from_config(config).with_micro_sequences(chosen)
+        sizes = run_sizes(expected.shape, config.parallel.tensor, plan.micro_batches)
     yield from machine.compute(
         config.compute.attention,
         config.compute.kernels,
         torch.bfloat16 if checked.deepspeed and is_bf16(checked.deepspeed) else torch.float32,
-        run_sizes(expected.shape, config.parallel.tensor, plan.micro_batches) if expected.shape else Sizes(),
+        sizes,
     )
     yield machine.disk(Path(config.folder), expected.disk.needed if expected.disk else 0)
     yield from _memory(expected)
@@ -114,7 +118,7 @@ def _memory(expected: Forecast) -> Iterator[CheckResult]:
     text = f"about {most.needed / machine.GIB:.1f} GiB per rank including a margin, {ranks}"
     room = expected.gpu_memory * 1e9 if most.on_gpu else psutil.virtual_memory().total / expected.ranks
     if most.needed > room:
-        advice = expected.advice or "reduce batch.micro_sequences, or set compute.recompute=full"
+        advice = expected.advice or "set compute.recompute=full, or a smaller batch.micro_sequences"
         yield CheckResult(FAULT, "fit", f"{text}: more than the {room / machine.GIB:.1f} GiB available to each", advice)
     else:
         yield CheckResult(OK, "fit", text)

@@ -17,7 +17,7 @@ import psutil
 import yaml
 
 from megatron_detour.commands.parser import ABOVE_ZERO, COUNT
-from megatron_detour.config import Model, from_dict, parse_tokens, recipes
+from megatron_detour.config import AUTO, RECOMPUTE, Model, from_dict, parse_tokens, recipes
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.corpus.texts import Texts
 from megatron_detour.errors import DetourError, format_faults
@@ -143,7 +143,7 @@ class Machine:
 def run_file(
     options: argparse.Namespace, texts: Texts, model: Model, start: Preflight, machine: Machine
 ) -> dict[str, Any]:
-    """Return the run file with one sequence per micro-batch, before GPU memory is considered."""
+    """Return the run file without recomputation, before GPU memory is considered."""
     length = min(start.shape.max_positions, PAPER_LENGTH if machine.gpus else CPU_LENGTH)
     training = texts.tokens * (1 if texts.built else 1 - texts.held_out)
     total = options.tokens or min(int(MOST_EPOCHS * training), PAPER_TOKENS)
@@ -161,7 +161,7 @@ def run_file(
         "folder": f"runs/{options.name}",
         "model": {"start": model.start} | ({"download": True} if model.download else {}),
         "data": {"corpora": [{"prefix": texts.prefix}], "sequence_length": length},
-        "batch": {"sequences": sequences, "micro_sequences": 1},
+        "batch": {"sequences": sequences, "micro_sequences": AUTO},
         "phases": [
             {
                 "name": "detour",
@@ -195,16 +195,11 @@ def _rounded(tokens: int) -> int:
 
 
 def fitting(content: dict[str, Any], start: Preflight, machine: Machine) -> dict[str, Any]:
-    """Choose the least recomputation, then the largest micro-batch, that fit into GPU memory by the forecast."""
-    per_rank = content["batch"]["sequences"] // machine.ranks
-    for recompute in ("none", "selective", "full"):
-        for micro in (size for size in range(per_rank, 0, -1) if per_rank % size == 0):
-            candidate = content | {
-                "batch": content["batch"] | {"micro_sequences": micro},
-                "compute": {"recompute": recompute},
-            }
-            if _fits(_forecast(candidate, start, machine), machine):
-                return candidate
+    """Choose the least recomputation that fits into GPU memory by the forecast."""
+    for recompute in RECOMPUTE:
+        candidate = content | {"compute": {"recompute": recompute}}
+        if _fits(_forecast(candidate, start, machine), machine):
+            return candidate
     return candidate  # nothing fits: plan says what else to change
 
 

@@ -5,6 +5,7 @@ from megatron_detour.config.control import as_control, parse_control
 from megatron_detour.config.reader import from_dict, load, recipes
 from megatron_detour.config.schema import (
     ATTENTION,
+    AUTO,
     KERNELS,
     RECOMPUTE,
     Corpus,

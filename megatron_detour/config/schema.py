@@ -12,7 +12,7 @@ from megatron_detour.objectives import Objective
 from megatron_detour.optimizers import DEFAULT as DEFAULT_OPTIMIZER
 from megatron_detour.optimizers import KINDS as OPTIMIZERS
 from megatron_detour.optimizers import Optimizer
-from megatron_detour.settings import Choice, Entries, Pattern, Range, Tagged, join_key, to_plain
+from megatron_detour.settings import Choice, Enclosing, Entries, Parsed, Pattern, Range, Tagged, join_key, to_plain
 
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
 OPTIMIZER_STATES = ("keep", "reset")
@@ -21,12 +21,27 @@ KERNELS = ("auto", "triton", "apex", "plain")
 RECOMPUTE = ("none", "selective", "full")
 SPIKES = ("report", "skip", "ignore")
 WANDB_MODES = ("online", "offline")
+AUTO = "auto"
 
 ABOVE_ZERO = Range(above=0)
 SIZE = Range(above=0, most=2**20)
 SHARE = Range(above=0, below=1)
 SEED = Range(least=0, below=2**31)
 STEP = Range(least=1)
+
+
+def _micro_sequences(value: Any, _: Enclosing) -> int | str:
+    if value != AUTO and type(value) is not int:
+        raise ValueError("an integer or auto")
+    if value != AUTO and (must := SIZE.fault(value)):
+        raise ValueError(must)
+    return value
+
+
+MicroSequences = Annotated[
+    int | str,
+    Parsed(_micro_sequences, {"type": ["integer", "string"], "pattern": f"^{AUTO}$"} | SIZE.schema(), (AUTO,)),
+]
 # Restricted to what key=value can address.
 PHASE_NAME = Pattern(r"(?!\d+$)[\w -]+", "a name of letters, digits, spaces, - and _ that is not a number")
 
@@ -84,7 +99,7 @@ class Phase:
         str, Choice(OPTIMIZER_STATES), "the optimizer's states at the start of the phase; `reset` begins them anew"
     ] = "keep"
     sequences: Annotated[int | None, SIZE, "replaces `batch.sequences`"] = None
-    micro_sequences: Annotated[int | None, SIZE, "replaces `batch.micro_sequences`"] = None
+    micro_sequences: Annotated[MicroSequences | None, "replaces `batch.micro_sequences`"] = None
     batch_warmup: Annotated[BatchWarmup | None, "growing batch at the start of the phase"] = None
     sequence_length: Annotated[int | None, SIZE, "replaces `data.sequence_length` (see below)"] = None
     corpora: Annotated[
@@ -116,7 +131,11 @@ class Data:
 @dataclass(frozen=True)
 class Batch:
     sequences: Annotated[int, SIZE, "sequences per step over all ranks; any number of ranks divides any batch"]
-    micro_sequences: Annotated[int, SIZE, "approximate sequences per forward pass of a rank: documents stay whole"] = 1
+    micro_sequences: Annotated[
+        MicroSequences,
+        "approximate sequences per forward pass of a rank (documents stay whole); `auto`: what fills the GPU, and "
+        "fits (section 4)",
+    ] = AUTO
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from megatron_detour.config import RunConfig
 from megatron_detour.config.deepspeed import is_bf16
-from megatron_detour.data.order import balance, rank_micro_batches
 from megatron_detour.errors import nearest
 from megatron_detour.forecast import costs, memory, storage
-from megatron_detour.forecast.costs import PhaseCost, Speed
-from megatron_detour.forecast.memory import Load, Memory, Setting
+from megatron_detour.forecast.costs import ASSUMED_SHARE, PhaseCost, Sample, Speed, phase_cost
+from megatron_detour.forecast.memory import Memory, Setting
+from megatron_detour.forecast.micro_batches import MicroBatch, Search, memory_setting
 from megatron_detour.forecast.storage import Disk, Reading
 from megatron_detour.forecast.warnings import warnings
+from megatron_detour.model import roofline
 from megatron_detour.model.families import Family
-from megatron_detour.model.flops import Frozen
 from megatron_detour.model.peaks import NAMES as PEAK_NAMES
-from megatron_detour.model.peaks import peak_flops
-from megatron_detour.plan import Plan, PlannedPhase
+from megatron_detour.model.peaks import chip
+from megatron_detour.plan import Plan
 from megatron_detour.preflight import Preflight, preflight
-
-MFU = 0.25  # default; by this count the paper's runs reach 0.23 to 0.30
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class Forecast:
     parameters: int | None  # of the whole model
     setting: Setting | None
     memory: dict[str, Memory] | None  # of one rank, by phase
+    micro_batches: dict[str, MicroBatch] | None  # by phase
     advice: str | None  # a change that makes it fit, or a larger micro-batch that fits as well
     speed: Speed
     costs: tuple[PhaseCost, ...] | None
@@ -72,8 +70,6 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, in bytes, seconds, tokens and FLOP."""
         raw = dataclasses.asdict(self)
-        for cost in raw["costs"] or ():
-            del cost["lengths"]
         if self.memory:
             for name, peak in self.memory.items():
                 raw["memory"][name] |= {
@@ -84,6 +80,7 @@ class Forecast:
             entry["epochs"] = reading.epochs
         if self.disk:
             raw["disk"]["needed"] = self.disk.needed
+        raw["speed"]["assumed_share_of_roofline"] = ASSUMED_SHARE if self.speed.is_modeled else None
         return raw | {"flops": self.flops, "seconds": self.seconds, "sessions": self.sessions}
 
 
@@ -97,33 +94,37 @@ def forecast(
     gpu_memory: float = 80,
     rate: float | None = None,
     mfu: float | None = None,
+    attention: str | None = None,
 ) -> Forecast:
     """Forecast a run on `ranks` GPUs. Missing files and invalid values become faults, notes and None, not errors.
 
     checked: the result of preflight(config, plan, ranks), if available
     device: a GPU's name, by default "h100" for bf16 and "cpu" for fp32; gpu_memory: GB per GPU
-    rate: measured tokens per second per GPU; without it, time follows from the device's peak and `mfu` (0.25)
+    rate: measured tokens per second per GPU; without it, time follows from the device's peak and `mfu`; without both,
+    from its roofline
+    attention: the backend, if it is chosen already
     """
     notes: list[str] = []
     checked = checked or preflight(config, plan, ranks, gpu=device and device != "cpu")
     bf16 = checked.deepspeed is None or is_bf16(checked.deepspeed)
     device = device or ("h100" if bf16 else "cpu")
     attempt = _Attempt(notes)
-    setting = checked.deepspeed and attempt("memory", lambda: memory_setting(config, bf16, ranks, device))
-    speed = Speed(rate, None if rate else mfu or MFU, peak_flops(device, bf16))
+    on_gpu, attention = device != "cpu", attention or config.compute.attention
+    setting = memory_setting(config, bf16, ranks, on_gpu, attention, config.compute.kernels)
+    speed = Speed(rate, mfu, chip(device) if bf16 else None, attention if attention in roofline.ATTENTION else "varlen")
     if not speed.known:
         hint = nearest(device, PEAK_NAMES)
         name = repr(device) if bf16 else f"{device!r} in fp32"
         notes.append(f"time: the peak of {name} is unknown{hint}; set a measured rate with --rate")
-    shape = checked.shape
-    parameters = shape and shape.parameters
-    phase_costs = shape and attempt("time", lambda: _costs(config, plan, shape, speed, ranks))
-    by_phase = advice = None
-    if shape and setting:
-        search = Search(plan, shape, setting, {cost.name: cost for cost in phase_costs or ()}, gpu_memory)
-        rank_sequences = config.batch.sequences // setting.data
-        by_phase = attempt("memory", search.memory)
-        advice = attempt("memory", lambda: search.advice(config.batch.micro_sequences, rank_sequences))
+    shape, parameters = checked.shape, checked.shape and checked.shape.parameters
+    samples = attempt("time", lambda: {phase.name: Sample.from_phase(phase) for phase in plan.phases}) or {}
+    by_phase = advice = phase_costs = None
+    search = shape and Search(plan, shape, setting, samples, gpu_memory if on_gpu else math.inf)
+    chosen = search and attempt("memory", search.choose)
+    if chosen:
+        search = search.with_micro_batches(chosen)
+        by_phase, advice = attempt("memory", search.memory), attempt("memory", search.advice)
+        phase_costs = samples and attempt("time", lambda: _costs(config, search, speed, ranks))
     readings = tuple(attempt("epochs", lambda: storage.readings(plan)) or ())
     disk = attempt("disk", lambda: storage.disk(config, plan, parameters)) if parameters else None
     return Forecast(
@@ -136,6 +137,7 @@ def forecast(
         parameters=parameters,
         setting=setting,
         memory=by_phase,
+        micro_batches=chosen,
         advice=advice,
         speed=speed,
         costs=phase_costs,
@@ -162,77 +164,9 @@ class _Attempt:
             return None
 
 
-def memory_setting(config: RunConfig, bf16: bool, ranks: int, device: str) -> Setting:
-    """Return the settings; `auto` means FlashAttention and Triton on a GPU in bf16, else SDPA and plain kernels."""
-    fast = bf16 and device != "cpu"
-    return Setting(
-        bf16=bf16,
-        tensor=config.parallel.tensor,
-        data=max(ranks // config.parallel.tensor, 1),
-        sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,
-        recompute=config.compute.recompute,
-        flash=fast and config.compute.attention != "sdpa",
-        fused=fast and config.compute.kernels != "plain",
-        on_gpu=device != "cpu",
-        optimizer_bytes=config.optimizer.kind.bytes_per_parameter(),
+def _costs(config: RunConfig, search: Search, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:
+    recompute, tensor = config.compute.recompute, config.parallel.tensor
+    return tuple(
+        phase_cost(search.shape, phase, search.samples[phase.name], recompute, speed, ranks, tensor)
+        for phase in search.plan.phases
     )
-
-
-@dataclass(frozen=True)
-class Search:
-    """Search for settings of a run that fit a GPU's memory."""
-
-    plan: Plan
-    shape: Family
-    setting: Setting
-    costs: dict[str, PhaseCost]  # by phase
-    gigabytes: float
-
-    def memory(self, recompute: str | None = None, share: float = 1) -> dict[str, Memory]:
-        """Return the peak memory by phase, with micro-batches scaled by `share`."""
-        setting = replace(self.setting, recompute=recompute or self.setting.recompute)
-        return {
-            phase.name: memory.peak_memory(self.shape, setting, self._load(phase, share)) for phase in self.plan.phases
-        }
-
-    def fits(self, recompute: str | None = None, share: float = 1) -> bool:
-        return all(peak.fits(self.gigabytes) for peak in self.memory(recompute, share).values())
-
-    def advice(self, micro: int, rank_sequences: int) -> str | None:
-        """Return the first change that makes the run fit, in the order of docs/parallelism.md, or, if it fits, a larger
-        micro-batch that fits as well. `rank_sequences`: sequences per step of a data-parallel rank."""
-        if not self.setting.on_gpu:
-            return None
-        if self.fits():
-            larger = [size for size in range(micro + 1, rank_sequences + 1) if rank_sequences % size == 0]
-            fitting = [size for size in larger if self.fits(share=size / micro)]
-            return f"batch.micro_sequences={max(fitting)} would fit as well, and may be faster" if fitting else None
-        choices = {"none": ["none", "selective", "full"], "selective": ["selective", "full"]}
-        for recompute in choices.get(self.setting.recompute, ["full"]):
-            if recompute == "selective" and self.setting.tensor > 1:
-                continue
-            for size in (size for size in range(micro, 0, -1) if micro % size == 0):
-                if self.fits(recompute, size / micro):
-                    changes = [f"batch.micro_sequences={size}"] if size != micro else []
-                    changes += [f"compute.recompute={recompute}"] if recompute != self.setting.recompute else []
-                    return f"with {' and '.join(changes)} it fits"
-        return (
-            "batch.micro_sequences=1 and compute.recompute=full are not enough: set parallel.tensor=2 with "
-            "parallel.sequence=true, or shorten data.sequence_length"
-        )
-
-    def _load(self, phase: PlannedPhase, share: float) -> Load:
-        """Return the fullest micro-batch: as documents stay whole, it may exceed micro_sequences."""
-        positions = max(round(phase.micro_sequences * share), 1) * phase.sequence_length
-        cost, mean = self.costs.get(phase.name), phase.sequence_length
-        if cost is not None:
-            mean = cost.mean_document
-            _, count = rank_micro_batches(phase.sequences * phase.sequence_length, positions, 0, self.setting.data)
-            lengths = np.array(cost.lengths, dtype=np.int64)
-            positions = max(positions, *(int(lengths[mine].sum()) for mine in balance(lengths, count)))
-        labeled = round(positions * phase.objective.labeled_share(mean))
-        return Load(positions, labeled, phase.objective.causal, Frozen.from_parts(phase.settings.freeze).below)
-
-
-def _costs(config: RunConfig, plan: Plan, shape: Family, speed: Speed, ranks: int) -> tuple[PhaseCost, ...]:
-    return tuple(costs.phase_cost(shape, phase, config.compute.recompute, speed, ranks) for phase in plan.phases)

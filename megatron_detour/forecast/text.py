@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from megatron_detour.forecast.costs import ASSUMED_SHARE
 from megatron_detour.forecast.forecast import Forecast
 from megatron_detour.forecast.memory import CARDS, CONTEXT, GB, GIB, SPARE
 from megatron_detour.objectives import read_objective
@@ -53,6 +54,8 @@ def headline(forecast: Forecast) -> str:
     most = forecast.most_memory
     if most:
         lines.append(f"memory      {byte_size(most.counted)} per rank during the {most.moment}, {_fit(forecast)}")
+    if forecast.micro_batches:
+        lines.append(f"micro-batch {_micro_batches(forecast)}")
     if forecast.costs:
         lines.append(
             f"work        {forecast.flops:.3g} FLOP over {compact(sum(c.tokens for c in forecast.costs))} tokens"
@@ -87,7 +90,7 @@ def render(forecast: Forecast) -> str:
 
 
 def _table(headers: list[str], rows: list[list[str]]) -> list[str]:
-    return textwrap.indent(Table(headers, rows).text(), "  ").splitlines()
+    return textwrap.indent(Table(headers, rows).without_empty_columns().text(), "  ").splitlines()
 
 
 def _model(forecast: Forecast) -> str:
@@ -104,8 +107,10 @@ def _time(forecast: Forecast) -> str:
     speed, gpus = forecast.speed, _gpus(forecast)
     if speed.tokens_per_second:
         how = f"{speed.tokens_per_second:,.0f} tokens/s each (given)"
+    elif speed.is_modeled:
+        how = f"{ASSUMED_SHARE:.0%} of the roofline of each (assumed: a model, not a measurement)"
     elif speed.known:
-        how = f"{speed.mfu:.0%} of {speed.peak / 1e12:,.0f} TFLOP/s each (assumed)"
+        how = f"{speed.mfu:.0%} of {speed.chip.flops / 1e12:,.0f} TFLOP/s each (given)"
     else:
         return f"unknown on {gpus}: set a measured rate with --rate"
     sessions = "" if forecast.sessions == 1 else f", {forecast.sessions} sessions of {_limit(forecast)}"
@@ -141,20 +146,37 @@ def _disk(forecast: Forecast) -> str:
 
 
 def _time_table(forecast: Forecast) -> list[str]:
-    headers = ["phase", "tokens", "FLOP", "FLOP per token", "tokens/s per GPU", "time"]
+    headers = ["phase", "tokens", "FLOP", "FLOP per token", "roofline", "tokens/s per GPU", "time"]
     rows = []
-    entries = [(c.name, c.tokens, c.flops, c.seconds) for c in forecast.costs]
+    entries = [(c.name, c.tokens, c.flops, c.roofline, c.seconds) for c in forecast.costs]
     if len(entries) > 1:
-        entries.append(("all", sum(c.tokens for c in forecast.costs), forecast.flops, forecast.seconds))
-    for name, tokens, flops, seconds in entries:
-        rate = f"{tokens / seconds / forecast.ranks:,.0f}" if seconds else "?"
+        entries.append(("all", *(_total(column) for column in list(zip(*entries, strict=True))[1:])))
+    for name, tokens, flops, bound, seconds in entries:
+        rates = [f"{tokens / time / forecast.ranks:,.0f}" if time else "" for time in (bound, seconds)]
         when = duration(seconds) if seconds else "?"
-        rows.append([name, f"{tokens:,}", f"{flops:.3g}", f"{flops / tokens:.3g}", rate, when])
+        rows.append([name, f"{tokens:,}", f"{flops:.3g}", f"{flops / tokens:.3g}", rates[0], rates[1] or "?", when])
     if all(cost.sampled for cost in forecast.costs):
         documents = f"documents of {min(c.mean_document for c in forecast.costs):,.0f} tokens on average (sampled)"
     else:
         documents = "documents as long as the sequences (a corpus is missing); shorter ones cost less"
-    return [f"time        {_time(forecast)}", *_table(headers, rows), f"  {documents}"]
+    lines = [f"time        {_time(forecast)}", *_table(headers, rows), f"  {documents}"]
+    if forecast.speed.is_modeled:
+        lines.append(
+            f"  roofline: tokens/s per GPU at most, with {forecast.speed.attention} attention, without communication; "
+            "give a measured --rate"
+        )
+    return lines
+
+
+def _total(column: tuple[float | None, ...]) -> float | None:
+    return None if None in column else sum(column)
+
+
+def _micro_batches(forecast: Forecast) -> str:
+    chosen = forecast.micro_batches
+    if len(set(chosen.values())) == 1:
+        return str(next(iter(chosen.values())))
+    return ", ".join(f"{batch} in {name}" for name, batch in chosen.items())
 
 
 def _memory_table(forecast: Forecast) -> list[str]:
@@ -174,6 +196,10 @@ def _memory_table(forecast: Forecast) -> list[str]:
     if most.on_gpu:
         fitting = ", ".join(f"{card} GB {'yes' if most.fits(card) else 'no'}" for card in CARDS)
         lines += [f"  fits: {fitting}", f"  margin: {SPARE:.0%} and {CONTEXT / GB:g} GB outside torch's allocator"]
+    if forecast.micro_batches:
+        chosen = any(batch.why for batch in forecast.micro_batches.values())
+        at_start = "; a run chooses anew at its start, by the GPUs' free memory" if chosen and most.on_gpu else ""
+        lines.append(f"  micro-batch: {_micro_batches(forecast)}{at_start}")
     if forecast.advice:
         lines.append(f"  {forecast.advice}")
     return lines

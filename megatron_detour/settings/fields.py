@@ -193,8 +193,8 @@ def setting_of(hint: Any, name: str = "", default: Any = MISSING) -> Setting:
     while get_origin(hint) in (Annotated, Union, types.UnionType):
         if get_origin(hint) is Annotated:
             marks, hint = (*hint.__metadata__, *marks), hint.__origin__
-        else:  # X | None
-            optional, hint = True, get_args(hint)[0]
+        else:  # X | None; or X | Y, where a Parsed converts the value
+            optional, hint = optional or type(None) in get_args(hint), get_args(hint)[0]
     arguments = get_args(hint)
     ellipsis = Ellipsis in arguments
     kind = get_origin(hint) or hint
