@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from megatron_detour.commands.parser import COUNT
@@ -60,9 +62,10 @@ def _run_study(study: Study, jobs: list[Job], options: argparse.Namespace) -> in
     from megatron_detour.study.results import collect
     from megatron_detour.study.runner import Runner
 
-    print(describe_cost(study, jobs), flush=True)
+    say = partial(print, file=sys.stderr if options.jobs == "list" else sys.stdout, flush=True)
+    say(describe_cost(study, jobs))
     registration = register(study, options.amend)
-    print(f"registered {registration['registered']}, sha256 {registration['sha256'][:16]}\n", flush=True)
+    say(f"registered {registration['registered']}, sha256 {registration['sha256'][:16]}\n")
     if options.jobs:
         from megatron_detour.study.cluster import write_jobs
 
@@ -96,8 +99,10 @@ def _run_job(study: Study, job: Job) -> int:
 
 
 def _report(folder: Path, output: Path | None) -> int:
+    from megatron_detour.study.judge import write_verdicts
     from megatron_detour.study.page import write_page
 
+    write_verdicts(folder)
     page = write_page(folder, output)
     print(f"page     {page}\nresults  {folder / 'results.jsonl'}")
     return 0

@@ -11,13 +11,27 @@ import numpy as np
 
 from megatron_detour.analysis.drift import regions_of
 from megatron_detour.errors import DetourError
+from megatron_detour.settings import read
 from megatron_detour.study.criteria import LOSS, MEAN, OTHER, Criterion, Quantity
+from megatron_detour.study.jobs import write_lines
 from megatron_detour.study.plan import START
-from megatron_detour.study.results import Line
+from megatron_detour.study.registration import FILE as REGISTRATION
+from megatron_detour.study.registration import read_registration
+from megatron_detour.study.results import FILE as RESULTS
+from megatron_detour.study.results import Line, read_lines
 from megatron_detour.study.schema import StudyConfig
 from megatron_detour.study.statistics import Comparison, compare, compare_values, verdicts
 
 NO_TEST = 0.05  # the level of intervals of a criterion without a test
+
+
+def write_verdicts(folder: Path) -> None:
+    """Judge the results of a study's folder by its registered criteria, and write the verdicts beside them."""
+    registration = read_registration(folder)
+    config = read(StudyConfig, registration["study"] | {"folder": str(folder)}, str(folder / REGISTRATION))
+    lines = [line for line in read_lines(folder) if line["kind"] != "verdict"]
+    seeds = registration["facts"].get("finetuning_seeds", [])
+    write_lines(folder / RESULTS, [*lines, *judge(config, seeds, lines)])
 
 
 def judge(config: StudyConfig, finetuning_seeds: Sequence[int], lines: Sequence[Line]) -> list[Line]:

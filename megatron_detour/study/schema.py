@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_detour.settings import Entries, Pattern, Range
+from megatron_detour.settings import AnyText, Entries, Pattern, Range
 
 NAME = Pattern(r"[A-Za-z]\w*", "a name of letters, digits and _ that begins with a letter")
 SEED = Range(least=0, below=2**31)
@@ -17,7 +17,7 @@ COUNT = Range(least=1)
 class Arm:
     """A way of pretraining: the base run file with some keys changed."""
 
-    about: Annotated[str, "what the arm is, for the page"] = ""
+    about: Annotated[AnyText, "what the arm is, for the page"] = ""
     control: Annotated[float | None, SHARE, "causal phases become MLM at this mask rate"] = None
     set: Annotated[
         dict[str, Any],
@@ -107,7 +107,7 @@ class StudyConfig:
         tuple[Annotated[int, SEED], ...], Entries(least=1, unique=True), "training seeds: of masks and of data order"
     ]
     criteria: Annotated[dict[str, str], "what the study tests, by name; see docs/studies.md for the language"]
-    about: Annotated[str, "the question, in a sentence or two"] = ""
+    about: Annotated[AnyText, "the question, in a sentence or two"] = ""
     evaluation: Annotated[Evaluation | None, "fine-tuning on downstream tasks"] = None
     analyses: Analyses = field(default_factory=Analyses)
     power: Annotated[Power | None, "for the forecast of what the study could find"] = None

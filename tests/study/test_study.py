@@ -31,23 +31,31 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in read_lines(folder)]
 
 
+def write_small_study(folder: Path, corpus: Any) -> Path:
+    arms = {name: ARMS[name] for name in ("detour", "control")}
+    texts = {"files": [str(corpus.jsonl)], "count": 20, "draws": [1, 2]}
+    criteria = {"drifts": "drift of all > 0.01", "loss": "control > detour on loss"}
+    analyses = {"drift": {"texts": texts}, "persistence": {"texts": texts}}
+    return write_study(folder, corpus, seeds=[1], arms=arms, evaluation=None, criteria=criteria, analyses=analyses)
+
+
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory) -> list[dict[str, Any]]:
     """The figures of a study that nothing happens to."""
-    path = write_study(tmp_path_factory.mktemp("whole"), corpus, seeds=[1])
+    path = write_small_study(tmp_path_factory.mktemp("whole"), corpus)
     done = subprocess.run(command(path), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "registered" in done.stdout
     return figures(path.parent / "study")
 
 
-@pytest.mark.parametrize("kills", [2, slow(10)])
+@pytest.mark.parametrize("kills", [1, slow(10)])
 def test_a_killed_study_ends_with_the_same_figures(whole, corpus, tmp_path, kills):
-    path = write_study(tmp_path, corpus, seeds=[1])
+    path = write_small_study(tmp_path, corpus)
     rng = random.Random(kills)
     for _ in range(kills):
         process = subprocess.Popen(command(path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(1, 25))
+        time.sleep(rng.uniform(1, 15))
         process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM)))
         process.wait()
     done = _finish(path)
@@ -65,6 +73,7 @@ def _finish(path: Path) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverges_is_told_and_the_others_go_on(corpus, tmp_path):
     arms = {name: ARMS[name] for name in ("detour", "control", "control2")}
     arms["wild"] = {"set": {"phases.detour.learning_rate.peak": 1e30, "guards.patience": 2}}
@@ -80,8 +89,9 @@ def test_an_arm_that_diverges_is_told_and_the_others_go_on(corpus, tmp_path):
     assert "wild" in page and "failed" in page
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_cluster_give_the_figures_of_one_machine(whole, corpus, tmp_path, capsys):
-    path = write_study(tmp_path, corpus, seeds=[1])
+    path = write_small_study(tmp_path, corpus)
     assert main(["study", str(path), "--jobs", "list"]) == 0
     jobs = capsys.readouterr().out.strip().splitlines()
     for job in jobs:
