@@ -720,6 +720,39 @@ def documents(seed: int) -> Iterator[tuple[str, str]]:
             yield text, lang
 
 
+def _indication(rng: random.Random) -> dict[str, str]:
+    """What is a drug given for, where the sentence does not say? Pretraining on the sample tells."""
+    fact = rng.choice(DRUG_FACTS["en"])
+    sentence = Writer("en", rng).drug(rng.choice(("patient", "general", "question")), fact)
+    return {"text": sentence.replace(fact.indication, "this condition"), "label": fact.indication}
+
+
+def _kind(rng: random.Random) -> dict[str, str]:
+    """Which kind of document begins like this?"""
+    make = rng.choice(list(dict.fromkeys(_KINDS)))
+    return {"text": " ".join(make(Writer("en", rng))[:2]), "label": make.__name__.strip("_")}
+
+
+_TASKS = {"sample_indication": _indication, "sample_kind": _kind}
+_EXAMPLES = {"train": 200, "dev": 60, "test": 150}
+
+
+def _write_tasks(folder: Path, seed: int) -> None:
+    """Writes NAME.yaml and NAME/{train,dev,test}.jsonl for each task, no text twice."""
+    for name, make in _TASKS.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        rng, seen = random.Random(f"{seed} {name}"), set()
+        for split, count in _EXAMPLES.items():
+            lines = []
+            while len(lines) < count:
+                example = make(rng)
+                if example["text"] not in seen:
+                    seen.add(example["text"])
+                    lines.append(_line(example))
+            _write(folder / name / f"{split}.jsonl", lines)
+        _write(folder / f"{name}.yaml", [f"name: {name}\nlanguage: en\ntype: classification\nmetric: macro_f1\n"])
+
+
 def _line(record: dict[str, str]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
@@ -731,7 +764,7 @@ def _write(path: Path, lines: list[str]) -> None:
 
 
 def generate(output: Path, megabytes: float = 3.0, seed: int = 0) -> None:
-    """Writes sample.jsonl (`megabytes` million bytes), heldout.jsonl (2% more) and probes.jsonl into `output`.
+    """Writes sample.jsonl (`megabytes` million bytes), heldout.jsonl (2% more), probes.jsonl and tasks/ into `output`.
 
     The same arguments give the same bytes. Raises DetourError if `megabytes` is not positive or `output` is a file.
     """
@@ -758,13 +791,14 @@ def generate(output: Path, megabytes: float = 3.0, seed: int = 0) -> None:
         output / "probes.jsonl",
         [_line({"text": text, "answer": answer, "lang": lang}) for text, answer, lang in PROBES],
     )
+    _write_tasks(output / "tasks", seed)
     _write(output / "sample.jsonl", sample)
     print(f"{output}: {len(sample)} documents ({size / 1e6:.2f} MB), {len(heldout)} held out, {len(PROBES)} probes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes an invented biomedical corpus in English and French.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the three files")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the files")
     parser.add_argument("--megabytes", type=float, default=3.0, help="size of sample.jsonl in million bytes")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")
     options = parser.parse_args()

@@ -118,9 +118,11 @@ def read_study(path: Path) -> Study:
     raw = read_yaml_mapping(path)
     config = read(StudyConfig, raw, str(path), _check)
     base_path = path.parent / config.run if (path.parent / config.run).exists() else Path(config.run)
-    model = look(load(base_path).model)
-    if model.shape is None:
-        model.refuse()
+    base = load(base_path)
+    model = look(base.model)
+    faults_of_base = preflight(base, Plan.from_config(base), owns_folder=False).faults
+    if faults_of_base:
+        raise DetourError(f"{base_path}: {format_faults(list(faults_of_base))}")
     runs: list[StudyRun] = []
     faults = []
     for name, arm in config.arms.items():

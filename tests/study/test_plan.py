@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
+from megatron_detour.config import load
 from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.finetuning.protocol import load_protocol
+from megatron_detour.preflight import Preflight
 from megatron_detour.study.jobs import jobs_of, levels
 from megatron_detour.study.plan import read_study
+from tests.harness import ROOT
 from tests.study.studies import ARMS, CRITERIA, write_study
 
 
@@ -87,3 +93,30 @@ def test_criteria_are_read_as_written(study_file):
     assert study.criteria["helps"].level == 0.05
     assert study.criteria["loss"].level is None
     assert yaml.safe_load(study_file.read_text())["criteria"] == CRITERIA
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "studies").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_the_examples_are_whole(path, monkeypatch):
+    """Without their models and corpora: every key, arm, layer name and criterion is read."""
+    content = yaml.safe_load(path.read_text())
+    if "arms" not in content:
+        load_protocol(str(path)) if "defaults" in content else load(path)
+        return
+    shape = SimpleNamespace(layers=22)
+    monkeypatch.setattr("megatron_detour.study.plan.look", lambda model: SimpleNamespace(shape=shape))
+    monkeypatch.setattr("megatron_detour.study.plan.preflight", lambda *_, **__: Preflight())
+    study = read_study(path)
+    assert study.criteria
+    assert len(study.runs) == len(study.config.arms) * len(study.config.seeds)
+
+
+def test_the_papers_decay_sweep_trains_the_detour_once(monkeypatch):
+    monkeypatch.setattr("megatron_detour.study.plan.look", lambda model: SimpleNamespace(shape=SimpleNamespace(layers=22)))
+    monkeypatch.setattr("megatron_detour.study.plan.preflight", lambda *_, **__: Preflight())
+    study = read_study(ROOT / "examples" / "studies" / "paper_french_base.yaml")
+    sweep = {run.arm: run for run in study.runs if run.arm.startswith("decay_")}
+    assert {run.fork.source.name for run in sweep.values()} == {"detour-s17"}
+    assert 2_000_000_000 <= sweep["decay_2b"].new_tokens < 2_010_000_000
+    frozen = {run.arm: run.config.to_dict()["phases"] for run in study.runs}
+    assert frozen["low_frozen"][0]["freeze"] == ["embeddings", "layers.0-7"]
+    assert frozen["mid_frozen"][0]["freeze"] == ["layers.8-14"]
