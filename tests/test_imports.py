@@ -108,7 +108,11 @@ ALLOWED = {
         "parallel.shard_spec data.manifest data.indexed data.order ui errors",
         "numpy",
     ),
-    "study": ("study evaluation.report.statistics errors", "numpy scipy"),
+    "study": (
+        "study analysis config plan preflight run_directory checkpoint.store data.manifest model.families "
+        "observe.sinks evaluation settings forecast.storage structured ui errors files",
+        "numpy scipy yaml msgspec",
+    ),
     "study.records": ("errors", "msgspec"),
     "study.page": (
         "study.page study.records study.power study.statistics analysis.drift evaluation.report objectives ui errors "
@@ -130,6 +134,7 @@ ALLOWED = {
         "numpy tokenizers",
     ),
     "commands.main": ("commands.parser errors", ""),
+    "commands.study": ("commands.parser study errors", ""),
     "commands.parser": ("config settings errors", ""),
     "commands.plan": ("commands.parser forecast config plan ui errors", ""),
     "training": (

@@ -12,8 +12,9 @@ from pathlib import Path
 from megatron_detour.commands.parser import COUNT
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.study.forecast import describe_cost
-from megatron_detour.study.jobs import DONE, FAILED, Job, find, jobs_of, record
+from megatron_detour.study.jobs import FAILED, Job, find, jobs_of, record
 from megatron_detour.study.plan import Study, read_study
+from megatron_detour.study.records import DONE
 
 LISTS = ("list", "slurm")
 

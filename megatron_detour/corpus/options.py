@@ -57,7 +57,7 @@ class BuildOptions:
         "drop documents that share --exclude-words words in a row with these files (.jsonl[.gz], .txt), or with the "
         "files named test in these folders, as of tasks",
     ] = ()
-    exclude_words: Annotated[int, Range(least=1), CLEANING, "words in a row, in lower case, that --exclude looks for"] = 13
+    exclude_words: Annotated[int, Range(least=1), CLEANING, "words in a row that --exclude looks for"] = 13
     deduplicate: Annotated[
         str | None,
         Choice(("exact", "near")),

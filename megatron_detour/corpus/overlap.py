@@ -22,8 +22,8 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: no bit of a word's hash is lo
 class Overlap:
     """The runs of `words` words of some texts, lower-cased, as sorted 64-bit hashes.
 
-    Two different runs have the same hash with a probability of 2 to the -64: among 10 million runs of excluded texts and 10
-    billion of documents, about 0.005 documents are dropped by accident.
+    Two different runs have the same hash with a probability of 2 to the -64: among 10 million runs of excluded texts
+    and 10 billion of documents, about 0.005 documents are dropped by accident.
     """
 
     def __init__(self, paths: Sequence[str], words: int) -> None:

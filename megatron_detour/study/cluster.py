@@ -10,7 +10,7 @@ from megatron_detour.study.jobs import Job, levels
 from megatron_detour.study.plan import Study
 
 ARRAY = """#!/usr/bin/env bash
-# One job of the study: line $SLURM_ARRAY_TASK_ID of the file $1. Set partition, account, GPUs and time for your cluster.
+# One job of the study: line $SLURM_ARRAY_TASK_ID of the file $1. Set partition, account and time for your cluster.
 #SBATCH --job-name=study
 #SBATCH --gpus-per-node={ranks}
 #SBATCH --cpus-per-task=8
@@ -47,7 +47,7 @@ def write_jobs(study: Study, jobs: list[Job], kind: str) -> str:
         write_whole(folder / f"stage-{number}.txt", "\n".join(stage) + "\n")
         submit.append(_submit(folder, number, len(stage)))
     write_whole(folder / "submit.sh", "\n".join(submit) + "\n")
-    return f"submit   bash {folder / 'submit.sh'}   (from this directory; set partition and time in {folder / 'array.sbatch'})"
+    return f"submit   bash {folder / 'submit.sh'}   (set partition and time in {folder / 'array.sbatch'})"
 
 
 def _command(study: Study, job: str) -> str:

@@ -28,9 +28,9 @@ def power_statement(study: Study) -> dict[str, Any] | None:
         statement = "With one training seed no difference between arms can be tested over training seeds."
     else:
         statement = (
-            f"With {len(study.config.seeds)} training seeds, {tasks} tasks and {seeds} fine-tuning seeds, a difference of "
-            f"{100 * effect:.2f} points in the mean of tasks is found with a probability of {CHANCE:.0%} at the level "
-            f"{LEVEL} (standard deviations {given.source}: {given.training_sd:g} points over training seeds, "
+            f"With {len(study.config.seeds)} training seeds, {tasks} tasks and {seeds} fine-tuning seeds, a difference "
+            f"of {100 * effect:.2f} points in the mean of tasks is found with a probability of {CHANCE:.0%} at the "
+            f"level {LEVEL} (standard deviations {given.source}: {given.training_sd:g} points over training seeds, "
             f"{given.finetuning_sd:g} over fine-tuning seeds)."
         )
     return {"effect_points": None if effect is None else 100 * effect, "level": LEVEL, "statement": statement}

@@ -1,7 +1,7 @@
 """Begin a run with another run's checkpoint, at the end of the phases that both have in common.
 
-The state of a run is its weights, its optimizer's states and the tokens consumed, so the run goes on exactly as if it had
-trained these phases itself (tests/study/test_fork.py compares the weights bit for bit).
+The state of a run is its weights, its optimizer's states and the tokens consumed, so the run goes on exactly as if it
+had trained these phases itself (tests/study/test_fork.py compares the weights bit for bit).
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.files import write_whole
 from megatron_detour.structured import read_json_object
 from megatron_detour.study import work
-from megatron_detour.study.plan import START, Study, StudyRun, run_name
+from megatron_detour.study.plan import Study, StudyRun, run_name
+from megatron_detour.study.records import START
 
-DONE, FAILED, SKIPPED = "done", "failed", "skipped"
+FAILED, SKIPPED = "failed", "skipped"
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ from megatron_detour.errors import DetourError
 from megatron_detour.settings import read
 from megatron_detour.study.criteria import LOSS, MEAN, OTHER, Criterion, Quantity
 from megatron_detour.study.jobs import write_lines
-from megatron_detour.study.plan import START
-from megatron_detour.study.registration import FILE as REGISTRATION
-from megatron_detour.study.registration import read_registration
-from megatron_detour.study.results import FILE as RESULTS
+from megatron_detour.study.records import REGISTRATION, RESULTS, START
+from megatron_detour.study.registration import registered
 from megatron_detour.study.results import Line, read_lines
 from megatron_detour.study.schema import StudyConfig
 from megatron_detour.study.statistics import Comparison, compare, compare_values, verdicts
@@ -27,7 +25,7 @@ NO_TEST = 0.05  # the level of intervals of a criterion without a test
 
 def write_verdicts(folder: Path) -> None:
     """Judge the results of a study's folder by its registered criteria, and write the verdicts beside them."""
-    registration = read_registration(folder)
+    registration = registered(folder)
     config = read(StudyConfig, registration["study"] | {"folder": str(folder)}, str(folder / REGISTRATION))
     lines = [line for line in read_lines(folder) if line["kind"] != "verdict"]
     seeds = registration["facts"].get("finetuning_seeds", [])
@@ -117,7 +115,7 @@ class Results:
         self._persistence = {line["seed"]: line for line in lines if line["kind"] == "persistence"}
 
     def scores(self, arm: str, tasks: Sequence[str] | None = None) -> np.ndarray:
-        """Return scores [tasks, training seeds, fine-tuning seeds], NaN where missing; the start model's in every seed."""
+        """Return scores [tasks, training seeds, fine-tuning seeds], NaN where missing; the start model has no seed."""
 
         def score(task: str, seed: int, finetuning: int) -> float:
             value = self._scores.get((arm, task, None if arm == START else seed, finetuning))

@@ -21,9 +21,8 @@ from megatron_detour.preflight import look, preflight
 from megatron_detour.settings import Faults, read
 from megatron_detour.structured import read_yaml
 from megatron_detour.study.criteria import Criterion
+from megatron_detour.study.records import START
 from megatron_detour.study.schema import Arm, StudyConfig
-
-START = "start"  # the start model, as an arm of the evaluation
 
 
 @dataclass(frozen=True)

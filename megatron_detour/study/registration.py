@@ -1,7 +1,8 @@
 """The registration of a study: what was to be run and tested, written before the first result.
 
 registration.json has the study file, every arm as it resolves, the hashes of start model, corpora and tasks, and one
-SHA-256 over these. A study that differs from its registration is refused, or amended with a reason that every page shows.
+SHA-256 over these. A study that differs from its registration is refused, or amended with a reason that every page
+shows.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from megatron_detour.settings import to_plain
 from megatron_detour.structured import read_json_object
 from megatron_detour.study.forecast import power_statement
 from megatron_detour.study.plan import Study, StudyRun
+from megatron_detour.study.records import FORMAT, REGISTRATION, read_registration
 
-FILE, FORMAT = "registration.json", 1
 FREE = ("folder", "ranks")  # keys of the study file that change no result
 SHOWN_CHANGES = 8
 
@@ -34,12 +35,12 @@ def register(study: Study, amend: str | None = None) -> dict[str, Any]:
 
     Raises DetourError, naming the changed keys, for a study that differs from its registration without `amend`.
     """
-    path, content = study.folder / FILE, describe(study)
+    path, content = study.folder / REGISTRATION, describe(study)
     if not path.exists():
         now = {"registered": _now(), "sha256": _hash(content), "amendments": []}
         _write(path, {"format": FORMAT} | now | content)
-        return read_registration(study.folder)
-    before = read_registration(study.folder)
+        return registered(study.folder)
+    before = registered(study.folder)
     changes = _changes(before, content)
     if not changes:
         return before
@@ -53,17 +54,14 @@ def register(study: Study, amend: str | None = None) -> dict[str, Any]:
     amendments = [*before["amendments"], {"when": _now(), "reason": amend, "changes": changes}]
     kept = {key: before[key] for key in ("format", "registered", "sha256")}
     _write(path, kept | {"amendments": amendments} | content)
-    return read_registration(study.folder)
+    return registered(study.folder)
 
 
-def read_registration(folder: Path) -> dict[str, Any]:
-    """Raises DetourError for a missing or damaged file, or one that was edited by hand."""
-    path = folder / FILE
-    if not path.is_file():
-        raise DetourError(f"{path}: no such file; give the folder of a study that has begun")
+def registered(folder: Path) -> dict[str, Any]:
+    """Return the registration as it is written. Raises DetourError if it is missing, damaged, or edited by hand."""
+    read_registration(folder)
+    path = folder / REGISTRATION
     content = read_json_object(path)
-    if content.get("format") != FORMAT:
-        raise DetourError(f"{path}: not a registration that this version reads")
     described = {key: value for key, value in content.items() if key not in _OWN}
     if not content["amendments"] and _hash(described) != content["sha256"]:
         raise DetourError(f"{path}: changed since it was written; restore the file")

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.results import read_results
 from megatron_detour.observe.sinks import read_metrics
 from megatron_detour.run_directory import METRICS
 from megatron_detour.structured import parse_json
 from megatron_detour.study.jobs import FAILED, Job, record_of, write_lines
-from megatron_detour.study.plan import START, Study, StudyRun, run_name
+from megatron_detour.study.plan import Study, StudyRun, run_name
+from megatron_detour.study.records import RESULTS, START, read_records
 
-FILE = "results.jsonl"
 LOSS = "val_mlm_loss"
 Line = dict[str, Any]
 
@@ -25,22 +27,15 @@ Line = dict[str, Any]
 def collect(study: Study, jobs: list[Job]) -> list[Line]:
     """Write results.jsonl from what the jobs have left so far; return its lines."""
     lines = [*_runs(study), *_scores(study), *_analyses(study), *_failures(study, jobs)]
-    write_lines(study.folder / FILE, lines)
+    write_lines(study.folder / RESULTS, lines)
     return lines
 
 
 def read_lines(folder: Path) -> list[Line]:
     """Raises DetourError for a missing file, or a line that is no result."""
-    path = folder / FILE
-    if not path.is_file():
-        raise DetourError(f"{path}: no such file; give the folder of a study that has results")
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        line = parse_json(text, f"{path}, line {number}")
-        if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-            raise DetourError(f"{path}, line {number}: not a result of a study; restore the file")
-        lines.append(line)
-    return lines
+    if not (folder / RESULTS).is_file():
+        raise DetourError(f"{folder / RESULTS}: no such file; give the folder of a study that has results")
+    return [msgspec.to_builtins(record) for record in read_records(folder)]
 
 
 def _runs(study: Study) -> Iterator[Line]:

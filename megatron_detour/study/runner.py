@@ -14,8 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
-from megatron_detour.study.jobs import DONE, FAILED, SKIPPED, Job, log_file, record, record_of
+from megatron_detour.study.jobs import FAILED, SKIPPED, Job, log_file, record, record_of
 from megatron_detour.study.plan import Study
+from megatron_detour.study.records import DONE
 from megatron_detour.ui.format import duration
 from megatron_detour.ui.progress import time_left
 

@@ -10,7 +10,7 @@ from megatron_detour.study.judge import judge
 from megatron_detour.study.schema import StudyConfig
 
 TASKS, SEEDS, FINETUNING = ["a", "b", "c", "d", "e", "f"], [1, 2, 3], [42, 43, 44]
-STUDIES = 200
+STUDIES, TEXTS = 200, {"files": ["t"]}
 HELPS, LOSES = "detour > control on mean of tasks, p < 0.05", "frozen not > control on mean of tasks, p < 0.05"
 
 
@@ -22,7 +22,7 @@ def study(**criteria: str) -> StudyConfig:
         "arms": {"detour": {}, "control": {}, "frozen": {}},
         "seeds": SEEDS,
         "evaluation": {"data": "tasks", "tasks": TASKS},
-        "analyses": {"drift": {"texts": {"files": ["t"]}, "noise": "control"}, "persistence": {"texts": {"files": ["t"]}}},
+        "analyses": {"drift": {"texts": TEXTS, "noise": "control"}, "persistence": {"texts": TEXTS}},
         "criteria": criteria,
     }
     return read(StudyConfig, content, "")
@@ -38,9 +38,8 @@ def scores(rng: np.random.Generator, gain: float) -> list[dict]:
                 own = rng.normal(0, 0.004)
                 for finetuning in FINETUNING:
                     score = 0.6 + better + luck + own + rng.normal(0, 0.015)
-                    lines.append(
-                        {"kind": "score", "arm": arm, "seed": seed, "task": task, "finetuning_seed": finetuning, "score": score}
-                    )
+                    of = {"kind": "score", "arm": arm, "seed": seed, "task": task, "finetuning_seed": finetuning}
+                    lines.append(of | {"score": score})
     return lines
 
 
@@ -72,9 +71,10 @@ def test_ratios_and_persistence_are_of_regions():
     lines = [drift(seed, low, 0.1) for seed, low in zip(SEEDS, (0.5, 0.52, 0.55), strict=True)]
     decay = [[0, [[0.5] * 6]], [100, [[0.3] * 6]]]
     lines += [{"kind": "persistence", "seed": seed, "points": decay} for seed in SEEDS]
-    lines += [{"kind": "run", "arm": arm, "seed": s, "loss": x} for arm, x in (("detour", 2.0), ("control", 2.5)) for s in SEEDS]
+    losses = {"detour": 2.0, "control": 2.5}
+    lines += [{"kind": "run", "arm": arm, "seed": s, "loss": x} for arm, x in losses.items() for s in SEEDS]
     verdicts = {line["criterion"]: line for line in judge(config, FINETUNING, lines)}
-    assert {name: line["met"] for name, line in verdicts.items()} == {"low": True, "more": True, "stays": False, "loss": True}
+    assert [line["met"] for line in verdicts.values()] == [True, True, False, True]
     assert verdicts["low"]["mean"] == pytest.approx((5 * 5.2 * 5.5) ** (1 / 3))
     assert verdicts["stays"]["mean"] == pytest.approx(0.6)
     assert verdicts["loss"]["mean"] == pytest.approx(0.5)

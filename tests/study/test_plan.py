@@ -51,7 +51,8 @@ def test_jobs_follow_what_they_need(study_file):
     for job in jobs:
         assert all(names.index(need) < names.index(job.name) for need in job.needs)
     stages = levels(jobs)
-    assert [job.name for job in stages[0]] == ["train/detour-s1", "train/control2-s1", "train/detour-s2", "train/control2-s2"]
+    first = [f"train/{arm}-s{seed}" for seed in (1, 2) for arm in ("detour", "control2")]
+    assert [job.name for job in stages[0]] == first
     assert sum(map(len, stages)) == len(jobs)
 
 
@@ -71,7 +72,7 @@ def test_jobs_follow_what_they_need(study_file):
         ({"criteria": {"a": "drift of bottom > 1"}}, "unknown region"),
         ({"criteria": {"a": "drift of low > detour"}}, "compare two arms, two quantities, or a quantity with a number"),
         ({"seeds": [1, 1]}, "seeds: must be a list without repetitions"),
-        ({"analyses": {"drift": {"texts": {"files": ["x"]}, "noise": "none"}}}, "analyses.drift.noise: 'none' is no arm"),
+        ({"analyses": {"drift": {"texts": {"files": ["x"]}, "noise": "none"}}}, "drift.noise: 'none' is no arm"),
     ],
 )
 def test_faults_name_their_key(corpus, tmp_path, changes, message):
@@ -95,6 +96,13 @@ def test_criteria_are_read_as_written(study_file):
     assert yaml.safe_load(study_file.read_text())["criteria"] == CRITERIA
 
 
+def without_files(monkeypatch) -> None:
+    """Let a model of 22 layers and its corpora be there."""
+    shape = SimpleNamespace(layers=22)
+    monkeypatch.setattr("megatron_detour.study.plan.look", lambda model: SimpleNamespace(shape=shape))
+    monkeypatch.setattr("megatron_detour.study.plan.preflight", lambda *_, **__: Preflight())
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "studies").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_of_the_examples_are_whole(path, monkeypatch):
     """Without their models and corpora: every key, arm, layer name and criterion is read."""
@@ -102,17 +110,14 @@ def test_the_studies_of_the_examples_are_whole(path, monkeypatch):
     if "arms" not in content:
         load_protocol(str(path)) if "defaults" in content else load(path)
         return
-    shape = SimpleNamespace(layers=22)
-    monkeypatch.setattr("megatron_detour.study.plan.look", lambda model: SimpleNamespace(shape=shape))
-    monkeypatch.setattr("megatron_detour.study.plan.preflight", lambda *_, **__: Preflight())
+    without_files(monkeypatch)
     study = read_study(path)
     assert study.criteria
     assert len(study.runs) == len(study.config.arms) * len(study.config.seeds)
 
 
 def test_the_papers_decay_sweep_trains_the_detour_once(monkeypatch):
-    monkeypatch.setattr("megatron_detour.study.plan.look", lambda model: SimpleNamespace(shape=SimpleNamespace(layers=22)))
-    monkeypatch.setattr("megatron_detour.study.plan.preflight", lambda *_, **__: Preflight())
+    without_files(monkeypatch)
     study = read_study(ROOT / "examples" / "studies" / "paper_french_base.yaml")
     sweep = {run.arm: run for run in study.runs if run.arm.startswith("decay_")}
     assert {run.fork.source.name for run in sweep.values()} == {"detour-s17"}

@@ -10,7 +10,8 @@ import yaml
 
 from megatron_detour.errors import DetourError
 from megatron_detour.study.plan import read_study
-from megatron_detour.study.registration import FILE, read_registration, register
+from megatron_detour.study.records import REGISTRATION
+from megatron_detour.study.registration import register, registered
 from tests.study.studies import write_study
 
 
@@ -40,7 +41,7 @@ def test_changed_data_is_a_change(corpus, tmp_path):
     text = gzip.decompress(test.read_bytes()) if test.suffix == ".gz" else test.read_bytes()
     test.unlink()
     (test.parent / "test.jsonl").write_bytes(text.partition(b"\n")[2])
-    with pytest.raises(DetourError, match="facts.tasks"):
+    with pytest.raises(DetourError, match=r"facts\.tasks"):
         register(read_study(path))
 
 
@@ -53,8 +54,8 @@ def test_where_it_runs_is_no_change(corpus, tmp_path):
 def test_an_edited_registration_is_refused(corpus, tmp_path):
     study = read_study(write_study(tmp_path, corpus))
     register(study)
-    content = json.loads((study.folder / FILE).read_text())
+    content = json.loads((study.folder / REGISTRATION).read_text())
     content["study"]["criteria"]["helps"] = "detour > control on loss"
-    (study.folder / FILE).write_text(json.dumps(content))
+    (study.folder / REGISTRATION).write_text(json.dumps(content))
     with pytest.raises(DetourError, match="changed since it was written"):
-        read_registration(study.folder)
+        registered(study.folder)

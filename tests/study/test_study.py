@@ -54,7 +54,8 @@ def test_a_killed_study_ends_with_the_same_figures(whole, corpus, tmp_path, kill
     path = write_small_study(tmp_path, corpus)
     rng = random.Random(kills)
     for _ in range(kills):
-        process = subprocess.Popen(command(path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command(path), env=environment(), **quiet)
         time.sleep(rng.uniform(1, 15))
         process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM)))
         process.wait()
@@ -97,7 +98,8 @@ def test_the_jobs_of_a_cluster_give_the_figures_of_one_machine(whole, corpus, tm
     for job in jobs:
         words = shlex.split(job)
         assert words[0] == "megatron-detour"
-        subprocess.run([sys.executable, "-m", "megatron_detour", *words[1:]], env=environment(), check=True, capture_output=True)
+        command = [sys.executable, "-m", "megatron_detour", *words[1:]]
+        subprocess.run(command, env=environment(), check=True, capture_output=True)
     assert figures(tmp_path / "study") == whole
 
 
@@ -115,5 +117,5 @@ def test_slurm_arrays_follow_each_other(corpus, tmp_path, capsys):
     assert submitted[0].startswith("--parsable --array=1-2 ")
     assert all(f"--dependency=afterany:{number}" in line for number, line in enumerate(submitted[1:], start=1))
     stages = [(folder / f"stage-{number}.txt").read_text().splitlines() for number in range(len(submitted))]
-    assert [f"--array=1-{len(stage)}" in line for stage, line in zip(stages, submitted, strict=True)] == [True] * len(stages)
+    assert all(f"--array=1-{len(stage)}" in line for stage, line in zip(stages, submitted, strict=True))
     assert json.loads((tmp_path / "study" / "registration.json").read_text())["name"] == "tiny"
