@@ -67,25 +67,13 @@ def png(figure: Figure) -> bytes:
 
 def svg_file(figure: Figure, name: str) -> str:
     """Return the content of an SVG file that looks the same everywhere: its letters are outlines."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    target = io.StringIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
-        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
-    return target.getvalue()
+    return _drawn(figure, name, "path")
 
 
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
     """Return an SVG element for a page: text stays text, colors are variables; `name` makes its ids unique."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    target = io.StringIO()
     figure.set_facecolor("none")
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
-    drawn = target.getvalue()
+    drawn = _drawn(figure, name, "none")
     box = re.search(r'viewBox="([^"]+)"', drawn)[1]
     inner = drawn[drawn.index("</metadata>") + len("</metadata>") : drawn.rindex("</svg>")]
     inner = re.sub(r'<style type="text/css">.*?</style>|<defs>\s*</defs>|<!--.*?-->', "", inner, flags=re.DOTALL)
@@ -93,6 +81,16 @@ def svg(figure: Figure, name: str, title: str, description: str) -> str:
     about = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
     inner = with_variables(re.sub(r"\n\s*", "\n", inner))
     return f'<svg viewBox="{box}" role="img">{about}{inner}</svg>'
+
+
+def _drawn(figure: Figure, name: str, letters: str) -> str:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    target = io.StringIO()
+    with rc_context({"svg.fonttype": letters, "svg.hashsalt": name}):
+        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None})
+    return target.getvalue()
 
 
 def described(figure: Figure) -> str:

@@ -248,7 +248,7 @@ def decay_sweeps(data: StudyData) -> list[list[str]]:
         if not facts.phases:
             continue
         last = {key: value for key, value in facts.phases[-1].items() if key != "tokens"}
-        own = [data.setting("arms", arm, key) for key in ("seed_offset", "average")]
+        own = [data.setting("arms", arm, "seed_offset") or 0]
         own += [pair for pair in (data.setting("arms", arm, "set") or {}).items() if not pair[0].startswith("phases.")]
         key = repr([[sorted(phase.items()) for phase in facts.phases[:-1]], sorted(last.items()), own])
         groups.setdefault(key, {}).setdefault(last_tokens(facts.phases[-1]), arm)

@@ -61,7 +61,8 @@ def _evaluation(data: StudyData) -> str:
     tasks = [f"{task} ({metric_words(data.metrics[task])})" for task in data.tasks]
     protocol = data.setting("evaluation", "protocol")
     named = f" by the protocol {protocol}" if protocol else ""
-    count, models = len(data.of(ScoreRecord)), "the start model and every arm" if START in data.scored else "every arm"
+    arms = counted(sum(arm != START for arm in data.scored), "arm")
+    count, models = len(data.of(ScoreRecord)), f"the start model and {arms}" if START in data.scored else arms
     return (
         f"To evaluate, {models} were fine-tuned{named} on {counted(len(tasks), 'task')}: {', '.join(tasks)}, with "
         f"{counted(len(data.finetuning_seeds), 'fine-tuning seed')} each ({count:,} fine-tunings); scores are those "

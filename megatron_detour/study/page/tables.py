@@ -51,8 +51,6 @@ def _about(data: StudyData, arm: str) -> str:
     parts += [f"{key} = {value}" for key, value in (data.setting("arms", arm, "set") or {}).items()]
     if data.setting("arms", arm, "seed_offset"):
         parts.append("other seeds of the masks")
-    if count := data.setting("arms", arm, "average"):
-        parts.append(f"mean of the last {count} checkpoints")
     return "; ".join(parts) or "the base run file"
 
 
