@@ -91,8 +91,8 @@ ALLOWED = {
         "numpy torch transformers rich",
     ),
     "analysis": (
-        "analysis evaluation corpus.documents checkpoint model.families model_parts counter_rng files errors",
-        "numpy torch transformers safetensors",
+        "analysis evaluation corpus.documents checkpoint model.families model_parts counter_rng settings files errors",
+        "numpy torch transformers safetensors sklearn",
     ),
     "run_directory": (
         "checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
@@ -188,6 +188,7 @@ LAZY = {
     "optimizers.lion": "torch",
     "observe.sinks": "tensorboard wandb",
     "analysis.hidden_states": "torch transformers",
+    "analysis.linear_probe": "sklearn",
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
     "commands.evaluate": "torch",

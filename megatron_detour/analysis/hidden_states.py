@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Feature = dict[str, list[int]]  # input_ids, attention_mask and what else the tokenizer gives
 Dtype = Literal["float32", "float16"]
 Report = Callable[[int], None]  # receives the number of texts done since its last call
 Pool = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # states [b, t, h], mask [b, t] -> [b, h]
@@ -38,26 +40,22 @@ def mean_states(
 
     Raises DetourError for folders that are not encoders with a tokenizer, and for states that are not finite.
     """
-    return _states(Encoder.open(model, dtype), texts, mean_pool, max_tokens, batch, report)
-
-
-def first_states(
-    model: Path,
-    texts: Sequence[str],
-    *,
-    max_tokens: int = 512,
-    batch: int = 16,
-    dtype: Dtype = "float32",
-    report: Report = lambda texts: None,
-) -> np.ndarray:
-    """The same for the first token, [CLS], instead of the mean."""
-    return _states(Encoder.open(model, dtype), texts, lambda states, mask: states[:, 0], max_tokens, batch, report)
+    encoder = Encoder.open(model, dtype)
+    return encoder.states(encoder.tokenize(texts, max_tokens), mean_pool, batch=batch, report=report)
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the mean over the positions of the mask, float64."""
     weight = mask.double() / mask.sum(1, keepdim=True)
     return (weight[:, None] @ states.double())[:, 0]
+
+
+def first_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the states of the first token, [CLS]."""
+    return states[:, 0]
+
+
+POOLS: dict[str, Pool] = {"mean": mean_pool, "cls": first_pool}
 
 
 class Encoder:
@@ -91,33 +89,62 @@ class Encoder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(folder, network.to(device).eval().requires_grad_(False), tokenizer)
 
-    def tokenize(self, texts: Sequence[str], max_tokens: int) -> list[dict[str, list[int]]]:
-        """Return the model's arguments for each text, cut at `max_tokens` or the model's longest input."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=min(max_tokens, self.longest))
+    def tokenize(self, texts: Sequence[str], max_tokens: int, second: Sequence[str] | None = None) -> list[Feature]:
+        """Return the model's arguments for each text or pair, cut at `max_tokens` or the model's longest input."""
+        if not texts:
+            raise DetourError("no texts to measure hidden states on")
+        pairs = None if second is None else list(second)
+        encoded = self.tokenizer(list(texts), pairs, truncation=True, max_length=min(max_tokens, self.longest))
         return [{key: encoded[key][i] for key in encoded} for i in range(len(texts))]
 
-    def padded(self, features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def states(
+        self,
+        features: Sequence[Feature],
+        pool: Pool,
+        *,
+        batch: int = 16,
+        layers: Sequence[int] | None = None,
+        dtype: type[np.floating] = np.float64,
+        report: Report = lambda texts: None,
+    ) -> np.ndarray:
+        """Return the pooled states of all layers or of some, [layers, features, hidden]. Raises DetourError if any of
+        them is not finite."""
+        chosen = range(len(self.layers)) if layers is None else layers
+        states = np.empty((len(chosen), len(features), self.network.config.hidden_size), dtype)
+        for numbers in by_length(features, batch):
+            pooled = self._pooled([features[i] for i in numbers], pool, chosen)
+            for place, each in enumerate(pooled):
+                states[place, numbers] = each.double().cpu().numpy()
+            report(len(numbers))
+        if not np.isfinite(states).all():
+            layer = chosen[int(np.flatnonzero(~np.isfinite(states).all((1, 2)))[0])]
+            raise DetourError(
+                f"{self.folder}: hidden states of layer {layer} are not finite; use float32, or the model has diverged"
+            )
+        return states
+
+    def padded(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         """Return a batch on the encoder's device, each [texts, longest]."""
         padded = self.tokenizer.pad({key: [f[key] for f in features] for key in features[0]}, return_tensors="pt")
         return {key: tensor.to(self.network.device) for key, tensor in padded.items()}
 
-    def pooled(self, features: Sequence[dict[str, list[int]]], pool: Pool) -> list[torch.Tensor]:
-        """Return each layer's pooled states, [texts, hidden]; only these are kept in memory."""
+    def _pooled(self, features: Sequence[Feature], pool: Pool, layers: Sequence[int]) -> list[torch.Tensor]:
+        """Return pooled states [texts, hidden] of layers, in their order; only these are kept in memory."""
         import torch
 
-        batch, found = self.padded(features), []
+        batch, found = self.padded(features), {}
 
-        def keep(module: Any, given: Any, output: Any) -> None:
-            found.append(pool(output[0] if isinstance(output, tuple) else output, batch["attention_mask"]))
+        def keep(number: int, module: Any, given: Any, output: Any) -> None:
+            found[number] = pool(output[0] if isinstance(output, tuple) else output, batch["attention_mask"])
 
-        hooks = [layer.register_forward_hook(keep) for layer in self.layers]
+        hooks = [self.layers[number].register_forward_hook(partial(keep, number)) for number in layers]
         try:
             with torch.inference_mode():
                 self.network(**batch)
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
+        return [found[number] for number in layers]
 
 
 def layers_of(network: Any, folder: Path) -> list[Any]:
@@ -131,26 +158,7 @@ def layers_of(network: Any, folder: Path) -> list[Any]:
     return list(lists[0])
 
 
-def by_length(features: Sequence[dict[str, list[int]]], batch: int) -> Iterator[list[int]]:
+def by_length(features: Sequence[Feature], batch: int) -> Iterator[list[int]]:
     """Yield the numbers of texts of similar length, longest first, so that little is padded."""
     order = sorted(range(len(features)), key=lambda i: -len(features[i]["input_ids"]))
     yield from (order[at : at + batch] for at in range(0, len(order), batch))
-
-
-def _states(
-    encoder: Encoder, texts: Sequence[str], pool: Pool, max_tokens: int, batch: int, report: Report
-) -> np.ndarray:
-    if not texts:
-        raise DetourError("no texts to measure hidden states on")
-    features = encoder.tokenize(texts, max_tokens)
-    states = np.empty((len(encoder.layers), len(texts), encoder.network.config.hidden_size))
-    for numbers in by_length(features, batch):
-        for layer, pooled in enumerate(encoder.pooled([features[i] for i in numbers], pool)):
-            states[layer, numbers] = pooled.double().cpu().numpy()
-        report(len(numbers))
-    if not np.isfinite(states).all():
-        layer = int(np.flatnonzero(~np.isfinite(states).all((1, 2)))[0])
-        raise DetourError(
-            f"{encoder.folder}: hidden states of layer {layer} are not finite; use float32, or the model has diverged"
-        )
-    return states

@@ -42,8 +42,8 @@ def transplant(donor: Path, recipient: Path, parts: Sequence[str], output: Path)
     """Write the recipient with these parts of the donor as the Hugging Face folder `output`, atomically.
 
     A part is `layers.N`, `layers.N-M`, a third of the depth (`low`, `mid`, `deep`), `attention` or `mlp` (these modules
-    of all layers, without the norms before them), `embeddings`, `final_norm`, `head` or `all`. Tensors keep
-    their names, sizes and bits; configuration and tokenizer are the recipient's. `transplant.json` records the result.
+    of all layers, without the norms before them), `embeddings`, `final_norm`, `head` or `all`. Tensors keep their names
+    and bits; configuration and tokenizer are the recipient's. `transplant.json` beside them records the result.
 
     Raises DetourError for unknown parts, an existing `output`, and models that are not twins: of one shape, one dtype
     and one tokenizer.

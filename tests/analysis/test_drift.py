@@ -19,7 +19,7 @@ from megatron_detour.analysis.drift import (
     measure_drift,
     thirds,
 )
-from megatron_detour.analysis.hidden_states import first_states, mean_states
+from megatron_detour.analysis.hidden_states import Encoder, first_pool, mean_states
 from megatron_detour.analysis.persistence import Persistence, find_decay, measure_persistence
 from megatron_detour.errors import DetourError
 from tests.analysis.twins import write_twin
@@ -48,7 +48,10 @@ def test_states_are_the_means_of_transformers(models, texts):
     before_norm = []
     network.final_norm.register_forward_hook(lambda module, given, output: before_norm.append(given[0]))
     states = mean_states(models["control"], sample, max_tokens=40, batch=3)
-    firsts = first_states(models["control"], sample, max_tokens=40, batch=3)
+    encoder = Encoder.open(models["control"])
+    firsts = encoder.states(encoder.tokenize(sample, 40), first_pool, batch=3)
+    some = encoder.states(encoder.tokenize(sample, 40), first_pool, batch=3, layers=[4, 1])
+    np.testing.assert_array_equal(some, firsts[[4, 1]])
     assert states.shape == (5, 7, 32) and states.dtype == np.float64
     for i, text in enumerate(sample):
         ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=40)
