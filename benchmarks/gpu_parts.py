@@ -24,12 +24,13 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks import checkpoints, contenders, roofline, train
+from benchmarks import checkpoints, contenders, train
 from benchmarks.measure import matrix_rate
 from benchmarks.workload import make_workload
 from megatron_detour.commands import machine
 from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
+from megatron_detour.model import roofline
 from megatron_detour.model.backends import FLASH
 from megatron_detour.model.choose import choose_compute, run_sizes
 from megatron_detour.model.families import Family, read_shape

@@ -176,6 +176,11 @@ def add_session(folder: Path, session: dict[str, Any], facts: dict[str, Any]) ->
     _write_environment(folder, {"sessions": [*_environment(folder)["sessions"], session], **facts})
 
 
+def last_session(folder: Path) -> dict[str, Any]:
+    """Return the record of the last session; {} before the first."""
+    return next(reversed(_environment(folder)["sessions"]), {})
+
+
 def note(folder: Path, **facts: Any) -> None:
     """Record facts about the last session, such as how it ended or the step it saved. Thread-safe."""
     with _NOTING:

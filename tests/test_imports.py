@@ -105,7 +105,7 @@ ALLOWED = {
     ),
     "forecast": (
         "forecast preflight run_directory objectives optimizers config plan model.families model.flops model.peaks "
-        "parallel.shard_spec data.manifest data.indexed data.order ui errors",
+        "model.roofline parallel.shard_spec data.manifest data.indexed data.order ui errors",
         "numpy",
     ),
     "study": (

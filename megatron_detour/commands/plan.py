@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu-memory", type=ABOVE_ZERO, default=80, metavar="GB", help="memory per GPU (%(default)s)")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--rate", type=ABOVE_ZERO, metavar="TOKENS", help="measured tokens/s per GPU")
-    speed.add_argument("--mfu", type=FRACTION, metavar="FRACTION", help="model FLOPs utilization (by a roofline)")
+    speed.add_argument("--mfu", type=FRACTION, metavar="FRACTION", help="MFU (without: from a roofline model)")
     add("--json", action="store_true", help="print JSON")
 
 

@@ -95,6 +95,7 @@ def forecast(
     rate: float | None = None,
     mfu: float | None = None,
     attention: str | None = None,
+    kernels: str | None = None,
 ) -> Forecast:
     """Forecast a run on `ranks` GPUs. Missing files and invalid values become faults, notes and None, not errors.
 
@@ -102,7 +103,7 @@ def forecast(
     device: a GPU's name, by default "h100" for bf16 and "cpu" for fp32; gpu_memory: GB per GPU
     rate: measured tokens per second per GPU; without it, time follows from the device's peak and `mfu`; without both,
     from its roofline
-    attention: the backend, if it is chosen already
+    attention, kernels: those that are used, by default the run file's
     """
     notes: list[str] = []
     checked = checked or preflight(config, plan, ranks, gpu=device and device != "cpu")
@@ -110,7 +111,7 @@ def forecast(
     device = device or ("h100" if bf16 else "cpu")
     attempt = _Attempt(notes)
     on_gpu, attention = device != "cpu", attention or config.compute.attention
-    setting = memory_setting(config, bf16, ranks, on_gpu, attention, config.compute.kernels)
+    setting = memory_setting(config, bf16, ranks, on_gpu, attention, kernels or config.compute.kernels)
     speed = Speed(rate, mfu, chip(device) if bf16 else None, attention if attention in roofline.ATTENTION else "varlen")
     if not speed.known:
         hint = nearest(device, PEAK_NAMES)

@@ -146,7 +146,7 @@ def _disk(forecast: Forecast) -> str:
 
 
 def _time_table(forecast: Forecast) -> list[str]:
-    headers = ["phase", "tokens", "FLOP", "FLOP per token", "roofline", "tokens/s per GPU", "time"]
+    headers = ["phase", "tokens", "FLOP", "FLOP/token", "roofline", "tokens/s per GPU", "time"]
     rows = []
     entries = [(c.name, c.tokens, c.flops, c.roofline, c.seconds) for c in forecast.costs]
     if len(entries) > 1:

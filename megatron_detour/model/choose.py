@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_detour.errors import DetourError
 from megatron_detour.kernels.check import Sizes
@@ -15,6 +13,7 @@ from megatron_detour.kernels.choose import choose_kernels
 from megatron_detour.model.backends import choose_attention
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.families import Family
+from megatron_detour.parallel.state import gather_from_all_ranks
 
 SDPA_ON_GPU = (
     "  sdpa makes one call per document, which is slow on a GPU: train in bf16 with compute.attention=varlen, or "
@@ -71,7 +70,7 @@ def choose_compute(
         choice = Choice(compute, chosen_attention, chosen_kernels, skipped, device.type == "cuda")
     except DetourError as error:
         fault = str(error)
-    outcomes = _gather_from_all_ranks((fault, choice and (choice.attention, choice.kernels)))
+    outcomes = gather_from_all_ranks((fault, choice and (choice.attention, choice.kernels)))
     faults = [message for message, _ in outcomes if message]
     if faults:
         raise DetourError(faults[0])
@@ -82,11 +81,3 @@ def choose_compute(
             "compute.attention and compute.kernels in the run file"
         )
     return choice
-
-
-def _gather_from_all_ranks(outcome: tuple) -> list[Any]:
-    if not dist.is_initialized():
-        return [outcome]
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
-    return outcomes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -86,3 +87,12 @@ class ParallelState:
 
 def _group(ranks: range) -> dist.ProcessGroup:
     return dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT)
+
+
+def gather_from_all_ranks(value: Any) -> list[Any]:
+    """Return every rank's value, a picklable one, in order of rank. Collective over all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

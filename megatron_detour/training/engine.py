@@ -74,7 +74,7 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
     import deepspeed
 
     settings = deepspeed_settings(deepspeed_config) | {
-        "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
+        "train_micro_batch_size_per_gpu": 1,  # both have no effect: the trainer forms the micro-batches
         "gradient_accumulation_steps": 1,
     }
     optimizer = config.optimizer.kind.build(parameter_groups(model, config))

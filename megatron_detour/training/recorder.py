@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,10 @@ class Recorder:
             checked=run.initial.checked,
             device=meter.device_name(run.device) if gpu else "cpu",
             gpu_memory=torch.cuda.get_device_properties(run.device).total_memory / 1e9 if gpu else 0.0,
+            attention=run.choice.attention,
+            kernels=run.choice.kernels,
         )
-        logger.info("%s", headline(predicted))
+        logger.info("%s", headline(replace(predicted, micro_batches=run.micro_batches)))
         facts = run_facts(run, validation)
         add_session(run.folder, session_facts(run, run.plan.at(tokens).number - 1), facts)
         self._described = True
@@ -190,6 +192,8 @@ def session_facts(run: Run, step: int) -> dict[str, Any]:
         "attention": run.choice.attention,
         "kernels": run.choice.kernels,
         "recompute": run.choice.compute.recompute,
+        "micro_sequences": {name: one.sequences for name, one in run.micro_batches.items()},
+        "chosen_by_auto": {name: one.why for name, one in run.micro_batches.items() if one.why},
         "dtype": str(next(run.zero.module.parameters()).dtype).removeprefix("torch."),
         "passed_over": run.choice.skipped,
     }

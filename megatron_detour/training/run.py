@@ -9,6 +9,7 @@ import torch
 
 from megatron_detour.config import RunConfig
 from megatron_detour.data.phase_data import PhaseData
+from megatron_detour.forecast.micro_batches import MicroBatch
 from megatron_detour.model.choose import Choice
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.parallel.zero import Zero
@@ -22,12 +23,13 @@ class Run:
     """Created by each rank; only `parallel`, `device` and `preemption` differ between ranks."""
 
     config: RunConfig
-    plan: Plan
+    plan: Plan  # with the sizes of micro-batches chosen
     folder: Path
     initial: InitialModel
     data: PhaseData
     parallel: ParallelState
     device: torch.device
+    micro_batches: dict[str, MicroBatch]  # by phase
     choice: Choice  # of attention and kernels
     zero: Zero  # the model, its gradients and its optimizer
     preemption: Preemption

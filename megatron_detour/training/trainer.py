@@ -28,7 +28,6 @@ from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.data.phase_data import PhaseData
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.files import retry
-from megatron_detour.model.choose import choose_compute, run_sizes
 from megatron_detour.model.flops import Frozen, training_flops
 from megatron_detour.observe.meter import memory_bytes, utilization
 from megatron_detour.parallel.shard import spec_of
@@ -37,10 +36,11 @@ from megatron_detour.preflight import preflight
 from megatron_detour.runtime.failure_detector import FailureDetector
 from megatron_detour.runtime.preemption import Preemption
 from megatron_detour.training.checkpoints import Checkpoints
-from megatron_detour.training.engine import create_engine, start_distributed, training_dtype
+from megatron_detour.training.engine import create_engine, start_distributed
 from megatron_detour.training.freezing import freeze
 from megatron_detour.training.guards import Guard, not_finite
 from megatron_detour.training.initial_model import InitialModel
+from megatron_detour.training.micro_batches import choose_sizes
 from megatron_detour.training.profiler import Profiler
 from megatron_detour.training.recorder import REPORT_SECONDS, Recorder
 from megatron_detour.training.run import Run
@@ -66,17 +66,10 @@ def run_training(config: RunConfig, plan: Plan, folder: Path, preemption: Preemp
     if parallel.is_first:
         log.to_terminal()
     with FailureDetector(is_stopping=lambda: preemption.reason() is not None) as detector:
-        choice = choose_compute(
-            config.compute.attention,
-            config.compute.kernels,
-            config.compute.recompute,
-            run_sizes(initial.shape, config.parallel.tensor, plan.micro_batches),
-            device,
-            training_dtype(checked.deepspeed),
-        )
+        plan, sizes, choice = choose_sizes(config, plan, folder, initial, parallel, device)
         model = initial.shape.build(parallel, choice.compute, config.z_loss)
         zero = create_engine(model, config, checked.deepspeed, parallel)
-        trainer = Trainer(Run(config, plan, folder, initial, data, parallel, device, choice, zero, preemption))
+        trainer = Trainer(Run(config, plan, folder, initial, data, parallel, device, sizes, choice, zero, preemption))
         detector.has_saved, detector.on_failure = lambda: trainer.checkpoints.has_saved, trainer.recorder.note_end
         with trainer.recorder.own_folder():
             finished = trainer.train()

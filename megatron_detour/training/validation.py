@@ -29,7 +29,7 @@ class Validation:
         settings = config.validation
         self.mixture = DocumentMixture(settings.corpora, config.data.sequence_length, settings.seed, vocabulary)
         self.seed = settings.seed
-        self.micro_tokens = config.batch.micro_sequences * config.data.sequence_length
+        self.micro_tokens = min(phase.micro_sequences * phase.sequence_length for phase in run.plan.phases)
         self.objectives: dict[str, Corruption] = {
             name: kind.for_validation(settings.mask_rate).bind(vocabulary)
             for name, kind in KINDS.items()
