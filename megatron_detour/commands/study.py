@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import sys
 import time
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from megatron_detour.commands.parser import COUNT
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.study.forecast import describe_cost
-from megatron_detour.study.jobs import FAILED, Job, find, jobs_of, record
+from megatron_detour.study.jobs import FAILED, Job, find, jobs_of, record, record_of
 from megatron_detour.study.plan import Study, read_study
 from megatron_detour.study.records import DONE
 
@@ -79,14 +80,15 @@ def _run_study(study: Study, jobs: list[Job], options: argparse.Namespace) -> in
 
 
 def _run_job(study: Study, job: Job) -> int:
-    """Run one job and record how it ended, unless another process runs it."""
+    """Run one job and record how it ended; first wait for a process that a killed session has left running it."""
     path = study.folder / "locks" / f"{job.name.replace('/', '-')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DetourError(f"{job.name}: another process runs this job") from None
+        os.set_inheritable(lock.fileno(), True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = record_of(study, job.name)
+        if ended and ended["status"] == DONE:
+            return 0
         started = time.monotonic()
         try:
             status = job.work()
@@ -94,8 +96,8 @@ def _run_job(study: Study, job: Job) -> int:
             record(study, job.name, status=FAILED, message=str(fault), seconds=round(time.monotonic() - started, 1))
             raise
         if status != EXIT_INTERRUPTED:
-            ended, message = (DONE, "") if status == 0 else (FAILED, f"exit status {status}")
-            record(study, job.name, status=ended, message=message, seconds=round(time.monotonic() - started, 1))
+            result, message = (DONE, "") if status == 0 else (FAILED, f"exit status {status}")
+            record(study, job.name, status=result, message=message, seconds=round(time.monotonic() - started, 1))
         return status
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from megatron_detour.evaluation.report.statistics import LEVEL
@@ -10,6 +9,7 @@ from megatron_detour.forecast.storage import disk
 from megatron_detour.study.jobs import Job, record_of
 from megatron_detour.study.plan import Study
 from megatron_detour.study.power import Luck, power
+from megatron_detour.study.records import DONE
 from megatron_detour.ui.format import byte_size, compact, counted, duration
 
 CHANCE = 0.8
@@ -57,23 +57,33 @@ def describe_cost(study: Study, jobs: list[Job]) -> str:
         lines.append(
             f"tasks    {counted(len(study.tasks), 'task')}: {each * models} fine-tuning runs of {models} models"
         )
-    done = {job.name: ended for job in jobs if (ended := record_of(study, job.name)) and ended["status"] == "done"}
-    lines.append(f"jobs     {len(jobs)}, of which {len(done)} are done{_hours(jobs, done)}")
+    ended = {job.name: record_of(study, job.name) for job in jobs}
+    done = sum(found is not None and found["status"] == DONE for found in ended.values())
+    lines.append(f"jobs     {len(jobs)}, of which {done} are done{_hours(jobs, ended)}")
     statement = power_statement(study)
     return "\n".join([*lines, *([f"power    {statement['statement']}"] if statement else [])])
 
 
-def _hours(jobs: list[Job], done: dict[str, dict[str, Any]]) -> str:
-    """Extrapolate from the finished jobs of each kind, one at a time."""
-    kinds = Counter(job.name.partition("/")[0] for job in jobs if job.name not in done)
+def _hours(jobs: list[Job], ended: dict[str, dict[str, Any] | None]) -> str:
+    if all(ended.values()):
+        return ""
+    left = seconds_left(jobs, ended)
+    if left is None:
+        return "; the first of each kind will tell how long the rest takes"
+    return f"; the rest takes {duration(left)}, one job at a time"
+
+
+def seconds_left(jobs: list[Job], ended: dict[str, dict[str, Any] | None]) -> float | None:
+    """Return the time of the jobs that are left, one at a time, by the finished ones of each kind; None without."""
     seconds = 0.0
-    for kind in kinds:
-        finished = [job for job in jobs if job.name in done and job.name.startswith(f"{kind}/") and job.cost]
-        if not finished:
-            return "; the first of each kind will tell how long the rest takes"
-        rate = sum(done[job.name]["seconds"] for job in finished) / sum(job.cost for job in finished)
-        seconds += rate * sum(job.cost for job in jobs if job.name not in done and job.name.startswith(f"{kind}/"))
-    return f"; the rest takes {duration(seconds)}, one job at a time" if kinds else ""
+    for kind in dict.fromkeys(job.kind for job in jobs if not ended[job.name]):
+        same = [job for job in jobs if job.kind == kind]
+        done = [job for job in same if (ended[job.name] or {}).get("status") == DONE]
+        if not done:
+            return None
+        rate = sum(ended[job.name]["seconds"] for job in done) / sum(job.cost for job in done)
+        seconds += rate * sum(job.cost for job in same if not ended[job.name])
+    return seconds
 
 
 def _disk(study: Study) -> int:

@@ -31,6 +31,10 @@ class Job:
     cost: float
     work: Callable[[], int]
 
+    @property
+    def kind(self) -> str:
+        return self.name.partition("/")[0]
+
 
 def jobs_of(study: Study) -> list[Job]:
     """Return all jobs, by training seed, so that an unfinished study has whole seeds."""

@@ -14,11 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
+from megatron_detour.study.forecast import seconds_left
 from megatron_detour.study.jobs import FAILED, SKIPPED, Job, log_file, record, record_of
 from megatron_detour.study.plan import Study
 from megatron_detour.study.records import DONE
+from megatron_detour.study.results import collect
 from megatron_detour.ui.format import duration
-from megatron_detour.ui.progress import time_left
 
 LAST_WORDS = 300  # characters of a failed job's log
 
@@ -30,7 +31,8 @@ class Runner:
         self.study, self.jobs, self.parallel = study, jobs, parallel
         self.ended = {job.name: record_of(study, job.name) for job in jobs}
         if retry:
-            self.ended = {name: ended for name, ended in self.ended.items() if ended and ended["status"] == DONE}
+            done = {name for name, ended in self.ended.items() if ended and ended["status"] == DONE}
+            self.ended = {name: ended if name in done else None for name, ended in self.ended.items()}
         self._processes: dict[int, subprocess.Popen] = {}  # by slot
         self._stopped = False
         self._began = time.monotonic()
@@ -38,8 +40,7 @@ class Runner:
     def run(self) -> int:
         """Return 0 if every job is done, 1 if some failed, EXIT_INTERRUPTED if stopped by a signal."""
         with _only_one(self.study.folder), self._signals(), ThreadPoolExecutor(self.parallel) as pool:
-            waiting = [job for job in self.jobs if not self.ended.get(job.name)]
-            self._left = len(waiting)
+            waiting = [job for job in self.jobs if not self.ended[job.name]]
             running: dict[Future[int], tuple[Job, int, float]] = {}
             free = list(range(self.parallel))
             while (waiting or running) and not (self._stopped and not running):
@@ -52,7 +53,7 @@ class Runner:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job, slot, started = running.pop(future)
                     free.append(slot)
-                    self._finish(job, future.result(), time.monotonic() - started, len(waiting) + len(running))
+                    self._finish(job, future.result(), time.monotonic() - started)
         if self._stopped:
             return EXIT_INTERRUPTED
         return 0 if all(ended and ended["status"] == DONE for ended in self.ended.values()) else 1
@@ -60,7 +61,7 @@ class Runner:
     def _next(self, waiting: list[Job]) -> Job | None:
         """Take the first job whose needs are done; skip those whose needs failed."""
         for job in list(waiting):
-            ended = [self.ended.get(name) for name in job.needs]
+            ended = [self.ended[name] for name in job.needs]
             failed = next((n for n, e in zip(job.needs, ended, strict=True) if e and e["status"] != DONE), None)
             if failed:
                 waiting.remove(job)
@@ -93,21 +94,20 @@ class Runner:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         return environment
 
-    def _finish(self, job: Job, status: int, seconds: float, left: int) -> None:
+    def _finish(self, job: Job, status: int, seconds: float) -> None:
         if self._stopped or status == EXIT_INTERRUPTED:
             self._stopped = True
             return
         if status == 0:
             self.ended[job.name] = record_of(self.study, job.name)
-            done = self._left - left
-            ending = (
-                f"; {left} jobs left, {time_left(done, self._left, time.monotonic() - self._began)}" if left else ""
-            )
+            left = seconds_left(self.jobs, self.ended)
+            ending = f"; {duration(left / self.parallel)} left" if left else ""
             print(f"{_clock(self._began)}  {job.name}: done in {duration(seconds)}{ending}", flush=True)
         else:
             log = log_file(self.study, job.name)
             self._record(job, FAILED, _last_words(log) or f"exit status {status}", seconds)
             print(f"{_clock(self._began)}  {job.name}: FAILED, see {log}", flush=True)
+        collect(self.study, self.jobs)  # `study report` shows what there is at any time
 
     def _record(self, job: Job, status: str, message: str, seconds: float) -> None:
         record(self.study, job.name, status=status, message=message, seconds=round(seconds, 1))

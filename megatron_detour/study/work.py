@@ -37,7 +37,8 @@ def train(run: StudyRun, ranks: int) -> int:
     # A signal reaches the whole group: wait for the training process, which saves a checkpoint first.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return subprocess.call([*command, *launch], env=os.environ | environment)
+        # It inherits the job's lock, and keeps it should this process be killed.
+        return subprocess.call([*command, *launch], env=os.environ | environment, close_fds=False)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -59,19 +59,9 @@ def test_a_killed_study_ends_with_the_same_figures(whole, corpus, tmp_path, kill
         time.sleep(rng.uniform(1, 15))
         process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM)))
         process.wait()
-    done = _finish(path)
+    done = subprocess.run(command(path), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert figures(path.parent / "study") == whole
-
-
-def _finish(path: Path) -> subprocess.CompletedProcess:
-    """Run the study until no job of a killed session is in the way."""
-    for _ in range(60):
-        done = subprocess.run(command(path, "--retry-failed"), env=environment(), capture_output=True, text=True)
-        if done.returncode == 0:
-            break
-        time.sleep(1)
-    return done
 
 
 @pytest.mark.slow
