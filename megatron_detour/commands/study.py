@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_detour.commands.parser import COUNT
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
 from megatron_detour.study.forecast import describe_cost
-from megatron_detour.study.jobs import FAILED, Job, find, jobs_of, record, record_of
+from megatron_detour.study.jobs import FAILED, Job, find, forget_failures, jobs_of, record, record_of
 from megatron_detour.study.plan import Study, read_study
 from megatron_detour.study.records import DONE
 
@@ -73,7 +73,9 @@ def _run_study(study: Study, jobs: list[Job], options: argparse.Namespace) -> in
 
         print(write_jobs(study, jobs, options.jobs))
         return 0
-    status = Runner(study, jobs, options.parallel, options.retry_failed).run()
+    if options.retry_failed:
+        forget_failures(study, jobs)
+    status = Runner(study, jobs, options.parallel).run()
     collect(study, jobs)
     _report(study.folder, None)
     return status

@@ -129,6 +129,14 @@ def record(study: Study, job: str, **facts: Any) -> None:
     write_whole(path, json.dumps({"job": job, **facts}, ensure_ascii=False) + "\n")
 
 
+def forget_failures(study: Study, jobs: list[Job]) -> None:
+    """Let failed and skipped jobs run again."""
+    for job in jobs:
+        ended = record_of(study, job.name)
+        if ended and ended["status"] != DONE:
+            _record(study, job.name).unlink()
+
+
 def _record(study: Study, job: str) -> Path:
     return study.folder / "jobs" / f"{job}.json"
 

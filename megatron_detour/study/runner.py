@@ -27,12 +27,9 @@ LAST_WORDS = 300  # characters of a failed job's log
 class Runner:
     """Starts each job once what it needs is done. A failed job is recorded, and what needs it is skipped."""
 
-    def __init__(self, study: Study, jobs: list[Job], parallel: int, retry: bool) -> None:
+    def __init__(self, study: Study, jobs: list[Job], parallel: int) -> None:
         self.study, self.jobs, self.parallel = study, jobs, parallel
         self.ended = {job.name: record_of(study, job.name) for job in jobs}
-        if retry:
-            done = {name for name, ended in self.ended.items() if ended and ended["status"] == DONE}
-            self.ended = {name: ended if name in done else None for name, ended in self.ended.items()}
         self._processes: dict[int, subprocess.Popen] = {}  # by slot
         self._stopped = False
         self._began = time.monotonic()
