@@ -17,7 +17,7 @@ from megatron_detour.files import write_whole
 from megatron_detour.structured import read_json_object
 from megatron_detour.study import work
 from megatron_detour.study.plan import Study, StudyRun, run_name
-from megatron_detour.study.records import START
+from megatron_detour.study.records import DONE, START
 
 FAILED, SKIPPED = "failed", "skipped"
 
