@@ -9,12 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks import gpu_day, gpu_parts, gpu_summary, roofline
+from benchmarks import gpu_day, gpu_parts, gpu_summary
 from benchmarks.gpu_day import PARTS, Part, run_day
 from megatron_detour.errors import DetourError
-from megatron_detour.model.flops import visible_pairs
-from megatron_detour.model.peaks import chip
-from tests.forecast.test_memory import BASE
 from tests.harness import environment
 
 ROW = {
@@ -145,31 +142,6 @@ def test_the_smallest_micro_batch_that_is_as_fast_is_suggested():
         "tokens per micro-batch": 32_768,
     }
     assert gpu_summary.suggest([]) == {}
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [None, 64])
-def test_visited_blocks_hold_all_visible_pairs(causal, window):
-    for length in (1, 127, 128, 129, 1000, 8192):
-        reach = length if window is None else window
-        blocks = {
-            (query // roofline.BLOCK, key // roofline.BLOCK)
-            for query in range(0, length, 32)
-            for key in range(0, (query if causal else length - 1) + 1, 32)
-            if abs(query - key) <= reach
-        }
-        visited = roofline.visited_pairs(length, causal, window)
-        assert visited >= visible_pairs(length, causal, window)
-        assert visited >= len(blocks) * roofline.BLOCK**2
-
-
-def test_the_roofline_of_base_on_an_h100():
-    """The paper's runs reached 23% (CLM) to 30% (MLM) of the peak; a bound lies above, and below the peak."""
-    lengths = (1024,) * 16
-    sheet = chip("NVIDIA H100 80GB HBM3")
-    at_best = 16_384 / roofline.seconds(BASE, lengths, False, 4915, sheet)
-    faster = 16_384 / roofline.seconds(BASE, lengths, False, 4915, sheet, "flash3")
-    assert 300_000 < at_best < faster < 600_000
 
 
 def test_the_summary_says_why_a_part_has_no_figures():

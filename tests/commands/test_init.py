@@ -101,20 +101,20 @@ def test_a_built_corpus_is_taken_as_it_is(model, corpus, tmp_path, monkeypatch, 
         main(words)
 
 
-def test_gpus_get_the_largest_micro_batch_that_fits(corpus, tmp_path, monkeypatch, capsys):
+def test_gpus_get_auto_and_no_more_recomputation_than_they_need(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = ["init", "--texts", corpus.prefix, "--model", "answerdotai/ModernBERT-base", "--tokens", "11B", "--yes"]
-    sizes = {}
-    for memory in ("24", "80"):
+    recompute = {}
+    for memory in ("6", "80"):
         main([*base, "--gpus", "4", "--gpu", "h100", "--gpu-memory", memory, "--name", f"m{memory}"])
         config = load(f"m{memory}.yaml")
         assert config.deepspeed == "ds_configs/zero2_bf16.json" and config.model.download
         assert (config.phases[0].tokens, config.phases[1].tokens) == (10 * 10**9, 10**9)
         assert config.batch.sequences == 384
-        sizes[memory] = config.batch.micro_sequences
-        assert 96 % config.batch.micro_sequences == 0
+        assert config.batch.micro_sequences == "auto"
+        recompute[memory] = config.compute.recompute
         assert commands_in(capsys.readouterr().out)[2][-1] == "--launch"
-    assert sizes["80"] > sizes["24"]
+    assert recompute["80"] == "none" != recompute["6"]
     for words, says in (
         (["--tokens", "1,5B"], "--tokens: must be an amount of tokens such as"),
         (["--time", "3x"], "--time: must be a time such as"),

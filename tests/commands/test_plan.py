@@ -20,10 +20,11 @@ RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem[:6] in ("englis", "french")], ids=lambda r: r.stem)
 def test_the_papers_recipes_fill_the_papers_gpus(recipe):
-    """micro_sequences are what the plan itself advises on four GPUs of 80 GB."""
+    """auto chooses micro-batches of 65,536 tokens on four GPUs of 80 GB, and no change is advised."""
     config = load(recipe)
     result = forecast(config, Plan.from_config(config), 4, device="h100", gpu_memory=80)
     assert all(memory.fits(80) for memory in result.memory.values())
+    assert {batch.tokens for batch in result.micro_batches.values()} == {65_536}
     assert result.advice is None
 
 
@@ -177,8 +178,10 @@ def test_what_does_not_fit_is_told_what_to_change_first(capsys, monkeypatch, tmp
         return capsys.readouterr().out
 
     assert "fits 80 GB" in answer()
-    assert "does not fit 16 GB" in answer("--gpu-memory", "16")
-    assert "with batch.micro_sequences=1 it fits" in answer("--gpu-memory", "16")
+    chosen = "micro-batch: 1 x 8,192 tokens (auto: the most that fits 16 GB); a run chooses anew at its start"
+    assert chosen in answer("--gpu-memory", "16")
+    given = answer("--gpu-memory", "16", "batch.micro_sequences=8")
+    assert "does not fit 16 GB" in given and "with batch.micro_sequences=1 it fits" in given
     assert "with compute.recompute=selective it fits" in answer("--gpu-memory", "12", "batch.micro_sequences=1")
     assert "are not enough: set parallel.tensor=2" in answer("--gpu-memory", "4")
 

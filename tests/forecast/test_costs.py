@@ -15,13 +15,14 @@ from megatron_detour.config import Corpus, from_dict, load
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.forecast import costs, forecast, headline, render
-from megatron_detour.forecast.costs import Speed, sample_lengths
+from megatron_detour.forecast.costs import PhaseCost, Sample, Speed, sample_lengths
 from megatron_detour.forecast.storage import disk, readings
 from megatron_detour.forecast.warnings import warnings
+from megatron_detour.model import roofline
 from megatron_detour.model.families import PUBLISHED, Family, read_shape
 from megatron_detour.model.flops import Frozen, training_flops
-from megatron_detour.model.peaks import peak_flops
-from megatron_detour.plan import Plan
+from megatron_detour.model.peaks import Chip, chip, peak_flops
+from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.preflight import Preflight, preflight
 from tests.harness import ROOT, environment
 from tests.models import CONFIG
@@ -50,6 +51,10 @@ def planned(**changes):
     return config, Plan.from_config(config)
 
 
+def cost_of(phase: PlannedPhase, recompute: str, speed: Speed, gpus: int, shape: Family = TINY) -> PhaseCost:
+    return costs.phase_cost(shape, phase, Sample.from_phase(phase), recompute, speed, gpus)
+
+
 def test_the_papers_run():
     """French base on 4 x H100: 10B of CLM took 3h25, at 203k tokens/s a GPU; 1B of MLM about 20 minutes. Packs of
     whole 8,192-token documents are taken for granted here, as the lengths of the paper's documents are not known."""
@@ -63,6 +68,10 @@ def test_the_papers_run():
     assert implied == pytest.approx(0.232, abs=0.002)
     result = forecast(config, plan, 4, mfu=implied, device="NVIDIA H100 80GB HBM3")
     assert [round(cost.seconds / 60) for cost in result.costs] == [205, 24]
+    assert result.costs[0].roofline is None
+    modeled = forecast(config, plan, 4).costs[0]  # 67% of the roofline is what this run reached
+    assert modeled.seconds == pytest.approx(3.42 * 3600, rel=0.02)
+    assert modeled.roofline == pytest.approx(0.67 * modeled.seconds)
     assert decay.flops / decay.tokens == pytest.approx(1.31e9, rel=0.01)
     assert result.sessions == 1
 
@@ -71,7 +80,7 @@ def test_the_twins_differ_by_attention_and_head():
     """In the decay the head sees 15% of the positions, and attention both sides."""
     _, plan = planned(data={"corpora": [{"prefix": "a"}], "sequence_length": 128})
     speed = Speed(tokens_per_second=100.0)
-    detour, decay = (costs.phase_cost(TINY, phase, "none", speed, 2) for phase in plan.phases)
+    detour, decay = (cost_of(phase, "none", speed, 2) for phase in plan.phases)
     assert detour.flops == 40 * 8 * training_flops(TINY, (128,), True, 127)
     assert decay.flops == 10 * 8 * training_flops(TINY, (128,), False, round(0.2 * 128))
     assert (detour.sampled, detour.mean_document) == (False, 128)
@@ -80,13 +89,33 @@ def test_the_twins_differ_by_attention_and_head():
 
 def test_time_follows_peak_share_and_what_is_computed_again():
     _, plan = planned()
-    speed = Speed(mfu=0.5, peak=1e9)
-    once, again = (costs.phase_cost(TINY, plan.phases[0], r, speed, 1) for r in ("none", "full"))
+    speed = Speed(mfu=0.5, chip=Chip(1e9, 1e9))
+    once, again = (cost_of(plan.phases[0], r, speed, 1) for r in ("none", "full"))
     assert once.seconds == pytest.approx(once.flops / 5e8)
     assert again.seconds == pytest.approx(once.seconds * 4 / 3)
     assert again.flops == once.flops
-    unknown = costs.phase_cost(TINY, plan.phases[0], "none", Speed(mfu=0.5), 1)
+    unknown = cost_of(plan.phases[0], "none", Speed(mfu=0.5), 1)
     assert unknown.seconds is None
+
+
+def test_time_at_the_roofline():
+    """A phase is its steps: micro-batches at the roofline, each with its sum of gradients, and an update."""
+    _, plan = planned(data={"corpora": [{"prefix": "a"}], "sequence_length": 128})
+    phase, sheet = plan.phases[0], chip("h100")
+    cost = cost_of(phase, "none", Speed(chip=sheet), 2)
+    a_micro_batch = roofline.seconds(TINY, (128, 128), True, 2 * 127, sheet, "varlen")
+    update = roofline.update_seconds(TINY.parameters, sheet, micro_batches=2, ranks=2)
+    assert cost.roofline == pytest.approx(40 * (2 * a_micro_batch + update))
+    assert cost.seconds == pytest.approx(cost.roofline / costs.ASSUMED_SHARE)
+    slower = {
+        "full": cost_of(phase, "full", Speed(chip=sheet), 2),
+        "half": cost_of(phase, "none", Speed(chip=sheet), 1),
+    }
+    assert all(one.roofline > cost.roofline for one in slower.values())
+    config, plan = planned()
+    text = render(forecast(config, plan, 1, checked=known(config, TINY), device="h100"))
+    assert "at 67% of the roofline of each (assumed: a model, not a measurement)" in text
+    assert "roofline: tokens/s per GPU at most, with varlen attention, without communication" in text
 
 
 def test_frozen_layers_cost_less():
@@ -96,7 +125,7 @@ def test_frozen_layers_cost_less():
     def flops(*freeze: str) -> float:
         settings = dataclasses.replace(phase.settings, freeze=freeze)
         frozen = dataclasses.replace(phase, settings=settings)
-        return costs.phase_cost(TINY, frozen, "none", speed, 1).flops
+        return cost_of(frozen, "none", speed, 1).flops
 
     weights = phase.tokens * 2 * (4 * 32 * 32 + 3 * 32 * 48)  # the gradients of a layer's weights
     assert flops() - flops("layers.0-1") == 2 * weights
@@ -125,7 +154,7 @@ def test_lengths_come_from_all_over_a_corpus(corpus, monkeypatch):
 
 def test_documents_of_a_corpus_are_what_is_counted(corpus):
     _, plan = planned(data={"corpora": [{"prefix": corpus.prefix}], "sequence_length": 128})
-    cost = costs.phase_cost(TINY, plan.phases[0], "none", Speed(), 1)
+    cost = cost_of(plan.phases[0], "none", Speed(), 1)
     lengths = sample_lengths(Corpus(corpus.prefix), 128)
     expected = training_flops(TINY, lengths, True, sum(lengths) - len(lengths)) / sum(lengths)
     assert cost.sampled
@@ -219,7 +248,7 @@ def test_the_head_of_a_run_is_short_and_survives_what_is_not_known(tmp_path):
     config, plan = planned(folder=str(tmp_path))
     lines = headline(forecast(config, plan, 2, checked=known(config, shape))).splitlines()
     assert len(lines) <= 8
-    assert [line.split()[0] for line in lines] == ["model", "memory", "work", "time", "disk", "warnings"]
+    assert [line.split()[0] for line in lines] == ["model", "memory", "micro-batch", "work", "time", "disk", "warnings"]
     config, plan = planned(deepspeed="nowhere.json", folder="/proc/nowhere/run")
     result = forecast(config, plan, 3)
     assert (result.memory, result.costs, result.parameters) == (None, None, None)

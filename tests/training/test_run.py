@@ -185,12 +185,24 @@ def test_export_refuses_what_differs_and_what_is_there(unbroken, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-def test_one_rank_and_another_micro_batch_give_the_same_run(unbroken, run_file, tmp_path):
-    finished(start(1, "--run-file", str(run_file), f"folder={tmp_path / 'one'}", "batch.micro_sequences=8"))
-    two, one = losses(unbroken), losses(tmp_path / "one")
+def test_one_rank_and_auto_micro_batches_give_the_same_run(unbroken, run_file, tmp_path):
+    """A resumed run keeps what auto chose, to the bit, and says so; another number is no other run."""
+    folder = tmp_path / "one"
+    words = ("--run-file", str(run_file), f"folder={folder}", "batch.micro_sequences=auto")
+    assert "micro-batch 8 x 64 tokens (auto: a rank's whole share of a step)" in finished(start(1, *words)).stdout
+    two, one = losses(unbroken), losses(folder)
     assert [record[3] for record in one] == [record[3] for record in two]
     for ours, theirs in zip(one, two, strict=True):
         assert ours[1:3] == pytest.approx(theirs[1:3], rel=1e-4)
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    assert "micro-batch 8 x 64 tokens (auto: as in the session before)" in finished(start(1, *words)).stdout
+    assert losses(folder) == one
+    sessions = json.loads((folder / "environment.json").read_text())["sessions"]
+    assert [session["micro_sequences"] for session in sessions] == [{"detour": 8, "decay": 8}] * 2
+    assert all(session["chosen_by_auto"].keys() == {"detour", "decay"} for session in sessions)
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    changed = finished(start(1, *words[:-1], "batch.micro_sequences=2")).stdout
+    assert "batch.micro_sequences was 'auto' and is 2" in changed and "micro-batch 2 x 64 tokens\n" in changed
 
 
 def test_the_control_sees_the_same_documents(unbroken, run_file, tmp_path):
