@@ -14,7 +14,8 @@ def test_every_figure_of_the_page_is_rebuilt_from_the_kept_results(tmp_path, cap
     kept = shutil.copytree(RESULTS, tmp_path / "results")
     assert main(["study", "report", str(kept), "--output", str(tmp_path)]) == 0
     capsys.readouterr()
-    assert (tmp_path / "study.md").read_text(encoding="utf-8") == (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    page, expected = ((folder / "study.md").read_text(encoding="utf-8") for folder in (tmp_path, ROOT / "docs"))
+    assert page == expected
     made, published = (sorted((folder / "study").glob("*.*")) for folder in (tmp_path, ROOT / "docs"))
     assert [path.name for path in made] == [path.name for path in published]
     for path, other in zip(made, published, strict=True):
