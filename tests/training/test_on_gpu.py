@@ -12,18 +12,21 @@ from megatron_detour.model.choose import choose_compute
 from megatron_detour.model.families import PUBLISHED, Family, read_shape
 from megatron_detour.parallel import loss
 from megatron_detour.training.engine import create_engine, start_distributed
-from tests.forecast.test_memory import BASE
+from tests.forecast.test_memory import BASE, LARGE
 from tests.harness import run_ranks
 from tests.injections.campaign import Victim
 from tests.injections.runs import Setup, write_run_file
 from tests.models import microbatch
 from tests.parallel.test_loss import VOCABULARY, operands, ours, reference
 from tests.training import test_freezing, test_zero2
+from tests.training.counting import ONLY_COUNTS, counted, uncompared_compute
 from tests.training.test_zero2 import run_config, step_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 CUDA = torch.device("cuda")
+# Most launches in a micro-batch, and of the optimizer's step.
+LAUNCHES_PER_LAYER, OTHER_LAUNCHES, STEP_LAUNCHES = 50, 150, 400
 NARROW = read_shape(PUBLISHED["answerdotai/ModernBERT-base"] | {"num_hidden_layers": 4}, "four layers of base")
 
 
@@ -56,7 +59,10 @@ def engine_of(shape: Family):
     """A model of this shape under ZeRO-2 in bf16, on this process's GPU."""
     config = run_config(1)
     state, device = start_distributed(config)
-    compute = choose_compute("auto", "auto", "none", Sizes(), device, torch.bfloat16).compute
+    if ONLY_COUNTS:
+        compute = uncompared_compute()
+    else:
+        compute = choose_compute("auto", "auto", "none", Sizes(), device, torch.bfloat16).compute
     model = shape.build(state, compute)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,6 +92,35 @@ def a_step_without_waits(causal: bool) -> float:
 def test_nothing_in_a_step_waits_for_the_device(tmp_path, causal):
     (norm,) = run_ranks(1, "tests.training.test_on_gpu:a_step_without_waits", tmp_path, causal)
     assert norm > 0
+
+
+def launches(shape: Family, tokens: int, causal: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """What the GPU is asked to do in a micro-batch of documents of 256 tokens, and in a step of two."""
+    zero = engine_of(shape)
+    batches = [microbatch((256,) * (tokens // 256), causal, 0.3, seed).pin() for seed in range(2)]
+    for _ in range(2):
+        step_of(zero, batches, 1000)
+    scale = torch.full((), 1e-3, device=CUDA)
+
+    def step() -> None:
+        for batch in batches:
+            zero.accumulate(batch.to(CUDA).arguments, scale)
+        zero.step(zero.sum_gradients())
+
+    return counted(lambda: zero.accumulate(batches[0].to(CUDA).arguments, scale)), counted(step)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [16_384, 65_536])
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+def test_launches_are_few_and_nothing_waits(tmp_path, shape, tokens, causal):
+    """A kernel more per layer is a slower step, which no comparison of results shows (docs/performance.md)."""
+    ((one, step),) = run_ranks(1, "tests.training.test_on_gpu:launches", tmp_path, shape, tokens, causal)
+    print(f"{shape.layers} layers, {tokens:,} tokens, causal {causal}: {one}, a step of two {step}")
+    assert one["waits"] == step["waits"] == 0
+    assert 0 < one["launches"] <= LAUNCHES_PER_LAYER * shape.layers + OTHER_LAUNCHES
+    assert step["launches"] <= 2 * one["launches"] + STEP_LAUNCHES
+    assert step["copies"] <= 4
 
 
 def peak_of_a_step(causal: bool) -> tuple[int, int]:
