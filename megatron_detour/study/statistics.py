@@ -37,9 +37,9 @@ _EQUAL = 1e-12  # mathematically equal differences may differ by this much in fl
 class Comparison:
     """A mean difference (or mean, or ratio) tested against `than`; scores and differences are fractions.
 
-    `low` and `high` bound the two-sided interval of confidence 1 - `level`, which excludes `than` exactly if `p` is
-    below `level`. `at_least` and `at_most` are one-sided bounds of this confidence; `at_least` is above `than` exactly
-    if `p_above` is below `level`.
+    `low` and `high` bound the two-sided interval of confidence 1 - `level`: it excludes `than` exactly if `p` is below
+    `level`. `at_least` and `at_most` are one-sided bounds of this confidence: `at_least` is above `than` exactly if
+    `p_above` is below `level`.
     If the variance is unknown (a single training seed, or equal values), there are no bounds, and both p are 1.
 
     `tasks`, `training_seeds` and `cells` (pairs of scores) count what was used. `p_examples` is the one-sided p of the
