@@ -123,6 +123,29 @@ class Encoder:
             )
         return states
 
+    def first_outputs(
+        self, ids: Sequence[list[int]], batch_tokens: int, report: Report = lambda texts: None
+    ) -> torch.Tensor:
+        """Return the encoder's output at the first token of each sequence, fp32 [sequences, hidden] on the CPU.
+
+        Unlike `states`, this is after the final norm. A batch has at most `batch_tokens` tokens, or one sequence.
+        """
+        import torch
+
+        outputs = torch.empty(len(ids), self.network.config.hidden_size)
+        features: list[Feature] = [{"input_ids": each, "attention_mask": [1] * len(each)} for each in ids]
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        while order:
+            count = max(1, batch_tokens // len(ids[order[0]]))
+            numbers, order = order[:count], order[count:]
+            with torch.inference_mode():
+                states = self.network(**self.padded([features[i] for i in numbers])).last_hidden_state[:, 0]
+            outputs[numbers] = states.float().cpu()
+            report(len(numbers))
+        if not torch.isfinite(outputs).all():
+            raise DetourError(f"{self.folder}: outputs are not finite; the model has diverged")
+        return outputs
+
     def padded(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         """Return a batch on the encoder's device, each [texts, longest]."""
         padded = self.tokenizer.pad({key: [f[key] for f in features] for key in features[0]}, return_tensors="pt")
