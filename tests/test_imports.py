@@ -91,8 +91,13 @@ ALLOWED = {
         "numpy torch transformers rich",
     ),
     "analysis": (
-        "analysis evaluation corpus.documents checkpoint model.families model_parts counter_rng settings files errors",
+        "analysis evaluation corpus.documents checkpoint model.families model_parts counter_rng settings ui "
+        "files errors",
         "numpy torch transformers safetensors sklearn",
+    ),
+    "analysis.gradients": (
+        "checkpoint data.batches model objectives tokenizer.vocabulary errors",
+        "numpy torch",
     ),
     "run_directory": (
         "checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
@@ -124,6 +129,10 @@ ALLOWED = {
         "commands log forecast preflight run_directory training checkpoint corpus settings config plan data model "
         "kernels parallel observe runtime release evaluation analysis ui errors",
         "torch psutil packaging rich transformers",
+    ),
+    "commands.analyze": (
+        "commands.parser analysis evaluation config settings ui files errors",
+        "rich yaml",
     ),
     "commands.init": (
         "commands.parser config settings plan corpus.texts forecast preflight model.families errors",

@@ -15,13 +15,13 @@ from megatron_detour.corpus import progress as build_progress
 from megatron_detour.evaluation import probes
 from megatron_detour.evaluation.finetuning.progress import SuiteProgress
 from megatron_detour.evaluation.masked_words import tables
-from megatron_detour.evaluation.masked_words.progress import WindowProgress
 from megatron_detour.evaluation.report import plots as evaluation_plots
 from megatron_detour.evaluation.results import Cell
 from megatron_detour.observe import compare, plots, report
 from megatron_detour.observe.progress import RunProgress
 from megatron_detour.observe.run_folder import read_run
 from megatron_detour.text import markdown, visible
+from megatron_detour.ui.progress import CountProgress
 from tests.observe.runs import FREEZE, make_run
 from tests.observe.shown import texts_of
 
@@ -117,7 +117,7 @@ def _finished() -> None:
 
 
 def _windows() -> None:
-    with WindowProgress(1) as progress:
+    with CountProgress(1, "windows") as progress:
         progress.on(HOSTILE)
         progress.add(1)
 

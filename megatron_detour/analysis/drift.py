@@ -6,19 +6,30 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from megatron_detour.analysis.cka import ESTIMATORS
-from megatron_detour.analysis.hidden_states import Dtype, Report, mean_states
+from megatron_detour.analysis.hidden_states import Report, mean_states
 from megatron_detour.corpus.documents import read_documents
 from megatron_detour.counter_rng import streams
 from megatron_detour.errors import DetourError
+from megatron_detour.settings import AnyText, Choice, Entries, Range
 
 DRAWS, COUNT, DOCUMENTS = (42, 43, 44), 500, 7  # seeds, texts of a draw, stream of random numbers
 REGIONS = ("low", "mid", "deep")
 Rows = tuple[tuple[float, ...], ...]  # [draws][layers]
+ABOVE_ZERO, SEED = Range(above=0), Range(least=0, below=2**31)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which texts are drawn from a corpus: each field is a flag of megatron-detour analyze drift and persistence."""
+
+    count: Annotated[int, Range(least=4), "texts per draw"] = COUNT
+    draws: Annotated[tuple[Annotated[int, SEED], ...], Entries(least=1, unique=True), "seeds of the draws"] = DRAWS
+    text_key: Annotated[AnyText, "JSON key of the text"] = "text"
 
 
 def thirds(layers: int) -> dict[str, range]:
@@ -37,8 +48,11 @@ def draw_texts(
     count: int = COUNT,
     draws: Sequence[int] = DRAWS,
     text_key: str = "text",
+    *,
+    fewer: bool = False,
 ) -> list[list[str]]:
-    """Return `count` documents of the files for each seed of `draws`, drawn without replacement.
+    """Return `count` documents of the files for each seed of `draws`, drawn without replacement; with `fewer` all of
+    them if there are less.
 
     A document's chance depends on its number alone, so that every model gets the same texts. Draws overlap if the files
     have few documents. Raises DetourError for unreadable files, and for fewer than `count` documents.
@@ -50,7 +64,7 @@ def draw_texts(
         for heap, seed in zip(chosen, draws, strict=True):
             entry = (-int(streams(seed, DOCUMENTS, np.array([number]))[0]), number, text)
             heapq.heappush(heap, entry) if len(heap) < count else heapq.heappushpop(heap, entry)
-    if number + 1 < count:
+    if number + 1 < (1 if fewer else count):
         names = ", ".join(map(str, files))
         raise DetourError(f"{names}: {number + 1:,} documents, fewer than the {count:,} of a draw; lower --count")
     return [[text for _, _, text in sorted(heap, key=lambda entry: entry[1])] for heap in chosen]
@@ -58,12 +72,12 @@ def draw_texts(
 
 @dataclass(frozen=True)
 class Measurement:
-    """How hidden states are computed and compared; part of every result."""
+    """How hidden states are computed and compared; part of every result. Each field is a flag as well."""
 
-    max_tokens: int = 512
-    batch: int = 16
-    dtype: Dtype = "float32"
-    estimator: str = "linear"  # a name of cka.ESTIMATORS
+    max_tokens: Annotated[int, ABOVE_ZERO, "tokens of a text; longer ones are cut"] = 512
+    batch: Annotated[int, ABOVE_ZERO, "texts per forward pass"] = 16
+    dtype: Annotated[str, Choice(("float32", "float16")), "of the models; CKA is always float64"] = "float32"
+    estimator: Annotated[str, Choice(ESTIMATORS), "of CKA"] = "linear"
 
     def states(self, model: Path, draws: Sequence[Sequence[str]], report: Report = lambda texts: None) -> np.ndarray:
         """Return mean states [draws, layers, texts, hidden]; a text of several draws is computed once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Feature = dict[str, list[int]]  # input_ids, attention_mask and what else the tokenizer gives
-Dtype = Literal["float32", "float16"]
 Report = Callable[[int], None]  # receives the number of texts done since its last call
 Pool = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # states [b, t, h], mask [b, t] -> [b, h]
 
@@ -28,7 +27,7 @@ def mean_states(
     *,
     max_tokens: int = 512,
     batch: int = 16,
-    dtype: Dtype = "float32",
+    dtype: str = "float32",
     report: Report = lambda texts: None,
 ) -> np.ndarray:
     """Return the mean over tokens of each layer's hidden states, float64 [layers, texts, hidden].
@@ -67,13 +66,13 @@ class Encoder:
         self.layers = layers_of(network, folder)
 
     @classmethod
-    def open(cls, folder: Path, dtype: Dtype = "float32") -> Encoder:
+    def open(cls, folder: Path, dtype: str = "float32") -> Encoder:
         """Load a folder with transformers' AutoModel, onto the GPU if there is one. Raises DetourError."""
         import torch
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 
-        check_model(folder)
+        check_model(folder, flag="")
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # it would list the weights of the head, which no analysis reads
         options = {"local_files_only": True, "dtype": getattr(torch, dtype), "output_loading_info": True}
@@ -122,6 +121,29 @@ class Encoder:
                 f"{self.folder}: hidden states of layer {layer} are not finite; use float32, or the model has diverged"
             )
         return states
+
+    def first_outputs(
+        self, ids: Sequence[list[int]], batch_tokens: int, report: Report = lambda texts: None
+    ) -> torch.Tensor:
+        """Return the encoder's output at the first token of each sequence, fp32 [sequences, hidden] on the CPU.
+
+        Unlike `states`, this is after the final norm. A batch has at most `batch_tokens` tokens, or one sequence.
+        """
+        import torch
+
+        outputs = torch.empty(len(ids), self.network.config.hidden_size)
+        features: list[Feature] = [{"input_ids": each, "attention_mask": [1] * len(each)} for each in ids]
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        while order:
+            count = max(1, batch_tokens // len(ids[order[0]]))
+            numbers, order = order[:count], order[count:]
+            with torch.inference_mode():
+                states = self.network(**self.padded([features[i] for i in numbers])).last_hidden_state[:, 0]
+            outputs[numbers] = states.float().cpu()
+            report(len(numbers))
+        if not torch.isfinite(outputs).all():
+            raise DetourError(f"{self.folder}: outputs are not finite; the model has diverged")
+        return outputs
 
     def padded(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         """Return a batch on the encoder's device, each [texts, longest]."""

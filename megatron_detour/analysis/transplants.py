@@ -49,7 +49,7 @@ def transplant(donor: Path, recipient: Path, parts: Sequence[str], output: Path)
     and one tokenizer.
     """
     for folder in (donor, recipient):
-        check_model(folder)
+        check_model(folder, flag="")
     if os.path.lexists(output):
         raise DetourError(f"{output}: already exists; choose another --output or remove it")
     shape = _common_shape(donor, recipient)

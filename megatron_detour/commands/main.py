@@ -59,6 +59,10 @@ GROUPS = {
             "compare models on downstream tasks (fine-tuning, several seeds) or on masked words of your texts",
             "--model models/ModernBERT-base models/notes-bert --tasks hoc --data tasks --output evaluation/notes",
         ),
+        "analyze": (
+            "what the detour changed: drift, persistence, transplants, probes, needles, and the layers that it needs",
+            "--detour models/notes-bert --control models/notes-control --corpus held_out.jsonl --output drift.json",
+        ),
         "study": (
             "run arms of pretraining against each other, by criteria that are registered before the first result",
             "examples/studies/quickstart.yaml",

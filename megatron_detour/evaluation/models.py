@@ -39,34 +39,33 @@ def _plain(word: str) -> str:
     return word if word.isprintable() else repr(word)
 
 
-def check_model(folder: Path) -> None:
-    """Raise DetourError unless the folder is a Hugging Face model with a tokenizer."""
+def check_model(folder: Path, flag: str = "--model") -> None:
+    """Raise DetourError, which names the flag if any, unless the folder is a Hugging Face model with a tokenizer."""
+    named = f"{flag} {folder}".lstrip()
     if not folder.is_dir():
-        raise DetourError(f"--model {folder}: no such folder")
+        raise DetourError(f"{named}: no such folder")
     if (folder / "checkpoints").is_dir():
-        raise DetourError(
-            f"--model {folder}: a run directory; give one of its checkpoints, NAME={folder}/checkpoints/step-N"
-        )
+        raise DetourError(f"{named}: a run directory; give one of its checkpoints, NAME={folder}/checkpoints/step-N")
     if not (folder / "config.json").is_file():
-        raise DetourError(f"--model {folder}: no config.json; give the folder of a Hugging Face model")
-    if "decoder" in _model_type(folder):
+        raise DetourError(f"{named}: no config.json; give the folder of a Hugging Face model")
+    if "decoder" in _model_type(folder, named):
         raise DetourError(
-            f"--model {folder}: a decoder, which only attends to the left; export the checkpoint without --decoder"
+            f"{named}: a decoder, which only attends to the left; export the checkpoint without --decoder"
         )
     if not weight_files(folder):
-        raise DetourError(f"--model {folder}: no *.safetensors; give a folder with safetensors weights")
+        raise DetourError(f"{named}: no *.safetensors; give a folder with safetensors weights")
     if not (folder / "tokenizer.json").is_file():
-        raise DetourError(f"--model {folder}: no tokenizer.json; save the model's fast tokenizer into the folder")
+        raise DetourError(f"{named}: no tokenizer.json; save the model's fast tokenizer into the folder")
 
 
-def _model_type(folder: Path) -> str:
+def _model_type(folder: Path, named: str) -> str:
     """Read the model's JSON files, so that invalid JSON or duplicate keys are reported before training."""
     for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
     model_type = read_json_object(folder / "config.json").get("model_type")
     if not isinstance(model_type, str):
-        raise DetourError(f"--model {folder}: config.json is not a model's: model_type is {model_type!r}")
+        raise DetourError(f"{named}: config.json is not a model's: model_type is {model_type!r}")
     return model_type
 
 

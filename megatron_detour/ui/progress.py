@@ -87,6 +87,26 @@ class Progress:
             self._live.refresh() if self._live else self.say(line)
 
 
+class CountProgress(Progress):
+    """Progress of a count over several measurements: done, rate and time left."""
+
+    def __init__(self, total: int, noun: str) -> None:
+        super().__init__([(noun, total)])
+        self._total, self._noun, self._done, self._name = total, noun, 0, ""
+        self._began = time.monotonic()
+
+    def on(self, name: str) -> None:
+        """Set the name of the current measurement."""
+        self._name = name
+
+    def add(self, count: int) -> None:
+        self._done += count
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        rate = f"{self._done / seconds:.1f} {self._noun}/s, {time_left(self._done, self._total, seconds)}"
+        line = f"{self._name}: {self._done:,} of {self._total:,} {self._noun}, {rate}"
+        self.update([self._done], [self._name, rate], line, now=self._done == self._total)
+
+
 def time_left(done: float, total: float, seconds: float) -> str:
     """Return for instance ``4m10s left``, at the mean rate so far; "" if nothing is done yet."""
     return f"{duration((total - done) / done * seconds)} left" if done else ""

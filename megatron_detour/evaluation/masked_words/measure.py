@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.masked_words.figures import SUMS, compared, draws, measured
 from megatron_detour.evaluation.masked_words.positions import folded
-from megatron_detour.evaluation.masked_words.progress import WindowProgress
 from megatron_detour.evaluation.masked_words.tables import as_markdown, print_tables, warn
 from megatron_detour.evaluation.masked_words.texts import Domain, IntrinsicOptions, Text, texts_of
 from megatron_detour.evaluation.models import check_model, model_identity
 from megatron_detour.files import write_whole
 from megatron_detour.structured import parse_json, read_json_object
+from megatron_detour.ui.progress import CountProgress
 
 if TYPE_CHECKING:
     from megatron_detour.evaluation.masked_words.score import WordScore
@@ -98,7 +98,7 @@ def _fill(
     from megatron_detour.evaluation.masked_words.score import score_windows
     from megatron_detour.evaluation.probes import load_model
 
-    with WindowProgress(windows) as progress:
+    with CountProgress(windows, "windows") as progress:
         for name, missing in todo.items():
             if not missing:
                 continue
