@@ -93,7 +93,7 @@ def power(
     design = len(noise), training_seeds, finetuning_seeds
     if method == "hierarchical" and tasks == "fixed":
         variance = shared**2 + own**2 / len(noise) + (noise**2).sum() / len(noise) ** 2 / finetuning_seeds
-        return _by_noncentral_t((variance / training_seeds) ** 0.5, training_seeds - 1, level, chance)
+        return _by_noncentral_t(float(variance / training_seeds) ** 0.5, training_seeds - 1, level, chance)
     rng, bounds = np.random.default_rng(0), []
     for trial in range(TRIALS):
         difference = rng.normal(0, noise[:, None, None], design) + rng.normal(0, own, (*design[:2], 1))

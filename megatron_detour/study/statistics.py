@@ -232,7 +232,8 @@ def _student(
     if len(known) < len(estimates):
         return Comparison(method, mean, None, None, None, None, 1.0, 1.0, level, than, **used)
     both, one = (max(estimate.margin(tail) for estimate in known) for tail in (level / 2, level))
-    p, p_above = max(each.p(than) for each in known), max(each.p_above(than) for each in known)
+    p = max(each.p(than) for each in known)
+    p_above = p / 2 if mean > than else 1 - p / 2
     return Comparison(method, mean, mean - both, mean + both, mean - one, mean + one, p, p_above, level, than, **used)
 
 

@@ -32,15 +32,11 @@ class Estimate:
 
         return float(t.ppf(1 - tail, self.df)) * self.error
 
-    def p_above(self, than: float = 0.0) -> float:
-        """Return the one-sided p of the claim that the true value is greater than `than`."""
-        from scipy.stats import t
-
-        return float(t.sf((self.mean - than) / self.error, self.df))
-
     def p(self, than: float = 0.0) -> float:
         """Return the two-sided p of the claim that the true value is not `than`."""
-        return 2 * Estimate(abs(self.mean - than), self.error, self.df).p_above()
+        from scipy.stats import t
+
+        return float(2 * t.sf(abs(self.mean - than) / self.error, self.df))
 
 
 @dataclass(frozen=True)
