@@ -17,7 +17,14 @@ from tests.harness import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:(?:tools|examples)/\w+\.(?:py|sh)|megatron-detour [a-z]+[\w-]*)[^\n`|]*(?:\\\n[^\n`]*)*")
-WITH_SUBCOMMANDS = ("tools/benchmark.py", "tools/evaluate.py", "tools/preprocess_data.py", "evaluate", "preprocess", "analyze")
+WITH_SUBCOMMANDS = (
+    "tools/benchmark.py",
+    "tools/evaluate.py",
+    "tools/preprocess_data.py",
+    "evaluate",
+    "preprocess",
+    "analyze",
+)
 DEFAULTS = {"tools/evaluate.py": " run", "evaluate": " run", "analyze": " drift"}  # the default subcommand
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
