@@ -84,8 +84,8 @@ def _part(layers: range) -> str:
 def _reason(needed: range, ratio: np.ndarray, threshold: float) -> str:
     if not needed:
         return (
-            f"no range of layers drifts {threshold:g} times as far as two seeds of the control do (at most "
-            f"{ratio.max():.2f} times): nothing to freeze can be told from this pilot; it may be too short"
+            f"no layer drifts {threshold:g} times as far as two seeds of the control do (at most {ratio.max():.2f} "
+            "times), so that this pilot proposes nothing to freeze; it may be too short"
         )
     inside, rest = ratio[list(needed)], np.delete(ratio, list(needed))
     words = (
