@@ -130,6 +130,9 @@ def read_study(path: Path) -> Study:
             runs[-1].refuse()
         except DetourError as fault:
             faults.append(f"arms.{name}: {fault}")
+    persistence = config.analyses.persistence
+    if persistence and not faults and persistence.phase not in [phase.name for phase in base.phases[1:]]:
+        faults.append(f"analyses.persistence.phase: {persistence.phase!r} is no phase after the first")
     criteria = {}
     for name, text in config.criteria.items():
         try:
@@ -167,6 +170,13 @@ def _check(config: StudyConfig, faults: Faults) -> None:
         named |= {f"analyses.persistence.{key}": getattr(analyses.persistence, key) for key in ("arm", "reference")}
     if analyses.transplants:
         named |= {f"analyses.transplants.{key}": getattr(analyses.transplants, key) for key in ("donor", "recipient")}
+        tasks = [Path(task).stem for task in config.evaluation.tasks] if config.evaluation else []
+        if analyses.transplants.task not in tasks:
+            faults.add("analyses.transplants.task", f"must be one of evaluation.tasks: {', '.join(tasks) or 'none'}")
+    for part in (analyses.drift, analyses.persistence):
+        for file in part.texts.files if part else ():
+            if not Path(file).is_file():
+                faults.add("analyses", f"texts.files: {file}: no such file")
     for key, arm in named.items():
         if arm is not None and arm not in config.arms:
             faults.add(key, f"{arm!r} is no arm{nearest(arm, config.arms)}", ["arms"])

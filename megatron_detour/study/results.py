@@ -42,7 +42,7 @@ def _runs(study: Study) -> Iterator[Line]:
     for run in study.runs:
         ended = record_of(study, f"train/{run.name}")
         if (run.folder / METRICS).exists() and ended is not None:
-            yield _run(run, ended)
+            yield _run(run, ended) | {"parameters": study.shape.parameters}
 
 
 def _run(run: StudyRun, ended: Line) -> Line:

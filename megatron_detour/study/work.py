@@ -13,7 +13,6 @@ from typing import Any
 from megatron_detour.analysis.drift import Measurement, draw_texts, measure_drift
 from megatron_detour.analysis.persistence import measure_persistence
 from megatron_detour.checkpoint import store
-from megatron_detour.errors import DetourError
 from megatron_detour.run_directory import CHECKPOINTS
 from megatron_detour.study.fork import prepare
 from megatron_detour.study.plan import Study, StudyRun
@@ -95,10 +94,7 @@ def persistence(study: Study, seed: int) -> list[dict[str, Any]]:
 
 
 def _phase(run: StudyRun, name: str) -> Any:
-    for phase in run.plan.phases[1:]:
-        if phase.name == name:
-            return phase
-    raise DetourError(f"analyses.persistence.phase: {run.arm} has no phase {name!r} after its first")
+    return next(phase for phase in run.plan.phases[1:] if phase.name == name)
 
 
 def transplants(study: Study, seed: int) -> list[dict[str, Any]]:

@@ -71,6 +71,8 @@ def test_jobs_follow_what_they_need(study_file):
         ({"criteria": {"a": "persistence of low > 1"}}, "the study has no analyses.persistence"),
         ({"criteria": {"a": "drift of bottom > 1"}}, "unknown region"),
         ({"criteria": {"a": "drift of low > detour"}}, "compare two arms, two quantities, or a quantity with a number"),
+        ({"analyses": {"drift": {"texts": {"files": ["nothing.jsonl"]}}}}, "nothing.jsonl: no such file"),
+        ({"analyses": {"transplants": {"task": "hoc"}}}, "transplants.task: must be one of evaluation.tasks: small"),
         ({"seeds": [1, 1]}, "seeds: must be a list without repetitions"),
         ({"analyses": {"drift": {"texts": {"files": ["x"]}, "noise": "none"}}}, "drift.noise: 'none' is no arm"),
     ],
@@ -99,6 +101,7 @@ def test_criteria_are_read_as_written(study_file):
 def without_files(monkeypatch) -> None:
     """Let a model of 22 layers and its corpora be there."""
     shape = SimpleNamespace(layers=22)
+    monkeypatch.setattr("megatron_detour.study.plan.Path.is_file", lambda path: True)
     monkeypatch.setattr("megatron_detour.study.plan.look", lambda model: SimpleNamespace(shape=shape))
     monkeypatch.setattr("megatron_detour.study.plan.preflight", lambda *_, **__: Preflight())
 
