@@ -45,9 +45,9 @@ def judge(config: StudyConfig, finetuning_seeds: Sequence[int], lines: Sequence[
             missing[name] = str(reason)
     tested = [name for name in compared if criteria[name].level is not None]
     directions = ["not above" if criteria[name].negated else "above" for name in tested]
-    judged = dict(
-        zip(tested, verdicts([(compared[n], d) for n, d in zip(tested, directions, strict=True)]), strict=True)
-    )
+    unjudged = sum(criteria[name].level is not None and not criteria[name].negated for name in missing)
+    pairs = [(compared[name], direction) for name, direction in zip(tested, directions, strict=True)]
+    judged = dict(zip(tested, verdicts(pairs, unjudged), strict=True))
     output = []
     for name, criterion in criteria.items():
         line: Line = {"kind": "verdict", "criterion": name, "text": criterion.text}
@@ -126,6 +126,12 @@ class Results:
 
     def compare(self, criterion: Criterion) -> Comparison:
         """Raises DetourError if the results do not suffice."""
+        found = self._comparison(criterion)
+        if criterion.level is not None and found.low is None and found.training_seeds == 1:
+            raise DetourError(f"a single training seed, with a mean of {found.mean:.4g}, says nothing about others")
+        return found
+
+    def _comparison(self, criterion: Criterion) -> Comparison:
         level = NO_TEST if criterion.level is None else criterion.level
         left, right = criterion.left, criterion.right
         if isinstance(left, Quantity):

@@ -159,14 +159,17 @@ def compare_values(
     return replace(test, than=than, **{name: None if x is None else math.exp(x) for name, x in powers.items()})
 
 
-def verdicts(criteria: Sequence[tuple[Comparison, Direction]]) -> list[Verdict]:
+def verdicts(criteria: Sequence[tuple[Comparison, Direction]], unjudged: int = 0) -> list[Verdict]:
     """Judge a study's criteria together, each at the level of its comparison.
+
+    `unjudged` are further criteria "above" that lack results: they were registered, so Holm counts them too.
 
     "above" is met if its p, corrected by Holm over all criteria of this direction, is below the level. "not above" is
     met if its own p is not: a correction would make that easier to meet. It is weak evidence, as a small study meets it
     too: `at_most` tells which difference remains possible.
     """
-    corrected = iter(holm(comparison.p_claim for comparison, direction in criteria if direction == "above"))
+    claims = [comparison.p_claim for comparison, direction in criteria if direction == "above"]
+    corrected = iter(holm([*claims, *[1.0] * unjudged]))
     result = []
     for comparison, direction in criteria:
         p = next(corrected) if direction == "above" else comparison.p_claim

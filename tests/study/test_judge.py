@@ -80,8 +80,19 @@ def test_ratios_and_persistence_are_of_regions():
     assert verdicts["loss"]["mean"] == pytest.approx(0.5)
 
 
+def test_a_single_training_seed_is_not_judged_either_way():
+    lines = [line for line in scores(np.random.default_rng(1), 0.1) if line["seed"] == 1]
+    for verdict in judge(study(helps=HELPS, loses=LOSES), FINETUNING, lines):
+        assert verdict["met"] is None
+        assert verdict["sentence"].startswith("not judged: a single training seed")
+
+
 def test_a_failed_arm_is_not_judged_but_told():
     lines = [line for line in scores(np.random.default_rng(1), 0.1) if line["arm"] != "detour"]
-    (verdict,) = judge(study(helps=HELPS), FINETUNING, lines)
+    lines += [drift(seed, low, 0.1) for seed, low in zip(SEEDS, (0.5, 0.52, 0.55), strict=True)]
+    low = "drift ratio of low > 2, p < 0.05"
+    verdict, other = judge(study(helps=HELPS, low=low), FINETUNING, lines)
+    (alone,) = judge(study(low=low), FINETUNING, lines)
+    assert other["p"] == pytest.approx(2 * alone["p"])  # the criterion without results was registered too
     assert verdict["met"] is None
     assert verdict["sentence"].startswith("not judged: the two arms have no task, training seed")
