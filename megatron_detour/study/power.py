@@ -98,7 +98,8 @@ def power(
     for trial in range(TRIALS):
         difference = rng.normal(0, noise[:, None, None], design) + rng.normal(0, own, (*design[:2], 1))
         difference += rng.normal(0, shared, (1, training_seeds, 1)) + rng.normal(0, task_sd, (len(noise), 1, 1))
-        found = compare(difference, np.zeros(design), method, tasks=tasks, level=level, resamples=RESAMPLES, seed=trial)
+        arms = difference / 2, -difference / 2
+        found = compare(*arms, method, tasks=tasks, level=level, resamples=RESAMPLES, seed=trial)
         if found.at_least is None:
             return None
         bounds.append(-found.at_least)

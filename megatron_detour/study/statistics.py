@@ -99,7 +99,8 @@ def compare(
 
     hierarchical: would it with other training seeds? Student's t over the paired mean differences of the training
     seeds; fine-tuning seeds and tasks only make these means more precise. With `tasks="random"`: and on other tasks of
-    this kind? The widest of Student's t over training seeds, over tasks, and over the sum of both variances.
+    this kind? The widest of Student's t over training seeds, over tasks, and over the sum of both variances. If an
+    arm has the same scores for all training seeds (the start model), the luck of its fine-tuning is added.
 
     finetuning: are these very models better, whatever the luck of fine-tuning? The only question that a single training
     seed can answer. Variance within cells of a task and training seed, pooled by Satterthwaite (1946).
@@ -114,18 +115,25 @@ def compare(
     if method == "bootstrap":
         found = _bootstrap(difference, level, resamples, seed)
     else:
-        found = _by_variance(difference, method, tasks, level)
+        found = _by_variance(a, b, difference, method, tasks, level)
     return replace(found, p_examples=_over_examples(examples, resamples, seed)) if examples else found
 
 
-def _by_variance(difference: np.ndarray, method: Method, tasks: Tasks, level: float) -> Comparison:
+def _by_variance(
+    a: np.ndarray, b: np.ndarray, difference: np.ndarray, method: Method, tasks: Tasks, level: float
+) -> Comparison:
     count = (~np.isnan(difference)).sum(2)
     rows, columns = complete_block(count >= (2 if method == "finetuning" else 1))
     if not len(rows):
         raise DetourError("no training seed has two pairs of fine-tuning seeds; use the test `hierarchical`")
-    block = difference[np.ix_(rows, columns)]
+    whole = np.ix_(rows, columns)
+    block = difference[whole]
     means = np.nanmean(block, axis=2)
-    estimates = [_within_cells(block)] if method == "finetuning" else _over_seeds_and_tasks(means, tasks)
+    if method == "finetuning":
+        estimates = [_within_cells(block)]
+    else:
+        single = [arm[whole] for arm in map(np.asarray, (a, b)) if _is_one_model(arm[whole])]
+        estimates = _over_seeds_and_tasks(means, tasks, [_within_cells(arm[:, :1]) for arm in single])
     used = {"tasks": len(rows), "training_seeds": len(columns), "cells": int((~np.isnan(block)).sum())}
     return _student(method, float(means.mean()), estimates, level, **used)
 
@@ -200,23 +208,41 @@ def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return difference
 
 
-def _over_seeds_and_tasks(means: np.ndarray, tasks: Tasks) -> list[Estimate | None]:
-    """Return the estimates, of which the widest counts, by the mean differences [tasks, training seeds]."""
-    over_seeds = Spread.from_values(list(means.mean(0))).estimate()
-    if tasks == "fixed":
-        return [over_seeds]
-    over_tasks = Spread.from_values(list(means.mean(1))).estimate()
-    if over_seeds is None or over_tasks is None:
-        return [None]
-    # The sum counts the noise of single cells twice, which keeps it honest where one of its parts has few degrees.
-    parts = np.array([over_seeds.error**2, over_tasks.error**2])
-    both = _satterthwaite(over_seeds.mean, parts, np.array([over_seeds.df, over_tasks.df]))
-    return [over_seeds, over_tasks, both]
+def _is_one_model(scores: np.ndarray) -> bool:
+    return scores.shape[1] > 1 and np.array_equal(scores, np.repeat(scores[:, :1], scores.shape[1], 1), equal_nan=True)
+
+
+def _over_seeds_and_tasks(
+    means: np.ndarray, tasks: Tasks, shared: Sequence[Estimate | None] = ()
+) -> list[Estimate | None]:
+    """Return the estimates, of which the widest counts, by the mean differences [tasks, training seeds].
+
+    The errors of `shared` move all training seeds alike, so that the variance over seeds does not show them.
+    """
+    estimates = [Spread.from_values(list(means.mean(0))).estimate()]
+    if shared:
+        estimates.append(_sum([*estimates, *shared]))
+    if tasks == "random":
+        # The sum counts the noise of single cells twice, which keeps it honest where one of its parts has few degrees.
+        over_tasks = Spread.from_values(list(means.mean(1))).estimate()
+        estimates += [over_tasks, _sum([estimates[-1], over_tasks])]
+    return estimates
+
+
+def _sum(parts: Sequence[Estimate | None]) -> Estimate | None:
+    """Return the first mean with the independent errors of all parts; None if one is unknown."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return _satterthwaite(known[0].mean, np.array([p.error**2 for p in known]), np.array([p.df for p in known]))
 
 
 def _within_cells(block: np.ndarray) -> Estimate | None:
+    """Return the mean of cells [tasks, training seeds, fine-tuning seeds] by the variance within; None without any."""
     cells = block.reshape(-1, block.shape[2])
     count = (~np.isnan(cells)).sum(1)
+    if (count < 2).any():
+        return None
     parts = np.nanvar(cells, axis=1, ddof=1) / count / len(cells) ** 2
     return _satterthwaite(float(np.nanmean(cells, 1).mean()), parts, count - 1)
 

@@ -39,7 +39,7 @@ def differences(
 
 
 def p_of(method: str, difference: np.ndarray, **settings) -> float:
-    return compare(difference, np.zeros_like(difference), method, resamples=RESAMPLES, **settings).p_above
+    return compare(difference / 2, -difference / 2, method, resamples=RESAMPLES, **settings).p_above
 
 
 def p_mixed(difference: np.ndarray) -> float:
