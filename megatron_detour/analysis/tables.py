@@ -23,7 +23,9 @@ def drift_table(drift: Drift) -> Table:
     for name, figures in drift.regions().items():
         own, noise, ratio = (figures[key] for key in ("divergence", "noise", "ratio"))
         label = f"{name}, {_layer_words(regions_of(drift.layers)[name])}"
-        rows.append([label, _number(own), "", _number(noise), "", _number(ratio)])
+        rows.append(
+            [label, _number(own), "", *(("", "", "") if noise is None else (_number(noise), "", _number(ratio)))]
+        )
     headers = ("Layers", "1 − CKA", "sd over draws", "Noise of seeds", "sd over draws", "Ratio")
     return Table(headers, rows, "lr").without_empty_columns()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from megatron_detour.text import visible
-from megatron_detour.ui.format import duration
+from megatron_detour.ui.format import compact, duration
 
 LINE_SECONDS, REFRESH_SECONDS = 30.0, 0.2
 
@@ -102,7 +102,7 @@ class CountProgress(Progress):
     def add(self, count: int) -> None:
         self._done += count
         seconds = max(time.monotonic() - self._began, 1e-3)
-        rate = f"{self._done / seconds:.1f} {self._noun}/s, {time_left(self._done, self._total, seconds)}"
+        rate = f"{compact(self._done / seconds)} {self._noun}/s, {time_left(self._done, self._total, seconds)}"
         line = f"{self._name}: {self._done:,} of {self._total:,} {self._noun}, {rate}"
         self.update([self._done], [self._name, rate], line, now=self._done == self._total)
 

@@ -66,7 +66,8 @@ def test_drift(drift_file, place):
 
 def test_drift_is_the_default_and_the_estimator_a_choice(analyze, drift_file, place):
     words = "--detour detour --control control --corpus texts.jsonl --count 20 --output other.json"
-    analyze(f"{words} --draws 42 --estimator debiased")
+    printed = analyze(f"{words} --draws 42 --estimator debiased")
+    assert printed.split("\n")[0].split() == ["Layers", "1", "−", "CKA"]  # no noise, and no sd of one draw
     other = Drift.from_json(json.loads((place / "other.json").read_text()))
     assert other.noise is None and len(other.detour) == 1
     assert other.detour[0] != Drift.from_json(json.loads(drift_file.read_text())).detour[0]
