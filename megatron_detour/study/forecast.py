@@ -23,17 +23,19 @@ def power_statement(study: Study) -> dict[str, Any] | None:
     tasks = len(evaluation.tasks)
     luck = Luck(finetuning=(given.finetuning_sd / 100,) * tasks, shared=given.training_sd / 100, own=0.0)
     seeds = len(study.finetuning_seeds)
-    effect = power(luck, len(study.config.seeds), seeds, chance=CHANCE)
+    claims = sum(criterion.level is not None and not criterion.negated for criterion in study.criteria.values())
+    level = LEVEL / max(1, claims)  # of Holm's first step: an effect found at it is found in any case
+    effect = power(luck, len(study.config.seeds), seeds, level=level, chance=CHANCE)
     if effect is None:
         statement = "With one training seed no difference between arms can be tested over training seeds."
     else:
         statement = (
             f"With {len(study.config.seeds)} training seeds, {tasks} tasks and {seeds} fine-tuning seeds, a difference "
             f"of {100 * effect:.2f} points in the mean of tasks is found with a probability of {CHANCE:.0%} at the "
-            f"level {LEVEL} (standard deviations {given.source}: {given.training_sd:g} points over training seeds, "
-            f"{given.finetuning_sd:g} over fine-tuning seeds)."
+            f"level {level:.3g}, {LEVEL} over {claims} criteria (standard deviations {given.source}: "
+            f"{given.training_sd:g} points over training seeds, {given.finetuning_sd:g} over fine-tuning seeds)."
         )
-    return {"effect_points": None if effect is None else 100 * effect, "level": LEVEL, "statement": statement}
+    return {"effect_points": None if effect is None else 100 * effect, "level": level, "statement": statement}
 
 
 def tokens(study: Study) -> tuple[int, int]:
