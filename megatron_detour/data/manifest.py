@@ -84,7 +84,7 @@ class Manifest:
     records: Count = 0  # of the input: documents + held_out + empty + rejects + removed
     empty: Count = 0  # records without text
     rejects: Count = 0  # invalid records, listed in PREFIX.rejects.jsonl
-    removed: dict[str, Count] = field(default_factory=dict)  # by reason: short, long, language, duplicate
+    removed: dict[str, Count] = field(default_factory=dict)  # by reason: short, long, language, excluded, duplicate
     unknown: Count = 0  # [UNK] tokens, before duplicates and held-out documents were removed
     held_out: Count = 0  # documents of PREFIX.heldout
     sources: list[Source] = field(default_factory=list)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-REMOVED = {"short": "too short", "long": "too long", "language": "in other languages", "duplicate": "duplicates"}
+REMOVED = {
+    "short": "too short",
+    "long": "too long",
+    "language": "in other languages",
+    "excluded": "with excluded text",
+    "duplicate": "duplicates",
+}
 
 
 def filters(manifest: dict[str, Any]) -> tuple[str, str]:
@@ -17,6 +23,8 @@ def filters(manifest: dict[str, Any]) -> tuple[str, str]:
         rules.append(f"{options['normalize']} normalization")
     if kind := options.get("deduplicate"):
         rules.append(f"{kind} duplicates removed" + (f" (similarity {options['similarity']:g})" * (kind == "near")))
+    if words := options.get("exclude_words"):
+        rules.append(f"without {words} words in a row of excluded texts")
     counts = [f"{count:,} {REMOVED.get(why, why)}" for why, count in removed.items() if count]
     removed_words = f"removed from {manifest['records']:,}: {', '.join(counts)}" if counts else ""
     words = "; ".join(filter(None, [*rules, removed_words])) or "none"
