@@ -57,11 +57,11 @@ def _pieces(text: str) -> Iterator[tuple[int, int]]:
 def _word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the hash of each word, uint64 [words], and the index of its first character, int64 [words]."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    values = _values[codes]
+    values = _values.take(codes)
     if not values.all():
         for code in np.unique(codes[values == UNKNOWN]).tolist():
             _values[code] = _character_hash(chr(code))
-        values = _values[codes]
+        values = _values.take(codes)
     seen = values != SKIPPED
     places = None if seen.all() else np.flatnonzero(seen)
     if places is not None:

@@ -328,7 +328,8 @@ def test_filters_duplicates_and_the_held_out_share_are_told(run, corpus, tmp_pat
     manifest = json.loads(content)
     assert table(card_of(run, 6, tmp_path / "none")[0], "Corpora")[0]["Filters"] == "none"
     options = {"min_chars": 200, "language": ["fr"], "deduplicate": "near", "similarity": 0.8, "held_out": 0.01}
-    made = {"records": 1000, "removed": {"short": 40, "duplicate": 7, "long": 0}, "held_out": 9}
+    options |= {"exclude": ["tasks"], "exclude_words": 13}
+    made = {"records": 1000, "removed": {"short": 40, "excluded": 3, "duplicate": 7, "long": 0}, "held_out": 9}
     try:
         path.write_text(json.dumps(manifest | made | {"options": manifest["options"] | options}))
         row = table(card_of(run, 6, tmp_path / "filtered")[0], "Corpora")[0]
@@ -339,7 +340,8 @@ def test_filters_duplicates_and_the_held_out_share_are_told(run, corpus, tmp_pat
         path.write_text(content)
     assert row["Filters"] == (
         "200 characters or more; in fr; near duplicates removed (similarity 0.8); "
-        "removed from 1,000: 40 too short, 7 duplicates"
+        "without 13 words in a row of excluded texts; "
+        "removed from 1,000: 40 too short, 3 with excluded text, 7 duplicates"
     )
     assert row["Held out"] == "9 documents (1%)"
 
