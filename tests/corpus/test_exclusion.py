@@ -151,11 +151,6 @@ def test_a_build_counts_and_identifies_what_it_excludes(tmp_path, tokenizer_fold
     assert changed.plan != manifest.plan
 
 
-def test_without_exclude_an_earlier_corpus_keeps_its_identity(tmp_path, tokenizer_folder):
-    manifest = build([write_jsonl(tmp_path / "t.jsonl", [TEST])], tmp_path / "c", tokenizer_folder)
-    assert not [key for key in manifest.options if "exclude" in key]
-
-
 def test_shards_exclude_too(tmp_path, tokenizer_folder):
     path = write_jsonl(tmp_path / "t.jsonl", [TEST, "another text"])
     options = {"exclude": (str(write_jsonl(tmp_path / "test.jsonl", [TEST])),)}

@@ -328,7 +328,7 @@ def test_filters_duplicates_and_the_held_out_share_are_told(run, corpus, tmp_pat
     manifest = json.loads(content)
     assert table(card_of(run, 6, tmp_path / "none")[0], "Corpora")[0]["Filters"] == "none"
     options = {"min_chars": 200, "language": ["fr"], "deduplicate": "near", "similarity": 0.8, "held_out": 0.01}
-    options |= {"exclude": ["tasks"], "exclude_words": 13}
+    options |= {"exclude_words": 13}
     made = {"records": 1000, "removed": {"short": 40, "excluded": 3, "duplicate": 7, "long": 0}, "held_out": 9}
     try:
         path.write_text(json.dumps(manifest | made | {"options": manifest["options"] | options}))
