@@ -44,6 +44,7 @@ ALLOWED = {
     "data.manifest": ("tokenizer errors", "msgspec"),
     "data.batches": ("data tokenizer objectives config errors files", "numpy torch"),
     "corpus": ("corpus data tokenizer ui settings errors files", "numpy msgspec"),
+    "corpus.ngrams": ("counter_rng", "numpy"),
     "corpus.sources": ("errors", "pyarrow datasets huggingface_hub"),
     "corpus.records": ("errors", "msgspec numpy"),
     "corpus.texts": ("corpus data.manifest tokenizer errors", "pyarrow"),

@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_detour.corpus.documents import read_shard
 from megatron_detour.corpus.engines import EngineChoice, choose_engine, one_thread, special_ids_around
+from megatron_detour.corpus.exclusion import Exclusion
 from megatron_detour.corpus.filters import Cleaner
 from megatron_detour.corpus.join import join
 from megatron_detour.corpus.journal import Journal
@@ -62,6 +63,7 @@ class BuildPlan:
     engine: EngineChoice
     job: Job
     cleaning: dict[str, Any]  # options that affect the bytes, and the identity of excluded texts
+    exclusion: Exclusion | None = None
 
     @property
     def key(self) -> str:
@@ -119,6 +121,10 @@ def _sigterm_as_sigint() -> Iterator[None]:
 
 
 def _build(plan: BuildPlan, options: BuildOptions, journal: Journal) -> Manifest | None:
+    if plan.exclusion:
+        plan.exclusion.save(journal.folder)
+        facts = plan.exclusion.facts()
+        say(f"--exclude: {facts['exclude_sequences']:,} sequences of {facts['exclude_words']} words")
     parts = plan.parts if options.shard_index is None else plan.parts[options.shard_index :: options.num_shards]
     run_parts(parts, plan.job, journal)
     if options.shard_index is not None:
@@ -132,14 +138,18 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     tokenizer_file = find_tokenizer(options.tokenizer, options.download)
     vocabulary = load_vocabulary(options.tokenizer, options.download)
     _check_template(tokenizer_file, vocabulary)
-    cleaning = options.shaping() | Cleaner(options).identity()  # raises here, not in a worker
+    Cleaner(options)  # raises here, not in a worker, if a package is missing
     shards, unsupported = _find(options, first=True)
+    exclusion = Exclusion.read(options.exclude, options.exclude_words) if options.exclude else None
+    cleaning = options.shaping() | (exclusion.facts() if exclusion else {})
     one_thread()
     engine = choose_engine(options.engine, tokenizer_file, list(_sample(shards, options)))
     under = json.dumps([BUILD_FORMAT, cleaning, vocabulary.sha256, engine.name, _versions(engine, options)])
     special = sum(map(len, special_ids_around(load_tokenizer(tokenizer_file))))
-    job = Job(options, engine.name, str(tokenizer_file), token_type(vocabulary.size).str, special, vocabulary.unk)
-    return BuildPlan(shards, plan_parts(shards, under), unsupported, under, vocabulary, engine, job, cleaning)
+    dtype, excluded = token_type(vocabulary.size).str, exclusion.identity if exclusion else None
+    job = Job(options, engine.name, str(tokenizer_file), dtype, special, vocabulary.unk, excluded)
+    parts = plan_parts(shards, under)
+    return BuildPlan(shards, parts, unsupported, under, vocabulary, engine, job, cleaning, exclusion)
 
 
 def _find(options: BuildOptions, first: bool = False) -> tuple[list[InputShard], list[str]]:
@@ -217,6 +227,7 @@ def _manifest_fields(plan: BuildPlan, options: BuildOptions) -> dict[str, Any]:
         "options": {
             "input": list(map(printable, options.input)),
             "dataset": options.dataset,
+            "exclude": list(map(printable, options.exclude)),
             **plan.cleaning,
         },
         "versions": _versions(plan.engine, options),

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_detour.corpus.exclusion import Exclusion
 from megatron_detour.corpus.options import BuildOptions
-from megatron_detour.corpus.overlap import Overlap
 from megatron_detour.errors import DetourError
 
 LANGUAGE_CHARACTERS = 2_000  # of a document, from which its language is identified
@@ -28,10 +28,10 @@ MINHASH_SEED = 1
 class Cleaner:
     """Cleans documents as the options of a build require. Raises DetourError if a package for it is missing."""
 
-    def __init__(self, options: BuildOptions) -> None:
+    def __init__(self, options: BuildOptions, exclusion: Exclusion | None = None) -> None:
         self._options = options
+        self._exclusion = exclusion
         self._languages = _language_model(options.language) if options.language else None
-        self._excluded = Overlap(options.exclude, options.exclude_words) if options.exclude else None
         if options.deduplicate == "near":
             minhash_class()
 
@@ -47,15 +47,18 @@ class Cleaner:
                 removed[reason] += 1
             else:
                 kept.append(text)
-        return kept
-
-    def identity(self) -> dict[str, Any]:
-        """Return what identifies the excluded texts, for the manifest."""
-        return self._excluded.identity() if self._excluded else {}
+        return self._without_excluded(kept, removed) if self._exclusion else kept
 
     def _filters(self) -> bool:
         o = self._options
-        return bool(o.normalize or o.min_chars or o.max_chars is not None or o.language or o.exclude)
+        return bool(o.normalize or o.min_chars or o.max_chars is not None or o.language or self._exclusion)
+
+    def _without_excluded(self, texts: list[str], removed: Counter[str]) -> list[str]:
+        excluded = self._exclusion.shared_by(texts)
+        if excluded.any():
+            removed["excluded"] += int(excluded.sum())
+            texts = [text for text, drop in zip(texts, excluded.tolist(), strict=True) if not drop]
+        return texts
 
     def _reason_to_remove(self, text: str) -> str | None:
         if len(text) < self._options.min_chars:
@@ -64,8 +67,6 @@ class Cleaner:
             return "long"
         if self._languages and self._languages.classify(text[:LANGUAGE_CHARACTERS])[0] not in self._options.language:
             return "language"
-        if self._excluded and self._excluded.shared_by(text):
-            return "excluded"
         return None
 
     def columns(self, texts: list[str], lengths: np.ndarray) -> dict[str, np.ndarray]:

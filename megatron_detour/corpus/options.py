@@ -13,6 +13,7 @@ from megatron_detour.settings import AnyText, Choice, Faults, Flag, Range, valid
 
 SOURCE, CLEANING, WORK = Flag(group="input"), Flag(group="cleaning"), Flag(group="build")
 COUNT = Range(least=0)
+EXCLUDE_WORDS = 13  # as GPT-3's training text was cleaned (Brown et al., 2020, appendix C)
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,6 @@ class BuildOptions:
         Flag("CODE", "cleaning"),
         "keep only documents in these languages, such as en fr (py3langid)",
     ] = ()
-    exclude: Annotated[
-        tuple[AnyText, ...],
-        Flag("FILE", "cleaning"),
-        "drop documents that share --exclude-words words in a row with these files (.jsonl[.gz], .txt), or with the "
-        "files named test in these folders, as of tasks",
-    ] = ()
-    exclude_words: Annotated[int, Range(least=1), CLEANING, "words in a row that --exclude looks for"] = 13
     deduplicate: Annotated[
         str | None,
         Choice(("exact", "near")),
@@ -67,6 +61,14 @@ class BuildOptions:
     similarity: Annotated[
         float, Range(above=0, most=1), CLEANING, "minimum fraction of common word 5-grams of similar documents"
     ] = 0.8
+    exclude: Annotated[
+        tuple[AnyText, ...],
+        Flag("FILE", "cleaning"),
+        "drop documents that share words in a row with a text of these files, or of folders' files named test.*",
+    ] = ()
+    exclude_words: Annotated[
+        int, Range(least=1), CLEANING, "number of words in a row that a document may not share with --exclude"
+    ] = EXCLUDE_WORDS
     held_out: Annotated[
         float, Range(least=0, below=1), CLEANING, "fraction of documents, by hash of the text, to hold out as P.heldout"
     ] = 0.0
@@ -86,7 +88,7 @@ class BuildOptions:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in raw.items()}
 
 
-# Input and excluded texts are not among them: they are identified by their content.
+# The input is not among them: it is identified by its files. Nor is --exclude: by its sequences of words.
 SHAPING = (
     *("text_key", "text_separator", "whole_files", "normalize", "min_chars", "max_chars", "language"),
     *("deduplicate", "similarity", "held_out"),
@@ -104,6 +106,7 @@ def _check(options: BuildOptions, faults: Faults) -> None:
             f"{options.max_chars} is below --min-chars, so no document is left",
         ),
         "similarity": (options.similarity != 0.8 and not near, "requires --deduplicate near"),
+        "exclude_words": (options.exclude_words != EXCLUDE_WORDS and not options.exclude, "requires --exclude"),
         "lines": (options.whole_files and options.lines, "a .txt file is read with --whole-files or --lines, not both"),
         "dataset": (
             options.input and options.dataset,

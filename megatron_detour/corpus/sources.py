@@ -106,7 +106,7 @@ def find_inputs(names: list[str], exclude: tuple[Path, ...] = ()) -> tuple[list[
             raise DetourError(f"{name}: {'no input file matches' if '*' in name else 'no such input file'}")
         if len(matches) == 1 and Path(name).is_file():
             check_kind(name)
-        paths = [path for match in matches for path in (_walk(match) if Path(match).is_dir() else [match])]
+        paths = [path for match in matches for path in (walk(match) if Path(match).is_dir() else [match])]
         first_names = {os.path.realpath(path): path for path in reversed(paths)}
         skipped = {os.path.realpath(other) for other in exclude}
         paths = [
@@ -126,7 +126,7 @@ def find_inputs(names: list[str], exclude: tuple[Path, ...] = ()) -> tuple[list[
     return inputs, unsupported
 
 
-def _walk(folder: str) -> list[str]:
+def walk(folder: str) -> list[str]:
     """Return all files below a folder, following links; a saved dataset is one input."""
     inputs: list[str] = []
     seen: set[str] = set()

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_detour.corpus.documents import read_shard, records_before
 from megatron_detour.corpus.engines import ENGINES, CannotEncode, Engine, HuggingFace, first_difference, one_thread
+from megatron_detour.corpus.exclusion import Exclusion
 from megatron_detour.corpus.filters import Cleaner
 from megatron_detour.corpus.journal import Counts, Journal
 from megatron_detour.corpus.options import BuildOptions
@@ -37,6 +38,7 @@ class Job:
     dtype: str
     special_tokens: int  # that the tokenizer adds to a text
     unknown: int | None = None  # the id of [UNK]
+    excluded: str | None = None  # identity of the Exclusion, which is saved in the journal's folder
 
 
 class Stopped(Exception):
@@ -47,7 +49,12 @@ class Stopped(Exception):
 def _tools(job: Job) -> tuple[Engine, Engine, Cleaner]:
     """Return engine, reference and cleaner, created once per process."""
     file = Path(job.tokenizer_file)
-    return ENGINES[job.engine](file), HuggingFace(file), Cleaner(job.options)
+    return ENGINES[job.engine](file), HuggingFace(file), Cleaner(job.options, _exclusion(job))
+
+
+def _exclusion(job: Job) -> Exclusion | None:
+    folder, words = Journal(job.options.output_prefix).folder, job.options.exclude_words
+    return Exclusion.load(folder, job.excluded, words) if job.excluded else None
 
 
 def begin_worker(job: Job) -> None:

@@ -23,8 +23,8 @@ def filters(manifest: dict[str, Any]) -> tuple[str, str]:
         rules.append(f"{options['normalize']} normalization")
     if kind := options.get("deduplicate"):
         rules.append(f"{kind} duplicates removed" + (f" (similarity {options['similarity']:g})" * (kind == "near")))
-    if options.get("exclude_words"):
-        rules.append(f"without {options['exclude_words']} words in a row of excluded texts")
+    if shared := options.get("exclude_words"):
+        rules.append(f"without {shared} words in a row of excluded texts")
     counts = [f"{count:,} {REMOVED.get(why, why)}" for why, count in removed.items() if count]
     removed_words = f"removed from {manifest['records']:,}: {', '.join(counts)}" if counts else ""
     words = "; ".join(filter(None, [*rules, removed_words])) or "none"
