@@ -7,7 +7,8 @@ import errno
 import os
 from types import SimpleNamespace
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # else DeepSpeed looks for a GPU, also in processes started later
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; more would wait for each other
 
 # ruff: noqa: F401  what takes seconds to load
