@@ -66,7 +66,7 @@ def test_same_arguments_give_the_same_bytes(tmp_path):
         generate.generate(tmp_path / name, 0.1, seed)
     assert _digest(tmp_path / "a") == _digest(tmp_path / "b")
     assert _digest(tmp_path / "a")[:2] != _digest(tmp_path / "c")[:2]
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(NAMES)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted([*NAMES, "tasks"])
 
 
 def test_facts_are_a_function_with_distinct_answers():

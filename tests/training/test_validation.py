@@ -17,6 +17,7 @@ from megatron_detour.model.encoder import LanguageModel
 from megatron_detour.model.families import read_shape
 from megatron_detour.objectives import CausalLM, MaskedLM
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.plan import Plan
 from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.training.validation import Validation
 from tests.conftest import build, sentences, write_jsonl
@@ -50,7 +51,8 @@ def validation(tokenizer: Path, corpora: tuple[Corpus, ...], state: ParallelStat
     config = dataclasses.replace(config, validation=settings)
     checked, file = SimpleNamespace(vocabulary=vocabulary), find_tokenizer(tokenizer)
     initial = SimpleNamespace(checked=checked, tokenizer_file=file)
-    run = SimpleNamespace(config=config, initial=initial, parallel=state or ParallelState(), device=torch.device("cpu"))
+    state, plan = state or ParallelState(), Plan.from_config(config)
+    run = SimpleNamespace(config=config, plan=plan, initial=initial, parallel=state, device=torch.device("cpu"))
     return Validation(run)
 
 
