@@ -102,9 +102,7 @@ def loaded(run_file: str, folder: str, overrides: list[str]):
     data = PhaseData(plan, config.data.order_seed, start.checked.vocabulary)
     state, device = start_distributed(config)
     zero = create_engine(start.shape.build(state), config, read_deepspeed_config(config.deepspeed), state)
-    run = Run(
-        config, plan, Path(folder), start, data, state, device, None, zero=zero, preemption=None, micro_batches={}
-    )
+    run = Run(config, plan, Path(folder), start, data, state, device, {}, choice=None, zero=zero, preemption=None)
     Checkpoints(run, Guard(config.guards)).restore()
     held = TrainingState()
     gather(zero, held)
