@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-BATCH_CHARACTERS = 1_000_000  # for the engine alone: as much as our builder reads at a time
+BATCH_CHARACTERS = 500_000  # for the engine alone: as much as our builder reads at a time
 BATCH_DOCUMENTS = 1_000  # of encode_batch and datasets.map
 
 Result = dict[str, Any]

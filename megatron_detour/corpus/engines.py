@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,11 +193,11 @@ def choose_engine(wanted: str, tokenizer_file: Path, sample: list[str]) -> Engin
     Raises DetourError if it does not agree or is not installed.
     """
     reference = HuggingFace(tokenizer_file)
-    texts = _encodable(reference, [*trials(load_tokenizer(tokenizer_file)), *sample])
+    texts, expected = _encodable(reference, [*trials(load_tokenizer(tokenizer_file)), *sample])
     skipped: dict[str, str] = {}
     for name in ENGINES if wanted == "auto" else [wanted]:
         try:
-            if name != reference.name and first_difference(ENGINES[name](tokenizer_file), reference, texts) is not None:
+            if name != reference.name and _differs(ENGINES[name](tokenizer_file), texts, expected) is not None:
                 raise Unsuitable(f"its ids differ from those of tokenizers {version('tokenizers')} on a trial text")
             return EngineChoice(name, version(name), len(texts), skipped)
         except (Unsuitable, CannotEncode) as reason:
@@ -204,16 +205,17 @@ def choose_engine(wanted: str, tokenizer_file: Path, sample: list[str]) -> Engin
     raise DetourError(f"--engine {wanted}: {skipped[wanted]}; --engine auto chooses one that supports {tokenizer_file}")
 
 
-def _encodable(reference: Engine, texts: list[str]) -> list[str]:
-    """Return the texts that the reference can encode: without an unknown token it may not cover all trials."""
+def _encodable(reference: Engine, texts: list[str]) -> tuple[list[str], list[np.ndarray]]:
+    """Return the texts that the reference can encode, and their ids: without an unknown token it may not cover all
+    trials."""
     try:
-        reference.encode(texts)
+        return texts, _rows(reference, texts)
     except CannotEncode:
         if len(texts) == 1:
-            return []
-        middle = len(texts) // 2
-        return _encodable(reference, texts[:middle]) + _encodable(reference, texts[middle:])
-    return texts
+            return [], []
+    halves = (texts[: len(texts) // 2], texts[len(texts) // 2 :])
+    (first, first_ids), (second, second_ids) = (_encodable(reference, half) for half in halves)
+    return first + second, first_ids + second_ids
 
 
 def trials(tokenizer: Tokenizer) -> list[str]:
@@ -225,14 +227,18 @@ def trials(tokenizer: Tokenizer) -> list[str]:
 
 def first_difference(engine: Engine, reference: Engine, texts: list[str]) -> int | None:
     """Return the index of the first text on which the engine disagrees with the reference, or None."""
+    return _differs(engine, texts, _rows(reference, texts))
+
+
+def _differs(engine: Engine, texts: list[str], expected: list[np.ndarray]) -> int | None:
+    pairs = zip(_rows(engine, texts), expected, strict=True)
+    return next((number for number, pair in enumerate(pairs) if not engine.agrees(*pair)), None)
+
+
+def _rows(engine: Engine, texts: list[str]) -> list[np.ndarray]:
+    """Return the ids of each text."""
     ids, begins = engine.encode(texts)
-    expected, expected_begins = reference.encode(texts)
-    for number in range(len(texts)):
-        ours = ids[begins[number] : begins[number + 1]]
-        theirs = expected[expected_begins[number] : expected_begins[number + 1]]
-        if not engine.agrees(ours, theirs):
-            return number
-    return None
+    return [ids[start:end] for start, end in pairwise(begins.tolist())]
 
 
 def one_thread() -> None:

@@ -16,7 +16,7 @@ from megatron_detour.corpus.records import MAX_LINE_BYTES, TooLong
 from megatron_detour.corpus.sources import InputShard, is_compressed
 from megatron_detour.errors import DetourError, brief
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 19  # with its texts and ids it fits in a core's cache
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 WIDE_MARKS = {  # longer ones first, as one is a prefix of another
     b"\xff\xfe\x00\x00": "UTF-32",

@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 MAX_LINE_BYTES = 256 << 20
-LINE_END = ord("\n")
+LINE_END, COLON = ord("\n"), ord(":")
+SAME_BITS = 0xFF ^ LINE_END ^ COLON  # in which the two agree
 # Keys to suggest in messages. Nothing else of a record may be quoted: its keys may be names of people.
 COMMON_KEYS = ("text", "content", "body", "note", "report", "abstract", "article", "document", "texte", "contenu")
 
@@ -59,7 +60,9 @@ class TextKeys:
         after an error, use `parse_line` for each line.
         """
         content = np.frombuffer(lines, dtype=np.uint8)  # several times as fast to search as bytes
-        ends = np.flatnonzero(content == LINE_END)
+        marks = np.flatnonzero((content & SAME_BITS) == LINE_END)  # line ends, colons and a few others
+        marked = content[marks]
+        ends, colons = marks[marked == LINE_END], marks[marked == COLON]
         before, after = (content.take(ends + step, mode="clip") for step in (-1, 1))  # clipped: the line end itself
         # The parser reads consecutive records, regardless of lines. If every line that ends has "}" before its end, and
         # "{" follows every line end, no record can span lines; then as many records as filled lines means that each
@@ -67,7 +70,6 @@ class TextKeys:
         if not (((before == ord("}")) | (before == LINE_END)) & ((after == ord("{")) | (after == LINE_END))).all():
             raise ValueError("not one object per line")
         count = int(np.count_nonzero(after == ord("{"))) + (lines[0] != LINE_END)
-        colons = np.flatnonzero(content == ord(":"))
         if any(sum(_occurrences(content, colons, s) for s in spellings) > count for spellings in self._spelled):
             raise ValueError("perhaps a duplicate key")
         records = self._decoder.decode_lines(lines)
