@@ -63,9 +63,10 @@ def measure(settings: Settings, say: Callable[[str], None]) -> list[tuple[str, s
     rows = []
     for length in settings.sequence_length:
         deep = int(DEEP * read_manifest(prefix).tokens)
-        for kept in settings.folder.glob(f"{Path(prefix).name}.windows-*"):
-            kept.unlink()
-        for name, first in (("token 0", 0), (f"token {deep:,}", deep), ("there again", deep)):
+        places = (("token 0", 0, False), (f"token {deep:,}", deep, False), ("there again", deep, True))
+        for name, first, again in places:
+            for kept in [] if again else settings.folder.glob(f"{Path(prefix).name}.windows-*"):
+                kept.unlink()
             say(f"opening at length {length:,}, {name}")
             rows.append((f"{length:,}: start at {name}", _started(_fresh(start, prefix, length, first, settings))))
         say(f"reading and masking at length {length:,}")
