@@ -88,7 +88,8 @@ def ours(
         training_flops(shape, (len(d.inputs),), work.causal, int((d.labels != IGNORE).sum())) for d in work.documents
     )
     positions = sum(len(batch.input_ids) for batch in batches)
-    return Contender("megatron_detour", model, batches, loss, positions), flops
+    name = "megatron_detour, compiled" if compute.compile else "megatron_detour"
+    return Contender(name, model, batches, loss, positions), flops
 
 
 def transformers_padded(config: dict[str, Any], work: Workload, batch: int, peer: Peer) -> Contender:

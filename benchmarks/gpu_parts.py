@@ -163,11 +163,13 @@ def audit(scale: Scale, results: Results) -> None:
 
 
 def base(scale: Scale, results: Results) -> None:
-    """Speed by objective, length, attention and kernels, then by the size of the micro-batch."""
+    """Speed by objective, length, attention and kernels, compiled, and by the size of the micro-batch."""
     for objective in ("mlm", "clm"):
         for length in scale.lengths:
             for attention, kernels in _backends():
                 _try_row(results, _setting(scale, objective, length, attention=attention, kernels=kernels))
+        if torch.cuda.is_available():
+            _try_row(results, _setting(scale, objective, scale.lengths[0], compile=True))
     for tokens in scale.sweep:
         _try_row(results, _setting(scale, "mlm", scale.lengths[0], tokens=tokens))
 
@@ -296,13 +298,14 @@ def _try_row(results: Results, settings: train.Measurement) -> None:
     try:
         measured = train.measure(settings, ParallelState(), _device(), print)
     except (DetourError, torch.OutOfMemoryError) as fault:
-        if settings.attention != "auto" or settings.kernels != "auto" or isinstance(fault, torch.OutOfMemoryError):
+        asked = settings.attention != "auto" or settings.kernels != "auto" or settings.compile
+        if asked or isinstance(fault, torch.OutOfMemoryError):
             results.setdefault("left_out", []).append(str(fault).splitlines()[0])
             results.save()
             return
         raise
     for row in measured["contenders"]:
-        ours = row["name"] == "megatron_detour"
+        ours = row["name"].startswith("megatron_detour")
         results.add_row(
             {
                 "size": settings.size,

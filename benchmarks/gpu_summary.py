@@ -52,8 +52,11 @@ def summarize(day: dict[str, Any], baseline: dict[str, Any] | None = None) -> Su
 
 
 def suggest(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the attention and kernels of the fastest rows, and the smallest micro-batch that is as fast as any."""
-    rows = [row for row in rows if row["size"] != "large" and row["contender"] == "megatron_detour"]
+    """Return the attention and kernels of the fastest rows, whether compiled layers were faster than theirs, and the
+    smallest micro-batch that is as fast as any."""
+    rows = [row for row in rows if row["size"] != "large"]
+    compiled = [row["times_as_fast"] for row in rows if row["contender"] == "megatron_detour, compiled"]
+    rows = [row for row in rows if row["contender"] == "megatron_detour"]
     if not rows:
         return {}
     best = max(rows, key=lambda row: row["share_of_matrix_rate"])
@@ -65,6 +68,7 @@ def suggest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "compute.attention": best["attention"],
         "compute.kernels": best["kernels"],
+        **({"compute.compile": all(ratio < 1 - CLOSE for ratio in compiled)} if compiled else {}),
         "tokens per micro-batch": min(
             row["micro_tokens"] for row in sweep if row["tokens_per_second"] >= (1 - CLOSE) * fastest
         ),

@@ -57,6 +57,7 @@ class Measurement:
     attention: Annotated[str, Choice(ATTENTION), "backend"] = "auto"
     kernels: Annotated[str, Choice(KERNELS), "fused or plain"] = "auto"
     recompute: Annotated[str, Choice(RECOMPUTE), "activation checkpointing"] = "none"
+    compile: Annotated[bool, "also measure layers compiled with torch.compile, alternating"] = False
     tensor: Annotated[Positive, "tensor-parallel ranks, started with torchrun"] = 1
     sequence_parallel: Annotated[bool, "split positions over tensor-parallel ranks"] = False
     against: Annotated[
@@ -119,12 +120,16 @@ def measure(settings: Measurement, state: ParallelState, device: torch.device, s
         config["num_hidden_layers"] = settings.layers
     dtype = DTYPES[settings.dtype]
     batch = settings.sequence_length, settings.micro_sequences, work.causal
-    sizes = run_sizes(read_shape(config, "benchmark"), state.tensor_size, [batch])
-    choice = choose_compute(settings.attention, settings.kernels, settings.recompute, sizes, device, dtype)
+    shape = read_shape(config, "benchmark")
+    sizes = run_sizes(shape, state.tensor_size, [batch])
+    compiled = shape if settings.compile else None
+    choice = choose_compute(settings.attention, settings.kernels, settings.recompute, sizes, device, dtype, compiled)
     say(str(choice))
-    compute = choice.compute
-    mine, flops = contenders.ours(config, work, settings.micro_sequences, compute, state, device, dtype)
-    rivals = [mine]
+    rivals = []
+    for compile in (False, True)[: 1 + settings.compile]:
+        compute = dataclasses.replace(choice.compute, compile=compile)
+        mine, flops = contenders.ours(config, work, settings.micro_sequences, compute, state, device, dtype)
+        rivals.append(mine)
     if settings.against:
         peer = contenders.Peer(settings.peer_attention, settings.peer_compile, device, dtype)
         rivals.append(contenders.transformers_padded(config, work, settings.peer_batch, peer))

@@ -68,16 +68,15 @@ def items(run_file: str | None, overrides: list[str]) -> Iterator[CheckResult]:
 def _of_run(config: RunConfig, checked: Preflight) -> Iterator[CheckResult]:
     yield from _model(config, checked)
     expected, sizes = _forecast(config, _ranks(config), checked), Sizes()
-    if expected.shape and expected.micro_batches:
+    shape, compute = expected.shape, config.compute
+    if shape and expected.micro_batches:
         chosen = {name: batch.sequences for name, batch in expected.micro_batches.items()}
         plan = Plan.from_config(config).with_micro_sequences(chosen)
-        sizes = run_sizes(expected.shape, config.parallel.tensor, plan.micro_batches)
-    yield from machine.compute(
-        config.compute.attention,
-        config.compute.kernels,
-        torch.bfloat16 if checked.deepspeed and is_bf16(checked.deepspeed) else torch.float32,
-        sizes,
-    )
+        sizes = run_sizes(shape, config.parallel.tensor, plan.micro_batches)
+    dtype = torch.bfloat16 if checked.deepspeed and is_bf16(checked.deepspeed) else torch.float32
+    yield from machine.compute(compute.attention, compute.kernels, dtype, sizes)
+    if shape and compute.compile:
+        yield machine.compiler(shape, compute.recompute, dtype, sizes)
     yield machine.disk(Path(config.folder), expected.disk.needed if expected.disk else 0)
     yield from _memory(expected)
     others = (fault for fault in checked.faults if not fault.startswith(("model.", "compute.")))  # shown above

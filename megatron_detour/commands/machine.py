@@ -27,6 +27,8 @@ from megatron_detour.errors import DetourError
 from megatron_detour.kernels.check import Sizes
 from megatron_detour.kernels.choose import choose_kernels
 from megatron_detour.model.backends import choose_attention
+from megatron_detour.model.compiled import check_compiled
+from megatron_detour.model.families import Family
 from megatron_detour.text import visible
 
 OK, NOTE, FAULT = "ok", "note", "fault"
@@ -161,7 +163,7 @@ def compute(
     attention: str = "auto", kernels: str = "auto", dtype: torch.dtype | None = None, sizes: Sizes | None = None
 ) -> Iterator[CheckResult]:
     """Select attention and kernels as a run would, comparing each with its reference implementation."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
         name, _, skipped = choose_attention(attention, device, dtype, sizes or Sizes())
@@ -176,6 +178,19 @@ def compute(
             yield CheckResult(NOTE, "kernels", f"skipped: {slower}")
     except DetourError as fault:
         yield CheckResult(FAULT, "kernels", str(fault))
+
+
+def compiler(shape: Family, recompute: str, dtype: torch.dtype, sizes: Sizes) -> CheckResult:
+    """Compile a layer and compare it with a plain one."""
+    try:
+        check_compiled(shape, sizes, recompute, _device(), dtype)
+    except DetourError as fault:
+        return CheckResult(FAULT, "compile", str(fault))
+    return CheckResult(OK, "compile", "a compiled layer equals a plain one")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def collectives() -> CheckResult:

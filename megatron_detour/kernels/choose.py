@@ -30,6 +30,7 @@ class Kernels:
 
 
 PLAIN = Kernels()
+TRACEABLE = Kernels(rotate_=plain.rotate)  # without storage of tensors, for torch.compile
 
 
 def choose_kernels(

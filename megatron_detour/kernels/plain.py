@@ -39,6 +39,15 @@ def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[to
     return Rotate.apply(qkv, cos, sin, _turn)
 
 
+def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what `rotate_` returns, as new tensors: torch.compile cannot follow the storage of tensors.
+
+    v too, as a view of it would keep all of qkv for the backward pass.
+    """
+    q, k, v = qkv.view(len(qkv), 3, -1, 2 * cos.shape[1]).unbind(1)
+    return _turned(q, cos, sin), _turned(k, cos, sin), v.contiguous()
+
+
 class Rotate(torch.autograd.Function):
     """`turn(sources, target, cos, sin, sign)` rotates q and k of three tensors [T, H, D] by sign times their angles,
     and writes all three into target [T, 3, H, D]; the sources may be its views.
@@ -77,14 +86,21 @@ def joined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | 
 
 
 def _turn(sources, target: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> None:
-    cos, sin = cos[:, None], sign * sin[:, None]  # their fp32 makes the products fp32
     for source, turned in zip(sources[:2], target.unbind(1), strict=False):
-        first, second = source.chunk(2, dim=-1)
-        halves = first * cos - second * sin, second * cos + first * sin
-        for half, place in zip(halves, turned.chunk(2, dim=-1), strict=True):
+        for half, place in zip(_halves(source, cos, sign * sin), turned.chunk(2, dim=-1), strict=True):
             place.copy_(half)
     if sources[2].data_ptr() != target[:, 2].data_ptr():
         target[:, 2] = sources[2]
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return torch.cat(_halves(x, cos, sin), -1).to(x.dtype)
+
+
+def _halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = cos[:, None], sin[:, None]  # their fp32 makes the products fp32
+    first, second = x.chunk(2, dim=-1)
+    return first * cos - second * sin, second * cos + first * sin
 
 
 def softmax_(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.kernels.check import Sizes
 from megatron_detour.kernels.choose import choose_kernels
 from megatron_detour.model.backends import choose_attention
+from megatron_detour.model.compiled import check_compiled
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.families import Family
 from megatron_detour.parallel.state import gather_from_all_ranks
@@ -33,6 +34,7 @@ class Choice:
 
     def __str__(self) -> str:
         chosen = f"attention {self.attention}, kernels {self.kernels}, recompute {self.compute.recompute}"
+        chosen += ", compiled layers" if self.compute.compile else ""
         slow = [SDPA_ON_GPU] if self.on_gpu and self.attention == "sdpa" else []
         return "\n".join([chosen, *(f"  skipped: {why}" for why in self.skipped), *slow])
 
@@ -54,9 +56,17 @@ def run_sizes(shape: Family, tensor: int, micro_batches: Iterable[tuple[int, int
 
 
 def choose_compute(
-    attention: str, kernels: str, recompute: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
+    attention: str,
+    kernels: str,
+    recompute: str,
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: Family | None = None,
 ) -> Choice:
-    """Choose attention and kernels, checked at these sizes. Collective over all ranks.
+    """Choose attention and kernels, checked at these sizes; layers of `compiled`, if given, are to be compiled.
+
+    Collective over all ranks.
 
     Raises DetourError on every rank if a requested backend is unavailable or wrong on any rank, or if ranks would use
     different ones.
@@ -66,7 +76,9 @@ def choose_compute(
         chosen_attention, function, skipped = choose_attention(attention, device, dtype, sizes)
         chosen_kernels, implementations, slower = choose_kernels(kernels, device, dtype, sizes)
         skipped = [*skipped, *([slower] if slower else [])]
-        compute = Compute(function, implementations, recompute)
+        if compiled:
+            check_compiled(compiled, sizes, recompute, device, dtype)
+        compute = Compute(function, implementations, recompute, compile=compiled is not None)
         choice = Choice(compute, chosen_attention, chosen_kernels, skipped, device.type == "cuda")
     except DetourError as error:
         fault = str(error)

@@ -30,18 +30,26 @@ class Layer(nn.Module):
 
     def __init__(self, shape: ModernBert, state: ParallelState, compute: Compute, index: int) -> None:
         super().__init__()
-        self.compute = compute
+        self.compute = compute = compute.of_layers()
         self.attn_norm = LayerNorm(shape, compute, state) if index else nn.Identity()  # the embedding has normalized it
         self.attn = SelfAttention(shape, state, compute)
         self.mlp_norm = LayerNorm(shape, compute, state)
         self.mlp = shape.feed_forward(state, compute)
+        # What differs between micro-batches, their documents, is outside of what is compiled.
+        self.before, self.after = (compute.compiled(part) for part in (Layer._before, Layer._after))
 
     def forward(
         self, x_SE: torch.Tensor, change_SE: torch.Tensor | None, rotary, pattern: AttentionPattern
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_SE, q_THD, k_THD, v_THD = self.before(self, x_SE, change_SE, rotary)
+        return self.after(self, x_SE, self.compute.attention(q_THD, k_THD, v_THD, pattern))
+
+    def _before(self, x_SE: torch.Tensor, change_SE: torch.Tensor | None, rotary) -> tuple[torch.Tensor, ...]:
         x_SE, qkv = self._enter(self.attn_norm, self.attn.Wqkv, x_SE, change_SE)
-        change_SE = self.attn(qkv, rotary, pattern)
-        x_SE, ab = self._enter(self.mlp_norm, self.mlp.Wi, x_SE, change_SE)
+        return x_SE, *self.attn.heads(qkv, rotary)
+
+    def _after(self, x_SE: torch.Tensor, attended_THD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_SE, ab = self._enter(self.mlp_norm, self.mlp.Wi, x_SE, self.attn.output(attended_THD))
         return x_SE, self.mlp(ab)
 
     def _enter(self, norm, linear, x_SE, change_SE) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.families import Family
 from megatron_detour.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -19,7 +18,10 @@ class SelfAttention(nn.Module):
         self.Wqkv = ColumnParallelLinear(shape.hidden, 3 * shape.hidden, state, parts=3)
         self.Wo = RowParallelLinear(shape.hidden, shape.hidden, state)
 
-    def forward(self, qkv: torch.Tensor, rotary, pattern: AttentionPattern) -> torch.Tensor:
-        """Output of Wqkv [T, 3 H D] -> change of the residual stream [S, E]."""
-        q_THD, k_THD, v_THD = self.compute.kernels.rotate_(qkv, *rotary)
-        return self.Wo(self.compute.attention(q_THD, k_THD, v_THD, pattern).flatten(1))
+    def heads(self, qkv: torch.Tensor, rotary) -> tuple[torch.Tensor, ...]:
+        """Output of Wqkv [T, 3 H D] -> rotated queries and keys, and values [T, H, D]."""
+        return self.compute.kernels.rotate_(qkv, *rotary)
+
+    def output(self, attended_THD: torch.Tensor) -> torch.Tensor:
+        """Output of attention [T, H, D] -> change of the residual stream [S, E]."""
+        return self.Wo(attended_THD.flatten(1))

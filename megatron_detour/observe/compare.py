@@ -241,7 +241,7 @@ def _setting(value: Any) -> str:
 def _software(run: Run) -> dict[str, str]:
     """Return versions, and the environment of the latest session."""
     facts = {str(package): str(version) for package, version in (run.environment.get("versions") or {}).items()}
-    for key in ("device", "ranks", "tensor_parallel", "attention", "kernels", "dtype", "recompute"):
+    for key in ("device", "ranks", "tensor_parallel", "attention", "kernels", "dtype", "recompute", "compile"):
         if run.sessions and key in run.sessions[-1]:
             facts[key.replace("_", " ")] = _setting(run.sessions[-1][key])
     return facts

@@ -181,6 +181,7 @@ def _session(session: dict[str, Any], otherwise: str, number: int) -> list[Entry
     missing = session.get("missing_steps")  # without figures when the session began
     parallel, cores, recompute = (session.get(key) for key in ("tensor_parallel", "host_cores", "recompute"))
     how = [f"recompute {recompute}"] if recompute else []
+    how += ["compiled layers"] if session.get("compile") else []
     how += [f"skipped: {fault}" for fault in session.get("passed_over") or []]
     precision = f", {session['dtype']}" if session.get("dtype") else ""
     return [

@@ -90,6 +90,7 @@ class _Session(TypedDict):
     kernels: NotRequired[str | None]
     dtype: NotRequired[str | None]
     recompute: NotRequired[str | None]
+    compile: NotRequired[bool | None]
     passed_over: NotRequired[list[str] | None]
 
 

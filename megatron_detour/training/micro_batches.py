@@ -44,7 +44,8 @@ def choose_sizes(
 
     first, _ = sized(compute.attention, compute.kernels)
     sizes = run_sizes(initial.shape, config.parallel.tensor, first.micro_batches)
-    choice = choose_compute(compute.attention, compute.kernels, compute.recompute, sizes, device, dtype)
+    compiled = initial.shape if compute.compile else None
+    choice = choose_compute(compute.attention, compute.kernels, compute.recompute, sizes, device, dtype, compiled)
     return *sized(choice.attention, choice.kernels), choice
 
 

@@ -192,6 +192,7 @@ def session_facts(run: Run, step: int) -> dict[str, Any]:
         "attention": run.choice.attention,
         "kernels": run.choice.kernels,
         "recompute": run.choice.compute.recompute,
+        "compile": run.choice.compute.compile,
         "micro_sequences": {name: one.sequences for name, one in run.micro_batches.items()},
         "chosen_by_auto": {name: one.why for name, one in run.micro_batches.items() if one.why},
         "dtype": str(next(run.zero.module.parameters()).dtype).removeprefix("torch."),

@@ -142,6 +142,10 @@ def test_the_smallest_micro_batch_that_is_as_fast_is_suggested():
         "tokens per micro-batch": 32_768,
     }
     assert gpu_summary.suggest([]) == {}
+    compiled = ROW | {"contender": "megatron_detour, compiled", "share_of_matrix_rate": 0.9}
+    for slower, suggested in ((0.9, True), (0.99, False), (1.1, False)):
+        found = gpu_summary.suggest([*rows, compiled | {"times_as_fast": slower}])
+        assert found["compute.compile"] is suggested and found["compute.kernels"] == "triton"
 
 
 def test_the_summary_says_why_a_part_has_no_figures():
