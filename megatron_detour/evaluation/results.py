@@ -37,6 +37,7 @@ class _Shape(msgspec.Struct):
     examples: dict[str, int] = {}
     seconds: float = 0.0
     device: str | None = None
+    attention: str | None = None
     versions: dict[str, str] | None = None
     identity: dict[str, str] = {}
 

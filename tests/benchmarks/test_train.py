@@ -16,6 +16,7 @@ from benchmarks.train import Measurement, measure_all, table, write_json
 from benchmarks.workload import Workload, make_workload
 from megatron_detour.data.batches import MicroBatch
 from megatron_detour.errors import DetourError
+from megatron_detour.model import compute as compute_module
 from megatron_detour.model.attention import AttentionPattern, dense_attention
 from megatron_detour.model.compute import Compute
 from megatron_detour.objectives import IGNORE
@@ -141,6 +142,13 @@ def test_the_table_and_the_file(tmp_path):
     assert len({line.count("|") for line in lines}) == 1
     write_json(tmp_path / "figures.json", [result])
     assert json.loads((tmp_path / "figures.json").read_text())[0]["settings"]["tokens"] == 1000
+
+
+def test_compiled_layers_are_a_contender(monkeypatch):
+    monkeypatch.setattr(compute_module, "COMPILER", {"backend": "eager"})
+    (result,) = measure_all([replace(SETTINGS, compile=True, rounds=1)], lambda line: None)
+    assert [row["name"] for row in result["contenders"]] == ["megatron_detour", "megatron_detour, compiled"]
+    assert result["contenders"][0]["times_as_fast"] == 1.0
 
 
 def two_ranks() -> int:

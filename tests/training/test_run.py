@@ -30,6 +30,7 @@ from megatron_detour.observe.sinks import read_metrics
 from megatron_detour.plan import Plan
 from megatron_detour.release.export import export
 from tests.harness import ROOT, environment, free_port, slow
+from tests.model.test_compiled import has_compiler
 
 pytestmark = pytest.mark.integration
 
@@ -475,3 +476,27 @@ def test_the_example_is_valid_bash_and_python():
         subprocess.run(["bash", "-n", str(script)], check=True)
         if script.name.startswith("pretrain"):
             compile(script.read_text(), str(script), "exec")
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_the_same_model_and_resume_to_the_bit(unbroken, run_file, tmp_path):
+    """Across the switch of the objective and to frozen layers. A session compiles for another first micro-batch."""
+    folder, again = tmp_path / "whole", tmp_path / "again"
+    arguments = ("--run-file", str(run_file), "compute.compile=true", "checkpoint.keep=9")
+    result = start(1, *arguments, f"folder={folder}")
+    if not has_compiler():
+        assert result.returncode == 1 and "compute.compile: a layer cannot be compiled" in result.stderr
+        return
+    finished(result)
+    for ours, theirs in zip(losses(folder), losses(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert json.loads((folder / "environment.json").read_text())["sessions"][0]["compile"] is True
+    shutil.copytree(folder, again)
+    for step in range(3, 7):
+        shutil.rmtree(store.checkpoint_folder(again / "checkpoints", step))
+    finished(start(1, *arguments, f"folder={again}"))
+    weights = [
+        load_file(store.checkpoint_folder(run / "checkpoints", 6) / "model.safetensors") for run in (folder, again)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert losses(folder) == losses(again)

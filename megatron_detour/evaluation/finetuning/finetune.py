@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset
+from megatron_detour.evaluation.finetuning.attention import attention_of
 from megatron_detour.evaluation.finetuning.heads import build_optimizer, open_model
 from megatron_detour.evaluation.finetuning.protocol import FinetuneSettings
 from megatron_detour.evaluation.models import most_positions, opening
@@ -43,6 +44,7 @@ class Outcome:
     predicted: list[Any]
     seconds: float
     device: str
+    attention: str  # transformers' name
 
 
 def finetune(
@@ -97,6 +99,7 @@ def finetune(
         predicted=predicted,
         seconds=time.monotonic() - began,
         device=_device_name(),
+        attention=attention_of(network),
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import Dataset
+from megatron_detour.evaluation.finetuning.attention import use_best_attention
 from megatron_detour.evaluation.finetuning.protocol import FinetuneSettings
 from megatron_detour.evaluation.models import opening
 
@@ -30,6 +31,7 @@ def open_model(folder: Path, dataset: Dataset, settings: FinetuneSettings) -> nn
                     f"{folder}: this model type has no dense layer for head=linear to remove; use head=transformers"
                 )
             network.head = nn.Identity()
+        use_best_attention(network)
         return network
 
     return dataset.task.kind.with_head(settings.ner_head).build_model(load, dataset.labels)

@@ -55,6 +55,7 @@ def begin_worker(slots: Any, shares: Any, stop: Any, threads: int, parent: int) 
     os.environ["CUDA_VISIBLE_DEVICES"] = device
     os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # else its gradients differ between repetitions
     if not device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # avoids a warning, since transformers imports DeepSpeed
     _end_with(parent)
@@ -112,6 +113,7 @@ def run_job(job: Job) -> tuple[Result, dict[str, Any]]:
         "cut": outcome.cut,
         "seconds": round(outcome.seconds, 1),
         "device": outcome.device,
+        "attention": outcome.attention,
         "versions": {package: version(package) for package in PACKAGES},
         "identity": job.identity,
     }
