@@ -1,4 +1,4 @@
-"""FlashAttention for fine-tuning on a GPU, without padding in the encoder. B texts padded to T tokens, E hidden size."""
+"""FlashAttention for fine-tuning on a GPU, without padding. B texts padded to T tokens, E hidden size."""
 
 from __future__ import annotations
 
