@@ -18,6 +18,7 @@ from megatron_detour.commands import doctor, machine
 from megatron_detour.commands.machine import FAULT, NOTE, OK, CheckResult
 from megatron_detour.commands.main import main
 from megatron_detour.errors import DetourError
+from megatron_detour.model import compute
 from megatron_detour.tokenizer.vocabulary import load_vocabulary
 from tests.harness import ROOT
 from tests.models import CONFIG, tiny
@@ -239,3 +240,13 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.tempfile, "NamedTemporaryFile", refuse)
     told = machine.disk(tmp_path)
     assert (told.state, told.text) == (FAULT, f"{tmp_path}: not writable: Permission denied")
+
+
+def test_compiled_layers_are_tried(run_file, capsys, monkeypatch):
+    monkeypatch.setattr(compute, "COMPILER", {"backend": "eager"})
+    main(["doctor", str(run_file), "compute.compile=true"])
+    assert "ok     compile       a compiled layer equals a plain one" in capsys.readouterr().out
+    monkeypatch.setattr(compute, "COMPILER", {"backend": lambda graph, inputs: 1 / 0})
+    torch._dynamo.reset()
+    assert main(["doctor", str(run_file), "compute.compile=true"]) == 1
+    assert "fault  compile       compute.compile: a layer cannot be compiled" in capsys.readouterr().out

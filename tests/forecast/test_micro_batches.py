@@ -110,7 +110,7 @@ def setup(folder: Path, gigabytes: float, session: dict, device: str = "cpu", ba
     initial = SimpleNamespace(shape=BASE, checked=checked)
     checks = []
 
-    def choose(attention, kernels, recompute, sizes, device, dtype):
+    def choose(attention, kernels, recompute, sizes, device, dtype, compiled):
         checks.append(sizes.tokens)
         return SimpleNamespace(attention=backends[0], kernels=backends[1])
 
