@@ -121,7 +121,7 @@ ALLOWED = {
     ),
     "study.records": ("errors", "msgspec"),
     "study.page": (
-        "study.page study.records study.power study.statistics analysis.drift evaluation.report objectives ui errors "
+        "study.page study.data study.records study.power study.statistics analysis.drift evaluation.report objectives ui errors "
         "files",
         "numpy matplotlib",
     ),
@@ -201,7 +201,7 @@ LAZY = {
     "analysis.linear_probe": "sklearn",
     "release.card": "jinja2",
     "release.hub": "huggingface_hub",
-    "commands.evaluate": "torch",
+    "evaluation.finetuning.suite": "torch",
     "commands.init": "torch",
     "corpus.texts": "pyarrow",
     "evaluation.metrics": "sklearn scipy seqeval",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -94,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Fine-tune what is missing, then write the report. Raises DetourError."""
-    from megatron_detour.evaluation.finetuning.suite import Suite, run_suite
+    from megatron_detour.evaluation.finetuning.suite import Suite, run_suite, visible_gpus
 
     overrides = options.set + ([f"ner_head={options.ner_head}"] if options.ner_head else [])
     protocol = load_protocol(options.protocol, overrides)
@@ -177,11 +176,3 @@ def _group(name: str, data: Path) -> list[Task]:
     if not present:
         raise DetourError(f"--tasks all: {data} has no folder with the name of a task; see docs/tasks.md")
     return present
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """Return the GPUs visible to this process, as named in CUDA_VISIBLE_DEVICES."""
-    import torch
-
-    named = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    return tuple(named or map(str, range(torch.cuda.device_count())))[: torch.cuda.device_count()]

@@ -82,7 +82,13 @@ def _run_study(study: Study, jobs: list[Job], options: argparse.Namespace) -> in
 
 
 def _run_job(study: Study, job: Job) -> int:
-    """Run one job and record how it ended; first wait for a process that a killed session has left running it."""
+    """Run one job of a study that is as registered, and record how it ended.
+
+    It first waits for a process that a killed session has left running the job.
+    """
+    from megatron_detour.study.registration import register
+
+    register(study)
     path = study.folder / "locks" / f"{job.name.replace('/', '-')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:

@@ -20,7 +20,8 @@ ARRAY = """#!/usr/bin/env bash
 set -uo pipefail
 [ ! -e .venv/bin/activate ] || . .venv/bin/activate
 command=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" "$1")
-bash -c "$command"
+# In a step, as only its processes get the signal before the time limit.
+srun --ntasks=1 --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" bash -c "exec $command"
 status=$?
 [ "$status" -ne 75 ] || scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"  # stopped in time, to go on
 exit "$status"

@@ -17,14 +17,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from megatron_detour.analysis.drift import REGIONS as THIRDS
 from megatron_detour.errors import DetourError, nearest
+from megatron_detour.study.records import START
 from megatron_detour.study.schema import StudyConfig
+from megatron_detour.study.statistics import Method
 
 MEAN, OTHER, LOSS = "mean of tasks", "mean of other tasks", "loss"
 QUANTITIES = ("drift ratio", "drift", "persistence")
-REGIONS = ("low", "mid", "deep", "all")
-METHODS = ("hierarchical", "finetuning", "bootstrap")
+REGIONS = (*THIRDS, "all")
+METHODS = get_args(Method)
 _SHAPE = re.compile(
     r"(?P<left>.+?)\s+(?P<negated>not\s+)?>\s+(?P<right>.+?)"
     r"(?:\s+on\s+(?P<measure>.+?))?(?:\s+by\s+(?P<method>\w+))?(?:,\s*p\s*<\s*(?P<level>[\d.]+))?"
@@ -92,7 +96,7 @@ def _side(text: str, config: StudyConfig) -> str | Quantity | float:
         pass
     if found := _QUANTITY.fullmatch(text):
         return _quantity(found["name"], found["region"], found["arm"], config)
-    if text in config.arms or (text == "start" and config.evaluation):
+    if text in config.arms or (text == START and config.evaluation):
         return text
     raise DetourError(
         f"{text!r} is neither an arm ({', '.join(config.arms)}) nor a quantity "

@@ -1,4 +1,4 @@
-"""The verdicts of a study's criteria, from its result lines."""
+"""The verdicts of a study's criteria, from its results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_detour.analysis.drift import regions_of
 from megatron_detour.errors import DetourError
 from megatron_detour.settings import read
 from megatron_detour.study.criteria import LOSS, MEAN, OTHER, Criterion, Quantity
+from megatron_detour.study.data import StudyData, regions, share_kept
 from megatron_detour.study.jobs import write_lines
-from megatron_detour.study.records import REGISTRATION, RESULTS, START
+from megatron_detour.study.records import REGISTRATION, RESULTS
 from megatron_detour.study.registration import registered
 from megatron_detour.study.results import Line, read_lines
 from megatron_detour.study.schema import StudyConfig
@@ -25,28 +25,25 @@ NO_TEST = 0.05  # the level of intervals of a criterion without a test
 
 def write_verdicts(folder: Path) -> None:
     """Judge the results of a study's folder by its registered criteria, and write the verdicts beside them."""
-    registration = registered(folder)
-    config = read(StudyConfig, registration["study"] | {"folder": str(folder)}, str(folder / REGISTRATION))
+    study = registered(folder)["study"] | {"folder": str(folder)}
+    config = read(StudyConfig, study, str(folder / REGISTRATION))
     lines = [line for line in read_lines(folder) if line["kind"] != "verdict"]
-    seeds = registration["facts"].get("finetuning_seeds", [])
-    write_lines(folder / RESULTS, [*lines, *judge(config, seeds, lines)])
+    write_lines(folder / RESULTS, [*lines, *judge(config, StudyData.read(folder))])
 
 
-def judge(config: StudyConfig, finetuning_seeds: Sequence[int], lines: Sequence[Line]) -> list[Line]:
+def judge(config: StudyConfig, data: StudyData) -> list[Line]:
     """Return a verdict line per criterion. `met` is None where the results do not suffice."""
     criteria = {name: Criterion.parse(text, config) for name, text in config.criteria.items()}
-    results = Results(config, finetuning_seeds, lines)
     compared: dict[str, Comparison] = {}
     missing: dict[str, str] = {}
     for name, criterion in criteria.items():
         try:
-            compared[name] = results.compare(criterion)
+            compared[name] = _compare(criterion, config, data)
         except DetourError as reason:
             missing[name] = str(reason)
     tested = [name for name in compared if criteria[name].level is not None]
-    directions = ["not above" if criteria[name].negated else "above" for name in tested]
+    pairs = [(compared[name], "not above" if criteria[name].negated else "above") for name in tested]
     unjudged = sum(criteria[name].level is not None and not criteria[name].negated for name in missing)
-    pairs = [(compared[name], direction) for name, direction in zip(tested, directions, strict=True)]
     judged = dict(zip(tested, verdicts(pairs, unjudged), strict=True))
     output = []
     for name, criterion in criteria.items():
@@ -99,96 +96,65 @@ def _name(side: str | Quantity | float) -> str:
     return str(side)
 
 
-class Results:
-    """Result lines by arm, task and seed."""
-
-    def __init__(self, config: StudyConfig, finetuning_seeds: Sequence[int], lines: Sequence[Line]) -> None:
-        self._config, self._seeds, self._finetuning = config, config.seeds, list(finetuning_seeds)
-        self.tasks = [Path(task).stem for task in config.evaluation.tasks] if config.evaluation else []
-        self._scores = {
-            (line["arm"], line["task"], line["seed"], line["finetuning_seed"]): line["score"]
-            for line in lines
-            if line["kind"] == "score"
-        }
-        self._losses = {(line["arm"], line["seed"]): line["loss"] for line in lines if line["kind"] == "run"}
-        self._drift = {(line["arm"], line["seed"]): line for line in lines if line["kind"] == "drift"}
-        self._persistence = {line["seed"]: line for line in lines if line["kind"] == "persistence"}
-
-    def scores(self, arm: str, tasks: Sequence[str] | None = None) -> np.ndarray:
-        """Return scores [tasks, training seeds, fine-tuning seeds], NaN where missing; the start model has no seed."""
-
-        def score(task: str, seed: int, finetuning: int) -> float:
-            value = self._scores.get((arm, task, None if arm == START else seed, finetuning))
-            return math.nan if value is None else value
-
-        chosen = self.tasks if tasks is None else tasks
-        return np.array([[[score(t, s, f) for f in self._finetuning] for s in self._seeds] for t in chosen])
-
-    def compare(self, criterion: Criterion) -> Comparison:
-        """Raises DetourError if the results do not suffice."""
-        found = self._comparison(criterion)
-        if criterion.level is not None and found.low is None and found.training_seeds == 1:
-            raise DetourError(f"a single training seed, with a mean of {found.mean:.4g}, says nothing about others")
-        return found
-
-    def _comparison(self, criterion: Criterion) -> Comparison:
-        level = NO_TEST if criterion.level is None else criterion.level
-        left, right = criterion.left, criterion.right
-        if isinstance(left, Quantity):
-            return self._compare_quantities(left, right, level)
-        if criterion.measure == LOSS:
-            return compare_values(self._loss(left), self._loss(right), level=level)
-        tasks = None if criterion.measure in (MEAN, OTHER) else [criterion.measure]
-        kind = "random" if criterion.measure == OTHER else "fixed"
-        a, b = self.scores(left, tasks), self.scores(right, tasks)
-        found = compare(a, b, criterion.method, tasks=kind, level=level)
-        if found.tasks < len(a):
-            absent = len(a) - found.tasks
-            raise DetourError(f"{absent} of {len(a)} tasks have no scores of both arms for a common training seed")
-        return found
-
-    def _compare_quantities(self, left: Quantity, right: Quantity | float, level: float) -> Comparison:
-        ratio = left.name == "drift ratio"
-        values = self._quantity(left)
-        if isinstance(right, Quantity):
-            return compare_values(values, self._quantity(right), log=True, level=level)
-        return compare_values(values, than=right, log=ratio and right > 0, level=level)
-
-    def _loss(self, arm: str) -> list[float]:
-        return [math.nan if value is None else value for value in (self._losses.get((arm, s)) for s in self._seeds)]
-
-    def _quantity(self, quantity: Quantity) -> list[float]:
-        """Return the quantity per training seed; NaN where missing."""
-        values = [self._value(quantity, seed) for seed in self._seeds]
-        if all(map(math.isnan, values)):
-            raise DetourError(f"no training seed has a {quantity.name}")
-        return values
-
-    def _value(self, quantity: Quantity, seed: int) -> float:
-        if quantity.name == "persistence":
-            line = self._persistence.get(seed)
-            return math.nan if line is None else persistence(line, quantity.region)
-        arm = quantity.arm or self._config.analyses.drift.of[0]
-        line = self._drift.get((arm, seed))
-        return math.nan if line is None else drift(line, quantity.region, quantity.name == "drift ratio")
+def _compare(criterion: Criterion, config: StudyConfig, data: StudyData) -> Comparison:
+    """Raises DetourError if the results do not suffice."""
+    level = NO_TEST if criterion.level is None else criterion.level
+    left, right = criterion.left, criterion.right
+    if isinstance(left, Quantity):
+        found = _compare_quantities(left, right, config, data, level)
+    elif criterion.measure == LOSS:
+        found = compare_values(*(_by_seed(data, data.losses(arm)) for arm in (left, right)), level=level)
+    else:
+        found = _compare_scores(criterion, config, data, level)
+    if criterion.level is not None and found.low is None and found.training_seeds == 1:
+        raise DetourError(f"a single training seed, with a mean of {found.mean:.4g}, says nothing about others")
+    return found
 
 
-def drift(line: Line, region: str, ratio: bool) -> float:
-    """Return the mean divergence of a region's layers over draws, or its ratio to that of the noise."""
-    own = _region(line["divergence"], region)
-    if not ratio:
-        return own
-    noise = _region(line["noise"], region) if line["noise"] else 0.0
-    return own / noise if noise > 0 else math.nan
+def _compare_scores(criterion: Criterion, config: StudyConfig, data: StudyData, level: float) -> Comparison:
+    every = [Path(task).stem for task in config.evaluation.tasks]
+    tasks = every if criterion.measure in (MEAN, OTHER) else [criterion.measure]
+    tables = [data.scores(arm) for arm in (criterion.left, criterion.right)]
+    for arm, table in zip((criterion.left, criterion.right), tables, strict=True):
+        if table is None:
+            raise DetourError(f"{arm} has no scores")
+    if absent := [task for task in tasks if task not in data.tasks]:
+        raise DetourError(f"{len(absent)} of {len(tasks)} tasks have no scores, {absent[0]} first")
+    size = len(tasks), len(data.seeds), len(data.finetuning_seeds)
+    rows = [data.tasks.index(task) for task in tasks]
+    a, b = (np.broadcast_to(table[rows], size) for table in tables)  # the start model's scores are those of any seed
+    kind = "random" if criterion.measure == OTHER else "fixed"
+    found = compare(a, b, criterion.method, tasks=kind, level=level)
+    if found.tasks < len(tasks):
+        absent = len(tasks) - found.tasks
+        raise DetourError(f"{absent} of {len(tasks)} tasks have no scores of both arms for a common training seed")
+    return found
 
 
-def persistence(line: Line, region: str) -> float:
-    """Return the divergence at the end of the phase as a share of that at its start."""
-    points = sorted(line["points"])
-    first, last = _region(points[0][1], region), _region(points[-1][1], region)
-    return last / first if first > 0 else math.nan
+def _compare_quantities(
+    left: Quantity, right: Quantity | float, config: StudyConfig, data: StudyData, level: float
+) -> Comparison:
+    values = _quantity(left, config, data)
+    if isinstance(right, Quantity):
+        return compare_values(values, _quantity(right, config, data), log=True, level=level)
+    return compare_values(values, than=right, log=left.name == "drift ratio" and right > 0, level=level)
 
 
-def _region(rows: Sequence[Sequence[float]], region: str) -> float:
-    values = np.mean(rows, axis=0)
-    return float(values[regions_of(len(values))[region]].mean())
+def _quantity(quantity: Quantity, config: StudyConfig, data: StudyData) -> list[float]:
+    """Return the quantity per training seed; NaN where missing. Raises DetourError if no seed has it."""
+    layers = regions(data)[quantity.region]
+    if quantity.name == "persistence":
+        records = data.persistence.get(config.analyses.persistence.arm, ())
+        found = {record.seed: share_kept(record, layers) for record in records}
+    else:
+        drifts = data.drifts.get(quantity.arm or config.analyses.drift.of[0], ())
+        figure = 2 if quantity.name == "drift ratio" else 0
+        found = {drift.seed: drift.region(layers)[figure] for drift in drifts}
+    values = _by_seed(data, found)
+    if all(map(math.isnan, values)):
+        raise DetourError(f"no training seed has a {quantity.name}")
+    return values
+
+
+def _by_seed(data: StudyData, found: dict[int, float]) -> Sequence[float]:
+    return [found.get(seed, math.nan) for seed in data.seeds]

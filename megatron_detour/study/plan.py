@@ -24,6 +24,8 @@ from megatron_detour.study.criteria import Criterion
 from megatron_detour.study.records import START
 from megatron_detour.study.schema import Arm, StudyConfig
 
+OWN_KEYS = {"name", "folder", "seed", "data.order_seed", "tensorboard"}  # of the run file, which the study sets
+
 
 @dataclass(frozen=True)
 class Fork:
@@ -114,7 +116,7 @@ class Study:
 
 def read_study(path: Path) -> Study:
     """Read a study file, its run file and all its arms. Raises DetourError with every fault."""
-    raw = read_yaml_mapping(path)
+    raw = _read_mapping(path)
     config = read(StudyConfig, raw, str(path), _check)
     base_path = path.parent / config.run if (path.parent / config.run).exists() else Path(config.run)
     base = load(base_path)
@@ -144,7 +146,7 @@ def read_study(path: Path) -> Study:
     return Study(config, path, model.shape, criteria, _in_order(runs, config))
 
 
-def read_yaml_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         raw = read_yaml(path)
     except FileNotFoundError:
@@ -157,9 +159,11 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
 def _check(config: StudyConfig, faults: Faults) -> None:
     if not config.arms:
         faults.add("arms", "give at least one arm, such as `detour: {}`")
-    for name in config.arms:
+    for name, arm in config.arms.items():
         if not name.isidentifier() or name == START:
             faults.add(f"arms.{name}", f"must be letters, digits and _, beginning with a letter, and not {START!r}")
+        for key in OWN_KEYS & arm.set.keys():
+            faults.add(f"arms.{name}.set", f"{key} is set by the study; use `seeds` and `seed_offset` for seeds")
     analyses = config.analyses
     named = {}
     if analyses.drift:
@@ -221,6 +225,8 @@ def _fork(config: RunConfig, earlier: list[StudyRun]) -> Fork | None:
 
 def _shared_phases(a: RunConfig, b: RunConfig) -> int:
     """Return the number of phases at the beginning after which two runs have the same weights."""
+    if a.deepspeed != b.deepspeed:
+        return 0  # another precision
     first, second = a.trajectory(), b.trajectory()
     split = {key.split(".")[1] for key in first.keys() | second.keys() if key.startswith("phases.")}
     for number in range(len(split)):

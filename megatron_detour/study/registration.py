@@ -18,7 +18,7 @@ from megatron_detour.config import flatten
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import read_dataset
-from megatron_detour.files import write_whole
+from megatron_detour.files import file_facts, write_whole
 from megatron_detour.run_directory import start_hash
 from megatron_detour.settings import to_plain
 from megatron_detour.structured import read_json_object
@@ -75,6 +75,9 @@ def describe(study: Study) -> dict[str, Any]:
     """Return everything that determines the study's results and verdicts, as JSON types."""
     plain = to_plain(study.config)
     facts: dict[str, Any] = {"start": start_hash(study.start), "corpora": _corpora(study.runs)}
+    analyses = (study.config.analyses.drift, study.config.analyses.persistence)
+    texts = dict.fromkeys(file for analysis in analyses if analysis for file in analysis.texts.files)
+    facts["texts"] = {file: file_facts(Path(file))["sha256"] for file in texts}
     if study.config.evaluation:
         data = Path(study.config.evaluation.data)
         facts["protocol"] = {task.name: asdict(study.protocol.settings(task)) for task in study.tasks}
@@ -86,7 +89,7 @@ def describe(study: Study) -> dict[str, Any]:
                 "name": study.config.name,
                 "about": study.config.about,
                 "study": {key: value for key, value in plain.items() if key not in FREE},
-                "arms": {run.arm: _arm(study, run) for run in reversed(study.runs)},
+                "arms": {arm: _arm(study, study.run(arm, study.config.seeds[0])) for arm in study.config.arms},
                 "runs": {run.name: run.config.trajectory() for run in study.runs},
                 "depth": study.shape.layers,
                 "facts": facts,

@@ -16,7 +16,7 @@ from megatron_detour.evaluation.results import read_results
 from megatron_detour.observe.sinks import read_metrics
 from megatron_detour.run_directory import METRICS
 from megatron_detour.structured import parse_json
-from megatron_detour.study.jobs import FAILED, Job, record_of, write_lines
+from megatron_detour.study.jobs import FAILED, SKIPPED, Job, record_of, write_lines
 from megatron_detour.study.plan import Study, StudyRun, run_name
 from megatron_detour.study.records import RESULTS, START, read_records
 
@@ -91,5 +91,5 @@ def _analyses(study: Study) -> Iterator[Line]:
 def _failures(study: Study, jobs: list[Job]) -> Iterator[Line]:
     for job in jobs:
         ended = record_of(study, job.name)
-        if ended and ended["status"] in (FAILED, "skipped"):
+        if ended and ended["status"] in (FAILED, SKIPPED):
             yield {"kind": "failure", "job": job.name, "status": ended["status"], "message": ended["message"]}

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_detour.errors import EXIT_INTERRUPTED, DetourError
+from megatron_detour.evaluation.finetuning.suite import visible_gpus
 from megatron_detour.study.forecast import seconds_left
 from megatron_detour.study.jobs import FAILED, SKIPPED, Job, log_file, record, record_of
 from megatron_detour.study.plan import Study
@@ -30,6 +31,7 @@ class Runner:
     def __init__(self, study: Study, jobs: list[Job], parallel: int) -> None:
         self.study, self.jobs, self.parallel = study, jobs, parallel
         self.ended = {job.name: record_of(study, job.name) for job in jobs}
+        self._gpus = visible_gpus() if parallel > 1 else ()
         self._processes: dict[int, subprocess.Popen] = {}  # by slot
         self._stopped = False
         self._began = time.monotonic()
@@ -84,9 +86,9 @@ class Runner:
     def _environment(self, slot: int) -> dict[str, str]:
         """Give each job that runs beside others its own GPUs, or its share of the cores."""
         environment = dict(os.environ)
-        devices = [device for device in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-        if self.parallel > 1 and devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices[slot :: self.parallel])
+        if devices := self._gpus:
+            own = devices[slot :: self.parallel] or devices[slot % len(devices) :][:1]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         threads = max(1, len(os.sched_getaffinity(0)) // self.parallel)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         return environment

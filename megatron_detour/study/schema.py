@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_detour.settings import AnyText, Entries, Pattern, Range
+from megatron_detour.settings import AnyText, Entries, Range
 
-NAME = Pattern(r"[A-Za-z]\w*", "a name of letters, digits and _ that begins with a letter")
 SEED = Range(least=0, below=2**31)
 SHARE = Range(above=0, below=1)
 COUNT = Range(least=1)

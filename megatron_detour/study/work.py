@@ -45,9 +45,9 @@ def train(run: StudyRun, ranks: int) -> int:
 
 def evaluate(study: Study, name: str, model: Path) -> int:
     """Fine-tune a model on every task with every seed; only what is missing."""
-    from megatron_detour.evaluation.finetuning.suite import Suite, run_suite
+    from megatron_detour.evaluation.finetuning.suite import Suite, run_suite, visible_gpus
 
-    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    devices = visible_gpus()
     run_suite(
         Suite(
             models={name: model},
@@ -57,7 +57,7 @@ def evaluate(study: Study, name: str, model: Path) -> int:
             seeds=study.finetuning_seeds,
             output=study.folder / "evaluation",
             jobs=max(1, len(devices)),
-            devices=tuple(devices),
+            devices=devices,
         )
     )
     return 0

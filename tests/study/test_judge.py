@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
-from megatron_detour.settings import read
+from megatron_detour.settings import read, to_plain
+from megatron_detour.study.data import StudyData
 from megatron_detour.study.judge import judge
+from megatron_detour.study.records import Registration, Result
 from megatron_detour.study.schema import StudyConfig
 
 TASKS, SEEDS, FINETUNING = ["a", "b", "c", "d", "e", "f"], [1, 2, 3], [42, 43, 44]
@@ -28,6 +31,12 @@ def study(**criteria: str) -> StudyConfig:
     return read(StudyConfig, content, "")
 
 
+def verdicts_of(config: StudyConfig, lines: list[dict]) -> list[dict]:
+    facts = {"format": 1, "name": "", "registered": "", "sha256": "", "depth": 6, "study": to_plain(config)}
+    registration = msgspec.convert(facts | {"arms": {arm: {"phases": []} for arm in config.arms}}, Registration)
+    return judge(config, StudyData(registration, [msgspec.convert(line, Result) for line in lines]))
+
+
 def scores(rng: np.random.Generator, gain: float) -> list[dict]:
     """The detour is better by `gain`; the frozen arm equals the control."""
     lines = []
@@ -39,7 +48,7 @@ def scores(rng: np.random.Generator, gain: float) -> list[dict]:
                 for finetuning in FINETUNING:
                     score = 0.6 + better + luck + own + rng.normal(0, 0.015)
                     of = {"kind": "score", "arm": arm, "seed": seed, "task": task, "finetuning_seed": finetuning}
-                    lines.append(of | {"score": score})
+                    lines.append(of | {"score": score, "metric": "accuracy"})
     return lines
 
 
@@ -50,7 +59,7 @@ def test_verdicts_of_two_hundred_studies(gain, least, most):
     config, rng = study(helps=HELPS, loses=LOSES), np.random.default_rng(5)
     helps = loses = 0
     for _ in range(STUDIES):
-        first, second = judge(config, FINETUNING, scores(rng, gain))
+        first, second = verdicts_of(config, scores(rng, gain))
         helps, loses = helps + first["met"], loses + second["met"]
     assert least <= helps <= most
     assert loses >= 180
@@ -58,7 +67,14 @@ def test_verdicts_of_two_hundred_studies(gain, least, most):
 
 def drift(seed: int, low: float, deep: float) -> dict:
     rows = [[low, low, 0.5, 0.5, deep, deep]] * 2
-    return {"kind": "drift", "arm": "detour", "seed": seed, "divergence": rows, "noise": [[0.1] * 6] * 2}
+    return {
+        "kind": "drift",
+        "arm": "detour",
+        "reference": "control",
+        "seed": seed,
+        "divergence": rows,
+        "noise": [[0.1] * 6] * 2,
+    }
 
 
 def test_ratios_and_persistence_are_of_regions():
@@ -70,10 +86,15 @@ def test_ratios_and_persistence_are_of_regions():
     )
     lines = [drift(seed, low, 0.1) for seed, low in zip(SEEDS, (0.5, 0.52, 0.55), strict=True)]
     decay = [[0, [[0.5] * 6]], [100, [[0.3] * 6]]]
-    lines += [{"kind": "persistence", "seed": seed, "points": decay} for seed in SEEDS]
+    of = {"kind": "persistence", "arm": "detour", "reference": "control"}
+    lines += [of | {"seed": seed, "points": decay} for seed in SEEDS]
     losses = {"detour": 2.0, "control": 2.5}
-    lines += [{"kind": "run", "arm": arm, "seed": s, "loss": x} for arm, x in losses.items() for s in SEEDS]
-    verdicts = {line["criterion"]: line for line in judge(config, FINETUNING, lines)}
+    lines += [
+        {"kind": "run", "arm": arm, "seed": s, "loss": x, "tokens": 1, "seconds": 1}
+        for arm, x in losses.items()
+        for s in SEEDS
+    ]
+    verdicts = {line["criterion"]: line for line in verdicts_of(config, lines)}
     assert [line["met"] for line in verdicts.values()] == [True, True, False, True]
     assert verdicts["low"]["mean"] == pytest.approx((5 * 5.2 * 5.5) ** (1 / 3))
     assert verdicts["stays"]["mean"] == pytest.approx(0.6)
@@ -82,7 +103,7 @@ def test_ratios_and_persistence_are_of_regions():
 
 def test_a_single_training_seed_is_not_judged_either_way():
     lines = [line for line in scores(np.random.default_rng(1), 0.1) if line["seed"] == 1]
-    for verdict in judge(study(helps=HELPS, loses=LOSES), FINETUNING, lines):
+    for verdict in verdicts_of(study(helps=HELPS, loses=LOSES), lines):
         assert verdict["met"] is None
         assert verdict["sentence"].startswith("not judged: a single training seed")
 
@@ -91,8 +112,8 @@ def test_a_failed_arm_is_not_judged_but_told():
     lines = [line for line in scores(np.random.default_rng(1), 0.1) if line["arm"] != "detour"]
     lines += [drift(seed, low, 0.1) for seed, low in zip(SEEDS, (0.5, 0.52, 0.55), strict=True)]
     low = "drift ratio of low > 2, p < 0.05"
-    verdict, other = judge(study(helps=HELPS, low=low), FINETUNING, lines)
-    (alone,) = judge(study(low=low), FINETUNING, lines)
+    verdict, other = verdicts_of(study(helps=HELPS, low=low), lines)
+    (alone,) = verdicts_of(study(low=low), lines)
     assert other["p"] == pytest.approx(2 * alone["p"])  # the criterion without results was registered too
     assert verdict["met"] is None
-    assert verdict["sentence"].startswith("not judged: the two arms have no task, training seed")
+    assert verdict["sentence"].startswith("not judged: detour has no scores")

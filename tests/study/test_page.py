@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from megatron_detour.errors import DetourError
+from megatron_detour.study.data import StudyData, decay_sweeps
 from megatron_detour.study.page import write_page
 from megatron_detour.study.page.analysis_tables import best_budget
-from megatron_detour.study.page.data import StudyData, decay_sweeps
 from megatron_detour.study.page.methods import latex
 from megatron_detour.study.statistics import compare
 from tests.study.made_up import (

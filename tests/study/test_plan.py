@@ -44,6 +44,16 @@ def test_an_arm_continues_the_arm_with_which_it_shares_most(study_file):
     )
 
 
+def test_an_arm_of_another_precision_shares_nothing(corpus, tmp_path):
+    other = str(ROOT / "ds_configs" / "zero2_bf16.json")
+    study = read_study(
+        write_study(
+            tmp_path, corpus, arms={"detour": {}, "half": {"set": {"deepspeed": other}}}, analyses={}, criteria={}
+        )
+    )
+    assert study.run("half", 1).fork is None
+
+
 def test_jobs_follow_what_they_need(study_file):
     jobs = jobs_of(read_study(study_file))
     names = [job.name for job in jobs]
@@ -73,6 +83,7 @@ def test_jobs_follow_what_they_need(study_file):
         ({"criteria": {"a": "drift of low > detour"}}, "compare two arms, two quantities, or a quantity with a number"),
         ({"analyses": {"drift": {"texts": {"files": ["nothing.jsonl"]}}}}, "nothing.jsonl: no such file"),
         ({"analyses": {"transplants": {"task": "hoc"}}}, "transplants.task: must be one of evaluation.tasks: small"),
+        ({"arms": ARMS | {"x": {"set": {"seed": 3}}}}, "arms.x.set: seed is set by the study"),
         ({"seeds": [1, 1]}, "seeds: must be a list without repetitions"),
         ({"analyses": {"drift": {"texts": {"files": ["x"]}, "noise": "none"}}}, "drift.noise: 'none' is no arm"),
     ],

@@ -8,6 +8,7 @@ import json
 import pytest
 import yaml
 
+from megatron_detour.commands.main import main
 from megatron_detour.errors import DetourError
 from megatron_detour.study.plan import read_study
 from megatron_detour.study.records import REGISTRATION
@@ -43,6 +44,26 @@ def test_changed_data_is_a_change(corpus, tmp_path):
     (test.parent / "test.jsonl").write_bytes(text.partition(b"\n")[2])
     with pytest.raises(DetourError, match=r"facts\.tasks"):
         register(read_study(path))
+
+
+def test_changed_texts_of_an_analysis_are_a_change(corpus, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_bytes(corpus.jsonl.read_bytes())
+    drift = {"texts": {"files": [str(texts)], "count": 20}, "noise": "control2"}
+    path = write_study(tmp_path, corpus, analyses={"drift": drift})
+    register(read_study(path))
+    texts.write_bytes(texts.read_bytes() * 2)
+    with pytest.raises(DetourError, match=r"facts\.texts"):
+        register(read_study(path))
+
+
+def test_a_single_job_of_a_changed_study_is_refused(corpus, tmp_path):
+    path = write_study(tmp_path, corpus)
+    register(read_study(path))
+    change(path, seeds=[1, 3])
+    with pytest.raises(DetourError, match="has changed since"):
+        main(["study", str(path), "--job", "train/detour-s1"])
+    assert not (tmp_path / "study" / "runs").exists()
 
 
 def test_where_it_runs_is_no_change(corpus, tmp_path):

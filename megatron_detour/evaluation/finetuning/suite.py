@@ -220,3 +220,11 @@ def _scratch(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another process uses it
             parent.rmdir()
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Return the GPUs visible to this process, as named in CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    named = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    return tuple(named or map(str, range(torch.cuda.device_count())))[: torch.cuda.device_count()]

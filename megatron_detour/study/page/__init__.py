@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_detour.files import write_whole
+from megatron_detour.study.data import StudyData
 from megatron_detour.study.page import tables
-from megatron_detour.study.page.data import StudyData
 from megatron_detour.study.page.methods import latex_table, methods_paragraph
 from megatron_detour.study.page.plots import Plot, draw_all
 from megatron_detour.study.page.sections import Section, sections, state, verdict

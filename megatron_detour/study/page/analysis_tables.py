@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_detour.evaluation.report.statistics import LEVEL, Spread, holm
 from megatron_detour.evaluation.report.tables import percent
-from megatron_detour.study.page.data import StudyData, last_tokens, regions
+from megatron_detour.study.data import StudyData, last_tokens, regions, share_kept
 from megatron_detour.study.page.tables import interval_or_absent, loss_words, mean_header
 from megatron_detour.study.statistics import compare_values
 from megatron_detour.ui.format import compact
@@ -50,7 +50,7 @@ def persistence_table(data: StudyData) -> Table:
         tokens = [compact(np.mean([each[0] for each in part])) for part in (ends[::2], ends[1::2])]
         for region, layers in regions(data).items():
             values = np.array([np.mean(table, 0)[layers].mean() for _, table in ends])
-            kept = [100 * last / first for first, last in zip(values[::2], values[1::2], strict=True) if first > 0]
+            kept = [100 * share for record in records if (share := share_kept(record, layers)) == share]
             row = [arm, f"{region} ({_layer_words(layers)})"]
             row += [
                 f"{part.mean():.4f} ({after})" for part, after in zip((values[::2], values[1::2]), tokens, strict=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_detour.objectives import read_objective
-from megatron_detour.study.page.data import StudyData, last_tokens
+from megatron_detour.study.data import StudyData, last_tokens
 from megatron_detour.study.page.plots import LONGEST_ARM, Cell, Plot, finish, label_axes, look_of, new_figure
 from megatron_detour.ui.colors import COLORS, INK, PAGE, SOFT
 from megatron_detour.ui.figures import style_axes

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_detour.study.page.data import StudyData, regions
+from megatron_detour.study.data import StudyData, regions
 from megatron_detour.study.page.plots import Cell, Plot, finish, label_axes, look_of, name_rows, new_figure
 from megatron_detour.ui.colors import AXIS, INK, LIGHT, SOFT
 from megatron_detour.ui.figures import style_axes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from megatron_detour.evaluation.report.tables import metric_words
-from megatron_detour.study.page.data import StudyData
+from megatron_detour.study.data import StudyData
 from megatron_detour.study.page.tables import phase_words, scores_table
 from megatron_detour.study.records import START, ScoreRecord
 from megatron_detour.text import visible

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_detour.evaluation.report.statistics import Spread
-from megatron_detour.study.page.data import StudyData, decay_sweeps, last_tokens, regions
+from megatron_detour.study.data import StudyData, decay_sweeps, last_tokens, regions
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import AXIS, INK, PAGE, SOFT
 from megatron_detour.ui.figures import add_legend, appearance, style_axes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from megatron_detour.study.data import StudyData, decay_sweeps
 from megatron_detour.study.page import analysis_tables, tables
-from megatron_detour.study.page.data import StudyData, decay_sweeps
 from megatron_detour.study.page.tables import Table
 from megatron_detour.study.records import START, FailureRecord, ScoreRecord
 from megatron_detour.ui.format import compact, counted, duration

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_detour.evaluation.report.statistics import Spread
 from megatron_detour.evaluation.report.tables import interval_words, metric_words, p_words, percent, points
 from megatron_detour.objectives import read_objective
-from megatron_detour.study.page.data import StudyData, last_tokens, task_means
+from megatron_detour.study.data import StudyData, last_tokens, task_means
 from megatron_detour.study.power import luck
 from megatron_detour.study.records import START, FailureRecord, ScoreRecord
 from megatron_detour.study.statistics import Comparison

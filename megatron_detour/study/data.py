@@ -225,6 +225,13 @@ class Drift:
         return own, noise, own / noise if noise > 0 else np.nan
 
 
+def share_kept(record: PersistenceRecord, layers: range) -> float:
+    """Return a region's divergence at the last checkpoint as a share of that at the first; NaN where that is 0."""
+    points = sorted(record.points)
+    first, last = (float(np.mean(table, 0)[layers].mean()) for _, table in (points[0], points[-1]))
+    return last / first if first > 0 else np.nan
+
+
 def regions(data: StudyData) -> dict[str, range]:
     """Return the layers of `low`, `mid`, `deep` and `all`."""
     return regions_of(data.registration.depth)
