@@ -45,12 +45,8 @@ def test_an_arm_continues_the_arm_with_which_it_shares_most(study_file):
 
 
 def test_an_arm_of_another_precision_shares_nothing(corpus, tmp_path):
-    other = str(ROOT / "ds_configs" / "zero2_bf16.json")
-    study = read_study(
-        write_study(
-            tmp_path, corpus, arms={"detour": {}, "half": {"set": {"deepspeed": other}}}, analyses={}, criteria={}
-        )
-    )
+    half = {"set": {"deepspeed": str(ROOT / "ds_configs" / "zero2_bf16.json")}}
+    study = read_study(write_study(tmp_path, corpus, arms={"detour": {}, "half": half}, analyses={}, criteria={}))
     assert study.run("half", 1).fork is None
 
 
