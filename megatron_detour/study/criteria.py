@@ -2,7 +2,7 @@
 
     detour > control on mean of tasks, p < 0.05
     low_frozen not > control on mean of tasks, p < 0.05
-    control > detour on loss, p < 0.05
+    detour < control on loss, p < 0.05
     drift ratio of low > 2, p < 0.05
     drift ratio of low > drift ratio of deep, p < 0.05
     persistence of low > 0.8
@@ -30,7 +30,7 @@ QUANTITIES = ("drift ratio", "drift", "persistence")
 REGIONS = (*THIRDS, "all")
 METHODS = get_args(Method)
 _SHAPE = re.compile(
-    r"(?P<left>.+?)\s+(?P<negated>not\s+)?>\s+(?P<right>.+?)"
+    r"(?P<left>.+?)\s+(?P<negated>not\s+)?(?P<sign>[<>])\s+(?P<right>.+?)"
     r"(?:\s+on\s+(?P<measure>.+?))?(?:\s+by\s+(?P<method>\w+))?(?:,\s*p\s*<\s*(?P<level>[\d.]+))?"
 )
 _QUANTITY = re.compile(r"(?P<name>drift ratio|drift|persistence) of (?P<region>\w+)(?: in (?P<arm>\w+))?")
@@ -47,7 +47,10 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Criterion:
-    """`left` > `right`, or with `negated` the failure to show it. Arms have a `measure`; quantities have none."""
+    """`left` > `right`, however it is written, or with `negated` the failure to show it.
+
+    Arms have a `measure`; quantities have none.
+    """
 
     text: str
     left: str | Quantity
@@ -71,11 +74,15 @@ class Criterion:
             raise DetourError(f"by {method}: unknown test{nearest(method, METHODS)}; choose from {', '.join(METHODS)}")
         level = None if found["level"] is None else _level(found["level"])
         left, right = _side(found["left"], config), _side(found["right"], config)
+        if isinstance(right, float) and found["sign"] == "<":
+            raise DetourError(f"{text!r}: a quantity is compared with a number by >")
         if isinstance(left, float):
             raise DetourError(f"{text!r}: the number comes after the >")
         if isinstance(left, str) != isinstance(right, str):
             raise DetourError(f"{text!r}: compare two arms, two quantities, or a quantity with a number")
         _check_measure(left, measure, config)
+        if found["sign"] == "<":
+            left, right = right, left
         return cls(text, left, right, bool(found["negated"]), measure, method, level)
 
 

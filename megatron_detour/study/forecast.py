@@ -31,9 +31,10 @@ def power_statement(study: Study) -> dict[str, Any] | None:
     else:
         statement = (
             f"With {len(study.config.seeds)} training seeds, {tasks} tasks and {seeds} fine-tuning seeds, a difference "
-            f"of {100 * effect:.2f} points in the mean of tasks is found with a probability of {CHANCE:.0%} at the "
-            f"level {level:.3g}, {LEVEL} over {claims} criteria (standard deviations {given.source}: "
-            f"{given.training_sd:g} over training seeds, {given.finetuning_sd:g} over fine-tuning seeds, in points)."
+            f"of {100 * effect:.1f} points in the mean of tasks is found with a probability of {CHANCE:.0%} at the "
+            f"level {level:.3g}, {LEVEL} over the {counted(claims, 'claim')} of a difference (standard deviations "
+            f"{given.source}: {given.training_sd:g} over training seeds, {given.finetuning_sd:g} over fine-tuning "
+            "seeds, in points)."
         )
     return {"effect_points": None if effect is None else 100 * effect, "level": level, "statement": statement}
 

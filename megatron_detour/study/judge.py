@@ -49,7 +49,7 @@ def judge(config: StudyConfig, data: StudyData) -> list[Line]:
     for name, criterion in criteria.items():
         line: Line = {"kind": "verdict", "criterion": name, "text": criterion.text}
         if name in missing:
-            line |= {"met": None, "sentence": f"not judged: {missing[name]}", "p": None}
+            line |= {"met": None, "outcome": "Not judged", "sentence": f"not judged: {missing[name]}", "p": None}
         else:
             line |= _verdict(criterion, compared[name], judged.get(name))
         output.append(line)
@@ -64,6 +64,7 @@ def _verdict(criterion: Criterion, found: Comparison, judged: Any) -> Line:
     figures = {key: getattr(found, key) for key in ("mean", "low", "high", "at_least", "at_most", "than")}
     return {
         "met": bool(met),
+        "outcome": _outcome(criterion, found, bool(met)),
         "p": p,
         **figures,
         "seeds": found.training_seeds,
@@ -71,23 +72,43 @@ def _verdict(criterion: Criterion, found: Comparison, judged: Any) -> Line:
     }
 
 
+def _outcome(criterion: Criterion, found: Comparison, met: bool) -> str:
+    if met:
+        return "Met by absence" if criterion.negated and criterion.level is not None else "Met"
+    if criterion.negated or criterion.level is None:
+        return "Not met"
+    return "Contradicted" if found.high is not None and found.high < found.than else "Undecided"
+
+
 def _sentence(criterion: Criterion, found: Comparison, p: float | None) -> str:
-    points = criterion.measure is not None and criterion.measure != LOSS
-
-    def shown(value: float | None) -> str:
-        if value is None:
-            return "unknown"
-        return f"{100 * value:+.2f}" if points else f"{value:+.4f}" if criterion.measure else f"{value:.3g}"
-
-    unit = " points" if points else " nats per token" if criterion.measure == LOSS else ""
-    what = f"{_name(criterion.left)} minus {_name(criterion.right)}" if criterion.measure else _name(criterion.left)
+    """Return what was found. A difference of losses is that of the arm that is claimed to have less."""
+    loss = criterion.measure == LOSS
+    left, right = _name(criterion.left), _name(criterion.right)
+    what = f"{right} minus {left}" if loss else f"{left} minus {right}" if criterion.measure else left
     if isinstance(criterion.right, Quantity):
-        what = f"{what} over {_name(criterion.right)}"
-    interval = "" if found.low is None else f" ({1 - found.level:.0%} {shown(found.low)} to {shown(found.high)})"
-    corrected = "" if criterion.negated else " after Holm's correction"
-    test = "" if p is None else f", one-sided p = {p:.3g}{corrected}"
+        what = f"{left} over {right}"
+    mean, low, high = found.mean, found.low, found.high
+    if loss:
+        mean, low, high = -mean, *((None, None) if low is None else (-high, -low))
+    interval = "" if low is None else f" ({1 - found.level:.0%} {_shown(criterion, low)} to {_shown(criterion, high)})"
+    test = ""
+    if p is not None:
+        test = f"; one-sided p = {found.p_claim:.3g}"
+        test += "" if criterion.negated else f", {p:.3g} after Holm's correction"
     seeds = f"{found.training_seeds} training seed{'' if found.training_seeds == 1 else 's'}"
-    return f"{what}: {shown(found.mean)}{unit}{interval}{test}; {seeds}"
+    return f"{what}: {_shown(criterion, mean)}{_unit(criterion)}{interval}{test}; {seeds}"
+
+
+def _unit(criterion: Criterion) -> str:
+    if criterion.measure == LOSS:
+        return " nats per masked token, less is better"
+    return " points" if criterion.measure else ""
+
+
+def _shown(criterion: Criterion, value: float) -> str:
+    if criterion.measure == LOSS:
+        return f"{value:+.3f}".replace("-", "−")
+    return f"{100 * value:+.1f}".replace("-", "−") if criterion.measure else f"{value:.2f}"
 
 
 def _name(side: str | Quantity | float) -> str:
@@ -107,7 +128,8 @@ def _compare(criterion: Criterion, config: StudyConfig, data: StudyData) -> Comp
     else:
         found = _compare_scores(criterion, config, data, level)
     if criterion.level is not None and found.low is None and found.training_seeds == 1:
-        raise DetourError(f"a single training seed, with a mean of {found.mean:.4g}, says nothing about others")
+        mean = _shown(criterion, -found.mean if criterion.measure == LOSS else found.mean)
+        raise DetourError(f"a single training seed ({mean}{_unit(criterion)}) says nothing about others")
     return found
 
 

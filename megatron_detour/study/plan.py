@@ -209,7 +209,11 @@ def _layers(key: str, value: Any, depth: int) -> Any:
     if key.rpartition(".")[2] != "freeze" or not isinstance(value, list):
         return value
     regions = thirds(depth)
-    return [f"layers.{regions[x][0]}-{regions[x][-1]}" if x in regions else x for x in value]
+    return [_part(regions[each]) if each in regions else each for each in value]
+
+
+def _part(layers: range) -> str:
+    return f"layers.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
 
 
 def _fork(config: RunConfig, earlier: list[StudyRun]) -> Fork | None:

@@ -14,6 +14,14 @@ REGISTRATION, RESULTS = "registration.json", "results.jsonl"
 FORMAT = 1
 START = "start"  # the start model, as an arm
 DONE = "done"  # the status of a run that reached its end
+OUTCOMES = {  # of a criterion, and what each means
+    "Met": "the claim is shown at its level",
+    "Met by absence": "no gain is shown, which a small study meets too: see what its interval allows",
+    "Undecided": "neither the claim nor its opposite is shown",
+    "Contradicted": "the interval lies on the other side of the claim",
+    "Not met": "the claim does not hold for these results",
+    "Not judged": "the results do not suffice",
+}
 Layers = tuple[tuple[float, ...], ...]  # [draws][layers]
 
 
@@ -98,12 +106,13 @@ class FailureRecord(Record, frozen=True, kw_only=True, tag="failure"):
 
 
 class VerdictRecord(Record, frozen=True, kw_only=True, tag="verdict"):
-    """A judged criterion; `met` is None if it could not be judged."""
+    """A judged criterion; `met` is None if it could not be judged. `outcome` is a name of OUTCOMES."""
 
     criterion: str
     text: str
     met: bool | None
     sentence: str
+    outcome: str = ""
     p: float | None = None
     mean: float | None = None
     low: float | None = None

@@ -117,3 +117,23 @@ def test_a_failed_arm_is_not_judged_but_told():
     assert other["p"] == pytest.approx(2 * alone["p"])  # the criterion without results was registered too
     assert verdict["met"] is None
     assert verdict["sentence"].startswith("not judged: detour has no scores")
+
+
+def test_outcomes_tell_the_undecided_from_the_contradicted():
+    config = study(
+        above="drift of low > 0.1, p < 0.05", below="drift of low > 0.9, p < 0.05",
+        close="drift of low > 0.52, p < 0.05",
+        less="detour < control on loss, p < 0.05", more="control < detour on loss, p < 0.05", loses=LOSES,
+    )  # fmt: skip
+    lines = [drift(seed, low, 0.1) for seed, low in zip(SEEDS, (0.5, 0.52, 0.55), strict=True)]
+    losses, run = {"detour": 2.0, "control": 2.5}, {"kind": "run", "tokens": 1, "seconds": 1}
+    lines += [run | {"arm": arm, "seed": s, "loss": loss + 0.01 * s} for arm, loss in losses.items() for s in SEEDS]
+    lines[-1]["loss"] += 0.001  # the differences vary
+    lines += scores(np.random.default_rng(2), 0.0)
+    found = {line["criterion"]: line for line in verdicts_of(config, lines)}
+    assert {name: line["outcome"] for name, line in found.items()} == {
+        "above": "Met", "below": "Contradicted", "close": "Undecided", "less": "Met", "more": "Contradicted",
+        "loses": "Met by absence",
+    }  # fmt: skip
+    assert found["less"]["sentence"].startswith("detour minus control: −0.500 nats per masked token, less is better")
+    assert found["more"]["sentence"].startswith("control minus detour: +0.500 nats")

@@ -172,7 +172,8 @@ def test_drift_persistence_and_transplants(complete):
 def test_methods_and_latex(complete):
     methods = (complete / "study" / "methods.txt").read_text()
     for fact in ("8 layers with 20.3M parameters", "7 arms", "3 training seeds each (17, 18, 19)", "21 of 21 runs",
-                 "detour: 8M tokens of CLM", "the start model and 7 arms were fine-tuned",
+                 "detour (8M tokens of CLM, then 800k tokens of MLM, 15% masked)",
+                 "the start model and 7 arms were fine-tuned",
                  "4 tasks: ncbi_disease (entity F1)", f"{len(scores())} fine-tunings",
                  "500 held-out texts in 3 draws", "4 criteria were registered on 2026-11-29", "Holm"):  # fmt: skip
         assert fact in methods, fact
@@ -189,7 +190,7 @@ def test_nothing_has_run_yet(tmp_path):
     folder = make_study(tmp_path, lines=[])
     (folder / "results.jsonl").unlink()
     text = words(write_page(folder))
-    assert "4 criteria: 0 met, 0 not met, 4 not judged." in text and "0 of 21 pretraining runs have finished." in text
+    assert "4 criteria: 4 not judged." in text and "0 of 21 pretraining runs have finished." in text
     assert text.count("There is no verdict yet.") == 4
     assert headings(folder) == ["The arms", "Everything that was run", "Data and settings", "Methods"]
     assert [path.name for path in (folder / "study").iterdir()] == ["methods.txt"]

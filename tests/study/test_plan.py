@@ -29,7 +29,7 @@ def test_arms_are_the_run_file_with_their_changes(study_file):
     assert [phase.objective.name for phase in detour.plan.phases] == ["mlm", "clm", "mlm"]
     assert [phase.objective.name for phase in control.plan.phases] == ["mlm", "mlm", "mlm"]
     assert (second.config.seed, second.config.data.order_seed) == (101, 1)
-    assert [str(part) for part in frozen.config.to_dict()["phases"][2]["freeze"]] == ["embeddings", "layers.0-0"]
+    assert [str(part) for part in frozen.config.to_dict()["phases"][2]["freeze"]] == ["embeddings", "layers.0"]
 
 
 def test_an_arm_continues_the_arm_with_which_it_shares_most(study_file):

@@ -9,7 +9,7 @@ from megatron_detour.study.data import StudyData
 from megatron_detour.study.page import tables
 from megatron_detour.study.page.methods import latex_table, methods_paragraph
 from megatron_detour.study.page.plots import Plot, draw_all
-from megatron_detour.study.page.sections import Section, sections, state, verdict
+from megatron_detour.study.page.sections import Section, could_find, sections, state, verdict
 from megatron_detour.text import markdown, visible
 from megatron_detour.ui.figures import png, svg_file
 from megatron_detour.ui.page import Picture, render
@@ -62,11 +62,12 @@ def _write_or_remove(path: Path, content: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _page(data: StudyData, shown: list[Section], pictures: dict[str, Picture], methods: str, table: str) -> str:
-    classes = {True: "", False: "failed", None: "open"}
+def _page(data: StudyData, shown: list[Section], pictures: dict[str, Picture], methods: str, latex: str) -> str:
+    classes = {"Met": "", "Contradicted": "failed", "Not met": "failed"}
+    table = tables.verdicts_table(data)
     judged = [
-        (classes[found.met if found else None], *(cell for cell in row))
-        for found, row in zip(data.verdicts.values(), tables.verdicts_table(data).rows, strict=True)
+        (classes.get(tables.outcome(found), "open"), *(cell for cell in row))
+        for found, row in zip(data.verdicts.values(), table.rows, strict=True)
     ]
     return render(
         TEMPLATE,
@@ -74,12 +75,14 @@ def _page(data: StudyData, shown: list[Section], pictures: dict[str, Picture], m
         registration=data.registration,
         verdict=verdict(data),
         verdicts=judged,
+        remarks=table.remarks,
         state=state(data),
+        could_find=could_find(data),
         registered=registered(data),
         sections=shown,
         pictures=pictures,
         methods=methods,
-        latex=visible(table),
+        latex=visible(latex),
     )
 
 
@@ -94,9 +97,9 @@ def _markdown(data: StudyData, shown: list[Section], plots: dict[str, Plot], met
     registration = data.registration
     parts = [f"# {markdown(registration.name)}", markdown(registration.about), f"**{markdown(verdict(data))}**"]
     judged = tables.verdicts_table(data)
-    parts += [judged.markdown()] if judged.rows else []
+    parts += [judged.markdown(), *map(markdown, judged.remarks)] if judged.rows else []
     parts += [markdown(registered(data)), _amendments_text(data), markdown(state(data))]
-    parts += [f"What the study could find: {markdown(registration.power.statement)}"] if registration.power else []
+    parts += [f"What the study could find: {markdown(sentence)}" for sentence in [could_find(data)] if sentence]
     for section in shown:
         parts += [f"## {markdown(section.title)}", markdown(section.reading), *_section_text(section, plots)]
     parts += ["## Methods", markdown(methods)]

@@ -57,7 +57,8 @@ def persistence_table(data: StudyData) -> Table:
             ]
             rows.append([*row, f"{np.mean(kept):.0f}%" if kept else ABSENT, str(len(records))])
     headers = ["Arm", "Layers", "First checkpoint (tokens)", "Last checkpoint (tokens)", "Kept", "Training seeds"]
-    return Table(headers, rows, "llr", names=2)
+    remark = "Tokens: since the phase began. Kept: last over first checkpoint, the mean of the training seeds' shares."
+    return Table(headers, rows, "llr", remarks=[remark], names=2)
 
 
 def sweep_table(data: StudyData, arms: Sequence[str]) -> Table:

@@ -119,6 +119,6 @@ def _enlarge(axes: Axes, data: StudyData, curves: Curves, edge: float) -> None:
             settled = points[points[:, 0] >= starts[-1] + SETTLED * phases[-1], 1]
             values += [*(settled if len(settled) else points[-1:, 1])]
     start = min(starts) if min(starts) < edge else 0
-    axes.set_title("the last phases, enlarged", loc="right", fontsize=8.5, color=SOFT, pad=4)
+    axes.set_title("the last phase, enlarged", loc="right", fontsize=8.5, color=SOFT, pad=4)
     margin = 0.08 * (max(values) - min(values)) or 0.01
     axes.set(xlim=(start, edge), ylim=(min(values) - margin, max(values) + margin))

@@ -14,8 +14,8 @@ from megatron_detour.ui.figures import style_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_NUMBERS = 32  # layers; the numbers of more do not fit
-STRONGEST = 0.55  # opacity of a divergence of 1: text on it keeps its contrast in light and dark pages
+MOST_NUMBERS, MOST_DIGITS = 32, 16  # layers; the numbers of more do not fit, nor three digits
+STRONGEST = 0.55  # opacity of the greatest divergence: text on it keeps its contrast in light and dark pages
 NOISE = "noise of seeds"
 
 
@@ -27,9 +27,10 @@ def draw_drift(data: StudyData) -> Plot | None:
     noise = [drift.noise for drifts in data.drifts.values() for drift in drifts if drift.noise is not None]
     values |= {NOISE: np.mean(noise, 0)} if noise else {}
     figure, (axes,) = new_figure("Divergence by layer (1 − CKA)", 1.3 + 0.36 * len(values), pad=18)
+    greatest = max(float(np.max(divergence)) for divergence in values.values())
     for row, divergence in enumerate(values.values()):
         for layer, value in enumerate(divergence):
-            _cell(axes, layer, row, float(value), len(divergence) <= MOST_NUMBERS)
+            _cell(axes, layer, row, float(value), greatest, len(divergence))
     name_rows(axes, list(values))
     axes.set_xlim(-0.5, data.registration.depth - 0.5)
     axes.set_xticks(range(0, data.registration.depth, 1 if data.registration.depth <= MOST_NUMBERS else 4))
@@ -39,8 +40,9 @@ def draw_drift(data: StudyData) -> Plot | None:
     label_axes(axes, "layer")
     caption = (
         "Cells of a stronger color are layers whose representations of the same texts differ more from the "
-        f"reference: 0 is none, 1 is nothing in common. The row {NOISE!r}, if there is one, is what another seed "
-        "alone changes. Means over training seeds."
+        f"reference (0: not at all, 1: nothing in common; the strongest is {greatest:.2g})."
+        + (f" The row {NOISE!r} is what another seed alone changes." if noise else "")
+        + " Means over training seeds."
     )
     rows: list[tuple[Cell, ...]] = [
         (arm, drift.seed, layer, float(own), "" if drift.noise is None else float(drift.noise[layer]))
@@ -52,14 +54,16 @@ def draw_drift(data: StudyData) -> Plot | None:
     return Plot("drift", "Drift by arm and layer", caption, figure, headers, rows)
 
 
-def _cell(axes: Axes, layer: int, row: int, value: float, numbered: bool) -> None:
+def _cell(axes: Axes, layer: int, row: int, value: float, greatest: float, layers: int) -> None:
     from matplotlib.patches import Rectangle
 
-    shade = STRONGEST * min(max(value, 0.0), 1.0)
+    shade = STRONGEST * max(value, 0.0) / greatest if greatest > 0 else 0.0
     look = {"facecolor": LIGHT["run-5"], "alpha": shade, "linewidth": 0}
     axes.add_patch(Rectangle((layer - 0.48, row - 0.46), 0.96, 0.92, **look))
-    if numbered:
-        text = f"{value:.2f}".replace("0.", ".", 1)
+    few = layers <= MOST_DIGITS
+    if layers <= MOST_NUMBERS:
+        text = f"{value:.2f}" if value >= 0.1 or not few else f"{value:.3f}"
+        text = text.replace("0.", ".", 1)
         axes.text(layer, row, text, ha="center", va="center", fontsize=7.6, color=INK)
 
 
@@ -87,7 +91,7 @@ def draw_ratio(data: StudyData) -> Plot | None:
     axes.set_xticks(range(0, data.registration.depth, 1 if data.registration.depth <= MOST_NUMBERS else 4))
     _mark_regions(axes, data)
     style_axes(axes, "y")
-    label_axes(axes, "layer", "ratio")
+    label_axes(axes, "layer", "divergence / noise (log scale)")
     caption = (
         "Above 1 (dotted) the arm differs from the reference by more than another seed would. Lines: geometric means "
         "over training seeds; bands: from the least to the greatest seed. The scale is logarithmic."

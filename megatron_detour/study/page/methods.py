@@ -41,7 +41,7 @@ def _pretraining(data: StudyData) -> str:
 
 
 def _arms(data: StudyData) -> str:
-    described = [f"{arm} ({', '.join(map(phase_words, facts.phases))})" for arm, facts in data.arms.items()]
+    described = [f"{arm} ({', then '.join(map(phase_words, facts.phases))})" for arm, facts in data.arms.items()]
     done = f"{len(data.finished)} of {len(data.arms) * len(data.seeds)} runs have finished"
     return f"The arms were {'; '.join(described)}. At the time of writing {done}."
 

@@ -116,7 +116,7 @@ def draw_differences(data: StudyData) -> Plot | None:
         rows += [(arm, task, 100 * value, "", "") for task, value in single.items()]
     name_rows(axes, list(found))
     style_axes(axes, "x")
-    label_axes(axes, "points")
+    label_axes(axes, "difference of scores (points; right: better than the control)")
     axes.set_ylim(len(found) - 0.4, -0.5)
     caption = (
         "Each row is an arm; right of 0 it scores higher than the control. Marker and line: the mean of tasks with "
@@ -129,7 +129,9 @@ def draw_differences(data: StudyData) -> Plot | None:
 def draw_persistence(data: StudyData) -> Plot | None:
     if not data.persistence:
         return None
-    figure, panels = new_figure("Divergence during the phase", 0.9 + 2.3 * len(data.persistence), len(data.persistence))
+    figure, panels = new_figure(
+        "Divergence from the reference during the last phase", 0.9 + 2.3 * len(data.persistence), len(data.persistence)
+    )
     rows: list[tuple[Cell, ...]] = []
     for axes, (arm, records) in zip(panels, data.persistence.items(), strict=True):
         for number, (region, layers) in enumerate(regions(data).items()):
@@ -141,7 +143,7 @@ def draw_persistence(data: StudyData) -> Plot | None:
             _line_with_range(axes, dict(sorted(values.items())), region, appearance(number))
         style_axes(axes, "y")
         axes.set_ylim(bottom=0)
-        label_axes(axes, "", f"1 − CKA, {shortened(arm, 20)}")
+        label_axes(axes, "", f"{shortened(arm, 20)}: 1 − CKA")
         axes.xaxis.set_major_formatter(lambda value, _: compact(value))
     label_axes(panels[-1], "tokens since the phase began", panels[-1].get_ylabel())
     caption = (

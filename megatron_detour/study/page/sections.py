@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from megatron_detour.study.data import StudyData, decay_sweeps
 from megatron_detour.study.page import analysis_tables, tables
 from megatron_detour.study.page.tables import Table
-from megatron_detour.study.records import START, FailureRecord, ScoreRecord
+from megatron_detour.study.power import luck, power
+from megatron_detour.study.records import OUTCOMES, START, FailureRecord, ScoreRecord
 from megatron_detour.ui.format import compact, counted, duration
 
 
@@ -30,20 +31,20 @@ def sections(data: StudyData) -> Iterator[Section]:
     """Yield all sections; some may be empty."""
     yield Section(
         "The arms",
-        "An arm is one way of pretraining; all start from the same model, read the same text in the same order for a "
+        f"An arm is one way of pretraining; all start from {_start(data)}, read the same text in the same order for a "
         "training seed, and differ in what is written here.",
         [tables.arms_table(data)],
     )
     yield Section(
         "Scores on tasks",
-        "Each row is an arm and each column a task: two arms differ if their means differ by much more than the "
-        "deviations below them." + (" The start model was not trained further." if START in data.scored else ""),
+        "Each row is an arm and each column a task, with the spread of the scores in parentheses; to compare arms, "
+        "read the next section." + (" The start model was not trained further." if START in data.scored else ""),
         [tables.scores_table(data)],
     )
     yield Section(
         "Differences from the control",
-        "Each figure is an arm's score minus the control's; an interval that contains 0 means that other training "
-        "seeds could turn it around.",
+        "Each figure is an arm's score minus the control's; an interval that contains 0 means that the "
+        "results do not settle which of the two is better.",
         [tables.differences_table(data)],
         "differences",
     )
@@ -60,18 +61,21 @@ def sections(data: StudyData) -> Iterator[Section]:
 def _analyses(data: StudyData) -> Iterator[Section]:
     yield Section(
         "Drift",
-        "Drift tells in which layers an arm represents the same texts differently from the reference.",
+        f"Drift tells in which layers an arm represents the same texts differently from {_drift_reference(data)}.",
         [analysis_tables.drift_table(data)],
         "drift",
     )
     yield Section(
         "Drift beyond the noise of seeds",
-        "Another seed changes representations too, so drift counts where it is greater than that: a ratio above 1.",
+        "Another seed changes representations too, so drift counts where it is greater than that: a ratio above 1."
+        + _noise(data),
         plot="drift_ratio",
     )
     yield Section(
         "Persistence",
-        "Persistence tells whether training on after the detour takes the representations back: 100% is kept if not.",
+        "Persistence tells whether the last phase takes the drift back: at 100% all of it is kept, at 0% it is undone. "
+        f"The reference is {_persistence_reference(data)}. A divergence no greater than the noise of seeds above is no "
+        "drift that could be kept.",
         [analysis_tables.persistence_table(data)],
         "persistence",
     )
@@ -92,6 +96,26 @@ def _analyses(data: StudyData) -> Iterator[Section]:
         found,
         "transplants",
     )
+
+
+def _start(data: StudyData) -> str:
+    return "the same model" if data.setting("run") is None or data.registration.facts.start else "a new model"
+
+
+def _drift_reference(data: StudyData) -> str:
+    reference = data.setting("analyses", "drift", "reference")
+    return f"{reference} at its end" if reference else "the reference"
+
+
+def _noise(data: StudyData) -> str:
+    """Say whose divergence is the noise."""
+    noise, reference = (data.setting("analyses", "drift", key) for key in ("noise", "reference"))
+    return f" Here that is {noise} against {reference}: the same recipe with other masks." if noise else ""
+
+
+def _persistence_reference(data: StudyData) -> str:
+    reference = data.setting("analyses", "persistence", "reference")
+    return f"{reference} before its last phase" if reference else "a fixed model"
 
 
 def _records(data: StudyData) -> Iterator[Section]:
@@ -127,19 +151,30 @@ def state(data: StudyData) -> str:
     """Return how much of the study is done, in a sentence."""
     planned, failed = len(data.arms) * len(data.seeds), len(data.of(FailureRecord))
     done = f"{len(data.finished)} of {counted(planned, 'pretraining run')} have finished"
-    return (
-        f"{done}; {counted(failed, 'job')} failed or {'was' if failed == 1 else 'were'} skipped."
-        if failed
-        else f"{done}."
-    )
+    if failed:
+        return f"{done}; {counted(failed, 'job')} failed or {'was' if failed == 1 else 'were'} skipped."
+    return f"{done}, and no job failed." if len(data.finished) == planned else f"{done}."
+
+
+def could_find(data: StudyData) -> str:
+    """Return which difference the study was planned to find, and which by the deviations of its own scores."""
+    planned, scores = data.registration.power, data.scores(data.control or "")
+    if planned is None:
+        return ""
+    if scores is None or not data.common_tasks:
+        return planned.statement
+    seen = luck(scores[data.common_tasks])
+    needed = power(seen, len(data.seeds), len(data.finetuning_seeds), level=planned.level)
+    if needed is None or None in (*seen.finetuning, seen.shared):
+        return planned.statement
+    return f"{planned.statement} With the deviations that {data.control} shows here it takes {100 * needed:.1f} points."
 
 
 def verdict(data: StudyData) -> str:
     """Return the count of verdicts in a sentence."""
-    found = [verdict.met if verdict else None for verdict in data.verdicts.values()]
+    found = [tables.outcome(verdict) for verdict in data.verdicts.values()]
     if not found:
         return "The study has no criteria."
-    parts = [f"{found.count(True)} met", f"{found.count(False)} not met"]
-    parts += [f"{found.count(None)} not judged"] * bool(found.count(None))
+    parts = [f"{found.count(name)} {name.lower()}" for name in OUTCOMES if name in found]
     total = "1 criterion" if len(found) == 1 else f"{len(found)} criteria"
     return f"{total}: {', '.join(parts)}."

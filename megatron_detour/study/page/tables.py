@@ -12,12 +12,12 @@ from megatron_detour.evaluation.report.tables import interval_words, metric_word
 from megatron_detour.objectives import read_objective
 from megatron_detour.study.data import StudyData, last_tokens, task_means
 from megatron_detour.study.power import luck
-from megatron_detour.study.records import START, FailureRecord, ScoreRecord
+from megatron_detour.study.records import OUTCOMES, START, FailureRecord, ScoreRecord, VerdictRecord
 from megatron_detour.study.statistics import Comparison
 from megatron_detour.ui.format import compact, counted, duration, frozen_words
 from megatron_detour.ui.tables import ABSENT, Entry, Table
 
-STATES = {True: "Met", False: "Not met", None: "Not judged"}
+STATES = {True: "Met", False: "Not met", None: "Not judged"}  # of a verdict without an outcome
 NOT_YET = "There is no verdict yet."
 
 
@@ -29,17 +29,25 @@ def verdicts_table(data: StudyData) -> Table:
     rows = []
     for name, verdict in data.verdicts.items():
         text = verdict.text if verdict else str(data.setting("criteria", name))
-        state = STATES[verdict.met if verdict else None]
-        rows.append([Entry(state, bold=True), name, text, verdict.sentence if verdict else NOT_YET])
-    return Table(["Verdict", "Criterion", "Claim", "Found"], rows, "l", names=2)
+        rows.append([Entry(outcome(verdict), bold=True), name, text, verdict.sentence if verdict else NOT_YET])
+    used = [name for name in OUTCOMES if name in {outcome(verdict) for verdict in data.verdicts.values()}]
+    remark = "; ".join(f"{name}: {OUTCOMES[name]}" for name in used) + "."
+    return Table(["Verdict", "Criterion", "Claim", "Found"], rows, "l", remarks=[remark] * bool(used), names=2)
+
+
+def outcome(verdict: VerdictRecord | None) -> str:
+    return (verdict.outcome or STATES[verdict.met]) if verdict else STATES[None]
 
 
 def arms_table(data: StudyData) -> Table:
     rows = []
     for arm, facts in data.arms.items():
-        phases = "; ".join(phase_words(phase) for phase in facts.phases)
+        phases = ", then ".join(phase_words(phase) for phase in facts.phases)
+        if offset := data.setting("arms", arm, "seed_offset"):
+            phases += f"; masks by another seed (+{offset})"
         rows.append([Entry(arm, bold=arm == data.control), facts.about or _about(data, arm), phases])
-    remarks = [f"Bold: {data.control}, the arm that others are compared with."] if data.control else []
+    remarks = ["MLM: masked words are predicted from both sides. CLM: the next word is, from the left."]
+    remarks += [f"Bold: {data.control}, the arm that others are compared with."] if data.control else []
     return Table(["Arm", "What it is", "Phases"], rows, "l", remarks=remarks)
 
 
@@ -55,10 +63,10 @@ def _about(data: StudyData, arm: str) -> str:
 
 
 def phase_words(phase: dict[str, Any]) -> str:
-    """Return e.g. ``decay: 1M tokens of MLM, 15% masked``."""
+    """Return e.g. ``1M tokens of MLM, 15% masked``."""
     objective = read_objective(phase).describe() if phase.get("objective") else "training"
     frozen = f" ({frozen_words(phase)} frozen)" if phase.get("freeze") else ""
-    return f"{phase.get('name', 'phase')}: {compact(last_tokens(phase))} tokens of {objective}{frozen}"
+    return f"{compact(last_tokens(phase))} tokens of {objective}{frozen}"
 
 
 def scores_table(data: StudyData) -> Table:
@@ -71,9 +79,12 @@ def scores_table(data: StudyData) -> Table:
         rows.append([Entry(arm_label(arm), bold=arm == data.control), *cells])
     headers = [f"{task} ({metric_words(data.metrics[task])})" for task in data.tasks]
     remarks = [
-        "In percent: the mean over training seeds and fine-tuning seeds, and in parentheses the standard deviation "
-        f"over training seeds (of their means) / over fine-tuning seeds (of one model); {ABSENT} for a single seed."
+        "In percent: the mean over training seeds and fine-tuning seeds, and in parentheses two standard deviations: "
+        "of the training seeds' means / of the fine-tuning seeds of one model (root mean square over models); "
+        f"{ABSENT} for a single seed."
     ]
+    if rows and (unscored := [arm for arm in data.arms if data.setting("arms", arm, "evaluate") not in (None, True)]):
+        remarks.append(f"Not fine-tuned, as the study file says: {', '.join(unscored)}.")
     if (left := [task for number, task in enumerate(data.tasks) if number not in data.common_tasks]) and rows:
         remarks.append(f"The mean leaves out {', '.join(left)}: not every arm has it.")
     counts = {arm: len(data.seed_means(arm)) for arm in data.scored if arm != START}
@@ -108,10 +119,10 @@ def differences_table(data: StudyData) -> Table:
             rows.append([Entry(arm_label(arm)), _difference(mean, arm), p, *cells])
     remarks = [
         f"In points; above 0 the arm is better than {data.control}. In parentheses: the 95% interval by Student's t "
-        "over training seeds, paired. Bold: it excludes 0. These intervals and p are not corrected for their number; "
-        "the verdicts are."
+        "over training seeds, paired. Bold: it excludes 0. These intervals and two-sided p are not corrected for their "
+        "number; the verdicts are one-sided, and those that claim a difference are corrected."
     ]
-    return Table(["Arm", mean_header(data), "p", *data.tasks], rows, "lr", remarks=remarks)
+    return Table(["Arm", mean_header(data), "two-sided p", *data.tasks], rows, "lr", remarks=remarks)
 
 
 def _difference(comparison: Comparison | None, arm: str) -> Entry:
