@@ -138,7 +138,7 @@ class Drift:
     @property
     def ratio(self) -> np.ndarray | None:
         """r = d(detour, control) / d(second control, control) of the means over draws, [layers]."""
-        return None if self.noise is None else _ratio(self.mean, np.mean(self.noise, 0))
+        return None if self.noise is None else ratio_of(self.mean, np.mean(self.noise, 0))
 
     def regions(self) -> dict[str, dict[str, float | None]]:
         """Return `divergence`, `noise` and `ratio` of low, mid and deep layers and of all: means over their layers."""
@@ -149,7 +149,7 @@ class Drift:
         if self.noise is None:
             return {"divergence": own, "noise": None, "ratio": None}
         noise = float(np.mean(self.noise, 0)[layers].mean())
-        return {"divergence": own, "noise": noise, "ratio": numbers([_ratio(own, noise)])[0]}
+        return {"divergence": own, "noise": noise, "ratio": numbers([ratio_of(own, noise)])[0]}
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields, and the figures that follow from them under `summary`."""
@@ -218,7 +218,7 @@ def numbers(values: Any) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
-def _ratio(above: Any, below: Any) -> np.ndarray:
+def ratio_of(above: Any, below: Any) -> np.ndarray:
     """Return the ratio; NaN where the divergence below is zero, as of a model from itself."""
     above, below = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
     return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)

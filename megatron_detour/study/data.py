@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_detour.analysis.drift import regions_of
+from megatron_detour.analysis.drift import ratio_of, regions_of
 from megatron_detour.errors import DetourError
 from megatron_detour.study.records import (
     START,
@@ -175,12 +175,12 @@ class StudyData:
         return {name: found.get(name) for name in dict.fromkeys([*(self.setting("criteria") or ()), *found])}
 
     @cached_property
-    def drifts(self) -> dict[str, list[Drift]]:
+    def drifts(self) -> dict[str, list[SeedDrift]]:
         """Divergence and noise by arm: one per training seed."""
-        found: dict[str, list[Drift]] = {}
+        found: dict[str, list[SeedDrift]] = {}
         latest = {(record.arm, record.seed): record for record in self.of(DriftRecord)}
         for arm in self.arms:
-            rows = [Drift.from_record(record) for (own, _), record in latest.items() if own == arm]
+            rows = [SeedDrift.from_record(record) for (own, _), record in latest.items() if own == arm]
             found |= {arm: rows} if rows else {}
         return found
 
@@ -200,7 +200,7 @@ class StudyData:
 
 
 @dataclass(frozen=True)
-class Drift:
+class SeedDrift:
     """Means over draws, [layers], of one training seed."""
 
     seed: int
@@ -208,21 +208,19 @@ class Drift:
     noise: np.ndarray | None
 
     @classmethod
-    def from_record(cls, record: DriftRecord) -> Drift:
+    def from_record(cls, record: DriftRecord) -> SeedDrift:
         noise = None if record.noise is None else np.mean(record.noise, 0)
         return cls(record.seed, np.mean(record.divergence, 0), noise)
 
     def ratio(self) -> np.ndarray:
         """Return divergence / noise [layers], NaN where unknown."""
-        if self.noise is None or self.noise.shape != self.divergence.shape:
-            return np.full(self.divergence.shape, np.nan)
-        return np.divide(self.divergence, self.noise, out=np.full(self.noise.shape, np.nan), where=self.noise > 0)
+        return np.full(self.divergence.shape, np.nan) if self.noise is None else ratio_of(self.divergence, self.noise)
 
     def region(self, layers: range) -> tuple[float, float, float]:
         """Return divergence, noise and ratio of a region, as means over its layers; NaN where unknown."""
         own = float(self.divergence[layers].mean())
         noise = np.nan if self.noise is None else float(self.noise[layers].mean())
-        return own, noise, own / noise if noise > 0 else np.nan
+        return own, noise, float(ratio_of(own, noise))
 
 
 def share_kept(record: PersistenceRecord, layers: range) -> float:
