@@ -1,13 +1,15 @@
-"""A tiny ModernBERT for tests: five layers, local and global, short windows."""
+"""Tiny models for tests, of any family: five layers; ModernBERT's are local and global, with short windows."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_detour.data.batches import MicroBatch, document_positions
 from megatron_detour.model.compute import Compute
-from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.families import read_shape
 from megatron_detour.parallel.loss import LossSum
 from megatron_detour.parallel.shard import shard, spec_of
@@ -29,6 +31,20 @@ CONFIG = {
     "eos_token_id": 2,
 }
 
+# What distinguishes a family; sizes as above.
+OWN = {
+    "bert": {"hidden_act": "gelu_new", "max_position_embeddings": 512},
+    "roberta": {"type_vocab_size": 1, "max_position_embeddings": 513},  # the first position has number 1
+    "camembert": {"max_position_embeddings": 513},
+    "xlm-roberta": {"max_position_embeddings": 514, "pad_token_id": 1, "cls_token_id": 0, "bos_token_id": 0},
+    "eurobert": {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512},
+}
+
+
+def config_of(model_type: str = "modernbert", **changes) -> dict[str, Any]:
+    """The config.json of a tiny model of a family."""
+    return CONFIG | {"model_type": model_type} | OWN.get(model_type, {}) | changes
+
 
 def tiny(
     state: ParallelState | None = None,
@@ -41,7 +57,7 @@ def tiny(
 ) -> LanguageModel:
     """A fresh tiny model with weights large enough to matter, the same for every tensor-parallel size."""
     state = state or ParallelState()
-    model = read_shape(CONFIG | changes, "tests").build(state, compute, z_loss).to(dtype)
+    model = read_shape(config_of(**changes), "tests").build(state, compute, z_loss).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             full = model.initial_weight(name, seed).to(dtype)

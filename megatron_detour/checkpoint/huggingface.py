@@ -20,7 +20,7 @@ from megatron_detour.checkpoint.source import WEIGHTS, Source, StoredWeights
 from megatron_detour.checkpoint.state import TrainingState
 from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
 from megatron_detour.errors import DetourError, brief
-from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.families import Family, family_of, family_to_initialize
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
@@ -201,6 +201,8 @@ def compare_with_transformers(
     longest = min(4 * model.shape.window + 7, model.shape.max_positions)
     sizes = {2, model.shape.window // 2 + 1, longest}
     batches = [[torch.randint(model.shape.vocabulary, (size,), generator=generator)] for size in sizes]
+    for (ids,) in batches:
+        ids[ids == theirs.config.pad_token_id] = 2  # RoBERTa gives padding tokens no position of their own
     if texts:
         documents = _token_ids(Path(name), texts, min(model.shape.max_positions, COMPARED_TOKENS))
         batches += [[ids] for ids in documents]

@@ -45,7 +45,7 @@ def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[tor
     v too, as a view of it would keep all of qkv for the backward pass.
     """
     q, k, v = qkv.view(len(qkv), 3, -1, 2 * cos.shape[1]).unbind(1)
-    return _turned(q, cos, sin), _turned(k, cos, sin), v.contiguous()
+    return rotated(q, cos, sin), rotated(k, cos, sin), v.contiguous()
 
 
 class Rotate(torch.autograd.Function):
@@ -93,7 +93,8 @@ def _turn(sources, target: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, s
         target[:, 2] = sources[2]
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x [T, H, D] rotated by cos and sin, fp32 [T, D / 2], as a new tensor."""
     return torch.cat(_halves(x, cos, sin), -1).to(x.dtype)
 
 

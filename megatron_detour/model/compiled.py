@@ -11,7 +11,7 @@ from megatron_detour.kernels.check import CPU, DEFAULT_TOLERANCE, Sizes, first_l
 from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.embeddings import rotary_tables
-from megatron_detour.model.encoder import Layer
+from megatron_detour.model.modernbert import Layer
 from megatron_detour.model.families import Family
 from megatron_detour.parallel.state import ParallelState
 
@@ -26,6 +26,8 @@ def check_compiled(shape: Family, sizes: Sizes, recompute: str, device: torch.de
     for it: a compiler chooses it by the number of positions. Raises DetourError if it cannot be compiled or is wrong.
     """
     judged = min(sizes.tokens, JUDGED_ROWS)
+    if not shape.compiles:
+        raise DetourError(f"compute.compile: layers of {shape.label} cannot be compiled; set false")
     expected = _results(shape, Compute(_sum), judged, judged, CPU, torch.float32, dtype)
     try:
         compute = Compute(_sum, recompute=recompute, compile=True)

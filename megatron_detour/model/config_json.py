@@ -27,6 +27,18 @@ class ConfigJson:
     def number(self, key: str, default: float) -> float:
         return self.positive(key, self.config.get(key, default))
 
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.config.get(key, default)
+        if type(value) is not bool:
+            self.refuse(key, "true or false")
+        return value
+
+    def choice(self, key: str, possible: tuple[str, ...], default: str) -> str:
+        value = self.config.get(key, default)
+        if value not in possible:
+            self.refuse(key, f"one of {', '.join(possible)}")
+        return value
+
     def positive(self, key: str, value: Any) -> float:
         if type(value) not in (int, float) or not 0 < value < 1e30:
             self.refuse(key, "a number above 0", value)

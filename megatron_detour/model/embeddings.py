@@ -13,10 +13,10 @@ from megatron_detour.parallel.state import ParallelState
 
 
 class Embeddings(nn.Module):
-    def __init__(self, shape: Family, state: ParallelState, compute: Compute) -> None:
+    def __init__(self, shape: Family, state: ParallelState, compute: Compute, norm_bias: bool = False) -> None:
         super().__init__()
         self.tok_embeddings = VocabParallelEmbedding(shape.vocabulary, shape.hidden, state)
-        self.norm = LayerNorm(shape, compute, state)
+        self.norm = LayerNorm(shape, compute, state, norm_bias)
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
         return self.norm(self.tok_embeddings(ids_T))

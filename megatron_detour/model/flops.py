@@ -62,8 +62,8 @@ def training_flops(
         if number >= frozen.below:
             flops += BACKWARD * scores[kind] + (BACKWARD - (number in frozen.layers)) * products
     dense, decoder = labeled * 2 * shape.head_products, labeled * 2 * shape.hidden * shape.vocabulary
-    # The decoder's weight is tied to the embeddings.
-    return flops + (1 + BACKWARD - frozen.head) * dense + (1 + BACKWARD - frozen.embeddings) * decoder
+    output_frozen = frozen.embeddings if shape.tied else frozen.head
+    return flops + (1 + BACKWARD - frozen.head) * dense + (1 + BACKWARD - output_frozen) * decoder
 
 
 def visible_pairs(length: int, causal: bool, window: int | None) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from megatron_detour.model.activations import activation
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.families import Family
 from megatron_detour.model.norm import LayerNorm
@@ -15,16 +15,19 @@ from megatron_detour.parallel.state import ParallelState
 
 
 class PredictionHead(nn.Module):
-    def __init__(self, shape: Family, compute: Compute) -> None:
+    def __init__(
+        self, shape: Family, compute: Compute, f: str = "gelu", bias: bool = False, norm_bias: bool = False
+    ) -> None:
         super().__init__()
-        self.dense = nn.Linear(shape.hidden, shape.hidden, bias=False)
-        self.norm = LayerNorm(shape, compute)
+        self.dense = nn.Linear(shape.hidden, shape.hidden, bias=bias)
+        self.f = activation(f)
+        self.norm = LayerNorm(shape, compute, bias=norm_bias)
 
     def forward(self, x_LE: torch.Tensor) -> torch.Tensor:
-        return self.norm(functional.gelu(self.dense(x_LE)))
+        return self.norm(self.f(self.dense(x_LE)))
 
 
-class Decoder(nn.Module):
+class OutputBias(nn.Module):
     """The bias of the output layer; its weight is tied to the embedding."""
 
     def __init__(self, shape: Family, state: ParallelState) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from megatron_detour.model.activations import activation
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.families import Family
 from megatron_detour.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -13,28 +13,37 @@ from megatron_detour.parallel.state import ParallelState
 
 
 class GatedUnit(nn.Module):
-    """GeGLU (Shazeer, 2020): Wo(gelu(a) * b), a and b the halves of Wi."""
+    """Wo(f(a) * b), a and b the halves of Wi and f the activation; with GELU, GeGLU (Shazeer, 2020)."""
 
-    def __init__(self, shape: Family, state: ParallelState, compute: Compute) -> None:
+    def __init__(
+        self, shape: Family, state: ParallelState, compute: Compute, f: str = "gelu", bias: bool = False
+    ) -> None:
         super().__init__()
         self.compute = compute
-        self.Wi = ColumnParallelLinear(shape.hidden, 2 * shape.intermediate, state, parts=2)
-        self.Wo = RowParallelLinear(shape.intermediate, shape.hidden, state)
+        self.f = None if f == "gelu" else activation(f)  # the kernels know one
+        self.Wi = ColumnParallelLinear(shape.hidden, 2 * shape.intermediate, state, parts=2, bias=bias)
+        self.Wo = RowParallelLinear(shape.intermediate, shape.hidden, state, bias)
 
     def forward(self, ab: torch.Tensor) -> torch.Tensor:
         """Output of Wi [T, 2 I] -> change of the residual stream [S, E]."""
-        return self.compute.checkpoint("selective", lambda ab: self.Wo(self.compute.kernels.geglu(ab)), ab)
+        return self.compute.checkpoint("selective", lambda ab: self.Wo(self._product(ab)), ab)
+
+    def _product(self, ab: torch.Tensor) -> torch.Tensor:
+        if self.f is None:
+            return self.compute.kernels.geglu(ab)
+        a, b = ab.chunk(2, dim=-1)
+        return self.f(a) * b
 
 
 class FeedForward(nn.Module):
-    """Wo(gelu(a)), a the output of Wi (Vaswani et al., 2017, with GELU)."""
+    """Wo(f(a)), a the output of Wi and f the activation (Vaswani et al., 2017)."""
 
-    def __init__(self, shape: Family, state: ParallelState, compute: Compute) -> None:
+    def __init__(self, shape: Family, state: ParallelState, compute: Compute, f: str = "gelu") -> None:
         super().__init__()
-        self.compute = compute
+        self.compute, self.f = compute, activation(f)
         self.Wi = ColumnParallelLinear(shape.hidden, shape.intermediate, state)
         self.Wo = RowParallelLinear(shape.intermediate, shape.hidden, state)
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:
         """Output of Wi [T, I] -> change of the residual stream [S, E]."""
-        return self.compute.checkpoint("selective", lambda a: self.Wo(functional.gelu(a)), a)
+        return self.compute.checkpoint("selective", lambda a: self.Wo(self.f(a)), a)

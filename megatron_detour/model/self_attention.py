@@ -12,11 +12,11 @@ from megatron_detour.parallel.state import ParallelState
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, shape: Family, state: ParallelState, compute: Compute) -> None:
+    def __init__(self, shape: Family, state: ParallelState, compute: Compute, bias: bool = False) -> None:
         super().__init__()
         self.compute = compute
-        self.Wqkv = ColumnParallelLinear(shape.hidden, 3 * shape.hidden, state, parts=3)
-        self.Wo = RowParallelLinear(shape.hidden, shape.hidden, state)
+        self.Wqkv = ColumnParallelLinear(shape.hidden, 3 * shape.hidden, state, parts=3, bias=bias)
+        self.Wo = RowParallelLinear(shape.hidden, shape.hidden, state, bias)
 
     def heads(self, qkv: torch.Tensor, rotary) -> tuple[torch.Tensor, ...]:
         """Output of Wqkv [T, 3 H D] -> rotated queries and keys, and values [T, H, D]."""

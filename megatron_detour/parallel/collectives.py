@@ -83,6 +83,11 @@ def gather_from_sequence_parallel(x: torch.Tensor, state: ParallelState) -> torc
     return _Gather.apply(x, state) if state.sequence_parallel else x
 
 
+def own_positions(x: torch.Tensor, state: ParallelState) -> torch.Tensor:
+    """Return this rank's positions of what all ranks have: x [T, ...], or [T / n, ...] with sequence parallelism."""
+    return x.chunk(state.tensor_size)[state.tensor_rank] if state.sequence_parallel else x
+
+
 def replicated_weight(weight: torch.Tensor, state: ParallelState) -> torch.Tensor:
     """Use a replicated weight on this rank's positions; with sequence parallelism its gradients have to be summed."""
     return copy_to_tensor_parallel(weight, state) if state.sequence_parallel else weight

@@ -1,6 +1,6 @@
 """Megatron's three layers: an embedding sharded by vocabulary, linear layers sharded by output (column) or input (row).
 
-T positions, E input features, F output features, n tensor ranks. No layer has a bias.
+T positions, E input features, F output features, n tensor ranks.
 Between the layers there are S positions: T, or T / n with sequence parallelism.
 """
 
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from megatron_detour.parallel.collectives import (
     reduce_from_tensor_parallel,
+    replicated_weight,
     start_all_gather,
     start_all_reduce,
     start_reduce_scatter,
@@ -40,31 +41,37 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """x [S, E] -> [T, F / n]. W = [W_1; ...; W_n]: rank i computes x W_i^T. Each of `parts` fused outputs is split."""
+    """x [S, E] -> [T, F / n]. W = [W_1; ...; W_n]: rank i computes x W_i^T + b_i. Each of `parts` fused outputs is split."""
 
-    def __init__(self, inputs: int, outputs: int, state: ParallelState, parts: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, state: ParallelState, parts: int = 1, bias: bool = False) -> None:
         super().__init__()
         spec = ShardSpec(dim=0, size=outputs, parts=parts)
+        rows = spec.local(state.tensor_size)
         self.state = state
-        self.weight = mark_sharded(nn.Parameter(torch.empty(spec.local(state.tensor_size), inputs)), spec)
+        self.weight = mark_sharded(nn.Parameter(torch.empty(rows, inputs)), spec)
+        self.bias = mark_sharded(nn.Parameter(torch.empty(rows)), spec) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.state.tensor_size == 1:
-            return functional.linear(x, self.weight)
-        return _ColumnLinear.apply(x, self.weight, self.state)
+            return functional.linear(x, self.weight, self.bias)
+        return _ColumnLinear.apply(x, self.weight, self.bias, self.state)
 
 
 class RowParallelLinear(nn.Module):
-    """x [T, E / n] -> [S, F]. W = [W_1, ..., W_n]: rank i computes x_i W_i^T, and the products are summed."""
+    """x [T, E / n] -> [S, F]. W = [W_1, ..., W_n]: rank i computes x_i W_i^T; the products are summed, and then b added."""
 
-    def __init__(self, inputs: int, outputs: int, state: ParallelState) -> None:
+    def __init__(self, inputs: int, outputs: int, state: ParallelState, bias: bool = False) -> None:
         super().__init__()
         spec = ShardSpec(dim=1, size=inputs)
         self.state = state
         self.weight = mark_sharded(nn.Parameter(torch.empty(outputs, spec.local(state.tensor_size))), spec)
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reduce_from_tensor_parallel(functional.linear(x, self.weight), self.state)
+        if self.state.tensor_size == 1:
+            return functional.linear(x, self.weight, self.bias)
+        summed = reduce_from_tensor_parallel(functional.linear(x, self.weight), self.state)
+        return summed if self.bias is None else summed + replicated_weight(self.bias, self.state)
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -73,16 +80,18 @@ class _ColumnLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, state: ParallelState) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: ParallelState
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.state = state
         full = start_all_gather(x, state).wait() if state.sequence_parallel else x
-        return functional.linear(full, weight)
+        return functional.linear(full, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         (full, weight), state = ctx.saved_tensors, ctx.state
-        needs_input, needs_weight, _ = ctx.needs_input_grad  # false for frozen weights and for inputs of frozen layers
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad  # false for frozen weights and for inputs of frozen layers
         gathering = start_all_gather(full, state) if needs_weight and state.sequence_parallel else None
         summing = None
         if needs_input:
@@ -91,4 +100,5 @@ class _ColumnLinear(torch.autograd.Function):
         if gathering:
             full = gathering.wait()
         grad_weight = grad.T @ full if needs_weight else None
-        return summing and summing.wait(), grad_weight, None
+        grad_bias = grad.sum(0) if needs_bias else None
+        return summing and summing.wait(), grad_weight, grad_bias, None

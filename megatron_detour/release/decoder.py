@@ -58,7 +58,7 @@ def decoder_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """Rename full tensors to the decoder's names: q, k and v separate, the head as lm_head."""
     renamed = {}
     for name, weight in weights.items():
-        if name.endswith("attn.Wqkv.weight"):
+        if ".attn.Wqkv." in name:
             for kind, part in zip("qkv", weight.chunk(3), strict=True):
                 renamed[name.replace("Wqkv", f"{kind}_proj")] = part
         elif name.startswith("head."):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megatron_detour.config import RunConfig
-from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.parallel.zero import Zero
 from megatron_detour.plan import PlannedPhase
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.files import retry
-from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.objectives import KINDS, REFERENCE, Corruption
 from megatron_detour.tokenizer.token_bytes import byte_lengths
 from megatron_detour.training.run import Run

@@ -17,7 +17,7 @@ from megatron_detour.model.families import FAMILIES, PUBLISHED, Family, read_sha
 from megatron_detour.optimizers import KINDS
 from megatron_detour.parallel.state import ParallelState
 from tests.harness import run_ranks, slow
-from tests.models import CONFIG, microbatch, tiny
+from tests.models import CONFIG, config_of, microbatch, tiny
 from tests.training.test_zero2 import run_config
 
 BASE, LARGE = (read_shape(PUBLISHED[f"answerdotai/ModernBERT-{size}"], size) for size in ("base", "large"))
@@ -81,8 +81,8 @@ def test_the_states_of_the_chosen_optimizer_are_counted():
 
 
 def small(model_type: str, width: int) -> Family:
-    sizes = {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 1}
-    return read_shape(CONFIG | sizes | {"model_type": model_type}, "tests")
+    sizes = {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 1, "num_key_value_heads": 1}
+    return read_shape(config_of(model_type, **sizes), "tests")
 
 
 def kept_bytes(shape: Family, recompute: str, causal: bool, lengths: tuple[int, ...]) -> int:
@@ -98,11 +98,13 @@ def kept_bytes(shape: Family, recompute: str, causal: bool, lengths: tuple[int, 
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.model(batch.input_ids, batch.positions, lengths, causal)
+        hidden = model.hidden(batch.input_ids, batch.positions, lengths, causal)
         hidden.index_select(0, batch.labeled).sum()
     # The last norm's result waits for the head, and under "full" the rotary tables wait for their layers, though no
     # function saved them.
-    waiting = hidden.numel() * hidden.element_size() + (4 * 4 * 32 * sum(lengths) if recompute == "full" else 0)
+    waiting = hidden.numel() * hidden.element_size() + (
+        4 * shape.position_values * sum(lengths) if recompute == "full" else 0
+    )
     return sum(size for size, _ in kept.values()) + waiting
 
 

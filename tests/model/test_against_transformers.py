@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM, ModernBertForMaskedLM
+from transformers import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM, PreTrainedModel
 
 from megatron_detour.model.attention import AttentionPattern
-from megatron_detour.model.encoder import LanguageModel
-from tests.models import CONFIG, loss_of, microbatch, tiny
+from megatron_detour.model.families import FAMILIES
+from megatron_detour.model.language_model import LanguageModel
+from tests.models import CONFIG, config_of, loss_of, microbatch, tiny
 
 pytestmark = pytest.mark.integration
 
 LENGTHS = (3, 70, 40, 1, 300)  # shorter and longer than the window
+BIASED = {key: True for key in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")}
 SHAPES = {
     "tiny": {},
+    "biased": BIASED | {"decoder_bias": False, "hidden_activation": "silu", "classifier_activation": "gelu_new"},
     "base-like": {
         "hidden_size": 768,
         "intermediate_size": 1152,
@@ -32,18 +35,24 @@ SHAPES = {
 }
 
 
+OTHERS = {name: {"model_type": name} for name in FAMILIES if name != "modernbert"}
+OTHERS["eurobert tied"] = {"model_type": "eurobert", "tie_word_embeddings": True}
+
+
 def given_to_transformers(changes: dict) -> dict:
-    return {key: value for key, value in (CONFIG | changes).items() if key != "model_type"}
+    return {key: value for key, value in config_of(**changes).items() if key != "model_type"}
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def pair(request) -> tuple[LanguageModel, ModernBertForMaskedLM]:
+@pytest.fixture(scope="module", params=[*SHAPES, *OTHERS])
+def pair(request) -> tuple[LanguageModel, PreTrainedModel]:
     """Ours and transformers' model with the same weights."""
-    changes = SHAPES[request.param]
-    ours = tiny(scale=5.0 if request.param == "tiny" else 1.5, **changes)
-    theirs = ModernBertForMaskedLM(ModernBertConfig(**given_to_transformers(changes))).eval()
+    changes = (SHAPES | OTHERS)[request.param]
+    ours = tiny(scale=1.5 if request.param.endswith("-like") else 5.0, **changes)
+    config_class, model_class = ours.shape.transformers_classes()
+    theirs = model_class(config_class(**given_to_transformers(changes))).eval()
     missing, unexpected = theirs.load_state_dict(dict(ours.state_dict()), strict=False)
-    assert set(missing) <= {"decoder.weight"} and not unexpected
+    tied = {"decoder.weight", "cls.predictions.decoder.weight", "lm_head.decoder.weight", "lm_head.weight"}
+    assert set(missing) <= tied | {name.replace("weight", "bias") for name in tied} and not unexpected
     theirs.tie_weights()
     return ours, theirs
 
@@ -80,8 +89,11 @@ def test_logits_of_their_packed_batch(pair):
         "full_attention": AttentionPattern(LENGTHS, False, None, cpu).visible()[None, None],
         "sliding_attention": AttentionPattern(LENGTHS, False, ours.shape.window, cpu).visible()[None, None],
     }
+    first = getattr(ours.shape, "first_position", 0)  # RoBERTa's table of positions begins with unused ones
     reference = theirs(
-        input_ids=batch.input_ids[None], attention_mask=masks, position_ids=batch.positions[None]
+        input_ids=batch.input_ids[None],
+        attention_mask=masks if ours.shape.model_type == "modernbert" else masks["full_attention"],
+        position_ids=first + batch.positions[None],
     ).logits[0]
     assert_logits_close(ours.logits(batch.input_ids, batch.positions, LENGTHS), reference)
 
@@ -106,12 +118,25 @@ def test_loss_and_gradients(pair):
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-4 * greatest, msg=name)
 
 
+@torch.no_grad()
+def test_causal_logits(pair):
+    """Against theirs with a causal mask: each kind of layer with its window."""
+    ours, theirs = pair
+    if ours.shape.model_type == "modernbert":
+        pytest.skip("compared with its decoder below")
+    batch = microbatch(LENGTHS, causal=True)
+    mask = AttentionPattern(LENGTHS, True, None, torch.device("cpu")).visible()[None, None]
+    positions = getattr(ours.shape, "first_position", 0) + batch.positions
+    reference = theirs(input_ids=batch.input_ids[None], attention_mask=mask, position_ids=positions[None]).logits[0]
+    assert_logits_close(ours.logits(batch.input_ids, batch.positions, LENGTHS, causal=True), reference)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_causal_logits_equal_their_decoder_with_the_window_matched(shape):
     """Their sliding window counts the query's own key: one more than ours makes the same keys."""
     changes = SHAPES[shape]
-    ours = tiny(scale=5.0 if shape == "tiny" else 1.5, **changes)
+    ours = tiny(scale=1.5 if shape.endswith("-like") else 5.0, **changes)
     wider = {"local_attention": 2 * (ours.shape.window + 1)}
     theirs = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**given_to_transformers(changes | wider))).eval()
     missing, unexpected = theirs.load_state_dict(as_decoder(ours), strict=False)
@@ -126,7 +151,7 @@ def as_decoder(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights under ModernBertDecoder's names: q, k and v apart, the head as lm_head."""
     weights = {}
     for name, weight in model.state_dict().items():
-        if name.endswith("Wqkv.weight"):
+        if ".Wqkv." in name:
             for kind, part in zip("qkv", weight.chunk(3), strict=True):
                 weights[name.replace("Wqkv", f"{kind}_proj")] = part
         else:

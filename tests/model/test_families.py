@@ -13,18 +13,18 @@ from megatron_detour.model.families.base import INERT_KEYS, TOKEN_IDS, Family
 from megatron_detour.model_parts import SINGLE_PARTS
 from megatron_detour.parallel.shard import spec_of
 from megatron_detour.parallel.state import ParallelState
-from tests.models import CONFIG
+from tests.models import CONFIG, config_of
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 def small(family: type[Family]) -> Family:
-    return read_shape(CONFIG | {"model_type": family.model_type}, "tests")
+    return read_shape(config_of(family.model_type), "tests")
 
 
 def test_an_unknown_model_type_is_refused_with_those_that_are_known():
-    with pytest.raises(DetourError, match=r"config.json: model_type 'bert' is not supported; known: .*modernbert"):
-        read_shape(CONFIG | {"model_type": "bert"}, "config.json")
+    with pytest.raises(DetourError, match=r"config.json: model_type 't5' is not supported; known: .*modernbert"):
+        read_shape(CONFIG | {"model_type": "t5"}, "config.json")
 
 
 @families

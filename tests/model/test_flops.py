@@ -14,7 +14,7 @@ from megatron_detour.model.compute import Compute
 from megatron_detour.model.families import FAMILIES, read_shape
 from megatron_detour.model.flops import Frozen, training_flops, visible_pairs
 from megatron_detour.parallel.state import ParallelState
-from tests.models import CONFIG, microbatch
+from tests.models import CONFIG, config_of, microbatch
 
 SHAPE = read_shape(CONFIG, "tests")
 
@@ -55,13 +55,13 @@ def dense_by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern
 @pytest.mark.parametrize("labeled", [0.0, 0.4, 1.0])
 def test_torch_counts_as_many(lengths, labeled, model_type):
     """Documents within the window, so that a query and a key of a document always see each other."""
-    shape = read_shape(CONFIG | {"model_type": model_type}, "tests")
+    shape = read_shape(config_of(model_type), "tests")
     model = shape.build(ParallelState(), Compute(attention=dense_by_document))
     batch = microbatch(lengths, causal=False, labeled=labeled)
     with FlopCounterMode(display=False) as forward:
-        hidden = model.model(batch.input_ids, batch.positions, batch.lengths, False)
-        features = model.head(hidden[batch.labeled])
-        logits = functional.linear(features, model.model.embeddings.tok_embeddings.weight, model.decoder.bias)
+        hidden = model.hidden(batch.input_ids, batch.positions, batch.lengths, False)
+        features = model.features(hidden[batch.labeled])
+        logits = functional.linear(features, model.output_weight, model.output_bias)
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     counted = training_flops(shape, lengths, causal=False, labeled=len(batch.labeled))
@@ -79,8 +79,8 @@ def test_torch_counts_as_many_where_parts_are_frozen(parts):
         parameter.requires_grad_(name not in frozen)
     batch = microbatch((5, 9, 1), causal=False, labeled=0.4)
     with FlopCounterMode(display=False) as counter:
-        hidden = model.model(batch.input_ids, batch.positions, batch.lengths, False)
-        features = model.head(hidden[batch.labeled])
+        hidden = model.hidden(batch.input_ids, batch.positions, batch.lengths, False)
+        features = model.features(hidden[batch.labeled])
         weight = model.model.embeddings.tok_embeddings.weight
         functional.linear(features, weight, model.decoder.bias).sum().backward()
     counted = training_flops(SHAPE, (5, 9, 1), False, len(batch.labeled), Frozen.from_parts(parts))

@@ -19,9 +19,10 @@ from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
     from megatron_detour.model.compute import Compute
-    from megatron_detour.model.encoder import LanguageModel
+    from megatron_detour.model.language_model import LanguageModel
     from megatron_detour.parallel.state import ParallelState
 
+MAX_LAYERS = 1000  # more is a typo
 FULL, SLIDING = "full_attention", "sliding_attention"
 TOKEN_IDS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
 # Keys that transformers writes for any model, without effect here.
@@ -56,14 +57,23 @@ class Weight:
         return math.prod(size)
 
 
-def column(outputs: int, inputs: int, std: float, parts: int = 1) -> Weight:
-    """The weight of a ColumnParallelLinear with `parts` fused outputs."""
-    return Weight((outputs, inputs), ShardSpec(0, outputs, parts), std)
+def column(name: str, outputs: int, inputs: int, std: float, parts: int = 1, bias: bool = False) -> dict[str, Weight]:
+    """The parameters of a ColumnParallelLinear with `parts` fused outputs."""
+    cut = ShardSpec(0, outputs, parts)
+    weights = {f"{name}.weight": Weight((outputs, inputs), cut, std)}
+    return weights | ({f"{name}.bias": Weight((outputs,), cut)} if bias else {})
 
 
-def row(outputs: int, inputs: int, std: float) -> Weight:
-    """The weight of a RowParallelLinear."""
-    return Weight((outputs, inputs), ShardSpec(1, inputs), std)
+def row(name: str, outputs: int, inputs: int, std: float, bias: bool = False) -> dict[str, Weight]:
+    """The parameters of a RowParallelLinear."""
+    weights = {f"{name}.weight": Weight((outputs, inputs), ShardSpec(1, inputs), std)}
+    return weights | ({f"{name}.bias": Weight((outputs,))} if bias else {})
+
+
+def norm(name: str, size: int, bias: bool = False) -> dict[str, Weight]:
+    """The parameters of a LayerNorm or RMSNorm."""
+    weights = {f"{name}.weight": Weight((size,), fill=1.0)}
+    return weights | ({f"{name}.bias": Weight((size,))} if bias else {})
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class Family(ABC):
     layer_prefix: ClassVar[str]  # of the parameter names of layers; the number follows
     block_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {}  # parameter names in a layer of attention and mlp
     has_decoder: ClassVar[bool] = False  # whether release/decoder.py can write it as a ModernBertDecoder
+    compiles: ClassVar[bool] = False  # whether model/compiled.py can compile its layers
 
     vocabulary: int
     hidden: int
@@ -153,6 +164,10 @@ class Family(ABC):
     def at_work_in_layer(self) -> tuple[int, int]:
         """Return the same for the gradients that the backward pass of a layer holds at once; the first whole."""
 
+    def kept_by_last_norm(self, fused: bool) -> int:
+        """Return how many values per position the norm after the last layer keeps besides its output."""
+        return self.hidden
+
     @abstractmethod
     def kept_by_head(self) -> int:
         """Return the values per labeled position that the head keeps, and the gradient of its last part."""
@@ -174,6 +189,11 @@ class Family(ABC):
     def release_warnings(self) -> list[str]:
         """Return what a user of the released model should know of these versions."""
         return []
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer's weight is the embedding's."""
+        return True
 
     @property
     def layers(self) -> int:

@@ -1,4 +1,4 @@
-"""ModernBERT (Warner et al., 2024): pre-norm layers without biases, global and local attention, rotary positions."""
+"""ModernBERT (Warner et al., 2024): pre-norm layers, gated units, global and local attention, rotary positions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_detour.errors import DetourError
+from megatron_detour.model import activations
 from megatron_detour.model.config_json import ConfigJson
-from megatron_detour.model.families.base import FULL, SLIDING, Family, Weight, column, row
+from megatron_detour.model.families.base import FULL, MAX_LAYERS, SLIDING, Family, Weight, column, norm, row
 from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
     from megatron_detour.model.compute import Compute
-    from megatron_detour.model.encoder import LanguageModel
+    from megatron_detour.model.language_model import LanguageModel
     from megatron_detour.parallel.state import ParallelState
 
-MAX_LAYERS = 1000  # more is a typo
 BASE = {  # and transformers' defaults
     "vocab_size": 50_368,
     "hidden_size": 768,
@@ -32,6 +32,13 @@ PUBLISHED = {
     "answerdotai/ModernBERT-large": BASE | LARGE,
     "almanach/moderncamembert-base": BASE | {"vocab_size": 32_768},
     "almanach/moderncamembert-large": BASE | LARGE | {"vocab_size": 32_768},
+}
+BIASES = {  # and the published models' values; the classifier's is that of the prediction head's dense layer
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "classifier_bias": False,
+    "decoder_bias": True,
 }
 SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -52,21 +59,11 @@ class ModernBert(Family):
 }"""  # noqa: E501
     defaults = BASE
     published: ClassVar = {name: config | {"model_type": "modernbert"} for name, config in PUBLISHED.items()}
-    fixed: ClassVar = {
-        "norm_bias": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "decoder_bias": True,
-        "classifier_bias": False,  # of the prediction head's dense layer
-        "hidden_activation": "gelu",
-        "classifier_activation": "gelu",
-        "tie_word_embeddings": True,
-        "attention_dropout": 0.0,
-        "embedding_dropout": 0.0,
-        "mlp_dropout": 0.0,
-    }
+    fixed: ClassVar = {"tie_word_embeddings": True}
     checked_keys = frozenset({"model_type", *SIZE_KEYS, "layer_types", "local_attention", "max_position_embeddings"})
     other_keys = (
+        *(*BIASES, "hidden_activation", "classifier_activation"),
+        *("attention_dropout", "embedding_dropout", "mlp_dropout"),  # fine-tuning's; pretraining drops nothing
         *("norm_eps", "initializer_range", "rope_parameters", "initializer_cutoff_factor", "classifier_pooling"),
         *("classifier_dropout", "deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index"),
     )
@@ -80,8 +77,17 @@ class ModernBert(Family):
     block_prefixes: ClassVar = {"attention": ("attn.",), "mlp": ("mlp.",)}
     has_decoder = True
 
+    compiles = True
+
     global_theta: float
     local_theta: float
+    norm_bias: bool
+    attention_bias: bool
+    mlp_bias: bool
+    head_bias: bool
+    decoder_bias: bool
+    activation: str
+    head_activation: str
 
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
@@ -100,6 +106,12 @@ class ModernBert(Family):
             "norm_eps": read.number("norm_eps", 1e-5),
             "max_positions": read.size("max_position_embeddings", 8192),
             "initializer_range": read.number("initializer_range", 0.02),
+            "activation": read.choice("hidden_activation", activations.NAMES, "gelu"),
+            "head_activation": read.choice("classifier_activation", activations.NAMES, "gelu"),
+            **{
+                "head_bias" if key == "classifier_bias" else key: read.flag(key, usual)
+                for key, usual in BIASES.items()
+            },
         }
 
     @classmethod
@@ -109,41 +121,44 @@ class ModernBert(Family):
         return ModernBertConfig, ModernBertForMaskedLM
 
     def build(self, state: ParallelState, compute: Compute | None = None, z_loss: float = 0.0) -> LanguageModel:
-        from megatron_detour.model.encoder import LanguageModel
+        from megatron_detour.model.modernbert import ModernBertModel
 
-        return LanguageModel(self, state, compute, z_loss)
+        return ModernBertModel(self, state, compute, z_loss)
 
     def feed_forward(self, state: ParallelState, compute: Compute) -> nn.Module:
         """Return the feed-forward part of a layer."""
         from megatron_detour.model.mlp import GatedUnit
 
-        return GatedUnit(self, state, compute)
+        return GatedUnit(self, state, compute, self.activation, self.mlp_bias)
 
     def outer_weights(self) -> dict[str, Weight]:
-        norm, by_row, std = Weight((self.hidden,), fill=1.0), ShardSpec(0, self.vocabulary), self.initializer_range
+        by_row, std = ShardSpec(0, self.vocabulary), self.initializer_range
         return {
             "model.embeddings.tok_embeddings.weight": Weight((self.vocabulary, self.hidden), by_row, std),
-            "model.embeddings.norm.weight": norm,
-            "model.final_norm.weight": norm,
+            **norm("model.embeddings.norm", self.hidden, self.norm_bias),
+            **norm("model.final_norm", self.hidden, self.norm_bias),
             "head.dense.weight": Weight((self.hidden, self.hidden), std=std),
-            "head.norm.weight": norm,
-            "decoder.bias": Weight((self.vocabulary,), by_row),
+            **({"head.dense.bias": Weight((self.hidden,))} if self.head_bias else {}),
+            **norm("head.norm", self.hidden, self.norm_bias),
+            **({"decoder.bias": Weight((self.vocabulary,), by_row)} if self.decoder_bias else {}),
         }
 
     def layer_weights(self, number: int) -> dict[str, Weight]:
-        norm = Weight((self.hidden,), fill=1.0)
+        E, first, last, bias = self.hidden, self.initializer_range, self.output_std, self.attention_bias
         return {
-            **({"attn_norm.weight": norm} if number else {}),  # the embedding has normalized the first layer's input
-            "attn.Wqkv.weight": column(3 * self.hidden, self.hidden, self.initializer_range, parts=3),
-            "attn.Wo.weight": row(self.hidden, self.hidden, self.output_std),
-            "mlp_norm.weight": norm,
+            # The embedding has normalized the first layer's input.
+            **(norm("attn_norm", E, self.norm_bias) if number else {}),
+            **column("attn.Wqkv", 3 * E, E, first, parts=3, bias=bias),
+            **row("attn.Wo", E, E, last, bias=bias),
+            **norm("mlp_norm", E, self.norm_bias),
             **self.feed_forward_weights(),
         }
 
     def feed_forward_weights(self) -> dict[str, Weight]:
+        E, first, last, bias = self.hidden, self.initializer_range, self.output_std, self.mlp_bias
         return {
-            "mlp.Wi.weight": column(2 * self.intermediate, self.hidden, self.initializer_range, parts=2),
-            "mlp.Wo.weight": row(self.hidden, self.intermediate, self.output_std),
+            **column("mlp.Wi", 2 * self.intermediate, E, first, parts=2, bias=bias),
+            **row("mlp.Wo", E, self.intermediate, last, bias=bias),
         }
 
     @property

@@ -1,27 +1,24 @@
-"""An encoder of pre-norm layers on packed documents, sharded over tensor ranks, and its language model.
+"""ModernBERT: pre-norm layers on packed documents, sharded over tensor ranks.
 
 T positions, E hidden size, L labeled positions. S positions are T, or this tensor rank's part of them under sequence
-parallelism. One model serves all objectives: the direction of attention comes with the micro-batch.
+parallelism.
 """
 
 from __future__ import annotations
 
-import zlib
-
 import torch
 from torch import nn
-from torch.nn import functional
 
 from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.embeddings import Embeddings, rotary_tables
 from megatron_detour.model.families.base import FULL
 from megatron_detour.model.families.modernbert import ModernBert
-from megatron_detour.model.head import Decoder, PredictionHead
+from megatron_detour.model.head import OutputBias, PredictionHead
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.norm import LayerNorm
 from megatron_detour.model.self_attention import SelfAttention
 from megatron_detour.parallel.collectives import gather_from_sequence_parallel
-from megatron_detour.parallel.loss import LossSum, linear_cross_entropy
 from megatron_detour.parallel.state import ParallelState
 
 
@@ -31,9 +28,10 @@ class Layer(nn.Module):
     def __init__(self, shape: ModernBert, state: ParallelState, compute: Compute, index: int) -> None:
         super().__init__()
         self.compute = compute = compute.of_layers()
-        self.attn_norm = LayerNorm(shape, compute, state) if index else nn.Identity()  # the embedding has normalized it
-        self.attn = SelfAttention(shape, state, compute)
-        self.mlp_norm = LayerNorm(shape, compute, state)
+        # The embedding has normalized the first layer's input.
+        self.attn_norm = LayerNorm(shape, compute, state, shape.norm_bias) if index else nn.Identity()
+        self.attn = SelfAttention(shape, state, compute, shape.attention_bias)
+        self.mlp_norm = LayerNorm(shape, compute, state, shape.norm_bias)
         self.mlp = shape.feed_forward(state, compute)
         # What differs between micro-batches, their documents, is outside of what is compiled.
         self.before, self.after = (compute.compiled(part) for part in (Layer._before, Layer._after))
@@ -69,9 +67,9 @@ class Encoder(nn.Module):
     def __init__(self, shape: ModernBert, state: ParallelState, compute: Compute) -> None:
         super().__init__()
         self.shape, self.state, self.compute = shape, state, compute
-        self.embeddings = Embeddings(shape, state, compute)
+        self.embeddings = Embeddings(shape, state, compute, shape.norm_bias)
         self.layers = nn.ModuleList(Layer(shape, state, compute, i) for i in range(shape.layers))
-        self.final_norm = LayerNorm(shape, compute, state)
+        self.final_norm = LayerNorm(shape, compute, state, shape.norm_bias)
 
     def forward(
         self, ids_T: torch.Tensor, positions_T: torch.Tensor, lengths: tuple[int, ...], causal: bool
@@ -88,51 +86,30 @@ class Encoder(nn.Module):
         return gather_from_sequence_parallel(normed_SE, self.state)
 
 
-class LanguageModel(nn.Module):
-    """Encoder and prediction head: the same parameters for masked and causal language modeling."""
+class ModernBertModel(LanguageModel):
+    """Encoder and prediction head."""
 
     def __init__(self, shape: ModernBert, state: ParallelState, compute: Compute | None, z_loss: float) -> None:
-        super().__init__()
-        self.shape, self.state, self.compute, self.z_loss = shape, state, compute or Compute(), z_loss
+        super().__init__(shape, state, compute, z_loss)
         self.model = Encoder(shape, state, self.compute)
-        self.head = PredictionHead(shape, self.compute)
-        self.decoder = Decoder(shape, state)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        lengths: tuple[int, ...],
-        causal: bool,
-        labeled: torch.Tensor,
-        labels: torch.Tensor,
-    ) -> LossSum:
-        """Return the loss sums of a micro-batch. int64 input_ids and positions [T]; labels [L] at `labeled` [L]."""
-        hidden_TE = self.model(input_ids, positions, lengths, causal)
-        return linear_cross_entropy(
-            self.head(hidden_TE.index_select(0, labeled)),  # its backward adds rows, without a sort
-            self.model.embeddings.tok_embeddings.weight,
-            self.decoder.bias,
-            labels,
-            self.shape.vocabulary,
-            self.state,
-            self.compute.kernels.softmax_,
-            self.z_loss,
+        self.head = PredictionHead(
+            shape, self.compute, shape.head_activation, shape.head_bias, shape.norm_bias
         )
+        if shape.decoder_bias:
+            self.decoder = OutputBias(shape, state)
 
-    def logits(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, lengths: tuple[int, ...], causal: bool = False
+    def hidden(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, lengths: tuple[int, ...], causal: bool
     ) -> torch.Tensor:
-        """Return logits [T, V] of this tensor rank's vocabulary shard. For checks; training does not need them."""
-        features_TE = self.head(self.model(input_ids, positions, lengths, causal))
-        return functional.linear(features_TE, self.model.embeddings.tok_embeddings.weight, self.decoder.bias)
+        return self.model(input_ids, positions, lengths, causal)
 
-    def initial_weight(self, name: str, seed: int) -> torch.Tensor:
-        """Return a full fp32 parameter of a new model: it depends on seed and name, not on the tensor-parallel size."""
-        weight = self.shape.weights[name]
-        full = torch.empty(weight.size)
-        if not weight.std:
-            return full.fill_(weight.fill)
-        # torch's CPU generator uses 32 bits of a seed.
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
-        return nn.init.trunc_normal_(full, std=weight.std, a=-2 * weight.std, b=2 * weight.std, generator=generator)
+    def features(self, hidden_LE: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden_LE)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        return self.model.embeddings.tok_embeddings.weight
+
+    @property
+    def output_bias(self) -> torch.Tensor:
+        return self.decoder.bias if self.shape.decoder_bias else super().output_bias
