@@ -111,7 +111,8 @@ def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
     here = Source(model.start)  # a plan does not download the weights, as they are large
     if not model.download or any(here.has(name) for name in (WEIGHTS, WEIGHTS_INDEX)):
         try:
-            StoredWeights.from_source(here).check(shape.sizes, model.start)
+            if StoredWeights.from_source(here, type(shape)).check(shape, model.start, headless=True):
+                return shape, "without a head for masked language modeling: a new one is trained"
         except DetourError as fault:
             faults.append(f"model.start: {fault}")
     return shape, ""

@@ -9,8 +9,8 @@ import torch
 
 from megatron_detour.data.batches import MicroBatch, document_positions
 from megatron_detour.model.compute import Compute
-from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.families import read_shape
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.parallel.loss import LossSum
 from megatron_detour.parallel.shard import shard, spec_of
 from megatron_detour.parallel.state import ParallelState

@@ -12,8 +12,8 @@ from megatron_detour.checkpoint.huggingface import load_model
 from megatron_detour.checkpoint.source import Source
 from megatron_detour.data.batches import MicroBatch, document_positions
 from megatron_detour.errors import DetourError
-from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.families import read_shape
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.objectives import KINDS, Corruption
 from megatron_detour.tokenizer.vocabulary import load_tokenizer, load_vocabulary
 

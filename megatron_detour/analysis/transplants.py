@@ -117,10 +117,10 @@ def _read(folder: Path) -> Tensors:
     """Return all tensors as they are stored."""
     stored = StoredWeights.from_source(Source(str(folder)))
     tensors: Tensors = {}
-    for path in sorted({path for path, _ in stored.where.values()}):
+    for path in sorted({path for ((path, _),) in stored.where.values()}):
         try:
             with safe_open(path, "pt") as file:
-                names = {name: there for name, (where, there) in stored.where.items() if where == path}
+                names = {name: there for name, ((where, there),) in stored.where.items() if where == path}
                 tensors |= {name: file.get_tensor(there) for name, there in names.items()}
         except SafetensorError as error:
             raise DetourError(f"{path}: not a safetensors file: {error}") from None

@@ -16,18 +16,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_detour.checkpoint.source import WEIGHTS, Source, StoredWeights
+from megatron_detour.checkpoint.pickled import read_pickle
+from megatron_detour.checkpoint.source import PICKLES, WEIGHTS, Source, StoredWeights
 from megatron_detour.checkpoint.state import TrainingState
 from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
 from megatron_detour.errors import DetourError, brief
-from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.families import Family, family_of, family_to_initialize
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
 from megatron_detour.tokenizer.sentencepiece_model import SUFFIXES
 from megatron_detour.tokenizer.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, load_tokenizer
 
 OPTIMIZER = "optimizer.safetensors"
+NEW_HEAD = "new_head"  # key of run_state.json: the start model had no prediction head
 STEP = "step"  # key prefix of the step counts, stored beside the optimizer's states
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 TOLERANCE = 1e-4  # largest difference of fp32 logits, relative to the largest logit
@@ -44,21 +46,26 @@ TOKENIZER_KEYS = (
 
 
 class Weights:
-    """Reads tensors by name from a model's safetensors files, one at a time. Use as a context manager."""
+    """Reads tensors by name from a model's files, one at a time. Use as a context manager.
 
-    def __init__(self, source: Source) -> None:
+    `family` says how other forms of its checkpoints name weights.
+    """
+
+    def __init__(self, source: Source, family: type[Family] | None = None) -> None:
         self.source = source
         self._stack = ExitStack()
+        self._stored = StoredWeights.from_source(source, family)
 
     def __enter__(self) -> Weights:
-        self._stored = StoredWeights.from_source(self.source)
-        self._files: dict[Path, Any] = {}
-        for path, _ in self._stored.where.values():
-            if path not in self._files:
-                try:
-                    self._files[path] = self._stack.enter_context(safe_open(path, "pt"))
-                except SafetensorError as error:
-                    raise DetourError(f"{path}: not a safetensors file: {error}") from None
+        self._read: dict[Path, Callable[[str], torch.Tensor]] = {}
+        for path in {path for parts in self._stored.where.values() for path, _ in parts}:
+            if path.suffix in PICKLES:
+                self._read[path] = read_pickle(path).__getitem__
+                continue
+            try:
+                self._read[path] = self._stack.enter_context(safe_open(path, "pt")).get_tensor
+            except SafetensorError as error:
+                raise DetourError(f"{path}: not a safetensors file: {error}") from None
         return self
 
     def __exit__(self, *exception) -> None:
@@ -66,12 +73,12 @@ class Weights:
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return the tensor in fp32."""
-        path, stored = self._stored.where[name]
-        return self._files[path].get_tensor(stored).to(torch.float32)
+        parts = [self._read[path](stored).to(torch.float32) for path, stored in self._stored.where[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def check(self, sizes: dict[str, tuple[int, ...]]) -> None:
-        """Raise DetourError unless every parameter exists with its size."""
-        self._stored.check(sizes, self.source.name)
+    def check(self, shape: Family, headless: bool = False) -> set[str]:
+        """Return the names of missing parameters, as StoredWeights.check does. Raise DetourError as it does."""
+        return self._stored.check(shape, self.source.name, headless)
 
 
 def fresh_config(overrides: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
@@ -183,19 +190,26 @@ def open_optimizer(
 
 @torch.no_grad()
 def compare_with_transformers(
-    name: str | Path, model: LanguageModel, texts: tuple[str, ...] = (), causal: bool = False
+    name: str | Path,
+    model: LanguageModel,
+    texts: tuple[str, ...] = (),
+    causal: bool = False,
+    headless: bool = False,
 ) -> float:
     """Return the largest difference between our fp32 logits and transformers', relative to the largest logit.
 
     Inputs are random ids, shorter and longer than the local window so that every kind of layer is exercised, and
     `texts` tokenized by the folder `name`, each alone and in padded batches. A largest logit below 1 counts as 1.
-    `causal`: the folder holds a ModernBertDecoder. Raise DetourError if transformers' tokenizer produces other ids
+    `causal`: the folder holds a ModernBertDecoder. `headless`: it holds no prediction head, and hidden states are
+    compared. Raise DetourError if transformers' tokenizer produces other ids
     than tokenizer.json.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     kind = transformers.AutoModelForCausalLM if causal else model.shape.transformers_classes()[1]
+    kind = transformers.AutoModel if headless else kind
+    ours = model.hidden if headless else model.logits
     theirs = kind.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval()
     generator = torch.Generator().manual_seed(0)
     longest = min(4 * model.shape.window + 7, model.shape.max_positions)
@@ -212,10 +226,10 @@ def compare_with_transformers(
         lengths = [len(ids) for ids in batch]
         inputs = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)  # any id will do: the mask hides it
         mask = torch.arange(inputs.shape[1]) < torch.tensor(lengths)[:, None]
-        references = theirs(input_ids=inputs, attention_mask=mask.long()).logits
+        references = theirs(input_ids=inputs, attention_mask=mask.long())[0]
         for ids, length, reference in zip(batch, lengths, references, strict=True):
-            ours = model.logits(ids, torch.arange(length), (length,), causal)
-            worst = max(worst, _relative_difference(ours, reference[:length]))
+            found = ours(ids, torch.arange(length), (length,), causal)
+            worst = max(worst, _relative_difference(found, reference[:length]))
     return worst
 
 
@@ -250,12 +264,14 @@ def refuse_difference(difference: float, what: str) -> None:
         )
 
 
-def load_model(source: Source, shape: Family) -> LanguageModel:
-    """Load the full fp32 model of a folder, for checks in one process."""
+def load_model(source: Source, shape: Family, headless: bool = False) -> LanguageModel:
+    """Load the full fp32 model of a folder, for checks in one process; `headless`, with a new head if it has none."""
     model = shape.build(ParallelState())
-    with Weights(source) as weights:
-        weights.check(shape.sizes)
-        model.load_state_dict({name: weights(name) for name in shape.sizes})
+    with Weights(source, type(shape)) as weights:
+        missing = weights.check(shape, headless)
+        model.load_state_dict(
+            {name: model.initial_weight(name, 0) if name in missing else weights(name) for name in shape.sizes}
+        )
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Read a Hugging Face model's configuration and, from safetensors headers, its weights' names and sizes; no torch."""
+"""Read a start model's configuration and its weights' names and sizes; no torch, unless the weights are pickled."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour.errors import DetourError
+from megatron_detour.model.families import DECODER, Family, as_encoder
 from megatron_detour.structured import parse_json, read_json_object
 from megatron_detour.tokenizer.vocabulary import hub_file
 
-WEIGHTS, WEIGHTS_INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX, COMPOSER = "pytorch_model.bin", "pytorch_model.bin.index.json", "*.pt"
+PICKLES = (".bin", ".pt")
 LONGEST_HEADER = 100_000_000  # bytes; the format's limit
 WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)+")  # prefixes of DistributedDataParallel and torch.compile
 
@@ -34,7 +37,17 @@ class Source:
         return folder / name
 
     def config(self) -> dict[str, Any]:
-        return read_json_object(self.file("config.json"))
+        """Return config.json, of the encoder that a decoder's weights are trained as."""
+        return as_encoder(read_json_object(self.file("config.json")))
+
+    @property
+    def is_decoder(self) -> bool:
+        return read_json_object(self.file("config.json")).get("model_type") == DECODER
+
+    @property
+    def is_composers(self) -> bool:
+        """Whether the weights are in a checkpoint of Composer, in which ModernBERT was trained."""
+        return self.weight_files()[0].suffix == COMPOSER[1:]
 
     def has(self, name: str) -> bool:
         try:
@@ -43,11 +56,13 @@ class Source:
             return False
 
     def weight_files(self) -> list[Path]:
-        """Raise DetourError if the model has no safetensors files."""
-        if self.has(WEIGHTS):
-            return [self.file(WEIGHTS)]
-        if self.has(WEIGHTS_INDEX):
-            path = self.file(WEIGHTS_INDEX)
+        """Raise DetourError if the model has no files of weights."""
+        for single, index in ((WEIGHTS, WEIGHTS_INDEX), (PICKLED, PICKLED_INDEX)):
+            if self.has(single):
+                return [self.file(single)]
+            if not self.has(index):
+                continue
+            path = self.file(index)
             names = read_json_object(path).get("weight_map")
             if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
                 raise DetourError(f"{path}: weight_map must name a file for each weight; save the model again")
@@ -57,52 +72,73 @@ class Source:
                         f"{path}: weight_map names {name!r}, which must be a file name in the same folder"
                     )
             return [self.file(name) for name in sorted(set(names.values()))]
-        if self.has(PICKLED):
-            raise DetourError(
-                f"{self.name}: the weights exist only as {PICKLED}, and pickle files are never opened; write "
-                f"{WEIGHTS} with transformers: AutoModelForMaskedLM.from_pretrained({self.name!r})"
-                ".save_pretrained('another-folder')"
-            )
+        if len(found := sorted(Path(self.name).glob(COMPOSER))) == 1:
+            return found
         where = "the folder" if Path(self.name).is_dir() else "the hub's local cache"
         raise DetourError(f"{self.name}: {where} has no {WEIGHTS}; download the model again")
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The file, stored name and size of each weight."""
+    """The files and stored names of each weight, of all its parts in order, and its size."""
 
-    where: dict[str, tuple[Path, str]]
+    where: dict[str, list[tuple[Path, str]]]
     sizes: dict[str, tuple[int, ...]]
 
     @classmethod
-    def from_source(cls, source: Source) -> StoredWeights:
-        """Read the headers; strip a wrapper's prefix that all names share. Raise DetourError on unreadable files."""
-        weights = [(name, path, size) for path in source.weight_files() for name, size in _header(path).items()]
+    def from_source(cls, source: Source, family: type[Family] | None = None) -> StoredWeights:
+        """Read the headers; strip a wrapper's prefix that all names share, and name weights as the family does.
+
+        Raise DetourError on unreadable files.
+        """
+        weights = [(name, path, size) for path in source.weight_files() for name, size in _sizes_in(path).items()]
         prefixes = {match[0] if (match := WRAPPED.match(name)) else "" for name, *_ in weights}
         cut = len(prefixes.pop()) if len(prefixes) == 1 else 0
+        parts: dict[str, dict[int, tuple[Path, str, tuple[int, ...]]]] = {}
+        for stored, path, size in weights:
+            name, part = family.own_name(stored[cut:]) if family else (stored[cut:], 0)
+            parts.setdefault(name, {})[part] = (path, stored, size)
+        ordered = {name: [by_part[part] for part in sorted(by_part)] for name, by_part in parts.items()}
         return cls(
-            {name[cut:]: (path, name) for name, path, _ in weights}, {name[cut:]: size for name, _, size in weights}
+            {name: [(path, stored) for path, stored, _ in of_name] for name, of_name in ordered.items()},
+            {name: _joined([size for *_, size in of_name]) for name, of_name in ordered.items()},
         )
 
-    def check(self, sizes: dict[str, tuple[int, ...]], origin: str) -> None:
-        """Raise DetourError unless every parameter exists with its size."""
-        for name, size in sizes.items():
+    def check(self, shape: Family, origin: str, headless: bool = False) -> set[str]:
+        """Raise DetourError unless every parameter exists with its size. Return the names of those that do not.
+
+        `headless` allows that all of the prediction head is missing, as in sentence encoders.
+        """
+        head = shape.names_of(("head",)) if headless else set()
+        missing = head if self.sizes.keys().isdisjoint(head) else set()
+        for name, size in shape.sizes.items():
             stored = self.sizes.get(name)
+            if name in missing:
+                continue
             if stored is None:
-                raise DetourError(f"{origin}: the weights have no {name}; {self._why_missing(name, sizes)}")
+                raise DetourError(f"{origin}: the weights have no {name}; {self._why_missing(shape)}")
             if stored != size:
                 raise DetourError(f"{origin}: {name} has size {stored}, but config.json implies {size}")
+        return missing
 
-    def _why_missing(self, name: str, wanted: dict[str, tuple[int, ...]]) -> str:
-        if name.partition(".")[2] in self.sizes:
-            return (
-                "this encoder has no masked-LM head (it was saved by AutoModel); start from the folder or hub id that "
-                "it was loaded from, or from one saved by AutoModelForMaskedLM"
-            )
-        if not wanted.keys().isdisjoint(self.sizes):
+    def _why_missing(self, shape: Family) -> str:
+        if not shape.sizes.keys().isdisjoint(self.sizes):
             return "use a model with a masked-LM head, as saved by AutoModelForMaskedLM"
         names = ", ".join(sorted(self.sizes)[:2]) or "nothing"
         return f"their names differ ({names}, ...); save the model with AutoModelForMaskedLM's save_pretrained"
+
+
+def _joined(sizes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the size of parts stacked along their first dimension."""
+    return sizes[0] if len(sizes) == 1 else (sum(size[0] for size in sizes), *sizes[0][1:])
+
+
+def _sizes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    if path.suffix not in PICKLES:
+        return _header(path)
+    from megatron_detour.checkpoint.pickled import read_pickle
+
+    return {name: tuple(tensor.shape) for name, tensor in read_pickle(path).items()}
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:

@@ -120,7 +120,9 @@ def activations(shape: Family, setting: Setting, load: Load) -> int:
     )
     E, shared = shape.hidden, setting.tensor if setting.sequence_parallel else 1
     # Input and output (not sharded) of the last norm; selective also stores the embedding's output.
-    ends = shape.kept_by_last_norm(setting.fused) // shared + E + (E // shared if setting.recompute == "selective" else 0)
+    ends = (
+        shape.kept_by_last_norm(setting.fused) // shared + E + (E // shared if setting.recompute == "selective" else 0)
+    )
     tables = FP32 * shape.position_values
     inputs = 8 * 3  # ids and positions in int64, and the next micro-batch's ids
     return kept + load.positions * (ends * setting.item_bytes + tables + inputs)

@@ -11,8 +11,8 @@ from megatron_detour.kernels.check import CPU, DEFAULT_TOLERANCE, Sizes, first_l
 from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.embeddings import rotary_tables
-from megatron_detour.model.modernbert import Layer
 from megatron_detour.model.families import Family
+from megatron_detour.model.modernbert import Layer
 from megatron_detour.parallel.state import ParallelState
 
 TOLERANCE = {torch.bfloat16: 5e-2}  # of the norm of an output or gradient: a dozen roundings in a row

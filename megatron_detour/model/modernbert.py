@@ -92,9 +92,7 @@ class ModernBertModel(LanguageModel):
     def __init__(self, shape: ModernBert, state: ParallelState, compute: Compute | None, z_loss: float) -> None:
         super().__init__(shape, state, compute, z_loss)
         self.model = Encoder(shape, state, self.compute)
-        self.head = PredictionHead(
-            shape, self.compute, shape.head_activation, shape.head_bias, shape.norm_bias
-        )
+        self.head = PredictionHead(shape, self.compute, shape.head_activation, shape.head_bias, shape.norm_bias)
         if shape.decoder_bias:
             self.decoder = OutputBias(shape, state)
 

@@ -18,9 +18,7 @@ class LayerNorm(nn.Module):
     The fused kernels have no bias: with one, torch's own is used.
     """
 
-    def __init__(
-        self, shape: Family, compute: Compute, state: ParallelState | None = None, bias: bool = False
-    ) -> None:
+    def __init__(self, shape: Family, compute: Compute, state: ParallelState | None = None, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.hidden))
         self.bias = nn.Parameter(torch.empty(shape.hidden)) if bias else None

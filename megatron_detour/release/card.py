@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour import __version__
-from megatron_detour.checkpoint.huggingface import RUN_STATE, Source
+from megatron_detour.checkpoint.huggingface import NEW_HEAD, RUN_STATE, Source
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.families import Family
 from megatron_detour.model.families.base import FULL
@@ -185,9 +185,13 @@ class Card:
 
     def _start(self) -> str:
         """Describe the start model without its path."""
-        start = self.facts.config.model.start
-        if not start:
+        if not self.facts.config.model.start:
             return "random weights"
+        new_head = ", with a new head for masked language modeling" if self.facts.state.get(NEW_HEAD) else ""
+        return self._start_model() + new_head
+
+    def _start_model(self) -> str:
+        start = self.facts.config.model.start
         if self.base_model:
             return f"[{self.base_model}](https://huggingface.co/{self.base_model})"
         folder = Path(start)

@@ -67,7 +67,7 @@ def export(
         raise DetourError(f"--decoder: {shape.label} has no decoder's form in transformers; leave the option out")
     model = huggingface.load_model(source, shape)
     if scored:
-        _refuse_other_weights(scored, model.state_dict(), folder)
+        _refuse_other_weights(scored, shape, model.state_dict(), folder)
     rounded = {name: weight.to(DTYPES[dtype]) for name, weight in model.state_dict().items()}
     model.load_state_dict(rounded)
     written: list[Card] = []
@@ -102,10 +102,10 @@ def export(
     return Exported(folder, facts.state, card.difference, warnings)
 
 
-def _refuse_other_weights(scored: Path, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+def _refuse_other_weights(scored: Path, shape: Family, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
     """Raise DetourError unless `scored` has these weights, up to bf16 rounding."""
-    with Weights(Source(str(scored))) as scored_weights:
-        scored_weights.check({name: tuple(weight.shape) for name, weight in weights.items()})
+    with Weights(Source(str(scored)), type(shape)) as scored_weights:
+        scored_weights.check(shape)
         for name, weight in weights.items():
             if not torch.equal(scored_weights(name).bfloat16(), weight.bfloat16()):
                 raise DetourError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_detour.checkpoint import huggingface, store
-from megatron_detour.checkpoint.huggingface import Source
+from megatron_detour.checkpoint.huggingface import NEW_HEAD, Source
 from megatron_detour.checkpoint.state import TrainingState, gather, scatter
 from megatron_detour.errors import DetourError
 from megatron_detour.files import flush, retry
@@ -41,6 +41,7 @@ class Checkpoints:
         self.check, self.wait = self._background.check, self._background.wait
         self.has_saved = False  # whether this session has saved a step
         self._start_hash: str | None = None
+        self._new_head = False  # the start model had none
         self.seconds = 0.0  # the last save took, gathering and writing
         self._gathered = TrainingState()
 
@@ -64,23 +65,25 @@ class Checkpoints:
         if source is None:
             scatter(zero, lambda name: zero.module.initial_weight(name, self.run.config.seed))
             return
-        with huggingface.Weights(source) as weights:
-            weights.check(self.run.initial.shape.sizes)
-            self._compare(source)
-            scatter(zero, weights)
+        shape, seed = self.run.initial.shape, self.run.config.seed
+        with huggingface.Weights(source, type(shape)) as weights:
+            missing = weights.check(shape, headless=True)
+            self._compare(source, headless=bool(missing))
+            scatter(zero, lambda name: zero.module.initial_weight(name, seed) if name in missing else weights(name))
+        self._new_head = bool(missing)
 
     def _resume(self, checkpoint: Path) -> int:
         zero, initial, named = self.run.zero, self.run.initial, self.run.config.model
         with ExitStack() as stack:
             weights = stack.enter_context(huggingface.Weights(Source(str(checkpoint))))
-            weights.check(initial.shape.sizes)
+            weights.check(initial.shape)
             run_state = _read_state(checkpoint)
             if run_state["tokens"] < self.run.plan.total_tokens:
                 self._check_corpora(run_state, checkpoint)
                 refuse_another_shape(checkpoint, initial.shape)
             scatter(zero, weights, *huggingface.open_optimizer(checkpoint, zero.states, stack))
         self.guard.restore(run_state["guard"])
-        self._start_hash = run_state.get("start")
+        self._start_hash, self._new_head = run_state.get("start"), run_state.get(NEW_HEAD, False)
         if initial.tokenizer.name not in (named.tokenizer, named.start):
             missing, stand_in = named.start or named.tokenizer, initial.tokenizer.name
             logger.info("%s no longer exists; using %s instead", missing, stand_in)
@@ -178,16 +181,27 @@ class Checkpoints:
             "trajectory": self.run.config.trajectory(),
             "corpora": self._identities(),
             "versions": meter.versions(),
+            NEW_HEAD: self._new_head,
         }
 
-    def _compare(self, source: Source) -> None:
-        """Raise DetourError unless the start model's logits match transformers'."""
-        if self.run.parallel.is_first:
-            difference = huggingface.compare_with_transformers(
-                source.name, huggingface.load_model(source, self.run.initial.shape)
-            )
-            huggingface.refuse_difference(difference, source.name)
-            logger.info("%s: logits match transformers' within %.1e", source.name, difference)
+    def _compare(self, source: Source, headless: bool) -> None:
+        """Raise DetourError unless the start model's logits, or its hidden states, match transformers'."""
+        if not self.run.parallel.is_first:
+            return
+        if source.is_composers:
+            logger.info("%s: not compared with transformers, which does not open Composer's checkpoints", source.name)
+            return
+        difference = huggingface.compare_with_transformers(
+            source.name,
+            huggingface.load_model(source, self.run.initial.shape, headless),
+            causal=source.is_decoder,
+            headless=headless,
+        )
+        huggingface.refuse_difference(difference, source.name)
+        what = "hidden states" if headless else "logits"
+        logger.info("%s: %s match transformers' within %.1e", source.name, what, difference)
+        if headless:
+            logger.info("%s: the model has no head for masked language modeling: a new one is trained", source.name)
 
     def _identities(self) -> dict[str, str]:
         return {prefix: manifest.files["bin"]["sha256"] for prefix, manifest in self.run.data.manifests().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_detour.checkpoint.huggingface import load_model
+from megatron_detour.checkpoint.huggingface import compare_with_transformers, load_model
 from megatron_detour.checkpoint.source import Source, StoredWeights
 from megatron_detour.config import Model
 from megatron_detour.errors import DetourError
-from megatron_detour.model.families import read_shape
+from megatron_detour.model.families import FAMILIES, read_shape
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import check_model
-from tests.models import CONFIG, tiny
+from megatron_detour.release.decoder import decoder_config, decoder_weights
+from tests.models import CONFIG, config_of, tiny
 from tests.training.test_zero2 import run_config
 
 
@@ -40,12 +42,17 @@ def weights() -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in tiny(vocab_size=400).named_parameters()}
 
 
+def flexbert(name: str) -> str:
+    return re.sub(r"^model\.layers", "bert.encoder.layers", name).replace("model.", "bert.")
+
+
 FORMS = {  # how names are changed, and what is told
     "plain": (lambda name: name, None),
     "torch.compile": (lambda name: f"_orig_mod.{name}", None),
     "DistributedDataParallel": (lambda name: f"module.{name}", None),
     "both": (lambda name: f"module._orig_mod.{name}", None),
-    "encoder": (lambda name: name.removeprefix("model."), "this encoder has no masked-LM head"),
+    "encoder with a head": (lambda name: name.removeprefix("model."), None),
+    "FlexBERT": (flexbert, None),
     "classifier": (
         lambda name: None if name.startswith("decoder") else name,
         "no decoder.bias; use a model with a masked-LM head",
@@ -73,10 +80,75 @@ def test_plan_and_run_say_the_same_of_a_start_folder(start, form):
     assert told == (f"model.start: {refusal.value}",)
 
 
-def test_pickled_weights_are_refused_with_the_way_out(start):
-    torch.save(weights(), start / "pytorch_model.bin")
+PICKLES = {
+    "pytorch_model.bin": lambda weights: weights,
+    "ep0-ba52988-rank0.pt": lambda weights: {
+        "state": {"model": {f"model.{flexbert(name)}": weight for name, weight in weights.items()}}
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickled_tensors_are_read(start, name, dtype):
+    rounded = {name: weight.to(dtype) for name, weight in weights().items()}
+    torch.save(PICKLES[name](rounded), start / name)
+    assert faults_of(start) == ()
+    loaded = load_model(Source(str(start)), read_shape(Source(str(start)).config(), "tests"))
+    assert all(torch.equal(p, rounded[name].float()) for name, p in loaded.named_parameters())
+
+
+class RunsCode:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(start, capsys):
+    torch.save(weights() | {"more": RunsCode()}, start / "pytorch_model.bin")
     (fault,) = faults_of(start)
-    assert "AutoModelForMaskedLM.from_pretrained" in fault and "save_pretrained" in fault
+    assert fault.startswith(f"model.start: {start}/pytorch_model.bin: a pickle file that runs code")
+    assert "save its weights alone, as model.safetensors" in fault and "run" not in capsys.readouterr().out.split()
+
+
+def test_a_damaged_pickle_is_a_sentence(start):
+    (start / "pytorch_model.bin").write_bytes(b"no weights at all")
+    (fault,) = faults_of(start)
+    assert ("pytorch_model.bin: " in fault and "download or save the model again" in fault) or "runs code" in fault
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_encoder_without_a_head_gets_a_new_one(start, model_type):
+    """As AutoModel saves it: without the head, and without the prefix of names."""
+    theirs = tiny(model_type=model_type, vocab_size=400)
+    (start / "config.json").write_text(json.dumps(config_of(model_type, vocab_size=400)))
+    head, prefix = theirs.shape.names_of(("head",)), theirs.shape.layer_prefix.partition(".")[0]
+    body = {name: p.detach() for name, p in theirs.named_parameters() if name not in head}
+    save_file({name.removeprefix(f"{prefix}."): weight for name, weight in body.items()}, start / "model.safetensors")
+    assert faults_of(start) == ()
+    source, shape = Source(str(start)), theirs.shape
+    loaded = dict(load_model(source, shape, headless=True).named_parameters())
+    assert all(torch.equal(loaded[name], weight) for name, weight in body.items())
+    with pytest.raises(DetourError, match=r"the weights have no .*; use a model with a masked-LM head"):
+        load_model(source, shape)
+
+
+def test_a_decoder_starts_an_encoder_with_its_window(start):
+    """Logits of the causal encoder are those of the ModernBertDecoder that it was read from."""
+    encoder = tiny(vocab_size=400)
+    (start / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 400}))
+    save_file({name: p.detach() for name, p in encoder.named_parameters()}, start / "model.safetensors")
+    decoder = start.parent / "decoder"
+    shutil.copytree(start, decoder)
+    described = decoder_config(CONFIG | {"vocab_size": 400}, encoder.shape, "float32")
+    (decoder / "config.json").write_text(json.dumps(described))
+    save_file(decoder_weights(dict(encoder.state_dict())), decoder / "model.safetensors")
+    source = Source(str(decoder))
+    assert faults_of(decoder) == () and source.is_decoder
+    shape = read_shape(source.config(), "tests")
+    assert shape == encoder.shape
+    loaded = load_model(source, shape)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), encoder.parameters(), strict=True))
+    assert compare_with_transformers(decoder, loaded, causal=True) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.models import CONFIG, config_of, loss_of, microbatch, tiny
 pytestmark = pytest.mark.integration
 
 LENGTHS = (3, 70, 40, 1, 300)  # shorter and longer than the window
-BIASED = {key: True for key in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")}
+BIASED = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True)
 SHAPES = {
     "tiny": {},
     "biased": BIASED | {"decoder_bias": False, "hidden_activation": "silu", "classifier_activation": "gelu_new"},

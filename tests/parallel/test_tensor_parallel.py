@@ -22,7 +22,7 @@ CASES = [  # vocabulary, causal, recompute, z-loss
     (304, True, "full", 1e-2),
 ]
 LENGTHS = (30, 49, 1)  # 80 positions
-BIASED = {key: True for key in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")}
+BIASED = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True)
 
 
 def compare_with_one_rank() -> int:

@@ -12,8 +12,8 @@ import torch
 from megatron_detour.checkpoint import huggingface
 from megatron_detour.checkpoint.huggingface import Source, Weights
 from megatron_detour.config import Model
-from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.families import read_shape
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import check_model

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megatron_detour.config import Corpus
-from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.families import read_shape
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.objectives import CausalLM, MaskedLM
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.plan import Plan

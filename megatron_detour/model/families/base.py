@@ -7,6 +7,7 @@ add a family.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,6 +93,9 @@ class Family(ABC):
     part_prefixes: ClassVar[dict[str, tuple[str, ...]]]  # parameter names of embeddings, final_norm and head
     layer_prefix: ClassVar[str]  # of the parameter names of layers; the number follows
     block_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {}  # parameter names in a layer of attention and mlp
+    # Regular expressions for names in other forms of a checkpoint, and ours: of an encoder saved without its head, of
+    # older versions. "#1" at the end says that a weight is the second part, by rows, of ours.
+    renames: ClassVar[tuple[tuple[str, str], ...]] = ()
     has_decoder: ClassVar[bool] = False  # whether release/decoder.py can write it as a ModernBertDecoder
     compiles: ClassVar[bool] = False  # whether model/compiled.py can compile its layers
 
@@ -121,6 +125,14 @@ class Family(ABC):
     @abstractmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
         """Return the fields of an instance by name."""
+
+    @classmethod
+    def own_name(cls, stored: str) -> tuple[str, int]:
+        """Return our name of a stored weight, and which part of ours it is."""
+        for pattern, own in cls.renames:
+            stored = re.sub(pattern, own, stored)
+        name, _, part = stored.partition("#")
+        return name, int(part or 0)
 
     @classmethod
     def refuse_unknown_keys(cls, given: dict[str, Any]) -> None:

@@ -64,6 +64,12 @@ class Bert(Family):
     layer_prefix = "bert.encoder.layer."
     block_prefixes: ClassVar = {"attention": ("attention.",), "mlp": ("intermediate.", "output.")}
 
+    renames = (
+        (r"\.gamma$", ".weight"),  # of norms, in weights that once were TensorFlow's
+        (r"\.beta$", ".bias"),
+        (r"^(embeddings|encoder)\.", r"bert.\1."),
+    )
+
     token_types: int
     activation: str
     first_position: int  # in the table of positions
@@ -181,6 +187,7 @@ class Roberta(Bert):
         "head": ("lm_head.",),
     }
     layer_prefix = "roberta.encoder.layer."
+    renames = ((r"^(embeddings|encoder)\.", r"roberta.\1."),)
 
     @classmethod
     def _first_position(cls, read: ConfigJson) -> int:

@@ -54,6 +54,8 @@ class EuroBert(Family):
     layer_prefix = "model.layers."
     block_prefixes: ClassVar = {"attention": ("self_attn.",), "mlp": ("mlp.",)}
 
+    renames = ((r"^(embed_tokens|layers|norm)\.", r"model.\1."),)
+
     key_heads: int  # of keys and values
     theta: float
     own_output: bool  # the output layer's weight is not the embedding's

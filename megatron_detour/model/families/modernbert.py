@@ -75,6 +75,14 @@ class ModernBert(Family):
     }
     layer_prefix = "model.layers."
     block_prefixes: ClassVar = {"attention": ("attn.",), "mlp": ("mlp.",)}
+    renames = (
+        (r"^(?:model\.)?bert\.encoder\.", "model."),  # FlexBERT, in which ModernBERT was trained
+        (r"^(?:model\.)?bert\.", "model."),
+        (r"^model\.(head|decoder)\.", r"\1."),
+        (r"^(embeddings|layers|final_norm)\.", r"model.\1."),
+        (r"^lm_head\.", "head."),  # ModernBertDecoder
+        *((rf"\.attn\.{letter}_proj\.(weight|bias)$", rf".attn.Wqkv.\1#{part}") for part, letter in enumerate("qkv")),
+    )
     has_decoder = True
 
     compiles = True
@@ -109,8 +117,7 @@ class ModernBert(Family):
             "activation": read.choice("hidden_activation", activations.NAMES, "gelu"),
             "head_activation": read.choice("classifier_activation", activations.NAMES, "gelu"),
             **{
-                "head_bias" if key == "classifier_bias" else key: read.flag(key, usual)
-                for key, usual in BIASES.items()
+                "head_bias" if key == "classifier_bias" else key: read.flag(key, usual) for key, usual in BIASES.items()
             },
         }
 
