@@ -41,7 +41,10 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """x [S, E] -> [T, F / n]. W = [W_1; ...; W_n]: rank i computes x W_i^T + b_i. Each of `parts` fused outputs is split."""
+    """x [S, E] -> [T, F / n]. W = [W_1; ...; W_n]: rank i computes x W_i^T + b_i.
+
+    Each of `parts` fused outputs is split.
+    """
 
     def __init__(self, inputs: int, outputs: int, state: ParallelState, parts: int = 1, bias: bool = False) -> None:
         super().__init__()
@@ -58,7 +61,10 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """x [T, E / n] -> [S, F]. W = [W_1, ..., W_n]: rank i computes x_i W_i^T; the products are summed, and then b added."""
+    """x [T, E / n] -> [S, F]. W = [W_1, ..., W_n]: rank i computes x_i W_i^T.
+
+    The products are summed, and the bias is added to the sum.
+    """
 
     def __init__(self, inputs: int, outputs: int, state: ParallelState, bias: bool = False) -> None:
         super().__init__()
