@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_detour.config import RunConfig
 from megatron_detour.corpus import BuildOptions
 from megatron_detour.evaluation.task import Task
+from megatron_detour.model.families import FAMILIES
 from megatron_detour.settings import flag, json_schema, markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -19,9 +20,25 @@ def schema() -> str:
     return json.dumps(json_schema(RunConfig, "run file of megatron-detour"), indent=1) + "\n"
 
 
+def families() -> str:
+    """Each family of encoders and what distinguishes it."""
+    rows = [
+        "| family | `model_type` | published, for example | split over tensor ranks by | output layer | `compute.compile` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES.values():
+        known = ", ".join(name.partition("/")[2] for name in family.published) or "–"
+        split = "heads, key and value heads" if "key_heads" in family.__dataclass_fields__ else "heads"
+        output = "the embedding's, or its own" if "own_output" in family.__dataclass_fields__ else "the embedding's"
+        compiled = "yes" if family.compiles else "no"
+        rows.append(f"| {family.label} | `{family.model_type}` | {known} | {split} | {output} | {compiled} |")
+    return "\n".join(rows)
+
+
 TABLES = {  # marker -> page, table
     "run-file": ("docs/guide.md", lambda: markdown_table(RunConfig)),
     "task-file": ("docs/tasks.md", lambda: markdown_table(Task)),
+    "families": ("docs/families.md", families),
     "build-options": ("docs/data.md", lambda: markdown_table(BuildOptions, flag)),
 }
 

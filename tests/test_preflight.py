@@ -109,12 +109,16 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
         r"model\.start: \S+: not a safetensors file, or truncated; download",
     ),
     "another kind of model": (
-        lambda r: edit(model(r) / "config.json", model_type="bert"),
-        r"model\.start: \S+: model_type 'bert' is not supported; known: modernbert",
+        lambda r: edit(model(r) / "config.json", model_type="t5"),
+        r"model\.start: \S+: model_type 't5' is not supported; known: bert, ",
     ),
-    "an unsupported bias": (
+    "an output layer of its own": (
+        lambda r: edit(model(r) / "config.json", tie_word_embeddings=False),
+        r"model\.start: \S+: tie_word_embeddings is False; only ModernBERTs with True are supported",
+    ),
+    "biases that the weights lack": (
         lambda r: edit(model(r) / "config.json", norm_bias=True),
-        r"model\.start: \S+: norm_bias is True; only ModernBERTs with False are supported",
+        r"model\.start: \S+: the weights have no model\.embeddings\.norm\.bias",
     ),
     "an unknown key of a shape": (
         lambda r: fresh(r, hiden_size=64),

@@ -97,9 +97,8 @@ class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         (full, weight), state = ctx.saved_tensors, ctx.state
-        needs_input, needs_weight, needs_bias, _ = (
-            ctx.needs_input_grad
-        )  # false for frozen weights and for inputs of frozen layers
+        # False for frozen weights and for inputs of frozen layers.
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
         gathering = start_all_gather(full, state) if needs_weight and state.sequence_parallel else None
         summing = None
         if needs_input:

@@ -8,6 +8,7 @@ from transformers import ModernBertConfig, ModernBertDecoderConfig, ModernBertDe
 
 from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.families import FAMILIES
+from megatron_detour.model.families.base import FULL, SLIDING
 from megatron_detour.model.language_model import LanguageModel
 from tests.models import CONFIG, config_of, loss_of, microbatch, tiny
 
@@ -18,6 +19,9 @@ BIASED = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_b
 SHAPES = {
     "tiny": {},
     "biased": BIASED | {"decoder_bias": False, "hidden_activation": "silu", "classifier_activation": "gelu_new"},
+    "mmBERT-like": {
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 160_000.0} for kind in (FULL, SLIDING)}
+    },
     "base-like": {
         "hidden_size": 768,
         "intermediate_size": 1152,

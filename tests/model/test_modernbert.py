@@ -59,8 +59,9 @@ def test_old_and_new_configurations_mean_the_same_shape():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model_type": "bert"}, "'bert'"),
-        ({"norm_bias": True}, "norm_bias"),
+        ({"model_type": "t5"}, "'t5'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"hidden_activation": "sine"}, "hidden_activation must be one of gelu"),
         ({"hidden_size": 30}, "hidden_size 30"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "'yarn'"),
@@ -98,7 +99,8 @@ def test_a_wrong_value_of_a_configuration_is_a_sentence(key):
             continue
         # null and an empty mapping are "not given" where there may be nothing; numbers may be of any size.
         nothing = key in ("layer_types", "pad_token_id", *ROPE[:2]) and value in (None, {}, [], [1], 0)
-        assert nothing or (key in (*NUMBERS, ROPE[2]) and value == 0.5) or (key == "norm_bias" and value == 0)
+        a_flag = key == "norm_bias" and isinstance(value, bool)
+        assert nothing or (key in (*NUMBERS, ROPE[2]) and value == 0.5) or a_flag
         assert shape.hidden == 32 and shape.window == 8
 
 

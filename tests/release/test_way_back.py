@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_detour.checkpoint import huggingface
-from megatron_detour.checkpoint.huggingface import Source, Weights
+from megatron_detour.checkpoint.huggingface import Source, Weights, load_model
 from megatron_detour.config import Model
 from megatron_detour.model.families import read_shape
 from megatron_detour.model.language_model import LanguageModel
@@ -31,7 +31,7 @@ def started(folder: Path) -> LanguageModel:
     start = InitialModel.from_preflight(check_model(config, Plan.from_config(config)))
     model = start.shape.build(ParallelState())
     with Weights(start.weights) as weights:
-        weights.check(start.shape.sizes)
+        weights.check(start.shape)
         model.load_state_dict({name: weights(name) for name in start.shape.sizes})
     assert huggingface.compare_with_transformers(folder, model.eval()) < 1e-5
     return model
@@ -65,9 +65,12 @@ def test_what_transformers_saves_is_a_start_model(encoder, tmp_path, dtype):
         assert name == "decoder.weight" or torch.equal(found[name], weight), name
 
 
-def test_a_decoder_is_no_start_model(corpus, tmp_path):
-    from megatron_detour.errors import DetourError
-
-    export(str(make_run(tmp_path / "run", corpus, steps=(4,))), str(tmp_path / "decoder"), "fp32", as_decoder=True)
-    with pytest.raises(DetourError, match="model_type 'modernbert-decoder' is not supported; known: modernbert"):
-        read_shape(Source(str(tmp_path / "decoder")).config(), str(tmp_path / "decoder"))
+def test_an_exported_decoder_is_a_start_model(corpus, tmp_path):
+    run = make_run(tmp_path / "run", corpus, steps=(4,))
+    export(str(run), str(tmp_path / "decoder"), "fp32", as_decoder=True)
+    export(str(run), str(tmp_path / "encoder"), "fp32")
+    decoder, encoder = (Source(str(tmp_path / name)) for name in ("decoder", "encoder"))
+    shape = read_shape(decoder.config(), "decoder")
+    assert shape == read_shape(encoder.config(), "encoder")
+    ours, same = (load_model(source, shape).state_dict() for source in (decoder, encoder))
+    assert all(torch.equal(same[name], weight) for name, weight in ours.items())

@@ -412,10 +412,10 @@ def test_what_cannot_be_run_is_told_in_one_sentence(unbroken, run_file, tmp_path
     assert "phases.0.tokens" in refused(run_file, new, "phases.detour.tokens=0")
     printed = refused(run_file, f"folder={unbroken}", "seed=18")
     assert "another run" in printed and "seed is 17 there and 18 here" in printed
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    printed = refused(run_file, new, "model.config=null", f"model.start={tmp_path / 'bert'}")
-    assert "model_type 'bert' is not supported" in printed
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    printed = refused(run_file, new, "model.config=null", f"model.start={tmp_path / 't5'}")
+    assert "model_type 't5' is not supported" in printed
     assert "megatron-detour preprocess" in refused(run_file, new, "data.corpora.0.prefix=nowhere/corpus")
     texts = write_jsonl(tmp_path / "other.jsonl", [f"quite another text, number {i}" for i in range(500)])
     train_tokenizer([texts], tmp_path / "other", 300)

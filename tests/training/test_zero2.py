@@ -54,15 +54,15 @@ def zero2_steps(tensor: int, sequence: bool, micro: int, steps: int):
     return {name: steps_with(run_config(tensor, sequence, micro, name), state, steps) for name in KINDS}
 
 
-def steps_with(config, state, steps: int):
+def steps_with(config, state, steps: int, model_type: str = "modernbert"):
     from megatron_detour.checkpoint.state import TrainingState, gather, refuse_unequal_replicas, scatter
     from megatron_detour.config.deepspeed import read_deepspeed_config
     from megatron_detour.parallel.shard import spec_of
     from megatron_detour.training.engine import create_engine
 
     micro = config.batch.micro_sequences
-    model = tiny(state)
-    reference = dict(tiny().named_parameters())
+    model = tiny(state, model_type=model_type)
+    reference = dict(tiny(model_type=model_type).named_parameters())
     zero = create_engine(model, config, read_deepspeed_config(config.deepspeed), state)
     scatter(zero, lambda name: reference[name].detach())
     whole = {name: p for name, p in model.named_parameters() if spec_of(p) is None}
@@ -93,9 +93,9 @@ def step_of(zero, mine: list[MicroBatch], labeled: int) -> float:
     return float(norm)
 
 
-def plain_steps(name: str, steps: int):
+def plain_steps(name: str, steps: int, model_type: str = "modernbert"):
     """Norms, and weights with the optimizer's states by name, after the first step and after the last."""
-    model = tiny()
+    model = tiny(model_type=model_type)
     optimizer = plain_optimizer(name, model, LEARNING_RATE, DECAY)
     norms, after = [], []
     for step in range(steps):

@@ -32,6 +32,8 @@ PUBLISHED = {
     "answerdotai/ModernBERT-large": BASE | LARGE,
     "almanach/moderncamembert-base": BASE | {"vocab_size": 32_768},
     "almanach/moderncamembert-large": BASE | LARGE | {"vocab_size": 32_768},
+    "jhu-clsp/ettin-encoder-150m": BASE,
+    "jhu-clsp/mmBERT-base": BASE | {"vocab_size": 256_000, "local_rope_theta": 160_000.0},
 }
 BIASES = {  # and the published models' values; the classifier's is that of the prediction head's dense layer
     "norm_bias": False,
