@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights
+from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights, adjusted_config
 from megatron_detour.config import Model, RunConfig
 from megatron_detour.config.deepspeed import check_deepspeed_config, is_bf16
 from megatron_detour.data.integrity import open_corpus
@@ -101,9 +101,9 @@ def look(model: Model, whole_words: bool = False, kinds: Iterable[type[Objective
 def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
     source = Source(model.start, model.download)
     try:
-        shape = read_shape(source.config(), model.start)
+        shape = read_shape(adjusted_config(source, model.config), model.start)
     except DetourError as fault:
-        faults.append(f"model.start: {fault}")
+        faults.append(str(fault) if str(fault).startswith("model.") else f"model.start: {fault}")
         known = PUBLISHED.get(model.start)
         if known is None:
             return None, ""
@@ -111,7 +111,7 @@ def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
     here = Source(model.start)  # a plan does not download the weights, as they are large
     if not model.download or any(here.has(name) for name in (WEIGHTS, WEIGHTS_INDEX)):
         try:
-            if StoredWeights.from_source(here, type(shape)).check(shape, model.start, headless=True):
+            if StoredWeights.from_source(here, type(shape)).check(shape, model.start, from_start=True):
                 return shape, "without a head for masked language modeling: a new one is trained"
         except DetourError as fault:
             faults.append(f"model.start: {fault}")

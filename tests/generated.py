@@ -23,7 +23,7 @@ def schema() -> str:
 def families() -> str:
     """Each family of encoders and what distinguishes it."""
     rows = [
-        "| family | `model_type` | published, for example | split over tensor ranks by | output layer | `compute.compile` |",
+        "| family | `model_type` | published, for example | split by | output layer | `compute.compile` |",
         "|---|---|---|---|---|---|",
     ]
     for family in FAMILIES.values():

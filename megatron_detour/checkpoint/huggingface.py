@@ -76,9 +76,9 @@ class Weights:
         parts = [self._read[path](stored).to(torch.float32) for path, stored in self._stored.where[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def check(self, shape: Family, headless: bool = False) -> set[str]:
+    def check(self, shape: Family, from_start: bool = False) -> set[str]:
         """Return the names of missing parameters, as StoredWeights.check does. Raise DetourError as it does."""
-        return self._stored.check(shape, self.source.name, headless)
+        return self._stored.check(shape, self.source.name, from_start)
 
 
 def fresh_config(overrides: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
@@ -264,11 +264,11 @@ def refuse_difference(difference: float, what: str) -> None:
         )
 
 
-def load_model(source: Source, shape: Family, headless: bool = False) -> LanguageModel:
-    """Load the full fp32 model of a folder, for checks in one process; `headless`, with a new head if it has none."""
+def load_model(source: Source, shape: Family, from_start: bool = False) -> LanguageModel:
+    """Load the full fp32 model of a folder, for checks in one process; `from_start`, with a new head if it has none."""
     model = shape.build(ParallelState())
     with Weights(source, type(shape)) as weights:
-        missing = weights.check(shape, headless)
+        missing = weights.check(shape, from_start)
         model.load_state_dict(
             {name: model.initial_weight(name, 0) if name in missing else weights(name) for name in shape.sizes}
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour.errors import DetourError
-from megatron_detour.model.families import DECODER, Family, as_encoder
+from megatron_detour.model.families import DECODER, Family, as_encoder, family_of
 from megatron_detour.structured import parse_json, read_json_object
 from megatron_detour.tokenizer.vocabulary import hub_file
 
@@ -78,6 +78,12 @@ class Source:
         raise DetourError(f"{self.name}: {where} has no {WEIGHTS}; download the model again")
 
 
+def adjusted_config(source: Source, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a start model's config.json with a run file's changes to its positions. Raise DetourError for others."""
+    config = source.config()
+    return family_of(config, source.name).adjusted(config, given or {})
+
+
 @dataclass(frozen=True)
 class StoredWeights:
     """The files and stored names of each weight, of all its parts in order, and its size."""
@@ -104,12 +110,12 @@ class StoredWeights:
             {name: _joined([size for *_, size in of_name]) for name, of_name in ordered.items()},
         )
 
-    def check(self, shape: Family, origin: str, headless: bool = False) -> set[str]:
+    def check(self, shape: Family, origin: str, from_start: bool = False) -> set[str]:
         """Raise DetourError unless every parameter exists with its size. Return the names of those that do not.
 
-        `headless` allows that all of the prediction head is missing, as in sentence encoders.
+        A start model may lack all of the prediction head, as sentence encoders do, and have fewer positions.
         """
-        head = shape.names_of(("head",)) if headless else set()
+        head = shape.names_of(("head",)) if from_start else set()
         missing = head if self.sizes.keys().isdisjoint(head) else set()
         for name, size in shape.sizes.items():
             stored = self.sizes.get(name)
@@ -117,7 +123,7 @@ class StoredWeights:
                 continue
             if stored is None:
                 raise DetourError(f"{origin}: the weights have no {name}; {self._why_missing(shape)}")
-            if stored != size:
+            if stored != size and not (from_start and shape.extends(name, stored) and stored < size):
                 raise DetourError(f"{origin}: {name} has size {stored}, but config.json implies {size}")
         return missing
 

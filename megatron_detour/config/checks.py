@@ -26,9 +26,9 @@ def check(config: RunConfig, faults: Faults) -> None:
 
 def _check_model(config: RunConfig, faults: Faults) -> None:
     model = config.model
-    if (model.start is None) == (model.config is None):
-        faults.add("model", "set either start (a folder or hub id) or config (a shape to initialize)")
-    elif model.config is not None and model.tokenizer is None:
+    if model.start is None and model.config is None:
+        faults.add("model", "set start (a folder or hub id) or config (a shape to initialize)")
+    elif model.start is None and model.tokenizer is None:
         faults.add("model.tokenizer", "required with model.config: set it to a folder or a tokenizer.json")
 
 

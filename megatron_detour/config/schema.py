@@ -109,13 +109,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Model:
-    """Where the encoder comes from: `start`, a Hugging Face folder or hub id, or `config`, a shape to initialize."""
+    """Where the encoder comes from: `start`, a Hugging Face folder or hub id, or `config`, a shape to initialize.
+
+    With both, `config` changes how the start model's positions are read.
+    """
 
     start: Annotated[str | None, "Hugging Face folder or hub id to start from"] = None
     config: Annotated[
         dict[str, Any] | None,
         "or the shape of a model to initialize: keys of its config.json, of a ModernBERT unless `model_type` says "
-        "otherwise; the vocabulary comes from `model.tokenizer`",
+        "otherwise; the vocabulary comes from `model.tokenizer`. With `model.start`: keys that change its positions, "
+        "such as `max_position_embeddings` and `global_rope_theta`",
     ] = None
     tokenizer: Annotated[str | None, "folder or tokenizer.json; by default the start model's"] = None
     download: Annotated[bool, "download a hub id; otherwise only the local cache is read"] = False

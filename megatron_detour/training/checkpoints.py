@@ -67,9 +67,14 @@ class Checkpoints:
             return
         shape, seed = self.run.initial.shape, self.run.config.seed
         with huggingface.Weights(source, type(shape)) as weights:
-            missing = weights.check(shape, headless=True)
+            missing = weights.check(shape, from_start=True)
             self._compare(source, headless=bool(missing))
-            scatter(zero, lambda name: zero.module.initial_weight(name, seed) if name in missing else weights(name))
+            scatter(
+                zero,
+                lambda name: (
+                    zero.module.initial_weight(name, seed) if name in missing else shape.fitted(name, weights(name))
+                ),
+            )
         self._new_head = bool(missing)
 
     def _resume(self, checkpoint: Path) -> int:
@@ -193,7 +198,7 @@ class Checkpoints:
             return
         difference = huggingface.compare_with_transformers(
             source.name,
-            huggingface.load_model(source, self.run.initial.shape, headless),
+            huggingface.load_model(source, read_shape(source.config(), source.name), from_start=True),
             causal=source.is_decoder,
             headless=headless,
         )

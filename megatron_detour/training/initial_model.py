@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour.checkpoint.huggingface import TOKENIZER_FILES, fresh_config
-from megatron_detour.checkpoint.source import Source
+from megatron_detour.checkpoint.source import Source, adjusted_config
 from megatron_detour.model.families import Family, read_shape
 from megatron_detour.preflight import Preflight
 from megatron_detour.tokenizer.vocabulary import find_tokenizer
@@ -28,7 +28,7 @@ class InitialModel:
         """Raise DetourError with all faults of the preflight check."""
         model = checked.refuse().model
         weights = Source(model.start, model.download) if model.start else None
-        config = weights.config() if weights else fresh_config(model.config, checked.vocabulary)
+        config = adjusted_config(weights, model.config) if weights else fresh_config(model.config, checked.vocabulary)
         shape = read_shape(config, model.start or "model.config")
         tokenizer = Source(model.tokenizer or model.start, model.download)
         file = find_tokenizer(tokenizer.name, tokenizer.download)

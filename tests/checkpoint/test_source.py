@@ -16,7 +16,8 @@ from megatron_detour.checkpoint.huggingface import compare_with_transformers, lo
 from megatron_detour.checkpoint.source import Source, StoredWeights
 from megatron_detour.config import Model
 from megatron_detour.errors import DetourError
-from megatron_detour.model.families import FAMILIES, read_shape
+from megatron_detour.model.families import FAMILIES, Family, read_shape
+from megatron_detour.model.families.base import FULL, SLIDING
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import check_model
 from megatron_detour.release.decoder import decoder_config, decoder_weights
@@ -126,7 +127,7 @@ def test_an_encoder_without_a_head_gets_a_new_one(start, model_type):
     save_file({name.removeprefix(f"{prefix}."): weight for name, weight in body.items()}, start / "model.safetensors")
     assert faults_of(start) == ()
     source, shape = Source(str(start)), theirs.shape
-    loaded = dict(load_model(source, shape, headless=True).named_parameters())
+    loaded = dict(load_model(source, shape, from_start=True).named_parameters())
     assert all(torch.equal(loaded[name], weight) for name, weight in body.items())
     with pytest.raises(DetourError, match=r"the weights have no .*; use a model with a masked-LM head"):
         load_model(source, shape)
@@ -198,3 +199,42 @@ def test_a_damaged_file_of_weights_is_a_sentence(start, kind):
     (start / "model.safetensors").write_bytes(DAMAGED[kind])
     with pytest.raises(DetourError, match=r"model\.safetensors: "):
         StoredWeights.from_source(Source(str(start)))
+
+
+def changed(start: Path, **given) -> tuple[tuple[str, ...], Family | None]:
+    config = dataclasses.replace(run_config(1), model=Model(start=str(start), config=given))
+    checked = check_model(config, Plan.from_config(config))
+    return checked.faults, checked.shape
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_parameters": {kind: {"rope_theta": 1e4} for kind in (FULL, SLIDING)}}])
+def test_a_start_models_positions_can_be_changed(start, rope):
+    (start / "config.json").write_text(json.dumps(CONFIG | rope | {"vocab_size": 400}))
+    save_file(weights(), start / "model.safetensors")
+    faults, shape = changed(start, max_position_embeddings=1024, global_rope_theta=5e5, local_attention=32)
+    assert faults == ()
+    assert (shape.max_positions, shape.global_theta, shape.local_theta, shape.window) == (1024, 5e5, 1e4, 16)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "norm_eps", "model_type", "nonsense"])
+def test_nothing_else_of_a_start_model_can_be_changed(start, key):
+    save_file(weights(), start / "model.safetensors")
+    ((fault,), _) = changed(start, **{key: 64})
+    assert fault.startswith(f"model.config.{key}: with model.start only max_position_embeddings, ")
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_a_table_of_positions_is_repeated(start, model_type):
+    model = tiny(model_type=model_type, vocab_size=400)
+    short, first = model.shape.max_positions, model.shape.first_position
+    (start / "config.json").write_text(json.dumps(config_of(model_type, vocab_size=400)))
+    save_file({name: p.detach() for name, p in model.named_parameters()}, start / "model.safetensors")
+    faults, shape = changed(start, max_position_embeddings=first + 2 * short + 3)
+    assert faults == () and shape.max_positions == 2 * short + 3
+    name = f"{model_type}.embeddings.position_embeddings.weight"
+    old = dict(model.named_parameters())[name].detach()
+    longer = shape.fitted(name, old)
+    assert longer.shape == shape.sizes[name] and torch.equal(longer[: len(old)], old)
+    assert torch.equal(longer[len(old) : len(old) + short], old[first:]) and torch.equal(longer[-3:], old[first:][:3])
+    ((fault,), _) = changed(start, max_position_embeddings=first + short - 1)
+    assert "position_embeddings.weight has size" in fault

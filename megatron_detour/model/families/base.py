@@ -19,6 +19,8 @@ from megatron_detour.model_parts import layers_of
 from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_detour.model.compute import Compute
     from megatron_detour.model.language_model import LanguageModel
     from megatron_detour.parallel.state import ParallelState
@@ -90,6 +92,9 @@ class Family(ABC):
     checked_keys: ClassVar[frozenset[str]]  # that `read` checks as strictly as transformers does
     other_keys: ClassVar[tuple[str, ...]] = ()  # more keys that model.config may have
     old_keys: ClassVar[tuple[str, ...]] = ()  # that earlier versions of transformers read
+    adjustable: ClassVar[tuple[str, ...]] = (
+        "max_position_embeddings",
+    )  # keys that a start model's run file may change
     part_prefixes: ClassVar[dict[str, tuple[str, ...]]]  # parameter names of embeddings, final_norm and head
     layer_prefix: ClassVar[str]  # of the parameter names of layers; the number follows
     block_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {}  # parameter names in a layer of attention and mlp
@@ -120,6 +125,16 @@ class Family(ABC):
             if config.get(key) is not None and not isinstance(config[key], list):  # eos_token_id may be a list
                 reader.size(key, least=0)
         return cls(**cls.read_fields(reader))
+
+    @classmethod
+    def adjusted(cls, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return a start model's config.json with the keys of `given`. Raise DetourError for one not to be changed."""
+        for key in given:
+            if key not in cls.adjustable:
+                raise DetourError(
+                    f"model.config.{key}: with model.start only {', '.join(cls.adjustable)} can be changed"
+                )
+        return config | given
 
     @classmethod
     @abstractmethod
@@ -201,6 +216,14 @@ class Family(ABC):
     def release_warnings(self) -> list[str]:
         """Return what a user of the released model should know of these versions."""
         return []
+
+    def extends(self, name: str, size: tuple[int, ...]) -> bool:
+        """Return whether a start model's parameter of this size can be made longer."""
+        return False
+
+    def fitted(self, name: str, weight: Tensor) -> Tensor:
+        """Return a start model's parameter, made longer if need be."""
+        return weight
 
     @property
     def tied(self) -> bool:

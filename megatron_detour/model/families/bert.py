@@ -12,6 +12,8 @@ from megatron_detour.model.families.base import FULL, MAX_LAYERS, Family, Weight
 from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_detour.model.compute import Compute
     from megatron_detour.model.language_model import LanguageModel
     from megatron_detour.parallel.state import ParallelState
@@ -144,6 +146,22 @@ class Bert(Family):
             **row("output.dense", E, self.intermediate, std, bias=True),
             **norm("output.LayerNorm", E, bias=True),
         }
+
+    def extends(self, name: str, size: tuple[int, ...]) -> bool:
+        return (
+            name.endswith(".position_embeddings.weight")
+            and size[1:] == (self.hidden,)
+            and size[0] > self.first_position
+        )
+
+    def fitted(self, name: str, weight: Tensor) -> Tensor:
+        """A table of positions is repeated, as Longformer's (Beltagy et al., 2020): near positions stay near."""
+        if weight.shape == self.sizes[name]:
+            return weight
+        from torch import cat
+
+        unused, table = weight[: self.first_position], weight[self.first_position :]
+        return cat([unused, table.repeat(-(-self.max_positions // len(table)), 1)[: self.max_positions]])
 
     def kept_by_layer(self, recompute: str, fused: bool) -> tuple[int, int]:
         if recompute == "full":

@@ -54,6 +54,7 @@ class EuroBert(Family):
     layer_prefix = "model.layers."
     block_prefixes: ClassVar = {"attention": ("self_attn.",), "mlp": ("mlp.",)}
 
+    adjustable = ("max_position_embeddings", "rope_parameters")
     renames = ((r"^(embed_tokens|layers|norm)\.", r"model.\1."),)
 
     key_heads: int  # of keys and values

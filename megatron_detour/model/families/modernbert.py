@@ -77,6 +77,9 @@ class ModernBert(Family):
     }
     layer_prefix = "model.layers."
     block_prefixes: ClassVar = {"attention": ("attn.",), "mlp": ("mlp.",)}
+    adjustable = (
+        *("max_position_embeddings", "local_attention", "rope_parameters", "global_rope_theta", "local_rope_theta"),
+    )
     renames = (
         (r"^(?:model\.)?bert\.encoder\.", "model."),  # FlexBERT, in which ModernBERT was trained
         (r"^(?:model\.)?bert\.", "model."),
@@ -98,6 +101,16 @@ class ModernBert(Family):
     decoder_bias: bool
     activation: str
     head_activation: str
+
+    @classmethod
+    def adjusted(cls, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        changed = super().adjusted(config, given)
+        ruling = config.get("rope_parameters")
+        if "rope_parameters" in given or not isinstance(ruling, dict):
+            return changed
+        thetas = {FULL: given.get("global_rope_theta"), SLIDING: given.get("local_rope_theta")}
+        new = {kind: {**(ruling.get(kind) or {}), "rope_theta": theta} for kind, theta in thetas.items() if theta}
+        return changed | {"rope_parameters": ruling | new}
 
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
