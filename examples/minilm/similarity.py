@@ -1,7 +1,7 @@
 """Correlation of sentence similarities with human grades, without fine-tuning: similarity.py TASK MODEL...
 
-TASK is a folder of JSON Lines files with pairs {"text_a", "text_b", "score"}; all of its splits are used. The similarity
-of two sentences is the cosine of the means of their hidden states. Spearman's correlation, in points.
+TASK is a folder of JSON Lines files with pairs {"text_a", "text_b", "score"}; all of its splits are used. Sentences
+are as similar as the cosine of the means of their hidden states says. Spearman's correlation, in points.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def embed(folder: str, texts: list[str]) -> torch.Tensor:
 
 def main(task: str, *models: str) -> None:
     logging.set_verbosity_error()
-    lines = [line for file in sorted(Path(task).glob("*.jsonl.gz")) for line in gzip.open(file, "rt", encoding="utf-8")]
-    pairs = [json.loads(line) for line in lines]
+    files = (gzip.decompress(path.read_bytes()) for path in sorted(Path(task).glob("*.jsonl.gz")))
+    pairs = [json.loads(line) for file in files for line in file.splitlines()]
     for folder in models:
         first, second = (embed(folder, [pair[key] for pair in pairs]) for key in ("text_a", "text_b"))
         similarity = torch.cosine_similarity(first, second).tolist()
