@@ -115,7 +115,7 @@ ALLOWED = {
         "numpy",
     ),
     "study": (
-        "study analysis config plan preflight run_directory checkpoint.store data.manifest model.families "
+        "study analysis config plan preflight run_directory checkpoint.store data.manifest model.families model_parts "
         "observe.sinks evaluation settings forecast.storage structured ui errors files",
         "numpy scipy yaml msgspec",
     ),

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_detour.analysis.drift import Drift
 from megatron_detour.errors import DetourError
+from megatron_detour.model_parts import name_layers
 
 THRESHOLD = 2.0  # of the drift ratio; the paper's layers have 5 to 44 below layer 8 and 1.1 to 1.25 above
 
@@ -74,11 +75,7 @@ def _others(needed: range, layers: int) -> tuple[str, ...]:
     if not needed:
         return ()
     rest = (range(needed[0]), range(needed[-1] + 1, layers))
-    return tuple(_part(layers) for layers in rest if layers)
-
-
-def _part(layers: range) -> str:
-    return f"layers.{layers[0]}" if len(layers) == 1 else f"layers.{layers[0]}-{layers[-1]}"
+    return tuple(name_layers(layers) for layers in rest if layers)
 
 
 def _reason(needed: range, ratio: np.ndarray, threshold: float) -> str:

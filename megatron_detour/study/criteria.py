@@ -81,6 +81,10 @@ class Criterion:
         if isinstance(left, str) != isinstance(right, str):
             raise DetourError(f"{text!r}: compare two arms, two quantities, or a quantity with a number")
         _check_measure(left, measure, config)
+        if found["method"] and measure in (None, LOSS, OTHER):
+            raise DetourError(f"by {method}: a choice for tasks only; {measure or 'a quantity'} has one test")
+        for arm in (left, right):
+            _check_arm(arm, measure, config)
         if found["sign"] == "<":
             left, right = right, left
         return cls(text, left, right, bool(found["negated"]), measure, method, level)
@@ -115,8 +119,11 @@ def _quantity(name: str, region: str, arm: str | None, config: StudyConfig) -> Q
     analyses = config.analyses
     if region not in REGIONS:
         raise DetourError(f"{name} of {region}: unknown region{nearest(region, REGIONS)}; {', '.join(REGIONS)}")
-    if name == "persistence" and analyses.persistence is None:
-        raise DetourError(f"{name} of {region}: the study has no analyses.persistence")
+    if name == "persistence":
+        if analyses.persistence is None:
+            raise DetourError(f"{name} of {region}: the study has no analyses.persistence")
+        if arm not in (None, analyses.persistence.arm):
+            raise DetourError(f"{name} of {region} in {arm}: analyses.persistence.arm is {analyses.persistence.arm}")
     if name.startswith("drift"):
         if analyses.drift is None:
             raise DetourError(f"{name} of {region}: the study has no analyses.drift")
@@ -136,3 +143,10 @@ def _check_measure(left: str | Quantity, measure: str | None, config: StudyConfi
     known = [LOSS, *([MEAN, OTHER] if tasks else []), *tasks]
     if measure not in known:
         raise DetourError(f"on {measure}: compare arms on one of {', '.join(known)}{nearest(str(measure), known)}")
+
+
+def _check_arm(arm: str | Quantity | float, measure: str | None, config: StudyConfig) -> None:
+    if measure == LOSS and arm == START:
+        raise DetourError(f"on {LOSS}: {START} is not trained, so that it has no final loss")
+    if measure not in (None, LOSS) and arm in config.arms and not config.arms[arm].evaluate:
+        raise DetourError(f"on {measure}: {arm} has `evaluate: false`, so that it gets no scores")

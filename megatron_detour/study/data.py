@@ -41,7 +41,7 @@ class StudyData:
         """Raises DetourError for missing or damaged files, and for results of arms that are not registered."""
         data = cls(read_registration(folder), read_records(folder))
         known = {*data.registration.arms, START}
-        named = [getattr(record, "arm", START) for record in data.records]
+        named = [getattr(record, key, START) for record in data.records for key in ("arm", "donor", "recipient")]
         if unknown := [arm for arm in named if arm not in known]:
             raise DetourError(f"{folder}: results of {unknown[0]!r}, which is not an arm of the registration")
         depths = {len(table[0]) for record in data.records for table in _tables(record)}

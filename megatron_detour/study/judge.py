@@ -164,7 +164,9 @@ def _compare_quantities(
 
 def _quantity(quantity: Quantity, config: StudyConfig, data: StudyData) -> list[float]:
     """Return the quantity per training seed; NaN where missing. Raises DetourError if no seed has it."""
-    layers = regions(data)[quantity.region]
+    layers = regions(data).get(quantity.region)
+    if layers is None:
+        raise DetourError(f"the encoder has no {quantity.region} layers")
     if quantity.name == "persistence":
         records = data.persistence.get(config.analyses.persistence.arm, ())
         found = {record.seed: share_kept(record, layers) for record in records}

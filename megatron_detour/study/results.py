@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.results import read_results
 from megatron_detour.observe.sinks import read_metrics
@@ -32,10 +30,12 @@ def collect(study: Study, jobs: list[Job]) -> list[Line]:
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """Raises DetourError for a missing file, or a line that is no result."""
-    if not (folder / RESULTS).is_file():
-        raise DetourError(f"{folder / RESULTS}: no such file; give the folder of a study that has results")
-    return [msgspec.to_builtins(record) for record in read_records(folder)]
+    """Return the results with all their keys. Raises DetourError for a missing file, or a line that is no result."""
+    path = folder / RESULTS
+    if not path.is_file():
+        raise DetourError(f"{path}: no such file; give the folder of a study that has results")
+    read_records(folder)
+    return _lines_of(path)
 
 
 def _runs(study: Study) -> Iterator[Line]:
@@ -85,7 +85,11 @@ def _scores(study: Study) -> Iterator[Line]:
 
 def _analyses(study: Study) -> Iterator[Line]:
     for path in sorted((study.folder / "analyses").glob("*.jsonl")):
-        yield from (parse_json(text, str(path)) for text in path.read_text(encoding="utf-8").splitlines())
+        yield from _lines_of(path)
+
+
+def _lines_of(path: Path) -> list[Line]:
+    return [parse_json(line, str(path)) for line in path.read_bytes().decode().split("\n") if line.strip()]
 
 
 def _failures(study: Study, jobs: list[Job]) -> Iterator[Line]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from megatron_detour.analysis.drift import COUNT, DRAWS
 from megatron_detour.settings import AnyText, Entries, Range
 
 SEED = Range(least=0, below=2**31)
 SHARE = Range(above=0, below=1)
-COUNT = Range(least=1)
+AT_LEAST_ONE = Range(least=1)
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,15 @@ class Evaluation:
     tasks: Annotated[tuple[str, ...], Entries(least=1, unique=True), "task names, or YAML files"]
     protocol: Annotated[str, "a packaged protocol, or a YAML file"] = "quick"
     set: Annotated[dict[str, Any], "keys of the protocol and their values"] = field(default_factory=dict)
-    seeds: Annotated[int | None, COUNT, "seeds of fine-tuning per task; those of the protocol unless set"] = None
+    seeds: Annotated[int | None, AT_LEAST_ONE, "seeds of fine-tuning per task; those of the protocol unless set"] = None
 
 
 @dataclass(frozen=True)
 class Texts:
     files: Annotated[tuple[str, ...], Entries(least=1), "held-out texts: .jsonl[.gz] or .txt"]
-    count: Annotated[int, Range(least=2), "texts per draw"] = 500
-    draws: Annotated[tuple[Annotated[int, SEED], ...], Entries(least=1, unique=True), "seeds of the draws"] = (
-        42,
-        43,
-        44,
-    )
-    max_tokens: Annotated[int, COUNT, "tokens of a text; longer ones are cut"] = 512
+    count: Annotated[int, Range(least=2), "texts per draw"] = COUNT
+    draws: Annotated[tuple[Annotated[int, SEED], ...], Entries(least=1, unique=True), "seeds of the draws"] = DRAWS
+    max_tokens: Annotated[int, AT_LEAST_ONE, "tokens of a text; longer ones are cut"] = 512
 
 
 @dataclass(frozen=True)
@@ -110,4 +107,4 @@ class StudyConfig:
     evaluation: Annotated[Evaluation | None, "fine-tuning on downstream tasks"] = None
     analyses: Analyses = field(default_factory=Analyses)
     power: Annotated[Power | None, "for the forecast of what the study could find"] = None
-    ranks: Annotated[int, COUNT, "ranks of a training run"] = 1
+    ranks: Annotated[int, AT_LEAST_ONE, "ranks of a training run"] = 1

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.analysis.drift import Measurement, draw_texts, measure_drift
+import numpy as np
+
+from megatron_detour.analysis.drift import Measurement, draw_texts, rows
 from megatron_detour.analysis.persistence import measure_persistence
 from megatron_detour.checkpoint import store
 from megatron_detour.run_directory import CHECKPOINTS
@@ -66,14 +68,17 @@ def evaluate(study: Study, name: str, model: Path) -> int:
 def drift(study: Study, seed: int) -> list[dict[str, Any]]:
     """Compare each arm with the reference, and the reference with its second run, on the same texts."""
     analysis = study.config.analyses.drift
-    reference = final_model(study.run(analysis.reference, seed))
-    noise = final_model(study.run(analysis.noise, seed)) if analysis.noise else None
     draws, measurement = _draws(analysis.texts)
+
+    def states(arm: str) -> np.ndarray:
+        return measurement.states(final_model(study.run(arm, seed)), draws)
+
+    reference = states(analysis.reference)
+    noise = rows(measurement.divergence(states(analysis.noise), reference)) if analysis.noise else None
     lines = []
     for arm in analysis.of:
-        found = measure_drift(final_model(study.run(arm, seed)), reference, draws, noise, measurement)
         of = {"kind": "drift", "arm": arm, "reference": analysis.reference, "seed": seed}
-        lines.append(of | {"divergence": found.detour, "noise": found.noise})
+        lines.append(of | {"divergence": rows(measurement.divergence(states(arm), reference)), "noise": noise})
     return lines
 
 

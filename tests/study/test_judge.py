@@ -31,8 +31,8 @@ def study(**criteria: str) -> StudyConfig:
     return read(StudyConfig, content, "")
 
 
-def verdicts_of(config: StudyConfig, lines: list[dict]) -> list[dict]:
-    facts = {"format": 1, "name": "", "registered": "", "sha256": "", "depth": 6, "study": to_plain(config)}
+def verdicts_of(config: StudyConfig, lines: list[dict], depth: int = 6) -> list[dict]:
+    facts = {"format": 1, "name": "", "registered": "", "sha256": "", "depth": depth, "study": to_plain(config)}
     registration = msgspec.convert(facts | {"arms": {arm: {"phases": []} for arm in config.arms}}, Registration)
     return judge(config, StudyData(registration, [msgspec.convert(line, Result) for line in lines]))
 
@@ -106,6 +106,12 @@ def test_a_single_training_seed_is_not_judged_either_way():
     for verdict in verdicts_of(study(helps=HELPS, loses=LOSES), lines):
         assert verdict["met"] is None
         assert verdict["sentence"].startswith("not judged: a single training seed")
+
+
+def test_a_region_that_a_shallow_model_lacks_is_not_judged():
+    config = study(deep="drift of deep > 0.1, p < 0.05")
+    (verdict,) = verdicts_of(config, [], depth=2)
+    assert verdict["sentence"] == "not judged: the encoder has no deep layers"
 
 
 def test_a_failed_arm_is_not_judged_but_told():

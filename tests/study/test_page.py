@@ -154,7 +154,7 @@ def test_drift_persistence_and_transplants(complete):
     drifts = [line for line in analyses() if line["kind"] == "drift" and line["arm"] == "detour"]
     ratios = [np.mean(line["divergence"], 0)[:3].mean() / np.mean(line["noise"], 0)[:3].mean() for line in drifts]
     section = (complete / "study.md").read_text().split("## Drift\n")[1]
-    low = next(line for line in section.splitlines() if line.startswith("| detour | low (0–2)"))
+    low = next(line for line in section.splitlines() if line.startswith("| detour | low (0-2)"))
     assert low.split(" | ")[4] == f"{np.exp(np.mean(np.log(ratios))):.2f}"
     drawn = rows(complete, "drift_ratio")
     assert len(drawn) == 2 * len(SEEDS) * DEPTH

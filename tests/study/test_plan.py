@@ -69,11 +69,20 @@ def test_jobs_follow_what_they_need(study_file):
         ({"arms": {"start": {}}}, "arms.start: must be letters"),
         ({"arms": ARMS | {"x": {"set": {"phases.detour.tokns": 1}}}}, "arms.x: .*unknown key"),
         ({"arms": ARMS | {"x": {"set": {"phases.detour.freeze": ["layers.7"]}}}}, "arms.x: .*layers.7"),
+        ({"arms": ARMS | {"x": {"set": {"validation.sequences": 3}}}}, "arms.x: validation.* are not those of detour"),
+        ({"arms": ARMS | {"x": {"set": {"model.config.hidden_size": 64}}}}, "arms.x: model is not that of detour"),
         ({"criteria": {"a": "detour better than control"}}, "criteria.a: .* is not a criterion"),
         ({"criteria": {"a": "detuor > control on loss"}}, r"criteria.a: .*did you mean 'detour'"),
         ({"criteria": {"a": "detour > control"}}, "criteria.a: on None: compare arms on one of loss"),
         ({"criteria": {"a": "detour > control on loss, p < 2"}}, "criteria.a: p < 2: the level"),
         ({"criteria": {"a": "detour > control on loss by magic"}}, "by magic: unknown test"),
+        (
+            {"criteria": {"a": "detour > control on loss by bootstrap"}},
+            "by bootstrap: a choice for tasks only; loss has",
+        ),
+        ({"criteria": {"a": "drift of low > 1 by finetuning"}}, "by finetuning: a choice for tasks only; a quantity"),
+        ({"criteria": {"a": "detour > control2 on mean of tasks"}}, "control2 has `evaluate: false`"),
+        ({"criteria": {"a": "detour < start on loss"}}, "start is not trained"),
         ({"criteria": {"a": "persistence of low > 1"}}, "the study has no analyses.persistence"),
         ({"criteria": {"a": "drift of bottom > 1"}}, "unknown region"),
         ({"criteria": {"a": "drift of low > detour"}}, "compare two arms, two quantities, or a quantity with a number"),
@@ -87,6 +96,32 @@ def test_jobs_follow_what_they_need(study_file):
 def test_faults_name_their_key(corpus, tmp_path, changes, message):
     with pytest.raises(DetourError, match=message):
         read_study(write_study(tmp_path, corpus, **changes))
+
+
+@pytest.mark.parametrize(
+    ("noise", "changes"),
+    [("detour", {}), ("other", {"control": 0.2, "seed_offset": 5}), ("other", {"control": 0.3})],
+)
+def test_noise_is_of_the_seed_alone(corpus, tmp_path, noise, changes):
+    drift = {"texts": {"files": [str(corpus.jsonl)], "count": 20}, "noise": noise}
+    with pytest.raises(DetourError, match=f"{noise} must differ from control in seed_offset alone"):
+        read_study(write_study(tmp_path, corpus, arms=ARMS | {"other": changes}, analyses={"drift": drift}))
+
+
+def test_a_shallow_model_has_no_deep_layers(corpus, tmp_path):
+    arms = {"detour": {}, "frozen": {"set": {"phases.detour.freeze": ["deep"]}}}
+    path = write_study(tmp_path, corpus, arms=arms, analyses={}, criteria={})
+    run = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    run["model"]["config"]["num_hidden_layers"] = 2
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    with pytest.raises(DetourError, match=r"arms\.frozen: .*freeze: a model with 2 layers has no deep layers"):
+        read_study(path)
+
+
+def test_a_phase_must_be_one_of_the_arms(corpus, tmp_path):
+    persistence = {"texts": {"files": [str(corpus.jsonl)], "count": 20}, "phase": "decai"}
+    with pytest.raises(DetourError, match="'decai' is no phase of detour after the first"):
+        read_study(write_study(tmp_path, corpus, analyses={"persistence": persistence}, criteria={}))
 
 
 def test_no_study_file(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_detour.analysis.drift import layer_words
 from megatron_detour.evaluation.report.statistics import LEVEL, Spread, holm
 from megatron_detour.evaluation.report.tables import percent
 from megatron_detour.study.data import StudyData, last_tokens, regions, share_kept
@@ -24,7 +25,7 @@ def drift_table(data: StudyData) -> Table:
             own, noise, ratio = (np.array(x) for x in zip(*(drift.region(layers) for drift in drifts), strict=True))
             known = ratio[~np.isnan(ratio)]
             test = compare_values(list(known), log=True) if len(known) and (known > 0).all() else None
-            row = [arm, f"{region} ({_layer_words(layers)})", f"{own.mean():.4f}"]
+            row = [arm, f"{region} ({layer_words(layers)})", f"{own.mean():.4f}"]
             row.append(f"{np.nanmean(noise):.4f}" if len(known) else ABSENT)
             rows.append(
                 [*row, f"{test.mean:.2f}" if test else ABSENT, interval_or_absent(test, 2, ""), str(len(drifts))]
@@ -38,10 +39,6 @@ def drift_table(data: StudyData) -> Table:
     return Table(headers, rows, "llr", remarks=[remark], names=2)
 
 
-def _layer_words(layers: range) -> str:
-    return f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
-
-
 def persistence_table(data: StudyData) -> Table:
     """Return the divergence at the first and at the last checkpoint, by region."""
     rows = []
@@ -51,7 +48,7 @@ def persistence_table(data: StudyData) -> Table:
         for region, layers in regions(data).items():
             values = np.array([np.mean(table, 0)[layers].mean() for _, table in ends])
             kept = [100 * share for record in records if (share := share_kept(record, layers)) == share]
-            row = [arm, f"{region} ({_layer_words(layers)})"]
+            row = [arm, f"{region} ({layer_words(layers)})"]
             row += [
                 f"{part.mean():.4f} ({after})" for part, after in zip((values[::2], values[1::2]), tokens, strict=True)
             ]
