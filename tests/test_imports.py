@@ -96,6 +96,10 @@ ALLOWED = {
         "files errors",
         "numpy torch transformers safetensors sklearn",
     ),
+    "analysis.held_out_loss": (
+        "checkpoint config evaluation.models model parallel.state tokenizer.vocabulary training.validation errors",
+        "torch",
+    ),
     "analysis.gradients": (
         "checkpoint data.batches model objectives tokenizer.vocabulary errors",
         "numpy torch",

@@ -52,6 +52,19 @@ def probe_table(results: Mapping[str, ProbeResult]) -> Table:
     return Table(("Layer", *results), rows, "lr", title=f"{first.task}: {first.metric} on test, %")
 
 
+def loss_table(results: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a row per model: losses in nats per predicted token, accuracy in percent."""
+    shown = {"val_mlm_loss": "MLM loss", "val_mlm_accuracy": "MLM accuracy, %", "val_clm_loss": "CLM loss"}
+
+    def cell(key: str, figure: float | None) -> str:
+        if figure is None:  # the tokenizer lacks what this objective needs
+            return ABSENT
+        return f"{100 * figure:.1f}" if key == "val_mlm_accuracy" else f"{figure:.4f}"
+
+    rows = [[name, *(cell(key, figures.get(key)) for key in shown)] for name, figures in results.items()]
+    return Table(("Model", *shown.values()), rows, "lr")
+
+
 def needle_table(results: Mapping[str, NeedleResult]) -> Table:
     """Return accuracy in percent with its interval: of all, by length and by place."""
     rows = []

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("persistence", "whether the checkpoints of a decay lose the drift", _persistence_flags),
         ("transplant", "copy layers, attention or MLP blocks of a model into its twin", _transplant_flags),
         ("probe", "train linear probes on the frozen layers of models", _probe_flags),
+        ("loss", "loss of models on a run's held-out text, under its fixed masks", _loss_flags),
         ("needle", "test whether frozen models find a fact in a long document", _needle_flags),
         ("layers", "propose which layers the detour needs, from the drift of a pilot", _layers_flags),
     ):
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
         "persistence": persistence,
         "transplant": transplant,
         "probe": probe,
+        "loss": loss,
         "needle": needle,
         "layers": layers,
     }
@@ -120,6 +122,14 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, metavar="DIR", help="directory with one folder per task")
     add("--layers", type=int, nargs="+", metavar="N", help="layers to probe, negative ones from the end (all)")
     settings.add_arguments(parser, ProbeOptions)
+    _output_flag(parser)
+
+
+def _loss_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    parser.add_argument(
+        "--run", required=True, metavar="RUN.yaml", help="run file or packaged recipe, for its validation"
+    )
     _output_flag(parser)
 
 
@@ -200,6 +210,21 @@ def probe(options: argparse.Namespace) -> None:
     _finish(options, content | _facts(list(models.values()), []), *tables)
     if unconverged := sum(result.unconverged for result in found.values()):
         print(wrapped(f"{unconverged} fits had not converged after their last iteration; leave out the largest C."))
+
+
+def loss(options: argparse.Namespace) -> None:
+    from megatron_detour.analysis.held_out_loss import held_out_figures
+    from megatron_detour.analysis.tables import loss_table
+
+    models, run = named_models(options.model), load(options.run)
+    with CountProgress(len(models), "models") as progress:
+        found = {}
+        for name, folder in models.items():
+            progress.on(name)
+            found[name] = held_out_figures(folder, run)
+            progress.add(1)
+    validation = settings.to_plain(run.validation) | {"sequence_length": run.data.sequence_length}
+    _finish(options, {"models": found, "validation": validation} | _facts(list(models.values()), []), loss_table(found))
 
 
 def needle(options: argparse.Namespace) -> None:

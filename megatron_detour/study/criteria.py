@@ -21,11 +21,11 @@ from typing import get_args
 
 from megatron_detour.analysis.drift import REGIONS as THIRDS
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.study.records import START
+from megatron_detour.study.records import LOSS, START
 from megatron_detour.study.schema import StudyConfig
 from megatron_detour.study.statistics import Method
 
-MEAN, OTHER, LOSS = "mean of tasks", "mean of other tasks", "loss"
+MEAN, OTHER = "mean of tasks", "mean of other tasks"
 QUANTITIES = ("drift ratio", "drift", "persistence")
 REGIONS = (*THIRDS, "all")
 METHODS = get_args(Method)

@@ -12,6 +12,8 @@ import numpy as np
 from megatron_detour.analysis.drift import ratio_of, regions_of
 from megatron_detour.errors import DetourError
 from megatron_detour.study.records import (
+    LOSS,
+    PARTS,
     START,
     ArmFacts,
     DriftRecord,
@@ -191,11 +193,16 @@ class StudyData:
 
     @cached_property
     def transplants(self) -> dict[tuple[str, str, str], dict[str, dict[int, float]]]:
-        """Scores by (donor, recipient, task), parts and training seed."""
+        """Scores by (donor, recipient, task), parts (in the order of PARTS) and training seed.
+
+        Where `task` is LOSS they are not scores but losses.
+        """
         found: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
-        for record in self.of(TransplantRecord):
-            key = record.donor, record.recipient, record.task
-            found.setdefault(key, {}).setdefault(record.parts, {})[record.seed] = record.score
+        for record in sorted(self.of(TransplantRecord), key=lambda record: PARTS.index(record.parts)):
+            for task, figure in ((record.task, record.score), (LOSS, record.loss)):
+                if figure is not None:
+                    key = record.donor, record.recipient, task
+                    found.setdefault(key, {}).setdefault(record.parts, {})[record.seed] = figure
         return found
 
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from megatron_detour.errors import DetourError
 from megatron_detour.settings import read
-from megatron_detour.study.criteria import LOSS, MEAN, OTHER, Criterion, Quantity
+from megatron_detour.study.criteria import MEAN, OTHER, Criterion, Quantity
 from megatron_detour.study.data import StudyData, regions, share_kept
 from megatron_detour.study.jobs import write_lines
-from megatron_detour.study.records import REGISTRATION, RESULTS
+from megatron_detour.study.records import LOSS, REGISTRATION, RESULTS
 from megatron_detour.study.registration import registered
 from megatron_detour.study.results import Line, read_lines
 from megatron_detour.study.schema import StudyConfig

@@ -181,7 +181,7 @@ def _check(config: StudyConfig, faults: Faults) -> None:
     if analyses.transplants:
         named |= {f"analyses.transplants.{key}": getattr(analyses.transplants, key) for key in ("donor", "recipient")}
         tasks = [Path(task).stem for task in config.evaluation.tasks] if config.evaluation else []
-        if analyses.transplants.task not in tasks:
+        if analyses.transplants.task not in (None, *tasks):
             faults.add("analyses.transplants.task", f"must be one of evaluation.tasks: {', '.join(tasks) or 'none'}")
     for part in (analyses.drift, analyses.persistence):
         for file in part.texts.files if part else ():
@@ -223,6 +223,8 @@ def _unlike(config: StudyConfig, runs: list[StudyRun]) -> Iterator[str]:
         noise, reference = (by_arm[arm].config.trajectory() for arm in (drift.noise, drift.reference))
         if noise["seed"] == reference["seed"] or noise | {"seed": reference["seed"]} != reference:
             yield f"analyses.drift.noise: {drift.noise} must differ from {drift.reference} in seed_offset alone"
+    if (transplants := config.analyses.transplants) and not transplants.task and not first.config.validation.corpora:
+        yield "analyses.transplants: nothing to judge them by; set task, or validation.corpora in the run file"
     for arm in (persistence.arm, persistence.reference) if persistence else ():
         if persistence.phase not in [phase.name for phase in by_arm[arm].plan.phases[1:]]:
             yield f"analyses.persistence.phase: {persistence.phase!r} is no phase of {arm} after the first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -22,6 +22,9 @@ OUTCOMES = {  # of a criterion, and what each means
     "Not met": "the claim does not hold for these results",
     "Not judged": "the results do not suffice",
 }
+LOSS = "loss"  # the final validation loss under fixed masks, as a measure of arms
+Parts = Literal["none", "low", "mid", "deep", "attention", "mlp", "all"]  # of a transplant
+PARTS = get_args(Parts)
 Layers = tuple[tuple[float, ...], ...]  # [draws][layers]
 
 
@@ -87,14 +90,19 @@ class PersistenceRecord(Record, frozen=True, kw_only=True, tag="persistence"):
 
 
 class TransplantRecord(Record, frozen=True, kw_only=True, tag="transplant"):
-    """The score (fraction) of a linear probe on `recipient` with these parts of `donor`, between `none` and `all`."""
+    """`recipient` with these parts of `donor`: `none`, `all`, or one between.
+
+    `score` (fraction) is that of a linear probe on `task`, `loss` the validation loss under fixed masks; either may be
+    missing.
+    """
 
     donor: str
     recipient: str
     seed: int
-    task: str
-    parts: str
-    score: float
+    parts: Parts
+    task: str = ""
+    score: float | None = None
+    loss: float | None = None
 
 
 class FailureRecord(Record, frozen=True, kw_only=True, tag="failure"):

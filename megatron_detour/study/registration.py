@@ -84,7 +84,7 @@ def _check_beginning(study: Study) -> None:
     for analysis in _with_texts(study):
         texts = analysis.texts
         draw_texts([Path(file) for file in texts.files], texts.count, texts.draws)
-    if transplants := study.config.analyses.transplants:
+    if (transplants := study.config.analyses.transplants) and transplants.task:
         task = next(task for task in study.tasks if task.name == transplants.task)
         if not isinstance(task.kind, Classification):
             raise DetourError(

@@ -70,9 +70,9 @@ class PersistenceAnalysis:
 
 @dataclass(frozen=True)
 class TransplantAnalysis:
-    """Parts of one arm's model copied into another's, judged by a linear probe."""
+    """Parts of one arm's model copied into another's, judged by the run's validation loss and by a linear probe."""
 
-    task: Annotated[str, "classification task of the probe"]
+    task: Annotated[str | None, "classification task of the probe; without one the loss alone judges"] = None
     donor: Annotated[str, "arm that gives the parts"] = "detour"
     recipient: Annotated[str, "arm that receives them"] = "control"
 

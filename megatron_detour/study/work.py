@@ -18,9 +18,8 @@ from megatron_detour.checkpoint import store
 from megatron_detour.run_directory import CHECKPOINTS
 from megatron_detour.study.fork import prepare
 from megatron_detour.study.plan import Study, StudyRun
+from megatron_detour.study.records import PARTS
 from megatron_detour.study.schema import Texts
-
-PARTS = ("all", "low", "mid", "deep", "attention", "mlp")  # of a transplant
 
 
 def final_model(run: StudyRun) -> Path:
@@ -103,29 +102,40 @@ def _phase(run: StudyRun, name: str) -> Any:
 
 
 def transplants(study: Study, seed: int) -> list[dict[str, Any]]:
-    """Probe the recipient, the donor, and the recipient with parts of the donor."""
-    from megatron_detour.analysis.linear_probe import probe
+    """Judge the recipient, the donor, and the recipient with parts of the donor."""
     from megatron_detour.analysis.transplants import transplant
 
     analysis = study.config.analyses.transplants
     donor, recipient = (final_model(study.run(arm, seed)) for arm in (analysis.donor, analysis.recipient))
-    task = next(task for task in study.tasks if task.name == analysis.task)
     folder = study.folder / "transplants" / f"s{seed}"
-    of = {
-        "kind": "transplant",
-        "donor": analysis.donor,
-        "recipient": analysis.recipient,
-        "seed": seed,
-        "task": task.name,
-    }
-    lines = [of | {"parts": "none", "score": probe(recipient, task, Path(study.config.evaluation.data))}]
-    for part in PARTS:
-        output = folder / part
-        shutil.rmtree(output, ignore_errors=True)
-        transplant(donor, recipient, [part], output)
-        lines.append(of | {"parts": part, "score": probe(output, task, Path(study.config.evaluation.data))})
-        shutil.rmtree(output)
+    of = {"kind": "transplant", "donor": analysis.donor, "recipient": analysis.recipient, "seed": seed}
+    lines = []
+    for parts in PARTS:
+        if parts in ("none", "all"):
+            figures = _judged(study, recipient if parts == "none" else donor)
+        else:
+            output = folder / parts
+            shutil.rmtree(output, ignore_errors=True)
+            transplant(donor, recipient, [parts], output)
+            figures = _judged(study, output)
+            shutil.rmtree(output)
+        lines.append(of | {"task": analysis.task or "", "parts": parts} | figures)
     return lines
+
+
+def _judged(study: Study, model: Path) -> dict[str, float]:
+    """Return a model's score by linear probe and its loss under the fixed masks, as far as the study has them."""
+    from megatron_detour.analysis.held_out_loss import MLM_LOSS, held_out_figures
+    from megatron_detour.analysis.linear_probe import probe
+
+    figures = {}
+    if name := study.config.analyses.transplants.task:
+        task = next(task for task in study.tasks if task.name == name)
+        figures["score"] = probe(model, task, Path(study.config.evaluation.data))
+    run = study.runs[0].config  # all have the same validation
+    if run.validation.corpora:
+        figures["loss"] = held_out_figures(model, run)[MLM_LOSS]
+    return figures
 
 
 def _draws(texts: Texts) -> tuple[list[list[str]], Measurement]:

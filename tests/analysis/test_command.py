@@ -105,6 +105,21 @@ def test_probe(analyze, place):
     assert "most frequent label" in printed
 
 
+def test_loss(analyze, place, good_run):
+    (place / "held_out.yaml").write_text(yaml.safe_dump(good_run))
+    printed = analyze("loss --model control other=detour --run held_out.yaml --output loss.json")
+    content = json.loads((place / "loss.json").read_text())
+    assert list(content["models"]) == ["control", "other"] and content["validation"]["sequences"] == 8
+    for name, figures in content["models"].items():
+        row = next(line.split() for line in printed.splitlines() if line.startswith(name))
+        assert float(row[1]) == pytest.approx(figures["val_mlm_loss"], abs=1e-4)
+        assert float(row[3]) == pytest.approx(figures["val_clm_loss"], abs=1e-4)
+    assert content["models"]["control"] != content["models"]["other"]
+    with pytest.raises(DetourError, match=r"run small: no validation\.corpora"):
+        (place / "blind.yaml").write_text(yaml.safe_dump(good_run | {"validation": {}}))
+        analyze("loss --model control --run blind.yaml --output x.json")
+
+
 def test_needle(analyze, place):
     printed = analyze(
         "needle --model control --corpus texts.jsonl --lengths 224 --examples 42 --language fr --output needle.json"

@@ -138,7 +138,7 @@ def analyses() -> list[Line]:
         for parts, score in {"none": 0.60, "low": 0.61, "mid": 0.63, "deep": 0.60, "attention": 0.62, "mlp": 0.64,
                              "all": 0.66}.items():  # fmt: skip
             lines.append({"kind": "transplant", "donor": "detour", "recipient": "control", "seed": seed, "task": "hoc",
-                          "parts": parts, "score": score + rng.normal(0, 0.004)})  # fmt: skip
+                          "parts": parts, "score": score + rng.normal(0, 0.004), "loss": 5 * (1 - score)})  # fmt: skip
     return lines
 
 

@@ -164,9 +164,20 @@ def test_drift_persistence_and_transplants(complete):
     given = {(x["parts"], x["seed"]): x["score"] for x in analyses() if x["kind"] == "transplant"}
     ends = {part: np.mean([given[part, seed] for seed in SEEDS]) for part in ("none", "mlp", "all")}
     share = 100 * (ends["mlp"] - ends["none"]) / (ends["all"] - ends["none"])
-    assert table(complete, "Transplants")["mlp"][1] == f"{share:+.0f}%"
-    assert {(row["parts"], int(row["seed"])): float(row["score_percent"]) / 100
-            for row in rows(complete, "transplants")} == pytest.approx(given)  # fmt: skip
+    by_score, by_loss = (line for line in (complete / "study.md").read_text().splitlines() if line.startswith("| mlp"))
+    assert f" | {share:+.0f}% | 3 |" in by_score and by_loss == "| mlp | 1.8000 ± 0.0000 | +67% | 3 |"
+    drawn = {measure: {(row["parts"], int(row["seed"])): float(row["percent_or_nats"])
+                       for row in rows(complete, "transplants") if row["measure"] == measure}
+             for measure in ("hoc", "loss")}  # fmt: skip
+    assert drawn["hoc"] == pytest.approx({key: 100 * score for key, score in given.items()})
+    assert drawn["loss"]["low", 17] == pytest.approx(5 * 0.39)
+
+
+def test_transplants_of_earlier_versions_have_no_loss(tmp_path):
+    lines = [{key: value for key, value in line.items() if key != "loss"} for line in analyses()]
+    folder = make_study(tmp_path, [line for line in lines if line["kind"] == "transplant"])
+    write_page(folder)
+    assert {row["measure"] for row in rows(folder, "transplants")} == {"hoc"}
 
 
 def test_methods_and_latex(complete):

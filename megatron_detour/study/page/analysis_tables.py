@@ -12,6 +12,7 @@ from megatron_detour.evaluation.report.statistics import LEVEL, Spread, holm
 from megatron_detour.evaluation.report.tables import percent
 from megatron_detour.study.data import StudyData, last_tokens, regions, share_kept
 from megatron_detour.study.page.tables import interval_or_absent, loss_words, mean_header
+from megatron_detour.study.records import LOSS
 from megatron_detour.study.statistics import compare_values
 from megatron_detour.ui.format import compact
 from megatron_detour.ui.tables import ABSENT, Table
@@ -109,12 +110,14 @@ def _mean(values: dict[Any, float]) -> float:
 
 
 def transplant_table(data: StudyData, key: tuple[str, str, str]) -> Table:
-    """Return the probe's score by the parts that were copied, and the part of the gap that they close."""
-    found = data.transplants[key]
-    rows = []
-    for parts, scores in found.items():
-        rows.append([parts, mean_words(list(scores.values())), _gap_share(found, parts), str(len(scores))])
-    return Table(["Parts of the donor", "Score", "Of the gap", "Training seeds"], rows, "lr")
+    """Return the score or loss by the parts that were copied, and the part of the difference that they make up."""
+    found, task = data.transplants[key], key[2]
+    words = loss_words if task == LOSS else mean_words
+    rows = [[parts, words(list(own.values())), _gap_share(found, parts), str(len(own))] for parts, own in found.items()]
+    measure, remark = f"Probe on {task}", "In percent: the mean with its 95% interval over training seeds."
+    if task == LOSS:
+        measure, remark = "MLM loss", "In nats per masked token: mean ± standard deviation over training seeds."
+    return Table(["Parts of the donor", measure, "Of the difference", "Training seeds"], rows, "lr", remarks=[remark])
 
 
 def _gap_share(found: dict[str, dict[int, float]], parts: str) -> str:
@@ -123,5 +126,5 @@ def _gap_share(found: dict[str, dict[int, float]], parts: str) -> str:
     seeds = [seed for seed in found[parts] if seed in ends[0] and seed in ends[1]]
     if not seeds or parts in ("none", "all"):
         return ABSENT
-    low, high, own = (np.mean([scores[seed] for seed in seeds]) for scores in (*ends, found[parts]))
-    return f"{100 * (own - low) / (high - low):+.0f}%".replace("-", "−") if high > low else ABSENT
+    none, whole, own = (np.mean([figures[seed] for seed in seeds]) for figures in (*ends, found[parts]))
+    return f"{100 * (own - none) / (whole - none):+.0f}%".replace("-", "−") if whole != none else ABSENT

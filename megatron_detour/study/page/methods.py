@@ -7,7 +7,7 @@ import re
 from megatron_detour.evaluation.report.tables import metric_words
 from megatron_detour.study.data import StudyData
 from megatron_detour.study.page.tables import phase_words, scores_table
-from megatron_detour.study.records import START, ScoreRecord
+from megatron_detour.study.records import LOSS, START, ScoreRecord
 from megatron_detour.text import visible
 from megatron_detour.ui.format import compact, counted
 from megatron_detour.ui.tables import ABSENT
@@ -82,7 +82,9 @@ def _analyses(data: StudyData) -> str:
     if data.persistence:
         parts.append("Persistence is the same divergence of the checkpoints of a phase from the reference before it.")
     if data.transplants:
-        parts.append("Transplants copy parameter blocks of one model into its twin, judged by a linear probe.")
+        tasks = dict.fromkeys(task for *_, task in data.transplants)
+        judges = " and ".join("the validation loss" if task == LOSS else f"a linear probe on {task}" for task in tasks)
+        parts.append(f"Transplants copy parameter blocks of one model into its twin, judged by {judges}.")
     return " ".join(parts)
 
 

@@ -91,8 +91,9 @@ def _analyses(data: StudyData) -> Iterator[Section]:
     found = [analysis_tables.transplant_table(data, key) for key in data.transplants]
     yield Section(
         "Transplants",
-        "Parts of the donor are copied into the recipient: those that move the score towards the donor's carry the "
-        "difference. Shares of the gap say little where the gap itself is small or uncertain.",
+        "Parts of the donor are copied into the recipient: those that move the score or the loss towards the donor's "
+        "carry the difference. Shares of it say little where it is small or uncertain itself. The loss is that of "
+        "the validation above.",
         found,
         "transplants",
     )
