@@ -125,8 +125,8 @@ ALLOWED = {
     ),
     "study.records": ("errors", "msgspec"),
     "study.page": (
-        "study.page study.data study.records study.power study.statistics analysis.drift evaluation.report objectives "
-        "ui errors files",
+        "study.page study.data study.records study.power study.statistics analysis.drift analysis.layer_choice "
+        "evaluation.report objectives ui errors files",
         "numpy matplotlib",
     ),
     "__main__": ("commands", ""),

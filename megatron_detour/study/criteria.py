@@ -3,13 +3,14 @@
     detour > control on mean of tasks, p < 0.05
     low_frozen not > control on mean of tasks, p < 0.05
     detour < control on loss, p < 0.05
+    detour > control on needle, p < 0.05
     drift ratio of low > 2, p < 0.05
     drift ratio of low > drift ratio of deep, p < 0.05
     persistence of low > 0.8
 
-`on` names a task, `mean of tasks`, or `loss`, the final validation loss under fixed masks. A test by the paper's
-bootstrap is `by bootstrap`, one for other tasks of the kind `on mean of other tasks`. Without `p <` the measured values
-are compared.
+`on` names a task, `mean of tasks`, `needle`, or `loss`, the final validation loss under fixed masks. The
+paper's bootstrap is `by bootstrap`, a test for other tasks of the kind `on mean of other tasks`. Without `p <` the
+measured values are compared.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import get_args
 
 from megatron_detour.analysis.drift import REGIONS as THIRDS
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.study.records import LOSS, START
+from megatron_detour.study.records import LOSS, NEEDLE, START
 from megatron_detour.study.schema import StudyConfig
 from megatron_detour.study.statistics import Method
 
@@ -81,7 +82,7 @@ class Criterion:
         if isinstance(left, str) != isinstance(right, str):
             raise DetourError(f"{text!r}: compare two arms, two quantities, or a quantity with a number")
         _check_measure(left, measure, config)
-        if found["method"] and measure in (None, LOSS, OTHER):
+        if found["method"] and measure in (None, LOSS, NEEDLE, OTHER):
             raise DetourError(f"by {method}: a choice for tasks only; {measure or 'a quantity'} has one test")
         for arm in (left, right):
             _check_arm(arm, measure, config)
@@ -140,7 +141,7 @@ def _check_measure(left: str | Quantity, measure: str | None, config: StudyConfi
             raise DetourError(f"on {measure}: a quantity is compared as it is; remove `on {measure}`")
         return
     tasks = [Path(task).stem for task in config.evaluation.tasks] if config.evaluation else []
-    known = [LOSS, *([MEAN, OTHER] if tasks else []), *tasks]
+    known = [LOSS, *([NEEDLE] if config.analyses.needle else []), *([MEAN, OTHER] if tasks else []), *tasks]
     if measure not in known:
         raise DetourError(f"on {measure}: compare arms on one of {', '.join(known)}{nearest(str(measure), known)}")
 
@@ -148,5 +149,7 @@ def _check_measure(left: str | Quantity, measure: str | None, config: StudyConfi
 def _check_arm(arm: str | Quantity | float, measure: str | None, config: StudyConfig) -> None:
     if measure == LOSS and arm == START:
         raise DetourError(f"on {LOSS}: {START} is not trained, so that it has no final loss")
-    if measure not in (None, LOSS) and arm in config.arms and not config.arms[arm].evaluate:
+    if measure == NEEDLE and arm not in config.analyses.needle.of:
+        raise DetourError(f"on {NEEDLE}: {arm} is not in analyses.needle.of")
+    if measure not in (None, LOSS, NEEDLE) and arm in config.arms and not config.arms[arm].evaluate:
         raise DetourError(f"on {measure}: {arm} has `evaluate: false`, so that it gets no scores")

@@ -18,6 +18,7 @@ from megatron_detour.study.records import (
     ArmFacts,
     DriftRecord,
     Layers,
+    NeedleRecord,
     PersistenceRecord,
     Record,
     Registration,
@@ -162,9 +163,15 @@ class StudyData:
         runs = {run.seed: run.loss_before_last_phase if before_last_phase else run.loss for run in self.runs_of(arm)}
         return {seed: loss for seed, loss in runs.items() if loss is not None}
 
-    def loss_difference(self, arm: str) -> Comparison | None:
-        """Compare the final losses with the control's, paired by training seed (nats; below 0 is better)."""
-        own, control = self.losses(arm), self.losses(self.control or "")
+    def figures(self, measure: str, arm: str) -> dict[int, float]:
+        """Return an arm's figures of LOSS or NEEDLE by training seed."""
+        if measure == LOSS:
+            return self.losses(arm)
+        return {seed: record.accuracy for seed, record in self.needles.get(arm, {}).items()}
+
+    def difference_of(self, measure: str, arm: str) -> Comparison | None:
+        """Compare an arm's LOSS or NEEDLE with the control's, paired by training seed. None without pairs."""
+        own, control = (self.figures(measure, each) for each in (arm, self.control or ""))
         shared = [seed for seed in own if seed in control]
         if not shared or arm == self.control:
             return None
@@ -190,6 +197,14 @@ class StudyData:
     def persistence(self) -> dict[str, list[PersistenceRecord]]:
         latest = {(record.arm, record.seed): record for record in self.of(PersistenceRecord) if record.points}
         return {arm: rows for arm in self.arms if (rows := [r for (own, _), r in latest.items() if own == arm])}
+
+    @cached_property
+    def needles(self) -> dict[str, dict[int, NeedleRecord]]:
+        """Results of the needle test by arm and training seed."""
+        found: dict[str, dict[int, NeedleRecord]] = {}
+        for record in self.of(NeedleRecord):
+            found.setdefault(record.arm, {})[record.seed] = record
+        return {arm: found[arm] for arm in self.arms if arm in found}
 
     @cached_property
     def transplants(self) -> dict[tuple[str, str, str], dict[str, dict[int, float]]]:

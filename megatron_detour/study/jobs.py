@@ -97,6 +97,8 @@ def _analyses(study: Study, seed: int) -> Iterator[Job]:
         yield _analysis(study, "persistence", seed, [persistence.arm, persistence.reference], work.persistence)
     if transplants := analyses.transplants:
         yield _analysis(study, "transplants", seed, [transplants.donor, transplants.recipient], work.transplants)
+    if needle := analyses.needle:
+        yield _analysis(study, "needle", seed, list(needle.of), work.needle)
 
 
 def _analysis(

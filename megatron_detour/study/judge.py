@@ -14,7 +14,7 @@ from megatron_detour.settings import read
 from megatron_detour.study.criteria import MEAN, OTHER, Criterion, Quantity
 from megatron_detour.study.data import StudyData, regions, share_kept
 from megatron_detour.study.jobs import write_lines
-from megatron_detour.study.records import LOSS, REGISTRATION, RESULTS
+from megatron_detour.study.records import LOSS, NEEDLE, REGISTRATION, RESULTS
 from megatron_detour.study.registration import registered
 from megatron_detour.study.results import Line, read_lines
 from megatron_detour.study.schema import StudyConfig
@@ -123,8 +123,8 @@ def _compare(criterion: Criterion, config: StudyConfig, data: StudyData) -> Comp
     left, right = criterion.left, criterion.right
     if isinstance(left, Quantity):
         found = _compare_quantities(left, right, config, data, level)
-    elif criterion.measure == LOSS:
-        found = compare_values(*(_by_seed(data, data.losses(arm)) for arm in (left, right)), level=level)
+    elif (measure := criterion.measure) in (LOSS, NEEDLE):
+        found = compare_values(*(_by_seed(data, data.figures(measure, arm)) for arm in (left, right)), level=level)
     else:
         found = _compare_scores(criterion, config, data, level)
     if criterion.level is not None and found.low is None and found.training_seeds == 1:

@@ -183,10 +183,13 @@ def _check(config: StudyConfig, faults: Faults) -> None:
         tasks = [Path(task).stem for task in config.evaluation.tasks] if config.evaluation else []
         if analyses.transplants.task not in (None, *tasks):
             faults.add("analyses.transplants.task", f"must be one of evaluation.tasks: {', '.join(tasks) or 'none'}")
-    for part in (analyses.drift, analyses.persistence):
-        for file in part.texts.files if part else ():
-            if not Path(file).is_file():
-                faults.add("analyses", f"texts.files: {file}: no such file")
+    if analyses.needle:
+        named |= {f"analyses.needle.of.{i}": arm for i, arm in enumerate(analyses.needle.of)}
+    if analyses.layers and not (analyses.drift and analyses.drift.noise and analyses.layers.arm in analyses.drift.of):
+        faults.add("analyses.layers", "needs analyses.drift with noise, and layers.arm in its `of`")
+    for file in text_files(config):
+        if not Path(file).is_file():
+            faults.add("analyses", f"{file}: no such file")
     for key, arm in named.items():
         if arm is not None and arm not in config.arms:
             faults.add(key, f"{arm!r} is no arm{nearest(arm, config.arms)}", ["arms"])
@@ -204,6 +207,13 @@ def _run(
     content = run.to_dict() | {"name": run_name(name, seed), "folder": folder, "tensorboard": False}
     run = from_dict(content, str(base))
     return StudyRun(name, seed, run, _fork(run, earlier))
+
+
+def text_files(config: StudyConfig) -> list[str]:
+    """Return the files of texts that the analyses read."""
+    analyses = config.analyses
+    files = [file for part in (analyses.drift, analyses.persistence) if part for file in part.texts.files]
+    return list(dict.fromkeys([*files, *(analyses.needle.files if analyses.needle else ())]))
 
 
 def _unlike(config: StudyConfig, runs: list[StudyRun]) -> Iterator[str]:

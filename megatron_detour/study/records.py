@@ -22,7 +22,7 @@ OUTCOMES = {  # of a criterion, and what each means
     "Not met": "the claim does not hold for these results",
     "Not judged": "the results do not suffice",
 }
-LOSS = "loss"  # the final validation loss under fixed masks, as a measure of arms
+LOSS, NEEDLE = "loss", "needle"  # measures of arms: final validation loss under fixed masks, accuracy on needles
 Parts = Literal["none", "low", "mid", "deep", "attention", "mlp", "all"]  # of a transplant
 PARTS = get_args(Parts)
 Layers = tuple[tuple[float, ...], ...]  # [draws][layers]
@@ -105,6 +105,20 @@ class TransplantRecord(Record, frozen=True, kw_only=True, tag="transplant"):
     loss: float | None = None
 
 
+class NeedleRecord(Record, frozen=True, kw_only=True, tag="needle"):
+    """The share of `examples` test questions that a classifier on the frozen [CLS] answers rightly; guessing gives 0.5.
+
+    `by_length` and `by_place` have the shares by tokens and by place in the document.
+    """
+
+    arm: str
+    seed: int
+    accuracy: float
+    examples: int
+    by_length: tuple[tuple[int, float], ...]
+    by_place: tuple[tuple[str, float], ...]
+
+
 class FailureRecord(Record, frozen=True, kw_only=True, tag="failure"):
     """A job that failed, or was skipped because one that it needs failed."""
 
@@ -127,7 +141,8 @@ class VerdictRecord(Record, frozen=True, kw_only=True, tag="verdict"):
     high: float | None = None
 
 
-Result = RunRecord | ScoreRecord | DriftRecord | PersistenceRecord | TransplantRecord | FailureRecord | VerdictRecord
+Analyzed = DriftRecord | PersistenceRecord | TransplantRecord | NeedleRecord
+Result = RunRecord | ScoreRecord | Analyzed | FailureRecord | VerdictRecord
 
 
 class ArmFacts(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour.analysis.drift import draw_texts
+from megatron_detour.analysis.needle_examples import refuse_few
 from megatron_detour.config import flatten
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
@@ -25,9 +26,8 @@ from megatron_detour.run_directory import start_hash
 from megatron_detour.settings import to_plain
 from megatron_detour.structured import read_json_object
 from megatron_detour.study.forecast import power_statement
-from megatron_detour.study.plan import Study, StudyRun, held_out
+from megatron_detour.study.plan import Study, StudyRun, held_out, text_files
 from megatron_detour.study.records import FORMAT, REGISTRATION, RESULTS, read_registration
-from megatron_detour.study.schema import DriftAnalysis, PersistenceAnalysis
 
 FREE = ("folder", "ranks")  # keys of the study file that change no result
 SHOWN_CHANGES = 8
@@ -81,10 +81,17 @@ def _check_beginning(study: Study) -> None:
             f"{study.folder}: has {begun[0]} and no {REGISTRATION}, so that nothing shows what was planned before the "
             "results; restore the file, or choose another folder"
         )
-    for analysis in _with_texts(study):
+    analyses = study.config.analyses
+    for analysis in filter(None, (analyses.drift, analyses.persistence)):
         texts = analysis.texts
         draw_texts([Path(file) for file in texts.files], texts.count, texts.draws)
-    if (transplants := study.config.analyses.transplants) and transplants.task:
+    if analyses.needle:
+        refuse_few(analyses.needle.options)
+        if max(analyses.needle.options.lengths) > study.shape.max_positions:
+            raise DetourError(
+                f"analyses.needle.options.lengths: the longest input is {study.shape.max_positions:,} tokens"
+            )
+    if (transplants := analyses.transplants) and transplants.task:
         task = next(task for task in study.tasks if task.name == transplants.task)
         if not isinstance(task.kind, Classification):
             raise DetourError(
@@ -100,8 +107,7 @@ def describe(study: Study) -> dict[str, Any]:
     plain = to_plain(study.config)
     facts: dict[str, Any] = {"start": start_hash(study.start), "corpora": _corpora(study.runs)}
     facts["validation"] = held_out(study.runs[0].config)
-    texts = dict.fromkeys(file for analysis in _with_texts(study) for file in analysis.texts.files)
-    facts["texts"] = {file: file_facts(Path(file))["sha256"] for file in texts}
+    facts["texts"] = {file: file_facts(Path(file))["sha256"] for file in text_files(study.config)}
     if study.config.evaluation:
         data = Path(study.config.evaluation.data)
         facts["protocol"] = {task.name: asdict(study.protocol.settings(task)) for task in study.tasks}
@@ -121,10 +127,6 @@ def describe(study: Study) -> dict[str, Any]:
             }
         )
     )
-
-
-def _with_texts(study: Study) -> list[DriftAnalysis | PersistenceAnalysis]:
-    return [part for part in (study.config.analyses.drift, study.config.analyses.persistence) if part]
 
 
 def _arm(study: Study, run: StudyRun) -> dict[str, Any]:

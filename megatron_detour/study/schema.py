@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from megatron_detour.analysis.drift import COUNT, DRAWS
+from megatron_detour.analysis.layer_choice import THRESHOLD
+from megatron_detour.analysis.needle_examples import DOCUMENTS, NeedleOptions
 from megatron_detour.settings import AnyText, Entries, Range
 
 SEED = Range(least=0, below=2**31)
@@ -78,10 +80,30 @@ class TransplantAnalysis:
 
 
 @dataclass(frozen=True)
+class NeedleAnalysis:
+    """Whether a frozen model's [CLS] tells that a fact is in a long document."""
+
+    files: Annotated[tuple[str, ...], Entries(least=1), "documents in which facts are hidden: .jsonl[.gz] or .txt"]
+    of: Annotated[tuple[str, ...], Entries(least=1, unique=True), "arms to test"] = ("detour", "control")
+    documents: Annotated[int, AT_LEAST_ONE, "documents that are drawn"] = DOCUMENTS
+    options: Annotated[NeedleOptions, "flags of megatron-detour analyze needle"] = field(default_factory=NeedleOptions)
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """Which layers the detour needs, proposed from the drift of this study: the pilot of a further one."""
+
+    arm: Annotated[str, "arm of the drift analysis whose drift decides"] = "detour"
+    threshold: Annotated[float, Range(above=0), "of the drift ratio"] = THRESHOLD
+
+
+@dataclass(frozen=True)
 class Analyses:
     drift: Annotated[DriftAnalysis | None, "drift per layer and its ratio to the noise of seeds"] = None
     persistence: Annotated[PersistenceAnalysis | None, "whether the drift outlasts the decay"] = None
     transplants: Annotated[TransplantAnalysis | None, "which layers carry the difference"] = None
+    needle: Annotated[NeedleAnalysis | None, "whether facts in long documents are found"] = None
+    layers: Annotated[LayerAnalysis | None, "which layers could be frozen in a further study"] = None
 
 
 @dataclass(frozen=True)

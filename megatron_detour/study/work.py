@@ -138,6 +138,23 @@ def _judged(study: Study, model: Path) -> dict[str, float]:
     return figures
 
 
+def needle(study: Study, seed: int) -> list[dict[str, Any]]:
+    """Ask each arm about the same facts in the same documents."""
+    from megatron_detour.analysis.needle import measure_needle
+
+    analysis = study.config.analyses.needle
+    files, options = [Path(file) for file in analysis.files], analysis.options
+    (documents,) = draw_texts(files, analysis.documents, (options.seed,), fewer=True)
+    lines = []
+    for arm in analysis.of:
+        found = measure_needle(final_model(study.run(arm, seed)), documents, options)
+        figures: dict[str, Any] = {"accuracy": found.all.accuracy, "examples": found.all.examples}
+        for key, rates in (("by_length", found.by_length), ("by_place", found.by_place)):
+            figures[key] = [[part, rate.accuracy] for part, rate in rates.items()]
+        lines.append({"kind": "needle", "arm": arm, "seed": seed} | figures)
+    return lines
+
+
 def _draws(texts: Texts) -> tuple[list[list[str]], Measurement]:
     files = [Path(file) for file in texts.files]
     return draw_texts(files, texts.count, texts.draws), Measurement(max_tokens=texts.max_tokens)

@@ -141,6 +141,7 @@ def test_layers(analyze, drift_file, place, good_run):
     printed = analyze(f"layers --drift made_up.json {words} --run run.yaml --run-output new.yaml")
     found = json.loads((place / "layers.json").read_text())
     assert found["freeze"] == ["layers.3-4"] and found["gradients"].keys() == {"clm", "mlm"}
+    assert "arm      proposed: {set: {phases.detour.freeze: [layers.3-4]}}" in printed
     assert "freeze   [layers.3-4]" in printed and "Layers 0 to 2 drift 9 to 9 times" in " ".join(printed.split())
     old, new = load(place / "run.yaml"), load(place / "new.yaml")
     assert new.phases[0].freeze == ("layers.3-4",) and new.phases[1] == old.phases[1]
@@ -165,7 +166,7 @@ def test_layers(analyze, drift_file, place, good_run):
         ("layers --drift no.json --output x.json", r"--drift no\.json: no such file"),
         ("layers --drift texts.jsonl --output x.json", "invalid JSON"),
         ("layers --drift control/config.json --output x.json", "not a result of megatron-detour analyze drift"),
-        ("layers --drift no.json --run run.yaml --output x.json", "--run and --run-output go together"),
+        ("layers --drift no.json --run-output y.yaml --output x.json", "--run-output requires --run"),
         ("persistence --reference control --checkpoints detour --corpus texts.jsonl --output x", "give TOKENS="),
     ],
 )

@@ -25,7 +25,7 @@ def study(**criteria: str) -> StudyConfig:
         "arms": {"detour": {}, "control": {}, "frozen": {}},
         "seeds": SEEDS,
         "evaluation": {"data": "tasks", "tasks": TASKS},
-        "analyses": {"drift": {"texts": TEXTS, "noise": "control"}, "persistence": {"texts": TEXTS}},
+        "analyses": {"drift": {"texts": TEXTS, "noise": "control"}, "persistence": {"texts": TEXTS}, "needle": TEXTS},
         "criteria": criteria,
     }
     return read(StudyConfig, content, "")
@@ -99,6 +99,19 @@ def test_ratios_and_persistence_are_of_regions():
     assert verdicts["low"]["mean"] == pytest.approx((5 * 5.2 * 5.5) ** (1 / 3))
     assert verdicts["stays"]["mean"] == pytest.approx(0.6)
     assert verdicts["loss"]["mean"] == pytest.approx(0.5)
+
+
+def test_needles_are_compared_in_points():
+    of = {"kind": "needle", "examples": 225, "by_length": [], "by_place": []}
+    lines = [
+        of | {"arm": arm, "seed": seed, "accuracy": share + 0.01 * seed * (arm == "detour")}
+        for arm, share in (("detour", 0.6), ("control", 0.5))
+        for seed in SEEDS
+    ]
+    config = study(finds="detour > control on needle, p < 0.05")
+    (verdict,) = verdicts_of(config, lines)
+    assert verdict["met"] and verdict["mean"] == pytest.approx(0.12)
+    assert verdict["sentence"].startswith("detour minus control: +12.0 points (95%")
 
 
 def test_a_single_training_seed_is_not_judged_either_way():

@@ -36,8 +36,8 @@ from tests.study.made_up import (
 PLOTS = ["differences", "curves", "drift", "drift_ratio", "persistence", "decay_sweep", "transplants"]
 HEADINGS = [
     "The arms", "Scores on tasks", "Differences from the control", "Validation loss", "Drift",
-    "Drift beyond the noise of seeds", "Persistence", "Decay sweep", "Transplants", "Everything that was run",
-    "Data and settings", "Methods",
+    "Drift beyond the noise of seeds", "Persistence", "Decay sweep", "Transplants", "Needle in a haystack",
+    "Layer choice", "Everything that was run", "Data and settings", "Methods",
 ]  # fmt: skip
 
 
@@ -180,6 +180,32 @@ def test_transplants_of_earlier_versions_have_no_loss(tmp_path):
     assert {row["measure"] for row in rows(folder, "transplants")} == {"hoc"}
 
 
+def test_needles_and_layers(complete):
+    shown = table(complete, "Needle in a haystack")
+    assert shown["Arm"][2:7] == ["512 tokens", "1,024 tokens", "at the start", "at the middle", "at the end"]
+    assert shown["detour"] == ["62.0", "+12.0", "64.0", "60.0", "62.0", "62.0", "62.0", "3"]
+    assert shown["control"][1] == "–" and shown["control_b"][:2] == ["51.0 (48.5 to 53.5)", "+1.0"]
+    text = (complete / "study.md").read_text().replace("\\", "")
+    assert "answers 225 questions, which alone moves its accuracy by up to ±6.5 points" in text
+    shown = table(complete, "Layer choice")
+    assert list(shown)[2:] == ["17", "18", "19", "all, by geometric means"]
+    ratio = drift_ratio(analyses())
+    needed = np.flatnonzero(ratio > 2)
+    assert shown["all, by geometric means"] == [
+        f"{needed[0]}-{needed[-1]}", f"{ratio[needed].min():.2f} to {ratio[needed].max():.2f}",
+        f"layers.{needed[-1] + 1}-{DEPTH - 1}",
+    ]  # fmt: skip
+    arm = f"proposed: {{set: {{phases.detour.freeze: [layers.{needed[-1] + 1}-{DEPTH - 1}]}}}}"
+    assert f"As an arm of a further study: {arm}" in text
+
+
+def drift_ratio(lines):
+    """The geometric mean over seeds of the detour's ratios, [layers]."""
+    found = [line for line in lines if line["kind"] == "drift" and line["arm"] == "detour"]
+    ratios = [np.mean(line["divergence"], 0) / np.mean(line["noise"], 0) for line in found]
+    return np.exp(np.mean(np.log(ratios), 0))
+
+
 def test_methods_and_latex(complete):
     methods = (complete / "study" / "methods.txt").read_text()
     for fact in ("8 layers with 20.3M parameters", "7 arms", "3 training seeds each (17, 18, 19)", "21 of 21 runs",
@@ -211,7 +237,7 @@ def test_without_evaluation_and_earlier_files_are_removed(tmp_path):
     write_page(make_study(tmp_path))
     folder = make_study(tmp_path, keep=lambda line: line["kind"] in ("run", "drift"))
     write_page(folder)
-    absent = {"Scores on tasks", "Differences from the control", "Persistence", "Transplants"}
+    absent = {"Scores on tasks", "Differences from the control", "Persistence", "Transplants", "Needle in a haystack"}
     assert headings(folder) == [heading for heading in HEADINGS if heading not in absent]
     left = {path.stem for path in (folder / "study").iterdir()}
     assert left == {"curves", "drift", "drift_ratio", "decay_sweep", "methods"}
@@ -345,7 +371,7 @@ def test_plots_follow_the_dark_mode_of_the_page(complete):
     ("line", "why"),
     [
         ('{"kind": "run", "arm"', "line 2: not a result of a study: "),
-        ('{"kind": "needle", "arm": "detour"}', "line 2: not a result of a study: Invalid value 'needle'"),
+        ('{"kind": "thread", "arm": "detour"}', "line 2: not a result of a study: Invalid value 'thread'"),
         ('{"kind": "score", "arm": "detour", "seed": 17}', "line 2: not a result of a study: Object missing required"),
         ('{"kind": "failure", "job": "x", "status": "odd", "message": ""}', "Invalid enum value 'odd'"),
         (json.dumps(analyses()[0] | {"divergence": [[0.1, 0.2], [0.1]]}), "draws of different numbers of layers"),

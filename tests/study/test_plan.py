@@ -88,6 +88,9 @@ def test_jobs_follow_what_they_need(study_file):
         ({"criteria": {"a": "drift of low > detour"}}, "compare two arms, two quantities, or a quantity with a number"),
         ({"analyses": {"drift": {"texts": {"files": ["nothing.jsonl"]}}}}, "nothing.jsonl: no such file"),
         ({"analyses": {"transplants": {"task": "hoc"}}}, "transplants.task: must be one of evaluation.tasks: small"),
+        ({"analyses": {"needle": {"files": ["x"], "of": ["detuor"]}}}, r"needle\.of\.0: 'detuor' is no arm"),
+        ({"analyses": {"layers": {}}}, "analyses.layers: needs analyses.drift with noise"),
+        ({"criteria": {"a": "detour > control on needle"}}, "criteria.a: on needle: compare arms on one of loss, mean"),
         ({"arms": ARMS | {"x": {"set": {"seed": 3}}}}, "arms.x.set: seed is set by the study"),
         ({"seeds": [1, 1]}, "seeds: must be a list without repetitions"),
         ({"analyses": {"drift": {"texts": {"files": ["x"]}, "noise": "none"}}}, "drift.noise: 'none' is no arm"),
@@ -106,6 +109,17 @@ def test_noise_is_of_the_seed_alone(corpus, tmp_path, noise, changes):
     drift = {"texts": {"files": [str(corpus.jsonl)], "count": 20}, "noise": noise}
     with pytest.raises(DetourError, match=f"{noise} must differ from control in seed_offset alone"):
         read_study(write_study(tmp_path, corpus, arms=ARMS | {"other": changes}, analyses={"drift": drift}))
+
+
+def test_needles_are_a_measure_of_the_arms_that_have_them(corpus, tmp_path):
+    needle = {"files": [str(corpus.jsonl)], "of": ["detour", "control2"]}
+    criteria = {"finds": "detour > control2 on needle, p < 0.05", "other": "detour > control on needle"}
+    with pytest.raises(DetourError, match=r"criteria\.other: on needle: control is not in analyses\.needle\.of"):
+        read_study(write_study(tmp_path, corpus, evaluation=None, analyses={"needle": needle}, criteria=criteria))
+    del criteria["other"]
+    study = read_study(write_study(tmp_path, corpus, evaluation=None, analyses={"needle": needle}, criteria=criteria))
+    job = next(job for job in jobs_of(study) if job.name == "needle/s2")
+    assert job.needs == ("train/detour-s2", "train/control2-s2")
 
 
 def test_a_shallow_model_has_no_deep_layers(corpus, tmp_path):

@@ -73,6 +73,8 @@ def test_what_would_stop_a_study_late_is_refused_first(corpus, tmp_path):
     texts = {"files": [str(corpus.jsonl)], "count": 10_000}
     for number, (analyses, why) in enumerate((
         ({"drift": {"texts": texts}}, "fewer than the 10,000 of a draw"),
+        ({"needle": {"files": texts["files"]}}, "the longest input is 256 tokens"),
+        ({"needle": {"files": texts["files"], "options": {"lengths": [224], "examples": 41}}}, "give at least 42"),
         ({"transplants": {"task": "small_multi_label"}}, "a task of type classification, not multi-label"),
     )):  # fmt: skip
         (tmp_path / str(number)).mkdir()

@@ -36,7 +36,8 @@ def write_small_study(folder: Path, corpus: Any) -> Path:
     arms = {name: ARMS[name] for name in ("detour", "control")}
     texts = {"files": [str(corpus.jsonl)], "count": 20, "draws": [1, 2]}
     criteria = {"drifts": "drift of all > 0.01", "loss": "control > detour on loss"}
-    analyses = {"drift": {"texts": texts}, "persistence": {"texts": texts}, "transplants": {}}
+    needle = {"files": [str(corpus.jsonl)], "options": {"lengths": [224], "examples": 42, "learning_rate": 1e-3}}
+    analyses = {"drift": {"texts": texts}, "persistence": {"texts": texts}, "transplants": {}, "needle": needle}
     return write_study(folder, corpus, seeds=[1], arms=arms, evaluation=None, criteria=criteria, analyses=analyses)
 
 
@@ -59,6 +60,14 @@ def test_transplants_of_nothing_and_all_have_the_losses_of_the_runs(whole):
         pytest.approx(final["detour"], rel=1e-5),
     )
     assert len(set(losses.values())) == len(PARTS)
+
+
+def test_needles_are_of_each_arm(whole):
+    found = {line["arm"]: line for line in whole if line["kind"] == "needle"}
+    assert list(found) == ["detour", "control"]
+    for line in found.values():
+        assert line["examples"] == 6 and line["by_length"] == [[224, line["accuracy"]]]
+        assert [place for place, _ in line["by_place"]] == ["start", "middle", "end"]
 
 
 @pytest.mark.parametrize("kills", [1, slow(10)])

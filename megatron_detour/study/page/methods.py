@@ -81,6 +81,11 @@ def _analyses(data: StudyData) -> str:
         )
     if data.persistence:
         parts.append("Persistence is the same divergence of the checkpoints of a phase from the reference before it.")
+    if data.needles:
+        parts.append(
+            "In the needle test a classifier of two layers on the frozen [CLS] tells whether a made-up fact is in a "
+            "document."
+        )
     if data.transplants:
         tasks = dict.fromkeys(task for *_, task in data.transplants)
         judges = " and ".join("the validation loss" if task == LOSS else f"a linear probe on {task}" for task in tasks)

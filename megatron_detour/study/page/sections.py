@@ -97,6 +97,21 @@ def _analyses(data: StudyData) -> Iterator[Section]:
         found,
         "transplants",
     )
+    yield Section(
+        "Needle in a haystack",
+        "How often a classifier on the frozen first state tells whether a given fact is in a long document: guessing "
+        "gives 50%.",
+        [analysis_tables.needle_table(data)],
+    )
+    arm = analysis_tables.proposed_arm(data)
+    yield Section(
+        "Layer choice",
+        "The contiguous layers whose drift most exceeds the noise of seeds times "
+        f"{data.setting('analyses', 'layers', 'threshold')} seem to be those that the detour needs. This is a rule's "
+        "proposal, to be tested in a further study, and no result.",
+        [analysis_tables.proposals_table(data)],
+        remarks=[arm] * bool(arm),
+    )
 
 
 def _start(data: StudyData) -> str:

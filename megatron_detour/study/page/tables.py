@@ -12,7 +12,7 @@ from megatron_detour.evaluation.report.tables import interval_words, metric_word
 from megatron_detour.objectives import read_objective
 from megatron_detour.study.data import StudyData, last_tokens, task_means
 from megatron_detour.study.power import luck
-from megatron_detour.study.records import OUTCOMES, START, FailureRecord, ScoreRecord, VerdictRecord
+from megatron_detour.study.records import LOSS, OUTCOMES, START, FailureRecord, ScoreRecord, VerdictRecord
 from megatron_detour.study.statistics import Comparison
 from megatron_detour.ui.format import compact, counted, duration, frozen_words
 from megatron_detour.ui.tables import ABSENT, Entry, Table
@@ -139,7 +139,7 @@ def losses_table(data: StudyData) -> Table:
     rows = []
     for arm in data.arms:
         if own := data.losses(arm):
-            found = data.loss_difference(arm)
+            found = data.difference_of(LOSS, arm)
             row = [Entry(arm, bold=arm == data.control), loss_words(own.values()), str(len(own))]
             row += [loss_words(data.losses(arm, before_last_phase=True).values())]
             rows.append(
