@@ -93,7 +93,7 @@ def _sentence(criterion: Criterion, found: Comparison, p: float | None) -> str:
     interval = "" if low is None else f" ({1 - found.level:.0%} {_shown(criterion, low)} to {_shown(criterion, high)})"
     test = ""
     if p is not None:
-        test = f"; one-sided p = {found.p_claim:.3g}"
+        test = f"; one-sided p = {found.p_above:.3g}"
         test += "" if criterion.negated else f", {p:.3g} after Holm's correction"
     seeds = f"{found.training_seeds} training seed{'' if found.training_seeds == 1 else 's'}"
     return f"{what}: {_shown(criterion, mean)}{_unit(criterion)}{interval}{test}; {seeds}"
