@@ -26,6 +26,7 @@ from megatron_detour.study.records import (
     ScoreRecord,
     TransplantRecord,
     VerdictRecord,
+    VersionsRecord,
     read_records,
     read_registration,
 )
@@ -176,6 +177,18 @@ class StudyData:
         if not shared or arm == self.control:
             return None
         return compare_values([own[seed] for seed in shared], [control[seed] for seed in shared])
+
+    @cached_property
+    def versions(self) -> dict[str, list[str]]:
+        """The versions of each package: the registered one first, then those of the results."""
+        used = {package: own for record in self.of(VersionsRecord) for package, own in record.versions.items()}
+        registered = self.registration.facts.versions
+        return {
+            package: list(
+                dict.fromkeys([*([registered[package]] if package in registered else []), *used.get(package, ())])
+            )
+            for package in [*registered, *(package for package in used if package not in registered)]
+        }
 
     @cached_property
     def verdicts(self) -> dict[str, VerdictRecord | None]:

@@ -127,6 +127,12 @@ class FailureRecord(Record, frozen=True, kw_only=True, tag="failure"):
     message: str
 
 
+class VersionsRecord(Record, frozen=True, kw_only=True, tag="versions"):
+    """The versions of each package under which jobs were done."""
+
+    versions: dict[str, tuple[str, ...]]
+
+
 class VerdictRecord(Record, frozen=True, kw_only=True, tag="verdict"):
     """A judged criterion; `met` is None if it could not be judged. `outcome` is a name of OUTCOMES."""
 
@@ -142,7 +148,7 @@ class VerdictRecord(Record, frozen=True, kw_only=True, tag="verdict"):
 
 
 Analyzed = DriftRecord | PersistenceRecord | TransplantRecord | NeedleRecord
-Result = RunRecord | ScoreRecord | Analyzed | FailureRecord | VerdictRecord
+Result = RunRecord | ScoreRecord | Analyzed | FailureRecord | VersionsRecord | VerdictRecord
 
 
 class ArmFacts(msgspec.Struct, frozen=True):

@@ -26,6 +26,7 @@ from megatron_detour.run_directory import start_hash
 from megatron_detour.settings import to_plain
 from megatron_detour.structured import read_json_object
 from megatron_detour.study.forecast import power_statement
+from megatron_detour.study.jobs import installed_versions
 from megatron_detour.study.plan import Study, StudyRun, held_out, text_files
 from megatron_detour.study.records import FORMAT, REGISTRATION, RESULTS, read_registration
 
@@ -106,6 +107,7 @@ def describe(study: Study) -> dict[str, Any]:
     """Return everything that determines the study's results and verdicts, as JSON types."""
     plain = to_plain(study.config)
     facts: dict[str, Any] = {"start": start_hash(study.start), "corpora": _corpora(study.runs)}
+    facts["versions"] = installed_versions()
     facts["validation"] = held_out(study.runs[0].config)
     facts["texts"] = {file: file_facts(Path(file))["sha256"] for file in text_files(study.config)}
     if study.config.evaluation:
@@ -151,12 +153,13 @@ def _corpora(runs: tuple[StudyRun, ...]) -> dict[str, Any]:
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line per changed setting; what follows from a setting is not listed again.
 
-    A kind of fact that an earlier version did not register is no change.
+    Other versions of packages are no change (the page tells them), nor is a kind of fact that was not registered yet.
     """
     lines = []
-    facts = {key: value for key, value in now["facts"].items() if key in before["facts"]}
+    known = before["facts"].keys() - {"versions"}
+    before, now = (each | {"facts": {key: each["facts"].get(key) for key in known}} for each in (before, now))
     for part in ("study", "facts", "runs"):
-        old, new = dict(flatten(before.get(part), part)), dict(flatten((now | {"facts": facts}).get(part), part))
+        old, new = dict(flatten(before.get(part), part)), dict(flatten(now.get(part), part))
         lines += [
             f"{key.removeprefix('study.')} was {old.get(key)!r} and is {new.get(key)!r}"
             for key in dict.fromkeys([*old, *new])

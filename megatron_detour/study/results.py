@@ -16,7 +16,7 @@ from megatron_detour.run_directory import METRICS
 from megatron_detour.structured import parse_json
 from megatron_detour.study.jobs import FAILED, SKIPPED, Job, record_of, write_lines
 from megatron_detour.study.plan import Study, StudyRun, run_name
-from megatron_detour.study.records import RESULTS, START, read_records
+from megatron_detour.study.records import DONE, RESULTS, START, read_records
 
 LOSS = "val_mlm_loss"
 Line = dict[str, Any]
@@ -24,7 +24,7 @@ Line = dict[str, Any]
 
 def collect(study: Study, jobs: list[Job]) -> list[Line]:
     """Write results.jsonl from what the jobs have left so far; return its lines."""
-    lines = [*_runs(study), *_scores(study), *_analyses(study), *_failures(study, jobs)]
+    lines = [*_runs(study), *_scores(study), *_analyses(study), *_failures(study, jobs), *_versions(study, jobs)]
     write_lines(study.folder / RESULTS, lines)
     return lines
 
@@ -97,3 +97,14 @@ def _failures(study: Study, jobs: list[Job]) -> Iterator[Line]:
         ended = record_of(study, job.name)
         if ended and ended["status"] in (FAILED, SKIPPED):
             yield {"kind": "failure", "job": job.name, "status": ended["status"], "message": ended["message"]}
+
+
+def _versions(study: Study, jobs: list[Job]) -> Iterator[Line]:
+    """Yield the versions of the jobs that are done, none if earlier versions of this project ran them all."""
+    used: dict[str, list[str]] = {}
+    for job in jobs:
+        ended = record_of(study, job.name) or {}
+        for package, version in ended.get("versions", {}).items() if ended.get("status") == DONE else ():
+            used.setdefault(package, []).append(version)
+    if used:
+        yield {"kind": "versions", "versions": {package: sorted(set(own)) for package, own in used.items()}}

@@ -321,6 +321,18 @@ def test_amendments_stand_before_the_results(complete, tmp_path):
     assert '<div class="amended">' not in (complete / "study.html").read_text()
 
 
+def test_other_versions_than_the_registered_are_told(complete, tmp_path):
+    assert "other versions" not in (complete / "study.md").read_text()
+    used = {"kind": "versions", "versions": {"torch": ["2.13.0", "2.14.0"], "deepspeed": ["0.18"]}}
+    folder = make_study(tmp_path, [*runs(), used])
+    html = words(write_page(folder))
+    text = (folder / "study.md").read_text().replace("\\", "")
+    for page in (html, text):
+        assert "under other versions than were registered: torch 2.14.0 instead of 2.13.0." in page
+        assert page.index("other versions") < page.index("The arms")
+    assert "Versions: megatron_detour 1.0, torch 2.13.0 and 2.14.0, deepspeed 0.18." in text
+
+
 def test_a_sweep_is_of_arms_that_differ_in_the_last_phase_only(complete):
     data = StudyData.read(complete)
     assert decay_sweeps(data) == [["decay_3", "detour", "decay_30"]]  # not control_b, which differs by its seeds

@@ -69,6 +69,14 @@ def test_changed_validation_is_a_change_and_facts_of_later_versions_are_none(cor
     assert register(read_study(path))["facts"] == earlier["facts"]
 
 
+def test_other_versions_are_no_change(corpus, tmp_path, monkeypatch):
+    study = read_study(write_study(tmp_path, corpus))
+    first = register(study)
+    assert first["facts"]["versions"].keys() == {"megatron-detour", "torch", "transformers", "deepspeed"}
+    monkeypatch.setattr("megatron_detour.study.registration.installed_versions", lambda: {"torch": "99.0"})
+    assert register(study) == first
+
+
 def test_what_would_stop_a_study_late_is_refused_first(corpus, tmp_path):
     texts = {"files": [str(corpus.jsonl)], "count": 10_000}
     for number, (analyses, why) in enumerate((

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def test_transplants_of_nothing_and_all_have_the_losses_of_the_runs(whole):
         pytest.approx(final["detour"], rel=1e-5),
     )
     assert len(set(losses.values())) == len(PARTS)
+
+
+def test_results_say_their_versions(whole):
+    (line,) = [line for line in whole if line["kind"] == "versions"]
+    assert line["versions"]["torch"] == [version("torch")]
 
 
 def test_needles_are_of_each_arm(whole):

@@ -172,6 +172,17 @@ def state(data: StudyData) -> str:
     return f"{done}, and no job failed." if len(data.finished) == planned else f"{done}."
 
 
+def other_versions(data: StudyData) -> str:
+    """Return which results were made under other versions than the registered ones, in a sentence; nothing if none."""
+    registered = data.registration.facts.versions
+    changed = [
+        f"{package} {' and '.join(own[1:])} instead of {own[0]}"
+        for package, own in data.versions.items()
+        if package in registered and len(own) > 1
+    ]
+    return f"Some results were made under other versions than were registered: {', '.join(changed)}." if changed else ""
+
+
 def could_find(data: StudyData) -> str:
     """Return which difference the study was planned to find, and which by the deviations of its own scores."""
     planned, scores = data.registration.power, data.scores(data.control or "")
