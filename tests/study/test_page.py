@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.finetuning.protocol import FinetuneSettings
+from megatron_detour.settings import settings_of
 from megatron_detour.study.data import StudyData, decay_sweeps
 from megatron_detour.study.page import write_page
 from megatron_detour.study.page.analysis_tables import best_budget
 from megatron_detour.study.page.methods import latex
+from megatron_detour.study.page.tables import SETTINGS
 from megatron_detour.study.statistics import compare
 from tests.study.made_up import (
     ARMS,
@@ -180,6 +183,19 @@ def test_transplants_of_earlier_versions_have_no_loss(tmp_path):
     assert {row["measure"] for row in rows(folder, "transplants")} == {"hoc"}
 
 
+def test_settings_are_in_words(complete):
+    section = (complete / "study.md").read_text().split("**Fine-tuning settings**")[1]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    assert rows[0] == ["Setting", "ncbi\\_disease, chemprot, pubmedqa", "hoc"]
+    assert rows[2:] == [["learning rate", "5e-05", "5e-05"], ["passes over the training examples", "10", "20"]]
+
+
+def test_every_setting_of_fine_tuning_has_words():
+    names = {setting.name for setting in settings_of(FinetuneSettings)}
+    assert SETTINGS.keys() <= names
+    assert {name for name in names if "_" in name} - SETTINGS.keys() == {"learning_rate", "weight_decay"}
+
+
 def test_needles_and_layers(complete):
     shown = table(complete, "Needle in a haystack")
     assert shown["Arm"][2:7] == ["512 tokens", "1,024 tokens", "at the start", "at the middle", "at the end"]
@@ -209,7 +225,7 @@ def drift_ratio(lines):
 def test_methods_and_latex(complete):
     methods = (complete / "study" / "methods.txt").read_text()
     for fact in ("8 layers with 20.3M parameters", "7 arms", "3 training seeds each (17, 18, 19)", "21 of 21 runs",
-                 "detour (8M tokens of CLM, then 800k tokens of MLM, 15% masked)",
+                 "7 arms (detour, control, control_b,", "5e0c7a000000…)",
                  "the start model and 7 arms were fine-tuned",
                  "4 tasks: ncbi_disease (entity F1)", f"{len(scores())} fine-tunings",
                  "500 held-out texts in 3 draws", "4 criteria were registered on 2026-11-29", "Holm"):  # fmt: skip

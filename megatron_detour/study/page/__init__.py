@@ -10,6 +10,7 @@ from megatron_detour.study.page import tables
 from megatron_detour.study.page.methods import latex_table, methods_paragraph
 from megatron_detour.study.page.plots import Plot, draw_all
 from megatron_detour.study.page.sections import Section, could_find, other_versions, sections, state, verdict
+from megatron_detour.study.records import REGISTRATION
 from megatron_detour.text import markdown, visible
 from megatron_detour.ui.figures import png, svg_file
 from megatron_detour.ui.page import Picture, render
@@ -89,10 +90,11 @@ def _page(data: StudyData, shown: list[Section], pictures: dict[str, Picture], m
 
 
 def registered(data: StudyData) -> str:
-    """Return when the study was registered, and under which hash, in a sentence."""
+    """Return when the study was registered, and how its hash begins, in a sentence."""
     found = data.registration
     when = found.registered.replace("T", " ").replace("Z", " UTC")
-    return f"Registered {when}, before the first result, with the SHA-256 {found.sha256}."
+    digits = f"SHA-256 {found.sha256[: tables.DIGITS]}…, in full in {REGISTRATION}"
+    return f"Registered {when}, before the first result ({digits})."
 
 
 def _markdown(data: StudyData, shown: list[Section], plots: dict[str, Plot], methods: str) -> str:

@@ -129,7 +129,7 @@ def _gap_share(found: dict[str, dict[int, float]], parts: str) -> str:
     if not seeds or parts in ("none", "all"):
         return ABSENT
     none, whole, own = (np.mean([figures[seed] for seed in seeds]) for figures in (*ends, found[parts]))
-    return f"{100 * (own - none) / (whole - none):+.0f}%".replace("-", "−") if whole != none else ABSENT
+    return f"{round(100 * (own - none) / (whole - none)):+d}%".replace("-", "−") if whole != none else ABSENT
 
 
 def needle_table(data: StudyData) -> Table:

@@ -91,7 +91,7 @@ def _analyses(data: StudyData) -> Iterator[Section]:
     found = [analysis_tables.transplant_table(data, key) for key in data.transplants]
     yield Section(
         "Transplants",
-        "Parts of the donor are copied into the recipient: those that move the score or the loss towards the donor's "
+        "Parts of the donor are copied into the recipient: those that move the score or the loss toward the donor's "
         "carry the difference. Shares of it say little where it is small or uncertain itself. The loss is that of "
         "the validation above.",
         found,
@@ -99,16 +99,16 @@ def _analyses(data: StudyData) -> Iterator[Section]:
     )
     yield Section(
         "Needle in a haystack",
-        "How often a classifier on the frozen first state tells whether a given fact is in a long document: guessing "
-        "gives 50%.",
+        "How often a classifier on the frozen [CLS] tells whether a given fact is in a long document: guessing gives "
+        "50%.",
         [analysis_tables.needle_table(data)],
     )
     arm = analysis_tables.proposed_arm(data)
     yield Section(
         "Layer choice",
-        "The contiguous layers whose drift most exceeds the noise of seeds times "
-        f"{data.setting('analyses', 'layers', 'threshold')} seem to be those that the detour needs. This is a rule's "
-        "proposal, to be tested in a further study, and no result.",
+        "The range of layers that as a whole most exceeds "
+        f"{data.setting('analyses', 'layers', 'threshold')} times the noise of seeds is proposed as what the detour "
+        "needs. This is a rule's proposal, to be tested in a further study, and no result.",
         [analysis_tables.proposals_table(data)],
         remarks=[arm] * bool(arm),
     )
