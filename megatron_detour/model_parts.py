@@ -17,6 +17,11 @@ def layers_of(part: str) -> range:
     return range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
 
 
+def name_layers(layers: range) -> str:
+    """The part that consists of these layers, of which there is one at least."""
+    return f"layers.{layers[0]}" if len(layers) == 1 else f"layers.{layers[0]}-{layers[-1]}"
+
+
 def _parse(raw: Any, _: Enclosing) -> str:
     if not isinstance(raw, str) or (raw not in SINGLE_PARTS and not layers_of(raw)):
         raise ValueError("one of embeddings, layers.N, layers.N-M, final_norm, head")

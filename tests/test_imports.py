@@ -96,6 +96,10 @@ ALLOWED = {
         "files errors",
         "numpy torch transformers safetensors sklearn",
     ),
+    "analysis.held_out_loss": (
+        "checkpoint config evaluation.models model parallel.state tokenizer.vocabulary training.validation errors",
+        "torch",
+    ),
     "analysis.gradients": (
         "checkpoint data.batches model objectives tokenizer.vocabulary errors",
         "numpy torch",
@@ -115,14 +119,14 @@ ALLOWED = {
         "numpy",
     ),
     "study": (
-        "study analysis config plan preflight run_directory checkpoint.store data.manifest model.families "
+        "study analysis config plan preflight run_directory checkpoint.store data.manifest model.families model_parts "
         "observe.sinks evaluation settings forecast.storage structured ui errors files",
         "numpy scipy yaml msgspec",
     ),
     "study.records": ("errors", "msgspec"),
     "study.page": (
-        "study.page study.data study.records study.power study.statistics analysis.drift evaluation.report objectives "
-        "ui errors files",
+        "study.page study.data study.records study.power study.statistics analysis.drift analysis.layer_choice "
+        "evaluation.report objectives ui errors files",
         "numpy matplotlib",
     ),
     "__main__": ("commands", ""),

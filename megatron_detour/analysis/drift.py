@@ -66,7 +66,9 @@ def draw_texts(
             heapq.heappush(heap, entry) if len(heap) < count else heapq.heappushpop(heap, entry)
     if number + 1 < (1 if fewer else count):
         names = ", ".join(map(str, files))
-        raise DetourError(f"{names}: {number + 1:,} documents, fewer than the {count:,} of a draw; lower --count")
+        raise DetourError(
+            f"{names}: {number + 1:,} documents, fewer than the {count:,} of a draw; lower count, or give more"
+        )
     return [[text for _, _, text in sorted(heap, key=lambda entry: entry[1])] for heap in chosen]
 
 
@@ -92,12 +94,6 @@ class Measurement:
             raise DetourError(f"the models have {a.shape[1]} and {b.shape[1]} layers; compare models of one depth")
         cka = ESTIMATORS[self.estimator]
         return np.array([[1 - cka(x, y) for x, y in zip(*pair, strict=True)] for pair in zip(a, b, strict=True)])
-
-
-def divergence(a: Path, b: Path, draws: Sequence[Sequence[str]], measurement: Measurement | None = None) -> np.ndarray:
-    """Return d = 1 - CKA of two models on each draw of texts and each layer, float64 [draws, layers]."""
-    measurement = measurement or Measurement()
-    return measurement.divergence(measurement.states(a, draws), measurement.states(b, draws))
 
 
 @dataclass(frozen=True)
@@ -197,6 +193,11 @@ def measure_drift(
 def regions_of(layers: int) -> dict[str, range]:
     """Return the thirds that have layers, and all layers."""
     return {name: where for name, where in thirds(layers).items() if where} | {"all": range(layers)}
+
+
+def layer_words(layers: range) -> str:
+    """Return e.g. ``0-7``."""
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
 
 
 def spread(values: Any) -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_detour.analysis.drift import Drift
 from megatron_detour.errors import DetourError
+from megatron_detour.model_parts import name_layers
 
 THRESHOLD = 2.0  # of the drift ratio; the paper's layers have 5 to 44 below layer 8 and 1.1 to 1.25 above
 
@@ -34,17 +34,17 @@ class Proposal:
 
 
 def propose(
-    drift: Drift, gradients: Mapping[str, Sequence[float]] | None = None, threshold: float = THRESHOLD
+    ratio: np.ndarray | None, gradients: Mapping[str, Sequence[float]] | None = None, threshold: float = THRESHOLD
 ) -> Proposal:
     """Propose the contiguous layers with the largest sum of log(ratio / threshold), and to freeze all others.
 
-    A layer whose drift is the noise of seeds was moved by training as such, not by the detour. The sum lets a range
-    cross a layer that is just below the threshold and end before a lone one far above. The gradients do not decide: the
-    reason tells what part of them the proposal would leave out. Raises DetourError without a noise control.
+    `ratio` is that of the drift to the noise of seeds, [layers]. A layer whose drift is the noise of seeds was moved by
+    training as such, not by the detour. The sum lets a range cross a layer that is just below the threshold and end
+    before a lone one far above. The gradients do not decide: the reason tells what part of them the proposal would
+    leave out. Raises DetourError without a noise control.
     """
-    if drift.ratio is None:
+    if ratio is None:
         raise DetourError("the drift has no noise control; measure it with --second-control, trained with another seed")
-    ratio = drift.ratio
     if not np.isfinite(ratio).all() or not (ratio > 0).all():
         raise DetourError("the drift ratio of some layers is undefined: two of the models are the same")
     if gradients and any(len(shares) != len(ratio) for shares in gradients.values()):
@@ -55,6 +55,11 @@ def propose(
     first, last = (needed[0], needed[-1]) if needed else (None, None)
     reason = _reason(needed, ratio, threshold) + _gradient_words(needed, shares)
     return Proposal(first, last, freeze, reason, tuple(ratio.tolist()), threshold, shares)
+
+
+def as_arm(phase: str, freeze: Sequence[str]) -> str:
+    """Return the line of a study file for an arm that freezes these parts in a phase."""
+    return f"proposed: {{set: {{phases.{phase}.freeze: [{', '.join(freeze)}]}}}}"
 
 
 def _largest_sum(values: np.ndarray) -> range:
@@ -74,11 +79,7 @@ def _others(needed: range, layers: int) -> tuple[str, ...]:
     if not needed:
         return ()
     rest = (range(needed[0]), range(needed[-1] + 1, layers))
-    return tuple(_part(layers) for layers in rest if layers)
-
-
-def _part(layers: range) -> str:
-    return f"layers.{layers[0]}" if len(layers) == 1 else f"layers.{layers[0]}-{layers[-1]}"
+    return tuple(name_layers(layers) for layers in rest if layers)
 
 
 def _reason(needed: range, ratio: np.ndarray, threshold: float) -> str:

@@ -6,42 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from megatron_detour.analysis.hidden_states import Encoder, Report
-from megatron_detour.analysis.needle_examples import PLACES, Needle, make_needles
-from megatron_detour.analysis.needle_facts import TEMPLATES
+from megatron_detour.analysis.needle_examples import PLACES, Needle, NeedleOptions, make_needles
 from megatron_detour.errors import DetourError
-from megatron_detour.settings import Choice, Entries, Range
 
-ABOVE_ZERO, SEED = Range(above=0), Range(least=0, below=2**31)
 CONFIDENCE_Z = 1.959964  # of 95%
-
-
-@dataclass(frozen=True)
-class NeedleOptions:
-    """Options of the needle test: each field is a flag of megatron-detour analyze needle. Defaults are the paper's."""
-
-    language: Annotated[str, Choice(tuple(TEMPLATES)), "of the facts"] = "en"
-    lengths: Annotated[
-        tuple[Annotated[int, ABOVE_ZERO], ...],
-        Entries(least=1, unique=True),
-        "tokens of an example, the question included",
-    ] = (512, 1024, 2048, 4096, 8192)
-    examples: Annotated[int, ABOVE_ZERO, "examples, of which 70% train, 15% validate and 15% test"] = 1500
-    seed: Annotated[int, SEED, "of facts and documents"] = 42
-    train_seeds: Annotated[
-        tuple[Annotated[int, SEED], ...], Entries(least=1, unique=True), "of the classifier, whose scores are averaged"
-    ] = (42,)
-    epochs: Annotated[int, ABOVE_ZERO, "passes over the training examples"] = 3
-    learning_rate: Annotated[float, ABOVE_ZERO, "of AdamW, constant"] = 2e-5
-    batch: Annotated[int, ABOVE_ZERO, "examples per step"] = 4
-    dropout: Annotated[float, Range(least=0, below=1), "before each linear layer"] = 0.1
-    batch_tokens: Annotated[int, ABOVE_ZERO, "tokens per forward pass of the encoder"] = 16_384
 
 
 @dataclass(frozen=True)
@@ -94,14 +69,7 @@ def measure_needle(
     encoder = Encoder.open(model)
     if max(options.lengths) > encoder.longest:
         raise DetourError(f"{model}: the longest input is {encoder.longest:,} tokens; lower --lengths")
-    needles = make_needles(
-        encoder.tokenizer,
-        documents,
-        language=options.language,
-        lengths=options.lengths,
-        count=options.examples,
-        seed=options.seed,
-    )
+    needles = make_needles(encoder.tokenizer, documents, options)
     states = encoder.first_outputs([list(needle.ids) for needle in needles], options.batch_tokens, report)
     outcomes = [train_classifier(states, needles, seed, options) for seed in options.train_seeds]
     tested = [needle for needle in needles if needle.split == "test"]

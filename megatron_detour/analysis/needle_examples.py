@@ -1,4 +1,4 @@
-"""Examples of the needle test: a fact in a document of a given length, and a question about it."""
+"""Examples of the needle test: a fact in a document of a given length, and a question about it; and its options."""
 
 from __future__ import annotations
 
@@ -8,19 +8,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from megatron_detour.analysis.needle_facts import draw_fact, other_fact
+from megatron_detour.analysis.needle_facts import TEMPLATES, draw_fact, other_fact
 from megatron_detour.errors import DetourError
+from megatron_detour.settings import Choice, Entries, Range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ABOVE_ZERO, SEED = Range(above=0), Range(least=0, below=2**31)
 PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 SHARES = {"train": 0.7, "dev": 0.15, "test": 0.15}
+DOCUMENTS = 2000  # drawn from the texts
 SPECIAL = 3  # [CLS] question [SEP] document [SEP]
 LONGEST_WORD = 40  # characters per token of a document that are tokenized, so that a book is not
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+@dataclass(frozen=True)
+class NeedleOptions:
+    """Options of the needle test: each field is a flag of megatron-detour analyze needle. Defaults are the paper's."""
+
+    language: Annotated[str, Choice(tuple(TEMPLATES)), "of the facts"] = "en"
+    lengths: Annotated[
+        tuple[Annotated[int, ABOVE_ZERO], ...],
+        Entries(least=1, unique=True),
+        "tokens of an example, the question included",
+    ] = (512, 1024, 2048, 4096, 8192)
+    examples: Annotated[int, ABOVE_ZERO, "examples, of which 70% train, 15% validate and 15% test"] = 1500
+    seed: Annotated[int, SEED, "of facts and documents"] = 42
+    train_seeds: Annotated[
+        tuple[Annotated[int, SEED], ...], Entries(least=1, unique=True), "of the classifier, whose scores are averaged"
+    ] = (42,)
+    epochs: Annotated[int, ABOVE_ZERO, "passes over the training examples"] = 3
+    learning_rate: Annotated[float, ABOVE_ZERO, "of AdamW, constant"] = 2e-5
+    batch: Annotated[int, ABOVE_ZERO, "examples per step"] = 4
+    dropout: Annotated[float, Range(least=0, below=1), "before each linear layer"] = 0.1
+    batch_tokens: Annotated[int, ABOVE_ZERO, "tokens per forward pass of the encoder"] = 16_384
 
 
 @dataclass(frozen=True)
@@ -43,16 +68,8 @@ class _Document(NamedTuple):
     starts: list[int]  # tokens that begin a sentence
 
 
-def make_needles(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
-    *,
-    language: str,
-    lengths: Sequence[int],
-    count: int,
-    seed: int,
-) -> list[Needle]:
-    """Return `count` examples, balanced over lengths, places and answers, in every split too.
+def make_needles(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], options: NeedleOptions) -> list[Needle]:
+    """Return examples that are balanced over lengths, places and answers, in every split too.
 
     The question comes first, as in question answering: no length can cut it off. A document that is too short is
     continued by the next one. Facts, places and documents depend on the seed alone, not on the tokenizer. Raises
@@ -60,18 +77,29 @@ def make_needles(
     """
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise DetourError(f"{tokenizer.name_or_path}: the tokenizer has no [CLS] or no [SEP]")
-    cells = list(product(lengths, PLACES, (True, False)))
-    least = 7 * len(cells)  # 0.15 of 7 is one of each for dev and test
-    if count < least:
-        raise DetourError(f"--examples: {count} are too few for {len(lengths)} lengths; give at least {least}")
-    chosen = sorted(number % len(cells) for number in range(count))
-    haystack = _Haystack(tokenizer, documents, max(lengths))
+    refuse_few(options)
+    cells = _cells(options)
+    chosen = sorted(number % len(cells) for number in range(options.examples))
+    haystack = _Haystack(tokenizer, documents, max(options.lengths))
     made = []
-    for number, (cell, split) in enumerate(zip(chosen, splits(count), strict=True)):
-        make = partial(_needle, tokenizer, haystack, random.Random(f"{seed} {number}"), language)
+    for number, (cell, split) in enumerate(zip(chosen, splits(options.examples), strict=True)):
+        rng = random.Random(f"{options.seed} {number}")
         length, place, present = cells[cell]
-        made.append(Needle(make(length, place, present), length, place, present, split))
+        ids = _needle(tokenizer, haystack, rng, options.language, length, place, present)
+        made.append(Needle(ids, length, place, present, split))
     return made
+
+
+def refuse_few(options: NeedleOptions) -> None:
+    """Raise DetourError if a length, place and answer would be missing in a split."""
+    least = 7 * len(_cells(options))  # 0.15 of 7 is one of each for dev and test
+    if options.examples < least:
+        few = f"{options.examples} examples are too few for {len(options.lengths)} lengths"
+        raise DetourError(f"{few}; give at least {least}")
+
+
+def _cells(options: NeedleOptions) -> list[tuple[int, str, bool]]:
+    return list(product(options.lengths, PLACES, (True, False)))
 
 
 def splits(count: int) -> list[str]:

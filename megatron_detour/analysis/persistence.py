@@ -51,18 +51,6 @@ class Persistence:
         figures = {name: [numbers(each) for each in getattr(self, name)] for name in ("mean", "sd")}
         return asdict(self) | {"summary": figures | {"regions": self.regions()}}
 
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Persistence:
-        """Read what `to_json` returned. Raises DetourError for anything else."""
-        try:
-            tokens, divergence = tuple(map(int, content["tokens"])), tuple(map(rows, content["divergence"]))
-            names, measurement = tuple(map(str, content["checkpoints"])), Measurement(**content["measurement"])
-            if not len(tokens) == len(divergence) == len(names):
-                raise ValueError("lists of different lengths")
-            return cls(tokens, divergence, str(content["reference"]), names, int(content["texts"]), measurement)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DetourError(f"not a result of megatron-detour analyze persistence ({error!r:.200})") from None
-
 
 def measure_persistence(
     reference: Path,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from megatron_detour.analysis.drift import Drift, regions_of
+from megatron_detour.analysis.drift import Drift, layer_words, regions_of
 from megatron_detour.analysis.layer_choice import Proposal
 from megatron_detour.analysis.linear_probe import ProbeResult
 from megatron_detour.analysis.needle import NeedleResult, Rate
@@ -22,7 +22,7 @@ def drift_table(drift: Drift) -> Table:
     rows = [[str(layer), *(_figure(column, layer) for column in columns)] for layer in range(drift.layers)]
     for name, figures in drift.regions().items():
         own, noise, ratio = (figures[key] for key in ("divergence", "noise", "ratio"))
-        label = f"{name}, {_layer_words(regions_of(drift.layers)[name])}"
+        label = f"{name}, {layer_words(regions_of(drift.layers)[name])}"
         rows.append(
             [label, _number(own), "", *(("", "", "") if noise is None else (_number(noise), "", _number(ratio)))]
         )
@@ -38,7 +38,7 @@ def persistence_table(result: Persistence) -> Table:
         for at, tokens in enumerate(result.tokens)
     ]
     where = regions_of(result.mean.shape[1])
-    return Table(("Tokens", *(f"{name}, {_layer_words(where[name])}" for name in regions)), rows, "r")
+    return Table(("Tokens", *(f"{name}, {layer_words(where[name])}" for name in regions)), rows, "r")
 
 
 def probe_table(results: Mapping[str, ProbeResult]) -> Table:
@@ -50,6 +50,19 @@ def probe_table(results: Mapping[str, ProbeResult]) -> Table:
         rows.append([str(layer), *cells])
     rows.append(["most frequent label", *(f"{100 * result.baseline:.1f}" for result in results.values())])
     return Table(("Layer", *results), rows, "lr", title=f"{first.task}: {first.metric} on test, %")
+
+
+def loss_table(results: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a row per model: losses in nats per predicted token, accuracy in percent."""
+    shown = {"val_mlm_loss": "MLM loss", "val_mlm_accuracy": "MLM accuracy, %", "val_clm_loss": "CLM loss"}
+
+    def cell(key: str, figure: float | None) -> str:
+        if figure is None:  # the tokenizer lacks what this objective needs
+            return ABSENT
+        return f"{100 * figure:.1f}" if key == "val_mlm_accuracy" else f"{figure:.4f}"
+
+    rows = [[name, *(cell(key, figures.get(key)) for key in shown)] for name, figures in results.items()]
+    return Table(("Model", *shown.values()), rows, "lr")
 
 
 def needle_table(results: Mapping[str, NeedleResult]) -> Table:
@@ -93,10 +106,6 @@ def _score(result: ProbeResult, at: int) -> Entry:
     scores = result.scores[at]
     note = f"± {100 * np.std(scores, ddof=1):.1f}" if len(scores) > 1 else ""
     return Entry(f"{100 * np.mean(scores):.1f}", bold=result.layers[at] == result.best_layer, note=note)
-
-
-def _layer_words(layers: Sequence[int]) -> str:
-    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
 
 
 def _figure(column: np.ndarray | None, layer: int) -> str:

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from megatron_detour import settings
 from megatron_detour.analysis.drift import Draws, Drift, Measurement, draw_texts, measure_drift
-from megatron_detour.analysis.layer_choice import THRESHOLD, Proposal, propose
+from megatron_detour.analysis.layer_choice import THRESHOLD, Proposal, as_arm, propose
 from megatron_detour.analysis.linear_probe import ProbeOptions, probe_layers
+from megatron_detour.analysis.needle_examples import DOCUMENTS, NeedleOptions
 from megatron_detour.analysis.persistence import find_decay, measure_persistence
 from megatron_detour.commands.parser import ABOVE_ZERO, COUNT
 from megatron_detour.config import load
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("persistence", "whether the checkpoints of a decay lose the drift", _persistence_flags),
         ("transplant", "copy layers, attention or MLP blocks of a model into its twin", _transplant_flags),
         ("probe", "train linear probes on the frozen layers of models", _probe_flags),
+        ("loss", "loss of models on a run's held-out text, under its fixed masks", _loss_flags),
         ("needle", "test whether frozen models find a fact in a long document", _needle_flags),
         ("layers", "propose which layers the detour needs, from the drift of a pilot", _layers_flags),
     ):
@@ -53,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         "persistence": persistence,
         "transplant": transplant,
         "probe": probe,
+        "loss": loss,
         "needle": needle,
         "layers": layers,
     }
@@ -123,12 +126,18 @@ def _probe_flags(parser: argparse.ArgumentParser) -> None:
     _output_flag(parser)
 
 
-def _needle_flags(parser: argparse.ArgumentParser) -> None:
-    from megatron_detour.analysis.needle import NeedleOptions
+def _loss_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    parser.add_argument(
+        "--run", required=True, metavar="RUN.yaml", help="run file or packaged recipe, for its validation"
+    )
+    _output_flag(parser)
 
+
+def _needle_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
     _corpus_flag(parser, "documents in which to hide facts")
-    parser.add_argument("--documents", type=COUNT, default=2000, metavar="N", help="of them, drawn (%(default)s)")
+    parser.add_argument("--documents", type=COUNT, default=DOCUMENTS, metavar="N", help="of them, drawn (%(default)s)")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="JSON key of the text (%(default)s)")
     settings.add_arguments(parser, NeedleOptions)
     _output_flag(parser)
@@ -145,8 +154,8 @@ def _layers_flags(parser: argparse.ArgumentParser) -> None:
     add("--threshold", type=ABOVE_ZERO, default=THRESHOLD, metavar="X", help="of the drift ratio (%(default)s)")
     add("--model", type=Path, metavar="DIR", help="model that the pilot started from, to measure gradients")
     _corpus_flag(parser, "texts for the gradients", required=False)
-    add("--run", metavar="RUN.yaml", help="run file or packaged recipe to change")
-    add("--run-output", type=Path, metavar="FILE", help="run file to write, in which the other layers are frozen")
+    add("--run", metavar="RUN.yaml", help="run file or packaged recipe, to print the proposal as an arm of a study")
+    add("--run-output", type=Path, metavar="FILE", help="run file to write, with the proposal in --run")
     _output_flag(parser)
 
 
@@ -202,8 +211,23 @@ def probe(options: argparse.Namespace) -> None:
         print(wrapped(f"{unconverged} fits had not converged after their last iteration; leave out the largest C."))
 
 
+def loss(options: argparse.Namespace) -> None:
+    from megatron_detour.analysis.held_out_loss import held_out_figures
+    from megatron_detour.analysis.tables import loss_table
+
+    models, run = named_models(options.model), load(options.run)
+    with CountProgress(len(models), "models") as progress:
+        found = {}
+        for name, folder in models.items():
+            progress.on(name)
+            found[name] = held_out_figures(folder, run)
+            progress.add(1)
+    validation = settings.to_plain(run.validation) | {"sequence_length": run.data.sequence_length}
+    _finish(options, {"models": found, "validation": validation} | _facts(list(models.values()), []), loss_table(found))
+
+
 def needle(options: argparse.Namespace) -> None:
-    from megatron_detour.analysis.needle import NeedleOptions, measure_needle
+    from megatron_detour.analysis.needle import measure_needle
     from megatron_detour.analysis.tables import needle_table
 
     models, chosen = named_models(options.model), _read(NeedleOptions, options)
@@ -223,8 +247,8 @@ def layers(options: argparse.Namespace) -> None:
 
     if bool(options.model) != bool(options.corpus):
         raise DetourError("--model and --corpus go together: gradients are measured with a model, on texts")
-    if bool(options.run) != bool(options.run_output):
-        raise DetourError("--run and --run-output go together: the run file to change, and the one to write")
+    if options.run_output and not options.run:
+        raise DetourError("--run-output requires --run, the run file to change")
     try:
         measured = Drift.from_json(read_json_object(options.drift))
     except FileNotFoundError:
@@ -235,27 +259,35 @@ def layers(options: argparse.Namespace) -> None:
 
         check_model(options.model)
         gradients = gradient_shares(options.model, draw_texts(options.corpus, GRADIENT_TEXTS, (0,), fewer=True)[0])
-    proposal = propose(measured, gradients, options.threshold)
-    changed = _changed_run(options.run, proposal) if options.run else None
+    proposal = propose(measured.ratio, gradients, options.threshold)
+    phase = _detour_of(options.run) if options.run else None
+    changed = _changed_run(options.run, phase, proposal) if options.run_output else None
     _finish(options, proposal.to_json(), layer_table(proposal))
     print(wrapped(f"{proposal.reason[0].upper()}{proposal.reason[1:]}."))
     print(f"freeze   [{', '.join(proposal.freeze)}]")
+    if phase and proposal.freeze:
+        print(f"arm      {as_arm(phase, proposal.freeze)}")
     if changed:
         write_whole(options.run_output, changed)
         print(f"run file {options.run_output}")
 
 
-def _changed_run(run_file: str, proposal: Proposal) -> str:
-    """Return the run file with the proposal in its first phase that a control would replace, under a name of its own.
-
-    It is written in full: defaults are spelled out, comments are lost. Raises DetourError.
-    """
-    config = load(run_file)
-    phase = next((phase.name for phase in config.phases if phase.objective.detour), None)
+def _detour_of(run_file: str) -> str:
+    """Return the name of the first phase that a control would replace. Raises DetourError without one."""
+    phase = next((phase.name for phase in load(run_file).phases if phase.objective.detour), None)
     if phase is None:
         raise DetourError(f"{run_file}: no causal phase in which layers could be frozen")
+    return phase
+
+
+def _changed_run(run_file: str, phase: str, proposal: Proposal) -> str:
+    """Return the run file with the proposal in a phase, under a name of its own.
+
+    It is written in full: defaults are spelled out, comments are lost. Raises DetourError for an empty proposal.
+    """
     if not proposal.freeze:
         raise DetourError("the proposal freezes nothing, so that there is no run file to write")
+    config = load(run_file)
     overrides = [f"phases.{phase}.freeze=[{', '.join(proposal.freeze)}]"]
     overrides += [f"{key}={value}-proposed" for key, value in (("name", config.name), ("folder", config.folder))]
     return yaml.safe_dump(settings.to_plain(load(run_file, overrides)), sort_keys=False, allow_unicode=True)

@@ -3,13 +3,14 @@
     detour > control on mean of tasks, p < 0.05
     low_frozen not > control on mean of tasks, p < 0.05
     detour < control on loss, p < 0.05
+    detour > control on needle, p < 0.05
     drift ratio of low > 2, p < 0.05
     drift ratio of low > drift ratio of deep, p < 0.05
     persistence of low > 0.8
 
-`on` names a task, `mean of tasks`, or `loss`, the final validation loss under fixed masks. A test by the paper's
-bootstrap is `by bootstrap`, one for other tasks of the kind `on mean of other tasks`. Without `p <` the measured values
-are compared.
+`on` names a task, `mean of tasks`, `needle`, or `loss`, the final validation loss under fixed masks. The
+paper's bootstrap is `by bootstrap`, a test for other tasks of the kind `on mean of other tasks`. Without `p <` the
+measured values are compared.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import get_args
 
 from megatron_detour.analysis.drift import REGIONS as THIRDS
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.study.records import START
+from megatron_detour.study.records import LOSS, NEEDLE, START
 from megatron_detour.study.schema import StudyConfig
 from megatron_detour.study.statistics import Method
 
-MEAN, OTHER, LOSS = "mean of tasks", "mean of other tasks", "loss"
+MEAN, OTHER = "mean of tasks", "mean of other tasks"
 QUANTITIES = ("drift ratio", "drift", "persistence")
 REGIONS = (*THIRDS, "all")
 METHODS = get_args(Method)
@@ -81,6 +82,10 @@ class Criterion:
         if isinstance(left, str) != isinstance(right, str):
             raise DetourError(f"{text!r}: compare two arms, two quantities, or a quantity with a number")
         _check_measure(left, measure, config)
+        if found["method"] and measure in (None, LOSS, NEEDLE, OTHER):
+            raise DetourError(f"by {method}: a choice for tasks only; {measure or 'a quantity'} has one test")
+        for arm in (left, right):
+            _check_arm(arm, measure, config)
         if found["sign"] == "<":
             left, right = right, left
         return cls(text, left, right, bool(found["negated"]), measure, method, level)
@@ -115,8 +120,11 @@ def _quantity(name: str, region: str, arm: str | None, config: StudyConfig) -> Q
     analyses = config.analyses
     if region not in REGIONS:
         raise DetourError(f"{name} of {region}: unknown region{nearest(region, REGIONS)}; {', '.join(REGIONS)}")
-    if name == "persistence" and analyses.persistence is None:
-        raise DetourError(f"{name} of {region}: the study has no analyses.persistence")
+    if name == "persistence":
+        if analyses.persistence is None:
+            raise DetourError(f"{name} of {region}: the study has no analyses.persistence")
+        if arm not in (None, analyses.persistence.arm):
+            raise DetourError(f"{name} of {region} in {arm}: analyses.persistence.arm is {analyses.persistence.arm}")
     if name.startswith("drift"):
         if analyses.drift is None:
             raise DetourError(f"{name} of {region}: the study has no analyses.drift")
@@ -133,6 +141,15 @@ def _check_measure(left: str | Quantity, measure: str | None, config: StudyConfi
             raise DetourError(f"on {measure}: a quantity is compared as it is; remove `on {measure}`")
         return
     tasks = [Path(task).stem for task in config.evaluation.tasks] if config.evaluation else []
-    known = [LOSS, *([MEAN, OTHER] if tasks else []), *tasks]
+    known = [LOSS, *([NEEDLE] if config.analyses.needle else []), *([MEAN, OTHER] if tasks else []), *tasks]
     if measure not in known:
         raise DetourError(f"on {measure}: compare arms on one of {', '.join(known)}{nearest(str(measure), known)}")
+
+
+def _check_arm(arm: str | Quantity | float, measure: str | None, config: StudyConfig) -> None:
+    if measure == LOSS and arm == START:
+        raise DetourError(f"on {LOSS}: {START} is not trained, so that it has no final loss")
+    if measure == NEEDLE and arm not in config.analyses.needle.of:
+        raise DetourError(f"on {NEEDLE}: {arm} is not in analyses.needle.of")
+    if measure not in (None, LOSS, NEEDLE) and arm in config.arms and not config.arms[arm].evaluate:
+        raise DetourError(f"on {measure}: {arm} has `evaluate: false`, so that it gets no scores")

@@ -12,10 +12,13 @@ import numpy as np
 from megatron_detour.analysis.drift import ratio_of, regions_of
 from megatron_detour.errors import DetourError
 from megatron_detour.study.records import (
+    LOSS,
+    PARTS,
     START,
     ArmFacts,
     DriftRecord,
     Layers,
+    NeedleRecord,
     PersistenceRecord,
     Record,
     Registration,
@@ -23,6 +26,7 @@ from megatron_detour.study.records import (
     ScoreRecord,
     TransplantRecord,
     VerdictRecord,
+    VersionsRecord,
     read_records,
     read_registration,
 )
@@ -41,7 +45,7 @@ class StudyData:
         """Raises DetourError for missing or damaged files, and for results of arms that are not registered."""
         data = cls(read_registration(folder), read_records(folder))
         known = {*data.registration.arms, START}
-        named = [getattr(record, "arm", START) for record in data.records]
+        named = [getattr(record, key, START) for record in data.records for key in ("arm", "donor", "recipient")]
         if unknown := [arm for arm in named if arm not in known]:
             raise DetourError(f"{folder}: results of {unknown[0]!r}, which is not an arm of the registration")
         depths = {len(table[0]) for record in data.records for table in _tables(record)}
@@ -160,13 +164,31 @@ class StudyData:
         runs = {run.seed: run.loss_before_last_phase if before_last_phase else run.loss for run in self.runs_of(arm)}
         return {seed: loss for seed, loss in runs.items() if loss is not None}
 
-    def loss_difference(self, arm: str) -> Comparison | None:
-        """Compare the final losses with the control's, paired by training seed (nats; below 0 is better)."""
-        own, control = self.losses(arm), self.losses(self.control or "")
+    def figures(self, measure: str, arm: str) -> dict[int, float]:
+        """Return an arm's figures of LOSS or NEEDLE by training seed."""
+        if measure == LOSS:
+            return self.losses(arm)
+        return {seed: record.accuracy for seed, record in self.needles.get(arm, {}).items()}
+
+    def difference_of(self, measure: str, arm: str) -> Comparison | None:
+        """Compare an arm's LOSS or NEEDLE with the control's, paired by training seed. None without pairs."""
+        own, control = (self.figures(measure, each) for each in (arm, self.control or ""))
         shared = [seed for seed in own if seed in control]
         if not shared or arm == self.control:
             return None
         return compare_values([own[seed] for seed in shared], [control[seed] for seed in shared])
+
+    @cached_property
+    def versions(self) -> dict[str, list[str]]:
+        """The versions of each package: the registered one first, then those of the results."""
+        used = {package: own for record in self.of(VersionsRecord) for package, own in record.versions.items()}
+        registered = self.registration.facts.versions
+        return {
+            package: list(
+                dict.fromkeys([*([registered[package]] if package in registered else []), *used.get(package, ())])
+            )
+            for package in [*registered, *(package for package in used if package not in registered)]
+        }
 
     @cached_property
     def verdicts(self) -> dict[str, VerdictRecord | None]:
@@ -190,12 +212,25 @@ class StudyData:
         return {arm: rows for arm in self.arms if (rows := [r for (own, _), r in latest.items() if own == arm])}
 
     @cached_property
+    def needles(self) -> dict[str, dict[int, NeedleRecord]]:
+        """Results of the needle test by arm and training seed."""
+        found: dict[str, dict[int, NeedleRecord]] = {}
+        for record in self.of(NeedleRecord):
+            found.setdefault(record.arm, {})[record.seed] = record
+        return {arm: found[arm] for arm in self.arms if arm in found}
+
+    @cached_property
     def transplants(self) -> dict[tuple[str, str, str], dict[str, dict[int, float]]]:
-        """Scores by (donor, recipient, task), parts and training seed."""
+        """Scores by (donor, recipient, task), parts (in the order of PARTS) and training seed.
+
+        Where `task` is LOSS they are not scores but losses.
+        """
         found: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
-        for record in self.of(TransplantRecord):
-            key = record.donor, record.recipient, record.task
-            found.setdefault(key, {}).setdefault(record.parts, {})[record.seed] = record.score
+        for record in sorted(self.of(TransplantRecord), key=lambda record: PARTS.index(record.parts)):
+            for task, figure in ((record.task, record.score), (LOSS, record.loss)):
+                if figure is not None:
+                    key = record.donor, record.recipient, task
+                    found.setdefault(key, {}).setdefault(record.parts, {})[record.seed] = figure
         return found
 
 

@@ -1,14 +1,16 @@
 """The jobs of a study, in an order in which each follows those that it needs.
 
 A job is a training run, the fine-tuning of one model, or an analysis of one training seed. It can be killed and started
-again at any point. jobs/NAME.json records how it ended.
+again at any point. jobs/NAME.json records how it ended, and under which versions.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megatron_detour.study.plan import Study, StudyRun, run_name
 from megatron_detour.study.records import DONE, START
 
 FAILED, SKIPPED = "failed", "skipped"
+PACKAGES = ("megatron-detour", "torch", "transformers", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def _analyses(study: Study, seed: int) -> Iterator[Job]:
         yield _analysis(study, "persistence", seed, [persistence.arm, persistence.reference], work.persistence)
     if transplants := analyses.transplants:
         yield _analysis(study, "transplants", seed, [transplants.donor, transplants.recipient], work.transplants)
+    if needle := analyses.needle:
+        yield _analysis(study, "needle", seed, list(needle.of), work.needle)
 
 
 def _analysis(
@@ -123,10 +128,19 @@ def record_of(study: Study, job: str) -> dict[str, Any] | None:
     return read_json_object(path) if path.exists() else None
 
 
+def installed_versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):  # of a checkout that was not installed
+            found[package] = version(package)
+    return found
+
+
 def record(study: Study, job: str, **facts: Any) -> None:
     path = _record(study, job)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({"job": job, **facts}, ensure_ascii=False) + "\n")
+    content = {"job": job, **facts, "versions": installed_versions()}
+    write_whole(path, json.dumps(content, ensure_ascii=False) + "\n")
 
 
 def forget_failures(study: Study, jobs: list[Job]) -> None:

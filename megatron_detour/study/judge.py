@@ -11,10 +11,10 @@ import numpy as np
 
 from megatron_detour.errors import DetourError
 from megatron_detour.settings import read
-from megatron_detour.study.criteria import LOSS, MEAN, OTHER, Criterion, Quantity
+from megatron_detour.study.criteria import MEAN, OTHER, Criterion, Quantity
 from megatron_detour.study.data import StudyData, regions, share_kept
 from megatron_detour.study.jobs import write_lines
-from megatron_detour.study.records import REGISTRATION, RESULTS
+from megatron_detour.study.records import LOSS, NEEDLE, REGISTRATION, RESULTS
 from megatron_detour.study.registration import registered
 from megatron_detour.study.results import Line, read_lines
 from megatron_detour.study.schema import StudyConfig
@@ -93,7 +93,7 @@ def _sentence(criterion: Criterion, found: Comparison, p: float | None) -> str:
     interval = "" if low is None else f" ({1 - found.level:.0%} {_shown(criterion, low)} to {_shown(criterion, high)})"
     test = ""
     if p is not None:
-        test = f"; one-sided p = {found.p_claim:.3g}"
+        test = f"; one-sided p = {found.p_above:.3g}"
         test += "" if criterion.negated else f", {p:.3g} after Holm's correction"
     seeds = f"{found.training_seeds} training seed{'' if found.training_seeds == 1 else 's'}"
     return f"{what}: {_shown(criterion, mean)}{_unit(criterion)}{interval}{test}; {seeds}"
@@ -123,8 +123,8 @@ def _compare(criterion: Criterion, config: StudyConfig, data: StudyData) -> Comp
     left, right = criterion.left, criterion.right
     if isinstance(left, Quantity):
         found = _compare_quantities(left, right, config, data, level)
-    elif criterion.measure == LOSS:
-        found = compare_values(*(_by_seed(data, data.losses(arm)) for arm in (left, right)), level=level)
+    elif (measure := criterion.measure) in (LOSS, NEEDLE):
+        found = compare_values(*(_by_seed(data, data.figures(measure, arm)) for arm in (left, right)), level=level)
     else:
         found = _compare_scores(criterion, config, data, level)
     if criterion.level is not None and found.low is None and found.training_seeds == 1:
@@ -164,7 +164,9 @@ def _compare_quantities(
 
 def _quantity(quantity: Quantity, config: StudyConfig, data: StudyData) -> list[float]:
     """Return the quantity per training seed; NaN where missing. Raises DetourError if no seed has it."""
-    layers = regions(data)[quantity.region]
+    layers = regions(data).get(quantity.region)
+    if layers is None:
+        raise DetourError(f"the encoder has no {quantity.region} layers")
     if quantity.name == "persistence":
         records = data.persistence.get(config.analyses.persistence.arm, ())
         found = {record.seed: share_kept(record, layers) for record in records}

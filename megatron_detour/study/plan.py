@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_detour.errors import DetourError, format_faults, nearest
 from megatron_detour.evaluation.finetuning.protocol import Protocol, load_protocol
 from megatron_detour.evaluation.task import Task, load_task
 from megatron_detour.model.families import Family
+from megatron_detour.model_parts import name_layers
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import look, preflight
 from megatron_detour.settings import Faults, read
@@ -23,6 +25,7 @@ from megatron_detour.structured import read_yaml
 from megatron_detour.study.criteria import Criterion
 from megatron_detour.study.records import START
 from megatron_detour.study.schema import Arm, StudyConfig
+from megatron_detour.ui.format import counted
 
 OWN_KEYS = {"name", "folder", "seed", "data.order_seed", "tensorboard"}  # of the run file, which the study sets
 
@@ -92,8 +95,13 @@ class Study:
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
+        """Raises DetourError for a task of another name than its file's, by which criteria know it."""
         evaluation = self.config.evaluation
-        return tuple(load_task(self._beside(name)) for name in evaluation.tasks) if evaluation else ()
+        tasks = tuple(load_task(self._beside(name)) for name in evaluation.tasks) if evaluation else ()
+        for task, file in zip(tasks, evaluation.tasks if evaluation else (), strict=True):
+            if task.name != Path(file).stem:
+                raise DetourError(f"{self.path}: evaluation.tasks: {file} has the name {task.name}; rename the file")
+        return tasks
 
     @cached_property
     def protocol(self) -> Protocol:
@@ -132,9 +140,7 @@ def read_study(path: Path) -> Study:
             runs[-1].refuse()
         except DetourError as fault:
             faults.append(f"arms.{name}: {fault}")
-    persistence = config.analyses.persistence
-    if persistence and not faults and persistence.phase not in [phase.name for phase in base.phases[1:]]:
-        faults.append(f"analyses.persistence.phase: {persistence.phase!r} is no phase after the first")
+    faults += [] if faults else _unlike(config, runs)
     criteria = {}
     for name, text in config.criteria.items():
         try:
@@ -175,12 +181,15 @@ def _check(config: StudyConfig, faults: Faults) -> None:
     if analyses.transplants:
         named |= {f"analyses.transplants.{key}": getattr(analyses.transplants, key) for key in ("donor", "recipient")}
         tasks = [Path(task).stem for task in config.evaluation.tasks] if config.evaluation else []
-        if analyses.transplants.task not in tasks:
+        if analyses.transplants.task not in (None, *tasks):
             faults.add("analyses.transplants.task", f"must be one of evaluation.tasks: {', '.join(tasks) or 'none'}")
-    for part in (analyses.drift, analyses.persistence):
-        for file in part.texts.files if part else ():
-            if not Path(file).is_file():
-                faults.add("analyses", f"texts.files: {file}: no such file")
+    if analyses.needle:
+        named |= {f"analyses.needle.of.{i}": arm for i, arm in enumerate(analyses.needle.of)}
+    if analyses.layers and not (analyses.drift and analyses.drift.noise and analyses.layers.arm in analyses.drift.of):
+        faults.add("analyses.layers", "needs analyses.drift with noise, and layers.arm in its `of`")
+    for file in text_files(config):
+        if not Path(file).is_file():
+            faults.add("analyses", f"{file}: no such file")
     for key, arm in named.items():
         if arm is not None and arm not in config.arms:
             faults.add(key, f"{arm!r} is no arm{nearest(arm, config.arms)}", ["arms"])
@@ -200,6 +209,45 @@ def _run(
     return StudyRun(name, seed, run, _fork(run, earlier))
 
 
+def text_files(config: StudyConfig) -> list[str]:
+    """Return the files of texts that the analyses read."""
+    analyses = config.analyses
+    files = [file for part in (analyses.drift, analyses.persistence) if part for file in part.texts.files]
+    return list(dict.fromkeys([*files, *(analyses.needle.files if analyses.needle else ())]))
+
+
+def _unlike(config: StudyConfig, runs: list[StudyRun]) -> Iterator[str]:
+    """Yield the faults of arms that could not be compared as the study says."""
+    by_arm = {run.arm: run for run in runs}
+    first = runs[0]
+    for arm, run in by_arm.items():
+        if run.config.model != first.config.model:
+            yield f"arms.{arm}: model is not that of {first.arm}; all arms start from one model"
+        if held_out(run.config) != held_out(first.config):
+            yield (
+                f"arms.{arm}: validation.* or data.sequence_length are not those of {first.arm}, so that losses could "
+                "not be compared"
+            )
+    drift, persistence = config.analyses.drift, config.analyses.persistence
+    if drift and drift.noise:
+        noise, reference = (by_arm[arm].config.trajectory() for arm in (drift.noise, drift.reference))
+        if noise["seed"] == reference["seed"] or noise | {"seed": reference["seed"]} != reference:
+            yield f"analyses.drift.noise: {drift.noise} must differ from {drift.reference} in seed_offset alone"
+    if (transplants := config.analyses.transplants) and not transplants.task and not first.config.validation.corpora:
+        yield "analyses.transplants: nothing to judge them by; set task, or validation.corpora in the run file"
+    for arm in (persistence.arm, persistence.reference) if persistence else ():
+        if persistence.phase not in [phase.name for phase in by_arm[arm].plan.phases[1:]]:
+            yield f"analyses.persistence.phase: {persistence.phase!r} is no phase of {arm} after the first"
+
+
+def held_out(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that determine which held-out tokens are masked; losses are comparable if they are equal."""
+    settings = config.to_dict()["validation"]
+    return {key: settings[key] for key in ("corpora", "sequences", "mask_rate", "seed")} | {
+        "sequence_length": config.data.sequence_length
+    }
+
+
 def _flow(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).strip().removesuffix("\n...")
 
@@ -209,11 +257,9 @@ def _layers(key: str, value: Any, depth: int) -> Any:
     if key.rpartition(".")[2] != "freeze" or not isinstance(value, list):
         return value
     regions = thirds(depth)
-    return [_part(regions[each]) if each in regions else each for each in value]
-
-
-def _part(layers: range) -> str:
-    return f"layers.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
+    if empty := [each for each in value if each in regions and not regions[each]]:
+        raise DetourError(f"{key}: a model with {counted(depth, 'layer')} has no {empty[0]} layers")
+    return [name_layers(regions[each]) if each in regions else each for each in value]
 
 
 def _fork(config: RunConfig, earlier: list[StudyRun]) -> Fork | None:

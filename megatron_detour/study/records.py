@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -22,6 +22,9 @@ OUTCOMES = {  # of a criterion, and what each means
     "Not met": "the claim does not hold for these results",
     "Not judged": "the results do not suffice",
 }
+LOSS, NEEDLE = "loss", "needle"  # measures of arms: final validation loss under fixed masks, accuracy on needles
+Parts = Literal["none", "low", "mid", "deep", "attention", "mlp", "all"]  # of a transplant
+PARTS = get_args(Parts)
 Layers = tuple[tuple[float, ...], ...]  # [draws][layers]
 
 
@@ -87,14 +90,33 @@ class PersistenceRecord(Record, frozen=True, kw_only=True, tag="persistence"):
 
 
 class TransplantRecord(Record, frozen=True, kw_only=True, tag="transplant"):
-    """The score (fraction) of a linear probe on `recipient` with these parts of `donor`, between `none` and `all`."""
+    """`recipient` with these parts of `donor`: `none`, `all`, or one between.
+
+    `score` (fraction) is that of a linear probe on `task`, `loss` the validation loss under fixed masks; either may be
+    missing.
+    """
 
     donor: str
     recipient: str
     seed: int
-    task: str
-    parts: str
-    score: float
+    parts: Parts
+    task: str = ""
+    score: float | None = None
+    loss: float | None = None
+
+
+class NeedleRecord(Record, frozen=True, kw_only=True, tag="needle"):
+    """The share of `examples` test questions that a classifier on the frozen [CLS] answers rightly; guessing gives 0.5.
+
+    `by_length` and `by_place` have the shares by tokens and by place in the document.
+    """
+
+    arm: str
+    seed: int
+    accuracy: float
+    examples: int
+    by_length: tuple[tuple[int, float], ...]
+    by_place: tuple[tuple[str, float], ...]
 
 
 class FailureRecord(Record, frozen=True, kw_only=True, tag="failure"):
@@ -103,6 +125,12 @@ class FailureRecord(Record, frozen=True, kw_only=True, tag="failure"):
     job: str
     status: Literal["failed", "skipped"]
     message: str
+
+
+class VersionsRecord(Record, frozen=True, kw_only=True, tag="versions"):
+    """The versions of each package under which jobs were done."""
+
+    versions: dict[str, tuple[str, ...]]
 
 
 class VerdictRecord(Record, frozen=True, kw_only=True, tag="verdict"):
@@ -119,7 +147,8 @@ class VerdictRecord(Record, frozen=True, kw_only=True, tag="verdict"):
     high: float | None = None
 
 
-Result = RunRecord | ScoreRecord | DriftRecord | PersistenceRecord | TransplantRecord | FailureRecord | VerdictRecord
+Analyzed = DriftRecord | PersistenceRecord | TransplantRecord | NeedleRecord
+Result = RunRecord | ScoreRecord | Analyzed | FailureRecord | VersionsRecord | VerdictRecord
 
 
 class ArmFacts(msgspec.Struct, frozen=True):

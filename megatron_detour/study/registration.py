@@ -14,17 +14,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_detour.analysis.drift import draw_texts
+from megatron_detour.analysis.needle_examples import refuse_few
 from megatron_detour.config import flatten
 from megatron_detour.data.manifest import read_manifest
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.examples import read_dataset
+from megatron_detour.evaluation.task_types.classification import Classification
 from megatron_detour.files import file_facts, write_whole
 from megatron_detour.run_directory import start_hash
 from megatron_detour.settings import to_plain
 from megatron_detour.structured import read_json_object
 from megatron_detour.study.forecast import power_statement
-from megatron_detour.study.plan import Study, StudyRun
-from megatron_detour.study.records import FORMAT, REGISTRATION, read_registration
+from megatron_detour.study.jobs import installed_versions
+from megatron_detour.study.plan import Study, StudyRun, held_out, text_files
+from megatron_detour.study.records import FORMAT, REGISTRATION, RESULTS, read_registration
 
 FREE = ("folder", "ranks")  # keys of the study file that change no result
 SHOWN_CHANGES = 8
@@ -37,6 +41,7 @@ def register(study: Study, amend: str | None = None) -> dict[str, Any]:
     """
     path, content = study.folder / REGISTRATION, describe(study)
     if not path.exists():
+        _check_beginning(study)
         now = {"registered": _now(), "sha256": _hash(content), "amendments": []}
         _write(path, {"format": FORMAT} | now | content)
         return registered(study.folder)
@@ -51,7 +56,8 @@ def register(study: Study, amend: str | None = None) -> dict[str, Any]:
             f"{'; '.join(changes[:SHOWN_CHANGES])}{more}. Undo the change, or give --amend 'REASON', which every page "
             "of the study will show"
         )
-    amendments = [*before["amendments"], {"when": _now(), "reason": amend, "changes": changes}]
+    amendment = {"when": _now(), "reason": amend, "changes": changes, "sha256": _hash(content)}
+    amendments = [*before["amendments"], amendment]
     kept = {key: before[key] for key in ("format", "registered", "sha256")}
     _write(path, kept | {"amendments": amendments} | content)
     return registered(study.folder)
@@ -63,9 +69,35 @@ def registered(folder: Path) -> dict[str, Any]:
     path = folder / REGISTRATION
     content = read_json_object(path)
     described = {key: value for key, value in content.items() if key not in _OWN}
-    if not content["amendments"] and _hash(described) != content["sha256"]:
+    latest = (content["amendments"] or [content])[-1]
+    if latest.get("sha256", _hash(described)) != _hash(described):  # earlier versions' amendments have none
         raise DetourError(f"{path}: changed since it was written; restore the file")
     return content
+
+
+def _check_beginning(study: Study) -> None:
+    """Raise DetourError if the study has begun, and for what would stop it only after hours of training."""
+    if begun := [name for name in ("runs", "evaluation", "jobs", RESULTS) if (study.folder / name).exists()]:
+        raise DetourError(
+            f"{study.folder}: has {begun[0]} and no {REGISTRATION}, so that nothing shows what was planned before the "
+            "results; restore the file, or choose another folder"
+        )
+    analyses = study.config.analyses
+    for analysis in filter(None, (analyses.drift, analyses.persistence)):
+        texts = analysis.texts
+        draw_texts([Path(file) for file in texts.files], texts.count, texts.draws)
+    if analyses.needle:
+        refuse_few(analyses.needle.options)
+        if max(analyses.needle.options.lengths) > study.shape.max_positions:
+            raise DetourError(
+                f"analyses.needle.options.lengths: the longest input is {study.shape.max_positions:,} tokens"
+            )
+    if (transplants := analyses.transplants) and transplants.task:
+        task = next(task for task in study.tasks if task.name == transplants.task)
+        if not isinstance(task.kind, Classification):
+            raise DetourError(
+                f"analyses.transplants.task: a probe needs a task of type classification, not {task.type}"
+            )
 
 
 _OWN = ("format", "registered", "sha256", "amendments")
@@ -75,9 +107,9 @@ def describe(study: Study) -> dict[str, Any]:
     """Return everything that determines the study's results and verdicts, as JSON types."""
     plain = to_plain(study.config)
     facts: dict[str, Any] = {"start": start_hash(study.start), "corpora": _corpora(study.runs)}
-    analyses = (study.config.analyses.drift, study.config.analyses.persistence)
-    texts = dict.fromkeys(file for analysis in analyses if analysis for file in analysis.texts.files)
-    facts["texts"] = {file: file_facts(Path(file))["sha256"] for file in texts}
+    facts["versions"] = installed_versions()
+    facts["validation"] = held_out(study.runs[0].config)
+    facts["texts"] = {file: file_facts(Path(file))["sha256"] for file in text_files(study.config)}
     if study.config.evaluation:
         data = Path(study.config.evaluation.data)
         facts["protocol"] = {task.name: asdict(study.protocol.settings(task)) for task in study.tasks}
@@ -119,8 +151,13 @@ def _corpora(runs: tuple[StudyRun, ...]) -> dict[str, Any]:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line per changed setting; what follows from a setting is not listed again."""
+    """Return a line per changed setting; what follows from a setting is not listed again.
+
+    Other versions of packages are no change (the page tells them), nor is a kind of fact that was not registered yet.
+    """
     lines = []
+    known = before["facts"].keys() - {"versions"}
+    before, now = (each | {"facts": {key: each["facts"].get(key) for key in known}} for each in (before, now))
     for part in ("study", "facts", "runs"):
         old, new = dict(flatten(before.get(part), part)), dict(flatten(now.get(part), part))
         lines += [

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.results import read_results
 from megatron_detour.observe.sinks import read_metrics
@@ -18,7 +16,7 @@ from megatron_detour.run_directory import METRICS
 from megatron_detour.structured import parse_json
 from megatron_detour.study.jobs import FAILED, SKIPPED, Job, record_of, write_lines
 from megatron_detour.study.plan import Study, StudyRun, run_name
-from megatron_detour.study.records import RESULTS, START, read_records
+from megatron_detour.study.records import DONE, RESULTS, START, read_records
 
 LOSS = "val_mlm_loss"
 Line = dict[str, Any]
@@ -26,16 +24,18 @@ Line = dict[str, Any]
 
 def collect(study: Study, jobs: list[Job]) -> list[Line]:
     """Write results.jsonl from what the jobs have left so far; return its lines."""
-    lines = [*_runs(study), *_scores(study), *_analyses(study), *_failures(study, jobs)]
+    lines = [*_runs(study), *_scores(study), *_analyses(study), *_failures(study, jobs), *_versions(study, jobs)]
     write_lines(study.folder / RESULTS, lines)
     return lines
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """Raises DetourError for a missing file, or a line that is no result."""
-    if not (folder / RESULTS).is_file():
-        raise DetourError(f"{folder / RESULTS}: no such file; give the folder of a study that has results")
-    return [msgspec.to_builtins(record) for record in read_records(folder)]
+    """Return the results with all their keys. Raises DetourError for a missing file, or a line that is no result."""
+    path = folder / RESULTS
+    if not path.is_file():
+        raise DetourError(f"{path}: no such file; give the folder of a study that has results")
+    read_records(folder)
+    return _lines_of(path)
 
 
 def _runs(study: Study) -> Iterator[Line]:
@@ -85,7 +85,11 @@ def _scores(study: Study) -> Iterator[Line]:
 
 def _analyses(study: Study) -> Iterator[Line]:
     for path in sorted((study.folder / "analyses").glob("*.jsonl")):
-        yield from (parse_json(text, str(path)) for text in path.read_text(encoding="utf-8").splitlines())
+        yield from _lines_of(path)
+
+
+def _lines_of(path: Path) -> list[Line]:
+    return [parse_json(line, str(path)) for line in path.read_bytes().decode().split("\n") if line.strip()]
 
 
 def _failures(study: Study, jobs: list[Job]) -> Iterator[Line]:
@@ -93,3 +97,14 @@ def _failures(study: Study, jobs: list[Job]) -> Iterator[Line]:
         ended = record_of(study, job.name)
         if ended and ended["status"] in (FAILED, SKIPPED):
             yield {"kind": "failure", "job": job.name, "status": ended["status"], "message": ended["message"]}
+
+
+def _versions(study: Study, jobs: list[Job]) -> Iterator[Line]:
+    """Yield the versions of the jobs that are done, none if earlier versions of this project ran them all."""
+    used: dict[str, list[str]] = {}
+    for job in jobs:
+        ended = record_of(study, job.name) or {}
+        for package, version in ended.get("versions", {}).items() if ended.get("status") == DONE else ():
+            used.setdefault(package, []).append(version)
+    if used:
+        yield {"kind": "versions", "versions": {package: sorted(set(own)) for package, own in used.items()}}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from megatron_detour.analysis.drift import COUNT, DRAWS
+from megatron_detour.analysis.layer_choice import THRESHOLD
+from megatron_detour.analysis.needle_examples import DOCUMENTS, NeedleOptions
 from megatron_detour.settings import AnyText, Entries, Range
 
 SEED = Range(least=0, below=2**31)
 SHARE = Range(above=0, below=1)
-COUNT = Range(least=1)
+AT_LEAST_ONE = Range(least=1)
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,15 @@ class Evaluation:
     tasks: Annotated[tuple[str, ...], Entries(least=1, unique=True), "task names, or YAML files"]
     protocol: Annotated[str, "a packaged protocol, or a YAML file"] = "quick"
     set: Annotated[dict[str, Any], "keys of the protocol and their values"] = field(default_factory=dict)
-    seeds: Annotated[int | None, COUNT, "seeds of fine-tuning per task; those of the protocol unless set"] = None
+    seeds: Annotated[int | None, AT_LEAST_ONE, "seeds of fine-tuning per task; those of the protocol unless set"] = None
 
 
 @dataclass(frozen=True)
 class Texts:
     files: Annotated[tuple[str, ...], Entries(least=1), "held-out texts: .jsonl[.gz] or .txt"]
-    count: Annotated[int, Range(least=2), "texts per draw"] = 500
-    draws: Annotated[tuple[Annotated[int, SEED], ...], Entries(least=1, unique=True), "seeds of the draws"] = (
-        42,
-        43,
-        44,
-    )
-    max_tokens: Annotated[int, COUNT, "tokens of a text; longer ones are cut"] = 512
+    count: Annotated[int, Range(least=2), "texts per draw"] = COUNT
+    draws: Annotated[tuple[Annotated[int, SEED], ...], Entries(least=1, unique=True), "seeds of the draws"] = DRAWS
+    max_tokens: Annotated[int, AT_LEAST_ONE, "tokens of a text; longer ones are cut"] = 512
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,29 @@ class PersistenceAnalysis:
 
 @dataclass(frozen=True)
 class TransplantAnalysis:
-    """Parts of one arm's model copied into another's, judged by a linear probe."""
+    """Parts of one arm's model copied into another's, judged by the run's validation loss and by a linear probe."""
 
-    task: Annotated[str, "classification task of the probe"]
+    task: Annotated[str | None, "classification task of the probe; without one the loss alone judges"] = None
     donor: Annotated[str, "arm that gives the parts"] = "detour"
     recipient: Annotated[str, "arm that receives them"] = "control"
+
+
+@dataclass(frozen=True)
+class NeedleAnalysis:
+    """Whether a frozen model's [CLS] tells that a fact is in a long document."""
+
+    files: Annotated[tuple[str, ...], Entries(least=1), "documents in which facts are hidden: .jsonl[.gz] or .txt"]
+    of: Annotated[tuple[str, ...], Entries(least=1, unique=True), "arms to test"] = ("detour", "control")
+    documents: Annotated[int, AT_LEAST_ONE, "documents that are drawn"] = DOCUMENTS
+    options: Annotated[NeedleOptions, "flags of megatron-detour analyze needle"] = field(default_factory=NeedleOptions)
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """Which layers the detour needs, proposed from the drift of this study: the pilot of a further one."""
+
+    arm: Annotated[str, "arm of the drift analysis whose drift decides"] = "detour"
+    threshold: Annotated[float, Range(above=0), "of the drift ratio"] = THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,8 @@ class Analyses:
     drift: Annotated[DriftAnalysis | None, "drift per layer and its ratio to the noise of seeds"] = None
     persistence: Annotated[PersistenceAnalysis | None, "whether the drift outlasts the decay"] = None
     transplants: Annotated[TransplantAnalysis | None, "which layers carry the difference"] = None
+    needle: Annotated[NeedleAnalysis | None, "whether facts in long documents are found"] = None
+    layers: Annotated[LayerAnalysis | None, "which layers could be frozen in a further study"] = None
 
 
 @dataclass(frozen=True)
@@ -110,4 +129,4 @@ class StudyConfig:
     evaluation: Annotated[Evaluation | None, "fine-tuning on downstream tasks"] = None
     analyses: Analyses = field(default_factory=Analyses)
     power: Annotated[Power | None, "for the forecast of what the study could find"] = None
-    ranks: Annotated[int, COUNT, "ranks of a training run"] = 1
+    ranks: Annotated[int, AT_LEAST_ONE, "ranks of a training run"] = 1

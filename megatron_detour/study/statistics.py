@@ -8,7 +8,7 @@ Differences are a - b, positive if a is better. docs/studies.md tells what each 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from typing import Literal
@@ -24,7 +24,6 @@ from megatron_detour.evaluation.report.statistics import (
     bootstrap_means,
     bootstrap_p,
     holm,
-    permuted_differences,
 )
 
 Method = Literal["hierarchical", "finetuning", "bootstrap"]
@@ -42,8 +41,7 @@ class Comparison:
     `p_above` is below `level`.
     If the variance is unknown (a single training seed, or equal values), there are no bounds, and both p are 1.
 
-    `tasks`, `training_seeds` and `cells` (pairs of scores) count what was used. `p_examples` is the one-sided p of the
-    permutation test over test examples, if they were given.
+    `tasks`, `training_seeds` and `cells` (pairs of scores) count what was used.
     """
 
     method: str
@@ -59,12 +57,6 @@ class Comparison:
     tasks: int
     training_seeds: int
     cells: int
-    p_examples: float | None = None
-
-    @property
-    def p_claim(self) -> float:
-        """The p of the claim "above", which must hold on other test examples too if they were given."""
-        return max(self.p_above, self.p_examples or 0.0)
 
 
 @dataclass(frozen=True)
@@ -75,15 +67,6 @@ class Verdict:
     p: float
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Contributions [runs, n, k] of the n test examples of a task to the scores of both arms; see permutation_test."""
-
-    a: np.ndarray
-    b: np.ndarray
-    score: Callable[[np.ndarray], np.ndarray]
-
-
 def compare(
     a: np.ndarray,
     b: np.ndarray,
@@ -91,7 +74,6 @@ def compare(
     *,
     tasks: Tasks = "fixed",
     level: float = LEVEL,
-    examples: Sequence[Examples] = (),
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
@@ -113,10 +95,8 @@ def compare(
     """
     difference = _differences(a, b)
     if method == "bootstrap":
-        found = _bootstrap(difference, level, resamples, seed)
-    else:
-        found = _by_variance(a, b, difference, method, tasks, level)
-    return replace(found, p_examples=_over_examples(examples, resamples, seed)) if examples else found
+        return _bootstrap(difference, level, resamples, seed)
+    return _by_variance(a, b, difference, method, tasks, level)
 
 
 def _by_variance(
@@ -176,11 +156,11 @@ def verdicts(criteria: Sequence[tuple[Comparison, Direction]], unjudged: int = 0
     met if its own p is not: a correction would make that easier to meet. It is weak evidence, as a small study meets it
     too: `at_most` tells which difference remains possible.
     """
-    claims = [comparison.p_claim for comparison, direction in criteria if direction == "above"]
+    claims = [comparison.p_above for comparison, direction in criteria if direction == "above"]
     corrected = iter(holm([*claims, *[1.0] * unjudged]))
     result = []
     for comparison, direction in criteria:
-        p = next(corrected) if direction == "above" else comparison.p_claim
+        p = next(corrected) if direction == "above" else comparison.p_above
         result.append(Verdict((p < comparison.level) == (direction == "above"), p))
     return result
 
@@ -277,15 +257,6 @@ def _bootstrap(difference: np.ndarray, level: float, resamples: int, seed: int) 
     both, one = bootstrap_bounds(means, level / 2), bootstrap_bounds(means, level)
     above, below = bootstrap_p(means)
     return Comparison("bootstrap", mean, *both, *one, min(1.0, 2 * min(above, below)), above, level, 0.0, **used)
-
-
-def _over_examples(tasks: Sequence[Examples], permutations: int, seed: int) -> float:
-    """Return the one-sided p that the mean difference over tasks would hold on other test examples of these tasks."""
-    observed, permuted = 0.0, np.zeros(permutations)
-    for number, task in enumerate(tasks):
-        difference, shuffled = permuted_differences(task.a, task.b, task.score, permutations, seed + number)
-        observed, permuted = observed + difference, permuted + shuffled
-    return (1 + int((permuted >= observed - _EQUAL).sum())) / (permutations + 1)
 
 
 def _numbers(values: Sequence[float], log: bool) -> np.ndarray:

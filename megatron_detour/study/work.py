@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.analysis.drift import Measurement, draw_texts, measure_drift
+import numpy as np
+
+from megatron_detour.analysis.drift import Measurement, draw_texts, rows
 from megatron_detour.analysis.persistence import measure_persistence
 from megatron_detour.checkpoint import store
 from megatron_detour.run_directory import CHECKPOINTS
 from megatron_detour.study.fork import prepare
 from megatron_detour.study.plan import Study, StudyRun
+from megatron_detour.study.records import PARTS
 from megatron_detour.study.schema import Texts
-
-PARTS = ("all", "low", "mid", "deep", "attention", "mlp")  # of a transplant
 
 
 def final_model(run: StudyRun) -> Path:
@@ -66,14 +67,17 @@ def evaluate(study: Study, name: str, model: Path) -> int:
 def drift(study: Study, seed: int) -> list[dict[str, Any]]:
     """Compare each arm with the reference, and the reference with its second run, on the same texts."""
     analysis = study.config.analyses.drift
-    reference = final_model(study.run(analysis.reference, seed))
-    noise = final_model(study.run(analysis.noise, seed)) if analysis.noise else None
     draws, measurement = _draws(analysis.texts)
+
+    def states(arm: str) -> np.ndarray:
+        return measurement.states(final_model(study.run(arm, seed)), draws)
+
+    reference = states(analysis.reference)
+    noise = rows(measurement.divergence(states(analysis.noise), reference)) if analysis.noise else None
     lines = []
     for arm in analysis.of:
-        found = measure_drift(final_model(study.run(arm, seed)), reference, draws, noise, measurement)
         of = {"kind": "drift", "arm": arm, "reference": analysis.reference, "seed": seed}
-        lines.append(of | {"divergence": found.detour, "noise": found.noise})
+        lines.append(of | {"divergence": rows(measurement.divergence(states(arm), reference)), "noise": noise})
     return lines
 
 
@@ -98,28 +102,56 @@ def _phase(run: StudyRun, name: str) -> Any:
 
 
 def transplants(study: Study, seed: int) -> list[dict[str, Any]]:
-    """Probe the recipient, the donor, and the recipient with parts of the donor."""
-    from megatron_detour.analysis.linear_probe import probe
+    """Judge the recipient, the donor, and the recipient with parts of the donor."""
     from megatron_detour.analysis.transplants import transplant
 
     analysis = study.config.analyses.transplants
     donor, recipient = (final_model(study.run(arm, seed)) for arm in (analysis.donor, analysis.recipient))
-    task = next(task for task in study.tasks if task.name == analysis.task)
     folder = study.folder / "transplants" / f"s{seed}"
-    of = {
-        "kind": "transplant",
-        "donor": analysis.donor,
-        "recipient": analysis.recipient,
-        "seed": seed,
-        "task": task.name,
-    }
-    lines = [of | {"parts": "none", "score": probe(recipient, task, Path(study.config.evaluation.data))}]
-    for part in PARTS:
-        output = folder / part
-        shutil.rmtree(output, ignore_errors=True)
-        transplant(donor, recipient, [part], output)
-        lines.append(of | {"parts": part, "score": probe(output, task, Path(study.config.evaluation.data))})
-        shutil.rmtree(output)
+    of = {"kind": "transplant", "donor": analysis.donor, "recipient": analysis.recipient, "seed": seed}
+    lines = []
+    for parts in PARTS:
+        if parts in ("none", "all"):
+            figures = _judged(study, recipient if parts == "none" else donor)
+        else:
+            output = folder / parts
+            shutil.rmtree(output, ignore_errors=True)
+            transplant(donor, recipient, [parts], output)
+            figures = _judged(study, output)
+            shutil.rmtree(output)
+        lines.append(of | {"task": analysis.task or "", "parts": parts} | figures)
+    return lines
+
+
+def _judged(study: Study, model: Path) -> dict[str, float]:
+    """Return a model's score by linear probe and its loss under the fixed masks, as far as the study has them."""
+    from megatron_detour.analysis.held_out_loss import MLM_LOSS, held_out_figures
+    from megatron_detour.analysis.linear_probe import probe
+
+    figures = {}
+    if name := study.config.analyses.transplants.task:
+        task = next(task for task in study.tasks if task.name == name)
+        figures["score"] = probe(model, task, Path(study.config.evaluation.data))
+    run = study.runs[0].config  # all have the same validation
+    if run.validation.corpora:
+        figures["loss"] = held_out_figures(model, run)[MLM_LOSS]
+    return figures
+
+
+def needle(study: Study, seed: int) -> list[dict[str, Any]]:
+    """Ask each arm about the same facts in the same documents."""
+    from megatron_detour.analysis.needle import measure_needle
+
+    analysis = study.config.analyses.needle
+    files, options = [Path(file) for file in analysis.files], analysis.options
+    (documents,) = draw_texts(files, analysis.documents, (options.seed,), fewer=True)
+    lines = []
+    for arm in analysis.of:
+        found = measure_needle(final_model(study.run(arm, seed)), documents, options)
+        figures: dict[str, Any] = {"accuracy": found.all.accuracy, "examples": found.all.examples}
+        for key, rates in (("by_length", found.by_length), ("by_place", found.by_place)):
+            figures[key] = [[part, rate.accuracy] for part, rate in rates.items()]
+        lines.append({"kind": "needle", "arm": arm, "seed": seed} | figures)
     return lines
 
 

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_detour.config import RunConfig
 from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.files import retry
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.objectives import KINDS, REFERENCE, Corruption
+from megatron_detour.parallel.state import ParallelState
 from megatron_detour.tokenizer.token_bytes import byte_lengths
+from megatron_detour.tokenizer.vocabulary import Vocabulary
 from megatron_detour.training.run import Run
 
 UNIGRAM_TOKENS = 20_000_000  # sampled from each corpus for its unigram distribution
@@ -24,22 +27,35 @@ UNIGRAM_TOKENS = 20_000_000  # sampled from each corpus for its unigram distribu
 class Validation:
     """Documents of the first `validation.sequences` x `data.sequence_length` tokens, masked by `validation.seed`."""
 
-    def __init__(self, run: Run) -> None:
-        config, vocabulary = run.config, run.initial.checked.vocabulary
+    def __init__(
+        self,
+        config: RunConfig,
+        vocabulary: Vocabulary,
+        tokenizer_file: Path,
+        micro_tokens: int,
+        state: ParallelState,
+        device: torch.device,
+    ) -> None:
         settings = config.validation
         self.mixture = DocumentMixture(settings.corpora, config.data.sequence_length, settings.seed, vocabulary)
-        self.seed = settings.seed
-        self.micro_tokens = min(phase.micro_sequences * phase.sequence_length for phase in run.plan.phases)
+        self.seed, self.micro_tokens, self.state, self.device = settings.seed, micro_tokens, state, device
         self.objectives: dict[str, Corruption] = {
             name: kind.for_validation(settings.mask_rate).bind(vocabulary)
             for name, kind in KINDS.items()
             if all(getattr(vocabulary, role) is not None for role in kind.special_tokens)
         }
-        self.bytes_of = byte_lengths(run.initial.tokenizer_file, vocabulary)
-        self.state, self.device = run.parallel, run.device
+        self.bytes_of = byte_lengths(tokenizer_file, vocabulary)
         self.documents = self.mixture.documents(0, settings.sequences * config.data.sequence_length)
         names = _names(self.mixture.prefixes)
         self.by_corpus = {name: self.documents[self.documents.corpora == i] for i, name in enumerate(names)}
+
+    @classmethod
+    def from_run(cls, run: Run) -> Validation:
+        micro_tokens = min(phase.micro_sequences * phase.sequence_length for phase in run.plan.phases)
+        initial = run.initial
+        return cls(
+            run.config, initial.checked.vocabulary, initial.tokenizer_file, micro_tokens, run.parallel, run.device
+        )
 
     def __call__(self, model: LanguageModel) -> dict[str, float]:
         """Return losses (nats per labeled token), bits per byte and masked accuracy over all corpora.
@@ -69,7 +85,8 @@ class Validation:
             out = model(*batch.to(self.device).arguments)
             counts = totals.new_tensor([out.labeled, covered])
             totals += torch.cat([torch.stack([out.cross_entropy.double(), out.right.double()]), counts])
-        dist.all_reduce(totals, group=self.state.data_group)
+        if self.state.data_group:
+            dist.all_reduce(totals, group=self.state.data_group)
         return totals.cpu().numpy()
 
     def unigram_loss(self, training: DocumentMixture, weights: list[float]) -> float:

@@ -105,6 +105,21 @@ def test_probe(analyze, place):
     assert "most frequent label" in printed
 
 
+def test_loss(analyze, place, good_run):
+    (place / "held_out.yaml").write_text(yaml.safe_dump(good_run))
+    printed = analyze("loss --model control other=detour --run held_out.yaml --output loss.json")
+    content = json.loads((place / "loss.json").read_text())
+    assert list(content["models"]) == ["control", "other"] and content["validation"]["sequences"] == 8
+    for name, figures in content["models"].items():
+        row = next(line.split() for line in printed.splitlines() if line.startswith(name))
+        assert float(row[1]) == pytest.approx(figures["val_mlm_loss"], abs=1e-4)
+        assert float(row[3]) == pytest.approx(figures["val_clm_loss"], abs=1e-4)
+    assert content["models"]["control"] != content["models"]["other"]
+    with pytest.raises(DetourError, match=r"run small: no validation\.corpora"):
+        (place / "blind.yaml").write_text(yaml.safe_dump(good_run | {"validation": {}}))
+        analyze("loss --model control --run blind.yaml --output x.json")
+
+
 def test_needle(analyze, place):
     printed = analyze(
         "needle --model control --corpus texts.jsonl --lengths 224 --examples 42 --language fr --output needle.json"
@@ -126,6 +141,7 @@ def test_layers(analyze, drift_file, place, good_run):
     printed = analyze(f"layers --drift made_up.json {words} --run run.yaml --run-output new.yaml")
     found = json.loads((place / "layers.json").read_text())
     assert found["freeze"] == ["layers.3-4"] and found["gradients"].keys() == {"clm", "mlm"}
+    assert "arm      proposed: {set: {phases.detour.freeze: [layers.3-4]}}" in printed
     assert "freeze   [layers.3-4]" in printed and "Layers 0 to 2 drift 9 to 9 times" in " ".join(printed.split())
     old, new = load(place / "run.yaml"), load(place / "new.yaml")
     assert new.phases[0].freeze == ("layers.3-4",) and new.phases[1] == old.phases[1]
@@ -150,7 +166,7 @@ def test_layers(analyze, drift_file, place, good_run):
         ("layers --drift no.json --output x.json", r"--drift no\.json: no such file"),
         ("layers --drift texts.jsonl --output x.json", "invalid JSON"),
         ("layers --drift control/config.json --output x.json", "not a result of megatron-detour analyze drift"),
-        ("layers --drift no.json --run run.yaml --output x.json", "--run and --run-output go together"),
+        ("layers --drift no.json --run-output y.yaml --output x.json", "--run-output requires --run"),
         ("persistence --reference control --checkpoints detour --corpus texts.jsonl --output x", "give TOKENS="),
     ],
 )

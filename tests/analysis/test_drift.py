@@ -14,16 +14,20 @@ from megatron_detour.analysis.cka import linear_cka
 from megatron_detour.analysis.drift import (
     Drift,
     Measurement,
-    divergence,
     draw_texts,
     measure_drift,
     thirds,
 )
 from megatron_detour.analysis.hidden_states import Encoder, first_pool, mean_states
-from megatron_detour.analysis.persistence import Persistence, find_decay, measure_persistence
+from megatron_detour.analysis.persistence import find_decay, measure_persistence
 from megatron_detour.errors import DetourError
 from tests.analysis.twins import write_twin
 from tests.conftest import sentences, write_jsonl
+
+
+def divergence(a, b, draws, measurement=None):
+    measurement = measurement or Measurement()
+    return measurement.divergence(measurement.states(a, draws), measurement.states(b, draws))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +178,9 @@ def test_persistence_along_checkpoints(models, texts, tmp_path):
     np.testing.assert_allclose(result.divergence[1], divergence(models["detour"], models["control"], draws), atol=1e-9)
     assert result.regions()["all"] == pytest.approx([each.mean() for each in result.mean])
     assert (result.mean[1] > result.mean[0]).all() and result.sd.shape == (2, 5)
-    assert Persistence.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False))) == result
+    written = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert written["divergence"][1][0] == list(result.divergence[1][0])
+    assert written["summary"]["regions"] == result.regions()
 
 
 def test_checkpoints_tell_their_tokens(tmp_path):
@@ -194,8 +200,7 @@ def test_checkpoints_tell_their_tokens(tmp_path):
             find_decay([words])
 
 
-def test_results_of_other_kinds_are_refused(models):
-    for kind in (Drift, Persistence):
-        for content in ({}, {"detour": [[1], [1, 2]], "noise": None}, {"tokens": [1], "divergence": []}):
-            with pytest.raises(DetourError, match="not a result of"):
-                kind.from_json(content)
+def test_results_of_other_kinds_are_refused():
+    for content in ({}, {"detour": [[1], [1, 2]], "noise": None}, {"tokens": [1], "divergence": []}):
+        with pytest.raises(DetourError, match="not a result of"):
+            Drift.from_json(content)

@@ -26,12 +26,12 @@ def drift_of(divergence, noise):
 
 
 def by_ratio(*ratio):
-    return drift_of([0.01 * each for each in ratio], [0.01] * len(ratio))
+    return drift_of([0.01 * each for each in ratio], [0.01] * len(ratio)).ratio
 
 
 def test_the_papers_figures_name_the_papers_layers():
     drift = drift_of(PAPER, NOISE)
-    proposal = propose(drift)
+    proposal = propose(drift.ratio)
     assert (proposal.first, proposal.last, proposal.freeze) == (0, 7, ("layers.8-21",))
     assert proposal.reason == (
         "layers 0 to 7 drift 4.5 to 47 times as far as two seeds of the control do, the others 1.1 to 1.2 times"
@@ -74,7 +74,7 @@ def test_a_drift_without_ratios_is_refused():
         (drift_of([0.0, 0.2], [0.1, 0.1]), "two of the models are the same"),
     ):
         with pytest.raises(DetourError, match=why):
-            propose(drift)
+            propose(drift.ratio)
     with pytest.raises(DetourError, match="a model with 2 layers"):
         propose(by_ratio(3, 1), {"clm": [0.2, 0.3, 0.5]})
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_detour.analysis.hidden_states import Encoder
-from megatron_detour.analysis.needle import NeedleOptions, Rate, build_classifier, measure_needle, train_classifier
-from megatron_detour.analysis.needle_examples import PLACES, Needle, make_needles, splits
+from megatron_detour.analysis.needle import Rate, build_classifier, measure_needle, train_classifier
+from megatron_detour.analysis.needle_examples import PLACES, Needle, NeedleOptions, make_needles, splits
 from megatron_detour.analysis.needle_facts import LEXICONS, TEMPLATES, Fact, draw_fact, other_fact, slots_of
 from megatron_detour.errors import DetourError
 from tests.analysis.twins import write_twin
@@ -34,8 +34,8 @@ def documents():
 
 
 def make(model, documents, **changes):
-    options = {"language": "en", "lengths": LENGTHS, "count": 240, "seed": 1} | changes
-    return make_needles(AutoTokenizer.from_pretrained(model), documents, **options)
+    options = NeedleOptions(**{"language": "en", "lengths": LENGTHS, "examples": 240, "seed": 1} | changes)
+    return make_needles(AutoTokenizer.from_pretrained(model), documents, options)
 
 
 @pytest.mark.parametrize("language", TEMPLATES)
@@ -104,7 +104,7 @@ def test_examples_depend_on_the_seed_alone(model, documents):
 
 def test_what_makes_no_examples_is_refused(model, documents):
     for changes, why in (
-        ({"count": 83}, "give at least 84"),
+        ({"examples": 83}, "give at least 84"),
         ({"lengths": (40,)}, "do not hold a question"),
         ({"lengths": (100_000,)}, "the documents have .* tokens, fewer than"),
     ):

@@ -58,7 +58,10 @@ def registration(**changes: Any) -> Line:
             "seeds": list(SEEDS),
             "criteria": CRITERIA,
             "evaluation": {"tasks": list(TASKS), "protocol": "quick"},
-            "analyses": {"drift": {"reference": "control", "texts": {"count": 500, "draws": [42, 43, 44]}}},
+            "analyses": {
+                "drift": {"reference": "control", "texts": {"count": 500, "draws": [42, 43, 44]}},
+                "layers": {"arm": "detour", "threshold": 2.0},
+            },
         },
         "arms": {arm: {"phases": own, "about": "one page of causal text first" if arm == "detour" else ""}
                  for arm, (own, _) in ARMS.items()},
@@ -138,8 +141,20 @@ def analyses() -> list[Line]:
         for parts, score in {"none": 0.60, "low": 0.61, "mid": 0.63, "deep": 0.60, "attention": 0.62, "mlp": 0.64,
                              "all": 0.66}.items():  # fmt: skip
             lines.append({"kind": "transplant", "donor": "detour", "recipient": "control", "seed": seed, "task": "hoc",
-                          "parts": parts, "score": score + rng.normal(0, 0.004)})  # fmt: skip
+                          "parts": parts, "score": score + rng.normal(0, 0.004), "loss": 5 * (1 - score)})  # fmt: skip
     return lines
+
+
+def needles() -> list[Line]:
+    """The detour is right by 12 points more often, the second control by 0 to 2."""
+    right = {"detour": 0.62, "control": 0.5, "control_b": 0.5}
+    return [
+        {"kind": "needle", "arm": arm, "seed": seed, "accuracy": share + 0.01 * number * (arm == "control_b"),
+         "examples": 225, "by_length": [[512, share + 0.02], [1024, share - 0.02]],
+         "by_place": [["start", share], ["middle", share], ["end", share]]}
+        for arm, share in right.items()
+        for number, seed in enumerate(SEEDS)
+    ]  # fmt: skip
 
 
 def verdicts() -> list[Line]:
@@ -163,6 +178,6 @@ def make_study(
     """Write a study with the results that `keep` keeps, by default all; `changes` are of the registration."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "registration.json").write_text(json.dumps(registration(**changes)))
-    lines = [*runs(), *scores(), *analyses(), *verdicts()] if lines is None else lines
+    lines = [*runs(), *scores(), *analyses(), *needles(), *verdicts()] if lines is None else lines
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if keep(line)))
     return folder

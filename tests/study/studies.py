@@ -28,6 +28,7 @@ def write_study(folder: Path, corpus: Any, **changes: Any) -> Path:
     run = yaml.safe_load(write_run_file(folder / "run.yaml", corpus.prefix, corpus.tokenizer).read_text())
     run["deepspeed"] = str(Path(__file__).parents[2] / "ds_configs" / "zero2_fp32_cpu.json")
     run["phases"][1]["freeze"] = []
+    run["model"]["config"]["max_position_embeddings"] = 256  # tokens that hold a needle
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     content = {
         "name": "tiny",

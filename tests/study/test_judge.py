@@ -25,14 +25,14 @@ def study(**criteria: str) -> StudyConfig:
         "arms": {"detour": {}, "control": {}, "frozen": {}},
         "seeds": SEEDS,
         "evaluation": {"data": "tasks", "tasks": TASKS},
-        "analyses": {"drift": {"texts": TEXTS, "noise": "control"}, "persistence": {"texts": TEXTS}},
+        "analyses": {"drift": {"texts": TEXTS, "noise": "control"}, "persistence": {"texts": TEXTS}, "needle": TEXTS},
         "criteria": criteria,
     }
     return read(StudyConfig, content, "")
 
 
-def verdicts_of(config: StudyConfig, lines: list[dict]) -> list[dict]:
-    facts = {"format": 1, "name": "", "registered": "", "sha256": "", "depth": 6, "study": to_plain(config)}
+def verdicts_of(config: StudyConfig, lines: list[dict], depth: int = 6) -> list[dict]:
+    facts = {"format": 1, "name": "", "registered": "", "sha256": "", "depth": depth, "study": to_plain(config)}
     registration = msgspec.convert(facts | {"arms": {arm: {"phases": []} for arm in config.arms}}, Registration)
     return judge(config, StudyData(registration, [msgspec.convert(line, Result) for line in lines]))
 
@@ -101,11 +101,30 @@ def test_ratios_and_persistence_are_of_regions():
     assert verdicts["loss"]["mean"] == pytest.approx(0.5)
 
 
+def test_needles_are_compared_in_points():
+    of = {"kind": "needle", "examples": 225, "by_length": [], "by_place": []}
+    lines = [
+        of | {"arm": arm, "seed": seed, "accuracy": share + 0.01 * seed * (arm == "detour")}
+        for arm, share in (("detour", 0.6), ("control", 0.5))
+        for seed in SEEDS
+    ]
+    config = study(finds="detour > control on needle, p < 0.05")
+    (verdict,) = verdicts_of(config, lines)
+    assert verdict["met"] and verdict["mean"] == pytest.approx(0.12)
+    assert verdict["sentence"].startswith("detour minus control: +12.0 points (95%")
+
+
 def test_a_single_training_seed_is_not_judged_either_way():
     lines = [line for line in scores(np.random.default_rng(1), 0.1) if line["seed"] == 1]
     for verdict in verdicts_of(study(helps=HELPS, loses=LOSES), lines):
         assert verdict["met"] is None
         assert verdict["sentence"].startswith("not judged: a single training seed")
+
+
+def test_a_region_that_a_shallow_model_lacks_is_not_judged():
+    config = study(deep="drift of deep > 0.1, p < 0.05")
+    (verdict,) = verdicts_of(config, [], depth=2)
+    assert verdict["sentence"] == "not judged: the encoder has no deep layers"
 
 
 def test_a_failed_arm_is_not_judged_but_told():

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from megatron_detour.errors import DetourError
+from megatron_detour.evaluation.finetuning.protocol import FinetuneSettings
+from megatron_detour.settings import settings_of
 from megatron_detour.study.data import StudyData, decay_sweeps
 from megatron_detour.study.page import write_page
 from megatron_detour.study.page.analysis_tables import best_budget
 from megatron_detour.study.page.methods import latex
+from megatron_detour.study.page.tables import SETTINGS
 from megatron_detour.study.statistics import compare
 from tests.study.made_up import (
     ARMS,
@@ -36,8 +39,8 @@ from tests.study.made_up import (
 PLOTS = ["differences", "curves", "drift", "drift_ratio", "persistence", "decay_sweep", "transplants"]
 HEADINGS = [
     "The arms", "Scores on tasks", "Differences from the control", "Validation loss", "Drift",
-    "Drift beyond the noise of seeds", "Persistence", "Decay sweep", "Transplants", "Everything that was run",
-    "Data and settings", "Methods",
+    "Drift beyond the noise of seeds", "Persistence", "Decay sweep", "Transplants", "Needle in a haystack",
+    "Layer choice", "Everything that was run", "Data and settings", "Methods",
 ]  # fmt: skip
 
 
@@ -154,7 +157,7 @@ def test_drift_persistence_and_transplants(complete):
     drifts = [line for line in analyses() if line["kind"] == "drift" and line["arm"] == "detour"]
     ratios = [np.mean(line["divergence"], 0)[:3].mean() / np.mean(line["noise"], 0)[:3].mean() for line in drifts]
     section = (complete / "study.md").read_text().split("## Drift\n")[1]
-    low = next(line for line in section.splitlines() if line.startswith("| detour | low (0–2)"))
+    low = next(line for line in section.splitlines() if line.startswith("| detour | low (0-2)"))
     assert low.split(" | ")[4] == f"{np.exp(np.mean(np.log(ratios))):.2f}"
     drawn = rows(complete, "drift_ratio")
     assert len(drawn) == 2 * len(SEEDS) * DEPTH
@@ -164,15 +167,65 @@ def test_drift_persistence_and_transplants(complete):
     given = {(x["parts"], x["seed"]): x["score"] for x in analyses() if x["kind"] == "transplant"}
     ends = {part: np.mean([given[part, seed] for seed in SEEDS]) for part in ("none", "mlp", "all")}
     share = 100 * (ends["mlp"] - ends["none"]) / (ends["all"] - ends["none"])
-    assert table(complete, "Transplants")["mlp"][1] == f"{share:+.0f}%"
-    assert {(row["parts"], int(row["seed"])): float(row["score_percent"]) / 100
-            for row in rows(complete, "transplants")} == pytest.approx(given)  # fmt: skip
+    by_score, by_loss = (line for line in (complete / "study.md").read_text().splitlines() if line.startswith("| mlp"))
+    assert f" | {share:+.0f}% | 3 |" in by_score and by_loss == "| mlp | 1.8000 ± 0.0000 | +67% | 3 |"
+    drawn = {measure: {(row["parts"], int(row["seed"])): float(row["percent_or_nats"])
+                       for row in rows(complete, "transplants") if row["measure"] == measure}
+             for measure in ("hoc", "loss")}  # fmt: skip
+    assert drawn["hoc"] == pytest.approx({key: 100 * score for key, score in given.items()})
+    assert drawn["loss"]["low", 17] == pytest.approx(5 * 0.39)
+
+
+def test_transplants_of_earlier_versions_have_no_loss(tmp_path):
+    lines = [{key: value for key, value in line.items() if key != "loss"} for line in analyses()]
+    folder = make_study(tmp_path, [line for line in lines if line["kind"] == "transplant"])
+    write_page(folder)
+    assert {row["measure"] for row in rows(folder, "transplants")} == {"hoc"}
+
+
+def test_settings_are_in_words(complete):
+    section = (complete / "study.md").read_text().split("**Fine-tuning settings**")[1]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    assert rows[0] == ["Setting", "ncbi\\_disease, chemprot, pubmedqa", "hoc"]
+    assert rows[2:] == [["learning rate", "5e-05", "5e-05"], ["passes over the training examples", "10", "20"]]
+
+
+def test_every_setting_of_fine_tuning_has_words():
+    names = {setting.name for setting in settings_of(FinetuneSettings)}
+    assert SETTINGS.keys() <= names
+    assert {name for name in names if "_" in name} - SETTINGS.keys() == {"learning_rate", "weight_decay"}
+
+
+def test_needles_and_layers(complete):
+    shown = table(complete, "Needle in a haystack")
+    assert shown["Arm"][2:7] == ["512 tokens", "1,024 tokens", "at the start", "at the middle", "at the end"]
+    assert shown["detour"] == ["62.0", "+12.0", "64.0", "60.0", "62.0", "62.0", "62.0", "3"]
+    assert shown["control"][1] == "–" and shown["control_b"][:2] == ["51.0 (48.5 to 53.5)", "+1.0"]
+    text = (complete / "study.md").read_text().replace("\\", "")
+    assert "answers 225 questions, which alone moves its accuracy by up to ±6.5 points" in text
+    shown = table(complete, "Layer choice")
+    assert list(shown)[2:] == ["17", "18", "19", "all, by geometric means"]
+    ratio = drift_ratio(analyses())
+    needed = np.flatnonzero(ratio > 2)
+    assert shown["all, by geometric means"] == [
+        f"{needed[0]}-{needed[-1]}", f"{ratio[needed].min():.2f} to {ratio[needed].max():.2f}",
+        f"layers.{needed[-1] + 1}-{DEPTH - 1}",
+    ]  # fmt: skip
+    arm = f"proposed: {{set: {{phases.detour.freeze: [layers.{needed[-1] + 1}-{DEPTH - 1}]}}}}"
+    assert f"As an arm of a further study: {arm}" in text
+
+
+def drift_ratio(lines):
+    """The geometric mean over seeds of the detour's ratios, [layers]."""
+    found = [line for line in lines if line["kind"] == "drift" and line["arm"] == "detour"]
+    ratios = [np.mean(line["divergence"], 0) / np.mean(line["noise"], 0) for line in found]
+    return np.exp(np.mean(np.log(ratios), 0))
 
 
 def test_methods_and_latex(complete):
     methods = (complete / "study" / "methods.txt").read_text()
     for fact in ("8 layers with 20.3M parameters", "7 arms", "3 training seeds each (17, 18, 19)", "21 of 21 runs",
-                 "detour (8M tokens of CLM, then 800k tokens of MLM, 15% masked)",
+                 "7 arms (detour, control, control_b,", "5e0c7a000000…)",
                  "the start model and 7 arms were fine-tuned",
                  "4 tasks: ncbi_disease (entity F1)", f"{len(scores())} fine-tunings",
                  "500 held-out texts in 3 draws", "4 criteria were registered on 2026-11-29", "Holm"):  # fmt: skip
@@ -200,7 +253,7 @@ def test_without_evaluation_and_earlier_files_are_removed(tmp_path):
     write_page(make_study(tmp_path))
     folder = make_study(tmp_path, keep=lambda line: line["kind"] in ("run", "drift"))
     write_page(folder)
-    absent = {"Scores on tasks", "Differences from the control", "Persistence", "Transplants"}
+    absent = {"Scores on tasks", "Differences from the control", "Persistence", "Transplants", "Needle in a haystack"}
     assert headings(folder) == [heading for heading in HEADINGS if heading not in absent]
     left = {path.stem for path in (folder / "study").iterdir()}
     assert left == {"curves", "drift", "drift_ratio", "decay_sweep", "methods"}
@@ -284,6 +337,18 @@ def test_amendments_stand_before_the_results(complete, tmp_path):
     assert '<div class="amended">' not in (complete / "study.html").read_text()
 
 
+def test_other_versions_than_the_registered_are_told(complete, tmp_path):
+    assert "other versions" not in (complete / "study.md").read_text()
+    used = {"kind": "versions", "versions": {"torch": ["2.13.0", "2.14.0"], "deepspeed": ["0.18"]}}
+    folder = make_study(tmp_path, [*runs(), used])
+    html = words(write_page(folder))
+    text = (folder / "study.md").read_text().replace("\\", "")
+    for page in (html, text):
+        assert "under other versions than were registered: torch 2.14.0 instead of 2.13.0." in page
+        assert page.index("other versions") < page.index("The arms")
+    assert "Versions: megatron_detour 1.0, torch 2.13.0 and 2.14.0, deepspeed 0.18." in text
+
+
 def test_a_sweep_is_of_arms_that_differ_in_the_last_phase_only(complete):
     data = StudyData.read(complete)
     assert decay_sweeps(data) == [["decay_3", "detour", "decay_30"]]  # not control_b, which differs by its seeds
@@ -334,7 +399,7 @@ def test_plots_follow_the_dark_mode_of_the_page(complete):
     ("line", "why"),
     [
         ('{"kind": "run", "arm"', "line 2: not a result of a study: "),
-        ('{"kind": "needle", "arm": "detour"}', "line 2: not a result of a study: Invalid value 'needle'"),
+        ('{"kind": "thread", "arm": "detour"}', "line 2: not a result of a study: Invalid value 'thread'"),
         ('{"kind": "score", "arm": "detour", "seed": 17}', "line 2: not a result of a study: Object missing required"),
         ('{"kind": "failure", "job": "x", "status": "odd", "message": ""}', "Invalid enum value 'odd'"),
         (json.dumps(analyses()[0] | {"divergence": [[0.1, 0.2], [0.1]]}), "draws of different numbers of layers"),

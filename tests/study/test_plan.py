@@ -69,16 +69,28 @@ def test_jobs_follow_what_they_need(study_file):
         ({"arms": {"start": {}}}, "arms.start: must be letters"),
         ({"arms": ARMS | {"x": {"set": {"phases.detour.tokns": 1}}}}, "arms.x: .*unknown key"),
         ({"arms": ARMS | {"x": {"set": {"phases.detour.freeze": ["layers.7"]}}}}, "arms.x: .*layers.7"),
+        ({"arms": ARMS | {"x": {"set": {"validation.sequences": 3}}}}, "arms.x: validation.* are not those of detour"),
+        ({"arms": ARMS | {"x": {"set": {"model.config.hidden_size": 64}}}}, "arms.x: model is not that of detour"),
         ({"criteria": {"a": "detour better than control"}}, "criteria.a: .* is not a criterion"),
         ({"criteria": {"a": "detuor > control on loss"}}, r"criteria.a: .*did you mean 'detour'"),
         ({"criteria": {"a": "detour > control"}}, "criteria.a: on None: compare arms on one of loss"),
         ({"criteria": {"a": "detour > control on loss, p < 2"}}, "criteria.a: p < 2: the level"),
         ({"criteria": {"a": "detour > control on loss by magic"}}, "by magic: unknown test"),
+        (
+            {"criteria": {"a": "detour > control on loss by bootstrap"}},
+            "by bootstrap: a choice for tasks only; loss has",
+        ),
+        ({"criteria": {"a": "drift of low > 1 by finetuning"}}, "by finetuning: a choice for tasks only; a quantity"),
+        ({"criteria": {"a": "detour > control2 on mean of tasks"}}, "control2 has `evaluate: false`"),
+        ({"criteria": {"a": "detour < start on loss"}}, "start is not trained"),
         ({"criteria": {"a": "persistence of low > 1"}}, "the study has no analyses.persistence"),
         ({"criteria": {"a": "drift of bottom > 1"}}, "unknown region"),
         ({"criteria": {"a": "drift of low > detour"}}, "compare two arms, two quantities, or a quantity with a number"),
         ({"analyses": {"drift": {"texts": {"files": ["nothing.jsonl"]}}}}, "nothing.jsonl: no such file"),
         ({"analyses": {"transplants": {"task": "hoc"}}}, "transplants.task: must be one of evaluation.tasks: small"),
+        ({"analyses": {"needle": {"files": ["x"], "of": ["detuor"]}}}, r"needle\.of\.0: 'detuor' is no arm"),
+        ({"analyses": {"layers": {}}}, "analyses.layers: needs analyses.drift with noise"),
+        ({"criteria": {"a": "detour > control on needle"}}, "criteria.a: on needle: compare arms on one of loss, mean"),
         ({"arms": ARMS | {"x": {"set": {"seed": 3}}}}, "arms.x.set: seed is set by the study"),
         ({"seeds": [1, 1]}, "seeds: must be a list without repetitions"),
         ({"analyses": {"drift": {"texts": {"files": ["x"]}, "noise": "none"}}}, "drift.noise: 'none' is no arm"),
@@ -87,6 +99,43 @@ def test_jobs_follow_what_they_need(study_file):
 def test_faults_name_their_key(corpus, tmp_path, changes, message):
     with pytest.raises(DetourError, match=message):
         read_study(write_study(tmp_path, corpus, **changes))
+
+
+@pytest.mark.parametrize(
+    ("noise", "changes"),
+    [("detour", {}), ("other", {"control": 0.2, "seed_offset": 5}), ("other", {"control": 0.3})],
+)
+def test_noise_is_of_the_seed_alone(corpus, tmp_path, noise, changes):
+    drift = {"texts": {"files": [str(corpus.jsonl)], "count": 20}, "noise": noise}
+    with pytest.raises(DetourError, match=f"{noise} must differ from control in seed_offset alone"):
+        read_study(write_study(tmp_path, corpus, arms=ARMS | {"other": changes}, analyses={"drift": drift}))
+
+
+def test_needles_are_a_measure_of_the_arms_that_have_them(corpus, tmp_path):
+    needle = {"files": [str(corpus.jsonl)], "of": ["detour", "control2"]}
+    criteria = {"finds": "detour > control2 on needle, p < 0.05", "other": "detour > control on needle"}
+    with pytest.raises(DetourError, match=r"criteria\.other: on needle: control is not in analyses\.needle\.of"):
+        read_study(write_study(tmp_path, corpus, evaluation=None, analyses={"needle": needle}, criteria=criteria))
+    del criteria["other"]
+    study = read_study(write_study(tmp_path, corpus, evaluation=None, analyses={"needle": needle}, criteria=criteria))
+    job = next(job for job in jobs_of(study) if job.name == "needle/s2")
+    assert job.needs == ("train/detour-s2", "train/control2-s2")
+
+
+def test_a_shallow_model_has_no_deep_layers(corpus, tmp_path):
+    arms = {"detour": {}, "frozen": {"set": {"phases.detour.freeze": ["deep"]}}}
+    path = write_study(tmp_path, corpus, arms=arms, analyses={}, criteria={})
+    run = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    run["model"]["config"]["num_hidden_layers"] = 2
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    with pytest.raises(DetourError, match=r"arms\.frozen: .*freeze: a model with 2 layers has no deep layers"):
+        read_study(path)
+
+
+def test_a_phase_must_be_one_of_the_arms(corpus, tmp_path):
+    persistence = {"texts": {"files": [str(corpus.jsonl)], "count": 20}, "phase": "decai"}
+    with pytest.raises(DetourError, match="'decai' is no phase of detour after the first"):
+        read_study(write_study(tmp_path, corpus, analyses={"persistence": persistence}, criteria={}))
 
 
 def test_no_study_file(tmp_path):

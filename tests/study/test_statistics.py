@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 
 from megatron_detour.errors import DetourError
-from megatron_detour.evaluation.report.statistics import holm, permutation_test
+from megatron_detour.evaluation.report.statistics import holm
 from megatron_detour.study.power import Luck, power
-from megatron_detour.study.statistics import Comparison, Examples, compare, compare_values, complete_block, verdicts
+from megatron_detour.study.statistics import Comparison, compare, compare_values, complete_block, verdicts
 from tests.study import false_alarms
 
 STUDIES = 200
@@ -148,33 +148,6 @@ def test_arms_without_a_pair_are_refused():
         compare(a[:, :, :1], b[:, :, :1], "finetuning")
     with pytest.raises(ValueError, match="must be"):
         compare(a[0], b[0])
-
-
-# ------------------------------------------------------------------------------------------------ test examples
-
-
-def accuracy(totals: np.ndarray) -> np.ndarray:
-    return totals[..., 0] / totals[..., 1]
-
-
-def test_of_one_task_examples_are_permuted_as_in_a_report():
-    rng = np.random.default_rng(0)
-    a, b = ((rng.random((3, 60)) < share).astype(float) for share in (0.8, 0.6))
-    a, b = (np.stack([each, np.ones_like(each)], -1) for each in (a, b))
-    two_sided = permutation_test(a, b, accuracy, 9999).p
-    own = compare(*arms(10), examples=[Examples(a, b, accuracy)], resamples=9999)
-    assert own.p_examples == pytest.approx(two_sided / 2, abs=0.01)
-    back = compare(*arms(10), examples=[Examples(b, a, accuracy)], resamples=9999)
-    assert back.p_examples > 0.9 and back.p_claim == back.p_examples
-
-
-def test_tasks_are_permuted_apart():
-    """One deciding example in each of two tasks: both keep their side in a quarter of the permutations."""
-    right, wrong = (np.array([[[float(answer), 1.0]]]) for answer in (1, 0))
-    task = Examples(right, wrong, accuracy)
-    own = compare(*arms(11), examples=[task, task], resamples=9999)
-    assert own.p_examples == pytest.approx(0.25, abs=0.02)
-    assert own.p_claim == max(own.p_above, own.p_examples)
 
 
 # ------------------------------------------------------------------------------------------------ one number a seed

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_detour.commands.main import main
+from megatron_detour.study.records import PARTS
 from megatron_detour.study.results import read_lines
 from tests.harness import environment, slow
 from tests.study.studies import ARMS, write_study
@@ -35,7 +37,8 @@ def write_small_study(folder: Path, corpus: Any) -> Path:
     arms = {name: ARMS[name] for name in ("detour", "control")}
     texts = {"files": [str(corpus.jsonl)], "count": 20, "draws": [1, 2]}
     criteria = {"drifts": "drift of all > 0.01", "loss": "control > detour on loss"}
-    analyses = {"drift": {"texts": texts}, "persistence": {"texts": texts}}
+    needle = {"files": [str(corpus.jsonl)], "options": {"lengths": [224], "examples": 42, "learning_rate": 1e-3}}
+    analyses = {"drift": {"texts": texts}, "persistence": {"texts": texts}, "transplants": {}, "needle": needle}
     return write_study(folder, corpus, seeds=[1], arms=arms, evaluation=None, criteria=criteria, analyses=analyses)
 
 
@@ -47,6 +50,30 @@ def whole(corpus, tmp_path_factory) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "registered" in done.stdout
     return figures(path.parent / "study")
+
+
+def test_transplants_of_nothing_and_all_have_the_losses_of_the_runs(whole):
+    final = {line["arm"]: line["loss"] for line in whole if line["kind"] == "run"}
+    losses = {line["parts"]: line["loss"] for line in whole if line["kind"] == "transplant"}
+    assert losses.keys() == set(PARTS)
+    assert (losses["none"], losses["all"]) == (
+        pytest.approx(final["control"], rel=1e-5),
+        pytest.approx(final["detour"], rel=1e-5),
+    )
+    assert len(set(losses.values())) == len(PARTS)
+
+
+def test_results_say_their_versions(whole):
+    (line,) = [line for line in whole if line["kind"] == "versions"]
+    assert line["versions"]["torch"] == [version("torch")]
+
+
+def test_needles_are_of_each_arm(whole):
+    found = {line["arm"]: line for line in whole if line["kind"] == "needle"}
+    assert list(found) == ["detour", "control"]
+    for line in found.values():
+        assert line["examples"] == 6 and line["by_length"] == [[224, line["accuracy"]]]
+        assert [place for place, _ in line["by_place"]] == ["start", "middle", "end"]
 
 
 @pytest.mark.parametrize("kills", [1, slow(10)])

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from megatron_detour.model.families import read_shape
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.objectives import CausalLM, MaskedLM
 from megatron_detour.parallel.state import ParallelState
-from megatron_detour.plan import Plan
 from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.training.validation import Validation
 from tests.conftest import build, sentences, write_jsonl
@@ -47,19 +45,8 @@ def model_of(tokenizer: Path) -> LanguageModel:
 def validation(tokenizer: Path, corpora: tuple[Corpus, ...], state: ParallelState | None = None) -> Validation:
     config = run_config(1)
     settings = dataclasses.replace(config.validation, corpora=corpora, sequences=12)
-    vocabulary = load_vocabulary(tokenizer)
-    config = dataclasses.replace(config, validation=settings)
-    checked, file = SimpleNamespace(vocabulary=vocabulary), find_tokenizer(tokenizer)
-    initial = SimpleNamespace(checked=checked, tokenizer_file=file)
-    state, plan = state or ParallelState(), Plan.from_config(config)
-    run = SimpleNamespace(config=config, plan=plan, initial=initial, parallel=state, device=torch.device("cpu"))
-    return Validation(run)
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """One process, whose sums are those of all ranks."""
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+    config, vocabulary = dataclasses.replace(config, validation=settings), load_vocabulary(tokenizer)
+    return Validation(config, vocabulary, find_tokenizer(tokenizer), 50, state or ParallelState(), torch.device("cpu"))
 
 
 def test_losses_and_bytes_are_those_of_the_definition(corpus, tokenizer_folder):

@@ -197,19 +197,6 @@ def permutation_test(
     The test conditions on the fine-tuned models: it tells whether the difference would hold on other examples of this
     kind, not with other seeds. Source: approximate randomization (Noreen 1989; Yeh 2000).
     """
-    observed, differences = permuted_differences(a, b, score, permutations, seed)
-    count = 1 + int((np.abs(differences) >= abs(observed) - _ROUNDING).sum())
-    return Permutation(observed, count / (permutations + 1))
-
-
-def permuted_differences(
-    a: np.ndarray,
-    b: np.ndarray,
-    score: Callable[[np.ndarray], np.ndarray],
-    permutations: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, np.ndarray]:
-    """Return the difference that permutation_test judges, and those [permutations] after the swaps of examples."""
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 3 or a.shape != b.shape:
         raise ValueError(f"contributions must both be [seeds, n, k], not {a.shape} and {b.shape}")
@@ -229,7 +216,9 @@ def permuted_differences(
         shift[:, columns] = swaps @ change
         shift = shift.reshape(-1, seeds, width)
         differences.append((score(totals_a + shift) - score(totals_b - shift)).mean(-1))
-    return observed, np.concatenate(differences)
+    differences = np.concatenate(differences)
+    count = 1 + int((np.abs(differences) >= abs(observed) - _ROUNDING).sum())
+    return Permutation(observed, count / (permutations + 1))
 
 
 def _coins(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:

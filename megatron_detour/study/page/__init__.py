@@ -9,7 +9,8 @@ from megatron_detour.study.data import StudyData
 from megatron_detour.study.page import tables
 from megatron_detour.study.page.methods import latex_table, methods_paragraph
 from megatron_detour.study.page.plots import Plot, draw_all
-from megatron_detour.study.page.sections import Section, could_find, sections, state, verdict
+from megatron_detour.study.page.sections import Section, could_find, other_versions, sections, state, verdict
+from megatron_detour.study.records import REGISTRATION
 from megatron_detour.text import markdown, visible
 from megatron_detour.ui.figures import png, svg_file
 from megatron_detour.ui.page import Picture, render
@@ -73,9 +74,11 @@ def _page(data: StudyData, shown: list[Section], pictures: dict[str, Picture], m
         TEMPLATE,
         Path(__file__).parent,
         registration=data.registration,
+        versions=data.versions,
         verdict=verdict(data),
         verdicts=judged,
         remarks=table.remarks,
+        other_versions=other_versions(data),
         state=state(data),
         could_find=could_find(data),
         registered=registered(data),
@@ -87,10 +90,11 @@ def _page(data: StudyData, shown: list[Section], pictures: dict[str, Picture], m
 
 
 def registered(data: StudyData) -> str:
-    """Return when the study was registered, and under which hash, in a sentence."""
+    """Return when the study was registered, and how its hash begins, in a sentence."""
     found = data.registration
     when = found.registered.replace("T", " ").replace("Z", " UTC")
-    return f"Registered {when}, before the first result, with the SHA-256 {found.sha256}."
+    digits = f"SHA-256 {found.sha256[: tables.DIGITS]}…, in full in {REGISTRATION}"
+    return f"Registered {when}, before the first result ({digits})."
 
 
 def _markdown(data: StudyData, shown: list[Section], plots: dict[str, Plot], methods: str) -> str:
@@ -98,13 +102,14 @@ def _markdown(data: StudyData, shown: list[Section], plots: dict[str, Plot], met
     parts = [f"# {markdown(registration.name)}", markdown(registration.about), f"**{markdown(verdict(data))}**"]
     judged = tables.verdicts_table(data)
     parts += [judged.markdown(), *map(markdown, judged.remarks)] if judged.rows else []
-    parts += [markdown(registered(data)), _amendments_text(data), markdown(state(data))]
+    parts += [markdown(registered(data)), _amendments_text(data)]
+    parts += [markdown(other_versions(data)), markdown(state(data))]
     parts += [f"What the study could find: {markdown(sentence)}" for sentence in [could_find(data)] if sentence]
     for section in shown:
         parts += [f"## {markdown(section.title)}", markdown(section.reading), *_section_text(section, plots)]
     parts += ["## Methods", markdown(methods)]
-    if registration.facts.versions:
-        named = ", ".join(f"{name} {version}" for name, version in registration.facts.versions.items())
+    if data.versions:
+        named = ", ".join(f"{package} {' and '.join(own)}" for package, own in data.versions.items())
         parts.append(f"Versions: {markdown(named)}.")
     return "\n\n".join(filter(None, parts)) + "\n"
 

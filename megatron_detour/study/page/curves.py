@@ -36,10 +36,10 @@ def draw_curves(data: StudyData) -> Plot | None:
             _draw(axes, own, arm, look_of(data, arm))
         style_axes(axes, "y")
         axes.xaxis.set_major_formatter(lambda value, _: compact(value))
-        label_axes(axes, "", "loss (nats)")
+        label_axes(axes, "", "nats per masked token")
     panels[1].set_xlim(0, edge)
     _enlarge(panels[2], data, curves, edge)
-    label_axes(panels[2], "tokens trained", "loss (nats)")
+    label_axes(panels[2], "tokens trained", "nats per masked token")
     rows: list[tuple[Cell, ...]] = [
         (arm, run.seed, tokens, "" if loss is None else loss)
         for arm in curves
@@ -47,9 +47,9 @@ def draw_curves(data: StudyData) -> Plot | None:
         for tokens, loss in run.curve
     ]
     caption = (
-        "Lower is better at the end; in a causal phase the MLM loss rises, since another objective is trained. Top: "
-        "the phases of each arm, colored by objective. Thick: the mean over training seeds; faint: each seed. The "
-        "lower panel enlarges the last phases."
+        "The loss of predicting masked words, whatever an arm is trained for: it rises in a phase of CLM, which trains "
+        "another task. What counts is where a curve ends: lower is better. Bars: the phases of each arm. Thick lines: "
+        "means over training seeds; faint ones: each seed. The lower panel enlarges the last phases."
     )
     headers = ("arm", "seed", "tokens", "mlm_loss")
     return Plot("curves", "Loss curves of all arms", caption, finish(figure, panels[:2]), headers, rows)

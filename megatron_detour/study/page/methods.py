@@ -6,8 +6,8 @@ import re
 
 from megatron_detour.evaluation.report.tables import metric_words
 from megatron_detour.study.data import StudyData
-from megatron_detour.study.page.tables import phase_words, scores_table
-from megatron_detour.study.records import START, ScoreRecord
+from megatron_detour.study.page.tables import DIGITS, scores_table
+from megatron_detour.study.records import LOSS, START, ScoreRecord
 from megatron_detour.text import visible
 from megatron_detour.ui.format import compact, counted
 from megatron_detour.ui.tables import ABSENT
@@ -21,7 +21,7 @@ _LATEX = {
 
 def methods_paragraph(data: StudyData) -> str:
     """Return how the study was done, in sentences whose every figure is in the registration or the results."""
-    sentences = [_pretraining(data), _arms(data), _corpora(data), _evaluation(data), _analyses(data), _tests(data)]
+    sentences = [_pretraining(data), _corpora(data), _evaluation(data), _analyses(data), _tests(data)]
     return visible(" ".join(filter(None, sentences)))
 
 
@@ -29,21 +29,17 @@ def _pretraining(data: StudyData) -> str:
     registration, seeds = data.registration, data.seeds
     start = registration.facts.start
     # of the configuration and each file of weights; None for a model of the Hub, and for random weights
-    origin = f"one start model (SHA-256 {', '.join(part[:12] for part in start.split('-'))})" if start else "one start"
+    hashes = ", ".join(part[:DIGITS] for part in (start or "").split("-"))
+    origin = f"one start model (SHA-256 of its files: {hashes}…)" if start else "one start"
     sizes = {run.parameters for run in data.runs.values() if run.parameters}
     size = f" with {compact(sizes.pop())} parameters" if len(sizes) == 1 else ""
     return (
         f"We pretrained an encoder of {counted(registration.depth, 'layer')}{size} from {origin} in "
-        f"{counted(len(data.arms), 'arm')} with {counted(len(seeds), 'training seed')} each "
-        f"({', '.join(map(str, seeds))}); a seed determines the order of the data and the masks, so that arms are "
-        "paired by it."
+        f"{counted(len(data.arms), 'arm')} ({', '.join(data.arms)}; see the table of arms) with "
+        f"{counted(len(seeds), 'training seed')} each ({', '.join(map(str, seeds))}); a seed determines the order of "
+        f"the data and the masks, so that arms are paired by it. At the time of writing {len(data.finished)} of "
+        f"{len(data.arms) * len(seeds)} runs have finished."
     )
-
-
-def _arms(data: StudyData) -> str:
-    described = [f"{arm} ({', then '.join(map(phase_words, facts.phases))})" for arm, facts in data.arms.items()]
-    done = f"{len(data.finished)} of {len(data.arms) * len(data.seeds)} runs have finished"
-    return f"The arms were {'; '.join(described)}. At the time of writing {done}."
 
 
 def _corpora(data: StudyData) -> str:
@@ -81,19 +77,24 @@ def _analyses(data: StudyData) -> str:
         )
     if data.persistence:
         parts.append("Persistence is the same divergence of the checkpoints of a phase from the reference before it.")
+    if data.needles:
+        parts.append(
+            "In the needle test a classifier of two layers on the frozen [CLS] tells whether a made-up fact is in a "
+            "document."
+        )
     if data.transplants:
-        parts.append("Transplants copy parameter blocks of one model into its twin, judged by a linear probe.")
+        tasks = dict.fromkeys(task for *_, task in data.transplants)
+        judges = " and ".join("the validation loss" if task == LOSS else f"a linear probe on {task}" for task in tasks)
+        parts.append(f"Transplants copy parameter blocks of one model into its twin, judged by {judges}.")
     return " ".join(parts)
 
 
 def _tests(data: StudyData) -> str:
-    registration = data.registration
-    criteria = counted(len(data.verdicts), "criterion").replace("criterions", "criteria")
-    changes = (
-        counted(len(registration.amendments), "later amendment") if registration.amendments else "no later amendment"
-    )
+    registration, amendments = data.registration, len(data.registration.amendments)
+    criteria = "1 criterion was" if len(data.verdicts) == 1 else f"{len(data.verdicts)} criteria were"
+    changes = counted(amendments, "later amendment") if amendments else "no later amendment"
     return (
-        f"The {criteria} were registered on {registration.registered[:10]} (SHA-256 {registration.sha256[:12]}), with "
+        f"{criteria} registered on {registration.registered[:10]} (SHA-256 {registration.sha256[:DIGITS]}…), with "
         f"{changes}. Unless a criterion names another test, arms are compared by Student's t over the paired "
         "differences of training seeds, and the p of all claims of a difference is corrected by Holm's method."
     )

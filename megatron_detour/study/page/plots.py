@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_detour.evaluation.report.statistics import Spread
 from megatron_detour.study.data import StudyData, decay_sweeps, last_tokens, regions
+from megatron_detour.study.records import LOSS
 from megatron_detour.text import visible
 from megatron_detour.ui.colors import AXIS, INK, PAGE, SOFT
 from megatron_detour.ui.figures import add_legend, appearance, style_axes
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 WIDTH = 9.2  # inches, like the plots of other pages
 LONGEST_ARM, LEGEND_WIDTH = 34, 112  # characters
-PARTS = ("none", "low", "mid", "deep", "attention", "mlp", "all")
 Cell = str | int | float
 
 
@@ -215,26 +215,26 @@ def draw_transplants(data: StudyData) -> Plot | None:
     figure, panels = new_figure("Parts copied from the donor", 0.7 + sum(heights), len(heights), **options)
     rows: list[tuple[Cell, ...]] = []
     for axes, ((donor, recipient, task), found) in zip(panels, data.transplants.items(), strict=True):
-        parts = sorted(found, key=lambda x: (PARTS.index(x) if x in PARTS else len(PARTS), x))
-        for row, part in enumerate(parts):
-            scores = {seed: 100 * score for seed, score in found[part].items()}
-            mean = float(np.mean(list(scores.values())))
+        scale = 1 if task == LOSS else 100
+        for row, (part, figures) in enumerate(found.items()):
+            values = [scale * figure for figure in figures.values()]
             dots = {"marker": "o", "markersize": 3.4, "linestyle": "none", "alpha": 0.6, "color": SOFT}
-            axes.plot(list(scores.values()), [row + 0.2] * len(scores), **dots)
-            look = look_of(data, donor if part == "all" else recipient)
+            axes.plot(values, [row + 0.2] * len(values), **dots)
+            look, mean = look_of(data, donor if part == "all" else recipient), float(np.mean(values))
             axes.plot([mean], [row], marker="D", markersize=6, linestyle="none", color=look["color"])
             if part in ("none", "all"):
                 axes.axvline(mean, color=AXIS, linestyle=":", linewidth=1.2, zorder=0.9)
-            rows += [(donor, recipient, task, part, seed, score) for seed, score in scores.items()]
-        name_rows(axes, [_part_label(part, donor, recipient) for part in parts])
+            rows += [(donor, recipient, task, part, *each) for each in zip(figures, values, strict=True)]
+        name_rows(axes, [_part_label(part, donor, recipient) for part in found])
         style_axes(axes, "x")
-        label_axes(axes, f"score of a linear probe on {shortened(task, LONGEST_ARM)} (%)")
+        score = f"score of a linear probe on {shortened(task, LONGEST_ARM)} (%; right is better)"
+        label_axes(axes, "MLM loss on held-out text (nats per masked token; left is better)" if task == LOSS else score)
     caption = (
-        "Each row is the recipient with these parts of the donor. A part that carries the difference moves the score "
+        "Each row is the recipient with these parts of the donor. A part that carries the difference moves the diamond "
         "from the dotted line of the recipient to that of the donor. Diamonds: means over training seeds; dots: "
         "single seeds."
     )
-    headers = ("donor", "recipient", "task", "parts", "seed", "score_percent")
+    headers = ("donor", "recipient", "measure", "parts", "seed", "percent_or_nats")
     return Plot("transplants", "Transplants", caption, figure, headers, rows)
 
 

@@ -91,10 +91,26 @@ def _analyses(data: StudyData) -> Iterator[Section]:
     found = [analysis_tables.transplant_table(data, key) for key in data.transplants]
     yield Section(
         "Transplants",
-        "Parts of the donor are copied into the recipient: those that move the score towards the donor's carry the "
-        "difference. Shares of the gap say little where the gap itself is small or uncertain.",
+        "Parts of the donor are copied into the recipient: those that move the score or the loss toward the donor's "
+        "carry the difference. Shares of it say little where it is small or uncertain itself. The loss is that of "
+        "the validation above.",
         found,
         "transplants",
+    )
+    yield Section(
+        "Needle in a haystack",
+        "How often a classifier on the frozen [CLS] tells whether a given fact is in a long document: guessing gives "
+        "50%.",
+        [analysis_tables.needle_table(data)],
+    )
+    arm = analysis_tables.proposed_arm(data)
+    yield Section(
+        "Layer choice",
+        "The range of layers that as a whole most exceeds "
+        f"{data.setting('analyses', 'layers', 'threshold')} times the noise of seeds is proposed as what the detour "
+        "needs. This is a rule's proposal, to be tested in a further study, and no result.",
+        [analysis_tables.proposals_table(data)],
+        remarks=[arm] * bool(arm),
     )
 
 
@@ -154,6 +170,17 @@ def state(data: StudyData) -> str:
     if failed:
         return f"{done}; {counted(failed, 'job')} failed or {'was' if failed == 1 else 'were'} skipped."
     return f"{done}, and no job failed." if len(data.finished) == planned else f"{done}."
+
+
+def other_versions(data: StudyData) -> str:
+    """Return which results were made under other versions than the registered ones, in a sentence; nothing if none."""
+    registered = data.registration.facts.versions
+    changed = [
+        f"{package} {' and '.join(own[1:])} instead of {own[0]}"
+        for package, own in data.versions.items()
+        if package in registered and len(own) > 1
+    ]
+    return f"Some results were made under other versions than were registered: {', '.join(changed)}." if changed else ""
 
 
 def could_find(data: StudyData) -> str:

@@ -12,12 +12,13 @@ from megatron_detour.evaluation.report.tables import interval_words, metric_word
 from megatron_detour.objectives import read_objective
 from megatron_detour.study.data import StudyData, last_tokens, task_means
 from megatron_detour.study.power import luck
-from megatron_detour.study.records import OUTCOMES, START, FailureRecord, ScoreRecord, VerdictRecord
+from megatron_detour.study.records import LOSS, OUTCOMES, START, FailureRecord, ScoreRecord, VerdictRecord
 from megatron_detour.study.statistics import Comparison
 from megatron_detour.ui.format import compact, counted, duration, frozen_words
 from megatron_detour.ui.tables import ABSENT, Entry, Table
 
 STATES = {True: "Met", False: "Not met", None: "Not judged"}  # of a verdict without an outcome
+DIGITS = 12  # of a hash in prose; the registration has all
 NOT_YET = "There is no verdict yet."
 
 
@@ -42,7 +43,7 @@ def outcome(verdict: VerdictRecord | None) -> str:
 def arms_table(data: StudyData) -> Table:
     rows = []
     for arm, facts in data.arms.items():
-        phases = ", then ".join(phase_words(phase) for phase in facts.phases)
+        phases = ", then ".join(_phase_words(phase) for phase in facts.phases)
         if offset := data.setting("arms", arm, "seed_offset"):
             phases += f"; masks by another seed (+{offset})"
         rows.append([Entry(arm, bold=arm == data.control), facts.about or _about(data, arm), phases])
@@ -62,7 +63,7 @@ def _about(data: StudyData, arm: str) -> str:
     return "; ".join(parts) or "the base run file"
 
 
-def phase_words(phase: dict[str, Any]) -> str:
+def _phase_words(phase: dict[str, Any]) -> str:
     """Return e.g. ``1M tokens of MLM, 15% masked``."""
     objective = read_objective(phase).describe() if phase.get("objective") else "training"
     frozen = f" ({frozen_words(phase)} frozen)" if phase.get("freeze") else ""
@@ -139,7 +140,7 @@ def losses_table(data: StudyData) -> Table:
     rows = []
     for arm in data.arms:
         if own := data.losses(arm):
-            found = data.loss_difference(arm)
+            found = data.difference_of(LOSS, arm)
             row = [Entry(arm, bold=arm == data.control), loss_words(own.values()), str(len(own))]
             row += [loss_words(data.losses(arm, before_last_phase=True).values())]
             rows.append(
@@ -199,7 +200,7 @@ def failures_table(data: StudyData) -> Table:
 def corpora_table(data: StudyData) -> Table:
     corpora = data.registration.facts.corpora
     rows = [
-        [prefix, compact(corpus.tokens), f"{corpus.documents:,}", corpus.sha256[:16]]
+        [prefix, compact(corpus.tokens), f"{corpus.documents:,}", corpus.sha256[:DIGITS]]
         for prefix, corpus in corpora.items()
     ]
     return Table(["Corpus", "Tokens", "Documents", "SHA-256, first digits"], rows, "lrrl", title="Corpora")
@@ -213,9 +214,44 @@ def protocol_table(data: StudyData) -> Table:
         groups.setdefault(repr(settings), []).append(task)
     columns = [(", ".join(tasks), protocol[tasks[0]]) for tasks in groups.values()]
     keys = dict.fromkeys(key for _, settings in columns for key in settings)
-    rows = [[key, *(_plain(settings.get(key)) for _, settings in columns)] for key in keys]
+    used = [key for key in keys if any(settings.get(key) is not None for _, settings in columns)]
+    rows = [[_setting(key), *(_plain(settings.get(key)) for _, settings in columns)] for key in used]
     return Table(["Setting", *(tasks for tasks, _ in columns)], rows, "l", title="Fine-tuning settings")
 
 
+SETTINGS = {  # of fine-tuning, in words, where the name alone does not say it
+    "batch": "examples per step",
+    "max_length": "longest text (tokens)",
+    "epochs": "passes over the training examples",
+    "validate_every": "steps between validations",
+    "head_learning_rate": "learning rate of the head",
+    "warmup": "warm-up (share of the steps)",
+    "schedule": "learning rate after the warm-up",
+    "clip": "largest gradient norm",
+    "pooling": "what represents a text",
+    "head": "classifier",
+    "ner_head": "classifier of named entities",
+    "select_by": "validation metric that selects the epoch",
+    "by_length": "batches of texts of similar length",
+    "train_examples": "training examples, at most",
+    "dev_examples": "validation examples, at most",
+}
+VALUES = {
+    "True": "yes",
+    "False": "no",
+    "mean": "mean of its tokens",
+    "cls": "[CLS]",
+    "transformers": "that of transformers",
+    "tokens": "a label for each token",
+    "span": "a label for each span",
+}
+
+
+def _setting(key: str) -> str:
+    return SETTINGS.get(key, key.replace("_", " "))
+
+
 def _plain(value: Any) -> str:
-    return ABSENT if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return ABSENT
+    return f"{value:g}" if isinstance(value, float) else VALUES.get(str(value), str(value))
