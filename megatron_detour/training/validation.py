@@ -14,7 +14,7 @@ from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.files import retry
 from megatron_detour.model.encoder import LanguageModel
-from megatron_detour.objectives import KINDS, REFERENCE, Corruption
+from megatron_detour.objectives import KINDS, REFERENCE, Corruption, validated
 from megatron_detour.tokenizer.token_bytes import byte_lengths
 from megatron_detour.training.run import Run
 
@@ -32,7 +32,7 @@ class Validation:
         self.micro_tokens = min(phase.micro_sequences * phase.sequence_length for phase in run.plan.phases)
         self.objectives: dict[str, Corruption] = {
             name: kind.for_validation(settings.mask_rate).bind(vocabulary)
-            for name, kind in KINDS.items()
+            for name, kind in validated(phase.objective for phase in run.plan.phases).items()
             if all(getattr(vocabulary, role) is not None for role in kind.special_tokens)
         }
         self.bytes_of = byte_lengths(run.initial.tokenizer_file, vocabulary)
