@@ -24,7 +24,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.files import write_whole
 from megatron_detour.model.choose import choose_compute, run_sizes
 from megatron_detour.model.families import read_shape
-from megatron_detour.objectives import KINDS
+from megatron_detour.objectives import validated
 from megatron_detour.observe import meter
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.settings import Choice, Faults, Flag, Range, validate
@@ -46,7 +46,7 @@ Positive = Annotated[int, Range(above=0)]
 class Measurement:
     size: Annotated[str, Choice(SIZES), "model size"] = "base"
     layers: Annotated[Positive | None, "override the number of layers"] = None
-    objective: Annotated[str, Choice(sorted(KINDS))] = "mlm"
+    objective: Annotated[str, Choice(sorted(validated()))] = "mlm"
     mask_rate: Annotated[float, Range(above=0, below=1), "mask rate of MLM"] = 0.3
     dtype: Annotated[str, Choice(DTYPES)] = "bf16"
     corpus: Annotated[str | None, Flag("PREFIX"), "read documents from this corpus instead of generating them"] = None
@@ -74,7 +74,9 @@ class Measurement:
 class Settings(Measurement):
     """Measurements in turn."""
 
-    objective: Annotated[tuple[Annotated[str, Choice(sorted(KINDS))], ...], "one or more, measured in turn"] = ("mlm",)
+    objective: Annotated[tuple[Annotated[str, Choice(sorted(validated()))], ...], "one or more, measured in turn"] = (
+        "mlm",
+    )
     dtype: Annotated[tuple[Annotated[str, Choice(DTYPES)], ...], "one or more"] = ("bf16",)
     json: Annotated[Path | None, "write all results here"] = None
 

@@ -124,8 +124,12 @@ class Plan:
 
     @property
     def micro_batches(self) -> list[tuple[int, int, bool]]:
-        """The sequence length, sequences of a micro-batch and direction of attention of each phase."""
-        return [(phase.sequence_length, phase.micro_sequences, phase.objective.causal) for phase in self.phases]
+        """The sequence length, sequences of a micro-batch and directions of attention of each phase."""
+        return [
+            (phase.sequence_length, phase.micro_sequences, part.causal)
+            for phase in self.phases
+            for _, part in phase.objective.parts()
+        ]
 
     def with_micro_sequences(self, chosen: dict[str, int]) -> Plan:
         """Return the plan with these sequences per micro-batch, by phase. They do not affect the schedule."""

@@ -7,13 +7,13 @@ devices, kernels, each other, the checkpoint to resume. This module does not imp
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights, adjusted_config
-from megatron_detour.config import Model, RunConfig
+from megatron_detour.config import Model, Phase, RunConfig
 from megatron_detour.config.deepspeed import check_deepspeed_config, is_bf16
 from megatron_detour.data.integrity import open_corpus
 from megatron_detour.errors import DetourError, format_faults
@@ -23,6 +23,7 @@ from megatron_detour.model_parts import layers_of
 from megatron_detour.objectives import REFERENCE, Objective
 from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, stand_in
+from megatron_detour.tokenizer.entities import Entities
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
@@ -34,7 +35,7 @@ class Preflight:
     model: Model | None = None  # the run file's, or a checkpoint that replaces it if it is missing
     shape: Family | None = None
     vocabulary: Vocabulary | None = None
-    words: Words | None = None  # None also if no phase masks whole words
+    words: Words | None = None  # None also if no phase needs word boundaries
     deepspeed: dict[str, Any] | None = None  # the content of the DeepSpeed file
     faults: tuple[str, ...] = ()
     note: str = ""  # the origin of the shape, if not the model itself
@@ -70,25 +71,20 @@ def preflight(
 
 def check_model(config: RunConfig, plan: Plan) -> Preflight:
     """Check model and tokenizer, and whether the run file fits them."""
-    kinds = {type(phase.objective) for phase in plan.phases}
-    checked = look(config.model, config.needs_word_boundaries, kinds)
+    checked = look(config.model, config.phases)
     substitute = stand_in(Path(config.folder), config.model) if checked.faults else None
-    checked = look(substitute, config.needs_word_boundaries, kinds) if substitute else checked
+    checked = look(substitute, config.phases) if substitute else checked
     if checked.shape is None:
         return checked
     fit = [*checked.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, checked.shape)]
     return replace(checked, faults=(*checked.faults, *fit, *_freezing(config, checked.shape)))
 
 
-def look(model: Model, whole_words: bool = False, kinds: Iterable[type[Objective]] = ()) -> Preflight:
-    """Check model and tokenizer on their own. `whole_words`: a phase masks whole words; `kinds`: of its objectives."""
+def look(model: Model, phases: Sequence[Phase] = ()) -> Preflight:
+    """Check model and tokenizer on their own, and what the objectives of `phases` need of them."""
     faults: list[str] = []
-    vocabulary, words = _vocabulary(model, {REFERENCE, *kinds}, faults), None
-    if vocabulary and whole_words:
-        try:
-            words = Words.from_file(find_tokenizer(model.tokenizer or model.start, model.download), vocabulary)
-        except DetourError as fault:
-            faults.append(str(fault))
+    vocabulary = _vocabulary(model, {REFERENCE, *(type(phase.objective) for phase in phases)}, faults)
+    words = _words(model, vocabulary, phases, faults) if vocabulary else None
     shape, note = _stored(model, faults) if model.start else (_fresh(model, vocabulary, faults), "")
     if shape and vocabulary and vocabulary.size > shape.vocabulary:
         faults.append(
@@ -156,6 +152,25 @@ def _vocabulary(model: Model, kinds: Iterable[type[Objective]], faults: list[str
         key = "tokenizer" if model.tokenizer else "start"
         faults.append(f"model.{key}: {name}: the tokenizer has no {' and no '.join(missing)}; training requires them")
     return vocabulary
+
+
+def _words(model: Model, vocabulary: Vocabulary, phases: Sequence[Phase], faults: list[str]) -> Words | None:
+    """Return word boundaries and the entities of all phases, or None if no phase needs them or there are faults."""
+    if not any(phase.objective.needs_word_boundaries for phase in phases):
+        return None
+    tokenizer = find_tokenizer(model.tokenizer or model.start, model.download)
+    try:
+        words = Words.from_file(tokenizer, vocabulary)
+    except DetourError as fault:
+        faults.append(str(fault))
+        return None
+    entities, before = {}, len(faults)
+    for file, name in {phase.objective.entities: phase.name for phase in phases if phase.objective.entities}.items():
+        try:
+            entities[file] = Entities.from_file(file, tokenizer, vocabulary, words)
+        except DetourError as fault:
+            faults.append(f"phases.{name}.entities: {fault}")
+    return replace(words, entities=entities) if len(faults) == before else None
 
 
 def _differs(model: Model, vocabulary: Vocabulary) -> bool:

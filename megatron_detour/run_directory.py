@@ -235,8 +235,11 @@ def _moved(folder: Path, there: RunConfig, here: RunConfig) -> dict[tuple[str, A
     newest = next((state for state in states if state), {})
     corpora = newest.get("corpora") if isinstance(newest.get("corpora"), dict) else {}
     pairs = [("prefix", old, new, corpora.get(old), _corpus_hash) for old, new in _prefixes(there, here)]
+    entities = newest.get("entities") if isinstance(newest.get("entities"), dict) else {}
+    files = [tuple(phase.objective.entities for phase in pair) for pair in zip(there.phases, here.phases, strict=False)]
+    pairs += [("entities", old, new, entities.get(old), _file_hash) for old, new in files]
     pairs.append(("start", there.model.start, here.model.start, newest.get("start"), start_hash))
-    pairs.append(("tokenizer", there.model.tokenizer, here.model.tokenizer, newest.get(TOKENIZER), _tokenizer_hash))
+    pairs.append(("tokenizer", there.model.tokenizer, here.model.tokenizer, newest.get(TOKENIZER), _file_hash))
     return {
         (kind, old): new
         for kind, old, new, known, hash_of in pairs
@@ -267,8 +270,9 @@ def _corpus_hash(prefix: str) -> str | None:
         return None
 
 
-def _tokenizer_hash(tokenizer: str) -> str | None:
-    path = Path(tokenizer) / TOKENIZER if Path(tokenizer).is_dir() else Path(tokenizer)
+def _file_hash(name: str) -> str | None:
+    """Return the hash of a file, or of the tokenizer in a folder."""
+    path = Path(name) / TOKENIZER if Path(name).is_dir() else Path(name)
     return file_facts(path)["sha256"] if path.is_file() else None
 
 

@@ -313,7 +313,7 @@ CHECKS = {
     ),
     "objective": (
         small(phases__0__objective="clmm"),
-        "phases.0.objective: must be one of mlm, clm, not 'clmm' (did you mean 'clm'?)",
+        "phases.0.objective: must be one of mlm, clm, hybrid, mntp, not 'clmm' (did you mean 'clm'?)",
     ),
     "no mask rate": (
         small(phases__1__mask_rate=None),
@@ -322,11 +322,40 @@ CHECKS = {
     "mask rate": (small(phases__1__mask_rate=1.0), "phases.1.mask_rate: must be above 0 and below 1, not 1.0"),
     "clm of words": (
         small(phases__0__whole_word_masking=True),
-        "phases.0.whole_word_masking: a key of mlm; with objective: clm remove it",
+        "phases.0.whole_word_masking: a key of mlm or hybrid or mntp; with objective: clm remove it",
     ),
     "masked clm": (
         small(phases__0__mask_rate=0.3),
-        "phases.0.mask_rate: a key of mlm; with objective: clm remove it",
+        "phases.0.mask_rate: a key of mlm or hybrid or mntp; with objective: clm remove it",
+    ),
+    "causal MLM": (small(phases__1__causal=True), "phases.1.causal: a key of mntp; with objective: mlm remove it"),
+    "rates without tokens": (
+        small(phases__1__mask_rate_steps={"500M": 1.5}),
+        "phases.1.mask_rate_steps: must be a mapping of tokens, ascending and above 0, to mask rates above 0",
+    ),
+    "rates out of order": (
+        small(phases__1__mask_rate_steps={"1 step": 0.2, 512: 0.1}),
+        "phases.1.mask_rate_steps: must be a mapping of tokens, ascending",
+    ),
+    "rates that are a list": (
+        small(phases__1__mask_rate_steps=[0.3, 0.2]),
+        "phases.1.mask_rate_steps: must be a mapping of tokens",
+    ),
+    "rates of what": (
+        small(phases__1__mask_rate_steps={"soon": 0.2}),
+        "phases.1.mask_rate_steps: must be an amount of tokens such as 50B",
+    ),
+    "rates after the phase": (
+        small(phases__1__mask_rate_steps={"1 step": 0.2, "2 steps": 0.1}),
+        "phases.1.mask_rate_steps: 2048 tokens are not before the end of the phase, at 2048",
+    ),
+    "two schedules": (
+        small(phases__1__mask_rate_steps={"1 step": 0.2}, phases__1__mask_rate_end=0.1),
+        "phases.1.mask_rate_end: set either mask_rate_end or mask_rate_steps",
+    ),
+    "a span of one": (
+        small(phases__1__longest_span=1),
+        "phases.1.longest_span: must be at least 2 and at most 100, not 1",
     ),
     "peak": (small(phases__0__learning_rate__peak=0), "phases.0.learning_rate.peak: must be above 0, not 0"),
     "warm-up": (
@@ -479,6 +508,21 @@ def test_the_control_twin_changes_causal_phases_only():
     back = dataclasses.replace(twin.phases[0], objective=CausalLM())
     assert dataclasses.replace(twin, name=config.name, folder=config.folder, phases=(back, twin.phases[1])) == config
     assert from_dict(twin.to_dict()) == twin
+
+
+def test_rates_by_tokens_are_read_again_as_they_are_stored(tmp_path):
+    config = from_dict(small(phases__1__mask_rate_steps={"1 step": 0.2, "1.5k": 0.1}))
+    assert config.phases[1].objective.mask_rate_steps == ((1_024, 0.2), (1_500, 0.1))
+    assert load(written(tmp_path, config.to_dict())) == config
+    changed = load(written(tmp_path, small()), ["phases.decay.mask_rate_steps={1k: 0.1}"])
+    differing = {key for key, value in changed.trajectory().items() if from_dict(SMALL).trajectory().get(key) != value}
+    assert differing == {"phases.1.mask_rate_steps.0.0", "phases.1.mask_rate_steps.0.1"}
+
+
+def test_keys_that_are_not_used_leave_the_trajectory_of_earlier_runs_as_it_is():
+    """What is compared with runs and studies that were recorded before there were these keys."""
+    mine = {key: value for key, value in from_dict(SMALL).trajectory().items() if value is not None}
+    assert not [key for key in mine if key.rpartition(".")[2] in ("mask_rate_steps", "longest_span", "entities")]
 
 
 @pytest.mark.parametrize("whole_words", [False, True])

@@ -34,15 +34,17 @@ plan = Plan.from_config(config)
 objective = config.phases[0].objective
 vocabulary, tokens = load_vocabulary(config.model.tokenizer), np.arange(20, 220)
 lengths, numbers = np.array([150, 50]), np.array([3, 4])
-mntp, mlm = (kind.bind(vocabulary).apply(tokens, lengths, 17, numbers) for kind in (objective, plan.phases[1].objective.__class__(0.3)))
+noisy, mlm = (kind.bind(vocabulary).apply(tokens, lengths, 17, numbers) for kind in (objective, plan.phases[1].objective.__class__(0.3)))
 foreseen = forecast(config, plan, device="cpu")
 page, text = write_comparison([Path(folder), Path(twin)], Path(out) / "compared")
 export(folder, f"{out}/model", "fp32")
 print(json.dumps({
     "table": plan_table(plan),
-    "labels": [mntp.labeled.tolist(), mntp.labels.tolist()],
+    "labels": [noisy.labeled.tolist(), noisy.labels.tolist()],
     "masked": [mlm.labeled.tolist(), mlm.labels.tolist()],
-    "same inputs": mntp.inputs.tolist() == mlm.inputs.tolist(),
+    "inputs": noisy.inputs.tolist(),
+    "alone": objective.bind(vocabulary).apply(tokens[150:], lengths[1:], 17, numbers[1:]).inputs.tolist(),
+    "special": vocabulary.special_ids,
     "faults": foreseen.faults,
     "flops": [cost.flops for cost in foreseen.costs],
     "compared": text,
@@ -105,32 +107,33 @@ def run_file(folder: Path, corpus, **changes) -> str:
 @pytest.mark.integration
 def test_an_objective_is_one_file(extended, corpus, tmp_path):
     """From the run file to the card: planned, forecast, trained, validated, reported, compared."""
-    assert list(files("An objective")) == ["objectives/masked_next_token.py"]
+    assert list(files("An objective")) == ["objectives/denoising.py"]
     python = extended("An objective")
-    run = run_file(tmp_path, corpus, detour={"objective": "mntp", "mask_rate": 0.3})
+    run = run_file(tmp_path, corpus, detour={"objective": "denoising", "mask_rate": 0.3})
     python("-m", "megatron_detour", "train", "--run-file", run)
     python("-m", "megatron_detour", "train", "--run-file", run, "--control")
     seen = json.loads(
         python("-c", LOOK, run, str(tmp_path / "run"), str(tmp_path / "run-control"), str(tmp_path)).splitlines()[-1]
     )
-    assert "detour  MNTP, 30% masked" in seen["table"]
+    assert "detour  Denoising, 30% masked" in seen["table"]
     assert seen["faults"] == [] and seen["flops"][0] > seen["flops"][1]  # more positions are labeled
-    # A masked token's label stands one position before it, unless it begins a document.
-    assert seen["same inputs"]
-    expected = [(place - 1, label) for place, label in zip(*seen["masked"], strict=True) if place not in (0, 150)]
-    assert list(zip(*seen["labels"], strict=True)) == [tuple(pair) for pair in expected]
+    # The tokens of MLM, all replaced by ordinary ones, whatever document is beside theirs.
+    assert seen["labels"] == seen["masked"] and seen["inputs"][150:] == seen["alone"]
+    changed = {place for place in range(200) if seen["inputs"][place] != place + 20}
+    assert 0.9 * len(seen["labels"][0]) < len(changed) and changed <= set(seen["labels"][0])
+    assert not set(seen["special"]) & {seen["inputs"][place] for place in changed}
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [record["objective"] for record in records[1:]] == ["mntp"] * 3 + ["mlm"] * 3
+    assert [record["objective"] for record in records[1:]] == ["denoising"] * 3 + ["mlm"] * 3
     assert [record["mask_rate"] for record in records[1:]] == [0.3] * 3 + [0.15] * 3
-    assert records[3]["val_mntp_loss"] < records[0]["val_mntp_loss"]
-    assert "val_mntp_accuracy" in records[6] and "val_clm_loss" in records[6]
+    assert records[3]["val_denoising_loss"] < records[0]["val_denoising_loss"]
+    assert "val_denoising_accuracy" in records[6] and "val_clm_loss" in records[6]
     twin = json.loads((tmp_path / "run-control/plan.json").read_text())
     assert [phase["objective"] for phase in twin["phases"]] == ["mlm", "mlm"]
     report = (tmp_path / "run/report.html").read_text()
-    assert "MNTP loss" in report and "--mntp: #7a3fb0" in report and "mntp-text" in report
-    assert "MNTP loss" in seen["compared"] and (tmp_path / "compared/validation.png").stat().st_size > 1_000
+    assert "Denoising loss" in report and "--denoising: #a3195b" in report and "denoising-text" in report
+    assert "Denoising loss" in seen["compared"] and (tmp_path / "compared/validation.png").stat().st_size > 1_000
     card = (tmp_path / "model/README.md").read_text()
-    assert "MNTP (30% masked) on" in card and "MNTP loss" in card
+    assert "Denoising (30% masked) on" in card and "Denoising loss" in card
 
 
 @pytest.mark.integration

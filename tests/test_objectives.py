@@ -17,9 +17,13 @@ from megatron_detour.objectives import (
     MaskedLM,
     Masking,
     NextToken,
-    masked_lm,
+    masking,
     read_objective,
+    validated,
 )
+from megatron_detour.objectives.hybrid import Hybrid
+from megatron_detour.objectives.masked_next_token import MaskedNextToken
+from megatron_detour.tokenizer.entities import Entities
 from megatron_detour.tokenizer.vocabulary import Vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
@@ -30,6 +34,8 @@ SAMPLES, POSITIONS = 4_000, 1_000
 NUMBERS = np.arange(SAMPLES)
 # Odd ids continue the word before them; all ordinary tokens leave it open.
 WORDS = Words((np.arange(1_000) % 2 == 1) & ~VOCABULARY.special(), ~VOCABULARY.special())
+# Every fourth even id, alone and with the odd id after it.
+LISTED = Entities.from_ids([[i, *odd] for i in range(20, 480, 8) for odd in ([], [i + 1])], WORDS, 1_000)
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +132,17 @@ def test_special_tokens_are_neither_chosen_nor_drawn(tokens, words):
     lengths=st.lists(st.integers(1, 70), min_size=6, max_size=6),
     block=st.sampled_from([1, 100, 1 << 16]),
     words=st.sampled_from([None, WORDS]),
+    longest_span=st.sampled_from([None, 10]),
+    entities=st.sampled_from([None, LISTED]),
 )
-@settings(deadline=None, max_examples=60)
-def test_a_document_is_corrupted_alike_in_any_company(tokens, numbers, lengths, block, words):
+@settings(deadline=None, max_examples=100)
+def test_a_document_is_corrupted_alike_in_any_company(tokens, numbers, lengths, block, words, longest_span, entities):
     lengths = np.array(lengths[: len(numbers)])
-    some, objective = tokens.reshape(-1)[: lengths.sum()], Masking(VOCABULARY, 0.3, words)
+    some, objective = tokens.reshape(-1)[: lengths.sum()], Masking(VOCABULARY, 0.3, words, longest_span, entities)
     together = objective.apply(some, lengths, 17, np.array(numbers))
     bounds = np.cumsum(lengths)[:-1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masked_lm, "BLOCK", block)
+        patch.setattr(masking, "BLOCK", block)
         for number, text, inputs, labels in zip(
             numbers,
             np.split(some, bounds),
@@ -261,18 +269,81 @@ def test_an_objective_is_bound_to_a_vocabulary():
     assert CausalLM().bind(VOCABULARY, WORDS) == NextToken(VOCABULARY)
     assert MaskedLM(0.15).bind(VOCABULARY, WORDS) == Masking(VOCABULARY, 0.15)
     assert MaskedLM(0.15, whole_word_masking=True).bind(VOCABULARY, WORDS).words is WORDS
-    for kind in (CausalLM(), MaskedLM(0.15)):
+    for kind in (CausalLM(), MaskedLM(0.15), MaskedNextToken(0.15), MaskedNextToken(0.15, causal=True)):
         assert kind.bind(VOCABULARY).causal is kind.causal
 
 
-def test_the_labeled_share_is_what_the_corruption_labels(tokens):
+@pytest.mark.parametrize("direction", [False, True])
+def test_a_masked_token_is_predicted_at_the_position_before_it(tokens, direction):
+    lengths = np.tile([1, 70, 29], 10)
+    some, numbers = tokens.reshape(-1)[:1_000], np.arange(30)
+    before = MaskedNextToken(0.3, causal=direction).bind(VOCABULARY).apply(some, lengths, 17, numbers)
+    masked_lm = MaskedLM(0.3).bind(VOCABULARY).apply(some, lengths, 17, numbers)
+    assert np.array_equal(before.inputs, masked_lm.inputs)
+    firsts = set((np.cumsum(lengths) - lengths).tolist())
+    places, labels = masked_lm.labeled.tolist(), masked_lm.labels.tolist()
+    kept = [(place - 1, label) for place, label in zip(places, labels, strict=True) if place not in firsts]
+    assert list(zip(before.labeled.tolist(), before.labels.tolist(), strict=True)) == kept
+    assert len(kept) < len(labels)  # some first tokens were masked
+
+
+def grouped(objective: Hybrid, numbers: np.ndarray, seed: int = 17) -> dict[bool, np.ndarray]:
+    """The documents of each direction of attention: indices."""
+    return {corruption.causal: which for corruption, which in objective.bind(VOCABULARY).groups(seed, numbers)}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0625])
+def test_the_share_of_causal_documents(share):
+    """Within four standard deviations, for numbers of several corpora; other documents for another seed."""
+    numbers = np.concatenate([np.arange(100_000), (1 << 48) + np.arange(100_000)])
+    groups = grouped(Hybrid(0.3, causal_share=share), numbers)
+    assert np.array_equal(np.sort(np.concatenate(list(groups.values()))), np.arange(200_000))
+    deviation = (share * (1 - share) / 200_000) ** 0.5
+    assert len(groups[True]) / 200_000 == pytest.approx(share, abs=4 * deviation)
+    again = grouped(Hybrid(0.3, causal_share=share), numbers, seed=18)[True]
+    assert len(np.intersect1d(again, groups[True])) / 200_000 == pytest.approx(share**2, abs=4 * share / 200_000**0.5)
+    causal = np.isin(np.arange(200_000), groups[True])
+    assert correlation(causal[1:], causal[:-1]) < 5
+
+
+@given(numbers=st.lists(st.integers(0, 2**60), min_size=1, max_size=9, unique=True))
+@settings(deadline=None, max_examples=60)
+def test_a_document_has_its_direction_in_any_company(numbers):
+    together = grouped(Hybrid(0.3), np.array(numbers))
+    assert all(len(which) and (np.diff(which) > 0).all() for which in together.values())
+    for causal, which in together.items():
+        for index in which:
+            assert list(grouped(Hybrid(0.3), np.array([numbers[index]]))) == [causal]
+
+
+def test_documents_of_a_hybrid_are_corrupted_as_in_clm_and_mntp():
+    objective = Hybrid(0.3, causal_share=0.25, whole_word_masking=True)
+    (causal, first), (masked, other) = objective.bind(VOCABULARY, WORDS).groups(17, NUMBERS)
+    assert causal == NextToken(VOCABULARY) and len(first) < len(other)
+    some, lengths = np.arange(20, 420), np.full(4, 100)
+    expected = (
+        MaskedNextToken(0.3, whole_word_masking=True).bind(VOCABULARY, WORDS).apply(some, lengths, 17, NUMBERS[:4])
+    )
+    assert np.array_equal(masked.apply(some, lengths, 17, NUMBERS[:4]).all_labels(), expected.all_labels())
+    assert not masked.causal
+    assert objective.bind(VOCABULARY, WORDS).groups(17, NUMBERS[:0])[0][1].shape == (0,)
+
+
+def test_the_labeled_share_is_what_the_corruption_labels():
     """The forecast counts the head's work by it."""
-    lengths = np.full(40, 100)
-    for objective in (CausalLM(), MaskedLM(0.3)):
-        ordinary = np.full(4_000, 20)
-        corrupted = objective.bind(VOCABULARY).apply(ordinary, lengths, 17, np.arange(40))
-        assert len(corrupted.labels) / 4_000 == pytest.approx(objective.labeled_share(100), abs=0.03)
-    assert MaskedLM(0.3, 0.1).labeled_share(100) == pytest.approx(0.2)
+    lengths, ordinary = np.full(100, 100), np.full(10_000, 20)
+    for objective in (CausalLM(), MaskedLM(0.3), MaskedLM(0.3, longest_span=10), MaskedNextToken(0.3), Hybrid(0.3)):
+        labeled = 0
+        for corruption, which in objective.bind(VOCABULARY).groups(17, NUMBERS[:100]):
+            labeled += len(corruption.apply(ordinary[: 100 * len(which)], lengths[which], 17, which).labels)
+        assert labeled / 10_000 == pytest.approx(objective.labeled_share(100, 1_000), abs=0.03), objective.name
+    assert MaskedLM(0.3, 0.1).labeled_share(100, 1_000) == pytest.approx(0.2)
+    assert MaskedLM(0.4, mask_rate_steps=((200, 0.3), (600, 0.1))).labeled_share(100, 1_000) == pytest.approx(0.24)
+
+
+def test_a_run_is_validated_with_what_it_trains_and_with_what_runs_are_compared_by():
+    assert list(validated()) == ["mlm", "clm"]
+    assert validated([CausalLM(), Hybrid(0.3), Hybrid(0.2)]) == {"mlm": MaskedLM, "clm": CausalLM, "hybrid": Hybrid}
 
 
 @pytest.mark.parametrize(
@@ -285,6 +356,14 @@ def test_the_labeled_share_is_what_the_corruption_labels(tokens):
         ({"objective": "of another version"}, "OF ANOTHER VERSION"),
         ({"objective": "mlm", "mask_rate": 0.3, "mask_rate_end": 0.3}, "MLM, 30% masked"),
         ({"objective": "mlm", "mask_rate": 0.3, "mask_rate_end": 0.155}, "MLM, 30% to 15.5% masked"),
+        ({"objective": "mlm", "mask_rate": 0.4, "mask_rate_steps": [[5, 0.3]]}, "MLM, 40%, then 30% masked"),
+        ({"objective": "mlm", "mask_rate": 0.4, "longest_span": 10}, "MLM, 40% masked, spans of up to 10 tokens"),
+        (
+            {"objective": "mntp", "mask_rate": 0.4, "longest_span": 5, "whole_word_masking": True, "entities": "a.txt"},
+            "MNTP, 40% masked, spans of up to 5 whole words, listed words first",
+        ),
+        ({"objective": "mntp", "mask_rate": 0.2, "causal": True}, "MNTP, 20% masked, causal"),
+        ({"objective": "hybrid", "mask_rate": 0.3, "causal_share": 0.0625}, "Hybrid, 6.25% causal, 30% masked"),
     ],
 )
 def test_an_objective_in_words(phase, text):

@@ -129,6 +129,18 @@ def test_shapes_of_the_rate(rate, expected):
     assert [plan.at(tokens).learning_rate for tokens in range(0, 160, 40)] == pytest.approx(expected, abs=1e-15)
 
 
+def test_a_mask_rate_changes_at_tokens_of_its_phase():
+    """A step has the rate of its last token; the phase begins at 80 tokens of the run."""
+    masked = {"name": "m", "objective": "hybrid", "tokens": 280, "learning_rate": {"peak": 1}, "mask_rate": 0.4}
+    plan = small([phase("first", 80), masked | {"mask_rate_steps": {"2 steps": 0.3, 190: 0.15}}])
+    rates = [plan.at(tokens).objective.figures()["mask_rate"] for tokens in range(80, 360, 40)]
+    assert rates == [0.4, 0.4, 0.3, 0.3, 0.15, 0.15, 0.15]
+    assert plan.phases[1].objective.parts()[1][1].labeled_share(math.inf, 280) == pytest.approx(
+        (0.4 * 80 + 0.3 * 110 + 0.15 * 90) / 280
+    )
+    assert plan.to_dict()["phases"][1]["mask_rate_steps"] == ((80, 0.3), (190, 0.15))
+
+
 def test_a_mask_rate_goes_linearly_to_its_end():
     masked = {"name": "m", "objective": "mlm", "tokens": 160, "learning_rate": {"peak": 1}, "mask_rate": 0.3}
     plan = small([masked | {"mask_rate_end": 0.1}, masked | {"name": "n"}])

@@ -154,10 +154,21 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     "whole words of a word-level tokenizer": (
         word_level,
         [
-            r"whole_word_masking: .*model type WordLevel",
+            r"whole_word_masking, entities: .*model type WordLevel",
             r"model\.start: .*but config.json implies \(301, 32\)",
             OTHER,
         ],
+    ),
+    "entities that are not there": (
+        of_phase(1, entities="/nowhere.txt"),
+        r"phases\.decay\.entities: /nowhere\.txt: cannot be read: No such file or directory",
+    ),
+    "no entities": (
+        lambda r: (
+            (Path(r["folder"]).parent / "words.txt").write_text("\n  \n"),
+            of_phase(1, entities=str(Path(r["folder"]).parent / "words.txt"))(r),
+        ),
+        r"phases\.decay\.entities: \S+words\.txt: no words that the tokenizer knows; write one word or phrase per line",
     ),
     "longer than the positions": (
         lambda r: r["data"].update(sequence_length=512),

@@ -47,6 +47,8 @@ def config(corpus, tmp_path) -> RunConfig:
     (tmp_path / "start" / "config.json").write_text("{}")
     (tmp_path / "start" / "model.safetensors").write_bytes(b"weights")
     shutil.copy(ROOT / "ds_configs" / "zero2_bf16.json", tmp_path / "deepspeed.json")
+    (tmp_path / "words.txt").write_text("metformin\n")
+    phases = [PHASES[0], PHASES[1] | {"entities": str(tmp_path / "words.txt")}]
     return from_dict(
         {
             "name": "tiny",
@@ -54,7 +56,7 @@ def config(corpus, tmp_path) -> RunConfig:
             "model": {"start": str(tmp_path / "start"), "tokenizer": str(tmp_path / "tokenizer")},
             "data": {"corpora": [{"prefix": str(tmp_path / "corpus")}], "sequence_length": 64},
             "batch": {"sequences": 8},
-            "phases": PHASES,
+            "phases": phases,
             "deepspeed": str(tmp_path / "deepspeed.json"),
         }
     )
@@ -79,6 +81,8 @@ def save(folder: Path, config: RunConfig, tokens: int, step: int) -> None:
     corpora = {c.prefix: read_manifest(c.prefix).files["bin"]["sha256"] for c in config.data.corpora}
     state = {"format": RUN_STATE_FORMAT, "step": step, "tokens": tokens, "guard": Guard(config.guards).to_dict()}
     state |= {"corpora": corpora, "start": start_hash(config.model.start)}
+    files = {phase.objective.entities for phase in config.phases} - {None}
+    state["entities"] = {file: store.file_facts(Path(file))["sha256"] for file in files}
 
     def write(aside: Path) -> None:
         (aside / "run_state.json").write_text(json.dumps(state))
@@ -201,11 +205,14 @@ def moved(config: RunConfig, folder: Path) -> RunConfig:
     for file in folder.parent.glob("corpus.*"):
         shutil.move(file, folder / file.name)
     shutil.move(config.deepspeed, folder / "deepspeed.json")
+    words = shutil.move(folder.parent / "words.txt", folder / "words.txt")
+    masked = dataclasses.replace(config.phases[1].objective, entities=str(words))
     corpora = (dataclasses.replace(config.data.corpora[0], prefix=str(folder / "corpus")),)
     return again(
         config,
         data=dataclasses.replace(config.data, corpora=corpora),
         model=dataclasses.replace(config.model, start=str(folder / "start"), tokenizer=str(folder / "tokenizer")),
+        phases=(config.phases[0], dataclasses.replace(config.phases[1], objective=masked)),
         deepspeed=str(folder / "deepspeed.json"),
     )
 
@@ -214,7 +221,7 @@ def test_a_run_goes_on_with_what_it_reads_under_other_paths(run, config, tmp_pat
     there = moved(config, tmp_path / "scratch")
     assert store.step_of(go_on(run, there)) == END
     changes = changed_settings(run, there)
-    assert len(changes) == 4
+    assert len(changes) == 5
     assert all("same content by hash" in line for line in changes if "deepspeed" not in line)
     assert not any("rounding" in line for line in changes)
     claim(run, there, Plan.from_config(there))
@@ -228,6 +235,7 @@ def test_a_run_goes_on_with_what_it_reads_under_other_paths(run, config, tmp_pat
         ("start/config.json", "model.start"),
         ("tokenizer/tokenizer.json", "model.tokenizer"),
         ("corpus.manifest.json", "data.corpora.0.prefix"),
+        ("words.txt", "phases.decay.entities"),
     ],
 )
 def test_other_content_under_another_path_is_another_run(run, config, tmp_path, file, key):
@@ -340,14 +348,21 @@ def test_a_run_file_or_deepspeed_file_that_is_none_is_told_in_a_sentence(run, co
 
 WRONG_STATES = [
     {key: value}
-    for key in ("format", "step", "tokens", "guard", "corpora")
+    for key in ("format", "step", "tokens", "guard", "corpora", "entities")
     for value in (None, [], "text", 2.5, True, {"recent": None, "skipped_in_row": 0})
-    if (key, type(value)) != ("corpora", dict)
+    if not (key in ("corpora", "entities") and type(value) is dict)
 ]
 WRONG_STATES += [
     {"guard": {"skipped_in_row": 0, "recent": recent}}
     for recent in ([], {}, {"loss": [], "x": []}, {"loss": 3, "gradient norm": []}, {"loss": [""], "gradient norm": []})
 ]
+
+
+def test_a_state_of_before_there_were_entities_is_read(run):
+    final = store.checkpoint_folder(run / "checkpoints", END)
+    good = json.loads((final / "run_state.json").read_text())
+    put(final / "run_state.json", json.dumps({key: value for key, value in good.items() if key != "entities"}))
+    assert _read_state(final) == good | {"entities": {}}
 
 
 @pytest.mark.parametrize("content", [*WRONG, "{}", *map(json.dumps, WRONG_STATES)])

@@ -14,7 +14,7 @@ from megatron_detour.data.batches import MicroBatch, document_positions
 from megatron_detour.errors import DetourError
 from megatron_detour.model.families import read_shape
 from megatron_detour.model.language_model import LanguageModel
-from megatron_detour.objectives import KINDS, Corruption
+from megatron_detour.objectives import Corruption, validated
 from megatron_detour.tokenizer.vocabulary import load_tokenizer, load_vocabulary
 
 MASK_RATE, SEED = 0.30, 0  # the rate of the paper's control in its first phase
@@ -37,7 +37,7 @@ def gradient_shares(model: Path, texts: Sequence[str], max_tokens: int = 512) ->
         raise DetourError("no texts to measure gradients on")
     network = load_model(source, shape).to("cuda" if torch.cuda.is_available() else "cpu")
     shares = {}
-    for name, kind in KINDS.items():
+    for name, kind in validated().items():
         if all(getattr(vocabulary, role) is not None for role in kind.special_tokens):
             corruption = kind.for_validation(MASK_RATE).bind(vocabulary)
             shares[name] = _shares(network, corruption, documents)

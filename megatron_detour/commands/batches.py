@@ -97,7 +97,7 @@ class StepBatch:
     """The documents of a step, over all ranks."""
 
     step: Step
-    causal: bool
+    causal: np.ndarray  # bool [documents]: the direction of attention
     input_ids: np.ndarray  # int64 [tokens]
     labels: np.ndarray  # int64 [tokens], IGNORE where unlabeled
     lengths: np.ndarray  # int64 [documents]
@@ -113,16 +113,19 @@ class StepBatch:
 
     def shown(self, tokenizer: Tokenizer, documents: int) -> Iterator[str]:
         """Yield a heading, then the first documents of the step, each under its own heading."""
-        step = self.step
+        step, count = self.step, int(self.causal.sum())
+        direction = {len(self.lengths): "causal", 0: "bidirectional"}.get(count, f"{count:,} causal")
         yield (
             f"step {step.number:,}  phase {step.phase.name} ({step.objective.label}), "
-            f"{'causal' if self.causal else 'bidirectional'}: {len(self.lengths):,} documents, "
+            f"{direction}: {len(self.lengths):,} documents, "
             f"{len(self.input_ids):,} tokens, {(self.labels != IGNORE).sum():,} labels"
         )
         parts = zip(split(self.input_ids, self.lengths), split(self.labels, self.lengths), strict=True)
         for at, (ids, labels) in zip(range(documents), parts, strict=False):
             yield f"--- document {self.numbers[at]}, {len(ids):,} tokens"
-            yield tokenizer.decode(ids, skip_special_tokens=False) if self.causal else marked(tokenizer, ids, labels)
+            yield (
+                tokenizer.decode(ids, skip_special_tokens=False) if self.causal[at] else marked(tokenizer, ids, labels)
+            )
 
 
 def marked(tokenizer: Tokenizer, ids: np.ndarray, labels: np.ndarray) -> str:
@@ -151,8 +154,9 @@ class Source:
     @classmethod
     def from_config(cls, config: RunConfig, plan: Plan) -> Source:
         """Raises DetourError if the tokenizer or a corpus does not exist."""
-        start = look(config.model, config.needs_word_boundaries)
-        if start.vocabulary is None or (config.needs_word_boundaries and start.words is None):
+        start = look(config.model, config.phases)
+        needs_words = any(phase.objective.needs_word_boundaries for phase in config.phases)
+        if start.vocabulary is None or (needs_words and start.words is None):
             raise DetourError(format_faults(list(start.faults)))
         file = find_tokenizer(config.model.tokenizer or config.model.start, config.model.download)
         data = PhaseData(plan, config.data.order_seed, start.vocabulary)
@@ -162,9 +166,13 @@ class Source:
         mixture = self.data.mixture(step.phase)
         objective = step.objective.bind(mixture.vocabulary, self.words)
         documents = mixture.documents(step.start, step.tokens)
-        corrupted = objective.apply(mixture.tokens(documents), documents.lengths, self.seed, documents.numbers)
-        labels = corrupted.all_labels()
-        return StepBatch(step, objective.causal, corrupted.inputs, labels, documents.lengths, documents.numbers)
+        inputs, labels = np.empty((2, documents.lengths.sum()), dtype=np.int64)
+        causal = np.zeros(len(documents), dtype=bool)
+        for corruption, which in objective.groups(self.seed, documents.numbers):
+            chosen, here = documents[which], np.isin(np.arange(len(documents)), which).repeat(documents.lengths)
+            corrupted = corruption.apply(mixture.tokens(chosen), chosen.lengths, self.seed, chosen.numbers)
+            inputs[here], labels[here], causal[which] = corrupted.inputs, corrupted.all_labels(), corruption.causal
+        return StepBatch(step, causal, inputs, labels, documents.lengths, documents.numbers)
 
 
 def _steps(text: str) -> range:

@@ -20,6 +20,8 @@ def check(config: RunConfig, faults: Faults) -> None:
         _check_corpora(phase.corpora or (), f"{key}.corpora", faults)
         _check_batch_warmup(phase, phase.sequences or config.batch.sequences, key, faults)
         _check_rate(phase, key, faults)
+        for name, text in phase.objective.faults(phase.tokens):
+            faults.add(f"{key}.{name}", text, [f"{key}.tokens"])
         if phase.name in names[:number]:
             faults.add(f"{key}.name", f"the name {phase.name!r} is used twice")
 

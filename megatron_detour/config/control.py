@@ -29,7 +29,8 @@ def as_control(config: RunConfig, mask_rate: float) -> RunConfig:
         raise DetourError(f"--control: the mask rate must be between 0 and 1, not {mask_rate:g}")
     if not any(phase.objective.detour for phase in config.phases):
         raise DetourError("--control: every phase of the run file already trains mlm; run it without --control")
-    masked = REFERENCE(mask_rate, whole_word_masking=config.needs_word_boundaries)
+    whole_words = any(getattr(phase.objective, "whole_word_masking", False) for phase in config.phases)
+    masked = REFERENCE(mask_rate, whole_word_masking=whole_words)
     phases = tuple(
         dataclasses.replace(phase, objective=masked) if phase.objective.detour else phase for phase in config.phases
     )

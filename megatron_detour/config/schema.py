@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_detour.config.amounts import Seconds, Tokens
+from megatron_detour.amounts import Seconds, Tokens
 from megatron_detour.model_parts import Part
 from megatron_detour.objectives import KINDS as OBJECTIVES
 from megatron_detour.objectives import Objective
@@ -252,11 +252,6 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain mappings and lists from which `from_dict` builds an equal RunConfig."""
         return to_plain(self)
-
-    @property
-    def needs_word_boundaries(self) -> bool:
-        """Whether any phase masks whole words."""
-        return any(phase.objective.needs_word_boundaries for phase in self.phases)
 
     def trajectory(self) -> dict[str, Any]:
         """Return the settings that determine the weights, flat: runs that differ here are different runs."""

@@ -177,17 +177,20 @@ def rank_batch(
 ) -> RankBatch:
     """Return a rank's micro-batches, by number, of the `of` micro-batches that `documents` form over all ranks.
 
-    Each is padded to a multiple of `multiple` positions, as sequence parallelism requires.
+    One whose documents differ in the direction of attention becomes two. Each is padded to a multiple of `multiple`
+    positions, as sequence parallelism requires.
     """
     assigned = balance(documents.lengths, of)
     batches, tokens, padding, crc = [], 0, 0, 0
     for number in micro_batches:
-        chosen = documents[assigned[number]]
-        text = mixture.tokens(chosen)
-        batches.append(micro_batch(text, chosen, objective, seed, mixture.vocabulary.pad, multiple))
-        tokens += len(text)
-        padding += len(batches[-1].input_ids) - len(text)
-        crc += sum(zlib.crc32(document) for document in split(text, chosen.lengths))
+        mine = documents[assigned[number]]
+        for corruption, which in objective.groups(seed, mine.numbers):
+            chosen = mine[which]
+            text = mixture.tokens(chosen)
+            batches.append(micro_batch(text, chosen, corruption, seed, mixture.vocabulary.pad, multiple))
+            tokens += len(text)
+            padding += len(batches[-1].input_ids) - len(text)
+            crc += sum(zlib.crc32(document) for document in split(text, chosen.lengths))
     return RankBatch(batches, tokens, sum(len(batch.labels) for batch in batches), padding, crc)
 
 

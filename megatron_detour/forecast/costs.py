@@ -107,15 +107,18 @@ def roofline_seconds(
     shape: Family, phase: PlannedPhase, sample: Sample, recompute: str, speed: Speed, gpus: int, tensor: int
 ) -> float:
     """Return the time of a phase at the roofline of its GPUs, without communication."""
+    frozen = Frozen.from_parts(phase.settings.freeze)
 
     def seconds(lengths: tuple[int, ...]) -> float:
-        causal, labeled = phase.objective.causal, _labeled(phase, lengths)
-        frozen = Frozen.from_parts(phase.settings.freeze)
-        return roofline.seconds(shape, lengths, causal, labeled, speed.chip, speed.attention, frozen, recompute)
+        return sum(
+            share * roofline.seconds(shape, lengths, causal, labeled, speed.chip, speed.attention, frozen, recompute)
+            for share, causal, labeled in _parts(phase, lengths)
+        )
 
     data, length = max(gpus // tensor, 1), phase.sequence_length
     mine, _ = rank_micro_batches(phase.sequences * length, phase.micro_sequences * length, 0, data)
-    update = roofline.update_seconds(shape.parameters / tensor, speed.chip, len(mine), data)
+    micro_batches = len(mine) * len(phase.objective.parts())
+    update = roofline.update_seconds(shape.parameters / tensor, speed.chip, micro_batches, data)
     return sample.per_token(seconds) * phase.tokens / gpus + phase.steps * update
 
 
@@ -141,14 +144,20 @@ def sample_lengths(corpus: Corpus, sequence_length: int) -> tuple[int, ...] | No
     return (*[sequence_length] * int(whole.sum()), *rest[rest > 0].tolist())
 
 
-def _flops(shape: Family, phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
+def _flops(shape: Family, phase: PlannedPhase, lengths: tuple[int, ...]) -> float:
     frozen = Frozen.from_parts(phase.settings.freeze)
-    return training_flops(shape, lengths, phase.objective.causal, _labeled(phase, lengths), frozen)
+    return sum(
+        share * training_flops(shape, lengths, causal, labeled, frozen)
+        for share, causal, labeled in _parts(phase, lengths)
+    )
 
 
-def _labeled(phase: PlannedPhase, lengths: tuple[int, ...]) -> int:
+def _parts(phase: PlannedPhase, lengths: tuple[int, ...]) -> Iterator[tuple[float, bool, int]]:
+    """Yield the direction of attention and the labeled positions of these documents under each part of the objective,
+    with its share of the documents."""
     tokens = sum(lengths)
-    return round(tokens * phase.objective.labeled_share(tokens / len(lengths)))
+    for share, part in phase.objective.parts():
+        yield share, part.causal, round(tokens * part.labeled_share(tokens / len(lengths), phase.tokens))
 
 
 def sessions(seconds: float, time_limit: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -145,10 +146,12 @@ class Search:
         return self._peak(phase, sequences, self.setting).fits(self.gigabytes)
 
     def _peak(self, phase: PlannedPhase, sequences: float, setting: Setting) -> Memory:
-        return memory.peak_memory(self.shape, setting, self._load(phase, sequences))
+        peaks = (memory.peak_memory(self.shape, setting, load) for load in self._loads(phase, sequences))
+        return max(peaks, key=lambda peak: peak.counted)
 
-    def _load(self, phase: PlannedPhase, sequences: float) -> Load:
-        """Return the fullest micro-batch: as documents stay whole, it may exceed its nominal size."""
+    def _loads(self, phase: PlannedPhase, sequences: float) -> Iterator[Load]:
+        """Yield the fullest micro-batch of each part of the objective: as documents stay whole, it may exceed its
+        nominal size."""
         positions = max(round(sequences), 1) * phase.sequence_length
         sample, mean, step = (
             self.samples.get(phase.name),
@@ -160,5 +163,6 @@ class Search:
             _, count = rank_micro_batches(step, positions, 0, self.setting.data)
             lengths = np.array(sample.step(step), dtype=np.int64)
             positions = max(positions, *(int(lengths[mine].sum()) for mine in balance(lengths, count)))
-        labeled = round(positions * phase.objective.labeled_share(mean))
-        return Load(positions, labeled, phase.objective.causal, Frozen.from_parts(phase.settings.freeze).below)
+        for _, part in phase.objective.parts():
+            labeled = round(positions * part.labeled_share(mean, phase.tokens))
+            yield Load(positions, labeled, part.causal, Frozen.from_parts(phase.settings.freeze).below)

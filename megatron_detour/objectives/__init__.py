@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_detour.objectives.base import IGNORE, Corrupted, Corruption, Objective
 from megatron_detour.objectives.causal_lm import CausalLM, NextToken
-from megatron_detour.objectives.masked_lm import MaskedLM, Masking
+from megatron_detour.objectives.masked_lm import MaskedLM
+from megatron_detour.objectives.masking import Masking
 from megatron_detour.registry import registry
 
 # The objective that encoders are used with: controls train it, and its validation loss compares runs.
 REFERENCE = MaskedLM
 
 KINDS = registry(__name__, Objective, REFERENCE)
+
+
+def validated(trained: Iterable[Objective] = ()) -> dict[str, type[Objective]]:
+    """Return the kinds that a run is validated with: MLM and CLM, by which runs are compared, and what it trains."""
+    chosen = {MaskedLM, CausalLM, *map(type, trained)}
+    return {name: kind for name, kind in KINDS.items() if kind in chosen}
 
 
 def read_objective(phase: dict[str, Any]) -> Objective:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -34,14 +34,14 @@ class Corrupted:
         return labels
 
 
-class Corruption(Protocol):
+class Corruption:
     """An objective bound to a vocabulary.
 
     Results depend only on (seed, document, position): counter-based random numbers have no state, and a document's
     corruption does not depend on the rest of its batch.
     """
 
-    causal: bool  # the direction of attention
+    causal: bool = False  # the direction of attention
 
     def apply(self, tokens: np.ndarray, lengths: np.ndarray, seed: int, numbers: np.ndarray) -> Corrupted:
         """Corrupt documents.
@@ -49,7 +49,12 @@ class Corruption(Protocol):
         tokens: int [positions], documents concatenated; lengths: int64 [documents], summing to `positions`;
         numbers: int64 [documents], the random streams of the documents.
         """
-        ...
+        raise NotImplementedError
+
+    def groups(self, seed: int, numbers: np.ndarray) -> list[tuple[Corruption, np.ndarray]]:
+        """Divide documents by direction of attention, as a micro-batch has one: the corruption that applies to each
+        group, and the ascending indices of its documents. There is at least one group."""
+        return [(self, np.arange(len(numbers)))]
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,13 @@ class Objective:
     name: ClassVar[str]  # in the run file, metrics and file names
     label: ClassVar[str]  # in tables, plots and pages
     color: ClassVar[tuple[str, str]]  # on light and dark pages, each with a contrast of at least 4.5
-    causal: ClassVar[bool] = False  # the direction of attention
     detour: ClassVar[bool] = False  # whether --control replaces it, and ending a run with it gives a warning
     accuracy: ClassVar[bool] = False  # whether validation reports accuracy besides the loss
     special_tokens: ClassVar[tuple[str, ...]] = ()  # special tokens that the tokenizer must have, such as mask
     scheduled: ClassVar[tuple[str, ...]] = ()  # keys that may change from step to step, all of them fractions
+    # Not annotated, as they are keys of some objectives.
+    causal = False  # the direction of attention
+    entities = None  # a file of words, whose occurrences `Words.entities` finds
 
     @classmethod
     def for_validation(cls, mask_rate: float) -> Self:
@@ -87,13 +94,21 @@ class Objective:
         """Return the corruption with these settings; `words` is set if `needs_word_boundaries`."""
         raise NotImplementedError
 
+    def parts(self) -> list[tuple[float, Objective]]:
+        """Return objectives of one direction of attention each, with the fraction of documents that each trains."""
+        return [(1.0, self)]
+
     def at(self, done: int, tokens: int) -> Self:
         """Return the objective of the step that brings its phase to `done` of `tokens` tokens."""
         return self
 
-    def labeled_share(self, mean_document: float) -> float:
-        """Return the fraction of labeled positions over a phase; `mean_document`: tokens per document."""
+    def labeled_share(self, mean_document: float, tokens: int) -> float:
+        """Return the fraction of labeled positions over a phase of `tokens`; `mean_document`: tokens per document."""
         raise NotImplementedError
+
+    def faults(self, tokens: int) -> Iterator[tuple[str, str]]:
+        """Yield keys that contradict others or the length of the phase, and why."""
+        return iter(())
 
     @property
     def needs_word_boundaries(self) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_detour.objectives.base import Corrupted, Objective
+from megatron_detour.objectives.base import Corrupted, Corruption, Objective
 
 if TYPE_CHECKING:
     from megatron_detour.tokenizer.vocabulary import Vocabulary
@@ -25,12 +25,12 @@ class CausalLM(Objective):
     def bind(self, vocabulary: Vocabulary, words: Words | None = None) -> NextToken:
         return NextToken(vocabulary)
 
-    def labeled_share(self, mean_document: float) -> float:
+    def labeled_share(self, mean_document: float, tokens: int) -> float:
         return 1 - 1 / mean_document
 
 
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(Corruption):
     """A position's label is its document's next token; the last position has none. [CLS] is never a target."""
 
     vocabulary: Vocabulary

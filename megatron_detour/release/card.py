@@ -120,8 +120,11 @@ class Card:
             warnings.append(f"the run is unfinished; {facts.checkpoint} is {where}")
         if last and self.decoder and not last.objective.causal:
             warnings.append(f"the last phase, {last.name!r}, was not causal: the decoder generates text poorly")
-        if last and not self.decoder and last.objective.causal:
-            warnings.append(f"the last phase, {last.name!r}, was causal: an encoder needs an mlm phase at the end")
+        if last and not self.decoder and last.objective.detour:
+            warnings.append(
+                f"the last phase, {last.name!r}, trained {last.objective.label}: an encoder needs an mlm phase at the "
+                "end"
+            )
         if not facts.has_run_folder:
             warnings.append("the checkpoint is not in a run directory: the card has no metrics of the run")
         if not self.languages:

@@ -29,7 +29,8 @@ def _object_schema(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
             inner = {kind: _object_schema(cls, definitions) for kind, cls in tagged.kinds.items()}
             keys = tagged.owners()
             for name, kinds in keys.items():
-                properties[name] = inner[kinds[0]]["properties"][name] if len(kinds) == 1 else {}
+                schemas = [inner[kind]["properties"][name] for kind in kinds]
+                properties[name] = schemas[0] if all(schema == schemas[0] for schema in schemas) else {}
             for kind, schema in inner.items():
                 shared = {name: each for name, each in schema["properties"].items() if not properties[name]}
                 refused = dict.fromkeys(sorted(keys.keys() - schema["properties"].keys()), False)
@@ -77,7 +78,8 @@ def _type_schema(setting: Setting, definitions: dict[str, Any]) -> dict[str, Any
 
 
 def markdown_table(cls: type, shown: Callable[[str], str] = str) -> str:
-    """Return a row per key, with default and help. A class used by several keys is expanded at the first."""
+    """Return a row per key, with default and help. A class used by several keys is expanded at the first, and a key
+    that several kinds share is shown once."""
     lines = [f"| {'flag' if shown is flag else 'key'} | default | |", "|---|---|---|"]
     for key, setting in _keys(cls, "", set()):
         tagged, default = setting.mark(Tagged), setting.default
@@ -87,7 +89,7 @@ def markdown_table(cls: type, shown: Callable[[str], str] = str) -> str:
         choices = setting.mark(Choice) or (tagged.kinds if tagged else ())
         named = f": {', '.join(f'`{name}`' for name in choices)}" if choices else ""
         lines.append(f"| `{shown(key)}` | {default} | {setting.help}{named} |")
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _keys(cls: type, key: str, done: set[type]) -> Iterator[tuple[str, Setting]]:

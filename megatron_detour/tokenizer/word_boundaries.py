@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,15 +20,22 @@ from megatron_detour.errors import DetourError
 from megatron_detour.tokenizer.token_bytes import token_bytes, tokenizer_kind, vocabulary_items
 from megatron_detour.tokenizer.vocabulary import Vocabulary, load_tokenizer
 
+if TYPE_CHECKING:
+    from megatron_detour.tokenizer.entities import Entities
+
 CONTINUATION = bytes(range(0x80, 0xC0))  # UTF-8 bytes after the first of a character
 
 
 @dataclass(frozen=True)
 class Words:
-    """bool [ids] each: `continues` is true if a token may continue a word, `is_open` if the next token may do so."""
+    """bool [ids] each: `continues` is true if a token may continue a word, `is_open` if the next token may do so.
+
+    `entities` are the phrases that a run's objectives mask before others.
+    """
 
     continues: np.ndarray
     is_open: np.ndarray
+    entities: dict[str, Entities] = field(default_factory=dict)  # by file
 
     @classmethod
     def from_file(cls, tokenizer_file: Path, vocabulary: Vocabulary) -> Words:
@@ -37,8 +44,9 @@ class Words:
         kind = tokenizer_kind(raw)
         if kind is None:
             raise DetourError(
-                f"whole_word_masking: {tokenizer_file} is not a byte-level BPE, WordPiece or SentencePiece tokenizer "
-                f"(model type {raw['model'].get('type')}), so its word boundaries are unknown; remove this key"
+                f"whole_word_masking, entities: {tokenizer_file} is not a byte-level BPE, WordPiece or SentencePiece "
+                f"tokenizer (model type {raw['model'].get('type')}), so its word boundaries are unknown; remove these "
+                "keys"
             )
         continues, is_open = (np.zeros(vocabulary.size, dtype=bool) for _ in range(2))
         added = {token["id"]: token["content"] for token in raw["added_tokens"]}

@@ -84,7 +84,7 @@ class Checkpoints:
             weights.check(initial.shape)
             run_state = _read_state(checkpoint)
             if run_state["tokens"] < self.run.plan.total_tokens:
-                self._check_corpora(run_state, checkpoint)
+                self._check_inputs(run_state, checkpoint)
                 refuse_another_shape(checkpoint, initial.shape)
             scatter(zero, weights, *huggingface.open_optimizer(checkpoint, zero.states, stack))
         self.guard.restore(run_state["guard"])
@@ -185,6 +185,7 @@ class Checkpoints:
             "guard": self.guard.to_dict(),
             "trajectory": self.run.config.trajectory(),
             "corpora": self._identities(),
+            "entities": self.run.initial.entities,
             "versions": meter.versions(),
             NEW_HEAD: self._new_head,
         }
@@ -211,15 +212,22 @@ class Checkpoints:
     def _identities(self) -> dict[str, str]:
         return {prefix: manifest.files["bin"]["sha256"] for prefix, manifest in self.run.data.manifests().items()}
 
-    def _check_corpora(self, run_state: dict[str, Any], checkpoint: Path) -> None:
-        """Compare corpora by content and order: paths may differ, see run_directory.py. Raise DetourError."""
-        saved = list(run_state["corpora"].values())
-        for number, (prefix, sha256) in enumerate(self._identities().items()):
-            if saved[number : number + 1] != [sha256]:
-                raise DetourError(
-                    f"{prefix}: the corpus has changed since {checkpoint} was saved; restore it or start in another "
-                    "folder=..."
-                )
+    def _check_inputs(self, run_state: dict[str, Any], checkpoint: Path) -> None:
+        """Compare corpora and files of words by content and order: paths may differ, see run_directory.py.
+
+        Raise DetourError.
+        """
+        for kind, what, here in (
+            ("corpora", "corpus", self._identities()),
+            ("entities", "file", self.run.initial.entities),
+        ):
+            saved = list(run_state[kind].values())
+            for number, (path, sha256) in enumerate(here.items()):
+                if saved[number : number + 1] != [sha256]:
+                    raise DetourError(
+                        f"{path}: the {what} has changed since {checkpoint} was saved; restore it or start in another "
+                        "folder=..."
+                    )
 
 
 class Background:
@@ -265,7 +273,8 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint}: saved by another version of this project and cannot be resumed; start in another "
             f"folder=... with model.start={checkpoint}"
         )
-    types = {"step": int, "tokens": int, "guard": dict, "corpora": dict}
+    run_state.setdefault("entities", {})  # which earlier versions did not have
+    types = {"step": int, "tokens": int, "guard": dict, "corpora": dict, "entities": dict}
     wrong = [key for key, kind in types.items() if type(run_state.get(key)) is not kind]
     if wrong or not is_guard_state(run_state["guard"]):
         raise DetourError(

@@ -34,6 +34,12 @@ class InitialModel:
         file = find_tokenizer(tokenizer.name, tokenizer.download)
         return cls(config, shape, weights, _fetched(tokenizer), file, checked)
 
+    @property
+    def entities(self) -> dict[str, str]:
+        """The SHA-256 of each file of words that objectives mask first."""
+        words = self.checked.words
+        return {file: entities.sha256 for file, entities in words.entities.items()} if words else {}
+
 
 def _fetched(tokenizer: Source) -> Source:
     """Fetch the tokenizer's small files, which checkpoints copy from the local cache."""

@@ -221,6 +221,7 @@ def run_facts(run: Run, validation: Validation | None) -> dict[str, Any]:
             "num_attention_heads": shape.heads,
         },
         "corpora": list(corpora.values()),
+        "entities": run.initial.entities,
         "validation_corpora": _corpora(validation.mixture, held_out) if validation else [],
         "unigram_loss": validation.unigram_loss(first.mixture, weights) if validation else None,
     }

@@ -15,7 +15,7 @@ from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.files import retry
 from megatron_detour.model.language_model import LanguageModel
-from megatron_detour.objectives import KINDS, REFERENCE, Corruption
+from megatron_detour.objectives import KINDS, REFERENCE, Corruption, validated
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.tokenizer.token_bytes import byte_lengths
 from megatron_detour.tokenizer.vocabulary import Vocabulary
@@ -41,7 +41,7 @@ class Validation:
         self.seed, self.micro_tokens, self.state, self.device = settings.seed, micro_tokens, state, device
         self.objectives: dict[str, Corruption] = {
             name: kind.for_validation(settings.mask_rate).bind(vocabulary)
-            for name, kind in KINDS.items()
+            for name, kind in validated(phase.objective for phase in config.phases).items()
             if all(getattr(vocabulary, role) is not None for role in kind.special_tokens)
         }
         self.bytes_of = byte_lengths(tokenizer_file, vocabulary)

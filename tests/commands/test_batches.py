@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.objectives import IGNORE
 from tests.harness import run_ranks
 
-STEPS = 4
+STEPS = 6
 NAMES = ("input_ids", "labels", "document_lengths", "sequence_numbers")
 
 
@@ -32,7 +33,11 @@ def run_file(corpus, tmp_path_factory) -> Path:
         },
         "data": {"corpora": [{"prefix": corpus.prefix}], "sequence_length": 64},
         "batch": {"sequences": 8, "micro_sequences": 2},
-        "phases": [{"name": "detour", "objective": "clm"} | rates, decay | rates],
+        "phases": [
+            {"name": "detour", "objective": "clm"} | rates,
+            decay | rates,
+            {"name": "both", "objective": "hybrid", "mask_rate": 0.3} | rates,
+        ],
         "deepspeed": "ds_configs/zero2_fp32_cpu.json",
         "tensorboard": False,
     }
@@ -85,6 +90,10 @@ def test_the_arrays_are_what_training_reads(run_file, tmp_path, ranks):
 def test_the_text_is_shown_with_its_masks(run_file, capsys):
     assert main(["batches", str(run_file), "--steps", "0-3", "--documents", "2"]) == 0
     out = capsys.readouterr().out
+    assert main(["batches", str(run_file), "--steps", "6", "--documents", "100"]) == 0
+    hybrid = capsys.readouterr().out
+    causal = int(re.search(r"phase both \(Hybrid\), (\d+) causal: ", hybrid)[1])
+    assert sum("|" not in document for document in hybrid.split("--- document ")[1:]) == causal > 0
     assert out.startswith("step 0 is the state before training")
     causal, masked = out.partition("step 2 ")[0], out.partition("step 3 ")[2]
     assert "phase detour (CLM), causal" in causal and "phase decay (MLM), bidirectional" in masked
@@ -113,7 +122,7 @@ def test_arrays_are_written_whole_or_not_at_all(run_file, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("steps", "says"),
-    [("5", "5 is past the run's last step, 4"), ("3-1", "a range such as 1-12"), ("x", "a range such as 1-12")],
+    [("7", "7 is past the run's last step, 6"), ("3-1", "a range such as 1-12"), ("x", "a range such as 1-12")],
 )
 def test_steps_that_are_not_there(run_file, steps, says):
     with pytest.raises(DetourError, match=says):

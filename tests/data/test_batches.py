@@ -22,6 +22,8 @@ from megatron_detour.data.indexed import IndexedCorpus, bin_path
 from megatron_detour.data.order import rank_micro_batches
 from megatron_detour.errors import DetourError
 from megatron_detour.objectives import IGNORE, CausalLM, Corruption, MaskedLM, Masking
+from megatron_detour.objectives.hybrid import Hybrid
+from megatron_detour.objectives.masked_next_token import MaskedNextToken
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer
 from megatron_detour.tokenizer.word_boundaries import Words
 from tests.conftest import build, sentences, write_jsonl
@@ -71,17 +73,35 @@ def texts(batches: list[MicroBatch]) -> list[tuple]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("kind", [MaskedLM(0.3), CausalLM()], ids=lambda kind: kind.name)
+def directed(batches: list[MicroBatch]) -> list[tuple]:
+    """Inputs of every document and the direction of its attention, in an order of their own."""
+    return sorted((document[0], batch.causal) for batch in batches for document in texts([batch]))
+
+
+KINDS = [
+    CausalLM(),
+    MaskedLM(0.3),
+    MaskedLM(0.3, whole_word_masking=True, longest_span=10),
+    MaskedNextToken(0.3),
+    Hybrid(0.3, longest_span=10),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.describe())
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 2), (2, 3), (3, 2), (5, 1), (8, 8)])
-def test_a_step_is_the_same_however_it_is_split(opened, vocabulary, kind, ranks, micro):
-    objective = kind.bind(vocabulary)
+def test_a_step_is_the_same_however_it_is_split(opened, vocabulary, tokenizer_folder, kind, ranks, micro):
+    words = Words.from_file(find_tokenizer(tokenizer_folder), vocabulary)
+    objective = kind.bind(vocabulary, words)
     reference = share_of(opened(), objective)
     shares = [share_of(opened(), objective, rank, ranks, micro) for rank in range(ranks)]
     assert texts([batch for share in shares for batch in share.micro_batches]) == texts(reference.micro_batches)
     for figure in ("crc", "labeled", "tokens"):
         assert sum(getattr(share, figure) for share in shares) == getattr(reference, figure) > 0
-    assert {batch.causal for share in shares for batch in share.micro_batches} == {kind.causal}
-    assert {len(share.micro_batches) for share in shares} == {-(-8 // (ranks * micro))}
+    directions = [causal for _, causal in directed([batch for share in shares for batch in share.micro_batches])]
+    assert directions == [causal for _, causal in directed(reference.micro_batches)]
+    assert set(directions) == {part.causal for _, part in kind.parts()}
+    nominal = -(-8 // (ranks * micro))
+    assert all(nominal <= len(share.micro_batches) <= nominal * len(kind.parts()) for share in shares)
 
 
 def test_figures_of_a_share(opened, vocabulary):

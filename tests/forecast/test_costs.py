@@ -16,6 +16,7 @@ from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.indexed import IndexedCorpus
 from megatron_detour.forecast import costs, forecast, headline, render
 from megatron_detour.forecast.costs import PhaseCost, Sample, Speed, sample_lengths
+from megatron_detour.forecast.micro_batches import Search, memory_setting
 from megatron_detour.forecast.storage import disk, readings
 from megatron_detour.forecast.warnings import warnings
 from megatron_detour.model import roofline
@@ -74,6 +75,28 @@ def test_the_papers_run():
     assert modeled.roofline == pytest.approx(0.67 * modeled.seconds)
     assert decay.flops / decay.tokens == pytest.approx(1.31e9, rel=0.01)
     assert result.sessions == 1
+
+
+def test_a_hybrid_costs_what_its_parts_cost():
+    """A quarter of the documents as in CLM, the others as in MNTP; memory and backends for the dearer of both."""
+    phase = {"tokens": "40 steps", "learning_rate": {"peak": 1e-3}}
+    kinds = [
+        {"objective": "hybrid", "mask_rate": 0.3, "causal_share": 0.25},
+        {"objective": "clm"},
+        {"objective": "mntp", "mask_rate": 0.3},
+    ]
+    config, plan = planned(phases=[{"name": kind["objective"], **kind, **phase} for kind in kinds])
+    speed = Speed(chip=chip("NVIDIA H100 80GB HBM3"))
+    hybrid, clm, mntp = (cost_of(phase, "none", speed, 4) for phase in plan.phases)
+    assert clm.flops > 1.1 * mntp.flops
+    assert hybrid.flops == pytest.approx(0.25 * clm.flops + 0.75 * mntp.flops)
+    # Twice as many micro-batches, whose gradients are summed.
+    assert 1 < hybrid.roofline / (0.25 * clm.roofline + 0.75 * mntp.roofline) < 1.5
+    samples = {phase.name: Sample.from_phase(phase) for phase in plan.phases}
+    setting = memory_setting(config, bf16=True, ranks=4, on_gpu=True)
+    peaks = Search(plan, TINY, setting, samples, 80.0).memory()
+    assert peaks["hybrid"].counted == max(peaks["clm"].counted, peaks["mntp"].counted)
+    assert [causal for *_, causal in plan.micro_batches] == [True, False, True, False]
 
 
 def test_the_twins_differ_by_attention_and_head():

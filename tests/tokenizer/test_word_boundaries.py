@@ -151,7 +151,7 @@ def test_sentence_piece(tmp_path, kind):
 
 @pytest.mark.parametrize("model", [models.WordLevel({"a": 0}, "a"), models.BPE({"a": 0}, [])], ids=["words", "plain"])
 def test_other_kinds_are_refused(tmp_path, model):
-    with pytest.raises(DetourError, match=r"^whole_word_masking: .*tokenizer\.json is not a byte-level BPE"):
+    with pytest.raises(DetourError, match=r"^whole_word_masking, entities: .*tokenizer\.json is not a byte-level BPE"):
         words_of(Tokenizer(model), tmp_path)
 
 

@@ -53,7 +53,8 @@ def _within(amount: int) -> int:
     return amount
 
 
-def _tokens(value: Any, enclosing: Enclosing) -> int:
+def read_tokens(value: Any, enclosing: Enclosing) -> int:
+    """Parse an amount of tokens of a run file; steps are those of the enclosing phase. Raise as `parse_tokens` does."""
     return parse_tokens(value, _tokens_per_step(enclosing))
 
 
@@ -70,5 +71,6 @@ def _tokens_per_step(enclosing: Enclosing) -> int | None:
     return sizes[0] * sizes[1] if known else None
 
 
-Tokens = Annotated[int, Parsed(_tokens, {"type": ["number", "string"], "pattern": f"^{_AMOUNT}$"})]
+TEXT_SCHEMA = {"pattern": f"^{_AMOUNT}$"}
+Tokens = Annotated[int, Parsed(read_tokens, {"type": ["number", "string"], **TEXT_SCHEMA})]
 Seconds = Annotated[int, Parsed(parse_seconds, {"type": ["integer", "string"], "pattern": f"^{_TIME}$"})]
