@@ -85,7 +85,7 @@ class Trainer:
         self.run, self.zero, self.guard = run, run.zero, Guard(run.config.guards)
         self.checkpoints = Checkpoints(run, self.guard)
         self.recorder = Recorder(run, self.checkpoints)
-        self.validation = Validation(run) if run.config.validation.corpora else None
+        self.validation = Validation.from_run(run) if run.config.validation.corpora else None
         self._slowest_step = 0.0  # seconds between two records
 
     def train(self) -> bool:

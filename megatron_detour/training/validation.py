@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_detour.config import RunConfig, load
 from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import rank_micro_batches
+from megatron_detour.errors import DetourError
 from megatron_detour.files import retry
 from megatron_detour.model.encoder import LanguageModel
 from megatron_detour.objectives import KINDS, REFERENCE, Corruption
+from megatron_detour.parallel.state import ParallelState
+from megatron_detour.run_directory import RUN_FILE
 from megatron_detour.tokenizer.token_bytes import byte_lengths
+from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
 from megatron_detour.training.run import Run
 
 UNIGRAM_TOKENS = 20_000_000  # sampled from each corpus for its unigram distribution
@@ -24,22 +30,38 @@ UNIGRAM_TOKENS = 20_000_000  # sampled from each corpus for its unigram distribu
 class Validation:
     """Documents of the first `validation.sequences` x `data.sequence_length` tokens, masked by `validation.seed`."""
 
-    def __init__(self, run: Run) -> None:
-        config, vocabulary = run.config, run.initial.checked.vocabulary
+    def __init__(
+        self,
+        config: RunConfig,
+        vocabulary: Vocabulary,
+        tokenizer_file: Path,
+        micro_tokens: int,
+        parallel: ParallelState,
+        device: torch.device,
+    ) -> None:
+        """`micro_tokens` is the approximate size of a micro-batch."""
         settings = config.validation
         self.mixture = DocumentMixture(settings.corpora, config.data.sequence_length, settings.seed, vocabulary)
         self.seed = settings.seed
-        self.micro_tokens = min(phase.micro_sequences * phase.sequence_length for phase in run.plan.phases)
+        self.micro_tokens = micro_tokens
         self.objectives: dict[str, Corruption] = {
             name: kind.for_validation(settings.mask_rate).bind(vocabulary)
             for name, kind in KINDS.items()
             if all(getattr(vocabulary, role) is not None for role in kind.special_tokens)
         }
-        self.bytes_of = byte_lengths(run.initial.tokenizer_file, vocabulary)
-        self.state, self.device = run.parallel, run.device
+        self.bytes_of = byte_lengths(tokenizer_file, vocabulary)
+        self.state, self.device = parallel, device
         self.documents = self.mixture.documents(0, settings.sequences * config.data.sequence_length)
         names = _names(self.mixture.prefixes)
         self.by_corpus = {name: self.documents[self.documents.corpora == i] for i, name in enumerate(names)}
+
+    @classmethod
+    def from_run(cls, run: Run) -> Validation:
+        initial = run.initial
+        micro_tokens = min(phase.micro_sequences * phase.sequence_length for phase in run.plan.phases)
+        return cls(
+            run.config, initial.checked.vocabulary, initial.tokenizer_file, micro_tokens, run.parallel, run.device
+        )
 
     def __call__(self, model: LanguageModel) -> dict[str, float]:
         """Return losses (nats per labeled token), bits per byte and masked accuracy over all corpora.
@@ -69,8 +91,14 @@ class Validation:
             out = model(*batch.to(self.device).arguments)
             counts = totals.new_tensor([out.labeled, covered])
             totals += torch.cat([torch.stack([out.cross_entropy.double(), out.right.double()]), counts])
-        dist.all_reduce(totals, group=self.state.data_group)
+        if self.state.data_size > 1:
+            dist.all_reduce(totals, group=self.state.data_group)
         return totals.cpu().numpy()
+
+    def reference_loss(self, model: LanguageModel) -> float:
+        """Return the loss of the reference objective alone, over all corpora, in nats per masked token."""
+        loss, _, labeled, _ = self._sums(model.eval(), self.objectives[REFERENCE.name], self.documents)
+        return loss / labeled
 
     def unigram_loss(self, training: DocumentMixture, weights: list[float]) -> float:
         """Return the loss, in nats per masked token, of the training corpora's unigram distribution.
@@ -87,6 +115,21 @@ class Validation:
         tokens, chosen = self.mixture.tokens(self.documents), self.documents
         labels = self.objectives[REFERENCE.name].apply(tokens, chosen.lengths, self.seed, chosen.numbers).labels
         return float(-np.log(probabilities[labels]).mean())
+
+
+def held_out_loss(checkpoint: Path) -> Callable[[LanguageModel], float]:
+    """Return the reference loss, as a function of a model, under the fixed masks of a checkpoint's run.
+
+    Raise DetourError if the run directory or its validation corpora are not there.
+    """
+    run_file = checkpoint.resolve().parents[1] / RUN_FILE
+    config = load(run_file)
+    if not config.validation.corpora:
+        raise DetourError(f"{run_file}: the run has no validation corpora")
+    vocabulary, file = load_vocabulary(checkpoint), find_tokenizer(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    validation = Validation(config, vocabulary, file, config.data.sequence_length, ParallelState(), device)
+    return lambda model: validation.reference_loss(model.to(device))
 
 
 def _figures(objective: str, sums: Any, suffix: str) -> dict[str, float]:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from megatron_detour.model.encoder import LanguageModel
 from megatron_detour.model.families import read_shape
 from megatron_detour.objectives import CausalLM, MaskedLM
 from megatron_detour.parallel.state import ParallelState
-from megatron_detour.plan import Plan
 from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.training.validation import Validation
 from tests.conftest import build, sentences, write_jsonl
@@ -49,11 +47,8 @@ def validation(tokenizer: Path, corpora: tuple[Corpus, ...], state: ParallelStat
     settings = dataclasses.replace(config.validation, corpora=corpora, sequences=12)
     vocabulary = load_vocabulary(tokenizer)
     config = dataclasses.replace(config, validation=settings)
-    checked, file = SimpleNamespace(vocabulary=vocabulary), find_tokenizer(tokenizer)
-    initial = SimpleNamespace(checked=checked, tokenizer_file=file)
-    state, plan = state or ParallelState(), Plan.from_config(config)
-    run = SimpleNamespace(config=config, plan=plan, initial=initial, parallel=state, device=torch.device("cpu"))
-    return Validation(run)
+    file, state = find_tokenizer(tokenizer), state or ParallelState()
+    return Validation(config, vocabulary, file, 50, state, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +82,7 @@ def test_losses_and_bytes_are_those_of_the_definition(corpus, tokenizer_folder):
         bits = float(losses.sum()) / math.log(2)
         assert figures[f"val_{name}_bits_per_byte"] == pytest.approx(bits / covered, rel=1e-5)
     assert 0 <= figures["val_mlm_accuracy"] <= 1
+    assert held_out.reference_loss(model) == pytest.approx(figures["val_mlm_loss"], rel=1e-6)
 
 
 def test_each_of_several_corpora_has_figures_of_its_own(corpus, second, tokenizer_folder):
