@@ -64,7 +64,7 @@ def preflight(
     if owns_folder and deepspeed:
         faults += _raised(lambda: refuse_another_run(Path(config.folder), config))
     if owns_folder and model.shape:
-        size = config.optimizer.kind.bytes_per_parameter() * model.shape.parameters
+        size = config.optimizer.bytes_per_parameter * model.shape.parameters
         faults += _raised(lambda: refuse_full_disk(Path(config.folder), plan, size))
     return replace(model, deepspeed=deepspeed, faults=(*model.faults, *faults))
 

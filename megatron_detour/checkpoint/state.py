@@ -16,7 +16,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.parallel.collectives import unequal_replicas
 from megatron_detour.parallel.shard import shard, spec_of, unshard
 from megatron_detour.parallel.state import ParallelState
-from megatron_detour.parallel.zero import Zero, ZeroGroup
+from megatron_detour.parallel.zero import EMA, Zero, ZeroGroup
 
 
 @dataclass
@@ -86,11 +86,12 @@ def scatter(
 
 @torch.no_grad()
 def reset_optimizer_state(zero: Zero) -> None:
-    """Zero the optimizer's states of the parameters that are not frozen; weights do not change."""
+    """Zero the optimizer's states of the parameters that are not frozen; weights and their average do not change."""
     for group in zero.groups:
         if not group.options["frozen"]:
-            for value in zero.optimizer_state(group).values():
-                value.zero_()
+            for name, value in zero.optimizer_state(group).items():
+                if name != EMA:
+                    value.zero_()
 
 
 def refuse_unequal_replicas(values: dict[str, torch.Tensor], state: ParallelState) -> None:

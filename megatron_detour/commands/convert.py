@@ -4,15 +4,18 @@ with those of transformers."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_detour import log
 from megatron_detour.errors import DetourError
+from megatron_detour.model.encoder import LanguageModel
 from megatron_detour.release import hub
 from megatron_detour.release.card_metadata import CardMetadata, read_card_metadata
 from megatron_detour.release.export import DTYPES, export
 from megatron_detour.settings import flag, validate
 from megatron_detour.text import visible
+from megatron_detour.training.validation import held_out_loss
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help="folder to create")
     add("--dtype", choices=sorted(DTYPES), default="bf16", help="dtype of the weights (bf16)")
     add("--decoder", action="store_true", help="export as ModernBertDecoderForCausalLM (checkpoints of a causal phase)")
+    add(
+        "--average",
+        metavar="WHICH",
+        help="export an average of a run's weights: N, its last N checkpoints; names of checkpoints, by commas; ema",
+    )
     add("--text", metavar="FILE", help="compare logits on the lines of this file (default: a few built-in texts)")
     card = parser.add_argument_group("model card")
     add = card.add_argument
@@ -76,13 +84,25 @@ def run(options: argparse.Namespace) -> None:
         evaluation=rows,
         scored=scored,
         repository=repository,
+        average=options.average,
+        validate=_held_out_loss,
     )
     step, steps = exported.run_state["step"], exported.run_state["total_steps"]
     print(f"{options.output}: step {step:,} of {steps:,}, logits match transformers within {exported.difference:.1e}")
+    if exported.averaged:
+        print(f"{options.output}: {exported.averaged.text()}")
     for warning in exported.warnings:
         print(visible(f"warning: {warning}"))
     if repository:
         print(f"uploaded to {hub.push(Path(options.output), repository, options.private)}", flush=True)
+
+
+def _held_out_loss(checkpoint: Path) -> Callable[[LanguageModel], float] | None:
+    try:
+        return held_out_loss(checkpoint)
+    except DetourError as fault:
+        print(visible(f"warning: the loss before and after averaging is not measured: {fault}"))
+        return None
 
 
 def _card_metadata(options: argparse.Namespace) -> CardMetadata:

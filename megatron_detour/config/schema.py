@@ -12,6 +12,7 @@ from megatron_detour.objectives import Objective
 from megatron_detour.optimizers import DEFAULT as DEFAULT_OPTIMIZER
 from megatron_detour.optimizers import KINDS as OPTIMIZERS
 from megatron_detour.optimizers import Optimizer
+from megatron_detour.optimizers.base import FP32
 from megatron_detour.settings import Choice, Enclosing, Entries, Parsed, Pattern, Range, Tagged, join_key, to_plain
 
 SHAPES = ("constant", "linear", "cosine", "1-sqrt")
@@ -151,6 +152,17 @@ class Optimization:
     )
     weight_decay: Annotated[float, Range(least=0), "decoupled weight decay"] = 0.05
     clip: Annotated[float, ABOVE_ZERO, "largest gradient norm"] = 1.0
+    ema: Annotated[
+        float | None,
+        SHARE,
+        "decay rate of an exponential moving average of the fp32 weights, which training keeps beside them; none "
+        "unless set (section 7)",
+    ] = None
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """The bytes of an element's fp32 weight, states and moving average, among ranks or in a checkpoint."""
+        return self.kind.bytes_per_parameter() + (FP32 if self.ema else 0)
 
 
 @dataclass(frozen=True)
@@ -258,6 +270,8 @@ class RunConfig:
         whole = self.to_dict()
         chosen = {key: whole[key] for key in ("seed", "model", "data", "phases", "optimizer", "z_loss")}
         chosen["model"].pop("download")
+        if self.optimizer.ema is None:  # as in records from before the key existed
+            chosen["optimizer"].pop("ema")
         chosen["batch"] = {"sequences": self.batch.sequences}
         for phase in chosen["phases"]:
             phase.pop("micro_sequences")

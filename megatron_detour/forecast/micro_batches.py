@@ -53,7 +53,7 @@ def memory_setting(
         flash=fast and attention != "sdpa",
         fused=fast and kernels != "plain",
         on_gpu=on_gpu,
-        optimizer_bytes=config.optimizer.kind.bytes_per_parameter(),
+        optimizer_bytes=config.optimizer.bytes_per_parameter,
     )
 
 

@@ -71,5 +71,5 @@ def disk(config: RunConfig, plan: Plan, parameters: int) -> Disk:
     kept = len(plan.phases) + (config.model.start is None)
     kept += total // settings.keep_every if settings.keep_every else 0
     passing = max(total // settings.every - kept, 0) if settings.every else 0
-    size = config.optimizer.kind.bytes_per_parameter() * parameters + BESIDE
+    size = config.optimizer.bytes_per_parameter * parameters + BESIDE
     return Disk(size, kept + min(settings.keep, passing), plan.total_steps, free_bytes(Path(config.folder)))

@@ -30,6 +30,8 @@ from megatron_detour.parallel.state import ParallelState
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+EMA = "ema"  # the state that is an exponential moving average of the fp32 weights
+
 
 def deepspeed_settings(content: dict[str, Any]) -> dict[str, Any]:
     """The content of a DeepSpeed file as `Zero` needs it.
@@ -59,9 +61,20 @@ class ZeroGroup:
 class Zero:
     """A model under ZeRO-2: gradients over micro-batches, their norm, and the clipped step."""
 
-    def __init__(self, engine: DeepSpeedEngine, parallel: ParallelState, clip: float, states: tuple[str, ...]) -> None:
-        """`clip` is the maximum norm of a gradient, `states` the names of what the optimizer keeps of each element."""
-        self.engine, self.parallel, self.clip, self.states = engine, parallel, clip, states
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        parallel: ParallelState,
+        clip: float,
+        states: tuple[str, ...],
+        ema: float | None = None,
+    ) -> None:
+        """`clip` is the maximum norm of a gradient, `states` the names of what the optimizer keeps of each element.
+
+        `ema` is the decay rate of a moving average of the weights, which is one more state.
+        """
+        self.engine, self.parallel, self.clip, self.ema = engine, parallel, clip, ema
+        self.states = (*states, EMA) if ema else states
         self._zero = zero = engine.optimizer
         zero.check_grad_overflow = False
         for hook in zero._grad_acc_hooks:
@@ -126,6 +139,22 @@ class Zero:
             # As DeepSpeed clips: the factor is 1 where the norm is less than `clip`.
             self._zero.optimizer.gradient_factor = 1.0 / torch.clamp((norm + 1e-6) / self.clip, min=1.0)
             self._zero.averaged_gradients = {i: [group.gradient.partition] for i, group in enumerate(self.groups)}
-            self._zero.step()
+            self._step()
         for group in self.groups:
             group.gradient.clear()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Step the optimizer and move the average, frozen parts included.
+
+        The average begins at the weights before the first update: a group without states is its own average.
+        """
+        averaged = self.groups if self.ema else []
+        new = [group for group in averaged if not (group.options["frozen"] or self.optimizer_state(group))]
+        before = [group.partition.detach().clone() for group in new]
+        self._zero.step()
+        for group, weights in zip(new, before, strict=True):
+            self.optimizer_state(group)[EMA] = weights
+        for group in averaged:
+            if held := self.optimizer_state(group):
+                held[EMA].lerp_(group.partition, 1 - self.ema)

@@ -19,6 +19,7 @@ from megatron_detour.model.families.base import FULL
 from megatron_detour.objectives import REFERENCE
 from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import validation_rows
+from megatron_detour.release.average import Averaged
 from megatron_detour.release.card_metadata import CardMetadata, CorpusFacts
 from megatron_detour.release.checkpoint_info import CheckpointInfo, Corpus
 from megatron_detour.text import markdown, visible
@@ -48,6 +49,7 @@ class Card:
     decoder: bool
     opens_in: str  # versions of transformers that open the folder
     evaluation: list[dict[str, Any]] | None  # rows: task, title, metric, mean, sd, seeds
+    averaged: Averaged | None  # None: the checkpoint's own weights
 
     def text(self) -> str:
         """Return the whole README.md. Raises DetourError if the metadata names a corpus that the run does not read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 
 from megatron_detour.checkpoint import huggingface, store
 from megatron_detour.checkpoint.huggingface import OPTIMIZER, RUN_STATE, Source, Weights
+from megatron_detour.checkpoint.state import EMA
 from megatron_detour.errors import DetourError
+from megatron_detour.model.encoder import LanguageModel
 from megatron_detour.model.families import Family, read_shape
 from megatron_detour.release import decoder, portable
+from megatron_detour.release.average import Averaged, checkpoints_to_average, take_average
 from megatron_detour.release.card import Card, refuse_unknown_corpora
 from megatron_detour.release.card_metadata import CardMetadata
 from megatron_detour.release.checkpoint_info import CheckpointInfo
@@ -33,6 +37,7 @@ class Exported:
     run_state: dict[str, Any]
     difference: float
     warnings: list[str]
+    averaged: Averaged | None
 
 
 def export(
@@ -46,17 +51,25 @@ def export(
     evaluation: list[dict[str, Any]] | None = None,
     scored: Path | None = None,
     repository: str | None = None,
+    average: str | None = None,
+    validate: Callable[[Path], Callable[[LanguageModel], float] | None] | None = None,
 ) -> Exported:
     """Write the Hugging Face folder `output`, for a ModernBertDecoder if `as_decoder`.
 
     Logits are compared in fp32 on the weights as written, on random ids and on real text: the lines of the file `text`,
     or built-in ones. `evaluation` are rows for the card, scores of the model in the folder `scored`; `repository` is
-    the id in the card's code. Raises DetourError and writes nothing if logits differ or anything is missing.
+    the id in the card's code. `average` are a number or names of checkpoints, or EMA, whose average is exported in
+    the place of the last one's weights; `validate` returns a loss, as a function of a model, for that checkpoint.
+    Raises DetourError and writes nothing if logits differ or anything is missing.
     """
     target, given, texts = Path(output), given or CardMetadata(), read_texts(text)
     if os.path.lexists(target):
         raise DetourError(f"{target}: already exists; choose another --output or remove it")
-    folder = _find(Path(checkpoint))
+    if average in (None, EMA):
+        checkpoints = [_find(Path(checkpoint), needless=() if average else (OPTIMIZER,))]
+    else:
+        checkpoints = [_find(path) for path in checkpoints_to_average(Path(checkpoint), average)]
+    folder = checkpoints[-1]
     facts = CheckpointInfo.read(folder)
     refuse_unknown_corpora(given, facts.corpora)
     source = Source(str(folder))
@@ -66,6 +79,9 @@ def export(
     if as_decoder and not shape.has_decoder:
         raise DetourError(f"--decoder: {shape.label} has no decoder's form in transformers; leave the option out")
     model = huggingface.load_model(source, shape)
+    averaged = None
+    if average:
+        averaged = take_average(model, checkpoints, average, facts.config, validate and validate(folder))
     if scored:
         _refuse_other_weights(scored, shape, model.state_dict(), folder)
     rounded = {name: weight.to(DTYPES[dtype]) for name, weight in model.state_dict().items()}
@@ -88,6 +104,7 @@ def export(
             decoder=as_decoder,
             opens_in=decoder.opens_in(shape) if as_decoder else shape.opens_in,
             evaluation=evaluation,
+            averaged=averaged,
         )
         (aside / "README.md").write_text(card.text(), encoding="utf-8")
         refuse_private(aside)
@@ -99,7 +116,7 @@ def export(
     if evaluation and not scored:
         warnings.append("the evaluated folder is missing or has changed: cannot verify the scores' model")
     warnings += decoder.release_warnings(shape) if as_decoder else shape.release_warnings()
-    return Exported(folder, facts.state, card.difference, warnings)
+    return Exported(folder, facts.state, card.difference, warnings, averaged)
 
 
 def _refuse_other_weights(scored: Path, shape: Family, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
@@ -132,18 +149,18 @@ def _write_model(
     portable.make_tokenizer_portable(aside, shape)
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path, needless: Container[str] = (OPTIMIZER,)) -> Path:
     """Return `path` if it is a checkpoint, else the newest intact one of a run directory. Raises DetourError."""
     if not path.is_dir():
         raise DetourError(f"{path}: no such folder")
     if (path / RUN_STATE).is_file() or (path / store.LISTING).is_file():
         try:
-            store.verify(path, needless=(OPTIMIZER,))
+            store.verify(path, needless)
         except store.Broken as fault:
             raise DetourError(f"{path}: damaged checkpoint: {fault}") from None
     if (path / RUN_STATE).is_file():
         return path
-    newest = store.latest(path / "checkpoints", needless=(OPTIMIZER,))
+    newest = store.latest(path / "checkpoints", needless)
     if newest is None:
         raise DetourError(f"{path}: neither a checkpoint nor a run directory with one")
     return newest

@@ -169,7 +169,7 @@ class Checkpoints:
             return
         if not self.run.folder.is_dir():
             raise DetourError(f"{self.run.folder}: the run directory was removed during the run")
-        size = self.run.config.optimizer.kind.bytes_per_parameter() * self.run.initial.shape.parameters
+        size = self.run.config.optimizer.bytes_per_parameter * self.run.initial.shape.parameters
         refuse_full_disk(self.run.folder, self.run.plan, size)
 
     def _run_state(self, done: Step | None) -> dict[str, Any]:

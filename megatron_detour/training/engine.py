@@ -82,7 +82,7 @@ def create_engine(model: nn.Module, config: RunConfig, deepspeed_config: dict[st
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=state, dist_init_required=False
     )
-    return Zero(engine, state, config.optimizer.clip, config.optimizer.kind.states)
+    return Zero(engine, state, config.optimizer.clip, config.optimizer.kind.states, config.optimizer.ema)
 
 
 def _quiet_deepspeed() -> None:

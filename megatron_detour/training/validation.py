@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_detour.config import RunConfig
+from megatron_detour.config import RunConfig, load
 from megatron_detour.data.batches import DocumentMixture, Documents, rank_batch
 from megatron_detour.data.order import rank_micro_batches
+from megatron_detour.errors import DetourError
 from megatron_detour.files import retry
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.objectives import KINDS, REFERENCE, Corruption, validated
 from megatron_detour.parallel.state import ParallelState
+from megatron_detour.run_directory import RUN_FILE
 from megatron_detour.tokenizer.token_bytes import byte_lengths
-from megatron_detour.tokenizer.vocabulary import Vocabulary
+from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
 from megatron_detour.training.run import Run
 
 UNIGRAM_TOKENS = 20_000_000  # sampled from each corpus for its unigram distribution
@@ -89,6 +92,11 @@ class Validation:
             dist.all_reduce(totals, group=self.state.data_group)
         return totals.cpu().numpy()
 
+    def reference_loss(self, model: LanguageModel) -> float:
+        """Return the loss of the reference objective alone, over all corpora, in nats per masked token."""
+        loss, _, labeled, _ = self._sums(model.eval(), self.objectives[REFERENCE.name], self.documents)
+        return loss / labeled
+
     def unigram_loss(self, training: DocumentMixture, weights: list[float]) -> float:
         """Return the loss, in nats per masked token, of the training corpora's unigram distribution.
 
@@ -104,6 +112,21 @@ class Validation:
         tokens, chosen = self.mixture.tokens(self.documents), self.documents
         labels = self.objectives[REFERENCE.name].apply(tokens, chosen.lengths, self.seed, chosen.numbers).labels
         return float(-np.log(probabilities[labels]).mean())
+
+
+def held_out_loss(checkpoint: Path) -> Callable[[LanguageModel], float]:
+    """Return the reference loss, as a function of a model, under the fixed masks of a checkpoint's run.
+
+    Raise DetourError if the run directory or its validation corpora are not there.
+    """
+    run_file = checkpoint.resolve().parents[1] / RUN_FILE
+    config = load(run_file)
+    if not config.validation.corpora:
+        raise DetourError(f"{run_file}: the run has no validation corpora")
+    vocabulary, file = load_vocabulary(checkpoint), find_tokenizer(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    validation = Validation(config, vocabulary, file, config.data.sequence_length, ParallelState(), device)
+    return lambda model: validation.reference_loss(model.to(device))
 
 
 def _figures(objective: str, sums: Any, suffix: str) -> dict[str, float]:

@@ -91,6 +91,9 @@ def test_the_states_of_the_chosen_optimizer_are_counted():
     for name, kind in KINDS.items():
         chosen = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, kind=kind()))
         parts[name] = peak_memory(BASE, memory_setting(chosen, BF16, 1, "h100"), load).parts["optimizer"]
+        averaged = dataclasses.replace(chosen, optimizer=dataclasses.replace(chosen.optimizer, ema=0.999))
+        with_average = peak_memory(BASE, memory_setting(averaged, BF16, 1, "h100"), load).parts["optimizer"]
+        assert with_average - parts[name] == 4 * 149_655_232
     assert parts == {"adamw": 12 * 149_655_232, "lion": 8 * 149_655_232}
 
 

@@ -73,7 +73,7 @@ def write_run_file(path: Path, prefix: str, tokenizer: Path, optimizer: str = "a
              "optimizer_state": "reset", "sequence_length": 32, "sequences": 16,
              "learning_rate": {"peak": 1e-2, "shape": "1-sqrt", "end": 1e-3}},
         ],
-        "optimizer": {"name": optimizer},
+        "optimizer": {"name": optimizer, "ema": 0.9},
         "deepspeed": "set by the test",
         "guards": {"spikes": "skip", "window": 16, "sigma": 3},
         "validation": {"corpora": [{"prefix": prefix}], "sequences": 4},

@@ -74,6 +74,7 @@ def test_losses_and_bytes_are_those_of_the_definition(corpus, tokenizer_folder):
         bits = float(losses.sum()) / math.log(2)
         assert figures[f"val_{name}_bits_per_byte"] == pytest.approx(bits / covered, rel=1e-5)
     assert 0 <= figures["val_mlm_accuracy"] <= 1
+    assert held_out.reference_loss(model) == pytest.approx(figures["val_mlm_loss"], rel=1e-6)
 
 
 def test_each_of_several_corpora_has_figures_of_its_own(corpus, second, tokenizer_folder):

@@ -1,0 +1,114 @@
+"""Averages of a run's weights in the place of a checkpoint's own: of several checkpoints, or kept in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_detour.checkpoint import huggingface, store
+from megatron_detour.checkpoint.huggingface import Source, Weights
+from megatron_detour.checkpoint.state import EMA
+from megatron_detour.config import RunConfig
+from megatron_detour.errors import DetourError, nearest
+from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.families import read_shape
+from megatron_detour.objectives import REFERENCE
+from megatron_detour.tokenizer.vocabulary import load_vocabulary
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What was averaged, and the loss under fixed masks of the last checkpoint and of the average, if measured."""
+
+    what: str
+    losses: tuple[float, float] | None
+
+    def text(self) -> str:
+        """Return, for instance, the mean of the weights after steps 4 and 6 (MLM loss ...), for a card or a line."""
+        if self.losses is None:
+            return self.what
+        before, after = self.losses
+        label = REFERENCE.label
+        return f"{self.what} ({label} loss on held-out text {after:.4f}; with the last step's own weights {before:.4f})"
+
+
+def checkpoints_to_average(path: Path, which: str) -> list[Path]:
+    """Return the last N checkpoints of a run directory, or those named in `which`, by commas; oldest first.
+
+    Raise DetourError if there are fewer, or none of a name.
+    """
+    there = {folder.name: folder for folder in store.find_checkpoints(path / "checkpoints") if store.step_of(folder)}
+    if not there:
+        raise DetourError(f"--average {which}: {path} is not a run directory with checkpoints after step 0")
+    if which.isdecimal():
+        if not 1 <= int(which) <= len(there):
+            raise DetourError(
+                f"--average {which}: {path} has {len(there)} checkpoints after step 0; checkpoint.keep and "
+                "checkpoint.keep_every of the run file keep more"
+            )
+        return list(there.values())[-int(which) :]
+    names = which.split(",")
+    for name in names:
+        if name not in there or names.count(name) > 1:
+            hint = nearest(name, there) or f"; it has {', '.join(there)}"
+            fault = "is named twice" if name in there else f"is not a checkpoint of {path}{hint}"
+            raise DetourError(f"--average {which}: {name!r} {fault}")
+    return sorted((there[name] for name in names), key=store.step_of)
+
+
+@torch.no_grad()
+def take_average(
+    model: LanguageModel,
+    checkpoints: list[Path],
+    which: str,
+    config: RunConfig,
+    loss: Callable[[LanguageModel], float] | None,
+) -> Averaged:
+    """Replace a model's weights, those of the last checkpoint, by the average; measure the `loss` of both."""
+    sizes, device = model.shape.sizes, next(model.parameters()).device
+    with ExitStack() as stack:
+        if which == EMA:
+            weights, words = _moving(checkpoints[-1], config, sizes, stack)
+        else:
+            weights, words = _mean(checkpoints, sizes, stack)
+        before = loss(model) if loss else None
+        for name, weight in model.state_dict().items():
+            weight.copy_(weights(name))
+    losses = (before, loss(model)) if loss else None
+    model.to(device)
+    return Averaged(words, losses)
+
+
+def _mean(checkpoints: list[Path], sizes: dict[str, tuple[int, ...]], stack: ExitStack):
+    """Return a reader of means by name, of one tensor at a time in fp64, and their description."""
+    *others, last = checkpoints
+    shape, vocabulary = read_shape(Source(str(last)).config(), str(last)), load_vocabulary(last)
+    for other in others:
+        same = load_vocabulary(other).sha256 == vocabulary.sha256
+        if not same or read_shape(Source(str(other)).config(), str(other)) != shape:
+            raise DetourError(f"--average: {other} is a checkpoint of another model than {last}")
+    readers = [stack.enter_context(Weights(Source(str(folder)))) for folder in checkpoints]
+    for reader in readers:
+        reader.check(sizes)
+
+    def mean(name: str) -> torch.Tensor:
+        return (sum(reader(name).double() for reader in readers) / len(readers)).float()
+
+    *steps, final = (f"{store.step_of(folder):,}" for folder in checkpoints)
+    steps = f"steps {', '.join(steps)} and {final}" if steps else f"step {final}"
+    return mean, f"the mean of the weights after {steps}"
+
+
+def _moving(checkpoint: Path, config: RunConfig, sizes: dict[str, tuple[int, ...]], stack: ExitStack):
+    """Return a reader of moving averages by name, and their description. A part never updated is its own average."""
+    if config.optimizer.ema is None:
+        raise DetourError(f"--average {EMA}: the run of {checkpoint} keeps no moving average; optimizer.ema is not set")
+    weights = stack.enter_context(Weights(Source(str(checkpoint))))
+    weights.check(sizes)
+    state, steps = huggingface.open_optimizer(checkpoint, (*config.optimizer.kind.states, EMA), stack)
+    words = f"the exponential moving average of the weights, with a decay of {config.optimizer.ema} per step"
+    return lambda name: state(EMA, name) if name in steps else weights(name), words
