@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_detour import log
 from megatron_detour.errors import DetourError
-from megatron_detour.model.encoder import LanguageModel
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.release import hub
 from megatron_detour.release.card_metadata import CardMetadata, read_card_metadata
 from megatron_detour.release.export import DTYPES, export

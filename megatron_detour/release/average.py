@@ -14,8 +14,8 @@ from megatron_detour.checkpoint.huggingface import Source, Weights
 from megatron_detour.checkpoint.state import EMA
 from megatron_detour.config import RunConfig
 from megatron_detour.errors import DetourError, nearest
-from megatron_detour.model.encoder import LanguageModel
-from megatron_detour.model.families import read_shape
+from megatron_detour.model.families import Family, read_shape
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.objectives import REFERENCE
 from megatron_detour.tokenizer.vocabulary import load_vocabulary
 
@@ -69,12 +69,12 @@ def take_average(
     loss: Callable[[LanguageModel], float] | None,
 ) -> Averaged:
     """Replace a model's weights, those of the last checkpoint, by the average; measure the `loss` of both."""
-    sizes, device = model.shape.sizes, next(model.parameters()).device
+    device = next(model.parameters()).device
     with ExitStack() as stack:
         if which == EMA:
-            weights, words = _moving(checkpoints[-1], config, sizes, stack)
+            weights, words = _moving(checkpoints[-1], config, model.shape, stack)
         else:
-            weights, words = _mean(checkpoints, sizes, stack)
+            weights, words = _mean(checkpoints, stack)
         before = loss(model) if loss else None
         for name, weight in model.state_dict().items():
             weight.copy_(weights(name))
@@ -83,7 +83,7 @@ def take_average(
     return Averaged(words, losses)
 
 
-def _mean(checkpoints: list[Path], sizes: dict[str, tuple[int, ...]], stack: ExitStack):
+def _mean(checkpoints: list[Path], stack: ExitStack):
     """Return a reader of means by name, of one tensor at a time in fp64, and their description."""
     *others, last = checkpoints
     shape, vocabulary = read_shape(Source(str(last)).config(), str(last)), load_vocabulary(last)
@@ -93,7 +93,7 @@ def _mean(checkpoints: list[Path], sizes: dict[str, tuple[int, ...]], stack: Exi
             raise DetourError(f"--average: {other} is a checkpoint of another model than {last}")
     readers = [stack.enter_context(Weights(Source(str(folder)))) for folder in checkpoints]
     for reader in readers:
-        reader.check(sizes)
+        reader.check(shape)
 
     def mean(name: str) -> torch.Tensor:
         return (sum(reader(name).double() for reader in readers) / len(readers)).float()
@@ -103,12 +103,12 @@ def _mean(checkpoints: list[Path], sizes: dict[str, tuple[int, ...]], stack: Exi
     return mean, f"the mean of the weights after {steps}"
 
 
-def _moving(checkpoint: Path, config: RunConfig, sizes: dict[str, tuple[int, ...]], stack: ExitStack):
+def _moving(checkpoint: Path, config: RunConfig, shape: Family, stack: ExitStack):
     """Return a reader of moving averages by name, and their description. A part never updated is its own average."""
     if config.optimizer.ema is None:
         raise DetourError(f"--average {EMA}: the run of {checkpoint} keeps no moving average; optimizer.ema is not set")
     weights = stack.enter_context(Weights(Source(str(checkpoint))))
-    weights.check(sizes)
+    weights.check(shape)
     state, steps = huggingface.open_optimizer(checkpoint, (*config.optimizer.kind.states, EMA), stack)
     words = f"the exponential moving average of the weights, with a decay of {config.optimizer.ema} per step"
     return lambda name: state(EMA, name) if name in steps else weights(name), words

@@ -15,8 +15,8 @@ from megatron_detour.checkpoint import huggingface, store
 from megatron_detour.checkpoint.huggingface import OPTIMIZER, RUN_STATE, Source, Weights
 from megatron_detour.checkpoint.state import EMA
 from megatron_detour.errors import DetourError
-from megatron_detour.model.encoder import LanguageModel
 from megatron_detour.model.families import Family, read_shape
+from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.release import decoder, portable
 from megatron_detour.release.average import Averaged, checkpoints_to_average, take_average
 from megatron_detour.release.card import Card, refuse_unknown_corpora

@@ -60,6 +60,20 @@ class Validation:
             run.config, initial.checked.vocabulary, initial.tokenizer_file, micro_tokens, run.parallel, run.device
         )
 
+    @classmethod
+    def alone(cls, config: RunConfig, folder: Path) -> Validation:
+        """Create for this process alone, with the tokenizer of a model's folder.
+
+        Raise DetourError for a run without validation corpora.
+        """
+        if not config.validation.corpora:
+            raise DetourError(
+                f"run {config.name}: no validation.corpora, so that there is no held-out text to measure a loss on"
+            )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        micro_tokens = config.data.sequence_length
+        return cls(config, load_vocabulary(folder), find_tokenizer(folder), micro_tokens, ParallelState(), device)
+
     def __call__(self, model: LanguageModel) -> dict[str, float]:
         """Return losses (nats per labeled token), bits per byte and masked accuracy over all corpora.
 
@@ -119,14 +133,8 @@ def held_out_loss(checkpoint: Path) -> Callable[[LanguageModel], float]:
 
     Raise DetourError if the run directory or its validation corpora are not there.
     """
-    run_file = checkpoint.resolve().parents[1] / RUN_FILE
-    config = load(run_file)
-    if not config.validation.corpora:
-        raise DetourError(f"{run_file}: the run has no validation corpora")
-    vocabulary, file = load_vocabulary(checkpoint), find_tokenizer(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    validation = Validation(config, vocabulary, file, config.data.sequence_length, ParallelState(), device)
-    return lambda model: validation.reference_loss(model.to(device))
+    validation = Validation.alone(load(checkpoint.resolve().parents[1] / RUN_FILE), checkpoint)
+    return lambda model: validation.reference_loss(model.to(validation.device))
 
 
 def _figures(objective: str, sums: Any, suffix: str) -> dict[str, float]:
