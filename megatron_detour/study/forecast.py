@@ -60,10 +60,8 @@ def describe_cost(study: Study, jobs: list[Job]) -> str:
         lines.append(
             f"tasks    {counted(len(study.tasks), 'task')}: {each * models} fine-tuning runs of {models} models"
         )
-    kinds = [job.kind for job in jobs if job.kind not in ("train", "evaluate")]
-    if kinds:
-        each = (f"{kind} ({kinds.count(kind)})" for kind in dict.fromkeys(kinds))
-        lines.append(f"analyses {', '.join(each)} of {counted(len(kinds), 'job')}")
+    if kinds := [job.kind for job in jobs if job.kind not in ("train", "evaluate")]:
+        lines.append(f"analyses {', '.join(dict.fromkeys(kinds))}: {counted(len(kinds), 'job')}")
     ended = {job.name: record_of(study, job.name) for job in jobs}
     done = sum(found is not None and found["status"] == DONE for found in ended.values())
     lines.append(f"jobs     {len(jobs)}, of which {done} are done{_hours(jobs, ended)}")

@@ -11,6 +11,7 @@ from megatron_detour.config import load
 from megatron_detour.errors import DetourError
 from megatron_detour.evaluation.finetuning.protocol import load_protocol
 from megatron_detour.preflight import Preflight
+from megatron_detour.study.forecast import describe_cost
 from megatron_detour.study.jobs import jobs_of, levels
 from megatron_detour.study.plan import read_study
 from tests.harness import ROOT
@@ -51,8 +52,10 @@ def test_an_arm_of_another_precision_shares_nothing(corpus, tmp_path):
 
 
 def test_jobs_follow_what_they_need(study_file):
-    jobs = jobs_of(read_study(study_file))
+    study = read_study(study_file)
+    jobs = jobs_of(study)
     names = [job.name for job in jobs]
+    assert "analyses drift: 2 jobs" in describe_cost(study, jobs)
     assert "evaluate/control2-s1" not in names
     for job in jobs:
         assert all(names.index(need) < names.index(job.name) for need in job.needs)
