@@ -61,7 +61,7 @@ ALLOWED = {
         "parallel model checkpoint tokenizer errors files",
         "torch safetensors tokenizers transformers",
     ),
-    "checkpoint.source": ("tokenizer.vocabulary errors", ""),
+    "checkpoint.source": ("checkpoint.pickled model.families tokenizer.vocabulary errors structured", ""),
     "release": (
         "release checkpoint model tokenizer objectives data.manifest observe.run_files observe.run_folder "
         "observe.steps ui settings config plan errors",
@@ -196,6 +196,9 @@ LAZY = {
     "checkpoint.huggingface": "tokenizers transformers",
     "model.families.base": "torch transformers",
     "model.families.modernbert": "torch transformers",
+    "model.families.bert": "torch transformers",
+    "model.families.eurobert": "torch transformers",
+    "model.activations": "torch",
     "training.engine": "deepspeed",
     "config.deepspeed": "deepspeed",
     "optimizers.adamw": "torch",

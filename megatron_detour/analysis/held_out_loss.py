@@ -20,8 +20,8 @@ def held_out_figures(model: Path, run: RunConfig) -> dict[str, float]:
     MLM_LOSS is in nats per masked token. The model is a folder that training could start from, in fp32. Raises
     DetourError for any other, for a run without validation, and for corpora of another tokenizer.
     """
-    validation = Validation.alone(run, model)
     check_model(model, flag="")
+    validation = Validation.alone(run, model)
     source = Source(str(model))
     network = load_model(source, read_shape(source.config(), str(model)))
     return validation(network.to(validation.device))

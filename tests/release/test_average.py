@@ -98,7 +98,7 @@ def test_the_losses_are_those_of_the_runs_validation(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("corpora", "why"), [([], "the run has no validation corpora"), ([{"prefix": "gone"}], r"gone\.manifest\.json")]
+    ("corpora", "why"), [([], r"no validation\.corpora"), ([{"prefix": "gone"}], r"gone\.manifest\.json")]
 )
 def test_without_held_out_text_the_losses_are_left_out(run, tmp_path, capsys, corpora, why):
     copy = shutil.copytree(run, tmp_path / "run")
