@@ -150,10 +150,14 @@ def _vocabulary(model: Model, kinds: Iterable[type[Objective]], faults: list[str
             faults.append(f"model.start: {fault}")
         return None
     needed = dict.fromkeys([*(role for kind in kinds for role in kind.special_tokens), "pad"])
-    missing = [f"[{role.upper()}]" for role in needed if getattr(vocabulary, role) is None]
+    missing = [role for role in needed if getattr(vocabulary, role) is None]
     if missing:
-        key = "tokenizer" if model.tokenizer else "start"
-        faults.append(f"model.{key}: {name}: the tokenizer has no {' and no '.join(missing)}; training requires them")
+        key, tokens = "tokenizer" if model.tokenizer else "start", " and no ".join(f"{role} token" for role in missing)
+        keys = " and ".join(f"{role}_token" for role in missing)
+        faults.append(
+            f"model.{key}: {name}: the tokenizer has no {tokens}, which training requires; name an added token in its "
+            f"tokenizer_config.json ({keys}), or use another tokenizer"
+        )
     return vocabulary
 
 

@@ -33,6 +33,7 @@ ALLOWED = {
     "tokenizer": ("tokenizer errors files", "numpy"),
     "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
     "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
+    "tokenizer.bert_vocabulary": ("errors", "tokenizers"),
     "objectives": ("objectives registry settings tokenizer counter_rng", "numpy"),
     "optimizers": ("optimizers registry settings", "torch"),
     "parallel": ("parallel", "torch"),
@@ -181,6 +182,7 @@ LAZY = {
     "benchmarks.gpu_parts": "transformers",
     "tokenizer.vocabulary": "tokenizers huggingface_hub",
     "tokenizer.sentencepiece_model": "tokenizers sentencepiece google",
+    "tokenizer.bert_vocabulary": "tokenizers",
     "corpus.sources": "pyarrow datasets huggingface_hub",
     "corpus.lines": "pyarrow",
     "corpus.documents": "pyarrow",
@@ -338,6 +340,7 @@ def test_libraries_are_kept_to_their_places():
     assert {place for place in places("tokenizers") if within(place, "data corpus tokenizer")} == {
         "tokenizer.vocabulary",
         "tokenizer.sentencepiece_model",
+        "tokenizer.bert_vocabulary",
         "corpus.train_tokenizer",
         "corpus.engines",
     }

@@ -145,7 +145,7 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
     ),
     "no mask token": (
         without_mask,
-        [r"model\.start: \S+: the tokenizer has no \[MASK\] and no \[PAD\]; training requires them", OTHER],
+        [r"model\.start: \S+: the tokenizer has no mask token and no pad token, which training requires; name", OTHER],
     ),
     "whole words of a word-level tokenizer": (
         word_level,
