@@ -60,7 +60,6 @@ def byte_level(names: dict[str, str]) -> Tokenizer:
 
 def unigram(names: dict[str, str]) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return train(tokenizer, trainers.UnigramTrainer, names, unk_token=names["unk"])
 
