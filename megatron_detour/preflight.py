@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from megatron_detour.model_parts import layers_of
 from megatron_detour.objectives import REFERENCE, Objective
 from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, stand_in
-from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
+from megatron_detour.tokenizer.extension import new_pieces
+from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
 
@@ -37,7 +38,8 @@ class Preflight:
     words: Words | None = None  # None also if no phase masks whole words
     deepspeed: dict[str, Any] | None = None  # the content of the DeepSpeed file
     faults: tuple[str, ...] = ()
-    note: str = ""  # the origin of the shape, if not the model itself
+    note: str = ""  # the origin of the shape, if not the model itself alone
+    new_rows: dict[int, list[int]] = field(default_factory=dict)  # ids that model.tokenizer adds: old ids of their text
 
     def refuse(self) -> Preflight:
         """Return self, or raise DetourError with all faults."""
@@ -89,13 +91,17 @@ def look(model: Model, whole_words: bool = False, kinds: Iterable[type[Objective
             words = Words.from_file(find_tokenizer(model.tokenizer or model.start, model.download), vocabulary)
         except DetourError as fault:
             faults.append(str(fault))
+    new_rows = _new_rows(model, vocabulary, faults) if vocabulary and model.start and model.tokenizer else {}
     shape, note = _stored(model, faults) if model.start else (_fresh(model, vocabulary, faults), "")
+    if shape and new_rows:
+        shape = replace(shape, vocabulary=max(shape.vocabulary, vocabulary.size))
+        note = "; ".join(filter(None, [note, f"{len(new_rows):,} pieces added"]))
     if shape and vocabulary and vocabulary.size > shape.vocabulary:
         faults.append(
             f"model.tokenizer: {model.tokenizer or model.start}: the tokenizer has {vocabulary.size:,} ids, the "
             f"model's embedding only {shape.vocabulary:,}; use the model's own tokenizer"
         )
-    return Preflight(model, shape, vocabulary, words, None, tuple(faults), note)
+    return Preflight(model, shape, vocabulary, words, None, tuple(faults), note, new_rows)
 
 
 def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
@@ -138,11 +144,6 @@ def _vocabulary(model: Model, kinds: Iterable[type[Objective]], faults: list[str
     name = model.tokenizer or model.start
     try:
         vocabulary = load_vocabulary(name, model.download)
-        if model.tokenizer and model.start and _differs(model, vocabulary):
-            faults.append(
-                f"model.tokenizer: {model.tokenizer} is not the tokenizer that {model.start} was trained with; remove "
-                "the key to use the model's own"
-            )
     except DetourError as fault:
         if model.tokenizer:  # otherwise the model is missing, which is already a fault
             faults.append(f"model.tokenizer: {fault}")
@@ -161,11 +162,22 @@ def _vocabulary(model: Model, kinds: Iterable[type[Objective]], faults: list[str
     return vocabulary
 
 
-def _differs(model: Model, vocabulary: Vocabulary) -> bool:
+def _new_rows(model: Model, vocabulary: Vocabulary, faults: list[str]) -> dict[int, list[int]]:
+    """Return the ids that model.tokenizer adds to the start model's, each with the old ids of its text."""
     try:
-        return load_vocabulary(model.start, model.download).sha256 != vocabulary.sha256
+        if load_vocabulary(model.start, model.download).sha256 == vocabulary.sha256:
+            return {}
     except DetourError:
-        return False
+        return {}  # a missing model is already a fault
+    try:
+        return new_pieces(*(load_tokenizer(name, model.download) for name in (model.start, model.tokenizer)))
+    except DetourError as reason:
+        faults.append(
+            f"model.tokenizer: {model.tokenizer} is not the tokenizer that {model.start} was trained with, nor an "
+            f"extension of it: {reason}; remove the key to use the model's own, or extend that with megatron-detour "
+            "extend-tokenizer"
+        )
+        return {}
 
 
 def _backends(config: RunConfig, deepspeed: dict[str, Any] | None, gpu: bool | None) -> list[str]:

@@ -117,7 +117,7 @@ class Model:
         "or the shape of a model to initialize: keys of its config.json, of a ModernBERT unless `model_type` says "
         "otherwise; the vocabulary comes from `model.tokenizer`",
     ] = None
-    tokenizer: Annotated[str | None, "folder or tokenizer.json; by default the start model's"] = None
+    tokenizer: Annotated[str | None, "folder or file; by default the start model's, which it may extend"] = None
     download: Annotated[bool, "download a hub id; otherwise only the local cache is read"] = False
 
 

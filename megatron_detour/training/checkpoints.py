@@ -65,9 +65,10 @@ class Checkpoints:
             scatter(zero, lambda name: zero.module.initial_weight(name, self.run.config.seed))
             return
         with huggingface.Weights(source) as weights:
-            weights.check(self.run.initial.shape.sizes)
-            self._compare(source)
-            scatter(zero, weights)
+            shape = read_shape(source.config(), source.name)  # without what the run's tokenizer adds
+            weights.check(shape.sizes)
+            self._compare(source, shape)
+            scatter(zero, self.run.initial.with_new_rows(weights))
 
     def _resume(self, checkpoint: Path) -> int:
         zero, initial, named = self.run.zero, self.run.initial, self.run.config.model
@@ -180,12 +181,10 @@ class Checkpoints:
             "versions": meter.versions(),
         }
 
-    def _compare(self, source: Source) -> None:
+    def _compare(self, source: Source, shape: Family) -> None:
         """Raise DetourError unless the start model's logits match transformers'."""
         if self.run.parallel.is_first:
-            difference = huggingface.compare_with_transformers(
-                source.name, huggingface.load_model(source, self.run.initial.shape)
-            )
+            difference = huggingface.compare_with_transformers(source.name, huggingface.load_model(source, shape))
             huggingface.refuse_difference(difference, source.name)
             logger.info("%s: logits match transformers' within %.1e", source.name, difference)
 
