@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from megatron_detour.objectives import REFERENCE, Objective
 from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, stand_in
 from megatron_detour.tokenizer.entities import Entities
-from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_vocabulary
+from megatron_detour.tokenizer.extension import new_pieces
+from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
 
@@ -38,7 +39,8 @@ class Preflight:
     words: Words | None = None  # None also if no phase needs word boundaries
     deepspeed: dict[str, Any] | None = None  # the content of the DeepSpeed file
     faults: tuple[str, ...] = ()
-    note: str = ""  # the origin of the shape, if not the model itself
+    note: str = ""  # the origin of the shape, if not the model itself alone
+    new_rows: dict[int, list[int]] = field(default_factory=dict)  # ids that model.tokenizer adds: old ids of their text
 
     def refuse(self) -> Preflight:
         """Return self, or raise DetourError with all faults."""
@@ -85,13 +87,17 @@ def look(model: Model, phases: Sequence[Phase] = ()) -> Preflight:
     faults: list[str] = []
     vocabulary = _vocabulary(model, {REFERENCE, *(type(phase.objective) for phase in phases)}, faults)
     words = _words(model, vocabulary, phases, faults) if vocabulary else None
+    new_rows = _new_rows(model, vocabulary, faults) if vocabulary and model.start and model.tokenizer else {}
     shape, note = _stored(model, faults) if model.start else (_fresh(model, vocabulary, faults), "")
+    if shape and new_rows:
+        shape = replace(shape, vocabulary=max(shape.vocabulary, vocabulary.size))
+        note = "; ".join(filter(None, [note, f"{len(new_rows):,} pieces added"]))
     if shape and vocabulary and vocabulary.size > shape.vocabulary:
         faults.append(
             f"model.tokenizer: {model.tokenizer or model.start}: the tokenizer has {vocabulary.size:,} ids, the "
             f"model's embedding only {shape.vocabulary:,}; use the model's own tokenizer"
         )
-    return Preflight(model, shape, vocabulary, words, None, tuple(faults), note)
+    return Preflight(model, shape, vocabulary, words, None, tuple(faults), note, new_rows)
 
 
 def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
@@ -107,7 +113,8 @@ def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
     here = Source(model.start)  # a plan does not download the weights, as they are large
     if not model.download or any(here.has(name) for name in (WEIGHTS, WEIGHTS_INDEX)):
         try:
-            if StoredWeights.from_source(here, type(shape)).check(shape, model.start, from_start=True):
+            stored = read_shape(source.config(), model.start)
+            if StoredWeights.from_source(here, type(shape)).check(stored, model.start, from_start=True):
                 return shape, "without a head for masked language modeling: a new one is trained"
         except DetourError as fault:
             faults.append(f"model.start: {fault}")
@@ -135,11 +142,6 @@ def _vocabulary(model: Model, kinds: Iterable[type[Objective]], faults: list[str
     name = model.tokenizer or model.start
     try:
         vocabulary = load_vocabulary(name, model.download)
-        if model.tokenizer and model.start and _differs(model, vocabulary):
-            faults.append(
-                f"model.tokenizer: {model.tokenizer} is not the tokenizer that {model.start} was trained with; remove "
-                "the key to use the model's own"
-            )
     except DetourError as fault:
         if model.tokenizer:  # otherwise the model is missing, which is already a fault
             faults.append(f"model.tokenizer: {fault}")
@@ -147,10 +149,14 @@ def _vocabulary(model: Model, kinds: Iterable[type[Objective]], faults: list[str
             faults.append(f"model.start: {fault}")
         return None
     needed = dict.fromkeys([*(role for kind in kinds for role in kind.special_tokens), "pad"])
-    missing = [f"[{role.upper()}]" for role in needed if getattr(vocabulary, role) is None]
+    missing = [role for role in needed if getattr(vocabulary, role) is None]
     if missing:
-        key = "tokenizer" if model.tokenizer else "start"
-        faults.append(f"model.{key}: {name}: the tokenizer has no {' and no '.join(missing)}; training requires them")
+        key, tokens = "tokenizer" if model.tokenizer else "start", " and no ".join(f"{role} token" for role in missing)
+        keys = " and ".join(f"{role}_token" for role in missing)
+        faults.append(
+            f"model.{key}: {name}: the tokenizer has no {tokens}, which training requires; name an added token in its "
+            f"tokenizer_config.json ({keys}), or use another tokenizer"
+        )
     return vocabulary
 
 
@@ -173,11 +179,22 @@ def _words(model: Model, vocabulary: Vocabulary, phases: Sequence[Phase], faults
     return replace(words, entities=entities) if len(faults) == before else None
 
 
-def _differs(model: Model, vocabulary: Vocabulary) -> bool:
+def _new_rows(model: Model, vocabulary: Vocabulary, faults: list[str]) -> dict[int, list[int]]:
+    """Return the ids that model.tokenizer adds to the start model's, each with the old ids of its text."""
     try:
-        return load_vocabulary(model.start, model.download).sha256 != vocabulary.sha256
+        if load_vocabulary(model.start, model.download).sha256 == vocabulary.sha256:
+            return {}
     except DetourError:
-        return False
+        return {}  # a missing model is already a fault
+    try:
+        return new_pieces(*(load_tokenizer(name, model.download) for name in (model.start, model.tokenizer)))
+    except DetourError as reason:
+        faults.append(
+            f"model.tokenizer: {model.tokenizer} is not the tokenizer that {model.start} was trained with, nor an "
+            f"extension of it: {reason}; remove the key to use the model's own, or extend that with megatron-detour "
+            "extend-tokenizer"
+        )
+        return {}
 
 
 def _backends(config: RunConfig, deepspeed: dict[str, Any] | None, gpu: bool | None) -> list[str]:

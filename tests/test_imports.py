@@ -34,6 +34,8 @@ ALLOWED = {
     "tokenizer": ("tokenizer errors files", "numpy"),
     "tokenizer.vocabulary": ("tokenizer errors files", "numpy tokenizers huggingface_hub"),
     "tokenizer.sentencepiece_model": ("errors", "tokenizers sentencepiece google"),
+    "tokenizer.bert_vocabulary": ("errors", "tokenizers"),
+    "tokenizer.extension": ("errors", "tokenizers"),
     "objectives": ("objectives amounts registry settings tokenizer counter_rng", "numpy"),
     "optimizers": ("optimizers registry settings", "torch"),
     "parallel": ("parallel", "torch"),
@@ -56,6 +58,7 @@ ALLOWED = {
     "corpus.filters": ("corpus errors", "numpy rensa py3langid"),
     "corpus.ray_workers": ("corpus errors", "ray"),
     "corpus.train_tokenizer": ("corpus errors files", "tokenizers"),
+    "corpus.extend_tokenizer": ("corpus tokenizer errors", "tokenizers"),
     "checkpoint": ("parallel model checkpoint tokenizer errors files", "torch safetensors"),
     "checkpoint.huggingface": (
         "parallel model checkpoint tokenizer errors files",
@@ -186,6 +189,8 @@ LAZY = {
     "benchmarks.gpu_parts": "transformers",
     "tokenizer.vocabulary": "tokenizers huggingface_hub",
     "tokenizer.sentencepiece_model": "tokenizers sentencepiece google",
+    "tokenizer.bert_vocabulary": "tokenizers",
+    "tokenizer.extension": "tokenizers",
     "corpus.sources": "pyarrow datasets huggingface_hub",
     "corpus.lines": "pyarrow",
     "corpus.documents": "pyarrow",
@@ -346,7 +351,10 @@ def test_libraries_are_kept_to_their_places():
     assert {place for place in places("tokenizers") if within(place, "data corpus tokenizer")} == {
         "tokenizer.vocabulary",
         "tokenizer.sentencepiece_model",
+        "tokenizer.bert_vocabulary",
+        "tokenizer.extension",
         "corpus.train_tokenizer",
+        "corpus.extend_tokenizer",
         "corpus.engines",
     }
     assert ALLOWED["parallel"] == ("parallel", "torch")

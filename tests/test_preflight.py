@@ -145,11 +145,14 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
             edit(Path(r["folder"]).parent / "t.json", normalizer=None),
             r["model"].update(tokenizer=str(Path(r["folder"]).parent / "t.json")),
         ),
-        [r"model\.tokenizer: \S+ is not the tokenizer that \S+ was trained with; remove the key", OTHER],
+        [
+            r"model\.tokenizer: \S+ is not the tokenizer that \S+ was trained with, .*: its normalizer differs; rem",
+            OTHER,
+        ],
     ),
     "no mask token": (
         without_mask,
-        [r"model\.start: \S+: the tokenizer has no \[MASK\] and no \[PAD\]; training requires them", OTHER],
+        [r"model\.start: \S+: the tokenizer has no mask token and no pad token, which training requires; name", OTHER],
     ),
     "whole words of a word-level tokenizer": (
         word_level,

@@ -25,13 +25,13 @@ from megatron_detour.model.families import Family, family_of, family_to_initiali
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
-from megatron_detour.tokenizer.sentencepiece_model import SUFFIXES
-from megatron_detour.tokenizer.vocabulary import SPELLINGS, Vocabulary, find_tokenizer, load_tokenizer
+from megatron_detour.tokenizer.vocabulary import CONFIG as TOKENIZER_CONFIG
+from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer
 
 OPTIMIZER = "optimizer.safetensors"
 NEW_HEAD = "new_head"  # key of run_state.json: the start model had no prediction head
 STEP = "step"  # key prefix of the step counts, stored beside the optimizer's states
-TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json")
 TOLERANCE = 1e-4  # largest difference of fp32 logits, relative to the largest logit
 COMPARED_TOKENS, COMPARED_TOGETHER = 1024, 5  # tokens per text and texts per padded batch: logits are large
 # Keys of tokenizer_config.json and special_tokens_map.json that affect ids or their use; paths and code are left out.
@@ -130,26 +130,19 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
 
 
 def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
-    """Copy tokenizer.json unchanged and the known keys of its other files, which are created if missing."""
-    from tokenizers import Tokenizer
-
+    """Copy tokenizer.json unchanged and the known keys of its other files, which name all special tokens."""
     file = find_tokenizer(source.name, source.download)
-    if file.suffix in SUFFIXES:
-        load_tokenizer(file).save(str(folder / TOKENIZER))
-    else:
+    if file.suffix == ".json":
         shutil.copyfile(file, folder / TOKENIZER)
-    if Path(source.name).is_file() or not source.has("tokenizer_config.json"):
-        token_of = Tokenizer.from_file(str(folder / TOKENIZER)).id_to_token
-        ids = {role: getattr(vocabulary, role) for role in SPELLINGS}
-        described = {f"{role}_token": token_of(i) for role, i in ids.items() if i is not None}
-        _write_json(folder / "special_tokens_map.json", described)
-        named = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-        _write_json(folder / "tokenizer_config.json", described | named)
-        return
+    else:
+        load_tokenizer(file).save(str(folder / TOKENIZER))
+    named = vocabulary.names(load_tokenizer(folder / TOKENIZER))
+    inputs = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     for name in TOKENIZER_FILES[1:]:
-        if source.has(name):
-            content = read_json_object(source.file(name))
-            _write_json(folder / name, {key: value for key, value in content.items() if key in TOKENIZER_KEYS})
+        given = not Path(source.name).is_file() and source.has(name)
+        content = read_json_object(source.file(name)) if given else {}
+        kept = {key: value for key, value in content.items() if key in TOKENIZER_KEYS}
+        _write_json(folder / name, named | (inputs if name == TOKENIZER_CONFIG else {}) | kept)
 
 
 def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str, Any]) -> None:

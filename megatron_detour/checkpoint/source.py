@@ -113,7 +113,7 @@ class StoredWeights:
     def check(self, shape: Family, origin: str, from_start: bool = False) -> set[str]:
         """Raise DetourError unless every parameter exists with its size. Return the names of those that do not.
 
-        A start model may lack all of the prediction head, as sentence encoders do, and have fewer positions.
+        A start model may lack all of the prediction head, as sentence encoders do.
         """
         head = shape.names_of(("head",)) if from_start else set()
         missing = head if self.sizes.keys().isdisjoint(head) else set()
@@ -123,7 +123,7 @@ class StoredWeights:
                 continue
             if stored is None:
                 raise DetourError(f"{origin}: the weights have no {name}; {self._why_missing(shape)}")
-            if stored != size and not (from_start and shape.extends(name, stored) and stored < size):
+            if stored != size:
                 raise DetourError(f"{origin}: {name} has size {stored}, but config.json implies {size}")
         return missing
 

@@ -22,6 +22,10 @@ GROUPS = {
             "train a byte-level BPE tokenizer with ModernBERT's special tokens",
             "--input notes.jsonl --output data/tokenizer --vocab-size 32768",
         ),
+        "extend-tokenizer": (
+            "add the pieces that save most tokens on your texts to a start model's tokenizer",
+            "--tokenizer models/ModernBERT-base --input notes.jsonl --add 2048 --output data/tokenizer",
+        ),
         "preprocess": (
             "build a corpus from texts; verify, stats, peek and merge corpora",
             "--input notes --output-prefix data/notes --tokenizer models/ModernBERT-base --held-out 0.01",

@@ -122,7 +122,7 @@ class Model:
         "otherwise; the vocabulary comes from `model.tokenizer`. With `model.start`: keys that change its positions, "
         "such as `max_position_embeddings` and `global_rope_theta`",
     ] = None
-    tokenizer: Annotated[str | None, "folder or tokenizer.json; by default the start model's"] = None
+    tokenizer: Annotated[str | None, "folder or file; by default the start model's, which it may extend"] = None
     download: Annotated[bool, "download a hub id; otherwise only the local cache is read"] = False
 
 

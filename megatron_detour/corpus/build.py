@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour.corpus.documents import read_shard
-from megatron_detour.corpus.engines import EngineChoice, choose_engine, one_thread, special_ids_around
+from megatron_detour.corpus.engines import EngineChoice, choose_engine, one_thread
 from megatron_detour.corpus.exclusion import Exclusion
 from megatron_detour.corpus.filters import Cleaner
 from megatron_detour.corpus.join import join
@@ -45,7 +45,13 @@ from megatron_detour.corpus.workers import run_parts
 from megatron_detour.data.indexed import token_type
 from megatron_detour.data.manifest import Manifest
 from megatron_detour.errors import DetourError
-from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
+from megatron_detour.tokenizer.vocabulary import (
+    Vocabulary,
+    find_tokenizer,
+    load_tokenizer,
+    load_vocabulary,
+    special_ids_around,
+)
 
 BUILD_FORMAT = 1  # of parts and their journal; part of their keys
 SAMPLED_SHARDS, SAMPLED_CHARACTERS, SAMPLED_TEXT = 16, 1 << 18, 1 << 13  # for choosing the engine
@@ -178,7 +184,7 @@ def _versions(engine: EngineChoice, options: BuildOptions) -> dict[str, str]:
 
 
 def _check_template(tokenizer_file: Path, vocabulary: Vocabulary) -> None:
-    """Raise DetourError for a tokenizer that has [CLS] and [SEP] but does not add them to a text."""
+    """Raise DetourError for a tokenizer that has tokens for the two ends of a text but does not add them."""
     tokenizer = load_tokenizer(tokenizer_file)
     before, after = special_ids_around(tokenizer)
     for expected, actual in ((vocabulary.cls, before[:1]), (vocabulary.sep, after[-1:])):

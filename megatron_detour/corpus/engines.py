@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
@@ -21,12 +21,11 @@ import numpy as np
 
 from megatron_detour.errors import DetourError, brief
 from megatron_detour.tokenizer import sentencepiece_model as spm
-from megatron_detour.tokenizer.vocabulary import library_faults, load_tokenizer
+from megatron_detour.tokenizer.vocabulary import library_faults, load_tokenizer, special_ids_around
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PROBES = 1_000  # tokens to try in search of a text that yields a token
 # Whitespace that engines treat differently, characters of many planes and recent Unicode versions, and combinations.
 TRIALS = (
     "",
@@ -164,27 +163,6 @@ def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 def _faults() -> AbstractContextManager[None]:
     return library_faults("a text cannot be tokenized", CannotEncode)
-
-
-def special_ids_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the special ids before and after a text. Raises DetourError for a tokenizer that encodes no text."""
-    for text in _probes(tokenizer):
-        with suppress(CannotEncode), _faults():
-            encoding = tokenizer.encode(text)
-            inside = [number for number, special in enumerate(encoding.special_tokens_mask) if not special]
-            if inside:
-                return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
-    raise DetourError("the tokenizer turns no text into tokens; check that its vocabulary has ordinary tokens")
-
-
-def _probes(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield texts, at least one of which should yield a token."""
-    yield "a"
-    special = tokenizer.get_added_tokens_decoder()
-    ids = sorted(number for number in tokenizer.get_vocab().values() if number not in special)
-    for number in ids[:PROBES]:
-        with suppress(CannotEncode), _faults():
-            yield tokenizer.decode([number])
 
 
 def choose_engine(wanted: str, tokenizer_file: Path, sample: list[str]) -> EngineChoice:

@@ -19,7 +19,7 @@ EXCLUDE_WORDS = 13  # as GPT-3's training text was cleaned (Brown et al., 2020, 
 @dataclass(frozen=True)
 class BuildOptions:
     output_prefix: Annotated[AnyText, Flag("P"), "the corpus to write: P.bin, P.idx, P.manifest.json"]
-    tokenizer: Annotated[AnyText, "a folder, a tokenizer.json, a SentencePiece model or a hub id"]
+    tokenizer: Annotated[AnyText, "a folder, a tokenizer.json, a SentencePiece model, BERT's vocab.txt or a hub id"]
     input: Annotated[
         tuple[AnyText, ...],
         Flag("FILE", "input"),

@@ -35,17 +35,22 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, vocab_size: int, text_
         raise DetourError(
             f"--vocab-size {vocab_size}: must be at least {SMALLEST_VOCABULARY}, for bytes and special tokens"
         )
-    _refuse_used(output)
+    refuse_used(output)
     tokenizer = _train(inputs, vocab_size, text_key)
     reached = tokenizer.get_vocab_size()
     if reached != vocab_size:
         raise DetourError(
             f"the text fills only {reached} of {vocab_size} entries; add text or set --vocab-size to {reached} or less"
         )
-    _publish(tokenizer, output)
+    publish(
+        tokenizer,
+        output,
+        {"tokenizer_config.json": _config(tokenizer), "special_tokens_map.json": _special_tokens_map()},
+    )
 
 
-def _refuse_used(output: Path) -> None:
+def refuse_used(output: Path) -> None:
+    """Raise DetourError unless `output` is new or an empty folder."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists():
@@ -98,15 +103,15 @@ def _added_tokens() -> list[AddedToken]:
     ]
 
 
-def _publish(tokenizer: Tokenizer, output: Path) -> None:
-    """Write a temporary folder and rename it, so that `output` is never incomplete."""
+def publish(tokenizer: Tokenizer, output: Path, files: dict[str, dict[str, object]]) -> None:
+    """Write tokenizer.json and JSON `files` into a temporary folder and rename it: `output` is never incomplete."""
     remove_abandoned(output)
     part = aside_of(output, "writing")
     try:
         part.mkdir(parents=True)
         tokenizer.save(str(part / "tokenizer.json"))
-        _write_json(part / "tokenizer_config.json", _config(tokenizer))
-        _write_json(part / "special_tokens_map.json", _special_tokens_map())
+        for name, content in files.items():
+            _write_json(part / name, content)
         part.replace(output)
     except OSError as error:
         raise DetourError(f"{output}: cannot be written ({error})") from None

@@ -117,6 +117,7 @@ def forecast(
         hint = nearest(device, PEAK_NAMES)
         name = repr(device) if bf16 else f"{device!r} in fp32"
         notes.append(f"time: the peak of {name} is unknown{hint}; set a measured rate with --rate")
+    new_rows = len(checked.new_rows)
     shape, parameters = checked.shape, checked.shape and checked.shape.parameters
     samples = attempt("time", lambda: {phase.name: Sample.from_phase(phase) for phase in plan.phases}) or {}
     by_phase = advice = phase_costs = None
@@ -146,7 +147,7 @@ def forecast(
         disk=disk,
         time_limit=config.time_limit,
         faults=checked.faults,
-        warnings=tuple(attempt("warnings", lambda: warnings(config, plan, list(readings), disk)) or ()),
+        warnings=tuple(attempt("warnings", lambda: warnings(config, plan, list(readings), disk, new_rows)) or ()),
         notes=tuple(notes),
     )
 

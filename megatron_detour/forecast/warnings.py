@@ -10,9 +10,17 @@ MANY_EPOCHS = 4  # above which repeated text is clearly less useful (Muennighoff
 SHORT_OF_WARMUP = 2  # warm-ups; a shorter phase is short
 
 
-def warnings(config: RunConfig, plan: Plan, readings: list[Reading], disk: Disk | None) -> list[str]:
-    """Return one sentence per warning, which names the key and what to do instead."""
+def warnings(config: RunConfig, plan: Plan, readings: list[Reading], disk: Disk | None, new_rows: int = 0) -> list[str]:
+    """Return one sentence per warning, which names the key and what to do instead.
+
+    new_rows: pieces that model.tokenizer adds to the start model's
+    """
     sentences = [_last_phase(plan), *_phases(plan), _validation(config)]
+    if new_rows and all("embeddings" in phase.settings.freeze for phase in plan.phases):
+        sentences.append(
+            f"phases: all of them freeze embeddings, so the {new_rows:,} pieces that model.tokenizer adds are never "
+            "trained; leave embeddings free in one"
+        )
     for reading in readings:
         if reading.epochs and reading.epochs > MANY_EPOCHS:
             sentences.append(

@@ -1,4 +1,4 @@
-"""Conversion of Unigram models between SentencePiece's file and Hugging Face's tokenizer.json.
+"""Conversion between SentencePiece's file, of a Unigram or BPE model, and Hugging Face's tokenizer.json.
 
 A SentencePiece model becomes the tokenizer that training and release use, and a Unigram tokenizer.json becomes a model
 for the sentencepiece library, which is several times as fast as tokenizers.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".model", ".spm")
 SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
-UNIGRAM = 1  # TrainerSpec.ModelType
+UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 SCORE_TOLERANCE = 1e-3  # of a text's sum of float32 log-probabilities
 ENDS = r"\A +| +\z"
 TRIALS = 1_600  # pieces in trial texts
@@ -35,14 +35,14 @@ class NotConvertible(Exception):
 
 
 def to_tokenizer(path: Path) -> Tokenizer:
-    """Convert a SentencePiece Unigram model to a tokenizers.Tokenizer, which adds its [CLS] and [SEP] or <s> and </s>.
+    """Convert a SentencePiece model to a tokenizers.Tokenizer, which adds its [CLS] and [SEP], or its begin and end.
 
     Raises DetourError for other models, and for options with which the ids would differ from SentencePiece's.
     """
     model = _read(path)
-    if model.trainer_spec.model_type != UNIGRAM:
+    if model.trainer_spec.model_type not in (UNIGRAM, BPE):
         raise DetourError(
-            f"{path}: only Unigram models of SentencePiece are supported; load this one with transformers' "
+            f"{path}: only Unigram and BPE models of SentencePiece are supported; load this one with transformers' "
             "AutoTokenizer, save it with save_pretrained and use that folder"
         )
     if not any(piece.type == UNKNOWN for piece in model.pieces):
@@ -51,12 +51,33 @@ def to_tokenizer(path: Path) -> Tokenizer:
     return _convert(model)
 
 
+def special_tokens(path: Path) -> dict[str, str]:
+    """Return a SentencePiece model's special tokens by role: cls, sep, pad and unk, where it has them."""
+    return _roles(_read(path))
+
+
+def _roles(model: Any) -> dict[str, str]:
+    """Return special tokens by role: [CLS] and [SEP] if it has them, else what it was trained with."""
+    spec, special = model.trainer_spec, _special(model)
+    ids = {"cls": spec.bos_id, "sep": spec.eos_id, "pad": spec.pad_id, "unk": spec.unk_id}
+    names = {role: model.pieces[number].piece for role, number in ids.items() if 0 <= number < len(model.pieces)}
+    for role, (usual, other) in (("cls", CLS), ("sep", SEP)):
+        names[role] = next((name for name in (usual, names.get(role), other) if name in special), "")
+    return {role: name for role, name in names.items() if name in special}
+
+
 def _convert(model: Any) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pieces, spec = _scored(model), model.normalizer_spec
     kinds = [piece.type for piece in model.pieces]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=kinds.index(UNKNOWN), byte_fallback=BYTE in kinds))
+    unknown, falls_back = kinds.index(UNKNOWN), BYTE in kinds
+    if model.trainer_spec.model_type == BPE:
+        ids = {name: number for number, (name, _) in enumerate(pieces)}
+        unk = {"unk_token": pieces[unknown][0], "fuse_unk": True}
+        tokenizer = Tokenizer(models.BPE(ids, _merges(model), byte_fallback=falls_back, **unk))
+    else:
+        tokenizer = Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=falls_back))
     steps = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -76,8 +97,16 @@ def _convert(model: Any) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=prepend, split=split)
     tokenizer.decoder = decoders.Metaspace(SPACE, prepend_scheme=scheme)
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in _special(model)])
-    tokenizer.post_processor = _template(tokenizer)
+    tokenizer.post_processor = _template(tokenizer, _roles(model))
     return tokenizer
+
+
+def _merges(model: Any) -> list[tuple[str, str]]:
+    """Return the merges of a BPE model: SentencePiece makes the best piece first, of whichever two pieces."""
+    normal = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
+    best_first = sorted(normal, key=normal.get, reverse=True)
+    cuts = ((name[:cut], name[cut:]) for name in best_first for cut in range(1, len(name)))
+    return [(left, right) for left, right in cuts if left in normal and right in normal]
 
 
 def _scored(model: Any) -> list[tuple[str, float]]:
@@ -109,9 +138,10 @@ def _compare(path: Path, modified: int) -> None:
     except Exception as error:  # of the library, for a model that it rejects
         raise DetourError(f"{path}: SentencePiece cannot open this model: {brief(error)}") from None
     converted, pieces = _convert(model), _scored(model)
+    may_differ = model.trainer_spec.model_type == UNIGRAM
     for text in _trial_texts(model):
         ids, expected = converted.encode(text, add_special_tokens=False).ids, original.encode(text)
-        if ids != expected and not equally_likely(ids, expected, pieces):
+        if ids != expected and not (may_differ and equally_likely(ids, expected, pieces)):
             raise DetourError(
                 f"{path}: an equivalent tokenizer.json would give other ids than SentencePiece; the model was trained "
                 f"with {_unusual(model)}, which is not supported: train it without, or use another model"
@@ -169,15 +199,13 @@ def _read(path: Path) -> Any:
     return model
 
 
-def _template(tokenizer: Tokenizer) -> Any:
+def _template(tokenizer: Tokenizer, roles: dict[str, str]) -> Any:
     from tokenizers import processors
 
-    known = tokenizer.get_vocab()
-    cls, sep = (next((name for name in names if name in known), None) for names in (CLS, SEP))
-    around = [(name, known[name]) for name in (cls, sep) if name is not None]
-    single = " ".join(part for part in (cls and f"{cls}:0", "$A:0", sep and f"{sep}:0") if part)
-    pair = " ".join(part for part in (single, "$B:0", sep and f"{sep}:0") if part)
-    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=around)
+    cls, sep = (f"{roles[role]}:0" if role in roles else "" for role in ("cls", "sep"))
+    around = [(roles[role], tokenizer.token_to_id(roles[role])) for role in ("cls", "sep") if role in roles]
+    single = f"{cls} $A:0 {sep}".split()
+    return processors.TemplateProcessing(single=single, pair=[*single, "$B:0", *sep.split()], special_tokens=around)
 
 
 def to_model(tokenizer: dict[str, Any]) -> bytes:

@@ -36,20 +36,19 @@ def byte_lengths(tokenizer_file: Path, vocabulary: Vocabulary) -> np.ndarray:
 
 def tokenizer_kind(raw: dict[str, Any]) -> str | None:
     """Return the kind of a tokenizer.json: WordPiece, ByteLevel or SentencePiece; None for any other."""
-    parts = {part.get("type"): part for part in _parts(raw)}
-    model = raw["model"].get("type")
+    parts, model = _parts(raw), raw["model"].get("type")
     if model == "WordPiece":
         return model
-    if model == "BPE" and "ByteLevel" in parts:
+    if model == "BPE" and any(part.get("type") == "ByteLevel" for part in parts):
         return "ByteLevel"
-    spaces = (json.dumps(parts.get(name, {}), ensure_ascii=False) for name in ("Metaspace", "Replace"))
+    spaces = (json.dumps(part, ensure_ascii=False) for part in parts if part.get("type") in ("Metaspace", "Replace"))
     return "SentencePiece" if model in ("BPE", "Unigram") and any(SPACE in part for part in spaces) else None
 
 
 def _parts(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the pre-tokenizers and decoders, with sequences flattened."""
+    """Return the normalizers, pre-tokenizers and decoders, with sequences flattened."""
     parts = []
-    for name, plural in (("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
+    for name, plural in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
         part = raw.get(name) or {}
         parts += part.get(plural, [part])
     return parts

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,16 @@ import numpy as np
 
 from megatron_detour.errors import DetourError, brief
 from megatron_detour.structured import read_json_object
-from megatron_detour.tokenizer import MAX_VOCABULARY
+from megatron_detour.tokenizer import MAX_VOCABULARY, bert_vocabulary
 from megatron_detour.tokenizer import sentencepiece_model as spm
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SPELLINGS = {
+CONFIG = "tokenizer_config.json"
+COMPANIONS = ("special_tokens_map.json", CONFIG)  # the latter counts where both name a token
+PROBES = 1_000  # tokens to try in search of a text that yields a token
+SPELLINGS = {  # by role, for a tokenizer that does not name its special tokens
     "mask": ("[MASK]", "<mask>"),
     "pad": ("[PAD]", "<pad>"),
     "cls": ("[CLS]", "<s>"),
@@ -45,7 +49,7 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, names: dict[str, str] | None = None) -> Vocabulary:
-        """Create from a tokenizer. `names` are special tokens by role ("mask", ...), before the usual spellings.
+        """Create from a tokenizer. `names` are special tokens by role ("mask", ...), as its configuration names them.
 
         Raises DetourError for a tokenizer without tokens or with excessive ids.
         """
@@ -55,11 +59,7 @@ class Vocabulary:
             fault = f"the id {size - 1:,} but only {len(ids):,} tokens" if size else "no tokens"
             raise DetourError(f"the tokenizer has {fault}; use one with ids from 0, without large gaps")
         added = tokenizer.get_added_tokens_decoder()
-        names = names or {}
-        roles = {
-            role: next((ids[name] for name in (names.get(role), *usual) if name in ids), None)
-            for role, usual in SPELLINGS.items()
-        }
+        roles = _roles(tokenizer, ids, names or {})
         special = {i for i, token in added.items() if token.special} | {i for i in roles.values() if i is not None}
         unused = np.ones(size, dtype=bool)
         unused[list(ids.values())] = False
@@ -73,6 +73,11 @@ class Vocabulary:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def names(self, tokenizer: Tokenizer) -> dict[str, str]:
+        """Return the special tokens as a tokenizer_config.json names them: {"mask_token": ..., ...}."""
+        ids = {role: getattr(self, role) for role in SPELLINGS}
+        return {f"{role}_token": tokenizer.id_to_token(number) for role, number in ids.items() if number is not None}
+
     def special(self) -> np.ndarray:
         """Return bool [size]: true for ids that represent no text."""
         flags = np.zeros(self.size, dtype=bool)
@@ -82,6 +87,41 @@ class Vocabulary:
     def ordinary(self) -> np.ndarray:
         """Return int32 [size - specials]: the ids that represent text, from which random replacements are drawn."""
         return np.flatnonzero(~self.special()).astype(np.int32)
+
+
+def _roles(tokenizer: Tokenizer, ids: dict[str, int], names: dict[str, str]) -> dict[str, int | None]:
+    """Return special ids by role: of `names`, else as the tokenizer uses them, else by the usual spellings."""
+    roles = {role: next((ids[name] for name in usual if name in ids), None) for role, usual in SPELLINGS.items()}
+    model = json.loads(tokenizer.to_str())["model"]
+    unknown = model.get("unk_id", ids.get(model.get("unk_token")))
+    if unknown is not None:
+        roles["unk"] = unknown
+    with suppress(DetourError):  # of a tokenizer without ordinary tokens
+        before, after = special_ids_around(tokenizer)
+        if before or after:
+            roles |= {"cls": next(iter(before), None), "sep": next(reversed(after), None)}
+    return roles | {role: ids[name] for role, name in names.items() if name in ids}
+
+
+def special_ids_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the special ids before and after a text. Raises DetourError for a tokenizer that encodes no text."""
+    for text in _probes(tokenizer):
+        with suppress(DetourError), library_faults("a text cannot be tokenized"):
+            encoding = tokenizer.encode(text)
+            inside = [number for number, special in enumerate(encoding.special_tokens_mask) if not special]
+            if inside:
+                return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
+    raise DetourError("the tokenizer turns no text into tokens; check that its vocabulary has ordinary tokens")
+
+
+def _probes(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield texts, at least one of which should yield a token."""
+    yield "a"
+    special = tokenizer.get_added_tokens_decoder()
+    ids = sorted(number for number in tokenizer.get_vocab().values() if number not in special)
+    for number in ids[:PROBES]:
+        with suppress(DetourError), library_faults("an id cannot be decoded"):
+            yield tokenizer.decode([number])
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -96,13 +136,17 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def find_tokenizer(name: str | Path, download: bool = False) -> Path:
-    """Return the tokenizer.json or SentencePiece model of a file, a folder or a hub id. Raises DetourError."""
+    """Return the tokenizer.json, SentencePiece model or vocab.txt of a file, a folder or a hub id.
+
+    Raises DetourError.
+    """
     path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / "tokenizer.json").is_file():
-            return path / "tokenizer.json"
+        for file in ("tokenizer.json", bert_vocabulary.FILE):
+            if (path / file).is_file():
+                return path / file
         raise DetourError(f"{path}: no tokenizer.json in this folder; save a fast tokenizer into it with transformers")
     return hub_file(str(name), "tokenizer.json", download, "tokenizer")
 
@@ -112,6 +156,8 @@ def library_faults(what: str, kind: type[DetourError] = DetourError) -> Iterator
     """Turn what the tokenizers library raises into a DetourError: Exceptions, and panics, which are none."""
     try:
         yield
+    except DetourError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -125,6 +171,11 @@ def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
     path = find_tokenizer(name, download)
     if path.suffix in spm.SUFFIXES:
         return spm.to_tokenizer(path)
+    if path.suffix == bert_vocabulary.SUFFIX:
+        files = companions(path)
+        config = files.get(path.with_name(CONFIG), {})
+        with library_faults(f"{path}: not BERT's vocab.txt"):
+            return bert_vocabulary.to_tokenizer(path, config, special_tokens(files))
     with library_faults(f"{path}: not a tokenizer.json"):
         tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
@@ -133,35 +184,39 @@ def load_tokenizer(name: str | Path, download: bool = False) -> Tokenizer:
 
 
 def load_vocabulary(name: str | Path, download: bool = False) -> Vocabulary:
-    """Load the vocabulary of a tokenizer; its tokenizer_config.json names the special tokens. Raises DetourError."""
+    """Load the vocabulary of a tokenizer, whose companions name the special tokens. Raises DetourError."""
     path = find_tokenizer(name, download)
-    if path.suffix not in spm.SUFFIXES:
+    names = spm.special_tokens(path) if path.suffix in spm.SUFFIXES else {}
+    if path.suffix == ".json":
         read_json_object(path)  # refuses duplicate keys, of which the library silently uses the last
-    names = _special_tokens(_config_file(path, name, download))
+    names |= special_tokens(companions(name, download))
     try:
         return Vocabulary.from_tokenizer(load_tokenizer(path), names)
     except DetourError as fault:
         raise fault if str(path) in str(fault) else DetourError(f"{path}: {fault}") from None
 
 
-def _config_file(tokenizer: Path, name: str | Path, download: bool) -> Path:
-    beside = tokenizer.parent / "tokenizer_config.json"
-    if Path(name).exists():
-        return beside
-    try:
-        return hub_file(str(name), beside.name, download, "tokenizer")
-    except DetourError:
-        return beside  # it is optional
+def companions(name: str | Path, download: bool = False) -> dict[Path, dict[str, Any]]:
+    """Return the content of the JSON files beside a tokenizer, all of them optional. Raises DetourError."""
+    path, found = Path(name), {}
+    for file in COMPANIONS:
+        if path.exists():
+            beside = (path if path.is_dir() else path.parent) / file
+        else:
+            try:
+                beside = hub_file(str(name), file, download, "tokenizer")
+            except DetourError:
+                continue
+        if beside.is_file():
+            found[beside] = read_json_object(beside)
+    return found
 
 
-def _special_tokens(file: Path) -> dict[str, str]:
-    """Return the special tokens that a tokenizer_config.json names, by role. Raises DetourError."""
-    if not file.is_file():
-        return {}
-    config = read_json_object(file)
+def special_tokens(files: dict[Path, dict[str, Any]]) -> dict[str, str]:
+    """Return the special tokens that a tokenizer's companions name, by role. Raises DetourError."""
     names = {}
-    for role in SPELLINGS:
-        token = config.get(f"{role}_token")
+    for (file, content), role in product(files.items(), SPELLINGS):
+        token = content.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None and not isinstance(token, str):
             raise DetourError(f"{file}: {role}_token must be a string or an object with a string as content")

@@ -65,14 +65,15 @@ class Checkpoints:
         if source is None:
             scatter(zero, lambda name: zero.module.initial_weight(name, self.run.config.seed))
             return
-        shape, seed = self.run.initial.shape, self.run.config.seed
-        with huggingface.Weights(source, type(shape)) as weights:
-            missing = weights.check(shape, from_start=True)
-            self._compare(source, headless=bool(missing))
+        stored, seed = read_shape(source.config(), source.name), self.run.config.seed  # before the run file's changes
+        started = self.run.initial.changed
+        with huggingface.Weights(source, type(stored)) as weights:
+            missing = weights.check(stored, from_start=True)
+            self._compare(source, stored, headless=bool(missing))
             scatter(
                 zero,
                 lambda name: (
-                    zero.module.initial_weight(name, seed) if name in missing else shape.fitted(name, weights(name))
+                    zero.module.initial_weight(name, seed) if name in missing else started(name, weights(name))
                 ),
             )
         self._new_head = bool(missing)
@@ -190,18 +191,16 @@ class Checkpoints:
             NEW_HEAD: self._new_head,
         }
 
-    def _compare(self, source: Source, headless: bool) -> None:
+    def _compare(self, source: Source, shape: Family, headless: bool) -> None:
         """Raise DetourError unless the start model's logits, or its hidden states, match transformers'."""
         if not self.run.parallel.is_first:
             return
         if source.is_composers:
             logger.info("%s: not compared with transformers, which does not open Composer's checkpoints", source.name)
             return
+        model = huggingface.load_model(source, shape, from_start=True)
         difference = huggingface.compare_with_transformers(
-            source.name,
-            huggingface.load_model(source, read_shape(source.config(), source.name), from_start=True),
-            causal=source.is_decoder,
-            headless=headless,
+            source.name, model, causal=source.is_decoder, headless=headless
         )
         huggingface.refuse_difference(difference, source.name)
         what = "hidden states" if headless else "logits"

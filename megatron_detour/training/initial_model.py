@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_detour.checkpoint.huggingface import TOKENIZER_FILES, fresh_config
 from megatron_detour.checkpoint.source import Source, adjusted_config
 from megatron_detour.model.families import Family, read_shape
@@ -16,7 +18,7 @@ from megatron_detour.tokenizer.vocabulary import find_tokenizer
 
 @dataclass(frozen=True)
 class InitialModel:
-    config: dict[str, Any]  # config.json
+    config: dict[str, Any]  # config.json, with the vocabulary of the run's tokenizer
     shape: Family
     weights: Source | None  # None: initialized from the seed
     tokenizer: Source
@@ -29,6 +31,7 @@ class InitialModel:
         model = checked.refuse().model
         weights = Source(model.start, model.download) if model.start else None
         config = adjusted_config(weights, model.config) if weights else fresh_config(model.config, checked.vocabulary)
+        config |= {"vocab_size": checked.shape.vocabulary}
         shape = read_shape(config, model.start or "model.config")
         tokenizer = Source(model.tokenizer or model.start, model.download)
         file = find_tokenizer(tokenizer.name, tokenizer.download)
@@ -39,6 +42,18 @@ class InitialModel:
         """The SHA-256 of each file of words that objectives mask first."""
         words = self.checked.words
         return {file: entities.sha256 for file, entities in words.entities.items()} if words else {}
+
+    def changed(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """Return a parameter of the start model, with rows for more positions and for the pieces that are added.
+
+        A new row of the embedding and of the output layer's bias is the mean of the rows of the piece's old ids.
+        """
+        if not self.checked.new_rows or name not in self.shape.by_vocabulary:
+            return self.shape.fitted(name, stored)
+        full = torch.cat([stored, stored.new_zeros(self.shape.vocabulary - len(stored), *stored.shape[1:])])
+        for row, ids in self.checked.new_rows.items():
+            full[row] = stored[ids].mean(0)
+        return full
 
 
 def _fetched(tokenizer: Source) -> Source:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -217,10 +217,6 @@ class Family(ABC):
         """Return what a user of the released model should know of these versions."""
         return []
 
-    def extends(self, name: str, size: tuple[int, ...]) -> bool:
-        """Return whether a start model's parameter of this size can be made longer."""
-        return False
-
     def fitted(self, name: str, weight: Tensor) -> Tensor:
         """Return a start model's parameter, made longer if need be."""
         return weight
@@ -255,6 +251,12 @@ class Family(ABC):
     @property
     def parameters(self) -> int:
         return sum(weight.elements() for weight in self.weights.values())
+
+    @cached_property
+    def by_vocabulary(self) -> set[str]:
+        """The names of the parameters with a row per id."""
+        longer = replace(self, vocabulary=self.vocabulary + 1).sizes
+        return {name for name, size in self.sizes.items() if longer[name] != size}
 
     def names_of(self, parts: tuple[str, ...]) -> set[str]:
         """Return the names of the parameters of the parts that `freeze` names."""

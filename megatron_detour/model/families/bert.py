@@ -77,6 +77,16 @@ class Bert(Family):
     first_position: int  # in the table of positions
 
     @classmethod
+    def adjusted(cls, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        changed, stored = super().adjusted(config, given), config.get("max_position_embeddings", 512)
+        positions = changed.get("max_position_embeddings")
+        if isinstance(positions, int) and isinstance(stored, int) and positions < stored:
+            raise DetourError(
+                f"model.config.max_position_embeddings: the model has {stored:,} positions; give no fewer"
+            )
+        return changed
+
+    @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
         hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
         if hidden % heads:
@@ -146,13 +156,6 @@ class Bert(Family):
             **row("output.dense", E, self.intermediate, std, bias=True),
             **norm("output.LayerNorm", E, bias=True),
         }
-
-    def extends(self, name: str, size: tuple[int, ...]) -> bool:
-        return (
-            name.endswith(".position_embeddings.weight")
-            and size[1:] == (self.hidden,)
-            and size[0] > self.first_position
-        )
 
     def fitted(self, name: str, weight: Tensor) -> Tensor:
         """A table of positions is repeated, as Longformer's (Beltagy et al., 2020): near positions stay near."""
