@@ -20,5 +20,5 @@ build corpora/generic --input "$data/corpora/en_generic.00.jsonl.gz"
 build corpora/generic_heldout --input "$data/corpora/en_generic.heldout.jsonl.gz"
 build corpora/biomed --input "$data"/corpora/en_biomed{,_pmc_rct}.00.jsonl.gz --exclude "$data/tasks" --deduplicate exact
 build corpora/biomed_heldout --input "$data"/corpora/en_biomed{,_pmc_rct}.heldout.jsonl.gz
-megatron-detour train theta0.yaml
+RANKS=2 megatron-detour train theta0.yaml --launch
 megatron-detour study cpu.yaml --parallel 2
