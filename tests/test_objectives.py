@@ -356,7 +356,7 @@ def test_a_run_is_validated_with_what_it_trains_and_with_what_runs_are_compared_
         ({"objective": "of another version"}, "OF ANOTHER VERSION"),
         ({"objective": "mlm", "mask_rate": 0.3, "mask_rate_end": 0.3}, "MLM, 30% masked"),
         ({"objective": "mlm", "mask_rate": 0.3, "mask_rate_end": 0.155}, "MLM, 30% to 15.5% masked"),
-        ({"objective": "mlm", "mask_rate": 0.4, "mask_rate_steps": [[5, 0.3]]}, "MLM, 40%, then 30% masked"),
+        ({"objective": "mlm", "mask_rate": 0.4, "mask_rate_steps": [[5, 0.3]]}, "MLM, 40% masked, then 30%"),
         ({"objective": "mlm", "mask_rate": 0.4, "longest_span": 10}, "MLM, 40% masked, spans of up to 10 tokens"),
         (
             {"objective": "mntp", "mask_rate": 0.4, "longest_span": 5, "whole_word_masking": True, "entities": "a.txt"},

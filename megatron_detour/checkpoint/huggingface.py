@@ -142,7 +142,7 @@ def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None
         given = not Path(source.name).is_file() and source.has(name)
         content = read_json_object(source.file(name)) if given else {}
         kept = {key: value for key, value in content.items() if key in TOKENIZER_KEYS}
-        _write_json(folder / name, named | (inputs if name == TOKENIZER_CONFIG else {}) | kept)
+        _write_json(folder / name, named | (inputs if name == TOKENIZER_CONFIG and not given else {}) | kept)
 
 
 def write_checkpoint(folder: Path, training: TrainingState, run_state: dict[str, Any]) -> None:

@@ -104,11 +104,14 @@ class MaskedLM(Objective):
         first, last = self.mask_rate, self.mask_rate_end
         if first is None:
             return ""
-        rates = f"{100 * first:.3g}%" + ("" if last in (None, first) else f" to {100 * last:.3g}%")
-        rates += "".join(f", then {100 * rate:.3g}%" for _, rate in self.mask_rate_steps or ())
+        end = "" if last in (None, first) else f" to {100 * last:.3g}%"
+        rates = [
+            f"{100 * first:.3g}%{end} masked",
+            *(f"then {100 * rate:.3g}%" for _, rate in self.mask_rate_steps or ()),
+        ]
         spans = f"spans of up to {self.longest_span}" if self.longest_span else ""
         units = " ".join(filter(None, [spans, "whole words" if self.whole_word_masking else spans and "tokens"]))
-        return ", ".join(filter(None, [f"{rates} masked", units, "listed words first" if self.entities else ""]))
+        return ", ".join(filter(None, [*rates, units, "listed words first" if self.entities else ""]))
 
     def warnings(self) -> Iterator[tuple[str, str]]:
         low, high = USUAL_RATES

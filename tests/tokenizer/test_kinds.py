@@ -172,7 +172,6 @@ def test_a_vocab_txt_of_bert(tmp_path, lower):
     copy_tokenizer(Source(str(folder)), load_vocabulary(folder), copy)
     check(copy, AutoTokenizer.from_pretrained(copy), tmp_path / "copy", documents)
     assert load_vocabulary(copy) == load_vocabulary(folder)
-    assert AutoTokenizer.from_pretrained(copy).model_input_names == ["input_ids", "attention_mask"]
 
 
 @pytest.mark.parametrize("special", [{}, {"bos_piece": "<begin>", "eos_piece": "<end>", "pad_piece": "<blank>"}])

@@ -96,14 +96,13 @@ def test_runs_of_all_objectives_resume_to_the_bit_and_do_not_depend_on_their_spl
     facts = json.loads((whole / "environment.json").read_text())["entities"]
     assert facts == {str(words): store.file_facts(words)["sha256"]}
 
-    for step in (2, 10):  # in the first phase and in the last one
-        resumed = tmp_path / f"resumed-{step}"
-        shutil.copytree(whole, resumed)
-        for checkpoint in store.find_checkpoints(resumed / "checkpoints"):
-            if store.step_of(checkpoint) > step:
-                shutil.rmtree(checkpoint)
-        finished(resumed, run_file, Setup())
-        assert_same_run(resumed, whole)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed)
+    for checkpoint in store.find_checkpoints(resumed / "checkpoints"):
+        if store.step_of(checkpoint) > 6:
+            shutil.rmtree(checkpoint)
+    finished(resumed, run_file, Setup())
+    assert_same_run(resumed, whole)
 
     split = finished(tmp_path / "split", run_file, Setup(4, 2))
     for ours, theirs in zip(split, records, strict=True):
