@@ -46,7 +46,7 @@ class InitialModel:
     def changed(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         """Return a parameter of the start model, with rows for more positions and for the pieces that are added.
 
-        A new row of the embedding and of the output layer's bias is the mean of the rows of the piece's old ids.
+        A new row of the embedding and of the output layer is the mean of the rows of the piece's old ids.
         """
         if not self.checked.new_rows or name not in self.shape.by_vocabulary:
             return self.shape.fitted(name, stored)

@@ -28,6 +28,13 @@ def test_an_unknown_model_type_is_refused_with_those_that_are_known():
 
 
 @families
+def test_parameters_with_a_row_per_id_are_those_of_the_vocabularys_length(family):
+    shape = small(family)
+    assert shape.by_vocabulary == {name for name, size in shape.sizes.items() if size[0] == CONFIG["vocab_size"]}
+    assert len(shape.by_vocabulary) == 2  # the embedding, and the output layer's bias or weight
+
+
+@families
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_declared_weights_are_the_modules(family, tensor):
     shape = small(family)

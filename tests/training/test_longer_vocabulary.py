@@ -24,35 +24,46 @@ from megatron_detour.tokenizer.vocabulary import load_tokenizer, load_vocabulary
 from megatron_detour.training.initial_model import InitialModel
 from tests.conftest import write_jsonl
 from tests.corpus.test_extend_tokenizer import domain
+from tests.harness import slow
 from tests.injections.runs import Setup, begin
+from tests.models import config_of, tiny
+from tests.tokenizer.test_kinds import NAMES, save, word_piece
 
 ADDED, OLD = 37, 400  # 437 ids: no tensor-parallel size divides them
 EMBEDDING, BIAS = "model.embeddings.tok_embeddings.weight", "decoder.bias"
 
 
 @pytest.fixture
-def extended(start_model, tmp_path) -> Path:
+def family(request) -> str:
+    return getattr(request, "param", "modernbert")
+
+
+@pytest.fixture
+def extended(start_model, family, tmp_path) -> Path:
     """The start model's tokenizer with more pieces, as the command makes it."""
+    if family == "bert":
+        become_bert(Path(start_model))
     texts = write_jsonl(tmp_path / "domain.jsonl", domain(400))
-    words = [
-        "--tokenizer",
-        start_model,
-        "--input",
-        str(texts),
-        "--add",
-        str(ADDED),
-        "--output",
-        str(tmp_path / "longer"),
-    ]
-    assert main(["extend-tokenizer", *words]) == 0
+    words = f"--tokenizer {start_model} --input {texts} --add {ADDED} --output {tmp_path / 'longer'}"
+    assert main(["extend-tokenizer", *words.split()]) == 0
     return tmp_path / "longer"
+
+
+def become_bert(folder: Path) -> None:
+    """Make the start model a BERT of 48 positions, with a WordPiece tokenizer."""
+    tokenizer = word_piece(NAMES)
+    assert tokenizer.get_vocab_size() == OLD
+    (folder / "special_tokens_map.json").unlink()
+    save(tokenizer, folder, NAMES)
+    config = config_of("bert", vocab_size=OLD, max_position_embeddings=48)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: p.detach() for name, p in tiny(**config).named_parameters()}, folder / "model.safetensors")
 
 
 def rows_of(model: Model, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights that a run with this model begins with, of those of its start model."""
-    checked = look(model).refuse()
-    initial = InitialModel.from_preflight(checked)
-    return {name: initial.changed(name, weights[name]) for name in checked.shape.sizes}
+    initial = InitialModel.from_preflight(look(model).refuse())
+    return {name: initial.changed(name, weights[name]) for name in initial.shape.sizes}
 
 
 def mean_rows(old: torch.Tensor, start: str, longer: Path) -> torch.Tensor:
@@ -87,15 +98,16 @@ def test_rows_that_the_start_model_has_in_reserve_are_used(start_model, extended
 
 
 @pytest.fixture
-def run(start_model, extended, tmp_path) -> Path:
+def run(start_model, extended, family, tmp_path) -> Path:
     """A run file whose first phase leaves the embedding as it began, and the corpus of the longer tokenizer."""
     words = ["--input", str(tmp_path / "domain.jsonl"), "--output-prefix", str(tmp_path / "corpus")]
     assert main(["preprocess", *words, "--tokenizer", str(extended)]) == 0
     rate = {"learning_rate": {"peak": 1e-2}}
+    more = {"config": {"max_position_embeddings": 96}} if family == "bert" else {}
     content = {
         "name": "longer",
         "folder": "set by the test",
-        "model": {"start": start_model, "tokenizer": str(extended)},
+        "model": {"start": start_model, "tokenizer": str(extended)} | more,
         "data": {"corpora": [{"prefix": str(tmp_path / "corpus")}], "sequence_length": 64},
         "batch": {"sequences": 4, "micro_sequences": 2},
         "phases": [
@@ -117,12 +129,15 @@ def finish(folder: Path, run: Path, setup: Setup) -> None:
 
 
 @pytest.mark.integration
-def test_from_the_texts_to_the_released_encoder(run, start_model, extended, tmp_path):
+@pytest.mark.parametrize("family", ["modernbert", slow("bert")], indirect=True)
+def test_from_the_texts_to_the_released_encoder(run, family, start_model, extended, tmp_path):
+    """Two tensor ranks; embedding rows at the start; resuming without the start model; transformers at the end."""
+    embedding = {"modernbert": EMBEDDING, "bert": "bert.embeddings.word_embeddings.weight"}[family]
     whole, cut, setup = tmp_path / "whole", tmp_path / "cut", Setup(2, 2)
     finish(whole, run, setup)
-    old = load_file(Path(start_model, "model.safetensors"))[EMBEDDING]
+    old = load_file(Path(start_model, "model.safetensors"))[embedding]
     frozen, last = (
-        load_file(whole / f"checkpoints/step-0000000{step}/model.safetensors")[EMBEDDING] for step in (2, 5)
+        load_file(whole / f"checkpoints/step-0000000{step}/model.safetensors")[embedding] for step in (2, 5)
     )
     assert torch.equal(frozen, torch.cat([old, mean_rows(old, start_model, extended)]))
     assert (last != frozen).any(1)[OLD:].sum() > ADDED / 2  # new pieces occur, and are trained
