@@ -244,8 +244,7 @@ def test_values_of_the_wrong_kind(raw, says):
 
 
 CHECKS = {
-    "no model": (small(model={}), "model: set either start"),
-    "two models": (small(model__config={}), "model: set either start"),
+    "no model": (small(model={}), "model: set start"),
     "no tokenizer": (small(model={"config": {}}), "model.tokenizer: required with model.config"),
     "no corpus": (small(data__corpora=[]), "data.corpora: must be a list with at least 1 entry, not []"),
     "weight": (small(data__corpora__1__weight=0), "data.corpora.1.weight: must be above 0, not 0"),
