@@ -299,11 +299,11 @@ CHECKS = {
     "betas": (small(optimizer__betas=[0.9, 1.0]), "optimizer.betas.1: must be at least 0 and below 1, not 1.0"),
     "optimizer": (
         small(optimizer__name="adam"),
-        "optimizer.name: must be one of adamw, lion, not 'adam' (did you mean 'adamw'?)",
+        "optimizer.name: must be one of adamw, lion, stable_adamw, not 'adam' (did you mean 'adamw'?)",
     ),
     "another optimizer's key": (
         small(optimizer__name="lion", optimizer__eps=1e-8),
-        "optimizer.eps: a key of adamw; with name: lion remove it",
+        "optimizer.eps: a key of adamw or stable_adamw; with name: lion remove it",
     ),
     "no phase": (small(phases=[]), "phases: must be a list with at least 1 entry, not []"),
     "same name": (small(phases__1__name="detour"), "phases.1.name: the name 'detour' is used twice"),

@@ -25,7 +25,7 @@ def test_the_update_is_the_definitions(name):
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
         for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
-            one.grad = torch.randn(one.shape, generator=generator)
+            one.grad = (step + 1) * torch.randn(one.shape, generator=generator)
             other.grad = one.grad.clone()
         ours.step()
         plain.step()
@@ -34,11 +34,14 @@ def test_the_update_is_the_definitions(name):
         assert set(ours.state[one]) - {"step"} == {*KINDS[name].states}
         for state in KINDS[name].states:
             torch.testing.assert_close(ours.state[one][state], plain.state[other][state])
+        assert ours.state[one]["step"] == plain.state[other]["step"] == 5
+        assert plain.state[other].get("rms", 2) > 1  # updates are clipped
 
 
 def test_what_they_say_of_themselves():
     assert [kind().describe() for kind in KINDS.values()] == [
         "AdamW with betas 0.9 and 0.98, eps 1e-06",
         "Lion with betas 0.9 and 0.99",
+        "StableAdamW with betas 0.9 and 0.98, eps 1e-06",
     ]
-    assert [kind.bytes_per_parameter() for kind in KINDS.values()] == [12, 8]
+    assert [kind.bytes_per_parameter() for kind in KINDS.values()] == [12, 8, 12]

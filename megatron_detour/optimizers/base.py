@@ -1,12 +1,14 @@
 """The interface of optimizers: their keys in the run file, the states that they keep, and an update.
 
-ZeRO-2 cuts weights and states into flat parts without regard to parameters, so an update has to be elementwise. Code
-outside this package never compares names of optimizers. docs/extending.md shows how to add one.
+ZeRO-2 cuts weights and states into flat parts without regard to parameters, so an update has to be elementwise, but for
+root mean squares over parameters, which ranks sum up. Code outside this package never compares names of optimizers.
+docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -38,16 +40,28 @@ class Optimizer:
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return torch's optimizer over parameter groups, which have a `weight_decay` each; `lr` is set at every step.
 
-        Its state of a parameter holds `states`, and `step` if it counts. By default it decays and calls `update`.
+        Its state of a parameter holds `states`, and `step` if it counts. By default it calls `rates`, decays and calls
+        `update`.
         """
         return _elementwise(self, groups)
 
-    def update(
-        self, weight: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor], rate: float
-    ) -> None:
-        """Update `weight` and `states`, which begin at zero, in place; all are fp32 [elements].
+    def rates(
+        self,
+        gradient: torch.Tensor,
+        states: dict[str, torch.Tensor],
+        rate: float,
+        rms: Callable[[torch.Tensor], torch.Tensor],
+    ) -> float | torch.Tensor:
+        """Return the learning rate of decay and update: `rate`, or one of each element, fp32 [elements].
 
-        Needed unless `build` is overridden.
+        `rms` turns [elements] into the root mean square over all elements of the parameter that each belongs to.
+        """
+        return rate
+
+    def update(self, weight: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor], rate: Any) -> None:
+        """Update `weight` and `states`, which begin at zero, in place; all are fp32 [elements]; `rate` is of `rates`.
+
+        `states` also has `step`, the number of updates with this one, on the host. Needed unless `build` is overridden.
         """
         raise NotImplementedError
 
@@ -58,6 +72,11 @@ class Optimizer:
         return f"{self.label} with {', '.join(words)}" if words else self.label
 
 
+def _rms(values: torch.Tensor) -> torch.Tensor:
+    """Of a whole parameter; the same for all of its elements."""
+    return values.square().mean().sqrt()
+
+
 def _words(value: Any) -> str:
     return " and ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -66,14 +85,21 @@ def _elementwise(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.op
     import torch  # the run file is read without it
 
     class Elementwise(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+            self.rms: dict[torch.Tensor, Callable] = {}  # by weight, of those that are not one whole parameter
+
         @torch.no_grad()
         def step(self, closure=None) -> None:
             for group in self.param_groups:
                 for weight in group["params"]:
                     states = self.state[weight]
                     if not states:
-                        states.update({name: torch.zeros_like(weight) for name in optimizer.states})
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    optimizer.update(weight, weight.grad, states, group["lr"])
+                        states |= {name: torch.zeros_like(weight) for name in optimizer.states}
+                        states["step"] = torch.zeros(())
+                    states["step"] += 1
+                    rate = optimizer.rates(weight.grad, states, group["lr"], self.rms.get(weight, _rms))
+                    weight.mul_(1 - rate * group["weight_decay"])
+                    optimizer.update(weight, weight.grad, states, rate)
 
-    return Elementwise(groups, {"lr": 0.0, "weight_decay": 0.0})
+    return Elementwise()

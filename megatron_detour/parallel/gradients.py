@@ -25,16 +25,14 @@ class GradientSum:
         self._group = parallel.data_group
         self._whole = partition.new_zeros(len(partition) * parallel.data_size)
         self.partition = self._whole if parallel.data_size == 1 else torch.empty_like(partition)
-        begin = len(partition) * parallel.data_rank
         self._counted = []
         for parameter, offset in parameters:
             gradient = self._whole[offset : offset + parameter.numel()].view_as(parameter)
             parameter.register_post_accumulate_grad_hook(partial(_add, gradient))
             # The norm counts what all tensor-parallel ranks hold a copy of once.
-            if parallel.tensor_rank == 0 or spec_of(parameter) is not None:
-                first, last = max(offset - begin, 0), min(offset - begin + parameter.numel(), len(partition))
-                if first < last:
-                    self._counted.append(self.partition[first:last])
+            part = part_of(parameter, offset, partition, parallel)
+            if part and (parallel.tensor_rank == 0 or spec_of(parameter) is not None):
+                self._counted.append(self.partition[part])
 
     def reduce(self) -> None:
         """Leave in `partition` the sum over data-parallel ranks."""
@@ -50,6 +48,15 @@ class GradientSum:
     def clear(self) -> None:
         """Begin the next step at zero."""
         self._whole.zero_()
+
+
+def part_of(
+    parameter: torch.nn.Parameter, offset: int, partition: torch.Tensor, parallel: ParallelState
+) -> slice | None:
+    """Return where a parameter at `offset` of the flat vector lies in this rank's part of it; None outside."""
+    first = offset - len(partition) * parallel.data_rank
+    part = slice(max(first, 0), min(first + parameter.numel(), len(partition)))
+    return part if part.start < part.stop else None
 
 
 def _add(gradient: torch.Tensor, parameter: torch.nn.Parameter) -> None:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_detour.parallel.gradients import GradientSum
+from megatron_detour.parallel.parameter_rms import ParameterRms
 from megatron_detour.parallel.state import ParallelState
 
 if TYPE_CHECKING:
@@ -95,6 +96,10 @@ class Zero:
                 strict=True,
             )
         ]
+        zero.optimizer.rms = {
+            group.partition: ParameterRms(((p, offset) for _, p, offset in group.parameters), group.partition, parallel)
+            for group in self.groups
+        }
 
     @property
     def module(self) -> Any:

@@ -166,10 +166,10 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in of_machine} for record in records]
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
+def assert_same_run(ours: Path, theirs: Path, last: int = PHASE_ENDS[-1]) -> None:
     """Figures of every step, final weights and optimizer, all to the bit."""
     assert figures(ours) == figures(theirs)
-    final = store.checkpoint_folder(Path("checkpoints"), PHASE_ENDS[-1])
+    final = store.checkpoint_folder(Path("checkpoints"), last)
     for name in ("model.safetensors", "optimizer.safetensors"):
         mine, reference = load_file(ours / final / name), load_file(theirs / final / name)
         assert mine.keys() == reference.keys()

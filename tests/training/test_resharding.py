@@ -30,7 +30,7 @@ GENTLE += ["phases.decay.learning_rate.end=2e-5", "guards.spikes=report", "check
 GENTLE += ["validation.corpora=[]", "batch.micro_sequences=1"]  # for four data-parallel ranks in the batch's warm-up
 
 
-@pytest.fixture(scope="module", params=["adamw", slow("lion")])
+@pytest.fixture(scope="module", params=["adamw", slow("lion"), slow("stable_adamw")])
 def run_file(request, corpus, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("reshard") / "run.yaml"
     return write_run_file(path, corpus.prefix, corpus.tokenizer, request.param)

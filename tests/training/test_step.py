@@ -88,7 +88,7 @@ def whole_state(zero) -> list[torch.Tensor]:
     return [value.detach().clone() for value in (*held, *zero.module.parameters())]
 
 
-@pytest.mark.parametrize(("ranks", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "lion")])
+@pytest.mark.parametrize(("ranks", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "lion"), (2, "stable_adamw")])
 def test_a_step_waits_for_the_device_once(tmp_path, ranks, optimizer):
     arguments = (1.0, "zero2_fp32_cpu.json", optimizer)
     for waits, figures, moved in run_ranks(ranks, "tests.training.test_step:a_step", tmp_path, *arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_detour.checkpoint import store
+from megatron_detour.corpus.train_tokenizer import train_tokenizer
 from megatron_detour.errors import EXIT_INTERRUPTED
 from megatron_detour.files import file_facts
 from megatron_detour.observe.sinks import read_metrics
+from tests.conftest import build
+from tests.examples.test_sample import generate
 from tests.harness import ROOT, slow
 from tests.injections.campaign import Victim
 from tests.injections.faults import wait_for
@@ -62,6 +66,40 @@ def test_a_run_that_is_struck_comes_out_to_the_bit(corpus, tmp_path, setup, opti
     outcome = Victim(tmp_path / "victim", run_file, setup, seed=5).strike(kinds)
     assert outcome.struck.total() == len(kinds)
     assert outcome.finished >= 1
+
+
+@pytest.fixture
+def sample(tmp_path) -> list[str]:
+    """Overrides that train the demo's recipe on the sample, in short steps."""
+    generate.generate(tmp_path / "sample", 1.0, 0)
+    texts = [tmp_path / "sample" / f"{name}.jsonl" for name in ("sample", "heldout")]
+    train_tokenizer(texts[:1], tmp_path / "tokenizer", 1024)
+    for text in texts:
+        build([text], tmp_path / text.stem, tmp_path / "tokenizer")
+    corpora = (("data", "sample"), ("validation", "heldout"))
+    prefixes = [f"{key}.corpora.0.prefix={tmp_path / name}" for key, name in corpora]
+    steps = [f"phases.{name}.tokens=100 steps" for name in ("mlm", "detour", "decay")]
+    sizes = ["data.sequence_length=64", "batch.sequences=4", "batch.micro_sequences=1", "checkpoint.every=60 steps"]
+    often = ["phases.mlm.learning_rate.warmup=20 steps", "validation.every=50 steps", "tensorboard=false"]
+    return [f"model.tokenizer={tmp_path / 'tokenizer'}", *prefixes, *steps, *sizes, *often]
+
+
+@pytest.mark.slow
+def test_300_steps_on_the_sample_with_clipped_updates_resume_to_the_bit(sample, tmp_path):
+    recipe, setup = ROOT / "examples/recipes/quickstart.yaml", Setup(2)
+    overrides = (*sample, "optimizer.name=stable_adamw", "optimizer.clip=1000")
+    whole = started(tmp_path / "whole", recipe, setup, *overrides)
+    assert whole.wait() == [0, 0], whole.output()[-4000:]
+    struck = started(tmp_path / "struck", recipe, setup, *overrides)
+    wait_for(lambda: struck.step() >= 130, struck)
+    struck.kill(number=signal.SIGTERM)
+    assert struck.wait() == [EXIT_INTERRUPTED] * 2, struck.output()[-4000:]
+    assert 130 <= struck.step() < 300
+    again = started(tmp_path / "struck", recipe, setup, *overrides)
+    assert again.wait() == [0, 0], again.output()[-4000:]
+    assert_same_run(tmp_path / "struck", tmp_path / "whole", last=300)
+    losses = [record["val_mlm_loss"] for record in figures(tmp_path / "whole") if "val_mlm_loss" in record]
+    assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.slow
