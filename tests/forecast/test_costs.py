@@ -88,7 +88,7 @@ def test_a_hybrid_costs_what_its_parts_cost():
     config, plan = planned(phases=[{"name": kind["objective"], **kind, **phase} for kind in kinds])
     speed = Speed(chip=chip("NVIDIA H100 80GB HBM3"))
     hybrid, clm, mntp = (cost_of(phase, "none", speed, 4) for phase in plan.phases)
-    assert clm.flops > 1.1 * mntp.flops
+    assert clm.flops != pytest.approx(mntp.flops, rel=0.02)  # more labels, fewer visible pairs
     assert hybrid.flops == pytest.approx(0.25 * clm.flops + 0.75 * mntp.flops)
     # Twice as many micro-batches, whose gradients are summed.
     assert 1 < hybrid.roofline / (0.25 * clm.roofline + 0.75 * mntp.roofline) < 1.5
