@@ -710,7 +710,7 @@ def test_what_is_nested_too_deep_is_a_sentence(tmp_path, depth):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(SMALL) + f"model.config: {deep}\n")
     with pytest.raises(DetourError):
         load(tmp_path / "run.yaml")
-    for override in (f"model.config={deep}", f"seed={deep}", f"model.config={{layer_types: {deep}}}"):
+    for override in (f"model.config={deep}", f"seed={deep}", f"phases.a.freeze={{layer_types: {deep}}}"):
         with pytest.raises(DetourError):
             load(written(tmp_path, SMALL), [override])
 

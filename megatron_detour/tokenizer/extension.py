@@ -40,7 +40,8 @@ def _differences(old: Tokenizer, new: Tokenizer) -> Iterator[str]:
     if _settings(old_model) != _settings(new_model):
         yield "its model has other settings"
     ids, known = new.get_vocab(), old.get_vocab()
-    yield from (f"its {piece!r} has another id or is missing" for piece, id_ in known.items() if ids.get(piece) != id_)
+    in_order = sorted(known, key=known.__getitem__)
+    yield from (f"its {piece!r} has another id or is missing" for piece in in_order if ids.get(piece) != known[piece])
     if any(token not in after["added_tokens"] for token in before["added_tokens"]):
         yield "its added tokens differ"
     for what in ("merges", "vocab"):  # a Unigram model's vocabulary is a list, with scores

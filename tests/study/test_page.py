@@ -186,7 +186,7 @@ def test_transplants_of_earlier_versions_have_no_loss(tmp_path):
 def test_settings_are_in_words(complete):
     section = (complete / "study.md").read_text().split("**Fine-tuning settings**")[1]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
-    assert rows[0] == ["Setting", "ncbi\\_disease, chemprot, pubmedqa", "hoc"]
+    assert rows[0] == ["Setting", "ncbi_disease, chemprot, pubmedqa", "hoc"]
     assert rows[2:] == [["learning rate", "5e-05", "5e-05"], ["passes over the training examples", "10", "20"]]
 
 

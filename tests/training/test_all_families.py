@@ -42,7 +42,12 @@ def test_zero2_steps_equal_plain_torch(tmp_path):
         norms, expected = plain_steps(DEFAULT.name, 1, name)
         for of_rank in results:
             assert of_rank[name][0] == pytest.approx(norms, rel=ROUNDING)
-        check_state(results[0][name][1], expected, DEFAULT.states, 1)
+        found = results[0][name][1]
+        for bias in [each for each in expected if each.endswith("key.bias")]:
+            # It moves all scores of a query alike: its gradient is rounding, which Adam makes a step of.
+            for by_name in (found.weights, found.steps, expected, *found.states.values()):
+                del by_name[bias]
+        check_state(found, expected, DEFAULT.states, 1)
 
 
 # Of roberta the rest of its kin differ in names alone.
@@ -51,7 +56,7 @@ def test_a_run_is_resumed_on_other_ranks_frozen_and_released(family, corpus, tmp
     """The whole run at TP2; its end again from the middle on two data-parallel ranks; then transformers' logits."""
     path = write_run_file(tmp_path / "run.yaml", corpus.prefix, corpus.tokenizer)
     described = yaml.safe_load(path.read_text())
-    described["model"]["config"] = OWN[family] | SIZES | {"model_type": family}
+    described["model"]["config"] = {"num_attention_heads": 4} | OWN[family] | SIZES | {"model_type": family}
     path.write_text(yaml.safe_dump(described))
     whole = finished(tmp_path / "whole", path, Setup(2, 2))
     middle = PHASE_ENDS[0] + 1
