@@ -618,7 +618,8 @@ def test_recipes_load(path):
     config = load(path)
     assert isinstance(config, RunConfig)
     assert Path(config.deepspeed).resolve().is_file()
-    assert all(phase.objective.name == "mlm" for phase in as_control(config, 0.3).phases)
+    if any(phase.objective.detour for phase in config.phases):
+        assert all(phase.objective.name == "mlm" for phase in as_control(config, 0.3).phases)
 
 
 def test_all_of_the_papers_recipes_are_there():
