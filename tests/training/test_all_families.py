@@ -47,7 +47,8 @@ def test_zero2_steps_equal_plain_torch(tmp_path):
             # It moves all scores of a query alike: its gradient is rounding, which Adam makes a step of.
             for by_name in (found.weights, found.steps, expected, *found.states.values()):
                 del by_name[bias]
-        check_state(found, expected, DEFAULT.states, 1)
+        # Without a norm after the embedding, rounding grows with the residual stream.
+        check_state(found, expected, DEFAULT.states, 1, slack=10.0 if name == "eurobert" else 1.0)
 
 
 # Of roberta the rest of its kin differ in names alone.

@@ -138,17 +138,20 @@ def test_steps_equal_plain_torch_for_every_split(tmp_path, ranks, tensor, sequen
             check_state(found, states, KINDS[optimizer].states, steps)
 
 
-def check_state(found, expected, kinds: tuple[str, ...], steps: int) -> None:
-    """Compares a gathered state with weights and states of a plain optimizer by name."""
+def check_state(found, expected, kinds: tuple[str, ...], steps: int, slack: float = 1.0) -> None:
+    """Compares a gathered state with weights and states of a plain optimizer by name.
+
+    `slack` is how many times as much as ModernBERT a family rounds.
+    """
     assert found.weights.keys() == found.steps.keys() == expected.keys()
     assert tuple(found.states) == kinds
     for name, (weight, state) in expected.items():
         assert found.steps[name] == int(state.get("step", 0))
         share = (found.weights[name] - weight).abs() / furthest(weight, state, LEARNING_RATE, steps)
-        assert share.max() <= 1, f"{name} after step {steps}"
+        assert share.max() <= slack, f"{name} after step {steps}"
         for kind, by_name in found.states.items():
-            error = ROUNDING * float(state[kind].abs().max())
-            torch.testing.assert_close(by_name[name], state[kind], rtol=1e-4, atol=error, msg=f"{kind} {name}")
+            error = slack * ROUNDING * float(state[kind].abs().max())
+            torch.testing.assert_close(by_name[name], state[kind], rtol=slack * 1e-4, atol=error, msg=f"{kind} {name}")
 
 
 @pytest.mark.slow
