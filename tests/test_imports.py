@@ -209,6 +209,7 @@ LAZY = {
     "optimizers.adamw": "torch",
     "optimizers.base": "torch",
     "optimizers.lion": "torch",
+    "optimizers.stable_adamw": "torch",
     "observe.sinks": "tensorboard wandb",
     "analysis.hidden_states": "torch transformers",
     "analysis.linear_probe": "sklearn",

@@ -33,9 +33,13 @@ class StableAdamW(Optimizer):
         rate: float,
         rms: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
+        import torch  # the run file is read without it
+
         second = self.betas[1]
         states["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        return rate / rms(gradient / self._root(states).clamp_(min=self.eps)).clamp_(min=1)
+        ratio = self._root(states).clamp_(min=self.eps)
+        torch.div(gradient, ratio, out=ratio)  # in place, as all here: vectors are as long as the weights
+        return rms(ratio).clamp_(min=1).reciprocal_().mul_(rate)
 
     def update(
         self, weight: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor], rate: torch.Tensor
@@ -43,7 +47,7 @@ class StableAdamW(Optimizer):
         first = self.betas[0]
         states["exp_avg"].lerp_(gradient, 1 - first)
         mean = states["exp_avg"] / (1 - first ** states["step"].double())
-        weight.sub_(rate * mean.div_(self._root(states).add_(self.eps)))
+        weight.sub_(mean.div_(self._root(states).add_(self.eps)).mul_(rate))
 
     def _root(self, states: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the square root of the second moment, without the bias of its first value, zero."""

@@ -71,8 +71,8 @@ def test_a_run_that_is_struck_comes_out_to_the_bit(corpus, tmp_path, setup, opti
 @pytest.fixture
 def sample(tmp_path) -> list[str]:
     """Overrides that train the demo's recipe on the sample, in short steps."""
-    generate.generate(tmp_path / "sample", 1.0, 0)
-    texts = [tmp_path / "sample" / f"{name}.jsonl" for name in ("sample", "heldout")]
+    generate.generate(tmp_path / "texts", 1.0, 0)
+    texts = [tmp_path / "texts" / f"{name}.jsonl" for name in ("sample", "heldout")]
     train_tokenizer(texts[:1], tmp_path / "tokenizer", 1024)
     for text in texts:
         build([text], tmp_path / text.stem, tmp_path / "tokenizer")
