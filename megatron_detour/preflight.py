@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_detour.checkpoint.source import WEIGHTS, WEIGHTS_INDEX, Source, StoredWeights, adjusted_config
+from megatron_detour.checkpoint.source import WEIGHT_FILES, Source, StoredWeights, adjusted_config
 from megatron_detour.config import Model, Phase, RunConfig
 from megatron_detour.config.deepspeed import check_deepspeed_config, is_bf16
 from megatron_detour.data.integrity import open_corpus
@@ -103,17 +103,21 @@ def look(model: Model, phases: Sequence[Phase] = ()) -> Preflight:
 def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
     source = Source(model.start, model.download)
     try:
-        shape = read_shape(adjusted_config(source, model.config), model.start)
+        stored = read_shape(source.config(), model.start)
     except DetourError as fault:
-        faults.append(str(fault) if str(fault).startswith("model.") else f"model.start: {fault}")
+        faults.append(f"model.start: {fault}")
         known = PUBLISHED.get(model.start)
         if known is None:
             return None, ""
         return read_shape(known, model.start), "as published; the model is not available here"
+    try:
+        shape = read_shape(adjusted_config(source, model.config), "model.config")
+    except DetourError as fault:
+        faults.append(str(fault))
+        return stored, ""
     here = Source(model.start)  # a plan does not download the weights, as they are large
-    if not model.download or any(here.has(name) for name in (WEIGHTS, WEIGHTS_INDEX)):
+    if not model.download or any(here.has(name) for name in WEIGHT_FILES):
         try:
-            stored = read_shape(source.config(), model.start)
             if StoredWeights.from_source(here, type(shape)).check(stored, model.start, from_start=True):
                 return shape, "without a head for masked language modeling: a new one is trained"
         except DetourError as fault:

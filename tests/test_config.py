@@ -18,6 +18,7 @@ from megatron_detour.forecast import forecast
 from megatron_detour.objectives import CausalLM, MaskedLM
 from megatron_detour.optimizers import AdamW, Lion
 from megatron_detour.plan import Plan
+from megatron_detour.preflight import look
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
@@ -618,8 +619,7 @@ def test_recipes_load(path):
     config = load(path)
     assert isinstance(config, RunConfig)
     assert Path(config.deepspeed).resolve().is_file()
-    if any(phase.objective.detour for phase in config.phases):
-        assert all(phase.objective.name == "mlm" for phase in as_control(config, 0.3).phases)
+    assert all(phase.objective.name == "mlm" for phase in as_control(config, 0.3).phases)
 
 
 def test_all_of_the_papers_recipes_are_there():
@@ -711,9 +711,12 @@ def test_what_is_nested_too_deep_is_a_sentence(tmp_path, depth):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(SMALL) + f"model.config: {deep}\n")
     with pytest.raises(DetourError):
         load(tmp_path / "run.yaml")
-    for override in (f"model.config={deep}", f"seed={deep}", f"phases.a.freeze={{layer_types: {deep}}}"):
+    for override in (f"model.config={deep}", f"seed={deep}"):
         with pytest.raises(DetourError):
             load(written(tmp_path, SMALL), [override])
+    shape = ["model.start=null", "model.tokenizer=t", f"model.config={{layer_types: {deep}}}"]
+    with pytest.raises(DetourError, match=r"layer_types|too deep"):
+        look(load(written(tmp_path, SMALL), shape).model).refuse()
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

@@ -194,22 +194,24 @@ def compare_with_transformers(
     Inputs are random ids, shorter and longer than the local window so that every kind of layer is exercised, and
     `texts` tokenized by the folder `name`, each alone and in padded batches. A largest logit below 1 counts as 1.
     `causal`: the folder holds a ModernBertDecoder. `headless`: it holds no prediction head, and hidden states are
-    compared. Raise DetourError if transformers' tokenizer produces other ids
-    than tokenizer.json.
+    compared. Raise DetourError if transformers' tokenizer produces other ids than tokenizer.json.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    kind = transformers.AutoModelForCausalLM if causal else model.shape.transformers_classes()[1]
-    kind = transformers.AutoModel if headless else kind
-    ours = model.hidden if headless else model.logits
+    kind, ours = model.shape.transformers_classes()[1], model.logits
+    if causal:
+        kind = transformers.AutoModelForCausalLM
+    if headless:
+        kind, ours = transformers.AutoModel, model.hidden
     theirs = kind.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval()
     generator = torch.Generator().manual_seed(0)
     longest = min(4 * model.shape.window + 7, model.shape.max_positions)
     sizes = {2, model.shape.window // 2 + 1, longest}
     batches = [[torch.randint(model.shape.vocabulary, (size,), generator=generator)] for size in sizes]
-    for (ids,) in batches:
-        ids[ids == theirs.config.pad_token_id] = 2  # RoBERTa gives padding tokens no position of their own
+    if (pad := theirs.config.pad_token_id) is not None:  # RoBERTa gives padding tokens no position of their own
+        for (ids,) in batches:
+            ids[ids == pad] = (pad + 1) % model.shape.vocabulary
     if texts:
         documents = _token_ids(Path(name), texts, min(model.shape.max_positions, COMPARED_TOKENS))
         batches += [[ids] for ids in documents]

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 
-from megatron_detour.errors import DetourError, brief
+from megatron_detour.errors import DetourError
 
+NEEDS_CODE = "add_safe_globals"  # what torch advises for a pickle that names anything but tensors and containers
 COMPOSER = ("state", "model")  # where Composer keeps the weights, as in ModernBERT's own checkpoints
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors by name, mapped from the file. Raise DetourError for a file that needs code, or is damaged."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise DetourError(
-            f"{path}: a pickle file that runs code when it is opened, which is refused; save its weights alone, as "
-            "model.safetensors, where you trust it"
-        ) from None
+        # torch 1.5 and earlier wrote no zip files, and only zip files can be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # of torch's reader, whatever a damaged file makes of it
-        raise DetourError(f"{path}: cannot read: {brief(error)}; download or save the model again") from None
+        if NEEDS_CODE in str(error):
+            raise DetourError(
+                f"{path}: a pickle file that runs code when it is opened, which is refused; save its weights alone, as "
+                "model.safetensors, where you trust it"
+            ) from None
+        raise DetourError(f"{path}: not a file of weights, or damaged; download or save the model again") from None
     for key in COMPOSER:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -16,6 +16,7 @@ from megatron_detour.tokenizer.vocabulary import hub_file
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX, COMPOSER = "pytorch_model.bin", "pytorch_model.bin.index.json", "*.pt"
 PICKLES = (".bin", ".pt")
+WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, PICKLED, PICKLED_INDEX)
 LONGEST_HEADER = 100_000_000  # bytes; the format's limit
 WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)+")  # prefixes of DistributedDataParallel and torch.compile
 
@@ -75,7 +76,9 @@ class Source:
         if len(found := sorted(Path(self.name).glob(COMPOSER))) == 1:
             return found
         where = "the folder" if Path(self.name).is_dir() else "the hub's local cache"
-        raise DetourError(f"{self.name}: {where} has no {WEIGHTS}; download the model again")
+        raise DetourError(
+            f"{self.name}: {where} has no {WEIGHTS}, {PICKLED} or single {COMPOSER} file; download the model again"
+        )
 
 
 def adjusted_config(source: Source, given: dict[str, Any] | None) -> dict[str, Any]:

@@ -220,7 +220,7 @@ class Checkpoints:
             ("corpora", "corpus", self._identities()),
             ("entities", "file", self.run.initial.entities),
         ):
-            saved = list(run_state.get(kind, {}).values())  # older checkpoints name no files of words
+            saved = list(run_state[kind].values())
             for number, (path, sha256) in enumerate(here.items()):
                 if saved[number : number + 1] != [sha256]:
                     raise DetourError(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megatron_detour.parallel.state import ParallelState
 
 MAX_LAYERS = 1000  # more is a typo
+SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 FULL, SLIDING = "full_attention", "sliding_attention"
 TOKEN_IDS = ("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
 # Keys that transformers writes for any model, without effect here.
@@ -77,6 +78,15 @@ def norm(name: str, size: int, bias: bool = False) -> dict[str, Weight]:
     """The parameters of a LayerNorm or RMSNorm."""
     weights = {f"{name}.weight": Weight((size,), fill=1.0)}
     return weights | ({f"{name}.bias": Weight((size,))} if bias else {})
+
+
+def read_heads(read: ConfigJson, rotary: bool) -> tuple[int, int]:
+    """Return hidden size and heads; those of `rotary` positions are of even size. Raise DetourError for others."""
+    hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
+    if hidden % heads or (rotary and hidden // heads % 2):
+        even = " of even size" if rotary else ""
+        raise DetourError(f"{read.origin}: hidden_size {hidden} cannot be split into {heads} heads{even}")
+    return hidden, heads
 
 
 @dataclass(frozen=True)

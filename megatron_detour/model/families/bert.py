@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from megatron_detour.errors import DetourError
 from megatron_detour.model import activations
 from megatron_detour.model.config_json import ConfigJson
-from megatron_detour.model.families.base import FULL, MAX_LAYERS, Family, Weight, column, norm, row
+from megatron_detour.model.families.base import (
+    FULL,
+    MAX_LAYERS,
+    SIZE_KEYS,
+    Family,
+    Weight,
+    column,
+    norm,
+    read_heads,
+    row,
+)
 from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -18,7 +28,6 @@ if TYPE_CHECKING:
     from megatron_detour.model.language_model import LanguageModel
     from megatron_detour.parallel.state import ParallelState
 
-SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 BASE = {
     "vocab_size": 30_522,
     "hidden_size": 768,
@@ -88,9 +97,7 @@ class Bert(Family):
 
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
-        hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
-        if hidden % heads:
-            raise DetourError(f"{read.origin}: hidden_size {hidden} cannot be split into {heads} heads")
+        hidden, heads = read_heads(read, rotary=False)
         first, positions = cls._first_position(read), read.size("max_position_embeddings", 512)
         if positions <= first:
             read.refuse("max_position_embeddings", f"above {first}, the number of the first position")
@@ -100,7 +107,7 @@ class Bert(Family):
             "intermediate": read.size("intermediate_size"),
             "heads": heads,
             "layer_types": (FULL,) * read.size("num_hidden_layers", most=MAX_LAYERS),
-            "window": positions - first,
+            "window": positions - first,  # no layer is local
             "norm_eps": read.number("layer_norm_eps", 1e-12),
             "max_positions": positions - first,
             "initializer_range": read.number("initializer_range", 0.02),

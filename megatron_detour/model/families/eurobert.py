@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_detour.errors import DetourError
 from megatron_detour.model.config_json import ConfigJson
-from megatron_detour.model.families.base import FULL, MAX_LAYERS, Family, Weight, column, norm, row
+from megatron_detour.model.families.base import (
+    FULL,
+    MAX_LAYERS,
+    SIZE_KEYS,
+    Family,
+    Weight,
+    column,
+    norm,
+    read_heads,
+    row,
+)
 from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -15,7 +25,6 @@ if TYPE_CHECKING:
     from megatron_detour.model.language_model import LanguageModel
     from megatron_detour.parallel.state import ParallelState
 
-SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 THETA = 10_000.0  # transformers' default; the published models name theirs
 
 
@@ -63,9 +72,7 @@ class EuroBert(Family):
 
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
-        hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
-        if hidden % heads or (hidden // heads) % 2:
-            raise DetourError(f"{read.origin}: hidden_size {hidden} cannot be split into {heads} heads of even size")
+        hidden, heads = read_heads(read, rotary=True)
         if read.config.get("head_dim") not in (None, hidden // heads):
             raise DetourError(f"{read.origin}: head_dim must be hidden_size / num_attention_heads, {hidden // heads}")
         key_heads = heads if read.config.get("num_key_value_heads") is None else read.size("num_key_value_heads")
@@ -77,7 +84,7 @@ class EuroBert(Family):
             "intermediate": read.size("intermediate_size"),
             "heads": heads,
             "layer_types": (FULL,) * read.size("num_hidden_layers", most=MAX_LAYERS),
-            "window": read.size("max_position_embeddings", 8192),
+            "window": read.size("max_position_embeddings", 8192),  # no layer is local
             "norm_eps": read.number("rms_norm_eps", 1e-5),
             "max_positions": read.size("max_position_embeddings", 8192),
             "initializer_range": read.number("initializer_range", 0.02),

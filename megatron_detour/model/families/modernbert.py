@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from megatron_detour.errors import DetourError
 from megatron_detour.model import activations
 from megatron_detour.model.config_json import ConfigJson
-from megatron_detour.model.families.base import FULL, MAX_LAYERS, SLIDING, Family, Weight, column, norm, row
+from megatron_detour.model.families.base import (
+    FULL,
+    MAX_LAYERS,
+    SIZE_KEYS,
+    SLIDING,
+    Family,
+    Weight,
+    column,
+    norm,
+    read_heads,
+    row,
+)
 from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -42,7 +53,6 @@ BIASES = {  # and the published models' values; the classifier's is that of the 
     "classifier_bias": False,
     "decoder_bias": True,
 }
-SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -114,9 +124,7 @@ class ModernBert(Family):
 
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
-        hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
-        if hidden % heads or (hidden // heads) % 2:
-            raise DetourError(f"{read.origin}: hidden_size {hidden} cannot be split into {heads} heads of even size")
+        hidden, heads = read_heads(read, rotary=True)
         return {
             "vocabulary": read.size("vocab_size"),
             "hidden": hidden,
