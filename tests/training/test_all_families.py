@@ -20,7 +20,7 @@ from tests.harness import run_ranks
 from tests.injections.runs import PHASE_ENDS, Setup, begin, write_run_file
 from tests.models import OWN
 from tests.optimizers import ROUNDING
-from tests.training.test_zero2 import check_state, plain_steps, run_config, steps_with
+from tests.training.test_zero2 import LEARNING_RATE, check_state, plain_steps, run_config, steps_with
 
 pytestmark = pytest.mark.integration
 
@@ -45,9 +45,13 @@ def test_zero2_steps_equal_plain_torch(tmp_path):
         found = results[0][name][1]
         for bias in [each for each in expected if each.endswith("key.bias")]:
             # It moves all scores of a query alike: its gradient is rounding, which Adam makes a step of.
+            momentum = found.states["exp_avg"]
+            assert momentum[bias].abs().max() <= ROUNDING * momentum[bias.replace("bias", "weight")].abs().max()
+            assert (found.weights[bias] - expected[bias][0]).abs().max() <= 2 * LEARNING_RATE
             for by_name in (found.weights, found.steps, expected, *found.states.values()):
                 del by_name[bias]
-        # Without a norm after the embedding, rounding grows with the residual stream.
+        # Without a norm after the embedding, rounding grows with the residual stream: in fp32 gradients are 3e-5 of the
+        # greatest from those in fp64, ModernBERT's 2e-6.
         check_state(found, expected, DEFAULT.states, 1, slack=10.0 if name == "eurobert" else 1.0)
 
 
