@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_detour.checkpoint import store
+from megatron_detour.checkpoint.source import Source
 from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
 from megatron_detour.config import Model, RunConfig, flatten, from_dict
 from megatron_detour.config.deepspeed import read_deepspeed_config
@@ -132,9 +133,13 @@ def refuse_full_disk(folder: Path, plan: Plan, checkpoint_bytes: int) -> None:
 
 def start_hash(start: str | None) -> str | None:
     """Return the hash of a start model's configuration and weights, or None if it is not a local folder."""
-    folder = Path(start or "")
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if start else []
-    return "-".join(file_facts(file)["sha256"] for file in files) if files and files[0].is_file() else None
+    if not start or not Path(start).is_dir():
+        return None
+    try:
+        files = [(source := Source(start)).config_file(), *source.weight_files()]
+    except DetourError:  # said where the model is read
+        return None
+    return "-".join(file_facts(file)["sha256"] for file in files)
 
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:

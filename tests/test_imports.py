@@ -64,7 +64,11 @@ ALLOWED = {
         "parallel model checkpoint tokenizer errors files",
         "torch safetensors tokenizers transformers",
     ),
-    "checkpoint.source": ("checkpoint.pickled model.families tokenizer.vocabulary errors structured", ""),
+    "checkpoint.pickled": ("errors", "numpy torch"),
+    "checkpoint.source": (
+        "checkpoint.flexbert checkpoint.pickled model.families tokenizer.vocabulary errors structured",
+        "",
+    ),
     "release": (
         "release checkpoint model tokenizer objectives data.manifest observe.run_files observe.run_folder "
         "observe.steps ui settings config plan errors",
@@ -109,7 +113,7 @@ ALLOWED = {
         "numpy torch",
     ),
     "run_directory": (
-        "checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
+        "checkpoint.source checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
         "yaml",
     ),
     "preflight": (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_detour.checkpoint.flexbert import read_flexbert
 from megatron_detour.errors import DetourError
 from megatron_detour.model.families import DECODER, Family, as_encoder, family_of
 from megatron_detour.structured import parse_json, read_json_object
@@ -15,6 +16,7 @@ from megatron_detour.tokenizer.vocabulary import hub_file
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX, COMPOSER = "pytorch_model.bin", "pytorch_model.bin.index.json", "*.pt"
+FLEXBERT = "*.yaml"
 PICKLES = (".bin", ".pt")
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, PICKLED, PICKLED_INDEX)
 LONGEST_HEADER = 100_000_000  # bytes; the format's limit
@@ -38,12 +40,21 @@ class Source:
         return folder / name
 
     def config(self) -> dict[str, Any]:
-        """Return config.json, of the encoder that a decoder's weights are trained as."""
-        return as_encoder(read_json_object(self.file("config.json")))
+        """Return config.json, of the encoder that a decoder's weights are trained as, or what FlexBERT has for it."""
+        return as_encoder(self._config())
 
     @property
     def is_decoder(self) -> bool:
-        return read_json_object(self.file("config.json")).get("model_type") == DECODER
+        return self._config().get("model_type") == DECODER
+
+    def _config(self) -> dict[str, Any]:
+        path = self.config_file()
+        return read_flexbert(path) if path.suffix == FLEXBERT[1:] else read_json_object(path)
+
+    def config_file(self) -> Path:
+        """Return config.json, or where there is none the only YAML file, of FlexBERT. Raise DetourError for neither."""
+        files = sorted(Path(self.name).glob(FLEXBERT))
+        return files[0] if len(files) == 1 and not self.has("config.json") else self.file("config.json")
 
     @property
     def is_composers(self) -> bool:

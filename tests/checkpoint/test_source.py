@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import re
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from megatron_detour.checkpoint.huggingface import compare_with_transformers, load_model
@@ -17,10 +21,11 @@ from megatron_detour.checkpoint.source import Source, StoredWeights
 from megatron_detour.config import Model
 from megatron_detour.errors import DetourError
 from megatron_detour.model.families import FAMILIES, Family, read_shape
-from megatron_detour.model.families.base import FULL, SLIDING
+from megatron_detour.model.families.base import FULL, SIZE_KEYS, SLIDING
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import check_model
 from megatron_detour.release.decoder import decoder_config, decoder_weights
+from megatron_detour.run_directory import start_hash
 from tests.models import CONFIG, config_of, tiny
 from tests.training.test_zero2 import run_config
 
@@ -84,7 +89,11 @@ def test_plan_and_run_say_the_same_of_a_start_folder(start, form):
 PICKLES = {
     "pytorch_model.bin": lambda weights: weights,
     "ep0-ba52988-rank0.pt": lambda weights: {
-        "state": {"model": {f"model.{flexbert(name)}": weight for name, weight in weights.items()}}
+        "state": {
+            "model": {f"model.{flexbert(name)}": weight for name, weight in weights.items()},
+            "timestamp": {"batch": 52_988, "total_wct": timedelta(hours=20)},
+        },
+        "rng": [{"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}],
     },
 }
 
@@ -97,6 +106,64 @@ def test_pickled_tensors_are_read(start, name, dtype):
     assert faults_of(start) == ()
     loaded = load_model(Source(str(start)), read_shape(Source(str(start)).config(), "tests"))
     assert all(torch.equal(p, rounded[name].float()) for name, p in loaded.named_parameters())
+
+
+FLEXBERT = {  # what a training file needs to be CONFIG's model
+    **{key: CONFIG[key] for key in SIZE_KEYS},
+    "vocab_size": 400,
+    **{"attention_layer": "rope", "bert_layer": "prenorm", "mlp_layer": "glu", "embedding_layer": "sans_pos"},
+    **{"normalization": "triton_layernorm", "norm_kwargs": {"eps": "1e-5", "bias": False}},
+    **{"embed_norm": True, "final_norm": True, "skip_first_prenorm": True, "head_pred_act": "gelu"},
+    **{"sliding_window": CONFIG["local_attention"], "global_attn_every_n_layers": 3, "rotary_emb_base": 160_000.0},
+    "local_attn_rotary_emb_base": 10_000.0,
+}
+
+
+def flexbert_start(start: Path, **changes) -> Source:
+    (start / "config.json").unlink()
+    content = {"max_seq_len": 1024, "model": {"name": "flex_bert", "model_config": FLEXBERT | changes}}
+    (start / "modernbert-base.yaml").write_text(yaml.safe_dump(content))
+    torch.save(PICKLES["ep0-ba52988-rank0.pt"](weights()), start / "latest-rank0.pt")
+    return Source(str(start))
+
+
+def test_a_flexbert_training_file_stands_for_config_json(start):
+    expected = read_shape(CONFIG | {"vocab_size": 400, "max_position_embeddings": 1024}, "tests")
+    before = start_hash(str(start))
+    source = flexbert_start(start)
+    assert read_shape(source.config(), source.name) == expected
+    assert faults_of(start) == () and before is None is not start_hash(str(start))
+    loaded = load_model(source, expected)
+    assert all(torch.equal(p, weights()[name]) for name, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "layers", "local_theta"),
+    [
+        ({"sliding_window": -1, "global_attn_every_n_layers": -1}, {FULL}, 10_000.0),
+        ({"local_attn_rotary_emb_base": -1}, {FULL, SLIDING}, 160_000.0),
+    ],
+)
+def test_minus_one_turns_a_flexbert_setting_off(start, change, layers, local_theta):
+    source = flexbert_start(start, **change)
+    shape = read_shape(source.config(), source.name)
+    assert ({*shape.layer_types}, shape.local_theta) == (layers, local_theta)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"bert_layer": "postnorm"}, "bert_layer is 'postnorm', but only 'prenorm' is a ModernBERT's"),
+        ({"mlp_in_bias": True}, "mlp_in_bias and mlp_out_bias differ"),
+        ({"norm_kwargs": {"eps": "small"}}, "not a FlexBERT training file"),
+        ({"hidden_size": "${width}"}, "hidden_size must be an integer"),
+        ({"global_attn_every_n_layers": -1}, "global_attn_every_n_layers must be an integer"),
+    ],
+)
+def test_another_flexbert_is_refused(start, change, why):
+    flexbert_start(start, **change)
+    (fault,) = faults_of(start)
+    assert why in fault
 
 
 class RunsCode:
