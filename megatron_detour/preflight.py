@@ -126,11 +126,11 @@ def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
 
 
 def _fresh(model: Model, vocabulary: Vocabulary | None, faults: list[str]) -> Family | None:
-    size = {"vocab_size": vocabulary.size} if vocabulary else {}
+    ids = {"vocab_size": vocabulary.size, "pad_token_id": vocabulary.pad} if vocabulary else {}
     try:
         family = family_to_initialize(model.config)
         family.refuse_unknown_keys(model.config)
-        described = family.defaults | size | model.config
+        described = family.defaults | ids | model.config
         if vocabulary and not model.config.keys() <= family.checked_keys:
             # Only transformers can check these keys; importing it takes seconds, so it is avoided otherwise.
             from megatron_detour.checkpoint.huggingface import fresh_config

@@ -23,9 +23,9 @@ build() { [ -e "$1.manifest.json" ] || megatron-detour preprocess --output-prefi
 build corpora/biomed --input "$data/corpora/en_biomed.00.jsonl.gz" --exclude "$data/tasks" --deduplicate exact
 build corpora/biomed_heldout --input "$data/corpora/en_biomed.heldout.jsonl.gz"
 megatron-detour train run.yaml "$@"
-megatron-detour train run.yaml --control mlm=0.30 folder=control "$@"
-for run in detour control; do
+megatron-detour train run.yaml --control mlm=0.30 "$@"
+for run in detour detour-control; do
     [ -e "models/$run" ] || megatron-detour convert --checkpoint "$run" --output "models/$run"
 done
-megatron-detour compare detour control --output comparison
-python "$here/similarity.py" "$data/tasks/biosses" model models/detour models/control
+megatron-detour compare detour detour-control --output comparison
+python "$here/similarity.py" "$data/tasks/biosses" model models/detour models/detour-control

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_detour.errors import DetourError
-from megatron_detour.model.families.base import SIZE_KEYS
+from megatron_detour.model.families.base import SIZE_KEYS, TOKEN_IDS
 from megatron_detour.model.families.modernbert import ModernBert
 from megatron_detour.structured import read_yaml
 
@@ -63,6 +63,7 @@ def read_flexbert(path: Path) -> dict[str, Any]:
     every = {"global_attn_every_n_layers": given.get("global_attn_every_n_layers", OFF), "local_attention": window}
     return {
         "model_type": ModernBert.model_type,
+        **dict.fromkeys(TOKEN_IDS),  # the tokenizer's: a training file names none
         **{key: given[key] for key in SIZE_KEYS if key in given},
         **({"global_attn_every_n_layers": 1} if window == OFF else every),
         "global_rope_theta": given.get("rotary_emb_base", 10_000.0),

@@ -196,15 +196,8 @@ def compare_with_transformers(
     `causal`: the folder holds a ModernBertDecoder. `headless`: it holds no prediction head, and hidden states are
     compared. Raise DetourError if transformers' tokenizer produces other ids than tokenizer.json.
     """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    kind, ours = model.shape.transformers_classes()[1], model.logits
-    if causal:
-        kind = transformers.AutoModelForCausalLM
-    if headless:
-        kind, ours = transformers.AutoModel, model.hidden
-    theirs = kind.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval()
+    ours = model.hidden if headless else model.logits
+    theirs, causal = _in_transformers(Source(str(name)), model, causal, headless)
     generator = torch.Generator().manual_seed(0)
     longest = min(4 * model.shape.window + 7, model.shape.max_positions)
     sizes = {2, model.shape.window // 2 + 1, longest}
@@ -226,6 +219,34 @@ def compare_with_transformers(
             found = ours(ids, torch.arange(length), (length,), causal)
             worst = max(worst, _relative_difference(found, reference[:length]))
     return worst
+
+
+def _in_transformers(
+    source: Source, model: LanguageModel, causal: bool, headless: bool
+) -> tuple[torch.nn.Module, bool]:
+    """Return transformers' model of a folder, and whether it is causal.
+
+    Where transformers does not know the names of the weights, it is an encoder with those of `model`.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    config_class, kind = model.shape.transformers_classes()
+    opened = transformers.AutoModelForCausalLM if causal else transformers.AutoModel if headless else kind
+    if not source.is_composers:
+        level = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity_error()  # a table of the weights that it does not find
+        theirs, found = opened.from_pretrained(
+            source.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        transformers.utils.logging.set_verbosity(level)
+        names = {part for name in model.shape.sizes for part in (name, name.partition(".")[2])}
+        if names.isdisjoint(found["missing_keys"]):
+            return theirs.eval(), causal
+    theirs = kind(config_class.from_dict(source.config() | model.shape.release_keys()))
+    theirs.load_state_dict(dict(model.named_parameters()), strict=False)  # a tied output layer's is not given
+    theirs.tie_weights()
+    return (theirs.base_model if headless else theirs).eval(), False
 
 
 def _token_ids(folder: Path, texts: tuple[str, ...], longest: int) -> list[torch.Tensor]:

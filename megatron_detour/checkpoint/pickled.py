@@ -13,7 +13,8 @@ from numpy._core.multiarray import _reconstruct
 from megatron_detour.errors import DetourError
 
 NEEDS_CODE = "add_safe_globals"  # what torch advises for a pickle that names anything but tensors and containers
-COMPOSER = ("state", "model")  # where Composer keeps the weights, as in ModernBERT's own checkpoints
+# Where the weights are in a checkpoint of Composer, such as ModernBERT's own (state, model), or of Lightning.
+INNER = ("state", "model", "state_dict")
 # Composer keeps the time trained and the state of random numbers beside them: plain values, of which none runs code.
 PLAIN = (
     *(timedelta, np.ndarray, np.dtype, np.dtypes.UInt32DType),
@@ -34,7 +35,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
                 "model.safetensors, where you trust it"
             ) from None
         raise DetourError(f"{path}: not a file of weights, or damaged; download or save the model again") from None
-    for key in COMPOSER:
+    for key in INNER:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):

@@ -58,7 +58,7 @@ class Source:
 
     @property
     def is_composers(self) -> bool:
-        """Whether the weights are in a checkpoint of Composer, in which ModernBERT was trained."""
+        """Whether the weights are in a file as Composer writes it, which transformers does not open."""
         return self.weight_files()[0].suffix == COMPOSER[1:]
 
     def has(self, name: str) -> bool:
@@ -88,7 +88,8 @@ class Source:
             return found
         where = "the folder" if Path(self.name).is_dir() else "the hub's local cache"
         raise DetourError(
-            f"{self.name}: {where} has no {WEIGHTS}, {PICKLED} or single {COMPOSER} file; download the model again"
+            f"{self.name}: {where} has no {WEIGHTS}, {PICKLED} or single {COMPOSER} file; download the model "
+            "again, or save it with transformers if it is in another format"
         )
 
 

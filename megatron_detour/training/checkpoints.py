@@ -195,9 +195,6 @@ class Checkpoints:
         """Raise DetourError unless the start model's logits, or its hidden states, match transformers'."""
         if not self.run.parallel.is_first:
             return
-        if source.is_composers:
-            logger.info("%s: not compared with transformers, which does not open Composer's checkpoints", source.name)
-            return
         model = huggingface.load_model(source, shape, from_start=True)
         difference = huggingface.compare_with_transformers(
             source.name, model, causal=source.is_decoder, headless=headless

@@ -80,6 +80,7 @@ def test_plan_and_run_say_the_same_of_a_start_folder(start, form):
         assert told == ()
         loaded = load_model(source, read_shape(source.config(), "tests"))
         assert all(torch.equal(p, weights()[name]) for name, p in loaded.named_parameters())
+        assert compare_with_transformers(source.name, loaded) < 1e-5
         return
     with pytest.raises(DetourError, match=why) as refusal:
         load_model(source, read_shape(source.config(), "tests"))
@@ -88,6 +89,8 @@ def test_plan_and_run_say_the_same_of_a_start_folder(start, form):
 
 PICKLES = {
     "pytorch_model.bin": lambda weights: weights,
+    "model.pt": lambda weights: weights,
+    "epoch=3.pt": lambda weights: {"epoch": 3, "state_dict": weights},  # Lightning's
     "ep0-ba52988-rank0.pt": lambda weights: {
         "state": {
             "model": {f"model.{flexbert(name)}": weight for name, weight in weights.items()},
@@ -106,6 +109,7 @@ def test_pickled_tensors_are_read(start, name, dtype):
     assert faults_of(start) == ()
     loaded = load_model(Source(str(start)), read_shape(Source(str(start)).config(), "tests"))
     assert all(torch.equal(p, rounded[name].float()) for name, p in loaded.named_parameters())
+    assert compare_with_transformers(start, loaded) < 1e-5
 
 
 FLEXBERT = {  # what a training file needs to be CONFIG's model
@@ -135,6 +139,7 @@ def test_a_flexbert_training_file_stands_for_config_json(start):
     assert faults_of(start) == () and before is None is not start_hash(str(start))
     loaded = load_model(source, expected)
     assert all(torch.equal(p, weights()[name]) for name, p in loaded.named_parameters())
+    assert compare_with_transformers(source.name, loaded) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -204,8 +209,9 @@ def test_an_encoder_without_a_head_gets_a_new_one(start, model_type):
     save_file({name.removeprefix(f"{prefix}."): weight for name, weight in body.items()}, start / "model.safetensors")
     assert faults_of(start) == ()
     source, shape = Source(str(start)), theirs.shape
-    loaded = dict(load_model(source, shape, from_start=True).named_parameters())
-    assert all(torch.equal(loaded[name], weight) for name, weight in body.items())
+    loaded = load_model(source, shape, from_start=True)
+    assert all(torch.equal(dict(loaded.named_parameters())[name], weight) for name, weight in body.items())
+    assert compare_with_transformers(source.name, loaded, headless=True) < 1e-5
     with pytest.raises(DetourError, match=r"the weights have no .*; use a model with a masked-LM head"):
         load_model(source, shape)
 
@@ -244,13 +250,22 @@ def test_a_wrong_index_of_weights_is_a_sentence(start, index):
     assert fault.startswith(f"model.start: {start}")
 
 
-def test_an_index_of_weights_is_followed(start):
-    parts = dict(enumerate(weights().items()))
-    index = {name: f"part-{number % 2}.safetensors" for number, (name, _) in parts.items()}
+@pytest.mark.parametrize(("name", "save"), [("model.safetensors", save_file), ("pytorch_model.bin", torch.save)])
+def test_an_index_of_weights_is_followed(start, name, save):
+    parts, suffix = dict(enumerate(weights().items())), Path(name).suffix
+    index = {name: f"part-{number % 2}{suffix}" for number, (name, _) in parts.items()}
     for half in (0, 1):
-        save_file({n: w for i, (n, w) in parts.items() if i % 2 == half}, start / f"part-{half}.safetensors")
-    (start / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        save({n: w for i, (n, w) in parts.items() if i % 2 == half}, start / f"part-{half}{suffix}")
+    (start / f"{name}.index.json").write_text(json.dumps({"weight_map": index}))
     assert faults_of(start) == ()
+    loaded = load_model(Source(str(start)), read_shape(Source(str(start)).config(), "tests"))
+    assert all(torch.equal(p, weights()[name]) for name, p in loaded.named_parameters())
+
+
+def test_weights_in_another_format_are_named(start):
+    (start / "flax_model.msgpack").touch()
+    (fault,) = faults_of(start)
+    assert fault.endswith("or save it with transformers if it is in another format")
 
 
 def with_header(text: bytes) -> bytes:
@@ -291,6 +306,60 @@ def test_a_start_models_positions_can_be_changed(start, rope):
     faults, shape = changed(start, max_position_embeddings=1024, global_rope_theta=5e5, local_attention=32)
     assert faults == ()
     assert (shape.max_positions, shape.global_theta, shape.local_theta, shape.window) == (1024, 5e5, 1e4, 16)
+
+
+FULL_ROPE, LOCAL_ROPE = {FULL: {"rope_theta": 3e5}}, {SLIDING: {"rope_theta": 2e4}}
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "thetas"),
+    [
+        (FULL_ROPE | LOCAL_ROPE, {"rope_parameters": {FULL: {"rope_theta": 1e6}}}, (1e6, 2e4)),
+        (FULL_ROPE | LOCAL_ROPE, {"rope_parameters": None}, (3e5, 2e4)),
+        (FULL_ROPE | LOCAL_ROPE, {"local_rope_theta": 5e4}, (3e5, 5e4)),
+        (None, {"rope_parameters": {FULL: {"rope_theta": 1e6}}}, (1e6, 7e4)),
+    ],
+)
+def test_one_theta_can_be_changed_alone(start, stored, given, thetas):
+    old = {"rope_parameters": stored} if stored else {"global_rope_theta": 8e4, "local_rope_theta": 7e4}
+    (start / "config.json").write_text(json.dumps(CONFIG | old | {"vocab_size": 400}))
+    save_file(weights(), start / "model.safetensors")
+    faults, shape = changed(start, **given)
+    assert faults == () and (shape.global_theta, shape.local_theta) == thetas
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"global_rope_theta": 0},
+        {"local_rope_theta": None},
+        {"rope_parameters": {FULL: {"theta": 1e6}}},
+        {"rope_parameters": {FULL: {"factor": 2.0}}},
+        {"rope_parameters": {"rope_theta": 1e6}},
+        {"rope_parameters": {FULL: 1e6}},
+    ],
+)
+def test_a_theta_that_would_not_be_used_is_refused(start, given):
+    (start / "config.json").write_text(
+        json.dumps(CONFIG | {"rope_parameters": FULL_ROPE | LOCAL_ROPE, "vocab_size": 400})
+    )
+    save_file(weights(), start / "model.safetensors")
+    ((fault,), _) = changed(start, **given)
+    assert fault.startswith("model.config: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "theta"), [({}, 5e4), (None, 5e4), ({"rope_theta": 1e6}, 1e6), ({"theta": 1e6}, None)]
+)
+def test_euroberts_theta_is_kept_unless_it_is_given(start, given, theta):
+    described = config_of("eurobert", vocab_size=400, rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    (start / "config.json").write_text(json.dumps(described))
+    save_file(
+        {n: p.detach() for n, p in tiny(model_type="eurobert", vocab_size=400).named_parameters()},
+        start / "model.safetensors",
+    )
+    faults, shape = changed(start, rope_parameters=given)
+    assert (shape.theta == theta and not faults) if theta else "rope_parameters.theta must be absent" in faults[0]
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "norm_eps", "model_type", "nonsense"])

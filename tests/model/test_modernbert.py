@@ -64,7 +64,7 @@ def test_old_and_new_configurations_mean_the_same_shape():
         ({"hidden_activation": "sine"}, "hidden_activation must be one of gelu"),
         ({"hidden_size": 30}, "hidden_size 30"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, '"yarn"'),
         ({"vocab_size": None}, "vocab_size|size is wrong"),
     ],
 )

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from megatron_detour.checkpoint import source
 from megatron_detour.config import Model, RunConfig
 from megatron_detour.errors import DetourError
+from megatron_detour.model.families import FAMILIES
 from megatron_detour.objectives import MaskedLM
 from megatron_detour.plan import Plan
 from megatron_detour.preflight import check_model
@@ -21,6 +22,9 @@ from megatron_detour.tokenizer.word_boundaries import Words
 from megatron_detour.training.initial_model import InitialModel
 from tests.models import CONFIG, tiny
 from tests.training.test_zero2 import run_config
+
+
+SIZES = {key: CONFIG[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 
 
 def config_with(**model):
@@ -62,6 +66,19 @@ def test_a_hub_id_is_fetched_only_when_allowed(hub):
     hub.clear()
     started(config_with(start="org/model"))
     assert hub and {allowed for _, allowed in hub} == {False}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_model_is_planned_as_it_is_built(family, tokenizer_folder, tmp_path):
+    """RoBERTa-style positions begin after the padding token's id, which is the tokenizer's."""
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    settings = tmp_path / "tokenizer" / "tokenizer_config.json"
+    content = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    late = next(token["content"] for token in content["added_tokens"] if token["id"] > 1)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": late}))
+    config = config_with(config={**SIZES, "model_type": family}, tokenizer=str(tmp_path / "tokenizer"))
+    planned = check_model(config, Plan.from_config(config))
+    assert planned.vocabulary.pad > 1 and started(config).shape == planned.shape
 
 
 def test_another_tokenizer_than_the_models_is_refused(hub, tokenizer_folder, tmp_path):

@@ -89,6 +89,15 @@ def read_heads(read: ConfigJson, rotary: bool) -> tuple[int, int]:
     return hidden, heads
 
 
+def refuse_rope_keys(read: ConfigJson, parameters: dict[str, Any], where: str) -> None:
+    """Raise DetourError unless these parameters of rotary positions are a theta alone."""
+    for key, value in parameters.items():
+        if key not in ("rope_type", "rope_theta") and value is not None:
+            read.refuse(f"{where}.{key}", "absent: only rope_theta is supported", value)
+    if parameters.get("rope_type", "default") != "default":
+        read.refuse(f"{where}.rope_type", "'default'", parameters["rope_type"])
+
+
 @dataclass(frozen=True)
 class Family(ABC):
     """A family of encoders. What the class says holds for all its models; an instance is the shape of one of them."""

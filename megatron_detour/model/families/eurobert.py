@@ -16,6 +16,7 @@ from megatron_detour.model.families.base import (
     column,
     norm,
     read_heads,
+    refuse_rope_keys,
     row,
 )
 from megatron_detour.parallel.shard_spec import ShardSpec
@@ -69,6 +70,12 @@ class EuroBert(Family):
     key_heads: int  # of keys and values
     theta: float
     own_output: bool  # the output layer's weight is not the embedding's
+
+    @classmethod
+    def adjusted(cls, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        changed = super().adjusted(config, given)
+        new = ConfigJson(given, "model.config").mapping("rope_parameters", given)
+        return changed | {"rope_parameters": {**(config.get("rope_parameters") or {}), **new}}
 
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
@@ -177,7 +184,7 @@ class EuroBert(Family):
 
 def _theta(read: ConfigJson) -> float:
     given = read.mapping("rope_parameters", read.config)
-    kind = given.get("rope_type", "default")
-    if kind != "default" or read.config.get("rope_scaling"):
-        raise DetourError(f"{read.origin}: only rotary positions of rope_type 'default' are supported, not {kind!r}")
+    refuse_rope_keys(read, given, "rope_parameters")
+    if scaling := read.config.get("rope_scaling"):
+        read.refuse("rope_scaling", "null: only unscaled rotary positions are supported", scaling)
     return read.positive("rope_theta", given.get("rope_theta", read.config.get("rope_theta", THETA)))

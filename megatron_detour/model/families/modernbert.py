@@ -19,6 +19,7 @@ from megatron_detour.model.families.base import (
     column,
     norm,
     read_heads,
+    refuse_rope_keys,
     row,
 )
 from megatron_detour.parallel.shard_spec import ShardSpec
@@ -114,13 +115,16 @@ class ModernBert(Family):
 
     @classmethod
     def adjusted(cls, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-        changed = super().adjusted(config, given)
-        ruling = config.get("rope_parameters")
-        if "rope_parameters" in given or not isinstance(ruling, dict):
+        """Each theta is changed alone, in the form that the start model's config.json has, or in the other."""
+        changed, read = super().adjusted(config, given), ConfigJson(given, "model.config")
+        stored, new = config.get("rope_parameters"), read.mapping("rope_parameters", given)
+        if not stored and not new:
             return changed
-        thetas = {FULL: given.get("global_rope_theta"), SLIDING: given.get("local_rope_theta")}
-        new = {kind: {**(ruling.get(kind) or {}), "rope_theta": theta} for kind, theta in thetas.items() if theta}
-        return changed | {"rope_parameters": ruling | new}
+        merged = {**(stored or {}), **new}
+        for kind, old_key in ((FULL, "global_rope_theta"), (SLIDING, "local_rope_theta")):
+            theta = {"rope_theta": given[old_key]} if old_key in given else {}
+            merged[kind] = {**((stored or {}).get(kind) or {}), **theta, **read.mapping(kind, new)}
+        return changed | {"rope_parameters": merged}
 
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
@@ -278,8 +282,7 @@ def _theta(read: ConfigJson, layer_type: str, old_key: str, default: float) -> f
         if key not in (FULL, SLIDING):
             read.refuse(f"rope_parameters.{key}", f"a key of {FULL} or {SLIDING}", given[key])
     parameters = read.mapping(layer_type, given, f"rope_parameters.{layer_type}")
-    if parameters.get("rope_type", "default") != "default":
-        raise DetourError(f"{read.origin}: rope_type {parameters['rope_type']!r} is not supported, only 'default'")
+    refuse_rope_keys(read, parameters, f"rope_parameters.{layer_type}")
     if "rope_theta" in parameters:
         return read.positive(f"rope_parameters.{layer_type}.rope_theta", parameters["rope_theta"])
     old = read.config.get(old_key, default)
