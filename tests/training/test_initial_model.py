@@ -23,7 +23,6 @@ from megatron_detour.training.initial_model import InitialModel
 from tests.models import CONFIG, tiny
 from tests.training.test_zero2 import run_config
 
-
 SIZES = {key: CONFIG[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 
 
