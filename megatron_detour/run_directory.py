@@ -12,7 +12,7 @@ import yaml
 
 from megatron_detour.checkpoint import store
 from megatron_detour.checkpoint.source import Source
-from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
+from megatron_detour.checkpoint.store import RUN_STATE
 from megatron_detour.config import Model, RunConfig, flatten, from_dict
 from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.data.manifest import read_manifest
@@ -22,6 +22,7 @@ from megatron_detour.observe.sinks import read_metrics
 from megatron_detour.plan import Plan
 from megatron_detour.runtime.lock import LOCK
 from megatron_detour.structured import read_json_object, read_yaml
+from megatron_detour.tokenizer.vocabulary import load_vocabulary
 
 RUN_FILE, PLAN, DEEPSPEED, METRICS = "run.yaml", "plan.json", "deepspeed.json", "metrics.jsonl"
 ENVIRONMENT, CHECKPOINTS = "environment.json", "checkpoints"
@@ -236,15 +237,17 @@ def _has_saved(folder: Path) -> bool:
 
 def _moved(folder: Path, there: RunConfig, here: RunConfig) -> dict[tuple[str, Any], str]:
     """Map (last part of the key, old path) to the new path, for paths that changed while the content's hash did not."""
-    states = (_state(checkpoint) for checkpoint in reversed(store.find_checkpoints(folder / CHECKPOINTS)))
-    newest = next((state for state in states if state), {})
+    states = ((checkpoint, _state(checkpoint)) for checkpoint in reversed(store.find_checkpoints(folder / CHECKPOINTS)))
+    checkpoint, newest = next(((checkpoint, state) for checkpoint, state in states if state), (folder, {}))
     corpora = newest.get("corpora") if isinstance(newest.get("corpora"), dict) else {}
     pairs = [("prefix", old, new, corpora.get(old), _corpus_hash) for old, new in _prefixes(there, here)]
     entities = newest.get("entities") if isinstance(newest.get("entities"), dict) else {}
     files = [tuple(phase.objective.entities for phase in pair) for pair in zip(there.phases, here.phases, strict=False)]
     pairs += [("entities", old, new, entities.get(old), _file_hash) for old, new in files]
     pairs.append(("start", there.model.start, here.model.start, newest.get("start"), start_hash))
-    pairs.append(("tokenizer", there.model.tokenizer, here.model.tokenizer, newest.get(TOKENIZER), _file_hash))
+    tokenizers = there.model.tokenizer, here.model.tokenizer
+    saved = _tokenizer_hash(str(checkpoint)) if len({*tokenizers}) > 1 else None
+    pairs.append(("tokenizer", *tokenizers, saved, _tokenizer_hash))
     return {
         (kind, old): new
         for kind, old, new, known, hash_of in pairs
@@ -260,11 +263,10 @@ def _prefixes(*configs: RunConfig) -> list[tuple[str, str]]:
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
-    """Return run_state.json and the tokenizer's hash; {} if unreadable, which resuming reports."""
+    """Return run_state.json; {} if unreadable, which resuming reports."""
     try:
-        facts = read_json_object(checkpoint / store.LISTING).get(TOKENIZER)
-        return read_json_object(checkpoint / RUN_STATE) | {TOKENIZER: facts["sha256"] if facts else None}
-    except (OSError, DetourError, TypeError, KeyError):
+        return read_json_object(checkpoint / RUN_STATE)
+    except (OSError, DetourError):
         return {}
 
 
@@ -276,9 +278,15 @@ def _corpus_hash(prefix: str) -> str | None:
 
 
 def _file_hash(name: str) -> str | None:
-    """Return the hash of a file, or of the tokenizer in a folder."""
-    path = Path(name) / TOKENIZER if Path(name).is_dir() else Path(name)
-    return file_facts(path)["sha256"] if path.is_file() else None
+    return file_facts(Path(name))["sha256"] if Path(name).is_file() else None
+
+
+def _tokenizer_hash(name: str) -> str | None:
+    """Return the hash of what a tokenizer does, in whatever form its file has it."""
+    try:
+        return load_vocabulary(name).sha256
+    except DetourError:
+        return None
 
 
 def _run_before(folder: Path) -> RunConfig:

@@ -113,7 +113,8 @@ ALLOWED = {
         "numpy torch",
     ),
     "run_directory": (
-        "checkpoint.source checkpoint.store config data.manifest observe.sinks plan runtime.lock errors files",
+        "checkpoint.source checkpoint.store config data.manifest observe.sinks plan runtime.lock "
+        "tokenizer.vocabulary errors files",
         "yaml",
     ),
     "preflight": (

@@ -244,9 +244,19 @@ def test_other_content_under_another_path_is_another_run(run, config, tmp_path, 
     text = path.read_text()
     if key.startswith("data"):
         text = text.replace(read_manifest(there.data.corpora[0].prefix).files["bin"]["sha256"], "0" * 64)
+    if key == "model.tokenizer":
+        text = json.dumps(json.loads(text) | {"normalizer": {"type": "Lowercase"}})
     path.write_text(text if text != path.read_text() else text + " ")
     with pytest.raises(DetourError, match=f"belongs to another run: {key} is"):
         go_on(run, there)
+
+
+def test_a_tokenizer_in_another_form_is_the_same(run, config, tmp_path):
+    """Checkpoints hold a tokenizer.json, also of a vocab.txt or a SentencePiece model."""
+    there = moved(config, tmp_path / "scratch")
+    path = tmp_path / "scratch" / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+    assert store.step_of(go_on(run, there)) == END
 
 
 def test_a_start_model_that_is_gone_is_not_needed_once_there_is_a_checkpoint(run, config):

@@ -55,8 +55,12 @@ def test_zero2_steps_equal_plain_torch(tmp_path):
         check_state(found, expected, DEFAULT.states, 1, slack=10.0 if name == "eurobert" else 1.0)
 
 
-# Of roberta the rest of its kin differ in names alone.
-@pytest.mark.parametrize("family", ["bert", "eurobert", pytest.param("roberta", marks=pytest.mark.slow)])
+IN_ONE_CODE = ["camembert", "roberta", "xlm-roberta"]  # which differ from bert in names and positions
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "eurobert", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_ONE_CODE)]
+)
 def test_a_run_is_resumed_on_other_ranks_frozen_and_released(family, corpus, tmp_path):
     """The whole run at TP2; its end again from the middle on two data-parallel ranks; then transformers' logits."""
     path = write_run_file(tmp_path / "run.yaml", corpus.prefix, corpus.tokenizer)
