@@ -69,7 +69,8 @@ def varlen_attention(varlen: Callable) -> Attention:
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
         ends, longest = pattern.cu_seqlens, pattern.longest
-        left, right = _window(pattern, -1)
+        # For (-1, -1) torch 2.14 takes cuDNN on some GPUs, which plans anew for every shape, and documents have many.
+        left, right = _window(pattern, -1 if pattern.causal else longest)
         return varlen(q, k, v, ends, ends, longest, longest, window_size=(left, 0 if pattern.causal else right))
 
     return attention

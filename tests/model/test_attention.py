@@ -214,6 +214,7 @@ class FlashKernel:
         return self._compute(*qkv.unbind(1), ends, ends, longest, longest, causal, window_size)
 
     def varlen_attn(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+        assert window_size != (-1, -1)  # for which torch 2.14 takes cuDNN
         return self._compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, False, window_size)
 
     def _compute(self, q, k, v, starts_q, starts_k, longest_q, longest_k, causal, window_size):
