@@ -27,6 +27,7 @@ def embed(folder: str, texts: list[str]) -> torch.Tensor:
 
 def main(task: str, *models: str) -> None:
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     files = (gzip.decompress(path.read_bytes()) for path in sorted(Path(task).glob("*.jsonl.gz")))
     pairs = [json.loads(line) for file in files for line in file.splitlines()]
     for folder in models:

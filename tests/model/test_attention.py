@@ -311,7 +311,7 @@ def test_torchs_varlen_attention_takes_the_arguments(window, causal):
     assert arguments["cu_seq_q"].tolist() == arguments["cu_seq_k"].tolist() == [0, 5, 12]
     assert arguments["max_q"] == arguments["max_k"] == 7
     # A tuple: torch tells causal attention by comparing with one.
-    left, right = (-1, -1) if window is None else (window, window)
+    left, right = (-1 if causal else 7,) * 2 if window is None else (window, window)
     assert arguments["window_size"] == (left, 0 if causal else right)
 
 
