@@ -93,11 +93,11 @@ class Phase:
     learning_rate: LearningRate
     freeze: Annotated[
         tuple[Part, ...],
-        "parts whose weights and optimizer states stay as they are: `embeddings` (also the output layer's weight), "
-        "`layers.N`, `layers.N-M`, `final_norm`, `head`",
+        "parts whose weights and optimizer states stay as they are: `embeddings` (also the output layer's weight, if it "
+        "is tied to them; else it is the `head`), `layers.N`, `layers.N-M`, `final_norm`, `head`",
     ] = ()
     optimizer_state: Annotated[
-        str, Choice(OPTIMIZER_STATES), "the optimizer's states at the start of the phase; `reset` begins them anew"
+        str, Choice(OPTIMIZER_STATES), "the optimizer's states at the start of the phase; `reset` resets them"
     ] = "keep"
     sequences: Annotated[int | None, SIZE, "replaces `batch.sequences`"] = None
     micro_sequences: Annotated[MicroSequences | None, "replaces `batch.micro_sequences`"] = None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.config_json import ConfigJson
-from megatron_detour.model_parts import layers_of
+from megatron_detour.model_parts import SINGLE_PARTS, layers_of
 from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -273,6 +273,15 @@ class Family(ABC):
         layers = [f"{self.layer_prefix}{number}." for part in parts for number in layers_of(part)]
         prefixes = (*layers, *(prefix for part in parts for prefix in self.part_prefixes.get(part, ())))
         return {name for name in self.weights if name.startswith(prefixes)}
+
+    def part_fault(self, part: str) -> str:
+        """Return why the model lacks a part that `freeze` can name; empty if it has all of it."""
+        if layers_of(part).stop > self.layers:
+            return f"the model has {self.layers} layers, 0 to {self.layers - 1}"
+        if self.names_of((part,)):
+            return ""
+        own = ", ".join(name for name in SINGLE_PARTS if self.names_of((name,)))
+        return f"this {self.label} has no such part; its parts are {own} and layers"
 
     @cached_property
     def layer_products(self) -> tuple[int, ...]:
