@@ -93,8 +93,8 @@ class Phase:
     learning_rate: LearningRate
     freeze: Annotated[
         tuple[Part, ...],
-        "parts whose weights and optimizer states stay as they are: `embeddings` (also the output layer's weight, if it "
-        "is tied to them; else it is the `head`), `layers.N`, `layers.N-M`, `final_norm`, `head`",
+        "parts whose weights and optimizer states stay as they are: `embeddings` (also the output layer's weight, if "
+        "it is tied to them; else it is the `head`), `layers.N`, `layers.N-M`, `final_norm`, `head`",
     ] = ()
     optimizer_state: Annotated[
         str, Choice(OPTIMIZER_STATES), "the optimizer's states at the start of the phase; `reset` resets them"

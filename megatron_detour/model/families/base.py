@@ -119,7 +119,7 @@ class Family(ABC):
     intermediate: int  # inner width of the feed-forward part
     heads: int
     layer_types: tuple[str, ...]  # FULL or SLIDING, the kind of attention of each layer
-    window: int  # keys on each side that a sliding layer attends to, besides the query's own
+    window: int | None  # keys on each side that a sliding layer attends to, besides the query's own; None without one
     norm_eps: float
     max_positions: int
     initializer_range: float

@@ -107,7 +107,7 @@ class Bert(Family):
             "intermediate": read.size("intermediate_size"),
             "heads": heads,
             "layer_types": (FULL,) * read.size("num_hidden_layers", most=MAX_LAYERS),
-            "window": positions - first,  # no layer is local
+            "window": None,
             "norm_eps": read.number("layer_norm_eps", 1e-12),
             "max_positions": positions - first,
             "initializer_range": read.number("initializer_range", 0.02),

@@ -84,7 +84,7 @@ class EuroBert(Family):
             "intermediate": read.size("intermediate_size"),
             "heads": heads,
             "layer_types": (FULL,) * read.size("num_hidden_layers", most=MAX_LAYERS),
-            "window": read.size("max_position_embeddings", 8192),  # no layer is local
+            "window": None,
             "norm_eps": read.number("rms_norm_eps", 1e-5),
             "max_positions": read.size("max_position_embeddings", 8192),
             "initializer_range": read.number("initializer_range", 0.02),
