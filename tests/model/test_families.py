@@ -76,6 +76,22 @@ def test_declared_weights_are_the_modules(family, tensor):
         assert weight.elements(tensor) == math.prod(local)
 
 
+@pytest.mark.parametrize(
+    ("config", "possible"),
+    [
+        (config_of("eurobert", num_key_value_heads=2), "1, 2"),
+        (config_of("eurobert", intermediate_size=50), "1, 2"),
+        (config_of("bert", hidden_size=64, intermediate_size=64, num_attention_heads=32), "1, 2, 4, 8, 16"),
+    ],
+)
+def test_the_tensor_sizes_that_a_refusal_proposes_are_accepted(config, possible):
+    shape = read_shape(config, "tests")
+    fault, *_ = shape.tensor_parallel_faults(3)
+    assert fault.endswith(f"; possible: {possible}")
+    sizes = {n for n in range(1, 40) if not shape.tensor_parallel_faults(n)}
+    assert sizes == {int(size) for size in possible.split(", ")}
+
+
 @families
 def test_every_parameter_belongs_to_one_part(family):
     shape = small(family)

@@ -112,6 +112,8 @@ class Family(ABC):
     # older versions. "#1" at the end says that a weight is the second part, by rows, of ours.
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
     has_decoder: ClassVar[bool] = False  # whether release/decoder.py can write it as a ModernBertDecoder
+    # What tensor ranks can only share evenly: its name in sentences, and the field that counts it.
+    split_evenly: ClassVar[dict[str, str]] = {"attention heads": "heads", "intermediate size": "intermediate"}
     compiles: ClassVar[bool] = False  # whether model/compiled.py can compile its layers
 
     vocabulary: int
@@ -296,11 +298,13 @@ class Family(ABC):
 
     def tensor_parallel_faults(self, size: int) -> list[str]:
         """Return one sentence per reason why the model cannot be split over `size` tensor-parallel ranks."""
-        fitting = [n for n in range(1, self.heads + 1) if self.heads % n == 0 == self.intermediate % n]
+        counts = {what: getattr(self, field) for what, field in self.split_evenly.items()}
+        common = math.gcd(*counts.values())
+        fitting = [n for n in range(1, common + 1) if common % n == 0 and (n == 1 or n**2 <= self.vocabulary)]
         faults = [
             f"parallel.tensor: {size} does not divide the model's {what}, {count}; possible: "
             f"{', '.join(map(str, fitting))}"
-            for what, count in (("attention heads", self.heads), ("intermediate size", self.intermediate))
+            for what, count in counts.items()
             if count % size
         ]
         if self.vocabulary < size**2:  # otherwise the last rank may have only padding rows

@@ -63,6 +63,7 @@ class EuroBert(Family):
     layer_prefix = "model.layers."
     block_prefixes: ClassVar = {"attention": ("self_attn.",), "mlp": ("mlp.",)}
 
+    split_evenly: ClassVar = Family.split_evenly | {"key and value heads": "key_heads"}
     adjustable = ("max_position_embeddings", "rope_parameters")
     renames = ((r"^(embed_tokens|layers|norm)\.", r"model.\1."),)
 
@@ -136,12 +137,6 @@ class EuroBert(Family):
     @property
     def head_products(self) -> int:
         return 0  # an output layer alone
-
-    def tensor_parallel_faults(self, size: int) -> list[str]:
-        faults = super().tensor_parallel_faults(size)
-        if not faults and self.key_heads % size:
-            faults.append(f"parallel.tensor: {size} does not divide the model's key and value heads, {self.key_heads}")
-        return faults
 
     def kept_by_layer(self, recompute: str, fused: bool) -> tuple[int, int]:
         if recompute == "full":
