@@ -18,7 +18,12 @@ from megatron_detour.model.head import OutputBias
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.norm import LayerNorm
 from megatron_detour.parallel.collectives import gather_from_sequence_parallel, own_positions, replicated_weight
-from megatron_detour.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron_detour.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    column_parallel,
+)
 from megatron_detour.parallel.state import ParallelState
 
 
@@ -54,7 +59,8 @@ class Heads(nn.Module):
         )
 
     def forward(self, x_SE: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(linear(x_SE).unflatten(1, (-1, self.head_dim)) for linear in (self.query, self.key, self.value))
+        parts = column_parallel(x_SE, self.query, self.key, self.value)
+        return tuple(part.unflatten(1, (-1, self.head_dim)) for part in parts)
 
 
 class Output(nn.Module):
