@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -125,6 +125,7 @@ class Family(ABC):
     norm_eps: float
     max_positions: int
     initializer_range: float
+    tied: bool = field(default=True, kw_only=True)  # the output layer's weight is the embedding's
 
     @classmethod
     def read(cls, config: dict[str, Any], origin: str) -> Self:
@@ -234,11 +235,6 @@ class Family(ABC):
         return weight
 
     @property
-    def tied(self) -> bool:
-        """Whether the output layer's weight is the embedding's."""
-        return True
-
-    @property
     def layers(self) -> int:
         return len(self.layer_types)
 
@@ -298,7 +294,7 @@ class Family(ABC):
 
     def tensor_parallel_faults(self, size: int) -> list[str]:
         """Return one sentence per reason why the model cannot be split over `size` tensor-parallel ranks."""
-        counts = {what: getattr(self, field) for what, field in self.split_evenly.items()}
+        counts = {what: getattr(self, name) for what, name in self.split_evenly.items()}
         common = math.gcd(*counts.values())
         fitting = [n for n in range(1, common + 1) if common % n == 0 and (n == 1 or n**2 <= self.vocabulary)]
         faults = [

@@ -69,7 +69,6 @@ class EuroBert(Family):
 
     key_heads: int  # of keys and values
     theta: float
-    own_output: bool  # the output layer's weight is not the embedding's
 
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
@@ -91,7 +90,7 @@ class EuroBert(Family):
             "initializer_range": read.number("initializer_range", 0.02),
             "key_heads": key_heads,
             "theta": _theta(read),
-            "own_output": not read.flag("tie_word_embeddings", False),
+            "tied": read.flag("tie_word_embeddings", False),
         }
 
     @classmethod
@@ -129,10 +128,6 @@ class EuroBert(Family):
             **column("mlp.up_proj", self.intermediate, E, std),
             **row("mlp.down_proj", E, self.intermediate, std),
         }
-
-    @property
-    def tied(self) -> bool:
-        return not self.own_output
 
     @property
     def head_products(self) -> int:
