@@ -178,7 +178,7 @@ class Compute:
     attention: Annotated[str, Choice(ATTENTION), "attention backend"] = "auto"
     kernels: Annotated[str, Choice(KERNELS), "fused or plain kernels"] = "auto"
     recompute: Annotated[str, Choice(RECOMPUTE), "activations that the backward pass recomputes"] = "none"
-    compile: Annotated[bool, "compile the layers with torch.compile, in the place of their fused kernels"] = False
+    compile: Annotated[bool, "compile the layers with torch.compile, instead of their fused kernels"] = False
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class ParameterRms:
         self._elements = torch.tensor(elements, dtype=torch.float64, device=partition.device)
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Return fp32 [elements] in the place of fp32 [elements]. Every rank must call it."""
+        """Replace values, fp32 [elements], and return them. Every rank must call it."""
         squares = torch.zeros_like(self._elements)
         for number, part in self._counted:
             for piece in values[part].split(SUMMED):
