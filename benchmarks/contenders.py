@@ -114,7 +114,8 @@ def transformers_packed(config: dict[str, Any], work: Workload, micro: int, peer
     """
     flash = peer.attention.startswith("flash")
     model = peer.model(config | {"sparse_prediction": True}, work.causal)
-    window = read_shape(config, "benchmark").window - (1 if work.causal else 0)  # its decoder attends to one key fewer
+    window = read_shape(config, "benchmark").window
+    window = window and window - work.causal  # its decoder attends to one key fewer
     batches, positions = [], 0
     for packs in _groups(work.packs(), micro):
         length = sum(len(d.inputs) for pack in packs for d in pack) if flash else work.sequence_length

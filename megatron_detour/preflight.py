@@ -19,7 +19,6 @@ from megatron_detour.data.integrity import open_corpus
 from megatron_detour.errors import DetourError, format_faults
 from megatron_detour.kernels.requirements import attention_fault, kernels_fault
 from megatron_detour.model.families import PUBLISHED, Family, family_to_initialize, read_shape
-from megatron_detour.model_parts import layers_of
 from megatron_detour.objectives import REFERENCE, Objective
 from megatron_detour.plan import Plan, PlannedPhase
 from megatron_detour.run_directory import refuse_another_run, refuse_full_disk, stand_in
@@ -242,14 +241,11 @@ def _lengths(config: RunConfig, plan: Plan, shape: Family) -> list[str]:
 
 
 def _freezing(config: RunConfig, shape: Family) -> Iterator[str]:
-    """Yield faults for layers that the model does not have, and for phases that would train nothing."""
+    """Yield faults for parts that the model does not have, and for phases that would train nothing."""
     for phase in config.phases:
         for name in phase.freeze:
-            if layers_of(name).stop > shape.layers:
-                yield (
-                    f"phases.{phase.name}.freeze: {name!r}: the model has {shape.layers} layers, 0 to "
-                    f"{shape.layers - 1}"
-                )
+            if fault := shape.part_fault(name):
+                yield f"phases.{phase.name}.freeze: {name!r}: {fault}"
         if shape.names_of(phase.freeze) == shape.weights.keys():
             yield f"phases.{phase.name}.freeze: the whole model is frozen; train some part of it"
 

@@ -28,8 +28,8 @@ def families() -> str:
     ]
     for family in FAMILIES.values():
         known = ", ".join(name.partition("/")[2] for name in family.published) or "–"
-        split = "heads, key and value heads" if "key_heads" in family.__dataclass_fields__ else "heads"
-        output = "the embedding's, or its own" if "own_output" in family.__dataclass_fields__ else "the embedding's"
+        split = ", ".join(family.split_evenly)
+        output = "the embedding's" if "tie_word_embeddings" in family.fixed else "the embedding's, or its own"
         compiled = "yes" if family.compiles else "no"
         rows.append(f"| {family.label} | `{family.model_type}` | {known} | {split} | {output} | {compiled} |")
     return "\n".join(rows)

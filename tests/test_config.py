@@ -532,6 +532,24 @@ def test_the_control_twin_masks_words_as_the_run_does(whole_words):
     assert [phase.objective.whole_word_masking for phase in as_control(config, 0.3).phases] == [whole_words] * 2
 
 
+@pytest.mark.parametrize("objective", ["mntp", "hybrid"])
+@pytest.mark.parametrize("rates", [{"mask_rate_end": 0.2}, {"mask_rate_steps": {"1k": 0.2}}])
+def test_the_control_twin_masks_as_the_phase_that_it_replaces(objective, rates):
+    masking = {"whole_word_masking": True, "longest_span": 10, "entities": "words.txt", **rates}
+    phases = [SMALL["phases"][0] | {"objective": objective, "mask_rate": 0.15} | masking, SMALL["phases"][1]]
+    config = from_dict(small(phases=phases))
+    twin = as_control(config, 0.3).phases[0].objective
+    assert type(twin) is MaskedLM and twin.mask_rate == 0.3
+    given = {field.name: getattr(config.phases[0].objective, field.name) for field in dataclasses.fields(MaskedLM)}
+    assert dataclasses.asdict(twin) == given | {"mask_rate": 0.3}
+
+
+def test_whole_words_of_one_phase_are_not_anothers_that_masks_tokens():
+    phases = [SMALL["phases"][0] | {"objective": "mntp", "mask_rate": 0.15}, SMALL["phases"][1]]
+    config = from_dict(small(phases=[phases[0], phases[1] | {"whole_word_masking": True}]))
+    assert as_control(config, 0.3).phases[0].objective == MaskedLM(0.3)
+
+
 @pytest.mark.parametrize("mask_rate", [0, 1, -0.1, 1.5])
 def test_the_control_twin_needs_a_mask_rate(mask_rate):
     with pytest.raises(DetourError, match="--control: the mask rate must be between 0 and 1"):

@@ -185,6 +185,17 @@ REFUSALS: dict[str, tuple[Callable[[Run], Any], str | list[str]]] = {  # what is
         of_phase(0, freeze=["layers.3-9"]),
         r"phases\.detour\.freeze: 'layers\.3-9': the model has 5 layers, 0 to 4",
     ),
+    "a norm that the family does not have": (
+        lambda r: (fresh(r, model_type="bert"), r["phases"][0].update(freeze=["final_norm", "layers.0"])),
+        r"phases\.detour\.freeze: 'final_norm': this BERT has no such part; its parts are embeddings, head and layers",
+    ),
+    "a head that is the embedding": (
+        lambda r: (
+            fresh(r, model_type="eurobert", tie_word_embeddings=True, num_key_value_heads=1),
+            r["phases"][0].update(freeze=["head"]),
+        ),
+        r"phases\.detour\.freeze: 'head': this EuroBERT has no such part; its parts are embeddings, final_norm and la",
+    ),
     "nothing left to train": (of_phase(0, freeze=ALL), r"phases\.detour\.freeze: the whole model is frozen; train"),
     "heads that do not divide": (
         lambda r: (fresh(r, intermediate_size=50, num_attention_heads=4), r.update(parallel={"tensor": 4})),

@@ -93,13 +93,14 @@ def _names_of(shape: Family, part: str) -> set[str]:
         return {name for name in shape.weights if name.startswith(tuple(a + b for a in layers for b in prefixes))}
     if part in REGIONS:
         third = thirds(shape.layers)[part]
+        if not third:
+            raise DetourError(f"{part}: the model has no such third, but {shape.layers} layers; name layers instead")
         return shape.names_of(tuple(f"layers.{number}" for number in third))
-    layers = layers_of(part)
-    if part not in SINGLE_PARTS and not layers:
+    if part not in SINGLE_PARTS and not layers_of(part):
         known = ", ".join((*BLOCKS, *REGIONS, *SINGLE_PARTS, "all"))
         raise DetourError(f"{part}: no part of a model; give layers.N, layers.N-M, {known}")
-    if layers and layers[-1] >= shape.layers:
-        raise DetourError(f"{part}: the model has layers 0 to {shape.layers - 1}")
+    if fault := shape.part_fault(part):
+        raise DetourError(f"{part}: {fault}")
     return shape.names_of((part,))
 
 

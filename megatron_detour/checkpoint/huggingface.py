@@ -199,8 +199,7 @@ def compare_with_transformers(
     ours = model.hidden if headless else model.logits
     theirs, causal = _in_transformers(Source(str(name)), model, causal, headless)
     generator = torch.Generator().manual_seed(0)
-    longest = min(4 * model.shape.window + 7, model.shape.max_positions)
-    sizes = {2, model.shape.window // 2 + 1, longest}
+    sizes = _compared_lengths(model.shape)
     batches = [[torch.randint(model.shape.vocabulary, (size,), generator=generator)] for size in sizes]
     if (pad := theirs.config.pad_token_id) is not None:  # RoBERTa gives padding tokens no position of their own
         for (ids,) in batches:
@@ -219,6 +218,12 @@ def compare_with_transformers(
             found = ours(ids, torch.arange(length), (length,), causal)
             worst = max(worst, _relative_difference(found, reference[:length]))
     return worst
+
+
+def _compared_lengths(shape: Family) -> set[int]:
+    """Return lengths on either side of the local window; without local layers any will do, and logits are large."""
+    longest = min(4 * shape.window + 7 if shape.window else COMPARED_TOKENS, shape.max_positions)
+    return {2, (shape.window or longest) // 2 + 1, longest}
 
 
 def _in_transformers(

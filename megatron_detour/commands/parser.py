@@ -53,7 +53,7 @@ def add_control(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control",
         metavar="mlm=RATE",
-        help=f"the equal-compute control: causal phases become MLM at this mask rate (mlm={CONTROL_RATE:.2f})",
+        help=f"the equal-compute control: detour phases become MLM at this mask rate (mlm={CONTROL_RATE:.2f})",
     )
 
 

@@ -93,11 +93,11 @@ class Phase:
     learning_rate: LearningRate
     freeze: Annotated[
         tuple[Part, ...],
-        "parts whose weights and optimizer states stay as they are: `embeddings` (also the output layer's weight), "
-        "`layers.N`, `layers.N-M`, `final_norm`, `head`",
+        "parts whose weights and optimizer states stay as they are: `embeddings` (also the output layer's weight, if "
+        "it is tied to them; else it is the `head`), `layers.N`, `layers.N-M`, `final_norm`, `head`",
     ] = ()
     optimizer_state: Annotated[
-        str, Choice(OPTIMIZER_STATES), "the optimizer's states at the start of the phase; `reset` begins them anew"
+        str, Choice(OPTIMIZER_STATES), "the optimizer's states at the start of the phase; `reset` resets them"
     ] = "keep"
     sequences: Annotated[int | None, SIZE, "replaces `batch.sequences`"] = None
     micro_sequences: Annotated[MicroSequences | None, "replaces `batch.micro_sequences`"] = None
@@ -178,7 +178,7 @@ class Compute:
     attention: Annotated[str, Choice(ATTENTION), "attention backend"] = "auto"
     kernels: Annotated[str, Choice(KERNELS), "fused or plain kernels"] = "auto"
     recompute: Annotated[str, Choice(RECOMPUTE), "activations that the backward pass recomputes"] = "none"
-    compile: Annotated[bool, "compile the layers with torch.compile, in the place of their fused kernels"] = False
+    compile: Annotated[bool, "compile the layers with torch.compile, instead of their fused kernels"] = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Extension of a tokenizer by the pieces that save most tokens on given texts.
 
 The texts are tokenized, and pairs of neighboring tokens within a word are merged, the most frequent pair first: a merge
-saves as many tokens as the pair occurs. This is byte-pair encoding with old pieces in the place of bytes, so the
+saves as many tokens as the pair occurs. This is byte-pair encoding with old pieces instead of bytes, so the
 tokenizers library's trainer does it, on a text in which each old piece is one character.
 """
 

@@ -28,7 +28,7 @@ class Sizes:
     heads: int = 12
     head_dim: int = 64
     vocabulary: int = 5003
-    window: int = 64
+    window: int | None = 64  # of local layers; None without them
     directions: tuple[bool, ...] = (False, True)  # of attention: whether it is causal
 
 

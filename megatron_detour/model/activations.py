@@ -16,7 +16,7 @@ _KNOWN: dict[str, tuple[str, dict[str, str]]] = {
 NAMES = (*_KNOWN,)
 
 
-def activation(name: str) -> Callable:
+def get_activation(name: str) -> Callable:
     """Return the function of one of NAMES, of tensors of any size."""
     from functools import partial
 

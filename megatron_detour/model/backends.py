@@ -136,7 +136,7 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
 
 
 def check(attention: Attention, device: torch.device, dtype: torch.dtype, sizes: Sizes, name: str) -> None:
-    """Compare output and gradient with SDPA in fp32 on the CPU, in the run's directions, with and without a window."""
+    """Compare output and gradient with SDPA in fp32 on the CPU, in its directions, with and without its window."""
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
     for lengths in _documents(sizes):
         size = sum(lengths), 3, sizes.heads, sizes.head_dim
@@ -144,7 +144,7 @@ def check(attention: Attention, device: torch.device, dtype: torch.dtype, sizes:
         qkv = torch.randn(size, generator=generator, device=device).to(dtype)
         incoming = torch.randn(qkv[:, 0].shape, generator=generator, device=device).to(dtype)
         for causal in sizes.directions:
-            for window in (None, sizes.window):
+            for window in dict.fromkeys((None, sizes.window)):
                 pattern = AttentionPattern(lengths, causal, window, device)
                 kind = f"{name}: {'causal' if causal else 'bidirectional'} attention with window {window}"
                 try:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_detour.model.activations import activation
+from megatron_detour.model.activations import get_activation
 from megatron_detour.model.attention import AttentionPattern
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.families.bert import Bert, Roberta
@@ -18,11 +18,16 @@ from megatron_detour.model.head import OutputBias
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.norm import LayerNorm
 from megatron_detour.parallel.collectives import gather_from_sequence_parallel, own_positions, replicated_weight
-from megatron_detour.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron_detour.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    column_parallel,
+)
 from megatron_detour.parallel.state import ParallelState
 
 
-class Embeddings(nn.Module):
+class BertEmbeddings(nn.Module):
     """ids and positions [T] -> the norm of the sum of token, position and token type embeddings [S, E]."""
 
     def __init__(self, shape: Bert, state: ParallelState, compute: Compute) -> None:
@@ -54,7 +59,8 @@ class Heads(nn.Module):
         )
 
     def forward(self, x_SE: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(linear(x_SE).unflatten(1, (-1, self.head_dim)) for linear in (self.query, self.key, self.value))
+        parts = column_parallel(x_SE, self.query, self.key, self.value)
+        return tuple(part.unflatten(1, (-1, self.head_dim)) for part in parts)
 
 
 class Output(nn.Module):
@@ -87,7 +93,7 @@ class Intermediate(nn.Module):
 class Layer(nn.Module):
     def __init__(self, shape: Bert, state: ParallelState, compute: Compute) -> None:
         super().__init__()
-        self.compute, self.f = compute, activation(shape.activation)
+        self.compute, self.activation = compute, get_activation(shape.activation)
         self.attention = Attention(shape, state, compute)
         self.intermediate = Intermediate(shape, state)
         self.output = Output(shape, shape.intermediate, state, compute)
@@ -95,7 +101,7 @@ class Layer(nn.Module):
     def forward(self, x_SE: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
         x_SE = self.attention(x_SE, pattern)
         inner = self.intermediate.dense(x_SE)
-        change_SE = self.compute.checkpoint("selective", lambda a: self.output.dense(self.f(a)), inner)
+        change_SE = self.compute.checkpoint("selective", lambda a: self.output.dense(self.activation(a)), inner)
         return self.output.LayerNorm(x_SE + change_SE)
 
 
@@ -111,7 +117,7 @@ class Encoder(nn.Module):
     def __init__(self, shape: Bert, state: ParallelState, compute: Compute) -> None:
         super().__init__()
         self.state, self.compute = state, compute
-        self.embeddings = Embeddings(shape, state, compute)
+        self.embeddings = BertEmbeddings(shape, state, compute)
         self.encoder = Layers(shape, state, compute)
 
     def forward(
@@ -129,12 +135,12 @@ class Transform(nn.Module):
 
     def __init__(self, shape: Bert, compute: Compute) -> None:
         super().__init__()
-        self.f = activation(shape.activation)
+        self.activation = get_activation(shape.activation)
         self.dense = nn.Linear(shape.hidden, shape.hidden)
         self.LayerNorm = LayerNorm(shape, compute, bias=True)
 
     def forward(self, x_LE: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.f(self.dense(x_LE)))
+        return self.LayerNorm(self.activation(self.dense(x_LE)))
 
 
 class Predictions(OutputBias):

@@ -41,7 +41,7 @@ def check_compiled(shape: Family, sizes: Sizes, recompute: str, device: torch.de
 
 
 def _sum(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern) -> torch.Tensor:
-    """In the place of attention, which is not compiled: each position by itself."""
+    """Instead of attention, which is not compiled: each position by itself."""
     return q * k + v
 
 

@@ -19,7 +19,12 @@ from megatron_detour.model.families.eurobert import EuroBert
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.model.norm import RMSNorm
 from megatron_detour.parallel.collectives import gather_from_sequence_parallel
-from megatron_detour.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron_detour.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    column_parallel,
+)
 from megatron_detour.parallel.shard import mark_sharded
 from megatron_detour.parallel.shard_spec import ShardSpec
 from megatron_detour.parallel.state import ParallelState
@@ -37,9 +42,8 @@ class GroupedAttention(nn.Module):
         self.o_proj = RowParallelLinear(shape.hidden, shape.hidden, state)
 
     def forward(self, x_SE: torch.Tensor, rotary, pattern: AttentionPattern) -> torch.Tensor:
-        q_THD, k_TGD, v_TGD = (
-            linear(x_SE).unflatten(1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        parts = column_parallel(x_SE, self.q_proj, self.k_proj, self.v_proj)
+        q_THD, k_TGD, v_TGD = (part.unflatten(1, (-1, self.head_dim)) for part in parts)
         k_THD, v_THD = (x.repeat_interleave(self.queries_per_key, 1) for x in (rotated(k_TGD, *rotary), v_TGD))
         return self.o_proj(self.compute.attention(rotated(q_THD, *rotary), k_THD, v_THD, pattern).flatten(1))
 
@@ -58,7 +62,7 @@ class SwiGLU(nn.Module):
         def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             return self.down_proj(functional.silu(gate) * up)
 
-        return self.compute.checkpoint("selective", product, self.gate_proj(x_SE), self.up_proj(x_SE))
+        return self.compute.checkpoint("selective", product, *column_parallel(x_SE, self.gate_proj, self.up_proj))
 
 
 class Layer(nn.Module):

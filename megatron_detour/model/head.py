@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_detour.model.activations import activation
+from megatron_detour.model.activations import get_activation
 from megatron_detour.model.compute import Compute
 from megatron_detour.model.families import Family
 from megatron_detour.model.norm import LayerNorm
@@ -16,15 +16,15 @@ from megatron_detour.parallel.state import ParallelState
 
 class PredictionHead(nn.Module):
     def __init__(
-        self, shape: Family, compute: Compute, f: str = "gelu", bias: bool = False, norm_bias: bool = False
+        self, shape: Family, compute: Compute, activation: str = "gelu", bias: bool = False, norm_bias: bool = False
     ) -> None:
         super().__init__()
         self.dense = nn.Linear(shape.hidden, shape.hidden, bias=bias)
-        self.f = activation(f)
+        self.activation = get_activation(activation)
         self.norm = LayerNorm(shape, compute, bias=norm_bias)
 
     def forward(self, x_LE: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.f(self.dense(x_LE)))
+        return self.norm(self.activation(self.dense(x_LE)))
 
 
 class OutputBias(nn.Module):

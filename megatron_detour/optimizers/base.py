@@ -8,7 +8,7 @@ docs/extending.md shows how to add one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Beta = Annotated[float, Range(least=0, below=1)]
 FP32 = 4  # bytes
+PIECE = 1 << 22  # elements that are updated at once: what is computed on the way is as long, and a partition far longer
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,16 @@ class Optimizer:
     ) -> float | torch.Tensor:
         """Return the learning rate of decay and update: `rate`, or one of each element, fp32 [elements].
 
-        `rms` turns [elements] into the root mean square over all elements of the parameter that each belongs to.
+        `rms` turns [elements], in place, into the root mean square over all elements of the parameter that each belongs
+        to. `gradient` may be overwritten if `update` does not read it: another vector may not fit into the memory.
         """
         return rate
 
     def update(self, weight: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor], rate: Any) -> None:
         """Update `weight` and `states`, which begin at zero, in place; all are fp32 [elements]; `rate` is of `rates`.
 
-        `states` also has `step`, the number of updates with this one, on the host. Needed unless `build` is overridden.
+        Called for one piece of at most PIECE elements after the other. `states` also has `step`, the number of updates
+        with this one, on the host. Needed unless `build` is overridden.
         """
         raise NotImplementedError
 
@@ -75,6 +78,13 @@ class Optimizer:
 def _rms(values: torch.Tensor) -> torch.Tensor:
     """Of a whole parameter; the same for all of its elements."""
     return values.square().mean().sqrt()
+
+
+def pieces(*values: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield views of PIECE elements of vectors of one length; a number is repeated."""
+    vectors = [value.split(PIECE) if getattr(value, "ndim", 0) else None for value in values]
+    for number in range(max(len(vector) for vector in vectors if vector)):
+        yield tuple(vector[number] if vector else value for vector, value in zip(vectors, values, strict=True))
 
 
 def _words(value: Any) -> str:
@@ -99,7 +109,10 @@ def _elementwise(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.op
                         states["step"] = torch.zeros(())
                     states["step"] += 1
                     rate = optimizer.rates(weight.grad, states, group["lr"], self.rms.get(weight, _rms))
-                    weight.mul_(1 - rate * group["weight_decay"])
-                    optimizer.update(weight, weight.grad, states, rate)
+                    vectors = [states[name] for name in optimizer.states]
+                    for part, gradient, of_part, *held in pieces(weight, weight.grad, rate, *vectors):
+                        part.mul_(1 - of_part * group["weight_decay"])
+                        named = dict(zip(optimizer.states, held, strict=True))
+                        optimizer.update(part, gradient, named | {"step": states["step"]}, of_part)
 
     return Elementwise()

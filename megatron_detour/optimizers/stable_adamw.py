@@ -1,4 +1,4 @@
-"""StableAdamW (Wortsman et al., 2023): AdamW, with Adafactor's clipping of updates in the place of that of gradients.
+"""StableAdamW (Wortsman et al., 2023): AdamW, with Adafactor's clipping of updates instead of that of gradients.
 
 The learning rate of a parameter is divided by the root mean square of g / sqrt(v) over all of its elements, where that
 is above 1: a gradient far larger than those before it no longer makes a large update.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_detour.optimizers.base import Beta, Optimizer
+from megatron_detour.optimizers.base import Beta, Optimizer, pieces
 from megatron_detour.settings import Range
 
 if TYPE_CHECKING:
@@ -33,22 +33,20 @@ class StableAdamW(Optimizer):
         rate: float,
         rms: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        import torch  # the run file is read without it
-
-        second = self.betas[1]
+        first, second = self.betas
+        states["exp_avg"].lerp_(gradient, 1 - first)
         states["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        ratio = self._root(states).clamp_(min=self.eps)
-        torch.div(gradient, ratio, out=ratio)  # in place, as all here: vectors are as long as the weights
-        return rms(ratio).clamp_(min=1).reciprocal_().mul_(rate)
+        # The gradient has been used: the ratio, and then the rates, take its place.
+        for part, square in pieces(gradient, states["exp_avg_sq"]):
+            part.div_(self._root(square, states["step"]).clamp_(min=self.eps))
+        return rms(gradient).clamp_(min=1).reciprocal_().mul_(rate)
 
     def update(
         self, weight: torch.Tensor, gradient: torch.Tensor, states: dict[str, torch.Tensor], rate: torch.Tensor
     ) -> None:
-        first = self.betas[0]
-        states["exp_avg"].lerp_(gradient, 1 - first)
-        mean = states["exp_avg"] / (1 - first ** states["step"].double())
-        weight.sub_(mean.div_(self._root(states).add_(self.eps)).mul_(rate))
+        mean = states["exp_avg"] / (1 - self.betas[0] ** states["step"].double())
+        weight.sub_(mean.div_(self._root(states["exp_avg_sq"], states["step"]).add_(self.eps)).mul_(rate))
 
-    def _root(self, states: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _root(self, square: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Return the square root of the second moment, without the bias of its first value, zero."""
-        return (states["exp_avg_sq"] / (1 - self.betas[1] ** states["step"].double())).sqrt_()
+        return (square / (1 - self.betas[1] ** step.double())).sqrt_()

@@ -55,9 +55,16 @@ class ColumnParallelLinear(nn.Module):
         self.bias = mark_sharded(nn.Parameter(torch.empty(rows)), spec) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.state.tensor_size == 1:
-            return functional.linear(x, self.weight, self.bias)
-        return _ColumnLinear.apply(x, self.weight, self.bias, self.state)
+        (output,) = column_parallel(x, self)
+        return output
+
+
+def column_parallel(x: torch.Tensor, *layers: ColumnParallelLinear) -> tuple[torch.Tensor, ...]:
+    """Apply layers to the same x with one gather and one reduction, as if their weights were one matrix."""
+    state, weights, biases = layers[0].state, [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if state.tensor_size == 1:
+        return tuple(functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    return _ColumnLinear.apply(state, x, *weights, *biases)
 
 
 class RowParallelLinear(nn.Module):
@@ -81,31 +88,42 @@ class RowParallelLinear(nn.Module):
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """All inputs times a rank's rows. Backward, the all-reduce of the input gradient overlaps with the computation of
-    the weight gradient; with sequence parallelism only this rank's positions of the input are saved for it.
+    """All inputs times a rank's rows of some weights. Backward, the all-reduce of the input gradient overlaps with the
+    computation of the weight gradients; with sequence parallelism only this rank's positions of the input are saved
+    for it. The weights are not concatenated, as the copy would be kept for the backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: ParallelState
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx, state: ParallelState, x: torch.Tensor, *parameters: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        half = len(parameters) // 2
+        weights, biases = parameters[:half], parameters[half:]
+        ctx.save_for_backward(x, *weights)
         ctx.state = state
         full = start_all_gather(x, state).wait() if state.sequence_parallel else x
-        return functional.linear(full, weight, bias)
+        return tuple(functional.linear(full, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        (full, weight), state = ctx.saved_tensors, ctx.state
+    def backward(ctx, *grads: torch.Tensor):
+        (full, *weights), state = ctx.saved_tensors, ctx.state
         # False for frozen weights and for inputs of frozen layers.
-        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        gathering = start_all_gather(full, state) if needs_weight and state.sequence_parallel else None
+        _, needs_input, *needs = ctx.needs_input_grad
+        needs_weight, needs_bias = needs[: len(weights)], needs[len(weights) :]
+        gathering = start_all_gather(full, state) if any(needs_weight) and state.sequence_parallel else None
         summing = None
         if needs_input:
             start = start_reduce_scatter if state.sequence_parallel else start_all_reduce
-            summing = start(grad @ weight, state)
+            summing = start(_sum_of_products(grads, weights), state)
         if gathering:
             full = gathering.wait()
-        grad_weight = grad.T @ full if needs_weight else None
-        grad_bias = grad.sum(0) if needs_bias else None
-        return summing and summing.wait(), grad_weight, grad_bias, None
+        grad_weights = [grad.T @ full if needed else None for grad, needed in zip(grads, needs_weight, strict=True)]
+        grad_biases = [grad.sum(0) if needed else None for grad, needed in zip(grads, needs_bias, strict=True)]
+        return None, summing and summing.wait(), *grad_weights, *grad_biases
+
+
+def _sum_of_products(grads: tuple[torch.Tensor, ...], weights: list[torch.Tensor]) -> torch.Tensor:
+    total = grads[0] @ weights[0]
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        total.addmm_(grad, weight)  # without another tensor of this size
+    return total

@@ -11,6 +11,8 @@ from megatron_detour.parallel.gradients import part_of
 from megatron_detour.parallel.shard import spec_of
 from megatron_detour.parallel.state import ParallelState
 
+SUMMED = 1 << 22  # elements at once, as a sum in fp64 may copy them
+
 
 class ParameterRms:
     """For values that lie like the gradients of a parameter group on this data-parallel rank.
@@ -34,10 +36,11 @@ class ParameterRms:
         self._elements = torch.tensor(elements, dtype=torch.float64, device=partition.device)
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Return fp32 [elements] from fp32 [elements]. Every rank must call it."""
+        """Replace values, fp32 [elements], and return them. Every rank must call it."""
         squares = torch.zeros_like(self._elements)
         for number, part in self._counted:
-            squares[number] = torch.linalg.vector_norm(values[part], dtype=torch.float64).square()
+            for piece in values[part].split(SUMMED):
+                squares[number] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
         for size, group in (
             (self._parallel.data_size, self._parallel.data_group),
             (self._parallel.tensor_size, self._parallel.tensor_group),
@@ -45,7 +48,7 @@ class ParameterRms:
             if size > 1:
                 dist.all_reduce(squares, group=group)
         roots = (squares / self._elements).sqrt()
-        result = torch.ones_like(values)
+        values.fill_(1.0)
         for number, part in self._parts:
-            result[part] = roots[number]
-        return result
+            values[part] = roots[number]
+        return values

@@ -1,4 +1,4 @@
-"""Averages of a run's weights in the place of a checkpoint's own: of several checkpoints, or kept in training."""
+"""Averages of a run's weights instead of a checkpoint's own: of several checkpoints, or kept in training."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def decoder_config(config: dict[str, Any], shape: ModernBert, dtype: str) -> dic
     return own | {
         "model_type": "modernbert-decoder",
         "architectures": ["ModernBertDecoderForCausalLM"],
-        "local_attention": 2 * (shape.window + 1),
+        **({"local_attention": 2 * (shape.window + 1)} if shape.window else {}),
         "use_cache": True,
     }
 

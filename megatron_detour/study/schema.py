@@ -20,7 +20,7 @@ class Arm:
     """A way of pretraining: the base run file with some keys changed."""
 
     about: Annotated[AnyText, "what the arm is, for the page"] = ""
-    control: Annotated[float | None, SHARE, "causal phases become MLM at this mask rate"] = None
+    control: Annotated[float | None, SHARE, "detour phases become MLM at this mask rate"] = None
     set: Annotated[
         dict[str, Any],
         "dotted keys of the run file and their values; in `freeze`, `low`, `mid` and `deep` are thirds of the layers",

@@ -14,7 +14,7 @@ from megatron_detour.checkpoint import store
 from megatron_detour.errors import DetourError
 from megatron_detour.model.families import read_shape
 from tests.analysis.twins import write_twin
-from tests.models import CONFIG
+from tests.models import CONFIG, config_of
 
 SHAPE = read_shape(CONFIG, "tests")
 
@@ -97,12 +97,29 @@ def test_thirds_and_layers_are_parts_of_the_model():
     assert names_of(SHAPE, ["all"]) == set(SHAPE.weights)
     assert names_of(SHAPE, ["attention", "mlp"]) < names_of(SHAPE, ["layers.0-4"])  # the norms are of neither
     for part, why in (
-        ("layers.5", "layers 0 to 4"),
-        ("layers.3-9", "layers 0 to 4"),
+        ("layers.5", "5 layers, 0 to 4"),
+        ("layers.3-9", "5 layers, 0 to 4"),
         ("atention", "no part of a model"),
     ):
         with pytest.raises(DetourError, match=why):
             names_of(SHAPE, [part])
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "why"),
+    [
+        ("final_norm", config_of("bert"), "final_norm: this BERT has no such part; its parts are embeddings, head and"),
+        (
+            "head",
+            config_of("eurobert", tie_word_embeddings=True),
+            "head: this EuroBERT has no such part; its parts are embeddings, final_norm and layers",
+        ),
+        ("deep", CONFIG | {"num_hidden_layers": 2}, "deep: the model has no such third, but 2 layers"),
+    ],
+)
+def test_a_part_without_weights_is_refused(part, config, why):
+    with pytest.raises(DetourError, match=why):
+        names_of(read_shape(config, "tests"), [part])
 
 
 def test_models_that_are_no_twins_are_refused_and_nothing_is_written(twins, tokenizer_folder, tmp_path):

@@ -346,6 +346,18 @@ def test_the_check_accepts_what_is_right(attention, head_dim, dtype):
     check(attention, CPU, dtype, replace(SIZES, head_dim=head_dim), "probe")
 
 
+@pytest.mark.parametrize(("window", "calls"), [(64, 16), (None, 8)])
+def test_the_check_is_with_the_window_that_there_is(window, calls):
+    seen = []
+
+    def attention(q, k, v, pattern):
+        seen.append(pattern.window)
+        return sdpa_attention(q, k, v, pattern)
+
+    check(attention, CPU, torch.float32, replace(SIZES, window=window), "probe")
+    assert set(seen) == {None, window} and len(seen) == calls
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("misread", "kind"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -72,6 +74,52 @@ def _compare(state: ParallelState, causal: bool, z_loss: float, recompute: str, 
 def test_outputs_loss_and_gradients_agree(tmp_path, ranks):
     results = run_ranks(ranks, "tests.parallel.test_tensor_parallel:compare_with_one_rank", tmp_path)
     assert results == [2 * len(CASES)] * ranks
+
+
+def collectives_per_layer() -> dict[str, dict[str, int]]:
+    """By family and parallelism: the collectives of a forward and backward pass that one more layer adds."""
+    import torch.distributed as dist
+
+    start_gloo()
+    counts = {}
+    for sequence, model_type in itertools.product((False, True), FAMILIES):
+        state = ParallelState.create(dist.get_world_size(), sequence)
+        fewer, more = (_counted(state, model_type, layers) for layers in (3, 6))  # as many of each kind of layer
+        added = {name: more[name] - fewer[name] for name in more}
+        assert all(number % 3 == 0 for number in added.values())
+        counts[f"{model_type} {sequence}"] = {name: number // 3 for name, number in added.items() if number}
+    return counts
+
+
+def _counted(state: ParallelState, model_type: str, layers: int) -> Counter[str]:
+    import torch.distributed as dist
+
+    from megatron_detour.parallel import collectives
+
+    model, counts = tiny(state, model_type=model_type, num_hidden_layers=layers), Counter()
+    places = ((dist, "all_reduce"), (collectives, "_all_gather"), (collectives, "reduce_scatter_tensor"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in places:
+            patch.setattr(module, name, _counting(getattr(module, name), counts, name.strip("_")))
+        loss_of(model, microbatch(LENGTHS, False)).loss.backward()
+    return counts
+
+
+def _counting(honest: Callable, counts: Counter[str], name: str) -> Callable:
+    def collective(x: torch.Tensor, *arguments, **options):
+        counts[name] += x.dim() > 1  # sums of the gradients of norms and biases are of vectors
+        return honest(x, *arguments, **options)
+
+    return collective
+
+
+def test_a_layer_gathers_and_reduces_what_enters_attention_and_mlp_once_each(tmp_path):
+    """Megatron's numbers: a reduction out of each half of a layer and one of the gradient into it; as gathers and
+    scatters, and another gather of the input for the weight gradients, with sequence parallelism."""
+    (counts, _) = run_ranks(2, "tests.parallel.test_tensor_parallel:collectives_per_layer", tmp_path)
+    for kind, found in counts.items():
+        sequence = kind.endswith("True")
+        assert found == ({"all_gather": 6, "reduce_scatter_tensor": 4} if sequence else {"all_reduce": 4}), kind
 
 
 def find_unequal_replicas() -> list[list[str]]:

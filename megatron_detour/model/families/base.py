@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.config_json import ConfigJson
-from megatron_detour.model_parts import layers_of
+from megatron_detour.model_parts import SINGLE_PARTS, layers_of
 from megatron_detour.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ class Family(ABC):
     # older versions. "#1" at the end says that a weight is the second part, by rows, of ours.
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
     has_decoder: ClassVar[bool] = False  # whether release/decoder.py can write it as a ModernBertDecoder
+    # What tensor ranks can only share evenly: its name in sentences, and the field that counts it.
+    split_evenly: ClassVar[dict[str, str]] = {"attention heads": "heads", "intermediate size": "intermediate"}
     compiles: ClassVar[bool] = False  # whether model/compiled.py can compile its layers
 
     vocabulary: int
@@ -128,10 +130,11 @@ class Family(ABC):
     intermediate: int  # inner width of the feed-forward part
     heads: int
     layer_types: tuple[str, ...]  # FULL or SLIDING, the kind of attention of each layer
-    window: int  # keys on each side that a sliding layer attends to, besides the query's own
+    window: int | None  # keys on each side that a sliding layer attends to, besides the query's own; None without one
     norm_eps: float
     max_positions: int
     initializer_range: float
+    tied: bool = field(default=True, kw_only=True)  # the output layer's weight is the embedding's
 
     @classmethod
     def read(cls, config: dict[str, Any], origin: str) -> Self:
@@ -241,11 +244,6 @@ class Family(ABC):
         return weight
 
     @property
-    def tied(self) -> bool:
-        """Whether the output layer's weight is the embedding's."""
-        return True
-
-    @property
     def layers(self) -> int:
         return len(self.layer_types)
 
@@ -283,6 +281,15 @@ class Family(ABC):
         prefixes = (*layers, *(prefix for part in parts for prefix in self.part_prefixes.get(part, ())))
         return {name for name in self.weights if name.startswith(prefixes)}
 
+    def part_fault(self, part: str) -> str:
+        """Return why the model lacks a part that `freeze` can name; empty if it has all of it."""
+        if layers_of(part).stop > self.layers:
+            return f"the model has {self.layers} layers, 0 to {self.layers - 1}"
+        if self.names_of((part,)):
+            return ""
+        own = ", ".join(name for name in SINGLE_PARTS if self.names_of((name,)))
+        return f"this {self.label} has no such part; its parts are {own} and layers"
+
     @cached_property
     def layer_products(self) -> tuple[int, ...]:
         """The multiplications per position with the matrices of each layer."""
@@ -296,11 +303,13 @@ class Family(ABC):
 
     def tensor_parallel_faults(self, size: int) -> list[str]:
         """Return one sentence per reason why the model cannot be split over `size` tensor-parallel ranks."""
-        fitting = [n for n in range(1, self.heads + 1) if self.heads % n == 0 == self.intermediate % n]
+        counts = {what: getattr(self, name) for what, name in self.split_evenly.items()}
+        common = math.gcd(*counts.values())
+        fitting = [n for n in range(1, common + 1) if common % n == 0 and (n == 1 or n**2 <= self.vocabulary)]
         faults = [
             f"parallel.tensor: {size} does not divide the model's {what}, {count}; possible: "
             f"{', '.join(map(str, fitting))}"
-            for what, count in (("attention heads", self.heads), ("intermediate size", self.intermediate))
+            for what, count in counts.items()
             if count % size
         ]
         if self.vocabulary < size**2:  # otherwise the last rank may have only padding rows

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al., 2019) and RoBERTa (Liu et al., 2019) with its kin: CamemBERT and XLM-R."""
+"""BERT (Devlin et al., 2019) and RoBERTa-style models: RoBERTa (Liu et al., 2019), CamemBERT and XLM-R."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BASE = {
     "num_attention_heads": 12,
 }
 LARGE = {"hidden_size": 1_024, "intermediate_size": 4_096, "num_hidden_layers": 24, "num_attention_heads": 16}
-LONGEST = {"max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}  # of RoBERTa and its kin
+ROBERTA_KEYS = {"max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}  # of RoBERTa-style models
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Bert(Family):
     block_prefixes: ClassVar = {"attention": ("attention.",), "mlp": ("intermediate.", "output.")}
 
     renames = (
-        (r"\.gamma$", ".weight"),  # of norms, in weights that once were TensorFlow's
+        (r"\.gamma$", ".weight"),  # of norms, in weights converted from TensorFlow
         (r"\.beta$", ".bias"),
         (r"^(embeddings|encoder)\.", r"bert.\1."),
     )
@@ -107,7 +107,7 @@ class Bert(Family):
             "intermediate": read.size("intermediate_size"),
             "heads": heads,
             "layer_types": (FULL,) * read.size("num_hidden_layers", most=MAX_LAYERS),
-            "window": positions - first,  # no layer is local
+            "window": None,
             "norm_eps": read.number("layer_norm_eps", 1e-12),
             "max_positions": positions - first,
             "initializer_range": read.number("initializer_range", 0.02),
@@ -205,8 +205,8 @@ class Roberta(Bert):
 }"""
     defaults = BASE | {"vocab_size": 50_265}
     published: ClassVar = {
-        "FacebookAI/roberta-base": BASE | LONGEST | {"model_type": "roberta", "vocab_size": 50_265},
-        "FacebookAI/roberta-large": BASE | LARGE | LONGEST | {"model_type": "roberta", "vocab_size": 50_265},
+        "FacebookAI/roberta-base": BASE | ROBERTA_KEYS | {"model_type": "roberta", "vocab_size": 50_265},
+        "FacebookAI/roberta-large": BASE | LARGE | ROBERTA_KEYS | {"model_type": "roberta", "vocab_size": 50_265},
     }
     encoder = "roberta"
     part_prefixes: ClassVar = {
@@ -255,7 +255,7 @@ class Camembert(Roberta):
 }"""
     defaults = BASE
     published: ClassVar = {
-        "almanach/camembert-base": BASE | LONGEST | {"model_type": "camembert", "vocab_size": 32_005},
+        "almanach/camembert-base": BASE | ROBERTA_KEYS | {"model_type": "camembert", "vocab_size": 32_005},
     }
 
     @classmethod
@@ -278,8 +278,11 @@ class XlmRoberta(Roberta):
 }"""
     defaults = BASE
     published: ClassVar = {
-        "FacebookAI/xlm-roberta-base": BASE | LONGEST | {"model_type": "xlm-roberta", "vocab_size": 250_002},
-        "FacebookAI/xlm-roberta-large": BASE | LARGE | LONGEST | {"model_type": "xlm-roberta", "vocab_size": 250_002},
+        "FacebookAI/xlm-roberta-base": BASE | ROBERTA_KEYS | {"model_type": "xlm-roberta", "vocab_size": 250_002},
+        "FacebookAI/xlm-roberta-large": BASE
+        | LARGE
+        | ROBERTA_KEYS
+        | {"model_type": "xlm-roberta", "vocab_size": 250_002},
     }
 
     @classmethod

@@ -64,12 +64,12 @@ class EuroBert(Family):
     layer_prefix = "model.layers."
     block_prefixes: ClassVar = {"attention": ("self_attn.",), "mlp": ("mlp.",)}
 
+    split_evenly: ClassVar = Family.split_evenly | {"key and value heads": "key_heads"}
     adjustable = ("max_position_embeddings", "rope_parameters")
     renames = ((r"^(embed_tokens|layers|norm)\.", r"model.\1."),)
 
     key_heads: int  # of keys and values
     theta: float
-    own_output: bool  # the output layer's weight is not the embedding's
 
     @classmethod
     def adjusted(cls, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -91,13 +91,13 @@ class EuroBert(Family):
             "intermediate": read.size("intermediate_size"),
             "heads": heads,
             "layer_types": (FULL,) * read.size("num_hidden_layers", most=MAX_LAYERS),
-            "window": read.size("max_position_embeddings", 8192),  # no layer is local
+            "window": None,
             "norm_eps": read.number("rms_norm_eps", 1e-5),
             "max_positions": read.size("max_position_embeddings", 8192),
             "initializer_range": read.number("initializer_range", 0.02),
             "key_heads": key_heads,
             "theta": _theta(read),
-            "own_output": not read.flag("tie_word_embeddings", False),
+            "tied": read.flag("tie_word_embeddings", False),
         }
 
     @classmethod
@@ -137,18 +137,8 @@ class EuroBert(Family):
         }
 
     @property
-    def tied(self) -> bool:
-        return not self.own_output
-
-    @property
     def head_products(self) -> int:
         return 0  # an output layer alone
-
-    def tensor_parallel_faults(self, size: int) -> list[str]:
-        faults = super().tensor_parallel_faults(size)
-        if not faults and self.key_heads % size:
-            faults.append(f"parallel.tensor: {size} does not divide the model's key and value heads, {self.key_heads}")
-        return faults
 
     def kept_by_layer(self, recompute: str, fused: bool) -> tuple[int, int]:
         if recompute == "full":

@@ -129,15 +129,17 @@ class ModernBert(Family):
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
         hidden, heads = read_heads(read, rotary=True)
+        layer_types = _layer_types(read, read.size("num_hidden_layers", most=MAX_LAYERS))
+        window = read.size("local_attention", 128, least=2) // 2
         return {
             "vocabulary": read.size("vocab_size"),
             "hidden": hidden,
             "intermediate": read.size("intermediate_size"),  # width of the gated unit; Wi has twice as many rows
             "heads": heads,
-            "layer_types": _layer_types(read, read.size("num_hidden_layers", most=MAX_LAYERS)),
+            "layer_types": layer_types,
             "global_theta": _theta(read, FULL, "global_rope_theta", 160_000.0),
             "local_theta": _theta(read, SLIDING, "local_rope_theta", 10_000.0),
-            "window": read.size("local_attention", 128, least=2) // 2,
+            "window": window if SLIDING in layer_types else None,
             "norm_eps": read.number("norm_eps", 1e-5),
             "max_positions": read.size("max_position_embeddings", 8192),
             "initializer_range": read.number("initializer_range", 0.02),
@@ -228,7 +230,7 @@ class ModernBert(Family):
         """transformers 4 has global_attn_every_n_layers and two rope thetas where 5 has layer_types and
         rope_parameters: both are written, and each version passes over what it does not know."""
         return {
-            "local_attention": 2 * self.window,
+            **({"local_attention": 2 * self.window} if self.window else {}),
             "tie_word_embeddings": True,
             "layer_types": list(self.layer_types),
             # None where no number says it: transformers 4 then stops, where its default would be another function.

@@ -56,7 +56,7 @@ def _about(data: StudyData, arm: str) -> str:
     """Return what the study file changes for an arm."""
     parts = []
     if (rate := data.setting("arms", arm, "control")) is not None:
-        parts.append(f"causal phases become MLM with {100 * rate:.3g}% masked")
+        parts.append(f"detour phases become MLM with {100 * rate:.3g}% masked")
     parts += [f"{key} = {value}" for key, value in (data.setting("arms", arm, "set") or {}).items()]
     if data.setting("arms", arm, "seed_offset"):
         parts.append("other seeds of the masks")
