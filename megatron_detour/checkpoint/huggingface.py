@@ -94,6 +94,7 @@ def fresh_config(overrides: dict[str, Any], vocabulary: Vocabulary) -> dict[str,
         "sep_token_id": vocabulary.sep,
         "bos_token_id": vocabulary.cls,
         "eos_token_id": vocabulary.sep,
+        "mask_token_id": vocabulary.mask,
     }
     try:
         given = {key: value for key, value in overrides.items() if key != "model_type"}  # the class has it
