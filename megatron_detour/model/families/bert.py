@@ -187,6 +187,11 @@ class Bert(Family):
         return 5 * self.hidden  # chosen rows, dense, activation, norm, and the gradient of the last
 
     @property
+    def tokenizer_outputs(self) -> tuple[str, ...]:
+        types = ("token_type_ids",) if self.token_types > 1 else ()  # they tell the second text of a pair
+        return *super().tokenizer_outputs, *types
+
+    @property
     def opens_in(self) -> str:
         return "4.48 and later"
 
