@@ -238,6 +238,11 @@ class Roberta(Bert):
 
         return RobertaModel(self, state, compute, z_loss)
 
+    @property
+    def opens_in(self) -> str:
+        """4.48 to 4.50 lose the output layer's bias where weights are opened in the dtype that they are stored in."""
+        return "4.51 and later"
+
     def head_weights(self, dense: Weight, bias: Weight, output_bias: Weight) -> dict[str, Weight]:
         return {
             "lm_head.bias": output_bias,
