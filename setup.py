@@ -35,7 +35,7 @@ setup(
         # Versions up to 0.19.3 compute wrong ZeRO-2 gradients for tied embeddings, and checkpoint/state.py reads
         # ZeRO-2's partition layout; tests/training/test_zero2.py checks both.
         "deepspeed>=0.19.8,<0.20",
-        "transformers>=5.2,<6",  # evaluation/finetuning uses train_sampling_strategy; exports open in 4.48 and later
+        "transformers>=5.2,<6",  # evaluation/finetuning uses train_sampling_strategy; exports open in earlier ones
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",

@@ -77,6 +77,11 @@ def test_flags_in_the_pages_are_flags_of_the_tools():
     assert checked >= 60
 
 
+def test_the_readme_lists_every_subcommand():
+    listed = re.search(r"^megatron-detour ([\w|-]+)$", (ROOT / "README.md").read_text(), re.MULTILINE)[1]
+    assert listed.split("|") == [*COMMANDS]
+
+
 def test_overrides_in_the_readme_are_keys_of_the_run_file():
     block = re.search(r"^notes=\((.*?)\)$", (ROOT / "README.md").read_text(), re.S | re.M)
     overrides = shlex.split(block[1])

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_detour.checkpoint.source import PICKLES, WEIGHTS, Source, StoredWe
 from megatron_detour.checkpoint.state import TrainingState
 from megatron_detour.checkpoint.store import RUN_STATE, TOKENIZER
 from megatron_detour.errors import DetourError, brief
-from megatron_detour.model.families import Family, family_of, family_to_initialize
+from megatron_detour.model.families import Family, family_of, family_to_initialize, read_shape
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
@@ -94,6 +94,7 @@ def fresh_config(overrides: dict[str, Any], vocabulary: Vocabulary) -> dict[str,
         "sep_token_id": vocabulary.sep,
         "bos_token_id": vocabulary.cls,
         "eos_token_id": vocabulary.sep,
+        "mask_token_id": vocabulary.mask,
     }
     try:
         given = {key: value for key, value in overrides.items() if key != "model_type"}  # the class has it
@@ -122,22 +123,25 @@ def write_model(
     described |= {"architectures": [family.architecture()], "dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", described)
     save_weights(weights, folder, dtype)
-    copy_tokenizer(tokenizer, vocabulary, folder)
+    copy_tokenizer(tokenizer, vocabulary, folder, read_shape(config, str(folder)).tokenizer_outputs)
 
 
 def save_weights(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> None:
     save_tensors({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
 
 
-def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path) -> None:
-    """Copy tokenizer.json unchanged and the known keys of its other files, which name all special tokens."""
+def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path, outputs: Sequence[str]) -> None:
+    """Copy tokenizer.json unchanged and the known keys of its other files, which name all special tokens.
+
+    `outputs` are what the tokenizer gives the model, where the source has no tokenizer_config.json.
+    """
     file = find_tokenizer(source.name, source.download)
     if file.suffix == ".json":
         shutil.copyfile(file, folder / TOKENIZER)
     else:
         load_tokenizer(file).save(str(folder / TOKENIZER))
     named = vocabulary.names(load_tokenizer(folder / TOKENIZER))
-    inputs = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    inputs = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": [*outputs]}
     for name in TOKENIZER_FILES[1:]:
         given = not Path(source.name).is_file() and source.has(name)
         content = read_json_object(source.file(name)) if given else {}

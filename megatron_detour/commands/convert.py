@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--average",
         metavar="WHICH",
-        help="export an average of a run's weights: N, its last N checkpoints; names of checkpoints, by commas; ema",
+        help="export an average of a run's weights: N, the last N checkpoints of the last phase; names of checkpoints, "
+        "by commas; ema",
     )
     add("--text", metavar="FILE", help="compare logits on the lines of this file (default: a few built-in texts)")
     card = parser.add_argument_group("model card")

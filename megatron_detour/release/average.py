@@ -17,7 +17,10 @@ from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.families import Family, read_shape
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.objectives import REFERENCE
+from megatron_detour.plan import Plan
+from megatron_detour.release.checkpoint_info import CheckpointInfo
 from megatron_detour.tokenizer.vocabulary import load_vocabulary
+from megatron_detour.ui.format import counted
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,24 @@ class Averaged:
 def checkpoints_to_average(path: Path, which: str) -> list[Path]:
     """Return the last N checkpoints of a run directory, or those named in `which`, by commas; oldest first.
 
-    Raise DetourError if there are fewer, or none of a name.
+    Those N are of the last phase: the last checkpoint of each earlier one is always kept, and may be of another
+    objective. Raise DetourError if there are fewer, or none of a name.
     """
     there = {folder.name: folder for folder in store.find_checkpoints(path / "checkpoints") if store.step_of(folder)}
     if not there:
         raise DetourError(f"--average {which}: {path} is not a run directory with checkpoints after step 0")
     if which.isdecimal():
-        if not 1 <= int(which) <= len(there):
+        folders = list(there.values())
+        plan = CheckpointInfo.read(folders[-1]).plan
+        last = phase_of(folders[-1], plan)
+        folders = [folder for folder in folders if phase_of(folder, plan) == last]
+        if not 1 <= int(which) <= len(folders):
             raise DetourError(
-                f"--average {which}: {path} has {len(there)} checkpoints after step 0; checkpoint.keep and "
-                "checkpoint.keep_every of the run file keep more"
+                f"--average {which}: {path} has {counted(len(folders), 'checkpoint')} of its last phase, {last!r}; set "
+                "checkpoint.every, checkpoint.keep or checkpoint.keep_every of the run file to keep more, or name the "
+                "checkpoints to average"
             )
-        return list(there.values())[-int(which) :]
+        return folders[-int(which) :]
     names = which.split(",")
     for name in names:
         if name not in there or names.count(name) > 1:
@@ -58,6 +67,16 @@ def checkpoints_to_average(path: Path, which: str) -> list[Path]:
             fault = "is named twice" if name in there else f"is not a checkpoint of {path}{hint}"
             raise DetourError(f"--average {which}: {name!r} {fault}")
     return sorted((there[name] for name in names), key=store.step_of)
+
+
+def phase_of(checkpoint: Path, plan: Plan) -> str:
+    return plan.step(store.step_of(checkpoint)).phase.name
+
+
+def mixed_phases(checkpoints: list[Path], plan: Plan) -> list[str]:
+    """Return a warning if several checkpoints are not of one phase."""
+    phases = dict.fromkeys(phase_of(folder, plan) for folder in checkpoints) if len(checkpoints) > 1 else {}
+    return [f"the average mixes phases: {', '.join(phases)}"] if len(phases) > 1 else []
 
 
 @torch.no_grad()

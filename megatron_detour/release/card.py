@@ -15,7 +15,7 @@ from megatron_detour import __version__
 from megatron_detour.checkpoint.huggingface import NEW_HEAD, RUN_STATE, Source
 from megatron_detour.errors import DetourError, nearest
 from megatron_detour.model.families import Family
-from megatron_detour.model.families.base import FULL
+from megatron_detour.model.families.base import FULL, SLIDING
 from megatron_detour.objectives import REFERENCE
 from megatron_detour.observe.run_files import read_state
 from megatron_detour.observe.run_folder import validation_rows
@@ -172,6 +172,7 @@ class Card:
             causal=[phase for phase in facts.plan.phases if phase.objective.causal and facts.steps_of(phase)],
             pending=[phase.name for phase in facts.plan.phases if not facts.steps_of(phase)],
             global_layers=shape.layer_types.count(FULL),
+            has_local_layers=SLIDING in shape.layer_types,
             phases=self._phases(),
             corpora=self._corpora(),
             validation=self._validation(),

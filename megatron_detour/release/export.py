@@ -18,7 +18,7 @@ from megatron_detour.errors import DetourError
 from megatron_detour.model.families import Family, read_shape
 from megatron_detour.model.language_model import LanguageModel
 from megatron_detour.release import decoder, portable
-from megatron_detour.release.average import Averaged, checkpoints_to_average, take_average
+from megatron_detour.release.average import Averaged, checkpoints_to_average, mixed_phases, take_average
 from megatron_detour.release.card import Card, refuse_unknown_corpora
 from megatron_detour.release.card_metadata import CardMetadata
 from megatron_detour.release.checkpoint_info import CheckpointInfo
@@ -112,7 +112,7 @@ def export(
 
     store.publish(target, write)
     (card,) = written
-    warnings = card.warnings()
+    warnings = [*mixed_phases(checkpoints, facts.plan), *card.warnings()]
     if evaluation and not scored:
         warnings.append("the evaluated folder is missing or has changed: cannot verify the scores' model")
     warnings += decoder.release_warnings(shape) if as_decoder else shape.release_warnings()

@@ -1,4 +1,4 @@
-"""config.json and tokenizer_config.json that transformers 4.48 and later, including 5, read the same way."""
+"""config.json and tokenizer_config.json that every version of transformers in `Family.opens_in` reads the same way."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def make_tokenizer_portable(folder: Path, shape: Family) -> None:
         "model_max_length": shape.max_positions,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    config.setdefault("model_input_names", [*shape.tokenizer_outputs])
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from megatron_detour.evaluation.report.random_baseline import random_baseline
 from megatron_detour.evaluation.task import load_task
 from megatron_detour.evaluation.task_types import METRICS, TASK_TYPES
 from megatron_detour.evaluation.task_types.encode import IGNORED
+from megatron_detour.model.families import FAMILIES
 from tests.evaluation.small_tasks import write_small_tasks
 
 pytestmark = pytest.mark.integration
@@ -181,6 +182,27 @@ def test_heads_and_rates(small, model):
     assert rates[id(network.model.layers[0].attn.Wqkv.weight)] == (3e-3, 0.01)
     assert rates[id(network.model.final_norm.weight)] == (3e-3, 0)
     assert len(rates) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["classification", "multiple-choice"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_stored_pooler_is_no_advantage(small, tmp_path, family, kind):
+    """A start model often has one, a model trained here never: fine-tuning begins with the same new weights."""
+    config_class, masked_lm = FAMILIES[family].transformers_classes()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    stored = transformers.AutoModel.from_config(config_class(vocab_size=400, **sizes))
+    stored.save_pretrained(tmp_path / "start")
+    masked_lm.from_pretrained(tmp_path / "start").save_pretrained(tmp_path / "trained")
+    networks = []
+    for name in ("start", "trained"):
+        transformers.set_seed(42)
+        networks.append(open_model(tmp_path / name, small[kind], settings_of(kind)))
+    start, trained = (network.state_dict() for network in networks)
+    assert start.keys() == trained.keys() and all(torch.equal(start[name], trained[name]) for name in start)
+    encoder = networks[0].base_model
+    assert torch.equal(encoder.encoder.layer[0].output.dense.weight, stored.encoder.layer[0].output.dense.weight)
+    if encoder.pooler is not None:
+        assert not torch.equal(encoder.pooler.dense.weight, stored.pooler.dense.weight)
 
 
 def test_an_encoder_that_is_not_there_is_no_random_one(model, small, tmp_path):

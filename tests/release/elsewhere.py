@@ -31,7 +31,8 @@ class Kept(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        if "GenerationMixin" not in record.getMessage():  # 4.48 on its own classes, such as BertForMaskedLM
+            self.lines.append(record.getMessage())
 
 
 @torch.no_grad()

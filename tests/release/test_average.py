@@ -23,16 +23,18 @@ from megatron_detour.release.export import export
 from megatron_detour.tokenizer.vocabulary import find_tokenizer, load_vocabulary
 from megatron_detour.training.validation import Validation
 from tests.conftest import BuiltCorpus
-from tests.release.made import make_run
+from tests.release.made import PHASES, make_run
 from tests.release.test_export import relist
 
-STEPS = (0, 3, 4, 6)
+STEPS = (0, 2, 3, 4, 6)
+DETOUR, DECAY = PHASES
+LONG_DECAY = [DETOUR | {"tokens": "2 steps"}, DECAY | {"tokens": "4 steps"}]  # the end of the detour is always kept
 KEPT = {"exp_avg": 0.0, "exp_avg_sq": 0.0, "ema": 0.5}  # of a weight
 
 
 def made(folder: Path, corpus: BuiltCorpus) -> Path:
     """A run whose checkpoints have different weights."""
-    run = make_run(folder, corpus, steps=STEPS)
+    run = make_run(folder, corpus, steps=STEPS, phases=LONG_DECAY)
     for step in STEPS:
         path = store.checkpoint_folder(run / "checkpoints", step)
         generator = torch.Generator().manual_seed(step)
@@ -57,6 +59,7 @@ def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     [
         ("3", (3, 4, 6), "the mean of the weights after steps 3, 4 and 6"),
         ("step-00000006,step-00000003", (3, 6), "the mean of the weights after steps 3 and 6"),
+        ("step-00000006,step-00000002", (2, 6), "the mean of the weights after steps 2 and 6"),
         ("1", (6,), "the mean of the weights after step 6"),
     ],
 )
@@ -73,6 +76,7 @@ def test_the_mean_is_exact_and_opens_in_transformers(run, tmp_path, which, steps
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"Its weights are {words}.\n" in card and "not of their average" in card
     assert exported.averaged.losses is None
+    assert ("the average mixes phases: detour, decay" in exported.warnings) == (2 in steps)
 
 
 def test_without_an_average_the_card_says_nothing_of_one(run, tmp_path):
@@ -112,11 +116,14 @@ def test_without_held_out_text_the_losses_are_left_out(run, tmp_path, capsys, co
 
 
 BAD = {
-    "too many": ("4", r"--average 4: .* has 3 checkpoints after step 0; checkpoint\.keep and"),
-    "none": ("0", r"--average 0: .* has 3 checkpoints after step 0"),
+    "too many": (
+        "4",
+        r"--average 4: .* has 3 checkpoints of its last phase, 'decay'; set checkpoint\.every",
+    ),
+    "none": ("0", r"--average 0: .* has 3 checkpoints of its last phase"),
     "unknown": ("step-00000005,step-00000006", r"'step-00000005' is not a checkpoint of .* \(did you mean 'step-00000"),
     "twice": ("step-00000006,step-00000006", "'step-00000006' is named twice"),
-    "a word": ("last", r"'last' is not a checkpoint of .*; it has step-00000003, step-00000004, step-00000006"),
+    "a word": ("last", r"'last' is not a checkpoint of .*; it has step-00000002, step-00000003, step-0000"),
     "no average kept": ("ema", r"keeps no moving average; optimizer\.ema is not set"),
 }
 

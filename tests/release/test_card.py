@@ -12,14 +12,17 @@ import pytest
 import torch
 import yaml
 
+from megatron_detour.checkpoint.huggingface import NEW_HEAD
 from megatron_detour.data.manifest import manifest_path
 from megatron_detour.errors import DetourError
+from megatron_detour.model.families import FAMILIES
 from megatron_detour.release.card_metadata import CardMetadata, CorpusFacts, read_card_metadata
 from megatron_detour.release.checkpoint_info import CheckpointInfo
 from megatron_detour.release.export import Exported, export
 from megatron_detour.settings import validate
 from tests.observe.test_report import WRONG, places, with_other
 from tests.release.made import PHASES, STEP_TOKENS, make_run
+from tests.release.test_export import relist
 
 GIVEN = CardMetadata(
     name="Notes-BERT | large",
@@ -59,6 +62,25 @@ def table(card: str, heading: str) -> list[dict[str, str]]:
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
+def family_card(family: str, corpus, folder: Path) -> str:
+    """The card of a released model of a family, as an encoder, after a causal detour."""
+    run = make_run(folder / "run", corpus, steps=(6,), changes={"model_type": family})
+    return card_of(run, 6, folder / "model")[0]
+
+
+def refuse_empty_fields(card: str) -> None:
+    words = re.sub(r"```.*?```", "", card, flags=re.S)
+    assert not re.search(r"\b(None|nan|NaN|inf|null|TODO|undefined|Undefined)\b|\{\{|\{%|\[\]|\(\)|: *\.|, *\.", words)
+    for line in words.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            assert cells and all(cells), line
+    assert all(front_matter(card).values())
+    headings = re.findall(r"^## (.*)$", card, flags=re.M)
+    assert {"How to use it", "Training", "Corpora", "Limits", "Machines", "Citation"} <= set(headings)
+    assert not re.search(r"\n\n\n", card)
+
+
 @pytest.mark.parametrize("step", [0, 2, 4, 5, 6])
 @pytest.mark.parametrize("kind", ["plain", "given", "decoder", "moved"])
 def test_no_field_is_empty(run, tmp_path, step, kind):
@@ -68,21 +90,40 @@ def test_no_field_is_empty(run, tmp_path, step, kind):
     if kind == "moved":  # away from its run
         shutil.copytree(run / "checkpoints" / f"step-{step:08d}", tmp_path / "checkpoints" / f"step-{step:08d}")
     card, _ = card_of(tmp_path if kind == "moved" else run, step, tmp_path / "model", **options)
-    words = re.sub(r"```.*?```", "", card, flags=re.S)
-    assert not re.search(r"\b(None|nan|NaN|inf|null|TODO|undefined|Undefined)\b|\{\{|\{%|\[\]|\(\)|: *\.|, *\.", words)
+    refuse_empty_fields(card)
     assert str(tmp_path) not in card and str(run.parent) not in card
-    for line in words.splitlines():
-        if line.startswith("|"):
-            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            assert cells and all(cells), line
     front = front_matter(card)
-    assert all(front.values())
     assert front["library_name"] == "transformers" and "modernbert" in front["tags"]
     assert front["pipeline_tag"] == ("text-generation" if kind == "decoder" else "fill-mask")
-    headings = re.findall(r"^## (.*)$", card, flags=re.M)
-    assert {"How to use it", "Training", "Corpora", "Limits", "Machines", "Citation"} <= set(headings)
-    assert ("Evaluation" in headings) == (kind == "given")
-    assert not re.search(r"\n\n\n", card)
+    assert ("\n## Evaluation\n" in card) == (kind == "given")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_card_describes_a_model_of_its_family(corpus, tmp_path, name):
+    family, card = FAMILIES[name], family_card(name, corpus, tmp_path)
+    refuse_empty_fields(card)
+    assert name in front_matter(card)["tags"] and "# model" in card
+    assert f"An encoder of the {family.label} family, trained with a causal detour.\n" in card
+    prose = re.sub(r"```.*?```|http\S+", "", card, flags=re.S)
+    labels = {other.label for other in FAMILIES.values()}
+    assert {found for found in re.findall(r"[\w-]+", prose) if found in labels} == {family.label}
+    local = "layer_types" in family.transformers_classes()[0]().to_dict()
+    assert ("local" in prose.split("## Training")[0]) == ("attends to" in prose) == local
+    assert ("ModernBertDecoder" in prose) == family.has_decoder
+    assert f"| Layers | {4 if not local else '4, 2 of them with global attention; local ones'}" in prose
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_new_head_is_told(corpus, run, tmp_path, new):
+    start = run / "checkpoints" / "step-00000004"
+    later = make_run(tmp_path / "later", corpus, steps=(6,), model={"start": str(start)})
+    checkpoint = later / "checkpoints" / "step-00000006"
+    state = json.loads((checkpoint / "run_state.json").read_text())
+    (checkpoint / "run_state.json").write_text(json.dumps(state | {NEW_HEAD: new}))
+    relist(checkpoint)
+    card, _ = card_of(later, 6, tmp_path / "model")
+    head = ", with a new head for masked language modeling" if new else ""
+    assert f"run, after {4 * STEP_TOKENS:,} tokens{head}. Recipe:" in card
 
 
 def test_the_hub_reads_the_front_matter(run, tmp_path):
@@ -229,10 +270,13 @@ def test_a_hub_id_that_the_cache_knows_is_the_base_model(corpus, tmp_path, monke
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("decoder", [False, True])
-def test_the_code_of_the_card_runs(run, tmp_path, monkeypatch, decoder, capsys):
-    step = 4 if decoder else 6
-    card, _ = card_of(run, step, tmp_path / "model", as_decoder=decoder)
+@pytest.mark.parametrize("kind", ["decoder", *FAMILIES])
+def test_the_code_of_the_card_runs(run, corpus, tmp_path, monkeypatch, kind, capsys):
+    decoder = kind == "decoder"
+    if decoder:
+        card, _ = card_of(run, 4, tmp_path / "model", as_decoder=True)
+    else:
+        card = family_card(kind, corpus, tmp_path)
     monkeypatch.chdir(tmp_path)  # the code says "model", the folder's name
     blocks = re.findall(r"```python\n(.*?)```", card, re.S)
     assert len(blocks) == (1 if decoder else 3)

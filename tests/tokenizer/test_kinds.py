@@ -169,7 +169,7 @@ def test_a_vocab_txt_of_bert(tmp_path, lower):
     assert words(folder, TEXT) == WORDS
     copy = tmp_path / "copy"
     copy.mkdir()
-    copy_tokenizer(Source(str(folder)), load_vocabulary(folder), copy)
+    copy_tokenizer(Source(str(folder)), load_vocabulary(folder), copy, ("input_ids", "attention_mask"))
     check(copy, AutoTokenizer.from_pretrained(copy), tmp_path / "copy", documents)
     assert load_vocabulary(copy) == load_vocabulary(folder)
 
@@ -199,7 +199,7 @@ def test_a_sentencepiece_bpe_model(tmp_path, special):
     assert words(path, TEXT) == WORDS
     copy = tmp_path / "copy"
     copy.mkdir()
-    copy_tokenizer(Source(str(path)), vocabulary, copy)
+    copy_tokenizer(Source(str(path)), vocabulary, copy, ("input_ids", "attention_mask"))
     check(copy, AutoTokenizer.from_pretrained(copy), copy, documents)
     names = {"bos_token": library.id_to_piece(1), "eos_token": library.id_to_piece(2)}
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True} | names

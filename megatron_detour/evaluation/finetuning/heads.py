@@ -51,15 +51,18 @@ def _pretrained(auto_class: Any, folder: Path, **options: Any) -> transformers.P
             f"{folder}: {len(missing)} encoder weights are missing or have the wrong shape, {missing[0]} first"
         )
     head = {name for name, _ in network.named_parameters() if not name.startswith(own)}
-    if own and any(name not in loading["missing_keys"] and not name.startswith("head.") for name in head):
+    trained_head = any(name not in loading["missing_keys"] and not name.startswith("head.") for name in head)
+    if own and (trained_head or getattr(network.base_model, "pooler", None) is not None):
         return _with_fresh_head(auto_class, network)
     return network
 
 
 def _with_fresh_head(auto_class: Any, tuned: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Replace the head of an already fine-tuned model: its classifier and dense layer belong to another task."""
+    """Replace a head that belongs to another task, and a pooler, which pretraining here drops from a start model."""
+    torch.manual_seed(torch.initial_seed())  # models with and without a pooler get the same new weights
     fresh = auto_class.from_config(tuned.config, dtype=torch.float32)
-    fresh.base_model.load_state_dict(tuned.base_model.state_dict())
+    pooler = {name: weight for name, weight in fresh.base_model.state_dict().items() if name.startswith("pooler.")}
+    fresh.base_model.load_state_dict(tuned.base_model.state_dict() | pooler)
     return fresh
 
 

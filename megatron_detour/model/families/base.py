@@ -244,6 +244,11 @@ class Family(ABC):
         return weight
 
     @property
+    def tokenizer_outputs(self) -> tuple[str, ...]:
+        """What a tokenizer gives the model, by transformers' names."""
+        return "input_ids", "attention_mask"
+
+    @property
     def layers(self) -> int:
         return len(self.layer_types)
 

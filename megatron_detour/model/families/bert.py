@@ -187,6 +187,11 @@ class Bert(Family):
         return 5 * self.hidden  # chosen rows, dense, activation, norm, and the gradient of the last
 
     @property
+    def tokenizer_outputs(self) -> tuple[str, ...]:
+        types = ("token_type_ids",) if self.token_types > 1 else ()  # they tell the second text of a pair
+        return *super().tokenizer_outputs, *types
+
+    @property
     def opens_in(self) -> str:
         return "4.48 and later"
 
@@ -232,6 +237,11 @@ class Roberta(Bert):
         from megatron_detour.model.bert import RobertaModel
 
         return RobertaModel(self, state, compute, z_loss)
+
+    @property
+    def opens_in(self) -> str:
+        """4.48 to 4.50 lose the output layer's bias where weights are opened in the dtype that they are stored in."""
+        return "4.51 and later"
 
     def head_weights(self, dense: Weight, bias: Weight, output_bias: Weight) -> dict[str, Weight]:
         return {
