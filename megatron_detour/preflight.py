@@ -115,7 +115,7 @@ def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
         faults.append(str(fault))
         return stored, ""
     here = Source(model.start)  # a plan does not download the weights, as they are large
-    if not model.download or any(here.has(name) for name in WEIGHT_FILES):
+    if not model.download or Path(model.start).is_dir() or any(here.has(name) for name in WEIGHT_FILES):
         try:
             if StoredWeights.from_source(here, type(shape)).check(stored, model.start, from_start=True):
                 return shape, "without a head for masked language modeling: a new one is trained"

@@ -137,7 +137,8 @@ def start_hash(start: str | None) -> str | None:
     if not start or not Path(start).is_dir():
         return None
     try:
-        files = [(source := Source(start)).config_file(), *source.weight_files()]
+        source, tensors = Source(start), sorted(Path(start).glob("*.safetensors"))
+        files = [source.config_file(), *(tensors or source.weight_files())]
     except DetourError:  # said where the model is read
         return None
     return "-".join(file_facts(file)["sha256"] for file in files)

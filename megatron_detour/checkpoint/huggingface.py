@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -27,6 +28,8 @@ from megatron_detour.parallel.state import ParallelState
 from megatron_detour.structured import read_json_object
 from megatron_detour.tokenizer.vocabulary import CONFIG as TOKENIZER_CONFIG
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer.safetensors"
 NEW_HEAD = "new_head"  # key of run_state.json: the start model had no prediction head
@@ -87,20 +90,18 @@ def fresh_config(overrides: dict[str, Any], vocabulary: Vocabulary) -> dict[str,
     Raise DetourError when transformers rejects a value.
     """
     config_class, _ = family_to_initialize(overrides).transformers_classes()
-    ids = {
-        "vocab_size": vocabulary.size,
-        "pad_token_id": vocabulary.pad,
-        "cls_token_id": vocabulary.cls,
-        "sep_token_id": vocabulary.sep,
-        "bos_token_id": vocabulary.cls,
-        "eos_token_id": vocabulary.sep,
-        "mask_token_id": vocabulary.mask,
-    }
+    ids = {"vocab_size": vocabulary.size, **special_ids(vocabulary)}
     try:
         given = {key: value for key, value in overrides.items() if key != "model_type"}  # the class has it
         return config_class(**ids | given).to_dict()
     except Exception as error:  # transformers' validators raise their own types
         raise DetourError(f"model.config: {brief(error)}") from None
+
+
+def special_ids(vocabulary: Vocabulary) -> dict[str, int | None]:
+    """Return a tokenizer's special ids under their keys of config.json."""
+    roles = {"pad": "pad", "cls": "cls", "sep": "sep", "bos": "cls", "eos": "sep", "mask": "mask"}
+    return {f"{key}_token_id": getattr(vocabulary, role) for key, role in roles.items()}
 
 
 def known_config_keys(family: type[Family]) -> list[str]:
@@ -192,16 +193,23 @@ def compare_with_transformers(
     texts: tuple[str, ...] = (),
     causal: bool = False,
     headless: bool = False,
+    as_read: bool = False,
 ) -> float:
     """Return the largest difference between our fp32 logits and transformers', relative to the largest logit.
 
     Inputs are random ids, shorter and longer than the local window so that every kind of layer is exercised, and
     `texts` tokenized by the folder `name`, each alone and in padded batches. A largest logit below 1 counts as 1.
     `causal`: the folder holds a ModernBertDecoder. `headless`: it holds no prediction head, and hidden states are
-    compared. Raise DetourError if transformers' tokenizer produces other ids than tokenizer.json.
+    compared. `as_read`: weights under names that transformers does not know are compared as `model` has them. Raise
+    DetourError for such names otherwise, or if transformers' tokenizer produces other ids than tokenizer.json.
     """
-    ours = model.hidden if headless else model.logits
-    theirs, causal = _in_transformers(Source(str(name)), model, causal, headless)
+    ours, source = model.hidden if headless else model.logits, Source(str(name))
+    theirs = None if as_read and source.is_composers else _opened_by_transformers(source, model, causal, headless)
+    if theirs is None and not as_read:
+        raise DetourError(f"{name}: transformers does not know the names of the weights")
+    if theirs is None:
+        logger.info("%s: transformers does not know the names of the weights; it computes with them as read here", name)
+        theirs, causal = _given_to_transformers(source, model, headless), False
     generator = torch.Generator().manual_seed(0)
     sizes = _compared_lengths(model.shape)
     batches = [[torch.randint(model.shape.vocabulary, (size,), generator=generator)] for size in sizes]
@@ -230,32 +238,33 @@ def _compared_lengths(shape: Family) -> set[int]:
     return {2, (shape.window or longest) // 2 + 1, longest}
 
 
-def _in_transformers(
+def _opened_by_transformers(
     source: Source, model: LanguageModel, causal: bool, headless: bool
-) -> tuple[torch.nn.Module, bool]:
-    """Return transformers' model of a folder, and whether it is causal.
-
-    Where transformers does not know the names of the weights, it is an encoder with those of `model`.
-    """
+) -> torch.nn.Module | None:
+    """Return transformers' model of a folder, or None if it does not find all the weights that `model` has."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    logging.disable_progress_bar()
+    kind = model.shape.transformers_classes()[1]
+    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel if headless else kind
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # a table of the weights that it does not find
+    theirs, found = kind.from_pretrained(
+        source.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    logging.set_verbosity(level)
+    names = {part for name in model.shape.sizes for part in (name, name.partition(".")[2])}  # AutoModel's are shorter
+    return theirs.eval() if names.isdisjoint(found["missing_keys"]) else None
+
+
+def _given_to_transformers(source: Source, model: LanguageModel, headless: bool) -> torch.nn.Module:
+    """Return transformers' model of a folder's config.json with the weights of `model`."""
     config_class, kind = model.shape.transformers_classes()
-    opened = transformers.AutoModelForCausalLM if causal else transformers.AutoModel if headless else kind
-    if not source.is_composers:
-        level = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity_error()  # a table of the weights that it does not find
-        theirs, found = opened.from_pretrained(
-            source.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        transformers.utils.logging.set_verbosity(level)
-        names = {part for name in model.shape.sizes for part in (name, name.partition(".")[2])}
-        if names.isdisjoint(found["missing_keys"]):
-            return theirs.eval(), causal
     theirs = kind(config_class.from_dict(source.config() | model.shape.release_keys()))
     theirs.load_state_dict(dict(model.named_parameters()), strict=False)  # a tied output layer's is not given
     theirs.tie_weights()
-    return (theirs.base_model if headless else theirs).eval(), False
+    return (theirs.base_model if headless else theirs).eval()
 
 
 def _token_ids(folder: Path, texts: tuple[str, ...], longest: int) -> list[torch.Tensor]:

@@ -13,8 +13,7 @@ from numpy._core.multiarray import _reconstruct
 from megatron_detour.errors import DetourError
 
 NEEDS_CODE = "add_safe_globals"  # what torch advises for a pickle that names anything but tensors and containers
-# Where the weights are in a checkpoint of Composer, such as ModernBERT's own (state, model), or of Lightning.
-INNER = ("state", "model", "state_dict")
+COMPOSER = ("state", "model")  # where Composer keeps the weights, as in ModernBERT's own checkpoints
 # Composer keeps the time trained and the state of random numbers beside them: plain values, of which none runs code.
 PLAIN = (
     *(timedelta, np.ndarray, np.dtype, np.dtypes.UInt32DType),
@@ -35,7 +34,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
                 "model.safetensors, where you trust it"
             ) from None
         raise DetourError(f"{path}: not a file of weights, or damaged; download or save the model again") from None
-    for key in INNER:
+    for key in COMPOSER:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):

@@ -52,9 +52,16 @@ class Source:
         return read_flexbert(path) if path.suffix == FLEXBERT[1:] else read_json_object(path)
 
     def config_file(self) -> Path:
-        """Return config.json, or where there is none the only YAML file, of FlexBERT. Raise DetourError for neither."""
-        files = sorted(Path(self.name).glob(FLEXBERT))
-        return files[0] if len(files) == 1 and not self.has("config.json") else self.file("config.json")
+        """Return config.json, or the training file beside a checkpoint of Composer. Raise DetourError for neither."""
+        folder = Path(self.name)
+        if self.has("config.json") or len([*folder.glob(COMPOSER)]) != 1:
+            return self.file("config.json")
+        if len(files := [path for path in sorted(folder.glob(FLEXBERT)) if path.is_file()]) == 1:
+            return files[0]
+        raise DetourError(
+            f"{folder}: a checkpoint of Composer needs a config.json beside it, or FlexBERT's training file as the "
+            f"only {FLEXBERT}; there are {len(files)}"
+        )
 
     @property
     def is_composers(self) -> bool:

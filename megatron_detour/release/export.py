@@ -58,8 +58,8 @@ def export(
 
     Logits are compared in fp32 on the weights as written, on random ids and on real text: the lines of the file `text`,
     or built-in ones. `evaluation` are rows for the card, scores of the model in the folder `scored`; `repository` is
-    the id in the card's code. `average` are a number or names of checkpoints, or EMA, whose average is exported in
-    the place of the last one's weights; `validate` returns a loss, as a function of a model, for that checkpoint.
+    the id in the card's code. `average` are a number or names of checkpoints, or EMA, whose average is exported
+    instead of the last one's weights; `validate` returns a loss, as a function of a model, for that checkpoint.
     Raises DetourError and writes nothing if logits differ or anything is missing.
     """
     target, given, texts = Path(output), given or CardMetadata(), read_texts(text)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_detour.analysis.drift import thirds
+from megatron_detour.analysis.drift import REGIONS, thirds
 from megatron_detour.config import RunConfig, as_control, from_dict, load
 from megatron_detour.errors import DetourError, format_faults, nearest
 from megatron_detour.evaluation.finetuning.protocol import Protocol, load_protocol
@@ -141,6 +141,8 @@ def read_study(path: Path) -> Study:
         except DetourError as fault:
             faults.append(f"arms.{name}: {fault}")
     faults += [] if faults else _unlike(config, runs)
+    if config.analyses.transplants and model.shape.layers < len(REGIONS):
+        faults.append("analyses.transplants: they exchange thirds of the layers; the model needs three layers")
     criteria = {}
     for name, text in config.criteria.items():
         try:

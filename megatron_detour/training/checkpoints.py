@@ -197,7 +197,7 @@ class Checkpoints:
             return
         model = huggingface.load_model(source, shape, from_start=True)
         difference = huggingface.compare_with_transformers(
-            source.name, model, causal=source.is_decoder, headless=headless
+            source.name, model, causal=source.is_decoder, headless=headless, as_read=True
         )
         huggingface.refuse_difference(difference, source.name)
         what = "hidden states" if headless else "logits"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_detour.checkpoint.huggingface import TOKENIZER_FILES, fresh_config
+from megatron_detour.checkpoint.huggingface import TOKENIZER_FILES, fresh_config, special_ids
 from megatron_detour.checkpoint.source import Source, adjusted_config
 from megatron_detour.model.families import Family, read_shape
 from megatron_detour.preflight import Preflight
@@ -31,6 +31,8 @@ class InitialModel:
         model = checked.refuse().model
         weights = Source(model.start, model.download) if model.start else None
         config = adjusted_config(weights, model.config) if weights else fresh_config(model.config, checked.vocabulary)
+        ids = special_ids(checked.vocabulary)  # which a FlexBERT training file leaves open
+        config |= {key: ids.get(key) for key, value in config.items() if key in ids and value is None}
         config |= {"vocab_size": checked.shape.vocabulary}
         shape = read_shape(config, model.start or "model.config")
         tokenizer = Source(model.tokenizer or model.start, model.download)

@@ -89,13 +89,15 @@ def read_heads(read: ConfigJson, rotary: bool) -> tuple[int, int]:
     return hidden, heads
 
 
-def refuse_rope_keys(read: ConfigJson, parameters: dict[str, Any], where: str) -> None:
-    """Raise DetourError unless these parameters of rotary positions are a theta alone."""
-    for key, value in parameters.items():
-        if key not in ("rope_type", "rope_theta") and value is not None:
+def rope_theta(read: ConfigJson, parameters: dict[str, Any], where: str) -> float | None:
+    """Return the theta of rotary positions, None if there is none. Raise DetourError for any other parameter."""
+    given = {key: value for key, value in parameters.items() if value is not None or key == "rope_theta"}
+    for key, value in given.items():
+        if key not in ("rope_type", "rope_theta"):
             read.refuse(f"{where}.{key}", "absent: only rope_theta is supported", value)
-    if parameters.get("rope_type", "default") != "default":
-        read.refuse(f"{where}.rope_type", "'default'", parameters["rope_type"])
+    if given.get("rope_type", "default") != "default":
+        read.refuse(f"{where}.rope_type", "'default'", given["rope_type"])
+    return read.positive(f"{where}.rope_theta", given["rope_theta"]) if "rope_theta" in given else None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megatron_detour.model.families.base import (
     column,
     norm,
     read_heads,
-    refuse_rope_keys,
+    rope_theta,
     row,
 )
 from megatron_detour.parallel.shard_spec import ShardSpec
@@ -74,8 +74,10 @@ class EuroBert(Family):
     @classmethod
     def adjusted(cls, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         changed = super().adjusted(config, given)
-        new = ConfigJson(given, "model.config").mapping("rope_parameters", given)
-        return changed | {"rope_parameters": {**(config.get("rope_parameters") or {}), **new}}
+        stored, new = (ConfigJson(each, "model.config").mapping("rope_parameters", each) for each in (config, given))
+        return changed | {
+            "rope_parameters": {**stored, **{key: value for key, value in new.items() if value is not None}}
+        }
 
     @classmethod
     def read_fields(cls, read: ConfigJson) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class EuroBert(Family):
 
 def _theta(read: ConfigJson) -> float:
     given = read.mapping("rope_parameters", read.config)
-    refuse_rope_keys(read, given, "rope_parameters")
+    theta = rope_theta(read, given, "rope_parameters")
     if scaling := read.config.get("rope_scaling"):
         read.refuse("rope_scaling", "null: only unscaled rotary positions are supported", scaling)
-    return read.positive("rope_theta", given.get("rope_theta", read.config.get("rope_theta", THETA)))
+    return theta or read.number("rope_theta", THETA)

@@ -19,7 +19,7 @@ from megatron_detour.model.families.base import (
     column,
     norm,
     read_heads,
-    refuse_rope_keys,
+    rope_theta,
     row,
 )
 from megatron_detour.parallel.shard_spec import ShardSpec
@@ -117,13 +117,19 @@ class ModernBert(Family):
     def adjusted(cls, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Each theta is changed alone, in the form that the start model's config.json has, or in the other."""
         changed, read = super().adjusted(config, given), ConfigJson(given, "model.config")
-        stored, new = config.get("rope_parameters"), read.mapping("rope_parameters", given)
+        start = ConfigJson(config, "config.json")
+        stored, new = (each.mapping("rope_parameters", each.config) for each in (start, read))
         if not stored and not new:
             return changed
-        merged = {**(stored or {}), **new}
+        merged = {**stored, **new}
         for kind, old_key in ((FULL, "global_rope_theta"), (SLIDING, "local_rope_theta")):
-            theta = {"rope_theta": given[old_key]} if old_key in given else {}
-            merged[kind] = {**((stored or {}).get(kind) or {}), **theta, **read.mapping(kind, new)}
+            theta = {"rope_theta": read.positive(old_key, given[old_key])} if old_key in given else {}
+            named = read.mapping(kind, new, f"rope_parameters.{kind}")
+            if theta and named:
+                raise DetourError(
+                    f"model.config: {old_key} and rope_parameters.{kind} are one setting; give one of them"
+                )
+            merged[kind] = {**start.mapping(kind, stored, f"rope_parameters.{kind}"), **theta, **named}
         return changed | {"rope_parameters": merged}
 
     @classmethod
@@ -284,9 +290,9 @@ def _theta(read: ConfigJson, layer_type: str, old_key: str, default: float) -> f
         if key not in (FULL, SLIDING):
             read.refuse(f"rope_parameters.{key}", f"a key of {FULL} or {SLIDING}", given[key])
     parameters = read.mapping(layer_type, given, f"rope_parameters.{layer_type}")
-    refuse_rope_keys(read, parameters, f"rope_parameters.{layer_type}")
-    if "rope_theta" in parameters:
-        return read.positive(f"rope_parameters.{layer_type}.rope_theta", parameters["rope_theta"])
+    theta = rope_theta(read, parameters, f"rope_parameters.{layer_type}")
+    if theta is not None:
+        return theta
     old = read.config.get(old_key, default)
     if old is None and layer_type == SLIDING:  # transformers 4: a local theta of null means the global one
         return read.number("global_rope_theta", 160_000.0)
