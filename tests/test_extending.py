@@ -216,6 +216,7 @@ def test_an_encoder_is_one_file(extended, corpus, tmp_path):
 
 
 @pytest.mark.integration
+@pytest.mark.slow  # the same tests over one more family
 def test_the_tests_of_families_hold_for_the_example(extended, tmp_path):
     """Its declared weights, operations, activations, and two tensor ranks against one."""
     python = extended("An encoder")

@@ -225,8 +225,8 @@ def test_a_disk_that_stays_away_ends_a_run_that_goes_on_where_it_has_saved(whole
 
 def test_a_disk_that_stays_away_from_another_rank_ends_the_run_in_the_same_way(run_file, tmp_path):
     folder = tmp_path / "run"
-    # The second save waits for the first one, so that one is there when the rank fails.
-    session = started(folder, run_file, Setup(2), TEXT_AWAY_FROM=str(2 * INTERVAL + 1))
+    # The second save waits for the first one, and the step after it reads what the rank fails at, a step ahead.
+    session = started(folder, run_file, Setup(2), TEXT_AWAY_FROM=str(2 * INTERVAL + 2))
     assert session.wait() == [EXIT_INTERRUPTED] * 2, session.output()[-3000:]
     assert "run the same command again to resume from the last checkpoint" in session.output()
     noted = json.loads((folder / "environment.json").read_text())["sessions"][-1]
