@@ -80,6 +80,14 @@ def test_a_new_model_is_planned_as_it_is_built(family, tokenizer_folder, tmp_pat
     assert planned.vocabulary.pad > 1 and started(config).shape == planned.shape
 
 
+def test_special_ids_that_a_start_model_leaves_open_are_the_tokenizers(hub, tokenizer_folder, tmp_path):
+    path = tmp_path / "hub" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None, "eos_token_id": None}))
+    start = started(config_with(start=str(path.parent)))
+    expected = start.checked.vocabulary.pad, start.checked.vocabulary.sep
+    assert (start.config["pad_token_id"], start.config["eos_token_id"]) == expected
+
+
 def test_another_tokenizer_than_the_models_is_refused(hub, tokenizer_folder, tmp_path):
     other = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     other["normalizer"] = None
