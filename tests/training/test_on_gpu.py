@@ -11,7 +11,7 @@ from megatron_detour.config.deepspeed import read_deepspeed_config
 from megatron_detour.forecast.memory import Load, Setting, peak_memory
 from megatron_detour.kernels.check import Sizes
 from megatron_detour.model.choose import choose_compute
-from megatron_detour.model.families import PUBLISHED, Family, read_shape
+from megatron_detour.model.families import FAMILIES, PUBLISHED, Family, read_shape
 from megatron_detour.parallel import loss
 from megatron_detour.parallel.shard_spec import CHUNK_ELEMENTS
 from megatron_detour.training.engine import create_engine, start_distributed
@@ -19,7 +19,7 @@ from tests.forecast.test_memory import BASE, LARGE
 from tests.harness import run_ranks
 from tests.injections.campaign import Victim
 from tests.injections.runs import Setup, write_run_file
-from tests.models import microbatch
+from tests.models import config_of, microbatch
 from tests.parallel.test_loss import VOCABULARY, operands, ours, reference
 from tests.training import test_freezing, test_zero2
 from tests.training.counting import ONLY_COUNTS, counted, uncompared_compute
@@ -126,6 +126,15 @@ def test_launches_are_few_and_nothing_waits(tmp_path, shape, tokens, causal):
     assert 0 < one["launches"] <= most
     assert step["launches"] <= 2 * one["launches"] + STEP_LAUNCHES
     assert step["copies"] <= 4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_waits(tmp_path, family, causal):
+    shape = read_shape(config_of(family, hidden_size=256, intermediate_size=512), family)
+    ((one, step),) = run_ranks(1, "tests.training.test_on_gpu:launches", tmp_path, shape, 4096, causal)
+    print(f"{family}, {shape.layers} layers, causal {causal}: {one}, a step of two {step}")
+    assert one["launches"] > 0 and one["waits"] == step["waits"] == 0
 
 
 def peak_of_a_step(causal: bool) -> tuple[int, int]:
