@@ -96,6 +96,8 @@ def look(model: Model, phases: Sequence[Phase] = ()) -> Preflight:
             f"model.tokenizer: {model.tokenizer or model.start}: the tokenizer has {vocabulary.size:,} ids, the "
             f"model's embedding only {shape.vocabulary:,}; use the model's own tokenizer"
         )
+    if shape and vocabulary and vocabulary.pad is not None and (fault := shape.padding_fault(vocabulary.pad)):
+        faults.append(f"model.{'start' if model.start else 'config'}: {fault}")
     return Preflight(model, shape, vocabulary, words, None, tuple(faults), note, new_rows)
 
 

@@ -29,6 +29,8 @@ from megatron_detour.run_directory import start_hash
 from tests.models import CONFIG, config_of, tiny
 from tests.training.test_zero2 import run_config
 
+OF_THE_TOKENIZER = {"vocab_size": 400, "pad_token_id": 3}  # RoBERTa's positions begin after the padding token's id
+
 
 @pytest.fixture
 def start(tmp_path, tokenizer_folder) -> Path:
@@ -224,8 +226,8 @@ def test_pickles_of_early_torch_are_read(start):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_encoder_without_a_head_gets_a_new_one(start, model_type):
     """As AutoModel saves it: without the head, and without the prefix of names."""
-    theirs = tiny(model_type=model_type, vocab_size=400)
-    (start / "config.json").write_text(json.dumps(config_of(model_type, vocab_size=400)))
+    theirs = tiny(model_type=model_type, **OF_THE_TOKENIZER)
+    (start / "config.json").write_text(json.dumps(config_of(model_type, **OF_THE_TOKENIZER)))
     head, prefix = theirs.shape.names_of(("head",)), theirs.shape.layer_prefix.partition(".")[0]
     body = {name: p.detach() for name, p in theirs.named_parameters() if name not in head}
     save_file({name.removeprefix(f"{prefix}."): weight for name, weight in body.items()}, start / "model.safetensors")
@@ -236,6 +238,18 @@ def test_an_encoder_without_a_head_gets_a_new_one(start, model_type):
     assert compare_with_transformers(source.name, loaded, headless=True) < 1e-5
     with pytest.raises(DetourError, match=r"the weights have no .*; use a model with a masked-LM head"):
         load_model(source, shape)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "camembert", "xlm-roberta"])
+def test_positions_that_begin_after_another_padding_token_are_refused(start, model_type):
+    described = OF_THE_TOKENIZER | {"pad_token_id": 1}
+    model = tiny(model_type=model_type, **described)
+    (start / "config.json").write_text(json.dumps(config_of(model_type, **described)))
+    save_file({name: p.detach() for name, p in model.named_parameters()}, start / "model.safetensors")
+    (fault,) = faults_of(start)
+    assert fault.startswith(
+        "model.start: positions begin after pad_token_id, 1, but the tokenizer's padding token has id 3"
+    )
 
 
 def test_a_decoder_starts_an_encoder_with_its_window(start):
@@ -394,9 +408,9 @@ def test_nothing_else_of_a_start_model_can_be_changed(start, key):
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_a_table_of_positions_is_repeated(start, model_type):
-    model = tiny(model_type=model_type, vocab_size=400)
+    model = tiny(model_type=model_type, **OF_THE_TOKENIZER)
     short, first = model.shape.max_positions, model.shape.first_position
-    (start / "config.json").write_text(json.dumps(config_of(model_type, vocab_size=400)))
+    (start / "config.json").write_text(json.dumps(config_of(model_type, **OF_THE_TOKENIZER)))
     save_file({name: p.detach() for name, p in model.named_parameters()}, start / "model.safetensors")
     faults, shape = changed(start, max_position_embeddings=first + 2 * short + 3)
     assert faults == () and shape.max_positions == 2 * short + 3

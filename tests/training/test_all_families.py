@@ -66,6 +66,8 @@ def test_a_run_is_resumed_on_other_ranks_frozen_and_released(family, corpus, tmp
     path = write_run_file(tmp_path / "run.yaml", corpus.prefix, corpus.tokenizer)
     described = yaml.safe_load(path.read_text())
     described["model"]["config"] = {"num_attention_heads": 4} | OWN[family] | SIZES | {"model_type": family}
+    for key in ("pad_token_id", "cls_token_id", "bos_token_id"):  # the tokenizer's
+        described["model"]["config"].pop(key, None)
     path.write_text(yaml.safe_dump(described))
     whole = finished(tmp_path / "whole", path, Setup(2, 2))
     middle = PHASE_ENDS[0] + 1

@@ -241,6 +241,10 @@ class Family(ABC):
         """Return what a user of the released model should know of these versions."""
         return []
 
+    def padding_fault(self, pad: int) -> str | None:
+        """Return why a tokenizer with this id of the padding token does not fit the model."""
+        return None
+
     def fitted(self, name: str, weight: Tensor) -> Tensor:
         """Return a start model's parameter, made longer if need be."""
         return weight

@@ -227,6 +227,15 @@ class Roberta(Bert):
         """transformers numbers positions from the one after the padding token's id."""
         return read.size("pad_token_id", 1, least=0) + 1
 
+    def padding_fault(self, pad: int) -> str | None:
+        expected = self.first_position - 1
+        if pad == expected:
+            return None
+        return (
+            f"positions begin after pad_token_id, {expected}, but the tokenizer's padding token has id {pad}; use the "
+            "model's own tokenizer"
+        )
+
     @classmethod
     def transformers_classes(cls) -> tuple[type, type]:
         from transformers import RobertaConfig, RobertaForMaskedLM
