@@ -27,6 +27,8 @@ from megatron_detour.tokenizer.extension import new_pieces
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
+WITH_A_NEW_HEAD = "without a head for masked language modeling: a new one is trained"
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -78,7 +80,12 @@ def check_model(config: RunConfig, plan: Plan) -> Preflight:
     if checked.shape is None:
         return checked
     fit = [*checked.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, checked.shape)]
-    return replace(checked, faults=(*checked.faults, *fit, *_freezing(config, checked.shape)))
+    fit += _freezing(config, checked.shape)
+    if WITH_A_NEW_HEAD in checked.note and all("head" in phase.freeze for phase in config.phases):
+        fit.append(
+            "phases: `head` is frozen in all of them, and the start model has none: train the new one in a phase"
+        )
+    return replace(checked, faults=(*checked.faults, *fit))
 
 
 def look(model: Model, phases: Sequence[Phase] = ()) -> Preflight:
@@ -120,7 +127,7 @@ def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
     if not model.download or Path(model.start).is_dir() or any(here.has(name) for name in WEIGHT_FILES):
         try:
             if StoredWeights.from_source(here, type(shape)).check(stored, model.start, from_start=True):
-                return shape, "without a head for masked language modeling: a new one is trained"
+                return shape, WITH_A_NEW_HEAD
         except DetourError as fault:
             faults.append(f"model.start: {fault}")
     return shape, ""
@@ -223,7 +230,8 @@ def _ranks(config: RunConfig, ranks: int) -> list[str]:
     if ranks % tensor == 0:
         return []
     return [
-        f"parallel.tensor: {tensor} does not divide the number of ranks, {ranks}; start a multiple of {tensor} ranks"
+        f"parallel.tensor: {tensor} does not divide the number of ranks, {ranks}; start a multiple of {tensor} ranks "
+        f"(without GPUs: RANKS={tensor} before the command)"
     ]
 
 

@@ -119,7 +119,7 @@ def write_model(
 ) -> None:
     """Write config.json (known keys only), model.safetensors and tokenizer files. `weights` are full tensors."""
     family = family_of(config, str(folder))
-    kept = {*known_config_keys(family)} - {"dtype", "_name_or_path"}
+    kept = {*known_config_keys(family)} - {"dtype", "_name_or_path", "transformers_version"}
     described = {key: value for key, value in config.items() if key in kept}
     described |= {"architectures": [family.architecture()], "dtype": str(dtype).removeprefix("torch.")}
     _write_json(folder / "config.json", described)
@@ -132,12 +132,14 @@ def save_weights(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dt
 
 
 def copy_tokenizer(source: Source, vocabulary: Vocabulary, folder: Path, outputs: Sequence[str]) -> None:
-    """Copy tokenizer.json unchanged and the known keys of its other files, which name all special tokens.
+    """Copy tokenizer.json and the known keys of its other files, which name all special tokens.
 
-    `outputs` are what the tokenizer gives the model, where the source has no tokenizer_config.json.
+    Truncation and padding are left out: they would cut texts at the length of another use. `outputs` are what the
+    tokenizer gives the model, where the source has no tokenizer_config.json.
     """
     file = find_tokenizer(source.name, source.download)
-    if file.suffix == ".json":
+    content = read_json_object(file) if file.suffix == ".json" else {}
+    if content and not content.get("truncation") and not content.get("padding"):
         shutil.copyfile(file, folder / TOKENIZER)
     else:
         load_tokenizer(file).save(str(folder / TOKENIZER))

@@ -53,12 +53,12 @@ def add_control(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control",
         metavar="mlm=RATE",
-        help=f"the equal-compute control: detour phases become MLM at this mask rate (mlm={CONTROL_RATE:.2f})",
+        help=f"the control, on the same tokens: detour phases become MLM at this mask rate (mlm={CONTROL_RATE:.2f})",
     )
 
 
 def read_run_file(run_file: str, overrides: list[str], control: str | None) -> RunConfig:
-    """Return the configuration, or that of its equal-compute control. Raises DetourError."""
+    """Return the configuration, or that of its control. Raises DetourError."""
     from megatron_detour.config import as_control, load, parse_control  # not needed for --help
 
     config = load(run_file, overrides)

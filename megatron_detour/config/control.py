@@ -1,4 +1,4 @@
-"""The control of a run: another objective at equal compute, with everything else unchanged."""
+"""The control of a run: another objective on the same tokens, with everything else unchanged."""
 
 from __future__ import annotations
 

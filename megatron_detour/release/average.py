@@ -47,13 +47,15 @@ def checkpoints_to_average(path: Path, which: str) -> list[Path]:
     """
     there = {folder.name: folder for folder in store.find_checkpoints(path / "checkpoints") if store.step_of(folder)}
     if not there:
-        raise DetourError(f"--average {which}: {path} is not a run directory with checkpoints after step 0")
+        raise DetourError(f"--average {which}: {path} has no checkpoints after step 0; give a run directory")
     if which.isdecimal():
         folders = list(there.values())
         plan = CheckpointInfo.read(folders[-1]).plan
         last = phase_of(folders[-1], plan)
         folders = [folder for folder in folders if phase_of(folder, plan) == last]
-        if not 1 <= int(which) <= len(folders):
+        if int(which) < 2:
+            raise DetourError(f"--average {which}: give the number of checkpoints to average, 2 or more")
+        if int(which) > len(folders):
             raise DetourError(
                 f"--average {which}: {path} has {counted(len(folders), 'checkpoint')} of its last phase, {last!r}; set "
                 "checkpoint.every, checkpoint.keep or checkpoint.keep_every of the run file to keep more, or name the "

@@ -22,6 +22,7 @@ from megatron_detour.errors import EXIT_INTERRUPTED
 from megatron_detour.files import is_transient
 from megatron_detour.forecast import forecast, headline
 from megatron_detour.log import shown_by
+from megatron_detour.objectives import REFERENCE
 from megatron_detour.observe import meter
 from megatron_detour.observe.next_steps import next_commands
 from megatron_detour.observe.progress import RunProgress
@@ -54,6 +55,8 @@ class Recorder:
         self._progress: RunProgress | None = None
         self._reports = ThreadPoolExecutor(1, "reports")
         self._described = self._ended = False
+        self._unigram: float | None = None
+        self._last_loss: float | None = None
 
     @contextmanager
     def own_folder(self) -> Iterator[None]:
@@ -102,6 +105,7 @@ class Recorder:
             sink.write(figures)
         if self._progress:
             self._progress.show(figures)
+        self._last_loss = figures.get(f"val_{REFERENCE.name}_loss", self._last_loss)
 
     def write_report(self) -> Future[Path | None] | None:
         """Write the report in the background."""
@@ -126,6 +130,12 @@ class Recorder:
             report = report.result(None if finished else REPORT_SECONDS)
         logger.info("report   %s", report if isinstance(report, Path) else "not written")
         logger.info("metrics  %s", run.folder / METRICS)
+        if finished and None not in (self._last_loss, self._unigram) and self._last_loss >= self._unigram:
+            logger.warning(
+                "the validation MLM loss, %.3f, is not below the unigram baseline, %.3f: the model has learned little; "
+                "train longer, or on more text",
+                *(self._last_loss, self._unigram),
+            )
         if finished:
             logger.info("%s", next_commands(run.folder, final, run.plan.has_detour))
 
@@ -165,8 +175,9 @@ class Recorder:
         facts = run_facts(run, validation)
         add_session(run.folder, session_facts(run, run.plan.at(tokens).number - 1), facts)
         self._described = True
-        if facts["unigram_loss"] is not None:
-            logger.info("unigram baseline of the validation MLM loss: %.3f", facts["unigram_loss"])
+        self._unigram = facts["unigram_loss"]
+        if self._unigram is not None:
+            logger.info("unigram baseline of the validation MLM loss: %.3f", self._unigram)
 
     def _note(self, **facts: Any) -> None:
         if self._described:

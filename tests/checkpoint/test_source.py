@@ -403,7 +403,19 @@ def test_euroberts_theta_is_kept_unless_it_is_given(start, given, theta):
 def test_nothing_else_of_a_start_model_can_be_changed(start, key):
     save_file(weights(), start / "model.safetensors")
     ((fault,), _) = changed(start, **{key: 64})
-    assert fault.startswith(f"model.config.{key}: with model.start only max_position_embeddings, ")
+    assert fault.startswith(f"model.config: {key}: with model.start only max_position_embeddings, ")
+
+
+def test_a_new_head_must_be_trained_in_a_phase(start):
+    head = tiny().shape.names_of(("head",))
+    save_file({name: weight for name, weight in weights().items() if name not in head}, start / "model.safetensors")
+    config = dataclasses.replace(run_config(1), model=Model(start=str(start)))
+    first, second = (dataclasses.replace(config.phases[0], name=name) for name in "ab")
+    frozen = tuple(dataclasses.replace(phase, freeze=("head",)) for phase in (first, second))
+    one, both = (dataclasses.replace(config, phases=phases) for phases in ((frozen[0], second), frozen))
+    assert check_model(one, Plan.from_config(one)).faults == ()
+    (fault,) = check_model(both, Plan.from_config(both)).faults
+    assert fault.startswith("phases: `head` is frozen in all of them")
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])

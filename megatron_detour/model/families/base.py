@@ -122,6 +122,7 @@ class Family(ABC):
     # Regular expressions for names in other forms of a checkpoint, and ours: of an encoder saved without its head, of
     # older versions. "#1" at the end says that a weight is the second part, by rows, of ours.
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()
+    has_pooler: ClassVar[bool] = False  # whether transformers' encoder has a layer on [CLS], which is not trained here
     has_decoder: ClassVar[bool] = False  # whether release/decoder.py can write it as a ModernBertDecoder
     # What tensor ranks can only share evenly: its name in sentences, and the field that counts it.
     split_evenly: ClassVar[dict[str, str]] = {"attention heads": "heads", "intermediate size": "intermediate"}
@@ -153,11 +154,11 @@ class Family(ABC):
     @classmethod
     def adjusted(cls, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Return a start model's config.json with the keys of `given`. Raise DetourError for one not to be changed."""
-        for key in given:
-            if key not in cls.adjustable:
-                raise DetourError(
-                    f"model.config.{key}: with model.start only {', '.join(cls.adjustable)} can be changed"
-                )
+        if others := [key for key in given if key not in cls.adjustable]:
+            raise DetourError(
+                f"model.config: {', '.join(others)}: with model.start only {', '.join(cls.adjustable)} can be changed"
+                f"{nearest(others[0], cls.adjustable)}"
+            )
         return config | given
 
     @classmethod

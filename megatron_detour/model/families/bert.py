@@ -67,6 +67,7 @@ class Bert(Family):
     )
     old_keys = ("position_embedding_type",)
     encoder: ClassVar[str] = "bert"
+    has_pooler = True
     part_prefixes: ClassVar = {
         "embeddings": ("bert.embeddings.",),
         "final_norm": (),  # the last layer's own
