@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder  # files in the order of tests/conftest.py
 
 .PHONY: demo check test test-slow lint install clean
 
@@ -9,13 +10,13 @@ demo: $(INSTALLED)
 	@examples/quickstart.sh
 
 check: lint
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not slow and not integration"
+	$(VENV)/bin/python -m pytest -q $(SPREAD) -m "not gpu and not slow and not integration"
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not slow"
+	$(VENV)/bin/python -m pytest -q $(SPREAD) -m "not gpu and not slow"
 
 test-slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -q $(SPREAD) -m "slow and not gpu"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -72,7 +72,7 @@ setup(
             *RAY,
             "megatron-core>=0.16",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.14",
             # CUDA builds of torch pin their own triton, so constraints.txt pins none; with CPU builds its interpreter

@@ -91,7 +91,6 @@ if [ -z "${RANKS:-}" ]; then
   cores=$(getconf _NPROCESSORS_ONLN) && RANKS=$((cores < 2 ? 1 : 2))
   command -v nvidia-smi >/dev/null && RANKS=1
 fi
-[ -n "$(command -v nvidia-smi)" ] || [ -e /dev/kfd ] || export DS_ACCELERATOR=cpu  # avoids a warning
 status=0
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} RANKS=$RANKS bash "$root/examples/pretrain_base.sh" "${recipe[@]}" || status=$?
 case $status in

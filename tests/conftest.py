@@ -26,6 +26,12 @@ VOCABULARY = 400
 LONG_DOCUMENT = 150  # sentences; far more than 128 tokens
 
 
+def pytest_collection_modifyitems(items):
+    """Files with long tests first, so that no worker is left alone with one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("integration")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @dataclass(frozen=True)
 class BuiltCorpus:
     prefix: str

@@ -222,14 +222,17 @@ def _figures_table(title: str, headers: list[str], records: list[Record], compar
 
 
 def _flat(content: Any, left_out: Iterable[str] = (), prefix: str = "") -> dict[str, str]:
-    """Return the settings by dotted key; phases are keyed by name, other lists by index."""
+    """Return the settings by dotted key, without those that are null, as those of another objective are absent.
+
+    Phases are keyed by name, other lists by index.
+    """
     if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
         content = {entry.get("name", number): entry for number, entry in enumerate(content)}
     if not isinstance(content, dict) or not content:
         return {prefix: _setting(content)}
     flat = {}
     for key, value in content.items():
-        if key not in left_out:
+        if key not in left_out and value is not None:
             flat |= _flat(value, (), f"{prefix}.{key}" if prefix else str(key))
     return flat
 

@@ -34,6 +34,8 @@ def launch(script: str, arguments: list[str]) -> int:
         raise DetourError("deepspeed is not installed; run make install")
     port = os.environ.get("MASTER_PORT") or str(random.choice(PORTS))
     ranks = ["--num_gpus", os.environ["RANKS"]] if os.environ.get("RANKS") else []
+    if not (shutil.which("nvidia-smi") or Path("/dev/kfd").exists()):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # avoids a warning
     command = [deepspeed, "--log_level", "critical", "--master_port", port, *ranks, script, *arguments]
     process = subprocess.Popen(command, start_new_session=True)  # out of reach of a terminal's Ctrl-C
     began = aborted = False  # a rank handles signals; a signal came before that
