@@ -105,6 +105,7 @@ def run_file(folder: Path, corpus, **changes) -> str:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_an_objective_is_one_file(extended, corpus, tmp_path):
     """From the run file to the card: planned, forecast, trained, validated, reported, compared."""
     assert list(files("An objective")) == ["objectives/denoising.py"]
@@ -137,6 +138,7 @@ def test_an_objective_is_one_file(extended, corpus, tmp_path):
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_an_optimizer_is_one_file(extended, corpus, tmp_path):
     """Planned, trained, resumed to the bit, named in the card; and in its place no other is resumed with."""
     assert list(files("An optimizer")) == ["optimizers/sgd.py"]

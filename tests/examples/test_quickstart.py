@@ -28,6 +28,7 @@ def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_corpus_of_the_user_becomes_a_model(tmp_path):
     rng = random.Random(5)
     write_jsonl(tmp_path / "mine.jsonl", [sentences(rng, rng.randint(1, 8)) for _ in range(400)])
