@@ -27,8 +27,6 @@ from megatron_detour.tokenizer.extension import new_pieces
 from megatron_detour.tokenizer.vocabulary import Vocabulary, find_tokenizer, load_tokenizer, load_vocabulary
 from megatron_detour.tokenizer.word_boundaries import Words
 
-WITH_A_NEW_HEAD = "without a head for masked language modeling: a new one is trained"
-
 
 @dataclass(frozen=True)
 class Preflight:
@@ -41,6 +39,7 @@ class Preflight:
     deepspeed: dict[str, Any] | None = None  # the content of the DeepSpeed file
     faults: tuple[str, ...] = ()
     note: str = ""  # the origin of the shape, if not the model itself alone
+    new_head: bool = False  # whether the start model has none for masked language modeling
     new_rows: dict[int, list[int]] = field(default_factory=dict)  # ids that model.tokenizer adds: old ids of their text
 
     def refuse(self) -> Preflight:
@@ -81,7 +80,7 @@ def check_model(config: RunConfig, plan: Plan) -> Preflight:
         return checked
     fit = [*checked.shape.tensor_parallel_faults(config.parallel.tensor), *_lengths(config, plan, checked.shape)]
     fit += _freezing(config, checked.shape)
-    if WITH_A_NEW_HEAD in checked.note and all("head" in phase.freeze for phase in config.phases):
+    if checked.new_head and all("head" in phase.freeze for phase in config.phases):
         fit.append(
             "phases: `head` is frozen in all of them, and the start model has none: train the new one in a phase"
         )
@@ -94,7 +93,9 @@ def look(model: Model, phases: Sequence[Phase] = ()) -> Preflight:
     vocabulary = _vocabulary(model, {REFERENCE, *(type(phase.objective) for phase in phases)}, faults)
     words = _words(model, vocabulary, phases, faults) if vocabulary else None
     new_rows = _new_rows(model, vocabulary, faults) if vocabulary and model.start and model.tokenizer else {}
-    shape, note = _stored(model, faults) if model.start else (_fresh(model, vocabulary, faults), "")
+    shape, note, new_head = _stored(model, faults) if model.start else (_fresh(model, vocabulary, faults), "", False)
+    if new_head:
+        note = "without a head for masked language modeling: a new one is trained"
     if shape and new_rows:
         shape = replace(shape, vocabulary=max(shape.vocabulary, vocabulary.size))
         note = "; ".join(filter(None, [note, f"{len(new_rows):,} pieces added"]))
@@ -105,10 +106,11 @@ def look(model: Model, phases: Sequence[Phase] = ()) -> Preflight:
         )
     if shape and vocabulary and vocabulary.pad is not None and (fault := shape.padding_fault(vocabulary.pad)):
         faults.append(f"model.{'start' if model.start else 'config'}: {fault}")
-    return Preflight(model, shape, vocabulary, words, None, tuple(faults), note, new_rows)
+    return Preflight(model, shape, vocabulary, words, None, tuple(faults), note, new_head, new_rows)
 
 
-def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
+def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str, bool]:
+    """Return the start model's shape, its origin if not the model itself, and whether a new head is needed."""
     source = Source(model.start, model.download)
     try:
         stored = read_shape(source.config(), model.start)
@@ -116,21 +118,21 @@ def _stored(model: Model, faults: list[str]) -> tuple[Family | None, str]:
         faults.append(f"model.start: {fault}")
         known = PUBLISHED.get(model.start)
         if known is None:
-            return None, ""
-        return read_shape(known, model.start), "as published; the model is not available here"
+            return None, "", False
+        return read_shape(known, model.start), "as published; the model is not available here", False
     try:
         shape = read_shape(adjusted_config(source, model.config), "model.config")
     except DetourError as fault:
         faults.append(str(fault))
-        return stored, ""
+        return stored, "", False
     here = Source(model.start)  # a plan does not download the weights, as they are large
     if not model.download or Path(model.start).is_dir() or any(here.has(name) for name in WEIGHT_FILES):
         try:
-            if StoredWeights.from_source(here, type(shape)).check(stored, model.start, from_start=True):
-                return shape, WITH_A_NEW_HEAD
+            missing = StoredWeights.from_source(here, type(shape)).check(stored, model.start, from_start=True)
+            return shape, "", bool(missing)
         except DetourError as fault:
             faults.append(f"model.start: {fault}")
-    return shape, ""
+    return shape, "", False
 
 
 def _fresh(model: Model, vocabulary: Vocabulary | None, faults: list[str]) -> Family | None:

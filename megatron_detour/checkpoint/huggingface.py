@@ -246,16 +246,17 @@ def _opened_by_transformers(
     """Return transformers' model of a folder, or None if it does not find all the weights that `model` has."""
     import transformers
 
-    logging = transformers.utils.logging
-    logging.disable_progress_bar()
-    kind = model.shape.transformers_classes()[1]
+    logging, kind = transformers.utils.logging, model.shape.transformers_classes()[1]
     kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel if headless else kind
+    logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # a table of the weights that it does not find
-    theirs, found = kind.from_pretrained(
-        source.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
-    logging.set_verbosity(level)
+    try:
+        theirs, found = kind.from_pretrained(
+            source.name, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(level)
     names = {part for name in model.shape.sizes for part in (name, name.partition(".")[2])}  # AutoModel's are shorter
     return theirs.eval() if names.isdisjoint(found["missing_keys"]) else None
 

@@ -97,7 +97,7 @@ class Phase:
         "it is tied to them; else it is the `head`), `layers.N`, `layers.N-M`, `final_norm`, `head`",
     ] = ()
     optimizer_state: Annotated[
-        str, Choice(OPTIMIZER_STATES), "the optimizer's states at the start of the phase; `reset` resets them"
+        str, Choice(OPTIMIZER_STATES), "the optimizer's states at the start of the phase; `reset` sets them to zero"
     ] = "keep"
     sequences: Annotated[int | None, SIZE, "replaces `batch.sequences`"] = None
     micro_sequences: Annotated[MicroSequences | None, "replaces `batch.micro_sequences`"] = None

@@ -49,12 +49,12 @@ def checkpoints_to_average(path: Path, which: str) -> list[Path]:
     if not there:
         raise DetourError(f"--average {which}: {path} has no checkpoints after step 0; give a run directory")
     if which.isdecimal():
+        if int(which) < 2:
+            raise DetourError(f"--average {which}: give the number of checkpoints to average, 2 or more")
         folders = list(there.values())
         plan = CheckpointInfo.read(folders[-1]).plan
         last = phase_of(folders[-1], plan)
         folders = [folder for folder in folders if phase_of(folder, plan) == last]
-        if int(which) < 2:
-            raise DetourError(f"--average {which}: give the number of checkpoints to average, 2 or more")
         if int(which) > len(folders):
             raise DetourError(
                 f"--average {which}: {path} has {counted(len(folders), 'checkpoint')} of its last phase, {last!r}; set "

@@ -110,6 +110,9 @@ def unbroken(run_file, tmp_path_factory) -> Path:
     result = finished(start(2, "--run-file", str(run_file), f"folder={folder}", launcher="deepspeed"))
     for name in ("step-00000006", "report.html", "metrics.jsonl"):
         assert str(folder) in result.stdout and name in result.stdout
+    loss = read_metrics(folder / "metrics.jsonl")[-1]["val_mlm_loss"]
+    learned = loss < json.loads((folder / "environment.json").read_text())["unigram_loss"]
+    assert ("is not below the unigram baseline" in result.stdout + result.stderr) != learned
     return folder
 
 
